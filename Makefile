@@ -1,0 +1,61 @@
+# Everything runs in its own virtual environment, .venv, which the first target that needs it makes from nothing.
+#   make demo PYTHON=python3.12      another interpreter
+#   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'    PyTorch without CUDA (smaller)
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Newer than pyproject.toml means: what pyproject.toml asks for is installed.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench docs clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Make .venv and install the package into it, editable, with all extras
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "PYTHON=$(PYTHON): no such command. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1): must be 3.11 or later. Name another one: make PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[test]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Train on the embedded images with the paper's recipe, into runs/demo, and write its report
+	@if [ -e runs/demo ]; then echo "Removing the former runs/demo."; rm -rf runs/demo; fi
+	$(BIN)/spfde train --out runs/demo
+	$(BIN)/spfde report runs/demo --out runs/demo/report.html
+
+test: $(STAMP) ## Run the tests (PYTEST_ARGS='tests/report -x' for some of them)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) ## Format, lint, types and the contract between the rooms
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Put the code into the form that `make check` asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Run every script in benchmarks/, one after the other
+	@set -e; for script in benchmarks/[!_]*.py; do \
+		[ -e "$$script" ] || { echo "benchmarks/ holds no script."; break; }; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+docs: $(STAMP) ## Check that links in the documentation resolve and that every technique has its card
+	$(BIN)/python scripts/make_docs.py
+
+clean: ## Remove .venv, caches and build outputs; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	find src tests scripts benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

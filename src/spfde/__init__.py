@@ -1,0 +1,78 @@
+"""Sparse training, progressive layer freezing and circular data sieving for PyTorch, under one schedule.
+
+The names below are loaded when they are first used, so that the command line starts without PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Recipe": "spfde.recipe",
+    "StaticSparse": "spfde.sparsity",
+    "SET": "spfde.sparsity",
+    "RigL": "spfde.sparsity",
+    "MEST": "spfde.sparsity",
+    "ProgressiveFreezing": "spfde.freezing",
+    "BlockwiseCosine": "spfde.freezing",
+    "DataSieving": "spfde.sieving",
+    "attach": "spfde.session",
+    "Session": "spfde.session",
+    "plan": "spfde.planning",
+    "Plan": "spfde.planning",
+    "SpfdeError": "spfde.errors",
+    "InvalidArgument": "spfde.errors",
+    "StateMismatch": "spfde.errors",
+    "UsageError": "spfde.errors",
+    "TrainingDiverged": "spfde.errors",
+    "DataError": "spfde.errors",
+    "RunFolderError": "spfde.errors",
+}
+_ROOMS = ("presets", "errors", "sparsity", "freezing", "sieving", "cost")
+
+__all__ = [*_HOMES, *_ROOMS, "__version__"]
+
+if TYPE_CHECKING:
+    from spfde import cost as cost
+    from spfde import errors as errors
+    from spfde import freezing as freezing
+    from spfde import presets as presets
+    from spfde import sieving as sieving
+    from spfde import sparsity as sparsity
+    from spfde.errors import DataError as DataError
+    from spfde.errors import InvalidArgument as InvalidArgument
+    from spfde.errors import RunFolderError as RunFolderError
+    from spfde.errors import SpfdeError as SpfdeError
+    from spfde.errors import StateMismatch as StateMismatch
+    from spfde.errors import TrainingDiverged as TrainingDiverged
+    from spfde.errors import UsageError as UsageError
+    from spfde.freezing import BlockwiseCosine as BlockwiseCosine
+    from spfde.freezing import ProgressiveFreezing as ProgressiveFreezing
+    from spfde.planning import Plan as Plan
+    from spfde.planning import plan as plan
+    from spfde.recipe import Recipe as Recipe
+    from spfde.session import Session as Session
+    from spfde.session import attach as attach
+    from spfde.sieving import DataSieving as DataSieving
+    from spfde.sparsity import MEST as MEST
+    from spfde.sparsity import SET as SET
+    from spfde.sparsity import RigL as RigL
+    from spfde.sparsity import StaticSparse as StaticSparse
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _ROOMS:
+        value = import_module(f"spfde.{name}")
+    else:
+        raise AttributeError(f"module 'spfde' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

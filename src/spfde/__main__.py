@@ -1,0 +1,5 @@
+"""``python -m spfde`` is the ``spfde`` command."""
+
+from spfde.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The trainer behind the command line: a user of the library like any other."""

@@ -1,0 +1,135 @@
+"""What a person may ask of a training run: the options of ``spfde train``, checked and kept in ``config.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from spfde import presets
+from spfde.errors import InvalidArgument, Problem
+from spfde.freezing import ProgressiveFreezing
+from spfde.recipe import Recipe
+from spfde.sieving import DataSieving
+from spfde.sparsity import MEST
+from spfde.technique import Technique
+
+
+class TrainOptions(Technique):
+    """Everything that is needed to run again.
+
+    Attributes:
+        data: the embedded set's name, a torchvision name, an image folder or an .npz file.
+        model: a built-in model's name, or ``timm:NAME``.
+        recipe: the recipe as nested primitives (``Recipe.to_dict``).
+        recipe_name: the preset or file that it came from.
+        dense_timing_steps: dense steps that are timed before training, for the bill; 0 for none.
+    """
+
+    data: str = "fashion-mini"
+    data_root: str = "data"
+    model: str = "resnet8"
+    recipe_name: str = "spfde"
+    recipe: dict[str, Any] = Field(default_factory=lambda: presets.spfde.to_dict())
+    epochs: int = Field(default=20, ge=1, description="a whole number of epochs from 1 on")
+    batch_size: int = Field(default=64, ge=1, description="a whole number of samples from 1 on")
+    lr: float = Field(default=0.1, gt=0, description="a learning rate above 0")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="in [0, 1)")
+    weight_decay: float = Field(default=1e-4, ge=0, description="0 or more")
+    augment: Literal["auto", "none", "crop", "crop+flip"] = "auto"
+    seed: int = Field(default=0, ge=0, description="a whole number from 0 on")
+    engine: str = "auto"
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: int = Field(default=0, ge=0, description="a number of processes, 0 or more")
+    track: tuple[str, ...] = ()
+    dense_timing_steps: int = Field(default=5, ge=0, description="a number of steps, 0 or more")
+
+    def load_recipe(self) -> Recipe:
+        """The recipe as an object."""
+        return Recipe.from_dict(self.recipe)
+
+
+def choose_recipe(
+    name: str,
+    *,
+    sparsity: float | None = None,
+    freeze: float | None = None,
+    sieve: float | None = None,
+    soft_bound: bool | None = None,
+    interval: str = "auto",
+) -> Recipe:
+    """A preset or a TOML file, with the command line's changes.
+
+    Args:
+        name: a preset's name, or the path of a TOML file.
+        sparsity: target sparsity; a dense recipe becomes MEST at that sparsity.
+        freeze: FLOPs reduction by freezing; 0 freezes nothing.
+        sieve: share of the samples that is left out; 0 leaves out none.
+        soft_bound: MEST's soft bound on or off.
+        interval: "auto" or a number of epochs; "auto" leaves the recipe's own.
+
+    Raises:
+        InvalidArgument: an unknown preset, an unreadable file, or a value that breaks a rule.
+    """
+    recipe = read_recipe(name)
+    changes: dict[str, Any] = {}
+    if sparsity is not None or soft_bound is not None:
+        method = recipe.sparsity
+        if method is None:
+            if sparsity is None:
+                raise InvalidArgument(
+                    Problem("--soft-bound", soft_bound, f"recipe {name} has no sparsity", "Use --recipe mest or spfde.")
+                )
+            method = MEST(sparsity=sparsity)
+        given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+        if soft_bound is not None:
+            if not isinstance(method, MEST):
+                raise InvalidArgument(
+                    Problem(
+                        "--soft-bound", soft_bound, f"{method.name} has no soft bound", "Use --recipe mest or spfde."
+                    )
+                )
+            given["soft_bound"] = soft_bound
+        changes["sparsity"] = type(method)(**{**_fields(method), **given})
+    if freeze is not None:
+        technique = recipe.freezing
+        given = {
+            **(_fields(technique) if technique is not None else {}),
+            "flops_reduction": freeze,
+            "start_epoch": None,
+        }
+        changes["freezing"] = ProgressiveFreezing(**given)
+    if sieve is not None:
+        given = {**(_fields(recipe.sieving) if recipe.sieving is not None else {}), "removed_fraction": sieve}
+        changes["sieving"] = DataSieving(**given)
+    if interval != "auto":
+        changes["update_interval_epochs"] = _parse_interval(interval)
+    return recipe.replace(**changes) if changes else recipe
+
+
+def read_recipe(name: str) -> Recipe:
+    """The preset of that name, or the recipe in that TOML file."""
+    path = Path(name)
+    if name not in presets.PRESETS and (path.suffix == ".toml" or path.exists()):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgument(
+                Problem("--recipe", name, f"cannot be read ({error})", "Pass a TOML file or a preset's name.")
+            ) from None
+        return Recipe.from_toml(text)
+    return presets.get(name)
+
+
+def _fields(technique: Technique) -> dict[str, Any]:
+    return {name: getattr(technique, name) for name in type(technique).model_fields}
+
+
+def _parse_interval(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise InvalidArgument(
+            Problem("--interval", text, 'must be "auto" or a whole number of epochs from 1 on', "Try --interval 2.")
+        )
+    return int(text)

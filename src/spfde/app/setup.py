@@ -1,0 +1,295 @@
+"""Getting a run ready: options in, everything in hand out. All mistakes are found here, before any work is done."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader
+
+import spfde
+from spfde.app.augment import BatchAugment, normalise, resolve_augmentation
+from spfde.app.data import load_data
+from spfde.app.images import ImageData, collate
+from spfde.app.models import build_model
+from spfde.app.options import TrainOptions
+from spfde.app.runs import CONFIG, RECIPE, RunFolder
+from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch, nearest
+from spfde.planning import Plan, plan
+from spfde.session import Session
+
+EVALUATION_BATCH = 256
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+
+
+@dataclass
+class Progress:
+    """What the loop itself remembers from epoch to epoch."""
+
+    best_test_accuracy: float = 0.0
+    samples_seen: int = 0
+    peak_memory_bytes: int = 0
+    dense_step_seconds: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in vars(self):
+            setattr(self, name, state[name])
+
+
+@dataclass
+class Run:
+    """Everything that a run has in hand."""
+
+    options: TrainOptions
+    folder: RunFolder
+    accelerator: accelerate.Accelerator
+    data: ImageData
+    model: nn.Module
+    optimizer: Optimizer
+    session: Session
+    plan: Plan
+    augment: BatchAugment
+    test_loader: DataLoader[Any]
+    progress: Progress = field(default_factory=Progress)
+    resumed_from: Path | None = None
+
+    def batch(self, images: Tensor, labels: Tensor, *, augmented: bool) -> tuple[Tensor, Tensor]:
+        """A loader's batch on the device: augmented, normalised to float, channels last."""
+        device = self.accelerator.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if augmented:
+            images = self.augment(images)
+        x = normalise(images, self.data.mean, self.data.std)
+        return x.contiguous(memory_format=torch.channels_last), labels
+
+
+@contextmanager
+def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Run]:
+    """The run in its locked folder; a folder that was made for nothing is removed again."""
+    folder = RunFolder.reopen(out) if resume else None
+    try:
+        run = _prepare(options, folder or RunFolder(out))
+        if folder is None:
+            folder = RunFolder.create(out)
+            run.folder = folder
+            _describe(run)
+        elif (checkpoint := folder.newest_checkpoint()) is not None:
+            _load(run, checkpoint)
+        folder.keep_metrics_before(run.session.epoch)
+        _start_trackers(run)
+        if run.session.epoch == 0 and options.dense_timing_steps:
+            run.progress.dense_step_seconds = time_dense_step(run)
+        yield run
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
+    _check_trackers(options.track)
+    accelerator = _accelerator(options, folder.path)
+    set_seed(options.seed)
+    data = load_data(options.data, root=Path(options.data_root))
+    spec = data.spec
+    model = build_model(
+        options.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
+    )
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    generator = torch.Generator().manual_seed(options.seed)
+    loader: DataLoader[Any] = DataLoader(
+        data.train,
+        batch_size=options.batch_size,
+        shuffle=True,
+        generator=generator,
+        collate_fn=collate,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    test_loader: DataLoader[Any] = DataLoader(
+        data.test,
+        batch_size=EVALUATION_BATCH,
+        collate_fn=collate,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+    )
+    recipe = options.load_recipe()
+    sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
+    bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
+    session = spfde.attach(
+        model, optimizer, loader, recipe, epochs=options.epochs, seed=options.seed, engine=options.engine, sample=sample
+    )
+    augment = BatchAugment(
+        resolve_augmentation(options.augment, data.default_augmentation),
+        torch.Generator().manual_seed(options.seed + 1),
+        padding=data.padding,
+    )
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    progress = Progress()
+    accelerator.register_for_checkpointing(session, augment, progress)
+    return Run(
+        options=options,
+        folder=folder,
+        accelerator=accelerator,
+        data=data,
+        model=prepared_model,
+        optimizer=prepared_optimizer,
+        session=session,
+        plan=bill,
+        augment=augment,
+        test_loader=test_loader,
+        progress=progress,
+    )
+
+
+def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
+    device = options.device
+    if device not in ("auto", "cpu", "cuda", "mps") and not device.startswith("cuda:"):
+        raise InvalidArgument(
+            Problem("--device", device, "is no device", nearest(device, ["auto", "cpu", "cuda", "mps"]))
+        )
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = device.split(":")[0]
+    if not available.get(kind, True):
+        raise InvalidArgument(
+            Problem("--device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
+        )
+    on_cpu = device == "cpu" or not (available["cuda"] or available["mps"])
+    if options.precision == "fp16" and on_cpu:
+        raise InvalidArgument(Problem("--precision", "fp16", "does not work on a CPU", "Use --precision fp32 or bf16."))
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    precision = "no" if options.precision == "fp32" else options.precision
+    return accelerate.Accelerator(
+        cpu=device == "cpu", mixed_precision=precision, log_with=list(options.track) or None, project_dir=str(out)
+    )
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise InvalidArgument(Problem("--track", name, "is no tracker", nearest(name, TRACKERS)))
+        if find_spec(name) is None:
+            raise InvalidArgument(
+                Problem("--track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
+            )
+
+
+def _start_trackers(run: Run) -> None:
+    if run.options.track:
+        options = run.options.model_dump(mode="json")
+        flat = {name: value for name, value in options.items() if isinstance(value, (str, int, float, bool))}
+        run.accelerator.init_trackers("spfde", config=flat)
+
+
+def _describe(run: Run) -> None:
+    """Write down everything that is needed to run again."""
+    options, bill, spec = run.options, run.plan, run.data.spec
+    run.folder.write_text(RECIPE, options.load_recipe().to_toml())
+    run.folder.write_json(
+        CONFIG,
+        {
+            "command": options.model_dump(mode="json"),
+            "data": {
+                **vars(spec),
+                "augment": run.augment.mode,
+                "mean": run.data.mean.tolist(),
+                "std": run.data.std.tolist(),
+            },
+            "model": options.model,
+            "recipe": options.recipe,
+            "engine": run.session.engine,
+            "plan": bill.to_dict() | {"block_names": [block.name for block in bill.blueprint.partition.blocks]},
+            "versions": versions(),
+            "hardware": hardware(run.accelerator.device),
+        },
+    )
+
+
+def _load(run: Run, checkpoint: Path) -> None:
+    try:
+        run.accelerator.load_state(str(checkpoint))
+    except StateMismatch:
+        raise
+    except Exception as error:
+        raise RunFolderError(
+            f"checkpoint {checkpoint}: cannot be loaded ({type(error).__name__}: {error}). "
+            "Was it written by another version of spfde or torch? Start a new run, or resume with that version."
+        ) from error
+    run.resumed_from = checkpoint
+
+
+def time_dense_step(run: Run) -> float:
+    """Median seconds of a dense training step, unfrozen, timed on a copy before training.
+
+    It is the measured part of "what the dense run would have taken": this time, times the dense run's steps. The
+    global generators are put back, so that the run does not depend on it.
+    """
+    state = torch.get_rng_state()
+    twin = copy.deepcopy(run.accelerator.unwrap_model(run.model))
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    optimizer = SGD(twin.parameters(), lr=1e-6, momentum=run.options.momentum)
+    device = run.accelerator.device
+    count = min(run.options.batch_size, run.data.spec.train_samples)
+    x = torch.randn(count, *run.data.spec.sample_shape, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.zeros(count, dtype=torch.int64, device=device)
+    twin.train()
+    seconds = []
+    for _ in range(2 + run.options.dense_timing_steps):
+        start = time.perf_counter()
+        with run.accelerator.autocast():
+            loss = F.cross_entropy(twin(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    torch.set_rng_state(state)
+    return statistics.median(seconds[2:])
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    return {
+        "spfde": spfde.__version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine that a figure was taken on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

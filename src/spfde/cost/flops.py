@@ -1,0 +1,142 @@
+"""Forward FLOPs, weights and activations of each layer, from a trace. The convention is in ``spfde.cost``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from spfde.errors import InvalidArgument, Problem
+from spfde.tracing import Trace, TracedOp, unwrap
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One weight with all its uses, or one product without a weight (the two products of attention).
+
+    Attributes:
+        name: the weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
+            appended when the same module runs the same operation again.
+        module: qualified name of the module that ran it first.
+        position: place of its first use in the trace's order of execution.
+        forward_flops: dense forward FLOPs of one sample.
+        numel: elements of the weight; 0 without one.
+        activations: elements of its outputs for one sample.
+    """
+
+    name: str
+    module: str
+    position: int
+    forward_flops: int
+    numel: int
+    activations: int
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the layer has a weight, and so a density and a weight gradient."""
+        return self.numel > 0
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What one sample costs in the forward pass of a dense model.
+
+    Attributes:
+        layers: every counted layer, by its first use.
+        uncounted: modules that ran without a counted operation: type name to number of calls.
+        n_parameters: elements of all parameters, shared ones once, counted layers or not.
+    """
+
+    layers: tuple[LayerCost, ...]
+    uncounted: Mapping[str, int]
+    n_parameters: int
+
+    @property
+    def forward_flops(self) -> int:
+        """Dense forward FLOPs of one sample."""
+        return sum(layer.forward_flops for layer in self.layers)
+
+    @property
+    def forward(self) -> tuple[int, ...]:
+        """Dense forward FLOPs of one sample, per layer: what ``epoch_cost`` takes."""
+        return tuple(layer.forward_flops for layer in self.layers)
+
+    def densities(self, of_weights: Mapping[str, float]) -> tuple[float, ...]:
+        """Density per layer: that of its weight where ``of_weights`` has it, else 1.
+
+        Names of weights without counted FLOPs (unused ones) are passed over: they cost nothing.
+        """
+        return tuple(of_weights.get(layer.name, 1.0) for layer in self.layers)
+
+    def frozen_before(self, position: int) -> tuple[bool, ...]:
+        """Which layers a frozen front holds that ends before ``position`` in the trace (0: nothing is frozen)."""
+        return tuple(layer.position < position for layer in self.layers)
+
+
+def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
+    """Gather the operations of a trace into layers.
+
+    A weight that is used several times (tied weights, a module called twice) is one layer: its FLOPs and activations
+    add up, and it stands at its first use. Of an operation that reads two matrices, the last one read is the weight
+    (the first is an input or a bias that happens to be a parameter). A weight that is computed first (a
+    parametrisation) is no parameter by the time it is multiplied: it counts as a product without a weight.
+
+    Args:
+        trace: what the model computes for one batch.
+        model: the model that was traced; wrappers are looked through.
+
+    Raises:
+        InvalidArgument: the trace names a parameter that the model does not have.
+    """
+    parameters = dict(unwrap(model).named_parameters())
+    layers: dict[str, LayerCost] = {}
+    repeats: Counter[str] = Counter()
+    for op in trace.ops:
+        if not op.flops:
+            continue
+        name = _weight_of(op, parameters)
+        if name is None:
+            name = _product_name(op, repeats)
+        before = layers.get(name, LayerCost(name, op.module, op.position, 0, _numel(parameters, name), 0))
+        layers[name] = LayerCost(
+            name=name,
+            module=before.module,
+            position=before.position,
+            forward_flops=before.forward_flops + _per_sample(op.flops, trace.batch_size),
+            numel=before.numel,
+            activations=before.activations + _per_sample(op.output_numel, trace.batch_size),
+        )
+    return ModelCost(
+        layers=tuple(layers.values()),
+        uncounted=dict(trace.uncounted),
+        n_parameters=sum(p.numel() for p in parameters.values()),
+    )
+
+
+def _weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    for name in op.parameters:
+        if name not in parameters:
+            raise InvalidArgument(
+                Problem(
+                    "trace", name, "reads a parameter that the model does not have", "Trace the model that you cost."
+                )
+            )
+    matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
+    return matrices[-1] if matrices else None
+
+
+def _product_name(op: TracedOp, repeats: Counter[str]) -> str:
+    name = f"{op.module}:{op.name.rpartition('.')[2]}"
+    repeats[name] += 1
+    return name if repeats[name] == 1 else f"{name}#{repeats[name]}"
+
+
+def _numel(parameters: Mapping[str, nn.Parameter], name: str) -> int:
+    return parameters[name].numel() if name in parameters else 0
+
+
+def _per_sample(amount: int, batch_size: int) -> int:
+    # Divides evenly unless an operation ignores the batch (a product of two parameters): then up, never to nothing.
+    return -(-amount // batch_size)

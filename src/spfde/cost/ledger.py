@@ -1,0 +1,329 @@
+"""The bill: one row an epoch, totals, and a table that keeps modelled and measured figures apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spfde.cost.training import EpochCost, total_cost
+from spfde.errors import InvalidArgument, Problem, StateMismatch
+
+_VERSION = 1
+_DASH = "-"
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One epoch. FLOPs and ``modelled_memory_bytes`` are modelled, ``seconds`` and ``peak_memory_bytes`` measured.
+
+    The FLOPs are those of an ``EpochCost``: ``LedgerRow(**dataclasses.asdict(cost), epoch=…, …)``.
+
+    Attributes:
+        epoch: from 0.
+        samples: samples trained on.
+        steps: optimizer steps, or batches where that is what the caller counts.
+        density: share of active weights among the masked weights; 1 without any.
+        frozen_blocks: blocks frozen during the epoch.
+        partial_samples: size of the partial set.
+        training_flops: what the epoch cost.
+        dense_training_flops: what it would cost the dense model on all samples.
+        saved_by_sparsity: FLOPs.
+        saved_by_freezing: FLOPs.
+        saved_by_sieving: FLOPs.
+        dense_gradient_flops: FLOPs added by gradients of inactive weights.
+        seconds: wall clock.
+        peak_memory_bytes: measured peak; None if the platform does not tell.
+        modelled_memory_bytes: None if not modelled.
+        lr: learning rate of the first group; None if unknown.
+    """
+
+    epoch: int
+    samples: int
+    steps: int
+    density: float
+    frozen_blocks: int
+    partial_samples: int
+    training_flops: int
+    dense_training_flops: int
+    saved_by_sparsity: int
+    saved_by_freezing: int
+    saved_by_sieving: int
+    dense_gradient_flops: int
+    seconds: float
+    peak_memory_bytes: int | None = None
+    modelled_memory_bytes: int | None = None
+    lr: float | None = None
+
+    @property
+    def cost(self) -> EpochCost:
+        """The FLOPs of this row."""
+        return EpochCost(**{f.name: getattr(self, f.name) for f in dataclasses.fields(EpochCost)})
+
+
+@dataclass(frozen=True)
+class LedgerTotals:
+    """Sums over the rows; the largest peak; modelled memory averaged and least over the rows that have it."""
+
+    epochs: int
+    samples: int
+    steps: int
+    cost: EpochCost
+    seconds: float
+    peak_memory_bytes: int | None
+    average_memory_bytes: float | None
+    minimum_memory_bytes: int | None
+
+    @property
+    def flops_ratio(self) -> float:
+        """Training FLOPs over those of the dense model; 1 before any are spent."""
+        dense = self.cost.dense_training_flops
+        return self.cost.training_flops / dense if dense else 1.0
+
+
+class Ledger:
+    """Rows in order of epochs, and what they add up to.
+
+    Args:
+        uncounted: modules that the modelled FLOPs leave out, by type name, with their calls (``ModelCost.uncounted``).
+        dense_memory_bytes: modelled memory of the dense model, to hold the rows' against.
+        dense_seconds: measured seconds of a dense run of the same epochs, if there was one.
+    """
+
+    def __init__(
+        self,
+        *,
+        uncounted: Mapping[str, int] | None = None,
+        dense_memory_bytes: int | None = None,
+        dense_seconds: float | None = None,
+    ) -> None:
+        self.uncounted = dict(uncounted) if uncounted is not None else None
+        self.dense_memory_bytes = dense_memory_bytes
+        self.dense_seconds = dense_seconds
+        self._rows: list[LedgerRow] = []
+
+    @property
+    def rows(self) -> tuple[LedgerRow, ...]:
+        """All rows, oldest first."""
+        return tuple(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ledger) and self.state_dict() == other.state_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def add(self, row: LedgerRow) -> None:
+        """Enter an epoch.
+
+        Raises:
+            InvalidArgument: the epoch is not later than the last one, or the savings do not add up.
+        """
+        problem = _problem_with(row, self._rows[-1].epoch if self._rows else -1)
+        if problem is not None:
+            raise InvalidArgument(problem)
+        self._rows.append(row)
+
+    @property
+    def totals(self) -> LedgerTotals:
+        """Sums over all rows so far."""
+        rows = self._rows
+        peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
+        modelled = [row.modelled_memory_bytes for row in rows if row.modelled_memory_bytes is not None]
+        return LedgerTotals(
+            epochs=len(rows),
+            samples=sum(row.samples for row in rows),
+            steps=sum(row.steps for row in rows),
+            cost=total_cost(row.cost for row in rows),
+            seconds=math.fsum(row.seconds for row in rows),
+            peak_memory_bytes=max(peaks, default=None),
+            average_memory_bytes=sum(modelled) / len(modelled) if modelled else None,
+            minimum_memory_bytes=min(modelled, default=None),
+        )
+
+    def __str__(self) -> str:
+        return render(
+            self.totals, self.uncounted, dense_memory=self.dense_memory_bytes, dense_seconds=self.dense_seconds
+        )
+
+    def __repr__(self) -> str:
+        return f"<Ledger: {len(self)} epochs, {self.totals.flops_ratio:.1%} of the dense training FLOPs>"
+
+    def epoch_table(self) -> str:
+        """One line an epoch, modelled and measured columns labelled."""
+        header = ("", "", "", "", "", "modelled", "modelled", "modelled", "measured", "measured")
+        names = ("epoch", "samples", "density", "frozen", "lr", "FLOPs", "of dense", "memory", "time", "peak")
+        lines = [
+            (
+                str(row.epoch),
+                f"{row.samples:,}",
+                f"{row.density:.2%}",
+                str(row.frozen_blocks),
+                _DASH if row.lr is None else f"{row.lr:.3g}",
+                format_flops(row.training_flops),
+                _percent(row.training_flops, row.dense_training_flops),
+                format_bytes(row.modelled_memory_bytes),
+                format_seconds(row.seconds),
+                format_bytes(row.peak_memory_bytes),
+            )
+            for row in self._rows
+        ]
+        return _table([header, names, *lines], rule_after=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows and baselines, in primitives."""
+        return {
+            "version": _VERSION,
+            "uncounted": None if self.uncounted is None else dict(self.uncounted),
+            "dense_memory_bytes": self.dense_memory_bytes,
+            "dense_seconds": self.dense_seconds,
+            "rows": [dataclasses.asdict(row) for row in self._rows],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a saved ledger in place of this one; nothing changes when the state does not fit.
+
+        Raises:
+            StateMismatch: the state is not a ledger's, or of another version, or its rows do not add up.
+        """
+        expected = {"version", "uncounted", "dense_memory_bytes", "dense_seconds", "rows"}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            raise StateMismatch(
+                f"ledger state must have exactly the keys {sorted(expected)}. Was it saved by a ledger?"
+            )
+        if state["version"] != _VERSION:
+            raise StateMismatch(
+                f"ledger state has version {state['version']!r}; this package reads version {_VERSION}."
+            )
+        rows: list[LedgerRow] = []
+        for entry in state["rows"]:
+            try:
+                row = LedgerRow(**entry)
+                problem = _problem_with(row, rows[-1].epoch if rows else -1)
+            except TypeError as error:
+                raise StateMismatch(f"ledger state holds a row that is none: {error}") from error
+            if problem is not None:
+                raise StateMismatch(f"ledger state holds a damaged row: {problem}")
+            rows.append(row)
+        self.uncounted = None if state["uncounted"] is None else dict(state["uncounted"])
+        self.dense_memory_bytes = state["dense_memory_bytes"]
+        self.dense_seconds = state["dense_seconds"]
+        self._rows = rows
+
+
+def render(
+    totals: LedgerTotals,
+    uncounted: Mapping[str, int] | None = None,
+    *,
+    dense_memory: float | None = None,
+    dense_seconds: float | None = None,
+) -> str:
+    """The table of ``str(ledger)``: modelled and measured in columns of their own, and against dense."""
+    cost = totals.cost
+    dense = cost.dense_training_flops
+
+    def source(label: str, saved: int) -> tuple[str, ...]:
+        amount = format_flops(-saved) if saved else "0 FLOP"
+        return f"  {label}", amount, "", "", f"{-saved / dense:+.1%}" if saved and dense else ""
+
+    def memory(label: str, value: float | None) -> tuple[str, ...]:
+        return label, format_bytes(value), "", format_bytes(dense_memory), _percent(value, dense_memory)
+
+    table = [
+        ("", "modelled", "measured", "dense", "of dense"),
+        (
+            "training FLOPs",
+            format_flops(cost.training_flops),
+            "",
+            format_flops(dense),
+            _percent(cost.training_flops, dense),
+        ),
+        source("saved by sparsity", cost.saved_by_sparsity),
+        source("saved by freezing", cost.saved_by_freezing),
+        source("saved by sieving", cost.saved_by_sieving),
+        source("added by dense gradients", -cost.dense_gradient_flops),
+        memory("step memory, average", totals.average_memory_bytes),
+        memory("step memory, least", totals.minimum_memory_bytes),
+        ("peak memory", "", format_bytes(totals.peak_memory_bytes), "", ""),
+        (
+            "time",
+            "",
+            format_seconds(totals.seconds),
+            format_seconds(dense_seconds),
+            _percent(totals.seconds, dense_seconds),
+        ),
+    ]
+    title = f"Cost of {totals.epochs:,} epochs, {totals.steps:,} steps, {totals.samples:,} samples"
+    timed = ", its time measured" if dense_seconds is not None else ""
+    lines = [title, "", _table(table, rule_after=1), "", f"The dense column is modelled{timed}."]
+    if uncounted is not None:
+        listed = ", ".join(f"{name} x{calls}" for name, calls in sorted(uncounted.items())) or "nothing"
+        lines.append(f"Modelled FLOPs leave out: {listed}.")
+    return "\n".join(lines)
+
+
+def format_flops(flops: float | None) -> str:
+    """``13.23 PFLOP``: a number of operations, not a rate."""
+    return _scaled(flops, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"), "FLOP")
+
+
+def format_bytes(size: float | None) -> str:
+    """``312.4 MiB``."""
+    return _scaled(size, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi"), "B")
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``12.3 s``, ``5 min 12 s``, ``3 h 05 min``."""
+    if seconds is None:
+        return _DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s" if round(seconds, 1) < 60 else "1 min 00 s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _scaled(value: float | None, base: int, prefixes: Sequence[str], unit: str) -> str:
+    if value is None:
+        return _DASH
+    power = 0
+    while abs(float(f"{value:.4g}")) >= base and power < len(prefixes) - 1:
+        value /= base
+        power += 1
+    number = f"{value:.4g}" if power or value != int(value) else f"{int(value)}"
+    return f"{number} {prefixes[power]}{unit}"
+
+
+def _percent(part: float | None, whole: float | None) -> str:
+    return _DASH if part is None or not whole else f"{part / whole:.1%}"
+
+
+def _table(rows: Sequence[Sequence[str]], *, rule_after: int) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(rule_after, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+def _problem_with(row: LedgerRow, last_epoch: int) -> Problem | None:
+    if row.epoch <= last_epoch:
+        return Problem(
+            "row.epoch", row.epoch, f"must be later than the last one ({last_epoch})", "Enter each epoch once."
+        )
+    saved = row.saved_by_sparsity + row.saved_by_freezing + row.saved_by_sieving
+    if row.dense_training_flops - saved + row.dense_gradient_flops != row.training_flops:
+        return Problem(
+            "row.training_flops",
+            row.training_flops,
+            "must be the dense FLOPs less the savings plus the dense gradients",
+            "Take the figures of one EpochCost.",
+        )
+    return None

@@ -1,0 +1,141 @@
+"""Training FLOPs of an epoch under sparsity, freezing and sieving. The convention is in ``spfde.cost``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from spfde.errors import Problems
+
+
+@dataclass(frozen=True)
+class EpochCost:
+    """Modelled FLOPs of an epoch, and where the savings against dense training come from.
+
+    Always ``dense_training_flops - saved_by_sparsity - saved_by_freezing - saved_by_sieving + dense_gradient_flops ==
+    training_flops``, exactly. The savings overlap, so their order matters: sparsity is credited against the dense net,
+    freezing against the sparse net, sieving against the sparse and frozen net.
+
+    Attributes:
+        training_flops: what the epoch costs.
+        dense_training_flops: what it would cost with all weights, all layers and all samples.
+        saved_by_sparsity: backward and forward of the inactive weights, over the whole population.
+        saved_by_freezing: the sparse backward pass of frozen layers, over the whole population.
+        saved_by_sieving: the samples that were not seen; negative if more were seen than the population holds.
+        dense_gradient_flops: what weight gradients of inactive weights cost on top (RigL).
+    """
+
+    training_flops: int
+    dense_training_flops: int
+    saved_by_sparsity: int
+    saved_by_freezing: int
+    saved_by_sieving: int
+    dense_gradient_flops: int = 0
+
+    def __add__(self, other: EpochCost) -> EpochCost:
+        if not isinstance(other, EpochCost):
+            return NotImplemented
+        return EpochCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(EpochCost)))
+
+
+def total_cost(epochs: Iterable[EpochCost]) -> EpochCost:
+    """The sum over epochs; zero for none."""
+    return sum(epochs, EpochCost(0, 0, 0, 0, 0))
+
+
+def epoch_cost(
+    forward: Sequence[int],
+    density: Sequence[float],
+    frozen: Sequence[bool],
+    *,
+    samples: int,
+    population: int,
+    dense_gradient_samples: int = 0,
+) -> EpochCost:
+    """FLOPs of one epoch: 3x the sparse forward pass for active layers, 1x for frozen ones, as SpFDE counts them.
+
+    Args:
+        forward: dense forward FLOPs of one sample, per layer, in order of execution.
+        density: share of active weights, per layer; 1 for a product without weights.
+        frozen: whether the layer is frozen, per layer. A frozen layer is charged its forward pass alone, which is
+            true of a frozen *front*; behind a trained layer the gradient of its input would still be needed.
+        samples: samples trained on in this epoch.
+        population: samples that the dense run would train on in an epoch. Where the loader drops a partial batch, that
+            batch belongs to neither number.
+        dense_gradient_samples: samples whose backward pass also computed the gradients of the inactive weights of
+            unfrozen layers (RigL, once an update interval).
+
+    Raises:
+        InvalidArgument: lengths differ, a density is outside [0, 1], or a count is negative.
+    """
+    problems = Problems()
+    check_layers(problems, len(forward), density, frozen)
+    for name, value in (
+        ("samples", samples),
+        ("population", population),
+        ("dense_gradient_samples", dense_gradient_samples),
+    ):
+        if value < 0:
+            problems.add(name, value, "must not be negative", "Pass a number of samples.")
+    problems.raise_if_any()
+
+    never = (False,) * len(forward)
+    dense = 3 * sum(forward) * population
+    sparse = _training_flops(forward, density, never, population)
+    with_freezing = _training_flops(forward, density, frozen, population)
+    with_sieving = _training_flops(forward, density, frozen, samples)
+    extra = sum(
+        dense_gradient_samples * f - share(dense_gradient_samples * f, d)
+        for f, d, is_frozen in zip(forward, density, frozen, strict=True)
+        if not is_frozen
+    )
+    return EpochCost(
+        training_flops=with_sieving + extra,
+        dense_training_flops=dense,
+        saved_by_sparsity=dense - sparse,
+        saved_by_freezing=sparse - with_freezing,
+        saved_by_sieving=with_freezing - with_sieving,
+        dense_gradient_flops=extra,
+    )
+
+
+def backward_flops(forward: Sequence[int], density: Sequence[float], *, samples: int) -> tuple[int, ...]:
+    """Sparse backward FLOPs of each layer over ``samples``: what freezing it saves (BpFlops of SpFDE's Algorithm 1).
+
+    Raises:
+        InvalidArgument: lengths differ, a density is outside [0, 1], or ``samples`` is negative.
+    """
+    problems = Problems()
+    check_layers(problems, len(forward), density, (False,) * len(forward))
+    if samples < 0:
+        problems.add("samples", samples, "must not be negative", "Pass a number of samples.")
+    problems.raise_if_any()
+    return tuple(2 * share(samples * f, d) for f, d in zip(forward, density, strict=True))
+
+
+def share(amount: int, density: float) -> int:
+    """``density * amount`` in integers, rounded half up; exact for any size of ``amount``."""
+    numerator, denominator = density.as_integer_ratio()
+    return (2 * amount * numerator + denominator) // (2 * denominator)
+
+
+def check_layers(problems: Problems, n_layers: int, density: Sequence[float], frozen: Sequence[bool]) -> None:
+    """Note unequal lengths and densities outside [0, 1]."""
+    for name, values in (("density", density), ("frozen", frozen)):
+        if len(values) != n_layers:
+            problems.add(
+                name,
+                len(values),
+                f"must have one entry per layer ({n_layers})",
+                "Use ModelCost.densities, .frozen_before.",
+            )
+    outside = [d for d in density if not 0 <= d <= 1]
+    if outside:
+        problems.add("density", outside[0], "must be in [0, 1]", "Pass the share of active weights of each layer.")
+
+
+def _training_flops(forward: Sequence[int], density: Sequence[float], frozen: Sequence[bool], samples: int) -> int:
+    return sum(
+        (1 if is_frozen else 3) * share(samples * f, d)
+        for f, d, is_frozen in zip(forward, density, frozen, strict=True)
+    )

@@ -1,0 +1,22 @@
+"""Which layers learn: the blocks of a model, when each is frozen, freezing them, and their learning rates."""
+
+from spfde.freezing.blocks import Block, Partition, find_blocks
+from spfde.freezing.freezer import Freezer, recompile_warning
+from spfde.freezing.plan import FreezePlan, ProgressiveFreezing, blocks_to_freeze, freezing_saving, solve
+from spfde.freezing.scheduler import BlockwiseCosine, GroupRates, rate
+
+__all__ = [
+    "Block",
+    "BlockwiseCosine",
+    "FreezePlan",
+    "Freezer",
+    "GroupRates",
+    "Partition",
+    "ProgressiveFreezing",
+    "blocks_to_freeze",
+    "find_blocks",
+    "freezing_saving",
+    "rate",
+    "recompile_warning",
+    "solve",
+]

@@ -1,0 +1,180 @@
+"""Freezing a prefix of a model's blocks, and undoing it.
+
+Frozen means: no gradient is computed, nothing in the optimizer can move the parameters (neither momentum nor weight
+decay), their optimizer state is freed, and normalisation layers use and keep the statistics that they have, although
+the training loop calls ``model.train()``. SpFDE does not say what BatchNorm does in a frozen layer; that frozen layers
+"remain unchanged" needs this.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from spfde.errors import InvalidArgument, Problem, StateMismatch, UsageError
+from spfde.freezing.blocks import Block
+from spfde.tracing import unwrap
+
+_WANTED_MODE = "_spfde_wanted_mode"
+# Buffers that a forward pass in training mode changes: statistics of norms, the vectors of spectral norm.
+_UPDATED_IN_TRAINING = ("running_", "num_batches_tracked", "_u", "weight_u")
+
+
+class Freezer:
+    """Freezes blocks front to back.
+
+    Args:
+        model: the model; parameters and modules are found by the names in the blocks.
+        blocks: in order of execution.
+        optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
+            checkpoints go on fitting.
+
+    Raises:
+        InvalidArgument: a block names a parameter that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> None:
+        model = unwrap(model)
+        parameters = dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        unknown = [name for block in blocks for name in block.parameters if name not in parameters]
+        if unknown:
+            raise InvalidArgument(
+                Problem("blocks", unknown[0], "is no parameter of the model", "Find the blocks of this very model.")
+            )
+        self._optimizer = optimizer
+        self._blocks = tuple(blocks)
+        self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
+        self._norms = [
+            [modules[name] for name in block.modules if name in modules and _changes_in_training(modules[name])]
+            for block in blocks
+        ]
+        self._n_frozen = 0
+        self._trained: list[nn.Parameter] = []  # those that required gradients before they were frozen
+        self._held: list[tuple[nn.Module, object]] = []  # norms, with the ``train`` that a user had put on one
+
+    @property
+    def n_frozen(self) -> int:
+        """Number of frozen blocks; they are the first ones."""
+        return self._n_frozen
+
+    @property
+    def frozen_parameters(self) -> frozenset[str]:
+        """Names of the parameters in frozen blocks."""
+        return frozenset(name for block in self._blocks[: self._n_frozen] for name in block.parameters)
+
+    def freeze_to(self, n_blocks: int) -> None:
+        """Freeze the first ``n_blocks`` blocks; those that are frozen already stay so.
+
+        Raises:
+            UsageError: fewer blocks than are frozen already, or more than there are.
+        """
+        if not self._n_frozen <= n_blocks <= len(self._blocks):
+            raise UsageError(
+                f"n_blocks={n_blocks}: must be between {self._n_frozen} (frozen already) and {len(self._blocks)} "
+                "(all blocks). Call unfreeze_all() first to go back."
+            )
+        for index in range(self._n_frozen, n_blocks):
+            for parameter in self._parameters[index]:
+                if parameter.requires_grad:
+                    self._trained.append(parameter)
+                    parameter.requires_grad_(False)
+                # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
+                parameter.grad = None
+                self._optimizer.state.pop(parameter, None)
+            for norm in self._norms[index]:
+                self._held.append((norm, vars(norm).get("train")))
+                hold_in_eval(norm)
+        self._n_frozen = n_blocks
+
+    def unfreeze_all(self) -> None:
+        """Put back what freezing changed: ``requires_grad`` as each parameter had it, and the modes of the norms."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        for norm, own_train in self._held:
+            release(norm)
+            if own_train is not None:
+                norm.train = own_train  # type: ignore[assignment,method-assign]
+        self._trained, self._held, self._n_frozen = [], [], 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of frozen blocks, and the names of the blocks to check against when it is loaded."""
+        return {"n_frozen": self._n_frozen, "blocks": [block.name for block in self._blocks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Freeze as many blocks as the state says.
+
+        Raises:
+            StateMismatch: the state was taken with other blocks, or is none of ours.
+        """
+        names, n_frozen = state.get("blocks"), state.get("n_frozen")
+        mine = [block.name for block in self._blocks]
+        if names != mine or not isinstance(n_frozen, int) or not 0 <= n_frozen <= len(mine):
+            raise StateMismatch(
+                f"The freezing state has n_frozen={n_frozen!r} of the blocks {names!r}, but the model has the blocks "
+                f"{mine!r}. Load it into the model and the recipe that it was saved with."
+            )
+        if n_frozen < self._n_frozen:
+            self.unfreeze_all()
+        self.freeze_to(n_frozen)
+
+
+def hold_in_eval(module: nn.Module) -> None:
+    """Keep ``module`` in evaluation mode whatever ``train()`` is called with; its children go on following.
+
+    The method is replaced on the instance and never flips the flag, so that compiled code need not be compiled anew at
+    each ``model.train()`` and ``model.eval()``. The mode that was asked for last is remembered for ``release``.
+    """
+    if _WANTED_MODE not in vars(module):
+        setattr(module, _WANTED_MODE, module.training)
+        module.train = types.MethodType(train, module)  # type: ignore[method-assign]
+        module.training = False
+
+
+def release(module: nn.Module) -> None:
+    """Undo ``hold_in_eval``: the module takes the mode that was asked for last."""
+    if _WANTED_MODE in vars(module):
+        module.training = vars(module).pop(_WANTED_MODE)
+        del module.train
+
+
+# A bound method is copied and pickled by its name, so this one has the name of the method that it stands in for: a deep
+# copy of a frozen model stays frozen, and a pickled one loads as a plain model where this package is not installed.
+def train(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands in for ``module.train`` while it is held."""
+    if not isinstance(mode, bool):
+        raise ValueError("training mode is expected to be boolean")
+    setattr(module, _WANTED_MODE, mode)
+    for child in module.children():
+        child.train(mode)
+    return module
+
+
+def recompile_warning(model: nn.Module, n_freezings: int) -> str | None:
+    """A warning for users of ``torch.compile`` whose run freezes ``n_freezings`` times; None when it is not needed.
+
+    A compiled model is compiled anew after each freezing, once for training and once for evaluation; beyond torch's
+    limit it runs without compilation.
+    """
+    limit = int(torch._dynamo.config.recompile_limit)
+    needed = 2 * (n_freezings + 1)
+    compiled = any(
+        getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    if not compiled or needed <= limit:
+        return None
+    return (
+        f"The model is compiled and will be frozen {n_freezings} times; compiled anew each time, for training and "
+        f"for evaluation. That may exceed torch._dynamo.config.recompile_limit={limit}, beyond which it runs uncompiled. "
+        f"Set the limit to {needed} or more."
+    )
+
+
+def _changes_in_training(module: nn.Module) -> bool:
+    names = [name for name, buffer in module._buffers.items() if buffer is not None]
+    return any(name.startswith(_UPDATED_IN_TRAINING[0]) or name in _UPDATED_IN_TRAINING for name in names)

@@ -1,0 +1,372 @@
+"""The plan: what a recipe will do to a model, and the whole bill, before any training.
+
+``Blueprint`` is the part that a session needs as well: which layers are sparse, which blocks there are, when each is
+frozen. ``plan`` adds the costs of every epoch. Both only read the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from torch import nn
+
+from spfde.cost import (
+    Accounting,
+    EpochCost,
+    MemoryTimeline,
+    ModelCost,
+    epoch_cost,
+    format_bytes,
+    format_flops,
+    memory_timeline,
+    model_cost,
+    total_cost,
+)
+from spfde.errors import InvalidArgument, Problem, Problems
+from spfde.freezing import FreezePlan, Partition, blocks_to_freeze, find_blocks, solve
+from spfde.recipe import Recipe
+from spfde.sparsity import SparsityMethod, planned_active, select_layers
+from spfde.tracing import Sample, trace, unwrap
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a recipe means for one model and one run length.
+
+    Attributes:
+        cost: FLOPs and sizes of each layer, dense, per sample, in order of execution.
+        partition: the blocks in order of execution, and the head, which is never frozen.
+        sparse_layers: the masked parameters by name.
+        target: active weights of each masked parameter, by name.
+        interval: Δτ in epochs.
+        freeze_plan: when each block is frozen.
+        block_of_layer: index of the block of each layer in ``cost.layers``; the head has index ``len(blocks)``.
+    """
+
+    method: SparsityMethod | None
+    epochs: int
+    cost: ModelCost
+    partition: Partition
+    sparse_layers: Mapping[str, nn.Parameter]
+    target: Mapping[str, int]
+    interval: int
+    freeze_plan: FreezePlan
+    block_of_layer: tuple[int, ...]
+
+    def scheduled_density(self, epoch: int, *, freezing: bool = True) -> list[float]:
+        """Density of each layer in ``cost.layers`` during ``epoch``, the soft bound included.
+
+        A frozen block has been pruned to its target. With ``freezing=False`` nothing is ever frozen.
+        """
+        frozen = self.frozen_layers(epoch) if freezing else [False] * len(self.cost.layers)
+        return [
+            self._density(layer.name, layer.numel, epoch, is_frozen)
+            for layer, is_frozen in zip(self.cost.layers, frozen, strict=True)
+        ]
+
+    def target_density(self) -> list[float]:
+        """Density of each layer in ``cost.layers`` at the target, without a soft bound."""
+        return [
+            self.target[layer.name] / layer.numel if layer.name in self.target else 1.0 for layer in self.cost.layers
+        ]
+
+    def frozen_layers(self, epoch: int) -> list[bool]:
+        """For each layer in ``cost.layers``: is it frozen during ``epoch``?"""
+        return self.layers_in_first(self.freeze_plan.n_frozen_at(epoch))
+
+    def layers_in_first(self, n_blocks: int) -> list[bool]:
+        """For each layer in ``cost.layers``: is it in one of the first ``n_blocks`` blocks?"""
+        return [block < n_blocks for block in self.block_of_layer]
+
+    def _density(self, name: str, numel: int, epoch: int, is_frozen: bool) -> float:
+        if self.method is None or name not in self.target:
+            return 1.0
+        target = self.target[name]
+        if is_frozen:
+            return target / numel
+        active = planned_active(self.method, target, numel, epoch=epoch, interval=self.interval, epochs=self.epochs)
+        return active / numel
+
+
+def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Blueprint:
+    """Work out what ``recipe`` means for ``model`` over ``epochs``.
+
+    Raises:
+        InvalidArgument: the model cannot be traced with the sample, has no prunable layers or no block to freeze, the
+            interval is longer than the run, or the FLOPs reduction cannot be reached (the most possible is named).
+    """
+    _check_epochs(epochs)
+    interval = recipe.interval(epochs)
+    model = unwrap(model)
+    traced = trace(model, sample)
+    cost = model_cost(traced, model)
+    partition = find_blocks(model, traced, blocks=recipe.freezing.blocks if recipe.freezing is not None else None)
+    method = recipe.sparsity if recipe.is_sparse else None
+    layers: Mapping[str, nn.Parameter] = {}
+    target: Mapping[str, int] = {}
+    if method is not None:
+        weights = [layer.name for layer in cost.layers if layer.weighted]
+        layers = select_layers(model, method, order=weights, head=weights[-1:])
+        target = method.counts({name: tuple(p.shape) for name, p in layers.items()})
+    unfrozen = FreezePlan(freeze_epochs=(None,) * len(partition.blocks), start_epoch=None, reduction=0.0)
+    blueprint = Blueprint(
+        method=method,
+        epochs=epochs,
+        cost=cost,
+        partition=partition,
+        sparse_layers=layers,
+        target=target,
+        interval=interval,
+        freeze_plan=unfrozen,
+        block_of_layer=tuple(_block_at(layer.position, partition) for layer in cost.layers),
+    )
+    if not recipe.freezes:
+        return blueprint
+    return _with_freeze_plan(blueprint, recipe)
+
+
+def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
+    assert recipe.freezing is not None
+    technique, blocks, epochs = recipe.freezing, blueprint.partition.blocks, blueprint.epochs
+    if not blocks:
+        raise InvalidArgument(
+            Problem(
+                "freezing",
+                technique,
+                f"the model has no block that can be frozen ({blueprint.partition.reason})",
+                "Train it without freezing, or name the blocks with ProgressiveFreezing(blocks=...).",
+            )
+        )
+    forward = [layer.forward_flops for layer in blueprint.cost.layers]
+    backward = [[0.0] * epochs for _ in blocks]
+    total = 0.0
+    for epoch in range(epochs):
+        density = blueprint.scheduled_density(epoch, freezing=False)
+        for flops, share, block in zip(forward, density, blueprint.block_of_layer, strict=True):
+            total += 3 * flops * share
+            if block < len(blocks):
+                backward[block][epoch] += 2 * flops * share
+    sizes = [block.n_layers for block in blocks]
+    solved = solve(
+        backward,
+        total,
+        flops_reduction=technique.flops_reduction,
+        interval=blueprint.interval,
+        epochs=epochs,
+        n_blocks=blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction),
+        start_epoch=technique.start_epoch,
+    )
+    return replace(blueprint, freeze_plan=solved)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The freeze timeline and the bill of a run that has not started. Every figure is modelled.
+
+    Attributes:
+        recipe: the recipe.
+        blueprint: what the recipe means for the model.
+        epoch_costs: cost of each epoch.
+        memory: bytes by accounting: "paper" (frozen activations still counted, as in the paper's figure 4) and
+            "actual" (what the masked engine and autograd really hold).
+        samples: size of the whole training set.
+        partial_samples: samples in use in each epoch.
+        batch_size: samples in a step.
+    """
+
+    recipe: Recipe
+    blueprint: Blueprint
+    epoch_costs: tuple[EpochCost, ...]
+    memory: Mapping[str, MemoryTimeline]
+    samples: int
+    partial_samples: int
+    batch_size: int
+
+    @property
+    def cost(self) -> EpochCost:
+        """The whole run's cost and savings."""
+        return total_cost(self.epoch_costs)
+
+    @property
+    def training_flops(self) -> int:
+        """Training FLOPs of the whole run."""
+        return self.cost.training_flops
+
+    @property
+    def dense_training_flops(self) -> int:
+        """Training FLOPs of the dense, unfrozen model on the whole data set over as many epochs."""
+        return self.cost.dense_training_flops
+
+    @property
+    def flops_ratio(self) -> float:
+        """Training FLOPs against the dense baseline."""
+        return self.training_flops / self.dense_training_flops if self.dense_training_flops else 1.0
+
+    @property
+    def start_epoch(self) -> int | None:
+        """Epoch at which the first block is frozen (T_frz); None where nothing is frozen."""
+        return self.blueprint.freeze_plan.start_epoch
+
+    @property
+    def freeze_epochs(self) -> tuple[int | None, ...]:
+        """Freeze epoch of each block, None where a block is never frozen."""
+        return self.blueprint.freeze_plan.freeze_epochs
+
+    @property
+    def savings(self) -> dict[str, int]:
+        """FLOPs saved by each source; what dense gradients add counts as negative."""
+        cost = self.cost
+        return {
+            "sparsity": cost.saved_by_sparsity,
+            "freezing": cost.saved_by_freezing,
+            "sieving": cost.saved_by_sieving,
+            "dense_gradients": -cost.dense_gradient_flops,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, as ``spfde plan --json`` prints them."""
+        blueprint = self.blueprint
+        return {
+            "training_flops": self.training_flops,
+            "dense_training_flops": self.dense_training_flops,
+            "flops_ratio": self.flops_ratio,
+            "start_epoch": self.start_epoch,
+            "freeze_epochs": list(self.freeze_epochs),
+            "block_names": [block.name for block in blueprint.partition.blocks],
+            "freezing_reduction": blueprint.freeze_plan.reduction,
+            "savings": self.savings,
+            "memory": {name: _memory_dict(timeline) for name, timeline in self.memory.items()},
+            "epochs": blueprint.epochs,
+            "update_interval_epochs": blueprint.interval,
+            "samples": self.samples,
+            "partial_samples": self.partial_samples,
+            "batch_size": self.batch_size,
+            "parameters": blueprint.cost.n_parameters,
+            "sparse_tensors": len(blueprint.target),
+            "uncounted": dict(blueprint.cost.uncounted),
+            "recipe": self.recipe.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        dense = self.dense_training_flops
+        lines = [
+            f"Plan: {self.blueprint.epochs} epochs of {self.partial_samples:,} of {self.samples:,} samples "
+            "(every figure is modelled)",
+            "",
+            f"training FLOPs   {format_flops(self.training_flops):>12}   {self.flops_ratio:.1%} of dense "
+            f"({format_flops(dense)})",
+        ]
+        lines += [
+            f"  {source.replace('_', ' '):<15}{format_flops(-saved):>12}   {-saved / dense:+.1%}"
+            for source, saved in self.savings.items()
+            if saved
+        ]
+        lines += ["", self._timeline(), ""]
+        for name, timeline in self.memory.items():
+            lines.append(
+                f"memory, {name + ' accounting':<18} least {format_bytes(timeline.minimum):>10}, "
+                f"average {format_bytes(timeline.average):>10}; dense {format_bytes(timeline.dense):>10}: "
+                f"{timeline.minimum_of_dense:.1%} and {timeline.average_of_dense:.1%}"
+            )
+        left_out = ", ".join(f"{name} x{calls}" for name, calls in self.blueprint.cost.uncounted.items()) or "nothing"
+        lines += ["", f"not counted in FLOPs: {left_out}"]
+        return "\n".join(lines)
+
+    def _timeline(self) -> str:
+        if self.start_epoch is None:
+            return "freezing: none"
+        lines = [
+            f"freezing: from epoch {self.start_epoch}, one block each {self.blueprint.interval} epochs, "
+            f"{self.blueprint.freeze_plan.reduction:.1%} of the sparse training FLOPs"
+        ]
+        for block, at in zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True):
+            lines.append(f"  {block.name:<24} {'never' if at is None else f'epoch {at}'}")
+        return "\n".join(lines)
+
+
+def _memory_dict(timeline: MemoryTimeline) -> dict[str, float]:
+    return {
+        "dense": timeline.dense,
+        "sparse": timeline.sparse,
+        "minimum": timeline.minimum,
+        "average": timeline.average,
+        "minimum_of_dense": timeline.minimum_of_dense,
+        "average_of_dense": timeline.average_of_dense,
+        "minimum_of_sparse": timeline.minimum_of_sparse,
+        "average_of_sparse": timeline.average_of_sparse,
+    }
+
+
+def plan(
+    model: nn.Module,
+    sample: Sample,
+    recipe: Recipe,
+    epochs: int,
+    samples: int,
+    *,
+    batch_size: int = 64,
+) -> Plan:
+    """The freeze timeline and the whole bill of a run, before training and without data.
+
+    Args:
+        model: the model; it is only read.
+        sample: inputs of one small batch, real or made up: only shapes count.
+        recipe: the recipe.
+        epochs: length of the run.
+        samples: size of the whole training set.
+        batch_size: for the memory model and for methods that compute dense gradients at some steps.
+
+    Raises:
+        InvalidArgument: see ``draw``; also a count below 1.
+    """
+    problems = Problems()
+    if not isinstance(recipe, Recipe):
+        problems.add("recipe", recipe, "must be a spfde.Recipe", "Take one of spfde.presets or make one.")
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            problems.add(name, value, "must be at least 1", "Pass the number of samples.")
+    problems.raise_if_any()
+    blueprint = draw(model, sample, recipe, epochs)
+    partial = samples - (recipe.sieving.n_removed(samples) if recipe.sieving is not None else 0)
+    layers = blueprint.cost.layers
+    schedule = [(blueprint.scheduled_density(e), blueprint.frozen_layers(e)) for e in range(epochs)]
+    costs = tuple(
+        epoch_cost(
+            blueprint.cost.forward,
+            density,
+            frozen,
+            samples=partial,
+            population=samples,
+            dense_gradient_samples=min(batch_size, partial) if takes_dense_gradients(blueprint, epoch) else 0,
+        )
+        for epoch, (density, frozen) in enumerate(schedule)
+    )
+    target = blueprint.target_density()
+    memory = {
+        name: memory_timeline(layers, schedule, target_density=target, batch_size=batch_size, accounting=name)
+        for name in get_args(Accounting)
+    }
+    return Plan(recipe, blueprint, costs, memory, samples, partial, batch_size)
+
+
+def takes_dense_gradients(blueprint: Blueprint, epoch: int) -> bool:
+    """Is there a mutation in ``epoch`` that needs the gradient of every weight?"""
+    method = blueprint.method
+    if method is None or method.gradients != "dense":
+        return False
+    is_beat = 0 < epoch < blueprint.epochs - 1 and epoch % blueprint.interval == 0
+    return is_beat and method.drop_fraction_at(epoch / blueprint.epochs) > 0
+
+
+def _check_epochs(epochs: int) -> None:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise InvalidArgument(Problem("epochs", epochs, "must be a whole number from 1 on", "Pass the run's length."))
+
+
+def _block_at(position: int, partition: Partition) -> int:
+    for index, block in enumerate(partition.blocks):
+        if block.start <= position < block.stop:
+            return index
+    return len(partition.blocks)

@@ -1,0 +1,584 @@
+"""The session: the only room where sparsity, freezing, sieving and their cost meet.
+
+``attach`` hooks a recipe into somebody's model, optimizer and loader. Everything that changes the network's structure
+happens at the top of an epoch, in this order: the sieve turns, weights are dropped and grown, blocks are frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
+from spfde.door import check_optimizer, check_sieving, check_single_process, choose_engine, warn_of_recompiles
+from spfde.errors import InvalidArgument, Problem, Problems, UsageError
+from spfde.fit import STATE_FORMAT, check_fit
+from spfde.freezing import Freezer, GroupRates
+from spfde.planning import Blueprint, draw
+from spfde.recipe import Recipe
+from spfde.sieving import (
+    ForgettingCounter,
+    Observer,
+    Sieve,
+    SievedBatchSampler,
+    SievedLoader,
+    build_loader,
+    check_loader,
+    correct_from,
+    loader_generators,
+    population_of,
+)
+from spfde.sparsity import Masker
+from spfde.tracing import Sample, sample_from, unwrap
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    *,
+    epochs: int,
+    seed: int = 0,
+    engine: str = "auto",
+    sample: Sample | None = None,
+) -> Session:
+    """Attach a recipe to a training loop.
+
+    The model and the optimizer stay the caller's own: hooks are added, nothing is wrapped. Everything that can be wrong
+    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order.
+
+    Args:
+        model: the model, on the device where it will be trained.
+        optimizer: the optimizer; it must hold exactly the model's trainable parameters.
+        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
+        recipe: what to save, and how.
+        epochs: length of the run.
+        seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels; not in this version) or "auto".
+        sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
+            default taken from the data set's first item.
+
+    Raises:
+        InvalidArgument: with every problem that was found, each with its remedy.
+    """
+    if not isinstance(recipe, Recipe):
+        raise InvalidArgument(
+            Problem("recipe", recipe, "must be a spfde.Recipe", "Take one of spfde.presets or make one.")
+        )
+    chosen = choose_engine(engine)
+    problems = Problems()
+    problems.found.extend(check_optimizer(unwrap(model), optimizer))
+    problems.found.extend(check_loader(loader))
+    if not problems.found and recipe.sieving is not None:
+        problems.found.extend(check_sieving(loader, recipe, epochs))
+    problems.raise_if_any()
+    if not recipe.is_neutral:
+        check_single_process()
+    sample = sample_from(loader, model) if sample is None else sample
+    blueprint = draw(model, sample, recipe, epochs)
+    warn_of_recompiles(model, blueprint)
+    return Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
+
+
+Phase = Literal["between", "begun", "running", "drained"]
+"""Where in an epoch the session stands: before its top, at its top, among its batches, or with all batches drawn."""
+
+
+@dataclass
+class Clock:
+    """The one clock, and what was counted since the top of the epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    phase: Phase = "between"
+    steps: int = 0
+    samples_drawn: int = 0
+    samples_observed: int = 0
+    sieve_moved: int = 0
+    seconds: float = 0.0
+
+    def begin_epoch(self) -> None:
+        self.phase = "begun"
+        self.steps = self.samples_drawn = self.samples_observed = self.sieve_moved = 0
+        self.seconds = 0.0
+
+
+class Session:
+    """A recipe attached to a training loop; made by ``attach``.
+
+    Attributes:
+        loader: a DataLoader over the partial set, with the arguments of the caller's.
+        recipe: as attached, as are ``engine`` and ``seed``.
+        blueprint: which layers are sparse, which blocks there are, when each is frozen.
+        cost: the bill so far, one row per finished epoch: modelled FLOPs, measured seconds and memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        recipe: Recipe,
+        *,
+        blueprint: Blueprint,
+        seed: int,
+        engine: str,
+    ) -> None:
+        self.recipe, self.engine, self.seed, self.blueprint = recipe, engine, seed, blueprint
+        self.cost = Ledger(uncounted=blueprint.cost.uncounted)
+        self._model, self._optimizer = unwrap(model), optimizer
+        self._clock = Clock()
+        self._attached = True
+        self._loaded_drained = False
+        self._started: float | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+
+        # The order of what follows is the order in which the generator is drawn from: keep it.
+        self._masker = self._make_masker()
+        self._freezer = Freezer(self._model, blueprint.partition.blocks, optimizer)
+        self._rates = self._make_rates()
+        self._population = population_of(loader)
+        self._sieve: Sieve | None = None
+        if recipe.sieving is not None and recipe.sieves:
+            self._sieve = Sieve(self._population, recipe.sieving, generator=self._generator)
+        self.loader = self._make_loader(loader)
+        self._counter: ForgettingCounter | None = None
+        self._observer: Observer | None = None
+        if self._sieve is not None:
+            self._counter = ForgettingCounter(int(self._population.max()) + 1)
+            self._observer = Observer(self._counter, self.loader)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if self._masker is not None:
+            self._masker.install()
+
+    # --- the clock -------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that runs now or comes next, from 0."""
+        return self._clock.epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._clock.step
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, each begun; a loaded state goes on where it was taken.
+
+        Leaving the loop early does not end the epoch.
+        """
+        self._check_attached()
+        if self._loaded_drained:
+            self.end_epoch()
+        while self.epoch < self.blueprint.epochs:
+            self._begin_epoch()
+            epoch = self.epoch
+            yield epoch
+            # A callback in the loop's body may have ended it.
+            if self.epoch == epoch:
+                self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Close the running epoch: its row goes into the bill. ``epochs`` calls it; callbacks call it themselves.
+
+        Raises:
+            UsageError: no epoch is running, or samples were sieved without being observed.
+        """
+        self._check_attached()
+        clock = self._clock
+        if clock.phase == "between":
+            raise UsageError(
+                "end_epoch() was called while no epoch is running. Call it once after the batches of an epoch; "
+                "session.epochs() calls it for you."
+            )
+        self._check_observed()
+        self._stop_watch()
+        self.cost.add(self._row())
+        clock.epoch += 1
+        clock.phase = "between"
+        self._loaded_drained = False
+
+    def _begin_epoch(self) -> None:
+        clock = self._clock
+        if clock.phase != "between" or clock.epoch >= self.blueprint.epochs:
+            return
+        clock.begin_epoch()
+        self._started = time.perf_counter()
+        if self._observer is not None:
+            self._observer.begin_epoch()
+        self._turn_sieve()
+        if self._masker is not None:
+            self._masker.reset_epoch_counters()
+            self._masker.begin_epoch(clock.epoch, self._freezer.frozen_parameters)
+        self._freeze_to(self.blueprint.freeze_plan.n_frozen_at(clock.epoch))
+        if self._rates is not None:
+            self._rates.apply(clock.epoch)
+
+    def _turn_sieve(self) -> None:
+        epoch, last = self.epoch, self.blueprint.epochs - 1
+        if self._sieve is None or not 0 < epoch < last or epoch % self.blueprint.interval:
+            return
+        assert self._counter is not None
+        difficulty = self._counter.difficulty(self._sieve.technique.never_learned)
+        self._clock.sieve_moved = self._sieve.update(difficulty[self._population]).moved
+        self._counter.reset()
+
+    def _freeze_to(self, n_blocks: int) -> None:
+        blocks = self.blueprint.partition.blocks[self._freezer.n_frozen : n_blocks]
+        if not blocks:
+            return
+        if self._masker is not None:
+            # A block under a soft bound must not stay above its target for good.
+            self._masker.prune_to_target([name for block in blocks for name in block.parameters])
+        self._freezer.freeze_to(n_blocks)
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        logits: Tensor | None = None,
+        y: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        correct: Tensor | None = None,
+        loss: Tensor | None = None,
+    ) -> None:
+        """Tell the sieve how a batch went: once a batch, anywhere in the loop's body. Without a sieve it does nothing.
+
+        Args:
+            logits: the model's output for the batch, [N, classes].
+            y: class labels, [N].
+            indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
+            correct: instead of logits and y: which samples the model got right, bool [N].
+            loss: instead: the loss of each sample, [N]; for tasks without right and wrong.
+
+        Raises:
+            UsageError: called twice for a batch, or before any batch.
+            InvalidArgument: not exactly one kind of evidence, or lengths that differ.
+        """
+        self._check_attached()
+        if self._observer is not None:
+            self._observer.report(correct_from(logits, y, correct=correct, loss=loss), indices)
+
+    def _check_observed(self) -> None:
+        if self._observer is not None and not self._loaded_drained:
+            self._observer.check_reported()
+            self._observer.check_any(self._clock.steps)
+
+    def _on_loader_start(self) -> None:
+        if self._loaded_drained:
+            # A state from the bottom of an epoch, loaded by a loop that does not ask for epochs().
+            self.end_epoch()
+        if self._observer is not None:
+            self._observer.check_reported()
+        self._begin_epoch()
+        self._drawn_before = self._clock.samples_drawn
+
+    def _on_batch(self, indices: Tensor | None) -> None:
+        clock = self._clock
+        if clock.epoch >= self.blueprint.epochs:
+            return
+        if self._observer is not None:
+            self._observer.await_report()
+        clock.phase = "running"
+        clock.samples_drawn = self._drawn_before + self.loader.samples_handed
+
+    def _on_loader_end(self) -> None:
+        if self._clock.phase in ("begun", "running"):
+            self._clock.phase = "drained"
+            self._stop_watch()
+
+    def _before_step(self, *_: Any) -> None:
+        self._begin_epoch()
+
+    def _after_step(self, *_: Any) -> None:
+        clock = self._clock
+        if clock.phase == "begun":
+            # A batch from elsewhere: only the end of the epoch can be resumed from now on.
+            clock.phase = "running"
+        clock.step += 1
+        clock.steps += 1
+
+    # --- what there is to see ----------------------------------------------------------------------------------------
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Number of frozen blocks."""
+        return self._freezer.n_frozen
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Masks by parameter name; True where the weight exists."""
+        return dict(self._masker.masks) if self._masker is not None else {}
+
+    @property
+    def density(self) -> float:
+        """Active share of the masked tensors; 1.0 where none is masked."""
+        if self._masker is None:
+            return 1.0
+        masks = self._masker.masks
+        return sum(map(self._masker.n_active, masks)) / sum(mask.numel() for mask in masks.values())
+
+    @property
+    def partial_set(self) -> Tensor:
+        """Indices of the samples in use, ascending."""
+        return self._sieve.partial if self._sieve is not None else self._population
+
+    @property
+    def removed_set(self) -> Tensor:
+        """Indices of the samples that are out, the queue's head first."""
+        return self._sieve.removed if self._sieve is not None else self._population[:0]
+
+    @property
+    def sieve_turnover(self) -> Mapping[str, int]:
+        """Samples moved at the top of this epoch, and distinct samples used so far."""
+        used = self._sieve.turnover.ever_used if self._sieve is not None else len(self._population)
+        return {"moved": self._clock.sieve_moved, "ever_used": used}
+
+    def _row(self) -> LedgerRow:
+        model_cost, n_frozen = self.blueprint.cost, self._freezer.n_frozen
+        density = model_cost.densities(self._masker.densities() if self._masker is not None else {})
+        frozen = self.blueprint.layers_in_first(n_frozen)
+        dense_steps = self._masker.dense_gradient_steps if self._masker is not None else 0
+        samples = self._samples_seen()
+        cost = epoch_cost(
+            model_cost.forward,
+            density,
+            frozen,
+            samples=samples,
+            population=self._baseline_samples,
+            dense_gradient_samples=dense_steps * self._batch_size,
+        )
+        memory = memory_of(model_cost.layers, density, frozen, batch_size=self._batch_size, accounting="actual")
+        return LedgerRow(
+            **dataclasses.asdict(cost),
+            epoch=self.epoch,
+            samples=samples,
+            steps=self._clock.steps,
+            density=self.density,
+            frozen_blocks=n_frozen,
+            partial_samples=len(self.partial_set),
+            seconds=self._clock.seconds,
+            peak_memory_bytes=peak_bytes(self._device),
+            modelled_memory_bytes=memory.total,
+            # The largest: the rate of the blocks that learn longest.
+            lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
+        )
+
+    def _samples_seen(self) -> int:
+        observed = self._observer.samples if self._observer is not None else 0
+        return self._clock.samples_drawn or observed or self._clock.steps * self._batch_size
+
+    def _stop_watch(self) -> None:
+        if self._started is not None:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._clock.seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def __repr__(self) -> str:
+        blueprint, blocks = self.blueprint, self.blueprint.partition.blocks
+        masked = list(self.masks)
+        state = "attached" if self._attached else "detached"
+        lines = [
+            f"Session({state}, engine={self.engine}, epoch {self.epoch} of {blueprint.epochs}, step {self.step})",
+            f"  sparsity: {f'{self.recipe.sparsity!r}, density now {self.density:.4f}' if masked else 'none'}",
+            f"  freezing: {self.frozen_blocks} of {len(blocks)} blocks frozen; "
+            f"freeze epochs {list(blueprint.freeze_plan.freeze_epochs)}",
+            f"  sieving: {len(self.partial_set):,} of {len(self._population):,} samples in use",
+            f"  learning rate: {'the caller’s' if self._rates is None else repr(self.recipe.learning_rate)}",
+        ]
+        if self._attached:
+            lines.append("  hooked: the optimizer's steps (clock)")
+            if masked:
+                lines.append(f"  hooked: the optimizer's steps and the gradients of {len(masked)} tensors (masks):")
+                lines += [f"    {name}" for name in masked]
+            if self._rates is not None:
+                lines.append(f"  split: the optimizer's groups, by block, into {len(self._optimizer.param_groups)}")
+        return "\n".join(lines)
+
+    # --- attaching and detaching -----------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    def _make_masker(self) -> Masker | None:
+        blueprint = self.blueprint
+        if blueprint.method is None:
+            return None
+        return Masker(
+            blueprint.sparse_layers,
+            self._optimizer,
+            blueprint.method,
+            generator=self._generator,
+            interval=blueprint.interval,
+            epochs=blueprint.epochs,
+        )
+
+    def _make_rates(self) -> GroupRates | None:
+        technique, blueprint = self.recipe.learning_rate, self.blueprint
+        if technique is None:
+            return None
+        blocks = blueprint.partition.blocks
+        by_name = dict(self._model.named_parameters())
+        block_of = {id(by_name[name]): index for index, block in enumerate(blocks) for name in block.parameters}
+        stops = [blueprint.epochs if at is None else at for at in blueprint.freeze_plan.freeze_epochs]
+        return GroupRates(self._optimizer, block_of, [*stops, blueprint.epochs], technique)
+
+    def _make_loader(self, loader: DataLoader[Any]) -> SievedLoader:
+        assert loader.batch_size is not None, "the door lets no such loader in"
+        self._batch_size = loader.batch_size
+        self._baseline_samples = _samples_per_epoch(loader)
+        keep: Callable[[], Tensor | None] = self._sieve.keep if self._sieve is not None else _keep_all
+        sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep)
+        built = build_loader(loader, sampler)
+        # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
+        session = weakref.ref(self)
+
+        def while_attached(act: Callable[[Session], None]) -> None:
+            alive = session()
+            if alive is not None and alive._attached:
+                act(alive)
+
+        built.on_start = lambda: while_attached(Session._on_loader_start)
+        built.on_batch = lambda indices: while_attached(lambda alive: alive._on_batch(indices))
+        built.on_end = lambda: while_attached(Session._on_loader_end)
+        return built
+
+    def detach(self) -> None:
+        """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.
+
+        The weights stay as they are, zeros included; ``masks`` and ``cost`` can still be read.
+        """
+        if not self._attached:
+            return
+        self._attached = False
+        for handle in self._handles:
+            handle.remove()
+        if self._masker is not None:
+            self._masker.remove()
+        self._freezer.unfreeze_all()
+        if self._rates is not None:
+            self._rates.join()
+
+    def infer_masks(self) -> None:
+        """Take the masks from the model's zeros, after loading a sparse checkpoint that came without a session.
+
+        Raises:
+            StateMismatch: the model is denser than the recipe allows.
+            UsageError: the recipe has no sparsity.
+        """
+        self._check_attached()
+        if self._masker is None:
+            raise UsageError("infer_masks() needs a recipe with sparsity. Attach with Recipe(sparsity=...).")
+        self._masker.infer_masks()
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise UsageError("the session is detached. Call spfde.attach again to go on.")
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the session remembers, as tensors and primitives.
+
+        Raises:
+            UsageError: taken between two batches of an epoch; only the top and the bottom of an epoch can be resumed.
+        """
+        self._check_attached()
+        if self._clock.phase == "running":
+            raise UsageError(
+                "state_dict() was called between two batches. Take it at the top of an epoch, or after its last batch "
+                "(with batches from elsewhere, after end_epoch())."
+            )
+        if self._clock.phase == "drained":
+            self._check_observed()
+        self._clock.samples_observed = self._observer.samples if self._observer is not None else 0
+        return {
+            "format": STATE_FORMAT,
+            "recipe": self.recipe.to_dict(),
+            "engine": self.engine,
+            "fit": self._fit(),
+            "seed": self.seed,
+            "clock": dataclasses.asdict(self._clock),
+            "generator": self._generator.get_state(),
+            "loader_generators": [generator.get_state() for generator in loader_generators(self.loader)],
+            "cost": self.cost.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken. Load the model and the optimizer first.
+
+        Raises:
+            StateMismatch: the state is from another recipe, model, run length, data set or version.
+        """
+        self._check_attached()
+        check_fit(state, recipe=self.recipe.to_dict(), fit=self._fit())
+        if state["engine"] != self.engine:
+            self.engine = choose_engine(state["engine"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state["parts"][name])
+        self._generator.set_state(state["generator"].cpu())
+        for generator, saved in zip(loader_generators(self.loader), state["loader_generators"], strict=True):
+            generator.set_state(saved.cpu())
+        self.cost.load_state_dict(state["cost"])
+        self.seed = state["seed"]
+        self._clock = Clock(**state["clock"])
+        self._loaded_drained = self._clock.phase == "drained"
+        self._started = time.perf_counter() if self._clock.phase == "begun" else None
+        if self._observer is not None:
+            self._observer.begin_epoch()
+            self._observer.samples = self._clock.samples_observed
+
+    def _parts(self) -> dict[str, Any]:
+        """The parts that remember something, by name, in the order in which they are loaded."""
+        parts = {
+            "freezer": self._freezer,
+            "masker": self._masker,
+            "rates": self._rates,
+            "sieve": self._sieve,
+            "counter": self._counter,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _fit(self) -> dict[str, Any]:
+        """What a state must agree on with the session that it is loaded into."""
+        return {
+            "epochs": self.blueprint.epochs,
+            "interval": self.blueprint.interval,
+            "samples": len(self._population),
+            "batch_size": self._batch_size,
+            "parameters": {name: list(p.shape) for name, p in self._model.named_parameters()},
+            "blocks": [block.name for block in self.blueprint.partition.blocks],
+            "loader_generators": len(loader_generators(self.loader)),
+        }
+
+
+def _samples_per_epoch(loader: DataLoader[Any]) -> int:
+    """Samples that the plain loop trains on in an epoch."""
+    assert loader.batch_size is not None
+    try:
+        drawn = len(loader.sampler)  # type: ignore[arg-type]  # samplers need not have a length
+    except TypeError:
+        drawn = len(loader.dataset)  # type: ignore[arg-type]
+    return drawn - drawn % loader.batch_size if loader.drop_last else drawn
+
+
+def _keep_all() -> None:
+    """Nothing is removed."""

@@ -1,0 +1,123 @@
+"""How many weights each layer keeps: integers that add up, rounded in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from spfde.errors import InvalidArgument, Problem
+
+
+def round_half_up(value: float) -> int:
+    """The nearest integer, halves upwards; noise below 1e-6, as in ``(1 - 0.9) * 5``, does not decide."""
+    return math.floor(round(value, 6) + 0.5)
+
+
+def active_count(numel: int, sparsity: float) -> int:
+    """Number of active weights in a tensor of ``numel`` elements at ``sparsity``.
+
+    Rounded half up, and never 0 while ``sparsity < 1``: a layer without weights would cut the network in two.
+    """
+    if numel == 0 or sparsity >= 1.0:
+        return 0
+    return max(1, round_half_up((1.0 - sparsity) * numel))
+
+
+def uniform(
+    shapes: Mapping[str, Sequence[int]], sparsity: float, *, overrides: Mapping[str, float] | None = None
+) -> dict[str, int]:
+    """Active weights per layer when every layer has the same sparsity.
+
+    Args:
+        shapes: shape of each layer's weight, by name.
+        sparsity: share of inactive weights, in [0, 1).
+        overrides: sparsity by name pattern (``fnmatch``); the last pattern that matches wins.
+
+    Returns:
+        The count of active weights of each layer, in the order of ``shapes``.
+    """
+    counts = {}
+    for name, shape in shapes.items():
+        own = override_for(name, overrides or {})
+        counts[name] = active_count(math.prod(shape), sparsity if own is None else own)
+    return counts
+
+
+def erk(
+    shapes: Mapping[str, Sequence[int]], sparsity: float, *, overrides: Mapping[str, float] | None = None
+) -> dict[str, int]:
+    """Active weights per layer by Erdős–Rényi-Kernel: density in proportion to (sum of dims) / (product of dims).
+
+    Layers that would need more than all their weights become dense and the rest share what is left. The counts add
+    up to ``active_count(total, sparsity)`` exactly, by largest remainder; every layer keeps at least one weight.
+
+    Args:
+        shapes: shape of each layer's weight, by name.
+        sparsity: share of inactive weights over all layers together, in [0, 1).
+        overrides: sparsity by name pattern; such layers are fixed and the others absorb the difference.
+
+    Returns:
+        The count of active weights of each layer, in the order of ``shapes``.
+
+    Raises:
+        InvalidArgument: the overrides leave the other layers more, or fewer, weights than they can have.
+
+    Source: Evci et al., "Rigging the Lottery" (arXiv 1911.11134), section 3.
+    """
+    numel = {name: math.prod(shape) for name, shape in shapes.items()}
+    fixed = {}
+    for name in shapes:
+        own = override_for(name, overrides or {})
+        if own is not None:
+            fixed[name] = active_count(numel[name], own)
+    free = [name for name in shapes if name not in fixed]
+    if not free:
+        return fixed
+    budget = active_count(sum(numel.values()), sparsity) - sum(fixed.values())
+    if not len(free) <= budget <= sum(numel[name] for name in free):
+        raise InvalidArgument(_impossible_budget(sparsity, budget, len(free), sum(numel[name] for name in free)))
+    ideal = _erk_ideal({name: sum(shapes[name]) for name in free}, {name: numel[name] for name in free}, budget)
+    shared = _apportion(ideal, {name: numel[name] for name in free}, budget)
+    return {name: fixed[name] if name in fixed else shared[name] for name in shapes}
+
+
+def override_for(name: str, overrides: Mapping[str, float]) -> float | None:
+    """The sparsity that ``overrides`` gives to ``name``; the last pattern that matches wins, None when none does."""
+    found = [sparsity for pattern, sparsity in overrides.items() if fnmatchcase(name, pattern)]
+    return found[-1] if found else None
+
+
+def _erk_ideal(dims: Mapping[str, int], numel: Mapping[str, int], budget: int) -> dict[str, float]:
+    """Real-valued counts ``min(numel, scale * dims)`` that add up to ``budget``."""
+    dense: set[str] = set()
+    while True:
+        rest = [name for name in dims if name not in dense]
+        if not rest:
+            return {name: float(numel[name]) for name in dims}
+        scale = (budget - sum(numel[name] for name in dense)) / sum(dims[name] for name in rest)
+        overfull = {name for name in rest if scale * dims[name] > numel[name]}
+        if not overfull:
+            return {name: float(numel[name]) if name in dense else scale * dims[name] for name in dims}
+        dense |= overfull
+
+
+def _apportion(ideal: Mapping[str, float], numel: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Integers next to ``ideal`` between 1 and ``numel`` that add up to ``budget``: largest remainder, first wins."""
+    counts = {name: min(numel[name], max(1, math.floor(round(value, 6)))) for name, value in ideal.items()}
+    while (missing := budget - sum(counts.values())) != 0:
+        step = 1 if missing > 0 else -1
+        movable = [name for name in counts if 1 <= counts[name] + step <= numel[name]]
+        movable.sort(key=lambda name: step * (counts[name] - ideal[name]))
+        for name in movable[: abs(missing)]:
+            counts[name] += step
+    return counts
+
+
+def _impossible_budget(sparsity: float, budget: int, layers: int, available: int) -> Problem:
+    return Problem(
+        "sparsity",
+        sparsity,
+        f"leaves {budget} active weights to {layers} layers that can have {layers} to {available}",
+        "Change the sparsity or the overrides, or use distribution='uniform'.",
+    )

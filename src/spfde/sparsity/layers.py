@@ -1,0 +1,146 @@
+"""Which tensors of a model are masked, and one such tensor with its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from spfde.errors import InvalidArgument, Problem, Problems, nearest
+from spfde.sparsity.masks import keep_bits
+from spfde.sparsity.methods import SparsityMethod
+
+_WEIGHTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class MaskedWeight:
+    """One masked weight: its parameter, its mask and its counts.
+
+    Attributes:
+        name: qualified name of the parameter.
+        parameter: the weight.
+        numel: number of all its elements.
+        target: number of active weights by the distribution.
+        active: number of active weights now.
+        mask: boolean, of the weight's shape, device and memory layout.
+        bits: the mask in the form that is applied, see :func:`spfde.sparsity.masks.keep_bits`.
+        clean: identity and version of the gradient that was masked last in this step; None between steps.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, target: int) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.numel = parameter.numel()
+        self.target = target
+        self.clean: tuple[int, int] | None = None
+        self.set_mask(torch.ones(parameter.shape, dtype=torch.bool), self.numel)
+
+    def set_mask(self, mask: Tensor, n_active: int) -> None:
+        # Laid out like the weight (channels_last), a mask is applied without strided copies.
+        self.mask = torch.empty_like(self.parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
+        self.bits = keep_bits(self.mask)
+        self.active = n_active
+
+    def follow(self, *, layout: bool = False) -> None:
+        """Move the mask to where ``model.to(...)`` has moved the weight since, and on request lay it out alike."""
+        moved = self.bits.device != self.parameter.device
+        if moved or (layout and self.bits.stride() != self.parameter.stride()):
+            self.set_mask(self.mask, self.active)
+
+
+def select_layers(
+    model: nn.Module, method: SparsityMethod, *, order: Sequence[str], head: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """The weights that ``method`` masks, by qualified name in order of execution.
+
+    Masked are the weights of convolutions, ``nn.Linear`` and ``nn.MultiheadAttention`` that run and learn; never
+    norms, biases, embeddings (nor a weight shared with one), one-dimensional tensors and parameters without gradient.
+    With sparsity 0 everywhere nothing is masked.
+
+    Args:
+        model: the user's own module.
+        method: its ``include``, ``exclude``, ``overrides``, ``dense_first`` and ``dense_head`` decide.
+        order: names of the weights in order of execution; what is missing here never runs and is left alone.
+        head: names of the parameters of the classifier head.
+
+    Raises:
+        InvalidArgument: a pattern matches nothing, or nothing is left to mask.
+    """
+    if method.sparsity == 0.0 and not any(method.overrides.values()):
+        return {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    maskable = set(_maskable(model))
+    candidates = [name for name in dict.fromkeys(order) if name in maskable]
+    if not candidates:
+        raise InvalidArgument(_nothing_prunable(model))
+    dense = set(head) if method.dense_head else set()
+    if method.dense_first:
+        dense.add(candidates[0])
+    included = [name for name in candidates if not method.include or _any_match(name, method.include)]
+    included = [name for name in included if not _any_match(name, method.exclude)]
+    selected = [name for name in included if name not in dense]
+    problems = Problems()
+    _check_patterns(problems, method, candidates, selected)
+    if not selected and not problems.found:
+        rule = f"leaves none of the {len(candidates)} prunable layers to mask: {', '.join(candidates)}"
+        remedy = "Widen include and exclude, or set dense_first=False or dense_head=False."
+        problems.add("sparsity", method, rule, remedy)
+    problems.raise_if_any()
+    return {name: parameters[name] for name in selected}
+
+
+def _maskable(model: nn.Module) -> Iterator[str]:
+    """Names of all weights that may be masked, tied ones under each of their names."""
+    embedded = {id(p) for module in model.modules() if isinstance(module, _EMBEDDINGS) for p in module.parameters()}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        names: tuple[str, ...] = ()
+        if isinstance(module, _WEIGHTED):
+            names = ("weight",)
+        elif isinstance(module, nn.MultiheadAttention):
+            names = _ATTENTION_WEIGHTS
+        for name in names:
+            # A parametrised weight is a computed tensor here: its parts are no weights to mask.
+            weight = module._parameters.get(name)
+            if weight is not None and weight.dim() >= 2 and weight.requires_grad and id(weight) not in embedded:
+                yield f"{prefix}.{name}" if prefix else name
+
+
+def _check_patterns(
+    problems: Problems, method: SparsityMethod, candidates: Sequence[str], selected: Sequence[str]
+) -> None:
+    for field, patterns in (("include", method.include), ("exclude", method.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in candidates):
+                problems.add(field, pattern, "matches no prunable weight", nearest(pattern, candidates))
+    for pattern in method.overrides:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            problems.add("overrides", pattern, "matches no prunable weight", nearest(pattern, candidates))
+        elif not any(fnmatchcase(name, pattern) for name in selected):
+            remedy = "Set dense_first=False or dense_head=False, or correct include and exclude."
+            problems.add("overrides", pattern, "matches only weights that stay dense", remedy)
+
+
+def _any_match(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _nothing_prunable(model: nn.Module) -> Problem:
+    remedy = "Use sparsity=None, or a model with convolutions, nn.Linear or nn.MultiheadAttention that learn."
+    return Problem("model", type(model).__name__, "has no prunable layers", remedy)
+
+
+def shapes_of(layers: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    """Shape of each layer's weight, as the distributions take it."""
+    return {name: tuple(p.shape) for name, p in layers.items()}

@@ -1,0 +1,120 @@
+"""Masks: boolean tensors, True where the weight exists. How they are made, inferred, packed and applied.
+
+Flat indices are row-major whatever the memory format, so that a mask depends on the shape and the seed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spfde.errors import InvalidArgument, Problem
+
+# Integer types to reinterpret floats as: clearing bits is exact and several times faster than a product of two types.
+_BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def random_mask(shape: Sequence[int], n_active: int, generator: torch.Generator) -> Tensor:
+    """A mask with exactly ``n_active`` weights chosen uniformly at random, on the CPU."""
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+    mask[torch.randperm(mask.numel(), generator=generator)[:n_active]] = True
+    return mask.view(*shape)
+
+
+def magnitude_mask(weight: Tensor, n_active: int) -> Tensor:
+    """A mask of the ``n_active`` largest weights by magnitude; of equal ones the lower flat index is kept."""
+    return highest(weight.detach().abs(), n_active)
+
+
+def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """The mask of a weight that is already sparse: its non-zeros.
+
+    Args:
+        weight: a tensor with zeros where it is inactive.
+        n_active: number of active weights wanted. Active weights that happen to be zero (just grown ones) cannot be
+            told from inactive ones, so the missing ones are drawn at random. None: the non-zeros alone.
+        generator: needed with ``n_active``.
+
+    Raises:
+        InvalidArgument: there are more non-zeros than ``n_active``.
+    """
+    mask = weight.detach() != 0
+    found = int(mask.sum())
+    if n_active is None or found == n_active:
+        return mask
+    if found > n_active:
+        remedy = "Load a checkpoint of this sparsity, or lower the recipe's sparsity."
+        raise InvalidArgument(Problem("n_active", n_active, f"the weight has {found} non-zeros, which is more", remedy))
+    assert generator is not None, "filling a mask up needs a generator"
+    flat = mask.flatten()
+    empty = (~flat).nonzero().squeeze(1)
+    drawn = torch.randperm(len(empty), generator=generator)[: n_active - found]
+    flat[empty[drawn.to(empty.device)]] = True
+    return flat.view(mask.shape)
+
+
+def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
+    """A mask of the ``n`` highest scores; of equal ones the lower flat index wins, and NaN ranks lowest.
+
+    Args:
+        score: any shape, any real type.
+        n: number of entries to choose, at most the number of candidates.
+        among: boolean mask of the candidates; None: all entries.
+    """
+    flat = score.detach().flatten()
+    candidates = None if among is None else among.flatten().nonzero().squeeze(1)
+    values = flat if candidates is None else flat[candidates]
+    values = torch.nan_to_num(values, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    assert 0 <= n <= len(values), f"cannot choose {n} of {len(values)}"
+    if n == 0:
+        return torch.zeros_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
+    threshold = torch.topk(values, n, sorted=False).values.min()
+    chosen = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    chosen[ties[: n - int(chosen.sum())]] = True
+    if candidates is None:
+        return chosen.view(score.shape)
+    mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+    mask[candidates[chosen]] = True
+    return mask.view(score.shape)
+
+
+def keep_bits(mask: Tensor) -> Tensor:
+    """The mask as int8 with all bits set where the weight exists: what :func:`apply_` takes."""
+    return mask.view(torch.int8).neg()
+
+
+def apply_(tensor: Tensor, bits: Tensor) -> None:
+    """Set ``tensor`` to +0 in place where the mask is False and leave every bit of the others.
+
+    Unlike a product this also clears NaN and infinity, and makes no negative zeros.
+    """
+    if tensor.is_complex():
+        tensor.detach().mul_(bits.abs())
+    else:
+        tensor.detach().view(_BITS_OF[tensor.element_size()]).bitwise_and_(bits)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first."""
+    flat = mask.detach().flatten().to("cpu", torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8))
+    return (flat.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The boolean mask of ``shape`` that :func:`pack` packed, on the CPU.
+
+    Raises:
+        InvalidArgument: the number of bytes does not fit the shape.
+    """
+    numel = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (math.ceil(numel / 8),):
+        found = f"{packed.dtype} of shape {tuple(packed.shape)}"
+        rule = f"a mask of shape {tuple(shape)} takes {math.ceil(numel / 8)} bytes in one dimension"
+        raise InvalidArgument(Problem("packed", found, rule, "Use the state of the same model."))
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[:numel].bool().view(*shape)

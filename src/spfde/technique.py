@@ -1,0 +1,41 @@
+"""The base of every technique: a frozen, validated, printable, comparable set of hyper-parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spfde.errors import InvalidArgument, Problem, nearest
+
+
+class Technique(BaseModel):
+    """Plain data: fields are hyper-parameters, checked when the object is made.
+
+    Raises:
+        InvalidArgument: a field is unknown or breaks its rule; all such fields are named together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InvalidArgument(*_problems(type(self), error)) from None
+
+
+def _problems(technique: type[BaseModel], error: ValidationError) -> list[Problem]:
+    problems = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"]) or technique.__name__
+        if item["type"] == "extra_forbidden":
+            rule, remedy = f"is no field of {technique.__name__}", nearest(path, technique.model_fields)
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            rule = message[:1].lower() + message[1:]
+            field = technique.model_fields.get(str(item["loc"][0])) if item["loc"] else None
+            meaning = field.description if field is not None else None
+            remedy = f"Expected: {meaning}." if meaning else f"See help({technique.__name__})."
+        problems.append(Problem(path, item.get("input"), rule, remedy))
+    return problems
