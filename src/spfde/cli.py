@@ -51,6 +51,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Data = "fashion-mini",
     model: Model = "resnet8",
     recipe: RecipeName = "spfde",
@@ -77,9 +78,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Train a model; with no options, the paper's recipe on the embedded data set."""
-    context = _current_options()
     if resume is not None:
-        given = sorted(context - {"resume", "quiet"})
+        given = sorted(_given_options(context) - {"resume", "quiet"})
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             _fail(
@@ -237,13 +237,10 @@ def _new_folder(options: TrainOptions) -> Path:
     return candidate
 
 
-def _current_options() -> set[str]:
+def _given_options(context: typer.Context) -> set[str]:
     """Names of the options that were given on the command line."""
-    import click
-
-    context = click.get_current_context()
-    source = click.core.ParameterSource.COMMANDLINE
-    return {name for name in context.params if context.get_parameter_source(name) == source}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.errors import InvalidArgument, Problem, nearest
+from spfde.freezing import recompile_warning
 from spfde.planning import Blueprint
 from spfde.recipe import Recipe
 from spfde.sieving import check_fraction, population_of
@@ -91,17 +92,7 @@ def check_single_process() -> None:
 
 
 def warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    if not compiled:
-        return
-    stages = len({at for at in blueprint.freeze_plan.freeze_epochs if at is not None}) + 1
-    config = torch._dynamo.config
-    limit = getattr(config, "recompile_limit", None) or getattr(config, "cache_size_limit", 8)
-    # Training and evaluation are compiled apart at each stage.
-    if 2 * stages > limit:
-        warnings.warn(
-            f"the compiled model is recompiled at each of {stages - 1} freeze epochs, in training and evaluation: "
-            f"{2 * stages} times, and torch._dynamo.config.recompile_limit is {limit}; past it the model runs "
-            f"uncompiled. Set it to {2 * stages} or more.",
-            stacklevel=3,
-        )
+    """Warn where freezing a compiled model would meet torch's limit of recompilations."""
+    warning = recompile_warning(model, len({at for at in blueprint.freeze_plan.freeze_epochs if at is not None}))
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)

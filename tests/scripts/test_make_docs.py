@@ -37,8 +37,10 @@ def faults(make_docs: ModuleType, root: Path, text: str) -> list[str]:
 
 def test_good_links_are_accepted(make_docs: ModuleType, root: Path) -> None:
     text = (
-        "# Title\n[a](docs/guide.md) [b](docs/guide.md#what-it-costs-flops-seconds) [c](#title) [folder](docs/methods/)\n"
-        "[web](https://example.org/x) [mail](mailto:a@example.org) [twice](docs/guide.md#twice-1)\n\n[ref]: docs/guide.md\n"
+        "# Title\n[a](docs/guide.md) [b](docs/guide.md#what-it-costs-flops-seconds) [c](#title)\n"
+        "[folder](docs/methods/) [web](https://example.org/x) [mail](mailto:a@example.org)\n"
+        "[twice](docs/guide.md#twice-1)\n\n"
+        "[ref]: docs/guide.md\n"
     )
     assert faults(make_docs, root, text) == []
 

@@ -358,12 +358,13 @@ def test_pruning_to_target_cancels_a_pending_mutation() -> None:
     assert torch.equal(before, run.mask)
 
 
-def test_a_pending_mutation_ends_with_the_last_epoch() -> None:
-    run = Run(RigL(sparsity=0.7, stop_fraction=1.0))
-    run.masker.begin_epoch(1, ())
-    assert run.masker.pending
-    run.masker.begin_epoch(19, ())
-    assert not run.masker.pending
+def test_a_pending_mutation_ends_with_the_last_epoch_or_with_freezing() -> None:
+    run = Run(RigL(sparsity=0.7), interval=5)
+    run.masker.begin_epoch(5, ())
+    run.masker.begin_epoch(6, ("2.weight",))
+    assert run.masker.pending == ("1.weight",)
+    run.masker.begin_epoch(19, ("1.weight", "2.weight"))
+    assert run.masker.pending == ()
 
 
 SCALED = {"plain": "sgd", "fused": "adamw-fused", "sgd-fused": "sgd-fused"}
@@ -395,6 +396,19 @@ def test_a_step_that_the_scaler_skips_does_not_mutate(method: SparsityMethod, op
     assert not torch.equal(before, run.mask)
     assert run.mask.sum() == 24
     run.check()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-fused", "sgd-fused"])
+def test_a_fused_step_skipped_because_of_another_weight_does_not_mutate(optimizer: str) -> None:
+    run = Run(RigL(sparsity=0.7), optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    run.masker.begin_epoch(1, ())
+    before = run.mask
+    scaler.scale(run.loss()).backward()
+    run.model[3].bias.grad.fill_(float("inf"))
+    scaler.step(run.optimizer)
+    assert torch.equal(before, run.mask)
+    assert run.masker.pending == ("1.weight", "2.weight")
 
 
 def test_a_gradient_that_is_not_finite_puts_the_mutation_off_by_a_step() -> None:
@@ -447,3 +461,17 @@ def test_a_weight_that_is_frozen_and_thawed_is_masked_again() -> None:
     assert (run.weight.grad[~run.mask] == 0).all()
     run.optimizer.step()
     run.check()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [RigL(sparsity=0.7), MEST(sparsity=0.7), SET(sparsity=0.7)])
+def test_masks_follow_a_model_that_moves_after_it_was_attached(method: SparsityMethod) -> None:
+    run = Run(method, "adamw")
+    run.model.cuda()
+    run.x, run.y = run.x.cuda(), run.y.cuda()
+    for epoch in range(3):
+        run.step()
+        run.masker.begin_epoch(epoch, ())
+        run.step()
+        assert run.mask.is_cuda
+        run.check()

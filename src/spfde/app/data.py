@@ -60,7 +60,8 @@ class NamedSet:
 
 def _idx_files(folder: str) -> str:
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    return f"{folder}/raw/: " + ", ".join(f"{name}-ubyte.gz" for name in names)
+    # Unpacked: torchvision takes these as they are, but compares the archives with its own checksums.
+    return f"{folder}/raw/ (unpacked): " + ", ".join(f"{name}-ubyte" for name in names)
 
 
 def _registry() -> dict[str, NamedSet]:

@@ -160,18 +160,18 @@ def recompile_warning(model: nn.Module, n_freezings: int) -> str | None:
     A compiled model is compiled anew after each freezing, once for training and once for evaluation; beyond torch's
     limit it runs without compilation.
     """
-    limit = int(torch._dynamo.config.recompile_limit)
-    needed = 2 * (n_freezings + 1)
     compiled = any(
         getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
-    if not compiled or needed <= limit:
+    if not compiled:
+        return None
+    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_freezings + 1)
+    if needed <= limit:
         return None
     return (
-        f"The model is compiled and will be frozen {n_freezings} times; compiled anew each time, for training and "
-        f"for evaluation. That may exceed torch._dynamo.config.recompile_limit={limit}, beyond which it runs uncompiled. "
-        f"Set the limit to {needed} or more."
+        f"The compiled model will be frozen {n_freezings} times and be compiled anew each time, for training and for "
+        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} it is not compiled: set the limit to {needed}."
     )
 
 

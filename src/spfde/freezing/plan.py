@@ -27,12 +27,11 @@ class ProgressiveFreezing(Technique):
     """
 
     name: ClassVar[str] = "progressive-freezing"
-    summary: ClassVar[str] = (
-        "Freezes blocks front to back, one per update interval; frozen blocks have no backward pass."
-    )
+    summary: ClassVar[str] = "Freezes blocks front to back, one per update interval; they need no backward pass."
     citation: ClassVar[str] = (
         "Geng Yuan, Yanyu Li, Sheng Li, Zhenglun Kong, Sergey Tulyakov, Xulong Tang, Yanzhi Wang, Jian Ren. "
-        "Layer Freezing & Data Sieving: Missing Pieces of a Generic Framework for Sparse Training. NeurIPS 2022. arXiv:2209.11204"
+        "Layer Freezing & Data Sieving: Missing Pieces of a Generic Framework for Sparse Training. NeurIPS 2022. "
+        "arXiv:2209.11204"
     )
     bibtex: ClassVar[str] = """@inproceedings{yuan2022spfde,
   title = {Layer Freezing \\& Data Sieving: Missing Pieces of a Generic Framework for Sparse Training},

@@ -65,8 +65,8 @@ class GroupRates:
 
     Args:
         optimizer: its ``param_groups`` list is changed in place.
-        block_of: index of the block of each parameter, by the ``id`` of the parameter. Those without one belong with the
-            head.
+        block_of: index of the block of each parameter, by the ``id`` of the parameter. Those without one belong with
+            the head.
         stops: for each block the epoch at which it is frozen, or the length of the run; the last one is the head's.
         technique: the shape of the cosine.
 
