@@ -321,9 +321,8 @@ def plan(
     Raises:
         InvalidArgument: see ``draw``; also a count below 1.
     """
+    check_recipe(recipe)
     problems = Problems()
-    if not isinstance(recipe, Recipe):
-        problems.add("recipe", recipe, "must be a spfde.Recipe", "Take one of spfde.presets or make one.")
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
             problems.add(name, value, "must be at least 1", "Pass the number of samples.")
@@ -358,6 +357,14 @@ def takes_dense_gradients(blueprint: Blueprint, epoch: int) -> bool:
         return False
     is_beat = 0 < epoch < blueprint.epochs - 1 and epoch % blueprint.interval == 0
     return is_beat and method.drop_fraction_at(epoch / blueprint.epochs) > 0
+
+
+def check_recipe(recipe: object) -> None:
+    """Raise ``InvalidArgument`` where something else stands in a recipe's place."""
+    if not isinstance(recipe, Recipe):
+        raise InvalidArgument(
+            Problem("recipe", recipe, "must be a spfde.Recipe", "Take one of spfde.presets or make one.")
+        )
 
 
 def _check_epochs(epochs: int) -> None:

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 
 from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
 from spfde.door import check_optimizer, check_sieving, check_single_process, choose_engine, warn_of_recompiles
-from spfde.errors import InvalidArgument, Problem, Problems, UsageError
+from spfde.errors import Problems, UsageError
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates
-from spfde.planning import Blueprint, draw
+from spfde.planning import Blueprint, check_recipe, draw
 from spfde.recipe import Recipe
 from spfde.sieving import (
     ForgettingCounter,
@@ -71,10 +71,7 @@ def attach(
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
     """
-    if not isinstance(recipe, Recipe):
-        raise InvalidArgument(
-            Problem("recipe", recipe, "must be a spfde.Recipe", "Take one of spfde.presets or make one.")
-        )
+    check_recipe(recipe)
     chosen = choose_engine(engine)
     problems = Problems()
     problems.found.extend(check_optimizer(unwrap(model), optimizer))
@@ -143,10 +140,10 @@ class Session:
         self._started: float | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
-        # The order of what follows is the order in which the generator is drawn from: keep it.
+        # First what may still be refused: from here on the model and the optimizer are changed.
+        self._rates = self._make_rates()
         self._masker = self._make_masker()
         self._freezer = Freezer(self._model, blueprint.partition.blocks, optimizer)
-        self._rates = self._make_rates()
         self._population = population_of(loader)
         self._sieve: Sieve | None = None
         if recipe.sieving is not None and recipe.sieves:

@@ -283,17 +283,11 @@ def _fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[
     for module in model.modules():
         # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
         # norm, spectral norm and pruning compute the weight, so they stay.
-        for hooks in (
-            module._forward_hooks,
-            module._forward_hooks_with_kwargs,
-            module._forward_hooks_always_called,
-            module._forward_pre_hooks_with_kwargs,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            memo[id(hooks)] = OrderedDict()
-        kept = {key: hook for key, hook in module._forward_pre_hooks.items() if _computes_a_weight(hook)}
-        memo[id(module._forward_pre_hooks)] = OrderedDict(copy.deepcopy(kept, memo))
+        for name, hooks in vars(module).items():
+            if name.startswith("_") and "_hooks" in name and isinstance(hooks, OrderedDict):
+                memo[id(hooks)] = OrderedDict()
+        kept = ((key, hook) for key, hook in module._forward_pre_hooks.items() if _computes_a_weight(hook))
+        memo[id(module._forward_pre_hooks)] = OrderedDict(kept)
         for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = fake.from_tensor(value.detach())

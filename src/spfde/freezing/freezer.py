@@ -113,7 +113,7 @@ class Freezer:
         """
         names, n_frozen = state.get("blocks"), state.get("n_frozen")
         mine = [block.name for block in self._blocks]
-        if names != mine or not isinstance(n_frozen, int) or not 0 <= n_frozen <= len(mine):
+        if names != mine or type(n_frozen) is not int or not 0 <= n_frozen <= len(mine):
             raise StateMismatch(
                 f"The freezing state has n_frozen={n_frozen!r} of the blocks {names!r}, but the model has the blocks "
                 f"{mine!r}. Load it into the model and the recipe that it was saved with."
@@ -170,8 +170,9 @@ def recompile_warning(model: nn.Module, n_freezings: int) -> str | None:
     if needed <= limit:
         return None
     return (
-        f"The compiled model will be frozen {n_freezings} times and be compiled anew each time, for training and for "
-        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} it is not compiled: set the limit to {needed}."
+        f"The compiled model will be frozen {n_freezings} times, and compiled anew each time for training and for "
+        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} torch runs it uncompiled: set the limit to "
+        f"{needed}."
     )
 
 

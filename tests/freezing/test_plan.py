@@ -1,0 +1,238 @@
+"""When blocks are frozen: worked by hand, the paper's table, and properties of the solver."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spfde.errors import InvalidArgument
+from spfde.freezing import FreezePlan, ProgressiveFreezing, blocks_to_freeze, freezing_saving, solve
+
+EPOCHS, INTERVAL = 160, 5
+
+
+def convolution(inputs: int, outputs: int, kernel: int, size: int) -> int:
+    """Forward FLOPs of one sample: two per multiply-add."""
+    return 2 * inputs * outputs * kernel * kernel * size * size
+
+
+def resnet32_layers() -> tuple[list[list[int]], int]:
+    """Forward FLOPs of the layers of each of the 15 basic blocks of ResNet-32 (32-64-128) at 32 pixels; and the head's.
+
+    The stem leads the first block; the 1x1 convolution of the shortcut is in its block.
+    """
+    blocks = []
+    for stage, (width, size) in enumerate([(32, 32), (64, 16), (128, 8)]):
+        for index in range(5):
+            inputs = width // 2 if stage > 0 and index == 0 else width
+            block = [convolution(inputs, width, 3, size), convolution(width, width, 3, size)]
+            if inputs != width:
+                block.append(convolution(inputs, width, 1, size))
+            blocks.append(block)
+    blocks[0].insert(0, convolution(3, 32, 3, 32))
+    return blocks, 2 * 128 * 100
+
+
+def resnet32_plan(reduction: float, density, *, dense_ends: bool) -> FreezePlan:
+    """The plan for 160 epochs in which epoch ``e`` runs at ``density(e)``; the stem and the head dense, or not."""
+    blocks, head = resnet32_layers()
+    backward, total = [[0.0] * EPOCHS for _ in blocks], 0.0
+    for epoch in range(EPOCHS):
+        for index, layers in enumerate(blocks):
+            for position, flops in enumerate(layers):
+                is_stem = index == 0 and position == 0
+                active = flops * (1.0 if is_stem and dense_ends else density(epoch))
+                backward[index][epoch] += 2 * active
+                total += 3 * active
+        total += 3 * head * (1.0 if dense_ends else density(epoch))
+    n_blocks = blocks_to_freeze([len(block) for block in blocks], sum(map(len, blocks)) + 1, 2 / 3)
+    return solve(backward, total, flops_reduction=reduction, interval=INTERVAL, epochs=EPOCHS, n_blocks=n_blocks)
+
+
+def constant(epoch: int) -> float:
+    return 0.1
+
+
+def soft_bound(epoch: int) -> float:
+    return 0.15 if epoch < 90 else 0.125 if epoch < 120 else 0.1
+
+
+def test_two_thirds_of_resnet32_are_the_stem_and_ten_of_fifteen_blocks():
+    blocks, _ = resnet32_layers()
+    sizes = [len(block) for block in blocks]
+    assert sizes == [3, 2, 2, 2, 2, 3, 2, 2, 2, 2, 3, 2, 2, 2, 2]
+    assert blocks_to_freeze(sizes, 34, 2 / 3) == 10
+
+
+def test_the_dense_resnet32_costs_what_the_literature_says():
+    blocks, head = resnet32_layers()
+    forward = sum(map(sum, blocks)) + head
+    assert 3 * forward * 50_000 * EPOCHS == pytest.approx(1.32e16, rel=0.01)
+
+
+@pytest.mark.parametrize("dense_ends", [True, False])
+@pytest.mark.parametrize(
+    ("reduction", "start"), [(0.10, 100), (0.15, 85), (0.20, 65), (0.25, 47.5), (0.30, 30), (0.35, 12.5)]
+)
+def test_start_epochs_of_resnet32_at_constant_density_are_those_of_the_paper(reduction, start, dense_ends):
+    plan = resnet32_plan(reduction, constant, dense_ends=dense_ends)
+    assert plan.start_epoch == pytest.approx(start, abs=5)
+    assert reduction <= plan.reduction < reduction + 0.025
+
+
+@pytest.mark.parametrize("dense_ends", [True, False])
+@pytest.mark.parametrize(
+    ("reduction", "start"), [(0.10, 90), (0.15, 75), (0.20, 55), (0.25, 40), (0.30, 25), (0.35, 7.5)]
+)
+def test_start_epochs_of_resnet32_under_the_soft_bound_are_those_of_the_paper(reduction, start, dense_ends):
+    plan = resnet32_plan(reduction, soft_bound, dense_ends=dense_ends)
+    assert plan.start_epoch == pytest.approx(start, abs=5)
+    assert reduction <= plan.reduction < reduction + 0.025
+
+
+def test_a_plan_worked_by_hand():
+    # Two blocks of 2 FLOPs an epoch, ten epochs, 60 in all; one beat in two epochs. From epoch 4: 6 + 4 epochs are
+    # saved, 20 FLOPs, a third. From epoch 6 it would be 4 + 2 epochs, 12 FLOPs, a fifth.
+    backward = [[2.0] * 10, [2.0] * 10, [2.0] * 10]
+    plan = solve(backward, 60.0, flops_reduction=0.25, interval=2, epochs=10, n_blocks=2)
+    assert plan.freeze_epochs == (4, 6, None)
+    assert plan.start_epoch == 4
+    assert plan.reduction == pytest.approx(20 / 60)
+    assert [plan.n_frozen_at(epoch) for epoch in (0, 3, 4, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
+    assert plan.frozen_by(5) == (True, False, False)
+
+
+def test_freezing_stops_as_soon_as_the_target_is_met():
+    # From epoch 6 both blocks would save 12 of 60; 0.14 needs 8.4, for which the first block's 8 do not suffice.
+    backward = [[2.0] * 10, [2.0] * 10]
+    assert solve(backward, 60.0, flops_reduction=0.14, interval=2, epochs=10, n_blocks=2).freeze_epochs == (6, 8)
+    # 0.13 needs 7.8: the first block alone suffices.
+    assert solve(backward, 60.0, flops_reduction=0.13, interval=2, epochs=10, n_blocks=2).freeze_epochs == (6, None)
+
+
+def test_a_target_that_is_met_exactly_is_met():
+    plan = solve([[0.1] * 10], 3.0, flops_reduction=0.1, interval=1, epochs=10, n_blocks=1)
+    assert plan.start_epoch == 7
+
+
+def test_costs_that_change_over_time_are_taken_at_their_epoch():
+    assert freezing_saving([[1.0, 2.0, 4.0, 8.0]], [2]) == 12.0
+    assert freezing_saving([[1.0, 2.0], [5.0, 7.0]], [None, 1]) == 7.0
+
+
+def test_no_reduction_freezes_nothing():
+    plan = solve([[1.0] * 4, [1.0] * 4], 12.0, flops_reduction=0.0, interval=1, epochs=4, n_blocks=2)
+    assert plan == FreezePlan((None, None), None, 0.0)
+    assert plan.n_frozen_at(3) == 0
+
+
+def test_a_target_out_of_reach_is_refused_with_the_most_possible_and_that_can_be_reached():
+    backward, total = [[2.0] * 10, [2.0] * 10], 60.0
+    with pytest.raises(InvalidArgument, match=r"flops_reduction=0.9.*most possible is 0\.466") as error:
+        solve(backward, total, flops_reduction=0.9, interval=2, epochs=10, n_blocks=2)
+    assert "at most 0.466" in str(error.value)
+    assert solve(backward, total, flops_reduction=0.466, interval=2, epochs=10, n_blocks=2).start_epoch == 2
+
+
+def test_a_run_of_one_interval_has_no_epoch_to_freeze_at():
+    with pytest.raises(InvalidArgument, match=r"most possible is 0\.000"):
+        solve([[1.0] * 5], 20.0, flops_reduction=0.01, interval=5, epochs=5, n_blocks=1)
+
+
+def test_a_given_start_epoch_is_kept_and_blocks_are_frozen_until_the_target_is_met():
+    backward = [[2.0] * 10] * 3
+    plan = solve(backward, 90.0, flops_reduction=0.2, interval=2, epochs=10, n_blocks=3, start_epoch=2)
+    assert plan.freeze_epochs == (2, 4, None)
+    everything = solve(backward, 90.0, flops_reduction=0.0, interval=2, epochs=10, n_blocks=3, start_epoch=2)
+    assert everything.freeze_epochs == (2, 4, 6)
+
+
+@pytest.mark.parametrize(("start", "message"), [(3, "Pass 2 or 4"), (10, "within the run"), (8, "start earlier")])
+def test_a_start_epoch_that_cannot_be_is_refused(start, message):
+    with pytest.raises(InvalidArgument, match=message):
+        solve([[2.0] * 10], 30.0, flops_reduction=0.2, interval=2, epochs=10, n_blocks=1, start_epoch=start)
+
+
+def test_the_nearest_whole_block_is_taken_and_the_fewer_in_a_tie():
+    assert blocks_to_freeze([2, 2, 2], 6, 0.5) == 1
+    assert blocks_to_freeze([2, 2, 2], 6, 0.51) == 2
+    assert blocks_to_freeze([4, 1], 6, 0.1) == 1
+    assert blocks_to_freeze([1, 1, 1], 4, 1.0) == 3
+    assert blocks_to_freeze([], 1, 0.5) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"flops_reduction": 1.0},
+        {"flops_reduction": -0.1},
+        {"fraction": 0.0},
+        {"start_epoch": -1},
+        {"scheme": "periodic"},
+    ],
+)
+def test_a_technique_with_a_bad_field_is_refused_by_name(fields):
+    with pytest.raises(InvalidArgument, match=next(iter(fields))):
+        ProgressiveFreezing(**fields)
+
+
+@st.composite
+def problems(draw):
+    epochs = draw(st.integers(2, 40))
+    interval = draw(st.integers(1, 6))
+    n = draw(st.integers(1, 6))
+    flops = st.floats(0.1, 10.0)
+    backward = [
+        [flop * density for density in draw(st.lists(st.floats(0.05, 1.0), min_size=epochs, max_size=epochs))]
+        for flop in draw(st.lists(flops, min_size=n, max_size=n))
+    ]
+    total = 1.5 * sum(map(sum, backward)) * draw(st.floats(1.0, 1.5))
+    return backward, total, interval, epochs, draw(st.integers(1, n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.floats(0.01, 0.6))
+def test_the_latest_start_that_reaches_the_target_is_chosen(problem, reduction):
+    backward, total, interval, epochs, n_blocks = problem
+
+    def saving(start: int) -> float:
+        return freezing_saving(backward[:n_blocks], [start + index * interval for index in range(n_blocks)]) / total
+
+    try:
+        plan = solve(backward, total, flops_reduction=reduction, interval=interval, epochs=epochs, n_blocks=n_blocks)
+    except InvalidArgument:
+        assert saving(interval) < reduction
+        return
+    assert plan.reduction >= reduction - 1e-9
+    assert plan.start_epoch is not None
+    assert plan.start_epoch > 0
+    assert plan.start_epoch % interval == 0
+    assert saving(plan.start_epoch + interval) < reduction
+    frozen = [at for at in plan.freeze_epochs if at is not None]
+    assert frozen == [plan.start_epoch + index * interval for index in range(len(frozen))]
+    assert plan.freeze_epochs == (*frozen, *[None] * (len(backward) - len(frozen)))
+    assert len(frozen) <= n_blocks
+    assert all(at < epochs for at in frozen)
+    # One block fewer would fall short.
+    assert freezing_saving(backward, plan.freeze_epochs[: len(frozen) - 1]) / total < reduction
+    counts = [plan.n_frozen_at(epoch) for epoch in range(epochs)]
+    assert counts == sorted(counts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.floats(0.01, 0.3), st.floats(0.01, 0.3))
+def test_a_higher_target_never_starts_later(problem, one, other):
+    backward, total, interval, epochs, n_blocks = problem
+
+    def start(reduction: float) -> int:
+        try:
+            plan = solve(
+                backward, total, flops_reduction=reduction, interval=interval, epochs=epochs, n_blocks=n_blocks
+            )
+        except InvalidArgument:
+            return 0
+        assert plan.start_epoch is not None
+        return plan.start_epoch
+
+    assert start(max(one, other)) <= start(min(one, other))
