@@ -19,7 +19,7 @@ _HOMES = {
     "ProgressiveFreezing": "spfde.freezing",
     "BlockwiseCosine": "spfde.freezing",
     "DataSieving": "spfde.sieving",
-    "attach": "spfde.session",
+    "attach": "spfde.door",
     "Session": "spfde.session",
     "plan": "spfde.planning",
     "Plan": "spfde.planning",
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from spfde import presets as presets
     from spfde import sieving as sieving
     from spfde import sparsity as sparsity
+    from spfde.door import attach as attach
     from spfde.errors import DataError as DataError
     from spfde.errors import InvalidArgument as InvalidArgument
     from spfde.errors import RunFolderError as RunFolderError
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from spfde.planning import plan as plan
     from spfde.recipe import Recipe as Recipe
     from spfde.session import Session as Session
-    from spfde.session import attach as attach
     from spfde.sieving import DataSieving as DataSieving
     from spfde.sparsity import MEST as MEST
     from spfde.sparsity import SET as SET

@@ -1,4 +1,4 @@
-"""The door: everything that can be wrong with what a session is attached to, found before anything is changed."""
+"""The door: ``attach``, and everything that can be wrong with what is attached to, found before anything is changed."""
 
 from __future__ import annotations
 
@@ -10,31 +10,63 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from spfde.errors import InvalidArgument, Problem, nearest
+from spfde.engines import choose_engine
+from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import recompile_warning
-from spfde.planning import Blueprint
+from spfde.planning import Blueprint, check_recipe, draw
 from spfde.recipe import Recipe
-from spfde.sieving import check_fraction, population_of
+from spfde.session import Session
+from spfde.sieving import check_fraction, check_loader, population_of
+from spfde.tracing import Sample, sample_from, unwrap
 
-ENGINES = ("auto", "masked", "native")
 
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    *,
+    epochs: int,
+    seed: int = 0,
+    engine: str = "auto",
+    sample: Sample | None = None,
+) -> Session:
+    """Attach a recipe to a training loop.
 
-def choose_engine(engine: str) -> str:
-    """The engine that ``auto`` stands for, or ``engine`` itself.
+    The model and the optimizer stay the caller's own: hooks are added, nothing is wrapped. Everything that can be wrong
+    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order.
+
+    Args:
+        model: the model, on the device where it will be trained.
+        optimizer: the optimizer; it must hold exactly the model's trainable parameters.
+        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
+        recipe: what to save, and how.
+        epochs: length of the run.
+        seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels; not in this version) or "auto".
+        sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
+            default taken from the data set's first item.
 
     Raises:
-        InvalidArgument: an unknown engine, or one that cannot work here.
+        InvalidArgument: with every problem that was found, each with its remedy.
     """
-    if engine not in ENGINES:
-        raise InvalidArgument(Problem("engine", engine, "is no engine", nearest(str(engine), ENGINES)))
-    if engine == "native":
-        raise InvalidArgument(
-            Problem("engine", engine, "has no kernels in this version of spfde", 'Use engine="masked" or "auto".')
-        )
-    return "masked"
+    check_recipe(recipe)
+    chosen = choose_engine(engine)
+    problems = Problems()
+    problems.found.extend(_check_optimizer(unwrap(model), optimizer))
+    problems.found.extend(check_loader(loader))
+    if not problems.found and recipe.sieving is not None:
+        problems.found.extend(_check_sieving(loader, recipe, epochs))
+    problems.raise_if_any()
+    if not recipe.is_neutral:
+        _check_single_process()
+    sample = sample_from(loader, model) if sample is None else sample
+    blueprint = draw(model, sample, recipe, epochs)
+    _warn_of_recompiles(model, blueprint)
+    return Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
 
 
-def check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
     names = {id(p): name for name, p in model.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = [tuple(p.shape) for p in held if id(p) not in names]
@@ -62,7 +94,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
     return problems
 
 
-def check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list[Problem]:
+def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list[Problem]:
     """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
@@ -75,7 +107,7 @@ def check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list[
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
 
 
-def check_single_process() -> None:
+def _check_single_process() -> None:
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
@@ -91,7 +123,7 @@ def check_single_process() -> None:
         )
 
 
-def warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:
+def _warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:
     """Warn where freezing a compiled model would meet torch's limit of recompilations."""
     warning = recompile_warning(model, len({at for at in blueprint.freeze_plan.freeze_epochs if at is not None}))
     if warning is not None:

@@ -237,7 +237,11 @@ class Plan:
             "block_names": [block.name for block in blueprint.partition.blocks],
             "freezing_reduction": blueprint.freeze_plan.reduction,
             "savings": self.savings,
-            "memory": {name: _memory_dict(timeline) for name, timeline in self.memory.items()},
+            "memory": {
+                "accounting": "paper",
+                **_memory_dict(self.memory["paper"]),
+                "actual": _memory_dict(self.memory["actual"]),
+            },
             "epochs": blueprint.epochs,
             "update_interval_epochs": blueprint.interval,
             "samples": self.samples,

@@ -1,29 +1,28 @@
 """The session: the only room where sparsity, freezing, sieving and their cost meet.
 
-``attach`` hooks a recipe into somebody's model, optimizer and loader. Everything that changes the network's structure
-happens at the top of an epoch, in this order: the sieve turns, weights are dropped and grown, blocks are frozen.
+``spfde.attach`` makes it. Everything that changes the network's structure happens at the top of an epoch, in this
+order: the sieve turns, weights are dropped and grown, blocks are frozen.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from spfde.clock import Clock
 from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
-from spfde.door import check_optimizer, check_sieving, check_single_process, choose_engine, warn_of_recompiles
-from spfde.errors import Problems, UsageError
+from spfde.engines import choose_engine
+from spfde.errors import UsageError
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates
-from spfde.planning import Blueprint, check_recipe, draw
+from spfde.planning import Blueprint
 from spfde.recipe import Recipe
 from spfde.sieving import (
     ForgettingCounter,
@@ -32,86 +31,16 @@ from spfde.sieving import (
     SievedBatchSampler,
     SievedLoader,
     build_loader,
-    check_loader,
     correct_from,
     loader_generators,
     population_of,
 )
 from spfde.sparsity import Masker
-from spfde.tracing import Sample, sample_from, unwrap
-
-
-def attach(
-    model: nn.Module,
-    optimizer: Optimizer,
-    loader: DataLoader[Any],
-    recipe: Recipe,
-    *,
-    epochs: int,
-    seed: int = 0,
-    engine: str = "auto",
-    sample: Sample | None = None,
-) -> Session:
-    """Attach a recipe to a training loop.
-
-    The model and the optimizer stay the caller's own: hooks are added, nothing is wrapped. Everything that can be wrong
-    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order.
-
-    Args:
-        model: the model, on the device where it will be trained.
-        optimizer: the optimizer; it must hold exactly the model's trainable parameters.
-        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
-        recipe: what to save, and how.
-        epochs: length of the run.
-        seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
-        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels; not in this version) or "auto".
-        sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
-            default taken from the data set's first item.
-
-    Raises:
-        InvalidArgument: with every problem that was found, each with its remedy.
-    """
-    check_recipe(recipe)
-    chosen = choose_engine(engine)
-    problems = Problems()
-    problems.found.extend(check_optimizer(unwrap(model), optimizer))
-    problems.found.extend(check_loader(loader))
-    if not problems.found and recipe.sieving is not None:
-        problems.found.extend(check_sieving(loader, recipe, epochs))
-    problems.raise_if_any()
-    if not recipe.is_neutral:
-        check_single_process()
-    sample = sample_from(loader, model) if sample is None else sample
-    blueprint = draw(model, sample, recipe, epochs)
-    warn_of_recompiles(model, blueprint)
-    return Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
-
-
-Phase = Literal["between", "begun", "running", "drained"]
-"""Where in an epoch the session stands: before its top, at its top, among its batches, or with all batches drawn."""
-
-
-@dataclass
-class Clock:
-    """The one clock, and what was counted since the top of the epoch."""
-
-    epoch: int = 0
-    step: int = 0
-    phase: Phase = "between"
-    steps: int = 0
-    samples_drawn: int = 0
-    samples_observed: int = 0
-    sieve_moved: int = 0
-    seconds: float = 0.0
-
-    def begin_epoch(self) -> None:
-        self.phase = "begun"
-        self.steps = self.samples_drawn = self.samples_observed = self.sieve_moved = 0
-        self.seconds = 0.0
+from spfde.tracing import unwrap
 
 
 class Session:
-    """A recipe attached to a training loop; made by ``attach``.
+    """A recipe attached to a training loop; made by ``spfde.attach``.
 
     Attributes:
         loader: a DataLoader over the partial set, with the arguments of the caller's.
@@ -137,7 +66,6 @@ class Session:
         self._clock = Clock()
         self._attached = True
         self._loaded_drained = False
-        self._started: float | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
         # First what may still be refused: from here on the model and the optimizer are changed.
@@ -203,7 +131,7 @@ class Session:
                 "session.epochs() calls it for you."
             )
         self._check_observed()
-        self._stop_watch()
+        self._clock.stop_watch(self._device)
         self.cost.add(self._row())
         clock.epoch += 1
         clock.phase = "between"
@@ -214,7 +142,6 @@ class Session:
         if clock.phase != "between" or clock.epoch >= self.blueprint.epochs:
             return
         clock.begin_epoch()
-        self._started = time.perf_counter()
         if self._observer is not None:
             self._observer.begin_epoch()
         self._turn_sieve()
@@ -297,7 +224,7 @@ class Session:
     def _on_loader_end(self) -> None:
         if self._clock.phase in ("begun", "running"):
             self._clock.phase = "drained"
-            self._stop_watch()
+            self._clock.stop_watch(self._device)
 
     def _before_step(self, *_: Any) -> None:
         self._begin_epoch()
@@ -379,13 +306,6 @@ class Session:
     def _samples_seen(self) -> int:
         observed = self._observer.samples if self._observer is not None else 0
         return self._clock.samples_drawn or observed or self._clock.steps * self._batch_size
-
-    def _stop_watch(self) -> None:
-        if self._started is not None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._clock.seconds += time.perf_counter() - self._started
-            self._started = None
 
     def __repr__(self) -> str:
         blueprint, blocks = self.blueprint, self.blueprint.partition.blocks
@@ -512,7 +432,7 @@ class Session:
             "engine": self.engine,
             "fit": self._fit(),
             "seed": self.seed,
-            "clock": dataclasses.asdict(self._clock),
+            "clock": self._clock.state_dict(),
             "generator": self._generator.get_state(),
             "loader_generators": [generator.get_state() for generator in loader_generators(self.loader)],
             "cost": self.cost.state_dict(),
@@ -536,9 +456,8 @@ class Session:
             generator.set_state(saved.cpu())
         self.cost.load_state_dict(state["cost"])
         self.seed = state["seed"]
-        self._clock = Clock(**state["clock"])
+        self._clock = Clock.from_state(state["clock"])
         self._loaded_drained = self._clock.phase == "drained"
-        self._started = time.perf_counter() if self._clock.phase == "begun" else None
         if self._observer is not None:
             self._observer.begin_epoch()
             self._observer.samples = self._clock.samples_observed
