@@ -69,8 +69,8 @@ def train_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1500)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=6)
     options = parser.parse_args()
     train_set, test_set = load_images(options.samples)
     stop_after = options.epochs // 2 - 1

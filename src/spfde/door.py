@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from spfde.distributed import World, check_shared_loader
 from spfde.engines import choose_engine
 from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import recompile_warning
@@ -57,13 +57,17 @@ def attach(
     problems.found.extend(check_loader(loader))
     if not problems.found and recipe.sieving is not None:
         problems.found.extend(_check_sieving(loader, recipe, epochs))
+    world = World.current()
+    if not problems.found and not recipe.is_neutral:
+        problems.found.extend(check_shared_loader(loader, world, sieves=recipe.sieves))
     problems.raise_if_any()
-    if not recipe.is_neutral:
-        _check_single_process()
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs)
     _warn_of_recompiles(model, blueprint)
-    return Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
+    session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
+    if world.is_shared and not recipe.is_neutral:
+        _check_ranks_agree(session, world)
+    return session
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
@@ -107,20 +111,25 @@ def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
 
 
-def _check_single_process() -> None:
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
+def _check_ranks_agree(session: Session, world: World) -> None:
+    """Equal settings and weights on all ranks, or the masks would drift apart."""
+    weights = dict(session.blueprint.sparse_layers)
+    for argument, item in (
+        ("recipe", session.recipe.to_dict()),
+        ("seed", session.seed),
+        ("epochs", session.blueprint.epochs),
+        ("model", weights),
     ):
-        raise InvalidArgument(
-            Problem(
-                "recipe",
-                f"{torch.distributed.get_world_size()} processes",
-                "masks and sieved samples are not yet kept equal over several processes",
-                "Train in one process, or with a neutral recipe.",
+        if world.disagrees(item):
+            session.detach()
+            raise InvalidArgument(
+                Problem(
+                    argument,
+                    f"that of rank {world.rank}",
+                    f"must be the same on all {world.size} ranks",
+                    "Pass the same values everywhere, and make the model under the same seed or from one checkpoint.",
+                )
             )
-        )
 
 
 def _warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:

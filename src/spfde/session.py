@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from spfde.clock import Clock
 from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
+from spfde.distributed import World, deals_out
 from spfde.engines import choose_engine
 from spfde.errors import UsageError
 from spfde.fit import STATE_FORMAT, check_fit
@@ -64,6 +65,7 @@ class Session:
         self.cost = Ledger(uncounted=blueprint.cost.uncounted)
         self._model, self._optimizer = unwrap(model), optimizer
         self._clock = Clock()
+        self._world = World.current()
         self._attached = True
         self._loaded_drained = False
         self._generator = torch.Generator().manual_seed(seed)
@@ -81,7 +83,8 @@ class Session:
         self._observer: Observer | None = None
         if self._sieve is not None:
             self._counter = ForgettingCounter(int(self._population.max()) + 1)
-            self._observer = Observer(self._counter, self.loader)
+            gather = self._world.gather if self._world.is_shared else None
+            self._observer = Observer(self._counter, self.loader, gather)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -131,6 +134,7 @@ class Session:
                 "session.epochs() calls it for you."
             )
         self._check_observed()
+        self._exchange()
         self._clock.stop_watch(self._device)
         self.cost.add(self._row())
         clock.epoch += 1
@@ -203,6 +207,10 @@ class Session:
             self._observer.check_reported()
             self._observer.check_any(self._clock.steps)
 
+    def _exchange(self) -> None:
+        if self._observer is not None:
+            self._observer.exchange()
+
     def _on_loader_start(self) -> None:
         if self._loaded_drained:
             # A state from the bottom of an epoch, loaded by a loop that does not ask for epochs().
@@ -224,6 +232,9 @@ class Session:
     def _on_loader_end(self) -> None:
         if self._clock.phase in ("begun", "running"):
             self._clock.phase = "drained"
+            if self._observer is not None:
+                self._observer.check_reported()
+            self._exchange()
             self._clock.stop_watch(self._device)
 
     def _before_step(self, *_: Any) -> None:
@@ -305,7 +316,7 @@ class Session:
 
     def _samples_seen(self) -> int:
         observed = self._observer.samples if self._observer is not None else 0
-        return self._clock.samples_drawn or observed or self._clock.steps * self._batch_size
+        return self._world.sum(self._clock.samples_drawn or observed or self._clock.steps * self._batch_size)
 
     def __repr__(self) -> str:
         blueprint, blocks = self.blueprint, self.blueprint.partition.blocks
@@ -338,7 +349,7 @@ class Session:
         blueprint = self.blueprint
         if blueprint.method is None:
             return None
-        return Masker(
+        masker = Masker(
             blueprint.sparse_layers,
             self._optimizer,
             blueprint.method,
@@ -346,6 +357,9 @@ class Session:
             interval=blueprint.interval,
             epochs=blueprint.epochs,
         )
+        if self._world.is_shared:
+            masker.average = self._world.average_
+        return masker
 
     def _make_rates(self) -> GroupRates | None:
         technique, blueprint = self.recipe.learning_rate, self.blueprint
@@ -361,8 +375,14 @@ class Session:
         assert loader.batch_size is not None, "the door lets no such loader in"
         self._batch_size = loader.batch_size
         self._baseline_samples = _samples_per_epoch(loader)
+        share = (0, 1)
+        if self._world.is_shared and not self.recipe.is_neutral:
+            if deals_out(loader, self._world):
+                share = (self._world.rank, self._world.size)
+            else:
+                self._baseline_samples *= self._world.size
         keep: Callable[[], Tensor | None] = self._sieve.keep if self._sieve is not None else _keep_all
-        sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep)
+        sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep, share=share)
         built = build_loader(loader, sampler)
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
         session = weakref.ref(self)

@@ -71,6 +71,9 @@ def train(options: TrainOptions, out: Path, display: Display, *, resume: bool = 
             reset_peak(run.accelerator.device)
             trained = train_epoch(run, epoch, display)
             tested = evaluate(run)
+            if math.isnan(tested.loss):
+                # The epoch's last step broke the weights: they must not become the last good checkpoint.
+                _stop_if_diverged(run, tested.loss, epoch)
             run.session.end_epoch()
             row = _metrics(run, trained, tested)
             _keep(run, row)
@@ -130,10 +133,11 @@ def evaluate(run: Run) -> Pass:
 def _stop_if_diverged(run: Run, loss: float, epoch: int) -> None:
     if math.isfinite(loss):
         return
-    latest = run.folder.checkpoint_path("latest")
-    good = f"The last good checkpoint is {latest}" if latest.is_dir() else "There is no checkpoint before it"
+    checkpoints = run.folder.checkpoints
+    good = f"The last good checkpoint is {checkpoints.latest}" if checkpoints.exist else "There is no checkpoint yet"
     raise TrainingDiverged(
-        f"the loss became {loss} in epoch {epoch}. {good}. Start again with a smaller --lr (now {run.options.lr:g})."
+        f"the loss became {loss} in epoch {epoch}. {good}. Start a new run with a smaller --lr "
+        f"(it was {run.options.lr:g})."
     )
 
 
@@ -146,7 +150,7 @@ def _metrics(run: Run, trained: Pass, tested: Pass) -> dict[str, Any]:
         "epoch": row.epoch,
         "train_loss": trained.loss,
         "train_accuracy": trained.accuracy,
-        "test_loss": tested.loss,
+        "test_loss": tested.loss if math.isfinite(tested.loss) else None,
         "test_accuracy": tested.accuracy,
         "learning_rate": row.lr,
         "density": row.density,
@@ -178,21 +182,24 @@ def _keep(run: Run, row: dict[str, Any]) -> None:
     progress.best_test_accuracy = row["test_accuracy"] if is_best else progress.best_test_accuracy
     progress.samples_seen += row["samples"]
     progress.peak_memory_bytes = max(progress.peak_memory_bytes, row["peak_memory_bytes"] or 0)
+    progress.rows.append(row)
     run.folder.append_metrics(row)
     run.accelerator.log(
         {name: value for name, value in row.items() if isinstance(value, (int, float))}, step=row["epoch"]
     )
-    run.folder.save_checkpoint(
-        lambda folder: run.accelerator.save_state(str(folder)), epoch=run.session.epoch, best=is_best
+    run.folder.checkpoints.save(
+        lambda folder: run.accelerator.save_state(str(folder)),
+        epoch=run.session.epoch,
+        best=is_best,
+        about=run.options.identity(),
     )
 
 
 def _summary(run: Run) -> dict[str, Any]:
     session, totals, progress = run.session, run.session.cost.totals, run.progress
-    last = run.folder.metrics()[-1]
     dense_steps = math.ceil(run.data.spec.train_samples / run.options.batch_size) * run.options.epochs
     return {
-        "test_accuracy": last["test_accuracy"],
+        "test_accuracy": progress.rows[-1]["test_accuracy"],
         "best_test_accuracy": progress.best_test_accuracy,
         "epochs": session.epoch,
         "training_flops": totals.cost.training_flops,

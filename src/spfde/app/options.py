@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from spfde import presets
-from spfde.errors import InvalidArgument, Problem
+from spfde.app.data import DATASETS
+from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import Recipe
 from spfde.sieving import DataSieving
@@ -27,6 +29,11 @@ class TrainOptions(Technique):
         dense_timing_steps: dense steps that are timed before training, for the bill; 0 for none.
     """
 
+    # What may differ between a checkpoint and the run that goes on from it: where things are, and who is told.
+    MOVABLE: ClassVar[frozenset[str]] = frozenset(
+        {"data", "data_root", "recipe_name", "engine", "device", "workers", "track", "dense_timing_steps"}
+    )
+
     data: str = "fashion-mini"
     data_root: str = "data"
     model: str = "resnet8"
@@ -37,11 +44,15 @@ class TrainOptions(Technique):
     lr: float = Field(default=0.1, gt=0, description="a learning rate above 0")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="in [0, 1)")
     weight_decay: float = Field(default=1e-4, ge=0, description="0 or more")
-    augment: Literal["auto", "none", "crop", "crop+flip"] = "auto"
-    seed: int = Field(default=0, ge=0, description="a whole number from 0 on")
+    augment: Literal["auto", "none", "crop", "crop+flip"] = Field(
+        default="auto", description="crop+flip for photos, crop for .npz and digits, or what is named"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="a whole number from 0 to 2^32 - 1")
     engine: str = "auto"
     device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="bf16 halves memory, fp16 needs a GPU, fp32 always works"
+    )
     workers: int = Field(default=0, ge=0, description="a number of processes, 0 or more")
     track: tuple[str, ...] = ()
     dense_timing_steps: int = Field(default=5, ge=0, description="a number of steps, 0 or more")
@@ -49,6 +60,42 @@ class TrainOptions(Technique):
     def load_recipe(self) -> Recipe:
         """The recipe as an object."""
         return Recipe.from_dict(self.recipe)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], path: Path) -> Self:
+        """The options in a run folder's ``config.json``.
+
+        Raises:
+            RunFolderError: they are missing, or not as they were written.
+        """
+        command = config.get("command")
+        remedy = "Restore the file from a copy, or start a new run."
+        if not isinstance(command, dict):
+            raise RunFolderError(f"{path}: lacks the run's options (\"command\"). {remedy}")
+        try:
+            options = cls(**command)
+            options.load_recipe()
+        except InvalidArgument as error:
+            raise RunFolderError(f"{path}: holds options that are not valid: {error} {remedy}") from error
+        return options
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that goes on from it must have in common."""
+        return self.model_dump(mode="json", exclude=set(self.MOVABLE))
+
+    def check_identity(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        """Refuse a checkpoint of another run.
+
+        Raises:
+            StateMismatch: naming the first option that differs.
+        """
+        theirs = _flat(saved)
+        for name, mine in _flat(self.identity()).items():
+            if name in theirs and theirs[name] != mine:
+                raise StateMismatch(
+                    f"checkpoint {checkpoint}: is of another run: there {name} is {theirs[name]!r}, "
+                    f"and config.json says {mine!r}. Restore config.json, or start a new run."
+                )
 
 
 def choose_recipe(
@@ -121,6 +168,20 @@ def read_recipe(name: str) -> Recipe:
             ) from None
         return Recipe.from_toml(text)
     return presets.get(name)
+
+
+def absolute_source(data: str) -> str:
+    """A file's or folder's absolute path, so that a run can be resumed from anywhere; a data set's name as it is."""
+    path = Path(data)
+    return str(path.absolute()) if path.exists() and data not in DATASETS else data
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _fields(technique: Technique) -> dict[str, Any]:

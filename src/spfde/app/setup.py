@@ -18,6 +18,7 @@ import accelerate
 import numpy
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -25,14 +26,17 @@ from torch.utils.data import DataLoader
 
 import spfde
 from spfde.app.augment import BatchAugment, normalise, resolve_augmentation
-from spfde.app.data import load_data
+from spfde.app.checkpoints import described
+from spfde.app.data import describe_data, load_data
 from spfde.app.images import ImageData, collate
 from spfde.app.models import build_model
 from spfde.app.options import TrainOptions
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
-from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch, nearest
+from spfde.door import choose_engine
+from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged, nearest
 from spfde.planning import Plan, plan
 from spfde.session import Session
+from spfde.sieving import check_fraction
 
 EVALUATION_BATCH = 256
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
@@ -40,8 +44,9 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 
 @dataclass
 class Progress:
-    """What the loop itself remembers from epoch to epoch."""
+    """What the loop itself remembers from epoch to epoch; ``rows`` are the lines of ``metrics.jsonl``."""
 
+    rows: list[dict[str, Any]] = field(default_factory=list)
     best_test_accuracy: float = 0.0
     samples_seen: int = 0
     peak_memory_bytes: int = 0
@@ -70,6 +75,7 @@ class Run:
     augment: BatchAugment
     test_loader: DataLoader[Any]
     progress: Progress = field(default_factory=Progress)
+    is_resumed: bool = False
     resumed_from: Path | None = None
 
     def batch(self, images: Tensor, labels: Tensor, *, augmented: bool) -> tuple[Tensor, Tensor]:
@@ -84,58 +90,65 @@ class Run:
 
 @contextmanager
 def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Run]:
-    """The run in its locked folder; a folder that was made for nothing is removed again."""
+    """The run in its locked folder; a new folder of which nothing came is removed again."""
     folder = RunFolder.reopen(out) if resume else None
+    is_ready = False
     try:
+        if folder is None:
+            RunFolder.check_free(out)
         run = _prepare(options, folder or RunFolder(out))
         if folder is None:
-            folder = RunFolder.create(out)
-            run.folder = folder
+            folder = run.folder = RunFolder.create(out)
             _describe(run)
-        elif (checkpoint := folder.newest_checkpoint()) is not None:
+        elif (checkpoint := folder.checkpoints.newest()) is not None:
             _load(run, checkpoint)
-        folder.keep_metrics_before(run.session.epoch)
+        run.is_resumed = resume
+        folder.write_metrics(run.progress.rows)
         _start_trackers(run)
         if run.session.epoch == 0 and options.dense_timing_steps:
             run.progress.dense_step_seconds = time_dense_step(run)
+        is_ready = True
         yield run
+    except BaseException as error:
+        if folder is not None and not resume and _came_to_nothing(folder, error, is_ready=is_ready):
+            folder.discard()
+        raise
     finally:
         if folder is not None:
             folder.close()
+        # Accelerate keeps its state for the whole process, and would refuse a second run with other settings.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool) -> bool:
+    """Is a new run's folder of no use: no epoch in it, and the same would happen again?"""
+    if folder.checkpoints.exist:
+        return False
+    if not is_ready:
+        # Interrupted, it can be resumed, once it says what was asked for.
+        return isinstance(error, Exception) or not (folder.path / CONFIG).is_file()
+    return isinstance(error, (TrainingDiverged, DataError))
 
 
 def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
+    """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     _check_trackers(options.track)
+    choose_engine(options.engine)
     accelerator = _accelerator(options, folder.path)
     set_seed(options.seed)
-    data = load_data(options.data, root=Path(options.data_root))
-    spec = data.spec
+    spec = describe_data(options.data)
+    recipe = options.load_recipe()
     model = build_model(
         options.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
     )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-    generator = torch.Generator().manual_seed(options.seed)
-    loader: DataLoader[Any] = DataLoader(
-        data.train,
-        batch_size=options.batch_size,
-        shuffle=True,
-        generator=generator,
-        collate_fn=collate,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    test_loader: DataLoader[Any] = DataLoader(
-        data.test,
-        batch_size=EVALUATION_BATCH,
-        collate_fn=collate,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-    )
-    recipe = options.load_recipe()
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
+    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, spec.train_samples, options.batch_size)):
+        raise InvalidArgument(*found)
+    data = load_data(options.data, root=Path(options.data_root))
+    loader, test_loader = _loaders(options, data, pin_memory=accelerator.device.type == "cuda")
+    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     session = spfde.attach(
         model, optimizer, loader, recipe, epochs=options.epochs, seed=options.seed, engine=options.engine, sample=sample
     )
@@ -162,21 +175,34 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     )
 
 
+def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Batches of the training set, shuffled, and of the test set."""
+    train: DataLoader[Any] = DataLoader(
+        data.train,
+        batch_size=options.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(options.seed),
+        collate_fn=collate,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        pin_memory=pin_memory,
+    )
+    test: DataLoader[Any] = DataLoader(
+        data.test,
+        batch_size=EVALUATION_BATCH,
+        collate_fn=collate,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+    )
+    return train, test
+
+
 def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
     device = options.device
-    if device not in ("auto", "cpu", "cuda", "mps") and not device.startswith("cuda:"):
-        raise InvalidArgument(
-            Problem("--device", device, "is no device", nearest(device, ["auto", "cpu", "cuda", "mps"]))
-        )
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = device.split(":")[0]
-    if not available.get(kind, True):
-        raise InvalidArgument(
-            Problem("--device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
-        )
-    on_cpu = device == "cpu" or not (available["cuda"] or available["mps"])
+    _check_device(device)
+    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if options.precision == "fp16" and on_cpu:
-        raise InvalidArgument(Problem("--precision", "fp16", "does not work on a CPU", "Use --precision fp32 or bf16."))
+        raise InvalidArgument(Problem("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16."))
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     precision = "no" if options.precision == "fp32" else options.precision
@@ -185,13 +211,28 @@ def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
     )
 
 
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and number.isdigit()):
+        known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
+        raise InvalidArgument(Problem("device", device, "is no device", nearest(device, known)))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, True):
+        raise InvalidArgument(
+            Problem("device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InvalidArgument(Problem("device", device, f"there are {count} GPUs", f"Use cuda:0 … cuda:{count - 1}."))
+
+
 def _check_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in TRACKERS:
-            raise InvalidArgument(Problem("--track", name, "is no tracker", nearest(name, TRACKERS)))
+            raise InvalidArgument(Problem("track", name, "is no tracker", nearest(name, TRACKERS)))
         if find_spec(name) is None:
             raise InvalidArgument(
-                Problem("--track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
+                Problem("track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
             )
 
 
@@ -199,13 +240,15 @@ def _start_trackers(run: Run) -> None:
     if run.options.track:
         options = run.options.model_dump(mode="json")
         flat = {name: value for name, value in options.items() if isinstance(value, (str, int, float, bool))}
-        run.accelerator.init_trackers("spfde", config=flat)
+        # Whatever can, writes into the run folder; a resumed run adds to what is there.
+        places = {"wandb": {"dir": str(run.folder.path), "resume": "allow"}}
+        run.accelerator.init_trackers("spfde", config=flat, init_kwargs=places)
 
 
 def _describe(run: Run) -> None:
     """Write down everything that is needed to run again."""
     options, bill, spec = run.options, run.plan, run.data.spec
-    run.folder.write_text(RECIPE, options.load_recipe().to_toml())
+    # config.json first: it is what a resumed run needs.
     run.folder.write_json(
         CONFIG,
         {
@@ -224,18 +267,24 @@ def _describe(run: Run) -> None:
             "hardware": hardware(run.accelerator.device),
         },
     )
+    run.folder.write_text(RECIPE, options.load_recipe().to_toml())
 
 
 def _load(run: Run, checkpoint: Path) -> None:
+    run.options.check_identity(described(checkpoint), checkpoint)
     try:
         run.accelerator.load_state(str(checkpoint))
-    except StateMismatch:
-        raise
+    except StateMismatch as error:
+        raise StateMismatch(f"checkpoint {checkpoint}: {error}") from error
     except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        versions_then = run.folder.read_json(CONFIG).get("versions")
         raise RunFolderError(
-            f"checkpoint {checkpoint}: cannot be loaded ({type(error).__name__}: {error}). "
-            "Was it written by another version of spfde or torch? Start a new run, or resume with that version."
+            f"checkpoint {checkpoint}: cannot be loaded ({reason}). It was written with {versions_then}, and these are "
+            f"{versions()}. Resume with the versions that wrote it, or start a new run."
         ) from error
+    if not (run.folder.path / RECIPE).is_file():
+        run.folder.write_text(RECIPE, run.options.load_recipe().to_toml())
     run.resumed_from = checkpoint
 
 

@@ -183,7 +183,7 @@ class ForgettingCounter:
             remedy = "Observe the whole batch that the loader handed out, once, in its order."
             raise InvalidArgument(Problem("correct", tuple(correct.shape), rule, remedy))
         if indices.device.type == "cpu":
-            self._check_range(indices)
+            self.check_range(indices)
         # Copies: a caller may reuse its buffers before the counts are read.
         self._pending_indices.append(indices.detach().to(torch.long, copy=True))
         self._pending_correct.append(correct.detach().to(torch.bool, copy=True))
@@ -259,12 +259,12 @@ class ForgettingCounter:
             return
         indices, correct = _gather(self._pending_indices), _gather(self._pending_correct)
         self._drop_pending()
-        self._check_range(indices)
+        self.check_range(indices)
         forgotten, self._last, learned = count_forgetting(indices, correct, self._last)
         self._forgotten += forgotten
         self._learned |= learned
 
-    def _check_range(self, indices: Tensor) -> None:
+    def check_range(self, indices: Tensor) -> None:
         if indices.numel() == 0:
             return
         low, high = (int(bound) for bound in indices.aminmax())

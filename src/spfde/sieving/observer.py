@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spfde.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.forgetting import ForgettingCounter, correct_from_logits, correct_from_loss
 from spfde.sieving.loader import SievedLoader
+
+Gather = Callable[[Any], list[Any]]
 
 
 class Observer:
@@ -17,8 +22,16 @@ class Observer:
         samples: samples reported in this epoch.
     """
 
-    def __init__(self, counter: ForgettingCounter, loader: SievedLoader) -> None:
-        self._counter, self._loader = counter, loader
+    def __init__(self, counter: ForgettingCounter, loader: SievedLoader, gather: Gather | None = None) -> None:
+        """Watch a loader.
+
+        Args:
+            counter: where reports go.
+            loader: the session's.
+            gather: with several processes, collects an object from all ranks; reports then wait for ``exchange``.
+        """
+        self._counter, self._loader, self._gather = counter, loader, gather
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._awaited = False
         self.samples = 0
 
@@ -75,9 +88,23 @@ class Observer:
                     "Pass the whole batch's outputs and labels.",
                 )
             )
-        self._counter.observe(indices, correct)
+        if self._gather is None:
+            self._counter.observe(indices, correct)
+        else:
+            self._counter.check_range(indices)
+            self._waiting.append((indices, correct.detach()))
         self.samples += len(indices)
         self._awaited = False
+
+    def exchange(self) -> None:
+        """Count the reports of all ranks, the same on each. With one process they are counted already."""
+        if self._gather is None:
+            return
+        mine = [(indices, correct.cpu()) for indices, correct in self._waiting]
+        self._waiting = []
+        for reports in self._gather(mine):
+            for indices, correct in reports:
+                self._counter.observe(indices, correct)
 
     def _current(self) -> Tensor:
         if not self._awaited:

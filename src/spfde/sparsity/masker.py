@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,8 @@ class Masker:
         self._dense = DenseGradients()
         self._snapshots: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        #: With several processes: replaces tensors by their mean over the ranks.
+        self.average: Callable[[Iterable[Tensor]], None] | None = None
         for layer in self._layers.values():
             layer.set_mask(self._initial_mask(layer), layer.target)
             self._clear_outside(layer, layer.bits)
@@ -327,6 +329,8 @@ class Masker:
         # The hook's arguments start with the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         gradients = self._take_gradients(has_closure=closure is not None)
+        if self.average is not None:
+            self.average([gradients[layer.name] for layer in self._live if layer.name in gradients])
         if _was_skipped(optimizer) or not all(bool(g.isfinite().all()) for g in gradients.values()):
             return
         # In the order of the layers, so that the generator's draws do not depend on the backward pass.
