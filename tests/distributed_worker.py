@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support import BATCH, EPOCHS, make_parts
 from torch.nn.parallel import DistributedDataParallel
 
 import spfde
+from support import BATCH, EPOCHS, make_parts
 
 
 def recipe(method: str) -> spfde.Recipe:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import distributed_worker as worker
 import pytest
 import torch
-from support import EPOCHS, SAMPLES
 from torch import multiprocessing
 
+import distributed_worker as worker
 from spfde.distributed import fingerprint
 from spfde.sieving import SievedBatchSampler
+from support import EPOCHS, SAMPLES
 
 
 def run(function: Any, folder: Path, method: str = "") -> list[Any]:
