@@ -1,9 +1,10 @@
 """How much of a training step does our bookkeeping take?
 
-ResNet-32 (widths 32-64-128) at batch 64, MEST at 90 % and 20 % of 50,000 samples sieved, nothing frozen. Timed directly,
-within the steps: every hook that ``attach`` registers on gradients and on the optimizer, ``session.observe``, and each
-batch that ``session.loader`` hands out (the fetching of the images included). What happens at the top of an epoch (mutation,
-the turn of the sieve, the ledger's row, the shuffle) is timed too and spread over an epoch's steps. Target: at most 2 %.
+ResNet-32 (widths 32-64-128) at batch 64, MEST at 90 % and 20 % of 50,000 samples sieved, nothing frozen. Timed
+directly, within the steps: every hook that ``attach`` registers on gradients and on the optimizer, ``session.observe``,
+and each batch that ``session.loader`` hands out (the fetching of the images included). What happens at the top of an
+epoch (mutation, the turn of the sieve, the ledger's row, the shuffle) is timed too and spread over an epoch's steps.
+Target: at most 2 %.
 
     python benchmarks/bookkeeping.py                # about 3 minutes on two cores
 """
@@ -19,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import Figure, Result, Table, begin, parser, publish, quartiles, show
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 import spfde
+from _common import Figure, Result, Table, begin, parser, publish, quartiles, show
 from spfde.app.augment import normalise
 from spfde.app.images import ImageArray, collate
 from spfde.app.models import build_model
@@ -89,7 +90,7 @@ def images(samples: int) -> ImageArray:
 
 
 def measure(samples: int, steps: int) -> tuple[list[dict[str, float]], list[float]]:
-    """Parts of each step (``"step"`` is the whole of it), and the extra seconds of each epoch that began with a beat."""
+    """Parts of each step (``"step"`` is the whole), and the seconds at the top of each epoch that began with a beat."""
     model = build_model("resnet32", num_classes=100, in_channels=3, image_size=32, seed=0)
     model = model.to(memory_format=torch.channels_last)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
@@ -165,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         Result(
             name="bookkeeping",
             title="Bookkeeping",
-            question="With 90 % sparsity and 20 % sieving on and nothing frozen, what share of a ResNet-32 step at batch "
-            "64 passes inside our hooks, `observe` and the loader? Timed directly.",
+            question="With 90 % sparsity and 20 % sieving on and nothing frozen, what share of a ResNet-32 step at "
+            "batch 64 passes inside our hooks, `observe` and the loader? Timed directly.",
             command="python benchmarks/bookkeeping.py",
             figures=(
                 Figure(

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
 from spfde.app.augment import BatchAugment, normalise
 from spfde.app.images import ImageArray, collate
 

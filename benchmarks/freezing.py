@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish
 from torch import Tensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
+from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish
 from spfde.app.models import build_model
 from spfde.cost import SavedTensorBytes, format_bytes
 
@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         Result(
             name="freezing",
             title="Freezing",
-            question="With the first 5 and 10 of ResNet-32's 15 blocks frozen, how long is a training step at batch 64, and "
-            "how many bytes does autograd keep, against the full step?",
+            question="With the first 5 and 10 of ResNet-32's 15 blocks frozen, how long is a training step at batch "
+            "64, and how many bytes does autograd keep, against the full step?",
             command="python benchmarks/freezing.py",
             figures=tuple(figures),
             tables=(

@@ -9,9 +9,9 @@ no data is needed. The targets are those of SpFDE (arXiv 2209.11204), as far as 
 from __future__ import annotations
 
 import torch
-from _common import Figure, Result, Table, begin, parser, publish, show
 
 import spfde
+from _common import Figure, Result, Table, begin, parser, publish, show
 from spfde.app.models import build_model
 
 EPOCHS, SAMPLES, BATCH, SPARSITY = 160, 50_000, 64, 0.9

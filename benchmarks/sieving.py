@@ -1,7 +1,7 @@
 """What does sieving save, in time?
 
-ResNet-8 on fashion-mini through ``attach``: epochs with 20 % of the samples sieved (turns of the sieve included) against
-epochs over the whole data, one of each a round, as the command line trains them. Target: at most 0.82x.
+ResNet-8 on fashion-mini through ``attach``: epochs with 20 % of the samples sieved (turns of the sieve included)
+against epochs over the whole data, one of each a round, as the command line trains them. Target: at most 0.82x.
 
     python benchmarks/sieving.py                    # about 3 minutes on two cores
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import spfde
+from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
 from spfde.app.augment import BatchAugment, normalise
 from spfde.app.data import load_data
 from spfde.app.images import ImageArray, ImageData, collate
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         Result(
             name="sieving",
             title="Sieving",
-            question="How long does an epoch take with 20 % of the samples sieved, against an epoch over the whole data?",
+            question="How long does an epoch take with 20 % of the samples sieved, against one over the whole data?",
             command="python benchmarks/sieving.py",
             figures=(
                 Figure.of(

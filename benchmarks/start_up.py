@@ -1,8 +1,8 @@
 """How fast do the command and the library start?
 
-Fresh processes, interleaved: ``spfde --help`` against ``python -c "import torch"``, and ``import torch`` with and without
-``import spfde``. The package loads its parts when they are first used, so ``spfde.attach`` and ``spfde.Recipe`` are touched
-as well. Targets: the help at most 0.6x of importing torch; the library adds at most 25 % to it.
+Fresh processes, interleaved: ``spfde --help`` against ``python -c "import torch"``, and ``import torch`` with and
+without ``import spfde``. The package loads its parts when they are first used, so ``spfde.attach`` and ``spfde.Recipe``
+are touched as well. Targets: the help at most 0.6x of importing torch; the library adds at most 25 % to it.
 
     python benchmarks/start_up.py                   # about 3 minutes on two cores
 """
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         Result(
             name="start_up",
             title="Start-up",
-            question="How long does `spfde --help` take against importing PyTorch, and what does `import spfde` add to it?",
+            question="How long does `spfde --help` take against importing PyTorch, and what does `import spfde` add?",
             command="python benchmarks/start_up.py",
             figures=(
                 Figure.of(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from spfde.app.augment import normalise
-from spfde.app.data import load_data
+from spfde.app.data import ImageArray, load_data
 from spfde.app.models import build_model
 
 RECIPE = spfde.Recipe(
@@ -34,7 +34,7 @@ def load_images(samples: int) -> tuple[TensorDataset, TensorDataset]:
     """The first ``samples`` training images and a fifth as many test images, normalised."""
     data = load_data("fashion-mini", root="data")
 
-    def first(part: object, count: int) -> TensorDataset:
+    def first(part: ImageArray, count: int) -> TensorDataset:
         return TensorDataset(normalise(part.images[:count], data.mean, data.std), part.labels[:count])
 
     return first(data.train, samples), first(data.test, samples // 5)

@@ -36,12 +36,16 @@ def names_to_use(folder: Path) -> dict[str, object]:
     }
 
 
-def test_the_readme_trains_the_whole_system_and_saves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = names_to_use(tmp_path)
-    found = blocks(ROOT / "README.md", "python")
+def run(page: Path, names: dict[str, object]) -> None:
+    found = blocks(page, "python")
     assert found
     for block in found:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_readme_trains_the_whole_system_and_saves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = names_to_use(tmp_path)
+    run(ROOT / "README.md", names)
     session = names["session"]
     assert isinstance(session, spfde.Session)
     assert session.epoch == 160
@@ -49,6 +53,36 @@ def test_the_readme_trains_the_whole_system_and_saves_it(tmp_path: Path, capsys:
     assert len(session.partial_set) == 16
     assert "Cost of 160 epochs" in capsys.readouterr().out
     assert set(torch.load(tmp_path / "checkpoint.pt")) == {"model", "optimizer", "spfde"}
+
+
+def test_the_faq_resumes_what_the_readme_saved(tmp_path: Path) -> None:
+    saved = names_to_use(tmp_path)
+    run(ROOT / "README.md", saved)
+    names = names_to_use(tmp_path) | {"recipe": saved["recipe"]}
+    run(ROOT / "docs" / "faq.md", names)
+    before, after = saved["session"], names["session"]
+    assert isinstance(before, spfde.Session)
+    assert isinstance(after, spfde.Session)
+    assert after is not before
+    assert after.epoch == 160
+    assert after.cost == before.cost
+    assert torch.equal(after.partial_set, before.partial_set)
+
+
+def test_the_page_on_the_command_line_names_every_command_and_option() -> None:
+    from typer.main import get_command
+
+    from spfde.cli import app
+
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert commands
+    for name, command in commands.items():
+        assert f"## spfde {name}\n" in text
+        options = [option for item in command.params for option in (*item.opts, *item.secondary_opts)]
+        for option in options:
+            if option.startswith("--") and option != "--help":
+                assert f"`{option}`" in text, f"spfde {name} {option}"
 
 
 def test_the_readme_has_the_markers_that_the_results_go_between() -> None:
@@ -71,9 +105,9 @@ def test_the_card_makes_recipes_that_can_be_attached(card: Path, tmp_path: Path)
         session.detach()
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
-def test_the_card_writes_recipes_as_toml_that_can_be_read(card: Path) -> None:
-    for block in blocks(card, "toml"):
+@pytest.mark.parametrize("page", [*CARDS, ROOT / "docs" / "command-line.md"], ids=lambda page: page.stem)
+def test_recipes_that_are_shown_as_toml_can_be_read(page: Path) -> None:
+    for block in blocks(page, "toml"):
         recipe = spfde.Recipe.from_toml(block)
         assert not recipe.is_neutral
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 try:
     import typer
@@ -13,31 +18,69 @@ except ModuleNotFoundError:  # the library is installed without the command line
 
 if TYPE_CHECKING:
     from spfde.app.options import TrainOptions
+    from spfde.errors import SpfdeError
 
 app = typer.Typer(
     name="spfde",
     help="Train neural networks for less: weight sparsity, layer freezing and data sieving under one schedule.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode="markdown",
 )
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+# What the library calls an option's value, where that is not the option's own name.
+_OPTION_OF_FIELD = {
+    "flops_reduction": "freeze",
+    "removed_fraction": "sieve",
+    "update_interval_epochs": "interval",
+    "freezing": "freeze",
+    "sieving": "sieve",
+}
+
+_SAVINGS, _TRAINING, _MACHINE = "What to save", "How to train", "Where to run"
+
 Data = Annotated[
     str,
     typer.Option(help="fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz"),
 ]
-Model = Annotated[str, typer.Option(help="resnet8, resnet20, resnet32, vgg19, … or timm:NAME")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="a preset (see `spfde methods`) or a TOML file")]
-Sparsity = Annotated[float | None, typer.Option(help="target sparsity in [0, 1)")]
-Freeze = Annotated[float | None, typer.Option(help="training FLOPs to save by freezing, in [0, 1)")]
-Sieve = Annotated[float | None, typer.Option(help="share of the samples to leave out, in [0, 1)")]
-SoftBound = Annotated[bool | None, typer.Option("--soft-bound/--no-soft-bound", help="MEST's soft memory bound (EM&S)")]
-Interval = Annotated[str, typer.Option(help="epochs between two structure updates, or auto")]
-Epochs = Annotated[int, typer.Option(help="length of the run in epochs")]
-BatchSize = Annotated[int, typer.Option(help="samples per step")]
+Model = Annotated[str, typer.Option(help="resnet8, resnet20, resnet32, vgg19 or timm:NAME")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="a preset (see `spfde methods`) or a TOML file", rich_help_panel=_SAVINGS)
+]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="share of the weights to do without, in [0, 1)", rich_help_panel=_SAVINGS, show_default="recipe"),
+]
+Freeze = Annotated[
+    float | None,
+    typer.Option(
+        help="share of the training FLOPs to save by freezing, in [0, 1)",
+        rich_help_panel=_SAVINGS,
+        show_default="recipe",
+    ),
+]
+Sieve = Annotated[
+    float | None,
+    typer.Option(help="share of the samples to leave out, in [0, 1)", rich_help_panel=_SAVINGS, show_default="recipe"),
+]
+SoftBound = Annotated[
+    bool | None,
+    typer.Option(
+        "--soft-bound/--no-soft-bound",
+        help="MEST's soft memory bound (EM&S)",
+        rich_help_panel=_SAVINGS,
+        show_default="recipe",
+    ),
+]
+Interval = Annotated[
+    str, typer.Option(help="epochs between two updates of the structure, or auto", rich_help_panel=_SAVINGS)
+]
+Epochs = Annotated[int, typer.Option(help="length of the run in epochs", rich_help_panel=_TRAINING)]
+BatchSize = Annotated[int, typer.Option(help="samples per step", rich_help_panel=_TRAINING)]
 
 
 @app.callback(invoke_without_command=True)
@@ -54,6 +97,10 @@ def train(
     context: typer.Context,
     data: Data = "fashion-mini",
     model: Model = "resnet8",
+    out: Annotated[Path | None, typer.Option(help="run folder", show_default="a new one under runs/")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the run in this folder; takes no other option but --quiet")
+    ] = None,
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
     freeze: Freeze = None,
@@ -61,44 +108,42 @@ def train(
     soft_bound: SoftBound = None,
     interval: Interval = "auto",
     epochs: Epochs = 20,
-    out: Annotated[Path | None, typer.Option(help="run folder; a new one under runs/ by default")] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
     batch_size: BatchSize = 64,
-    lr: Annotated[float, typer.Option(help="initial learning rate (cosine decay)")] = 0.1,
-    momentum: Annotated[float, typer.Option(help="SGD momentum")] = 0.9,
-    weight_decay: Annotated[float, typer.Option(help="L2 penalty")] = 1e-4,
-    augment: Annotated[str, typer.Option(help="auto, none, crop or crop+flip")] = "auto",
-    engine: Annotated[str, typer.Option(help="auto, masked or native")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    seed: Annotated[int, typer.Option(help="seed of weights, masks, sieving and batches")] = 0,
-    workers: Annotated[int, typer.Option(help="loader processes; images in memory need none")] = 0,
-    data_root: Annotated[str, typer.Option(help="where torchvision's sets lie or are put")] = "data",
-    track: Annotated[list[str] | None, typer.Option(help="tracker: tensorboard, wandb, …; may be repeated")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    lr: Annotated[float, typer.Option(help="initial learning rate (cosine decay)", rich_help_panel=_TRAINING)] = 0.1,
+    momentum: Annotated[float, typer.Option(help="SGD momentum", rich_help_panel=_TRAINING)] = 0.9,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty", rich_help_panel=_TRAINING)] = 1e-4,
+    augment: Annotated[str, typer.Option(help="auto, none, crop or crop+flip", rich_help_panel=_TRAINING)] = "auto",
+    seed: Annotated[
+        int, typer.Option(help="seed of weights, masks, sieving and batches", rich_help_panel=_TRAINING)
+    ] = 0,
+    engine: Annotated[str, typer.Option(help="auto, masked or native", rich_help_panel=_MACHINE)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps", rich_help_panel=_MACHINE)] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16", rich_help_panel=_MACHINE)] = "fp32",
+    workers: Annotated[
+        int, typer.Option(help="loader processes; images in memory need none", rich_help_panel=_MACHINE)
+    ] = 0,
+    data_root: Annotated[
+        Path, typer.Option(help="where torchvision's sets lie or are put", rich_help_panel=_MACHINE)
+    ] = Path("data"),
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, …; may be repeated", rich_help_panel=_MACHINE)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", rich_help_panel=_MACHINE)] = False,
 ) -> None:
-    """Train a model; with no options, the paper's recipe on the embedded data set."""
-    if resume is not None:
-        given = sorted(_given_options(context) - {"resume", "quiet"})
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            _fail(
-                f"--resume={resume}: cannot be changed by {flags}. Leave them out: the run goes on as it was started."
-            )
-    from spfde.errors import SpfdeError
-
-    try:
+    """Train a model; with no options, the paper's recipe on the embedded data set, in minutes on two cores."""
+    with _clear_endings(context):
         if resume is not None:
+            _refuse_other_options(context, resume)
             _resume(resume, quiet=quiet)
             return
-        from spfde.app.options import TrainOptions, choose_recipe
+        from spfde.app.options import TrainOptions, absolute_source, choose_recipe
 
         chosen = choose_recipe(
             recipe, sparsity=sparsity, freeze=freeze, sieve=sieve, soft_bound=soft_bound, interval=interval
         )
         options = TrainOptions(
-            data=data,
-            data_root=data_root,
+            data=absolute_source(data),
+            data_root=str(data_root.absolute()),
             model=model,
             recipe_name=recipe,
             recipe=chosen.to_dict(),
@@ -116,12 +161,11 @@ def train(
             track=tuple(track or ()),
         )
         _run(options, out or _new_folder(options), quiet=quiet, resume=False)
-    except SpfdeError as error:
-        _fail(str(error))
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     data: Data = "fashion-mini",
     model: Model = "resnet8",
     recipe: RecipeName = "spfde",
@@ -130,16 +174,14 @@ def plan(
     sieve: Sieve = None,
     soft_bound: SoftBound = None,
     interval: Interval = "auto",
-    epochs: Annotated[int, typer.Option(help="length of the run in epochs")] = 160,
+    epochs: Epochs = 160,
     batch_size: BatchSize = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Print the freeze timeline and the whole bill before training; needs no data on disk."""
-    import json
+    """Print the freeze timeline and the whole bill before training; named data sets need not be on disk."""
+    with _clear_endings(context):
+        import json
 
-    from spfde.errors import SpfdeError
-
-    try:
         import torch
 
         from spfde import plan as draw_plan
@@ -154,29 +196,21 @@ def plan(
         built = build_model(model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
         sample = torch.zeros(1, *spec.sample_shape)
         bill = draw_plan(built, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
-    except SpfdeError as error:
-        _fail(str(error))
-    if as_json:
-        typer.echo(json.dumps(bill.to_dict(), allow_nan=False))
-    else:
-        typer.echo(str(bill))
+        typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
 
 
 @app.command()
 def report(
+    context: typer.Context,
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),
 ) -> None:
     """Compare runs in one self-contained HTML file, with PNGs beside it."""
-    from spfde.errors import SpfdeError
-
-    try:
+    with _clear_endings(context):
         from spfde.report import write_report
 
         for path in write_report(runs, out):
             typer.echo(path)
-    except SpfdeError as error:
-        _fail(str(error))
 
 
 @app.command()
@@ -189,7 +223,7 @@ def methods() -> None:
 
 def _resume(folder: Path, *, quiet: bool) -> None:
     from spfde.app.options import TrainOptions
-    from spfde.app.runs import CONFIG, RunFolder
+    from spfde.app.runs import CONFIG, SUMMARY, RunFolder
     from spfde.errors import RunFolderError
 
     if not (folder / CONFIG).is_file():
@@ -197,30 +231,32 @@ def _resume(folder: Path, *, quiet: bool) -> None:
     look = RunFolder(folder)
     if look.is_finished:
         if not quiet:
-            typer.echo(f"{folder} is finished: test accuracy {look.read_json('summary.json')['test_accuracy']:.4f}")
+            accuracy = look.read_json(SUMMARY).get("test_accuracy")
+            typer.echo(f"{folder} is finished: test accuracy {accuracy}")
         return
-    command = look.read_json(CONFIG).get("command")
-    if not isinstance(command, dict):
-        raise RunFolderError(f"{folder / CONFIG}: lacks the run's options ('command'). Restore it, or start a new run.")
-    _run(TrainOptions(**command), folder, quiet=quiet, resume=True)
+    options = TrainOptions.from_config(look.read_json(CONFIG), folder / CONFIG)
+    _run(options, folder, quiet=quiet, resume=True)
 
 
 def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None:
-    from rich.console import Console
-
-    from spfde.app.display import ConsoleDisplay
-    from spfde.app.loop import train as train_loop
-
-    display = ConsoleDisplay(Console(quiet=quiet))
+    display = None
     try:
+        from rich.console import Console
+
+        from spfde.app.display import ConsoleDisplay
+        from spfde.app.loop import train as train_loop
+
+        display = ConsoleDisplay(Console(quiet=quiet))
         train_loop(options, out, display, resume=resume)
     except KeyboardInterrupt:
-        display.stop()
+        if display is not None:
+            display.stop()
         hint = f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else ""
-        typer.echo(f"interrupted.{hint}", err=True)
+        typer.echo(f"spfde: interrupted.{hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
-        display.stop()
+        if display is not None:
+            display.stop()
     if not quiet:
         typer.echo(f"run folder: {out}")
 
@@ -237,17 +273,80 @@ def _new_folder(options: TrainOptions) -> Path:
     return candidate
 
 
+def _refuse_other_options(context: typer.Context, resume: Path) -> None:
+    given = sorted(_given_options(context) - {"resume", "quiet"})
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        _fail(
+            f"--resume={resume}: takes no other options, and {flags} was given. "
+            "Leave the rest out: the run goes on as it was started."
+        )
+
+
 def _given_options(context: typer.Context) -> set[str]:
     """Names of the options that were given on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
+@contextmanager
+def _clear_endings(context: typer.Context) -> Iterator[None]:
+    """Errors and warnings of the package as plain lines; no traceback for what a person can put right."""
+    from spfde.errors import SpfdeError
+
+    with warnings.catch_warnings():
+        _show_plainly()
+        try:
+            yield
+        except SpfdeError as error:
+            _fail(_in_options(error, _given_options(context)))
+        except KeyboardInterrupt:
+            typer.echo("spfde: interrupted.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _show_plainly() -> None:
+    package, usual = Path(__file__).parent, warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if package in Path(filename).parents:
+            typer.echo(f"spfde: warning: {message}", err=True)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+
+
+def _in_options(error: SpfdeError, given: set[str]) -> str:
+    """The message; a problem with the value of a given option names the option as it was typed."""
+    from spfde.errors import InvalidArgument
+
+    if not isinstance(error, InvalidArgument):
+        return str(error)
+    lines = []
+    for problem in error.problems:
+        option = _OPTION_OF_FIELD.get(problem.argument, problem.argument)
+        is_option = option in given
+        lines.append(str(replace(problem, argument=f"--{option.replace('_', '-')}") if is_option else problem))
+    return "\n".join(lines)
+
+
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"spfde: {message}", err=True)
+    typer.echo("\n".join(f"spfde: {line}" for line in message.splitlines()), err=True)
     raise typer.Exit(EXIT_ERROR)
 
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point of the ``spfde`` command and of ``python -m spfde``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a character gets a question mark, not a crash.
+            stream.reconfigure(errors="replace")
     return app(args=argv, prog_name="spfde")

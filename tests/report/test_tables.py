@@ -154,3 +154,9 @@ def test_settings_are_flattened(tmp_path: Path) -> None:
     }
     found = dict(tables.settings(Run(path=tmp_path, name="x", config=config)))
     assert found == {"command.lr": "0.1", "command.track": "", "plan.freeze_epochs": "1, None", "model": "resnet8"}
+
+
+def test_modules_that_are_not_counted_are_named_once_for_all_their_runs(tmp_path: Path) -> None:
+    plans = {"a": {"ReLU": 7}, "b": {"ReLU": 7}, "c": {}, "d": {"Odd": 1, "ReLU": 2}}
+    runs = [Run(path=tmp_path, name=name, config={"plan": {"uncounted": plan}}) for name, plan in plans.items()]
+    assert tables.uncounted(runs) == [("a, b", "ReLU (7)"), ("d", "Odd (1), ReLU (2)")]

@@ -128,7 +128,7 @@ def _write(write: Callable[[Path], None], draft: Path) -> None:
         raise
     except Exception as error:
         text = str(error)
-        is_full = "No space left" in text or "os error 28" in text or shutil.disk_usage(draft).free < 2**16
+        is_full = "No space left" in text or "os error 28" in text or shutil.disk_usage(draft).free < 2**20
         raise OSError(errno.ENOSPC if is_full else errno.EIO, text) from error
 
 

@@ -26,7 +26,7 @@ _HEADER = (
     f"{'epoch':>7}  {'test':>6}  {'train':>6}  {'density':>7}  {'frozen blocks':<16}  {'samples':>9}  "
     f"{'FLOPs':>6}  {'time':>7}"
 )
-_LEGEND = "test, train: accuracy; samples: the partial set; FLOPs: of the dense run, modelled"
+_LEGEND = "test, train: accuracy · samples: partial set · FLOPs: of dense so far, modelled"
 
 
 def frozen_bar(frozen: int, total: int) -> str:
@@ -50,8 +50,12 @@ def epoch_line(row: Mapping[str, Any], *, epochs: int, of_dense: float) -> str:
     return (
         f"{row['epoch'] + 1:>3}/{epochs:<3}  {row['test_accuracy']:6.4f}  {row['train_accuracy']:6.4f}  "
         f"{row['density']:7.3f}  {frozen_bar(row['frozen_blocks'], row['total_blocks']):<16}  "
-        f"{row['partial_samples']:>9,}  {of_dense:6.1%}  {format_seconds(row['seconds']):>7}"
+        f"{row['partial_samples']:>9,}  {of_dense:6.1%}  {_seconds(row['seconds']):>7}"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 1000 else f"{seconds:.0f} s"
 
 
 class ConsoleDisplay:
@@ -69,18 +73,19 @@ class ConsoleDisplay:
 
     def started(self, run: Run) -> None:
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
+        images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
         self._print(
-            f"spfde · {short_name(spec.name)}: {spec.train_samples:,} + {spec.test_samples:,} images · {options.model} · "
+            f"spfde · {short_name(spec.name)}: {images} · {options.model} · "
             f"recipe {short_name(options.recipe_name)} · {options.epochs} epochs · engine {session.engine} · "
             f"{run.accelerator.device}"
         )
-        freezing = f"; freezing starts at epoch {bill.start_epoch + 1}" if bill.start_epoch is not None else ""
+        freezing = f"; freezing starts after {bill.start_epoch} epochs" if bill.start_epoch is not None else ""
         self._print(
             f"plan (modelled): {format_flops(bill.training_flops)} of {format_flops(bill.dense_training_flops)} "
             f"training FLOPs, {bill.flops_ratio:.1%}{freezing}"
         )
         if run.resumed_from is not None:
-            self._print(f"going on at epoch {session.epoch + 1} from {run.resumed_from}")
+            self._print(f"going on after {session.epoch} of {options.epochs} epochs from {run.resumed_from}")
         elif run.is_resumed:
             self._print("no epoch had been finished: starting over")
         totals = session.cost.totals
@@ -96,7 +101,7 @@ class ConsoleDisplay:
                 console=self._console,
                 transient=True,
             )
-            self._bar.add_task("", total=None, loss="–")
+            self._bar.add_task("epoch", total=len(session.loader), loss="–")
             self._bar.start()
 
     def batch_done(self, run: Run, done: int, total: int, loss: float) -> None:
@@ -131,7 +136,7 @@ class ConsoleDisplay:
                 summary,
                 savings=savings,
                 memory=run.plan.to_dict()["memory"]["actual"],
-                uncounted=run.session.cost.uncounted,
+                uncounted=run.session.blueprint.cost.uncounted,
                 timing_steps=run.options.dense_timing_steps,
             )
         )
@@ -220,7 +225,7 @@ def cost_table(
         notes.append(f"* extrapolated: {timing_steps} dense steps, timed before training, times the dense run's steps.")
     if summary["engine"] == "masked" and summary["final_sparsity"] > 0:
         notes.append(
-            "The masked engine computes densely: sparsity saves FLOPs in the model only; freezing and sieving save time."
+            "The masked engine computes densely: sparsity saves modelled FLOPs only; freezing and sieving save time."
         )
     if uncounted:
         listed = ", ".join(f"{name} x{count}" for name, count in sorted(uncounted.items()))

@@ -71,7 +71,7 @@ class TrainOptions(Technique):
         command = config.get("command")
         remedy = "Restore the file from a copy, or start a new run."
         if not isinstance(command, dict):
-            raise RunFolderError(f"{path}: lacks the run's options (\"command\"). {remedy}")
+            raise RunFolderError(f'{path}: lacks the run\'s options ("command"). {remedy}')
         try:
             options = cls(**command)
             options.load_recipe()

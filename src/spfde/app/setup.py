@@ -32,7 +32,7 @@ from spfde.app.images import ImageData, collate
 from spfde.app.models import build_model
 from spfde.app.options import TrainOptions
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
-from spfde.door import choose_engine
+from spfde.engines import choose_engine
 from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged, nearest
 from spfde.planning import Plan, plan
 from spfde.session import Session
@@ -141,7 +141,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     model = build_model(
         options.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
     )
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
     if recipe.sieving is not None and (found := check_fraction(recipe.sieving, spec.train_samples, options.batch_size)):
@@ -309,7 +309,7 @@ def time_dense_step(run: Run) -> float:
         start = time.perf_counter()
         with run.accelerator.autocast():
             loss = F.cross_entropy(twin(x), y)
-        loss.backward()
+        torch.autograd.backward([loss])
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

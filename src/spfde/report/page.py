@@ -107,7 +107,7 @@ def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
         pictures=pictures,
         details=[(run, tables.settings(run)) for run in runs],
         masked=[run.name for run in runs if figures.engine(run) == "masked" and (figures.sparsity(run) or 0) > 0],
-        uncounted=[(run.name, names) for run in runs if (names := tables.uncounted(run))],
+        uncounted=tables.uncounted(runs),
     )
 
 

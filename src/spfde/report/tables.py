@@ -113,10 +113,14 @@ def settings(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def uncounted(run: Run) -> str:
-    """The modules that the modelled FLOPs leave out, with their number, as the plan lists them."""
-    found = run.section("plan").get("uncounted")
-    return ", ".join(f"{name} ({calls})" for name, calls in found.items()) if isinstance(found, Mapping) else ""
+def uncounted(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Names of runs, and the modules that their modelled FLOPs leave out, with their number, as the plan lists them."""
+    by_modules: dict[str, list[str]] = {}
+    for run in runs:
+        found = run.section("plan").get("uncounted")
+        if isinstance(found, Mapping) and found:
+            by_modules.setdefault(", ".join(f"{name} ({calls})" for name, calls in found.items()), []).append(run.name)
+    return [(", ".join(names), modules) for modules, names in by_modules.items()]
 
 
 def _table(caption: str, columns: tuple[Column, ...], runs: Sequence[Run]) -> Table:

@@ -1,0 +1,126 @@
+"""Write docs/benchmarks.md, and the README's table of results, from benchmarks/results/*.json.
+
+    python benchmarks/render.py                     # docs/benchmarks.md, and the README between its two markers
+    python benchmarks/render.py --check             # change nothing; exit 1 where a file is not up to date
+    python benchmarks/render.py --print             # print the README's table
+
+In README.md the table stands between ``<!-- results:start -->`` and ``<!-- results:end -->``; without them the README
+is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from _common import BENCHMARKS, RESULTS, Figure, Result, markdown, markdown_table, met_text, show
+
+ROOT = BENCHMARKS.parent
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+_REGION = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+# The order of the page; a result that is not named here follows after.
+ORDER = ("bookkeeping", "freezing", "sieving", "data_path", "same_budget", "start_up", "planned_figures")
+HEAD = """# Benchmarks
+
+Written by `python benchmarks/render.py` from `benchmarks/results/*.json`, not by hand. Each question has a script of
+its own (`make bench` runs them all); `--quick` is a smoke test.
+
+Times are measured, on the machine named under each table, and told as ratios of variants that were timed turn by turn
+in one process (processes started turn by turn for start-up): the median of the ratios within a round, with their
+quartiles; n is the number of rounds, of timed steps, or of seeds. Training FLOPs are modelled: one multiply-add is two
+FLOPs, and a sparse layer costs its density times the dense figure, whatever kernel runs it. Figures that miss their
+target say **no**."""
+
+
+def load(folder: Path) -> list[Result]:
+    """The results in a folder, in the page's order."""
+    found = [Result.from_json(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda result: ORDER.index(result.name) if result.name in ORDER else len(ORDER))
+
+
+def page(results: Sequence[Result]) -> str:
+    """The whole of docs/benchmarks.md."""
+    missing = [name for name in ORDER if name not in {result.name for result in results}]
+    parts = [HEAD]
+    if missing:
+        commands = ", ".join(f"`python benchmarks/{name}.py`" for name in missing)
+        parts.append(f"Not measured yet: {commands}.")
+    if results:
+        parts += ["## Summary", summary_table(results)]
+    parts += [markdown(result) for result in results]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """The figures that matter most, with their targets."""
+    rows = [
+        (figure.what, _with_spread(figure), figure.target, met_text(figure), _n(figure))
+        for result in results
+        for figure in result.figures
+        if figure.headline
+    ]
+    return markdown_table(("result", "value", "target", "met", "n"), rows)
+
+
+def readme_region(results: Sequence[Result]) -> str:
+    """What stands in the README between the markers, the markers included."""
+    measured = [result.stamp for result in results if result.stamp]
+    machines = sorted({f"{s['cpu']}, {s['threads']} threads, PyTorch {s['versions']['torch']}" for s in measured})
+    below = f"\n\nTaken on {'; '.join(machines)}; n is rounds, steps or seeds." if machines else ""
+    table = summary_table(results) if results else "Nothing has been measured yet: run `make bench`."
+    return f"{START}\n{table}{below}\n{END}"
+
+
+def with_region(text: str, region: str) -> str:
+    """A README with its region replaced; as it was where there are no markers."""
+    return _REGION.sub(lambda _: region, text, count=1)
+
+
+def _with_spread(figure: Figure) -> str:
+    value = show(figure.value, figure.unit)
+    if figure.kind == "modelled":
+        return f"{value} (modelled)"
+    if figure.spread is not None and figure.spread_is == "sd":
+        return f"{value} ± {show((figure.spread[1] - figure.spread[0]) / 2, figure.unit)}"
+    return value
+
+
+def _n(figure: Figure) -> str:
+    return "–" if figure.n is None else str(figure.n)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; 1 where ``--check`` found a file that is not up to date."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
+    made.add_argument("--root", type=Path, default=ROOT, metavar="FOLDER", help="where README.md and docs/ are")
+    made.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is not up to date")
+    made.add_argument("--print", action="store_true", dest="only_print", help="print the README's table")
+    options = made.parse_args(argv)
+    results = load(options.results)
+    region = readme_region(results)
+    if options.only_print:
+        print(region)
+        return 0
+    readme, docs = options.root / "README.md", options.root / "docs" / "benchmarks.md"
+    wanted = {docs: page(results)}
+    if readme.is_file():
+        wanted[readme] = with_region(readme.read_text(encoding="utf-8"), region)
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if options.check:
+            print(
+                f"{path}: is not up to date with {options.results}. Run python benchmarks/render.py.", file=sys.stderr
+            )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+            print(f"written: {path}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

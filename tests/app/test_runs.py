@@ -1,0 +1,459 @@
+"""A run folder survives a kill at any moment, and says clearly what is wrong with it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+import commands
+from spfde import presets
+from spfde.app.checkpoints import Checkpoints, described
+from spfde.app.loop import train
+from spfde.app.options import TrainOptions
+from spfde.app.runs import CONFIG, RECIPE, RunFolder
+from spfde.errors import RunFolderError, StateMismatch
+from spfde.freezing import ProgressiveFreezing
+
+MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
+EPOCHS = 8
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def started(self, run: Any) -> None: ...
+
+    def batch_done(self, run: Any, done: int, total: int, loss: float) -> None: ...
+
+    def epoch_done(self, run: Any, row: dict[str, Any]) -> None: ...
+
+    def finished(self, run: Any, summary: dict[str, Any]) -> None: ...
+
+
+class Stopping(Silent):
+    """Ends the run with Ctrl-C after some epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.left = epochs
+
+    def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def arguments(data: Path, out: str) -> list[str]:
+    return ["train", "--data", str(data), "--epochs", str(EPOCHS), "--batch-size", "16", "--out", out, "--quiet"]
+
+
+def options_for(data: Path, **changes: Any) -> TrainOptions:
+    recipe = presets.spfde.replace(freezing=ProgressiveFreezing(flops_reduction=0.1)).to_dict()
+    given = {"data": str(data), "recipe": recipe, "epochs": 4, "batch_size": 16, "dense_timing_steps": 0}
+    return TrainOptions(**{**given, **changes})
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_measured(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in MEASURED}
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Equal figures but for what was measured, and equal weights bit for bit."""
+    rows, wanted = lines(folder / "metrics.jsonl"), lines(expected / "metrics.jsonl")
+    assert [without_measured(row) for row in rows] == [without_measured(row) for row in wanted]
+    assert without_measured(read(folder / "summary.json")) == without_measured(read(expected / "summary.json"))
+    for name in ("latest", "previous", "best"):
+        weights = Path("checkpoints") / name / "model.safetensors"
+        assert (folder / weights).read_bytes() == (expected / weights).read_bytes(), name
+    assert not list(folder.rglob("*.writing*"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, place: Path) -> Path:
+    """A run that nobody disturbed."""
+    ended = commands.start(arguments(tiny, "whole"), log=place / "whole", cwd=place).end()
+    assert ended.code == 0, ended.err
+    return place / "whole"
+
+
+@pytest.fixture(scope="module")
+def _stopped_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(options_for(tiny), out, Stopping(3))
+    return out
+
+
+@pytest.fixture
+def stopped(_stopped_folder: Path, tmp_path: Path) -> Path:
+    """A copy of a run that was interrupted after three of four epochs."""
+    return Path(shutil.copytree(_stopped_folder, tmp_path / "run"))
+
+
+def resume(folder: Path, display: Silent | None = None) -> dict[str, Any]:
+    config = RunFolder(folder).read_json(CONFIG)
+    options = TrainOptions.from_config(config, folder / CONFIG)
+    return train(options, folder, display or Silent(), resume=True)
+
+
+class TestKilledRuns:
+    @pytest.mark.parametrize("moment", commands.MOMENTS)
+    def test_a_run_killed_at_any_moment_ends_like_one_that_never_stopped(
+        self, moment: str, tiny: Path, place: Path, uninterrupted: Path
+    ) -> None:
+        name = moment.replace(" ", "-")
+        running = commands.start(arguments(tiny, name), log=place / name, cwd=place, wait_at=moment)
+        running.reach()
+        assert running.kill(signal.SIGKILL).code == -signal.SIGKILL
+        assert not (place / name / "summary.json").exists()
+        ended = commands.start(["train", "--resume", name], log=place / f"{name}-again", cwd=place).end()
+        assert ended.code == 0, ended.err
+        assert_same_run(place / name, uninterrupted)
+        started_over = moment == "among the first batches"
+        assert ("starting over" in ended.out) == started_over
+        assert ("going on after" in ended.out) != started_over
+
+    @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+    def test_a_signal_ends_a_run_with_the_hint_to_resume_it(
+        self, sent: signal.Signals, tiny: Path, place: Path, uninterrupted: Path
+    ) -> None:
+        name = sent.name
+        running = commands.start(arguments(tiny, name), log=place / name, cwd=place, wait_at="among later batches")
+        running.reach()
+        ended = running.kill(sent)
+        assert ended.code == 130
+        assert ended.err == f"spfde: interrupted. Go on with `spfde train --resume {name}`.\n"
+        # From another folder: what the run reads is kept with its absolute path.
+        elsewhere = place / f"{name}-elsewhere"
+        elsewhere.mkdir()
+        ended = commands.start(
+            ["train", "--quiet", "--resume", str(place / name)], log=place / f"{name}-again", cwd=elsewhere
+        ).end()
+        assert (ended.code, ended.out, ended.err) == (0, "", "")
+        assert_same_run(place / name, uninterrupted)
+
+    def test_a_folder_in_use_is_refused_while_its_process_lives_and_no_longer(self, tiny: Path, place: Path) -> None:
+        running = commands.start(
+            [*arguments(tiny, "busy"), "--workers", "1"],
+            log=place / "busy",
+            cwd=place,
+            wait_at="among the first batches",
+        )
+        running.reach()
+        for number, argv in enumerate((["train", "--resume", "busy"], arguments(tiny, "busy"))):
+            second = commands.start(argv, log=place / f"second-{number}", cwd=place).end()
+            assert second.code == 2
+            assert second.err.startswith("spfde: busy: is in use by another process. ")
+        running.kill(signal.SIGKILL)
+        # At once, though the loader's worker may live on for seconds.
+        RunFolder.reopen(place / "busy").close()
+
+
+class TestResuming:
+    def test_the_file_of_metrics_is_restored_whatever_became_of_it(self, stopped: Path) -> None:
+        (stopped / "metrics.jsonl").write_text('{"epoch": 0, "tra')
+        resume(stopped)
+        assert [row["epoch"] for row in lines(stopped / "metrics.jsonl")] == [0, 1, 2, 3]
+
+    def test_a_recipe_file_that_was_not_yet_written_is_written(self, stopped: Path) -> None:
+        text = (stopped / RECIPE).read_text()
+        (stopped / RECIPE).unlink()
+        resume(stopped)
+        assert (stopped / RECIPE).read_text() == text
+
+    def test_half_written_files_are_ignored_and_taken_away(self, stopped: Path) -> None:
+        draft = stopped / "checkpoints" / ".writing-latest"
+        draft.mkdir()
+        (draft / "model.safetensors").write_bytes(b"half")
+        (stopped / ".summary.json.writing").write_text("{")
+        resume(stopped)
+        assert not draft.exists()
+        assert not (stopped / ".summary.json.writing").exists()
+
+    @pytest.mark.parametrize(
+        ("damage", "told"),
+        [
+            (lambda latest: _flip_a_byte(latest / "model.safetensors"), "model.safetensors has another checksum"),
+            (lambda latest: os.truncate(latest / "optimizer.bin", 100), "optimizer.bin has another checksum"),
+            (lambda latest: (latest / "custom_checkpoint_0.pkl").unlink(), "custom_checkpoint_0.pkl is missing"),
+            (lambda latest: (latest / "manifest.json").unlink(), "manifest.json is missing"),
+            (lambda latest: (latest / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+        ],
+        ids=["flipped byte", "cut file", "lost file", "lost manifest", "damaged manifest"],
+    )
+    def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered(
+        self, damage: Any, told: str, stopped: Path
+    ) -> None:
+        latest, previous = stopped / "checkpoints" / "latest", stopped / "checkpoints" / "previous"
+        damage(latest)
+        with pytest.raises(RunFolderError) as refused:
+            resume(stopped)
+        message = str(refused.value)
+        assert f"checkpoint {latest}: is damaged ({told}" in message
+        assert message.endswith(f"Remove {latest} to go on from {previous}, one epoch earlier.")
+        shutil.rmtree(latest)
+        assert resume(stopped)["epochs"] == 4
+
+    def test_without_a_whole_checkpoint_there_is_nothing_to_offer(self, stopped: Path) -> None:
+        for name in ("latest", "previous"):
+            _flip_a_byte(stopped / "checkpoints" / name / "model.safetensors")
+        with pytest.raises(RunFolderError, match=r"Restore it from a copy, or start a new run\.$"):
+            resume(stopped)
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ({"model": "resnet20"}, "there model is 'resnet8', and config.json says 'resnet20'"),
+            ({"epochs": 6}, "there epochs is 4, and config.json says 6"),
+            ({"lr": 0.2}, "there lr is 0.1, and config.json says 0.2"),
+        ],
+    )
+    def test_a_checkpoint_of_another_run_is_refused(self, change: dict[str, Any], told: str, stopped: Path) -> None:
+        config = read(stopped / CONFIG)
+        config["command"] |= change
+        (stopped / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(StateMismatch, match=told):
+            resume(stopped)
+
+    def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(self, stopped: Path) -> None:
+        config = read(stopped / CONFIG)
+        config["command"]["recipe"]["sparsity"]["sparsity"] = 0.5
+        (stopped / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(
+            StateMismatch, match=r"there recipe\.sparsity\.sparsity is 0\.9, and config\.json says 0\.5"
+        ):
+            resume(stopped)
+
+    def test_a_checkpoint_that_fits_no_model_of_that_name_is_refused_in_one_line(
+        self, stopped: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As after an update that changed a model: options agree, shapes do not."""
+        from spfde.app import models
+
+        monkeypatch.setitem(models.MODELS, "resnet8", models.MODELS["resnet20"])
+        with pytest.raises(
+            RunFolderError, match=r"cannot be loaded .* Resume with the versions that wrote it"
+        ) as refused:
+            resume(stopped)
+        assert "\n" not in str(refused.value)
+
+    def test_where_the_run_computes_may_change(self, stopped: Path) -> None:
+        config = read(stopped / CONFIG)
+        config["command"] |= {"device": "cpu", "workers": 1}
+        (stopped / CONFIG).write_text(json.dumps(config))
+        assert resume(stopped)["epochs"] == 4
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            ("{", "is damaged"),
+            ("[]", "holds no JSON object"),
+            ("{}", 'lacks the run\'s options ("command")'),
+            ('{"command": {"epochs": 0}}', "holds options that are not valid: epochs=0"),
+            ('{"command": {"epoch": 1}}', "Did you mean 'epochs'"),
+            ('{"command": {"recipe": {"sparsty": {}}}}', "Did you mean 'sparsity'"),
+        ],
+    )
+    def test_a_damaged_config_is_refused(self, content: str, told: str, stopped: Path) -> None:
+        (stopped / CONFIG).write_text(content)
+        with pytest.raises(RunFolderError) as refused:
+            resume(stopped)
+        assert str(refused.value).startswith(f"{stopped / CONFIG}: ")
+        assert told in str(refused.value)
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class TestDisk:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, "No space left on device"),
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        ],
+        ids=["system", "serialiser"],
+    )
+    def test_a_full_disk_stops_the_run_and_leaves_it_fit_to_be_resumed(
+        self, error: Exception, tiny: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        with _failing_checkpoints(error, after=2), pytest.raises(RunFolderError, match="the disk is full") as stopped:
+            train(options_for(tiny), out, Silent())
+        assert str(stopped.value).endswith("Free some space and go on with --resume.")
+        assert not list((out / "checkpoints").glob(".writing-*")), "unfinished files take the space that is needed"
+        undisturbed = tmp_path / "undisturbed"
+        expected = train(options_for(tiny), undisturbed, Silent())
+        assert without_measured(resume(out)) == without_measured(expected)
+        assert_same_run(out, undisturbed)
+
+    def test_a_disk_that_is_full_at_the_first_checkpoint_leaves_a_run_that_starts_over(
+        self, tiny: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with _failing_checkpoints(full, after=0), pytest.raises(RunFolderError, match="the disk is full"):
+            train(options_for(tiny), out, Silent())
+        assert resume(out)["epochs"] == 4
+
+    @pytest.mark.parametrize(
+        ("code", "told"),
+        [
+            (errno.EROFS, "the file system is read-only"),
+            (errno.EACCES, "it cannot be written"),
+            (errno.ENOSPC, "the disk is full"),
+        ],
+    )
+    def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(
+        self, code: int, told: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "new" / "run"
+
+        def refuse(self: Path, *_: object, **__: object) -> NoReturn:
+            raise OSError(code, os.strerror(code), str(self))
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        with pytest.raises(RunFolderError, match=f"{out}: {told}"):
+            train(options_for(tiny), out, Silent())
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+    def test_a_folder_that_cannot_be_made_is_named(self, tiny: Path) -> None:
+        with pytest.raises(RunFolderError, match=r"/proc/spfde-run: .*Choose another folder"):
+            train(options_for(tiny), Path("/proc/spfde-run"), Silent())
+
+    def test_a_folder_below_a_file_is_refused(self, tiny: Path) -> None:
+        with pytest.raises(RunFolderError, match=r"Not a directory.*Choose another folder"):
+            train(options_for(tiny), tiny / "run", Silent())
+
+
+class _failing_checkpoints:
+    """Writing the checkpoint after the first ``after`` ones writes a part and fails."""
+
+    def __init__(self, error: Exception, *, after: int) -> None:
+        self._error, self._left, self._patch = error, after, pytest.MonkeyPatch()
+
+    def __enter__(self) -> None:
+        from accelerate import Accelerator
+
+        usual = Accelerator.save_state
+
+        def save_state(accelerator: Any, folder: str) -> None:
+            self._left -= 1
+            if self._left < 0:
+                (Path(folder) / "model.safetensors").write_bytes(b"half")
+                raise self._error
+            usual(accelerator, folder)
+
+        self._patch.setattr(Accelerator, "save_state", save_state)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+class TestFolders:
+    def test_what_a_process_killed_while_making_the_folder_left_is_no_reason_to_refuse_it(self, tmp_path: Path) -> None:
+        (tmp_path / ".lock").touch()
+        (tmp_path / ".config.json.writing").write_text("{")
+        RunFolder.create(tmp_path).close()
+
+    @pytest.mark.parametrize(
+        ("name", "told"), [("config.json", "holds a run already"), ("notes", r"is not empty \(notes\)")]
+    )
+    def test_a_folder_with_something_in_it_is_refused(self, name: str, told: str, tmp_path: Path) -> None:
+        (tmp_path / name).touch()
+        with pytest.raises(RunFolderError, match=told):
+            RunFolder.create(tmp_path)
+        assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+    def test_a_discarded_folder_takes_its_new_parents_with_it_and_no_others(self, tmp_path: Path) -> None:
+        (tmp_path / "old").mkdir()
+        folder = RunFolder.create(tmp_path / "old" / "new" / "run")
+        folder.write_json(CONFIG, {})
+        folder.discard()
+        assert list((tmp_path / "old").iterdir()) == []
+
+    def test_an_empty_folder_that_was_there_before_stays_when_a_run_is_discarded(self, tmp_path: Path) -> None:
+        folder = RunFolder.create(tmp_path)
+        folder.write_json(CONFIG, {})
+        folder.discard()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_is_written_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = RunFolder.create(tmp_path)
+        folder.write_text("a.txt", "before")
+
+        def fail(_: int) -> NoReturn:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(RunFolderError, match="the disk is full"):
+            folder.write_text("a.txt", "after")
+        assert (tmp_path / "a.txt").read_text() == "before"
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "a.txt"]
+        folder.close()
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def checkpoints(self, tmp_path: Path) -> Checkpoints:
+        return Checkpoints(tmp_path / "checkpoints")
+
+    def _save(self, checkpoints: Checkpoints, text: str, *, best: bool = False) -> None:
+        checkpoints.save(
+            lambda folder: _ignore((folder / "weights").write_text(text)), epoch=1, best=best, about={"text": text}
+        )
+
+    def test_the_latest_the_one_before_and_the_best_are_kept(self, checkpoints: Checkpoints) -> None:
+        assert checkpoints.newest() is None
+        for text, best in (("a", True), ("b", True), ("c", False), ("d", False)):
+            self._save(checkpoints, text, best=best)
+        kept = {path.name: (path / "weights").read_text() for path in checkpoints.path.iterdir()}
+        assert kept == {"latest": "d", "previous": "c", "best": "b"}
+        assert checkpoints.newest() == checkpoints.latest
+        assert described(checkpoints.latest) == {"text": "d"}
+
+    def test_a_checkpoint_that_cannot_be_written_leaves_the_others_as_they_were(self, checkpoints: Checkpoints) -> None:
+        self._save(checkpoints, "a", best=True)
+
+        def fail(folder: Path) -> None:
+            (folder / "weights").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(RunFolderError, match="the disk is full"):
+            checkpoints.save(fail, epoch=2, best=True)
+        kept = {path.name: (path / "weights").read_text() for path in checkpoints.path.iterdir()}
+        assert kept == {"latest": "a", "best": "a"}
+
+    def test_without_the_latest_the_one_before_is_the_newest(self, checkpoints: Checkpoints) -> None:
+        self._save(checkpoints, "a")
+        self._save(checkpoints, "b")
+        shutil.rmtree(checkpoints.latest)
+        assert checkpoints.newest() == checkpoints.previous
+
+
+def _ignore(_: object) -> None:
+    """For expressions that return something where nothing is wanted."""

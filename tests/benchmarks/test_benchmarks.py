@@ -1,0 +1,192 @@
+"""What the benchmarks share does what it says, and the one that times nothing runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("_common")
+
+
+@pytest.fixture
+def render(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("render")
+
+
+def a_result(common: ModuleType, **changes: Any) -> Any:
+    figures = (
+        common.Figure("good", 0.5, "ratio", high=0.6, n=3, spread=(0.4, 0.7), of_medians=0.55, headline=True),
+        common.Figure("bad", 0.031, "share", high=0.02, n=3, headline=True),
+        common.Figure("minor", 1e16, "flops", kind="modelled"),
+    )
+    fields: dict[str, Any] = {
+        "name": "freezing",
+        "title": "Freezing",
+        "question": "What?",
+        "command": "python x.py",
+        "figures": figures,
+        "tables": (common.Table("Parts", ("part", "time"), (("one", "1 ms"),)),),
+        "settings": {"rounds": 3},
+        "notes": ("A note.",),
+        "stamp": common.stamp(),
+    }
+    return common.Result(**{**fields, **changes})
+
+
+def test_rounds_call_every_variant_once_and_start_one_further_each_time(common: ModuleType) -> None:
+    called: list[str] = []
+    calls = {name: (lambda name=name: called.append(name)) for name in "abc"}
+
+    timings = common.interleave(calls, 3, warmup=1)
+
+    assert "".join(called) == "abc" + "abc" + "bca" + "cab"
+    assert {name: timing.n for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_each_call_is_given_the_time_that_passed_in_it(common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def lasting(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    timings = common.interleave({"short": lasting(1.0), "long": lasting(4.0)}, 2)
+    assert timings["short"].seconds == (1.0, 1.0)
+    assert timings["long"].seconds == (4.0, 4.0)
+
+
+def test_no_rounds_are_refused(common: ModuleType) -> None:
+    with pytest.raises(ValueError, match="rounds=0"):
+        common.interleave({"a": lambda: None}, 0)
+
+
+def test_the_paired_ratio_is_the_median_within_rounds_and_not_the_ratio_of_medians(common: ModuleType) -> None:
+    fast, slow = common.Timing((1.0, 2.0, 6.0, 3.0)), common.Timing((2.0, 8.0, 6.0, 9.0))
+
+    ratio = common.compare(fast, slow)
+
+    # Within rounds 0.5, 0.25, 1, 1/3; medians 2.5 and 7.
+    assert ratio.paired == pytest.approx((1 / 3 + 0.5) / 2)
+    assert ratio.of_medians == pytest.approx(2.5 / 7)
+    assert ratio.quartiles == pytest.approx((0.25 + 0.75 * (1 / 3 - 0.25), 0.625))
+    assert ratio.n == 4
+
+
+def test_timings_of_different_rounds_are_not_compared(common: ModuleType) -> None:
+    with pytest.raises(ValueError, match="longer"):
+        common.compare(common.Timing((1.0,)), common.Timing((1.0, 2.0)))
+
+
+def test_a_single_value_is_both_of_its_quartiles(common: ModuleType) -> None:
+    assert common.quartiles([3.0]) == (3.0, 3.0)
+    assert common.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+
+
+def test_the_stamp_names_the_machine_and_the_versions(common: ModuleType) -> None:
+    import torch
+
+    found = common.stamp()
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"]
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert found["date"][:2] == "20"
+    assert json.loads(json.dumps(found)) == found
+    assert found["cpu"] in common.stamp_line(found)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "met", "target"),
+    [
+        (None, None, None, "–"),
+        (None, 0.5, True, "at most 0.50x"),
+        (None, 0.4, False, "at most 0.40x"),
+        (0.5, None, True, "at least 0.50x"),
+        (0.6, None, False, "at least 0.60x"),
+        (0.4, 0.6, True, "0.40x to 0.60x"),
+        (0.6, 0.7, False, "0.60x to 0.70x"),
+    ],
+)
+def test_a_figure_meets_its_bounds_inclusively(
+    common: ModuleType, low: float | None, high: float | None, met: bool | None, target: str
+) -> None:
+    figure = common.Figure("x", 0.5, "ratio", low=low, high=high)
+    assert figure.met is met
+    assert figure.target == target
+
+
+def test_a_result_survives_its_json(common: ModuleType) -> None:
+    result = a_result(common, data={"curve": [{"seconds": 1.5}]})
+    assert common.Result.from_json(result.to_json()) == result
+
+
+def test_a_smoke_test_keeps_no_result_and_a_run_does(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+
+    common.publish(a_result(common), argparse.Namespace(quick=True, results=None))
+    assert not (tmp_path / "results").exists()
+    assert "| good | 0.50x | at most 0.60x | yes |" in capsys.readouterr().out
+
+    common.publish(a_result(common), argparse.Namespace(quick=False, results=None))
+    assert (tmp_path / "results" / "freezing.json").is_file()
+
+
+def test_the_page_has_every_result_and_says_what_misses_its_target(common: ModuleType, render: ModuleType) -> None:
+    text = render.page([a_result(common)])
+    assert "| bad | 3.10% | at most 2.00% | **no** |" in text
+    assert "| one | 1 ms |" in text
+    assert "Not measured yet" in text
+    assert "`python benchmarks/sieving.py`" in text
+
+
+def test_rendering_replaces_the_readme_region_alone_and_check_finds_drift(
+    common: ModuleType, render: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    (results / "freezing.json").write_text(a_result(common).to_json(), encoding="utf-8")
+    readme.write_text("before\n<!-- results:start -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8")
+    arguments = ["--results", str(results), "--root", str(tmp_path)]
+
+    assert render.main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text(encoding="utf-8")
+    assert render.main(arguments) == 0
+    assert render.main([*arguments, "--check"]) == 0
+
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- results:start -->\n| result |")
+    assert text.endswith("<!-- results:end -->\nafter\n")
+    assert "old" not in text
+    assert "minor" not in text
+    assert "## Freezing" in (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_a_readme_without_markers_is_left_alone(render: ModuleType) -> None:
+    assert render.with_region("# Title\n", "region") == "# Title\n"
+
+
+def test_the_modelled_figures_meet_their_targets(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    importlib.import_module("planned_figures").main(["--quick", "--results", str(tmp_path)])
+
+    result = common.Result.from_json((tmp_path / "planned_figures.json").read_text(encoding="utf-8"))
+    assert {figure.kind for figure in result.figures} == {"modelled"}
+    assert [figure.what for figure in result.figures if figure.met is False] == []
+    starts = [figure.value for figure in result.figures if figure.unit == "epoch"]
+    assert starts == [65, 55]
