@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +29,10 @@ class Outcome:
     code: int | None
     out: str
     err: str
+
+
+Spfde = Callable[..., Outcome]
+"""The fixture that runs the command line in the test's own process."""
 
 
 class Command:

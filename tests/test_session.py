@@ -72,9 +72,12 @@ def test_frozen_blocks_no_longer_move_and_their_batch_norms_stay_in_eval(
     assert parts.model.blocks[-1].bn1.training
 
 
-def test_a_block_under_the_soft_bound_is_frozen_at_its_target(parts: Parts, whole_recipe: spfde.Recipe) -> None:
-    recipe = whole_recipe.replace(freezing=spfde.ProgressiveFreezing(flops_reduction=0.3))
-    session = attach(parts, recipe)
+def test_a_block_leaves_the_soft_bound_one_interval_before_it_is_frozen(
+    parts: Parts, whole_recipe: spfde.Recipe
+) -> None:
+    session = attach(parts, whole_recipe)
+    freeze_epoch = session.blueprint.freeze_plan.start_epoch
+    assert freeze_epoch == 4
     seen = []
 
     def look(epoch: int) -> None:
@@ -86,8 +89,8 @@ def test_a_block_under_the_soft_bound_is_frozen_at_its_target(parts: Parts, whol
     numel, target = 6 * 6 * 9, round(0.2 * 6 * 6 * 9)
     bounded = target + round(0.05 * numel)
     assert seen[0] == (bounded, bounded, 0)
-    first = next(front for front, back, frozen in seen if frozen and back > target)
-    assert first == target
+    assert seen[freeze_epoch - 2] == (target, bounded, 0)
+    assert seen[freeze_epoch] == (target, bounded, 1)
 
 
 def test_the_bill_of_a_finished_run_equals_the_plan(parts: Parts, whole_recipe: spfde.Recipe) -> None:
@@ -106,6 +109,14 @@ def test_the_bill_equals_the_plan_with_dense_gradients_too(method: spfde.sparsit
     train(parts, session)
     assert session.cost.totals.cost == bill.cost
     assert (bill.cost.dense_gradient_flops > 0) == (method.name == "rigl")
+
+
+def test_the_bill_holds_the_dense_models_modelled_memory_against_the_runs(
+    parts: Parts, whole_recipe: spfde.Recipe
+) -> None:
+    session = attach(parts, whole_recipe)
+    train(parts, session)
+    assert session.cost.dense_memory_bytes > session.cost.totals.minimum_memory_bytes
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(whole_recipe: spfde.Recipe) -> None:
@@ -350,6 +361,14 @@ def test_a_scheduler_on_the_optimizer_is_refused_together_with_ours(parts: Parts
     torch.optim.lr_scheduler.StepLR(parts.optimizer, 3)
     refused(parts, whole_recipe, "initial_lr")
     train(parts, attach(parts, whole_recipe.replace(learning_rate=None)))
+
+
+def test_a_second_session_on_the_same_model_or_optimizer_is_refused(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    with pytest.raises(spfde.InvalidArgument, match="has a session already"):
+        attach(parts, whole_recipe)
+    session.detach()
+    attach(parts, whole_recipe)
 
 
 def test_foreign_and_missing_parameters_are_named_together(parts: Parts) -> None:

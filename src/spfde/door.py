@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,7 @@ def attach(
     chosen = choose_engine(engine)
     problems = Problems()
     problems.found.extend(_check_optimizer(unwrap(model), optimizer))
+    problems.found.extend(_check_unattached(unwrap(model), optimizer))
     problems.found.extend(check_loader(loader))
     if not problems.found and recipe.sieving is not None:
         problems.found.extend(_check_sieving(loader, recipe, epochs))
@@ -67,7 +69,23 @@ def attach(
     session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
+    _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
     return session
+
+
+_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+"""Attached sessions by the identity of their model and of their optimizer."""
+
+
+def _check_unattached(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
+    """Two sessions on one model would undo each other's masks."""
+    for name, target in (("model", model), ("optimizer", optimizer)):
+        session = _SESSIONS.get(id(target))
+        if session is not None and session.holds(target):
+            return [
+                Problem(name, type(target).__name__, "has a session already", "Call detach() on that session first.")
+            ]
+    return []
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:

@@ -27,6 +27,7 @@ from spfde.cost import (
 from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import FreezePlan, Partition, blocks_to_freeze, find_blocks, solve
 from spfde.recipe import Recipe
+from spfde.schedules import latest_beat
 from spfde.sparsity import SparsityMethod, planned_active, select_layers
 from spfde.tracing import Sample, trace, unwrap
 
@@ -58,12 +59,12 @@ class Blueprint:
     def scheduled_density(self, epoch: int, *, freezing: bool = True) -> list[float]:
         """Density of each layer in ``cost.layers`` during ``epoch``, the soft bound included.
 
-        A frozen block has been pruned to its target. With ``freezing=False`` nothing is ever frozen.
+        A block is at its target from the interval before it is frozen. With ``freezing=False`` nothing is ever frozen.
         """
-        frozen = self.frozen_layers(epoch) if freezing else [False] * len(self.cost.layers)
+        at_target = self.settling_layers(epoch) if freezing else [False] * len(self.cost.layers)
         return [
-            self._density(layer.name, layer.numel, epoch, is_frozen)
-            for layer, is_frozen in zip(self.cost.layers, frozen, strict=True)
+            self._density(layer.name, layer.numel, epoch, settles)
+            for layer, settles in zip(self.cost.layers, at_target, strict=True)
         ]
 
     def target_density(self) -> list[float]:
@@ -76,15 +77,25 @@ class Blueprint:
         """For each layer in ``cost.layers``: is it frozen during ``epoch``?"""
         return self.layers_in_first(self.freeze_plan.n_frozen_at(epoch))
 
+    def settling_layers(self, epoch: int) -> list[bool]:
+        """For each layer in ``cost.layers``: is it frozen during ``epoch``, or at the beat after it?
+
+        A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
+        no step left to make up for them. So its last interval of training is at target already. The sources say
+        nothing of this case.
+        """
+        beat = latest_beat(epoch, self.interval)
+        return self.layers_in_first(self.freeze_plan.n_frozen_at(beat + self.interval))
+
     def layers_in_first(self, n_blocks: int) -> list[bool]:
         """For each layer in ``cost.layers``: is it in one of the first ``n_blocks`` blocks?"""
         return [block < n_blocks for block in self.block_of_layer]
 
-    def _density(self, name: str, numel: int, epoch: int, is_frozen: bool) -> float:
+    def _density(self, name: str, numel: int, epoch: int, at_target: bool) -> float:
         if self.method is None or name not in self.target:
             return 1.0
         target = self.target[name]
-        if is_frozen:
+        if at_target:
             return target / numel
         active = planned_active(self.method, target, numel, epoch=epoch, interval=self.interval, epochs=self.epochs)
         return active / numel

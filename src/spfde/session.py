@@ -62,7 +62,6 @@ class Session:
         engine: str,
     ) -> None:
         self.recipe, self.engine, self.seed, self.blueprint = recipe, engine, seed, blueprint
-        self.cost = Ledger(uncounted=blueprint.cost.uncounted)
         self._model, self._optimizer = unwrap(model), optimizer
         self._clock = Clock()
         self._world = World.current()
@@ -85,6 +84,11 @@ class Session:
             self._counter = ForgettingCounter(int(self._population.max()) + 1)
             gather = self._world.gather if self._world.is_shared else None
             self._observer = Observer(self._counter, self.loader, gather)
+        layers = blueprint.cost.layers
+        dense = memory_of(
+            layers, (1.0,) * len(layers), (False,) * len(layers), batch_size=self._batch_size, accounting="actual"
+        )
+        self.cost = Ledger(uncounted=blueprint.cost.uncounted, dense_memory_bytes=dense.total)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -151,7 +155,9 @@ class Session:
         self._turn_sieve()
         if self._masker is not None:
             self._masker.reset_epoch_counters()
-            self._masker.begin_epoch(clock.epoch, self._freezer.frozen_parameters)
+            layers = zip(self.blueprint.cost.layers, self.blueprint.settling_layers(clock.epoch), strict=True)
+            settling = {layer.name for layer, settles in layers if settles}
+            self._masker.begin_epoch(clock.epoch, self._freezer.frozen_parameters, settling)
         self._freeze_to(self.blueprint.freeze_plan.n_frozen_at(clock.epoch))
         if self._rates is not None:
             self._rates.apply(clock.epoch)
@@ -396,6 +402,10 @@ class Session:
         built.on_batch = lambda indices: while_attached(lambda alive: alive._on_batch(indices))
         built.on_end = lambda: while_attached(Session._on_loader_end)
         return built
+
+    def holds(self, target: object) -> bool:
+        """Is this session attached to that model or optimizer?"""
+        return self._attached and (target is self._model or target is self._optimizer)
 
     def detach(self) -> None:
         """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.

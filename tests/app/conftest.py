@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from commands import Outcome
+from commands import Outcome, Spfde
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-Spfde = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 
 import commands
 from spfde import presets
+from spfde.app import models
 from spfde.app.checkpoints import Checkpoints, described
 from spfde.app.loop import train
 from spfde.app.options import TrainOptions
@@ -248,9 +249,11 @@ class TestResuming:
         self, stopped: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As after an update that changed a model: options agree, shapes do not."""
-        from spfde.app import models
-
-        monkeypatch.setitem(models.MODELS, "resnet8", models.MODELS["resnet20"])
+        wider = models.ModelEntry(
+            "",
+            lambda classes, channels, _: models.CifarResNet(1, (20, 32, 64), num_classes=classes, in_channels=channels),
+        )
+        monkeypatch.setitem(models.MODELS, "resnet8", wider)
         with pytest.raises(
             RunFolderError, match=r"cannot be loaded .* Resume with the versions that wrote it"
         ) as refused:

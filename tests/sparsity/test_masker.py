@@ -442,3 +442,17 @@ def test_the_same_seed_gives_the_same_masks_and_the_global_generator_is_not_touc
     for epoch in (0, 2, 4):
         second.masker.begin_epoch(epoch, ())
     assert _same(first.masker.masks, second.masker.masks)
+
+
+def test_a_layer_that_settles_before_freezing_is_pruned_to_target_and_grows_no_more() -> None:
+    torch.manual_seed(0)
+    layers = {name: nn.Parameter(torch.randn(10, 10)) for name in ("front", "back")}
+    optimizer = torch.optim.SGD(layers.values(), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    masker = Masker(layers, optimizer, MEST(sparsity=0.9), generator=generator, interval=2, epochs=40)
+    masker.begin_epoch(0, frozen=())
+    assert (masker.n_active("front"), masker.n_active("back")) == (15, 15)
+    masker.begin_epoch(2, frozen=(), settling={"front"})
+    assert (masker.n_active("front"), masker.n_active("back")) == (10, 15)
+    masker.begin_epoch(3, frozen=(), settling={"front"})
+    assert (masker.n_active("front"), masker.n_active("back")) == (10, 15)

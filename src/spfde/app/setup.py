@@ -92,15 +92,18 @@ class Run:
 def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Run]:
     """The run in its locked folder; a new folder of which nothing came is removed again."""
     folder = RunFolder.reopen(out) if resume else None
+    checkpoint: Path | None = None
     is_ready = False
     try:
         if folder is None:
             RunFolder.check_free(out)
+        elif (checkpoint := folder.checkpoints.newest()) is not None:
+            options.check_identity(described(checkpoint), checkpoint)
         run = _prepare(options, folder or RunFolder(out))
         if folder is None:
             folder = run.folder = RunFolder.create(out)
             _describe(run)
-        elif (checkpoint := folder.checkpoints.newest()) is not None:
+        elif checkpoint is not None:
             _load(run, checkpoint)
         run.is_resumed = resume
         folder.write_metrics(run.progress.rows)
@@ -271,7 +274,6 @@ def _describe(run: Run) -> None:
 
 
 def _load(run: Run, checkpoint: Path) -> None:
-    run.options.check_identity(described(checkpoint), checkpoint)
     try:
         run.accelerator.load_state(str(checkpoint))
     except StateMismatch as error:

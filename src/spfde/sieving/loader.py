@@ -39,7 +39,7 @@ def check_loader(loader: object) -> list[Problem]:
         return [Problem("loader", _kind(loader), "must be a DataLoader", remedy)]
     if isinstance(loader.dataset, IterableDataset):
         rule = "is iterable-style: its samples have no ids and cannot be left out"
-        remedy = "Use a map-style data set (with __getitem__ and __len__), or recipe.sieving=None."
+        remedy = "Use a map-style data set (with __getitem__ and __len__)."
         return [Problem("loader.dataset", _kind(loader.dataset), rule, remedy)]
     return [*_dataset_problems(loader), *_batching_problems(loader)]
 

@@ -125,7 +125,7 @@ class Masker:
         self._dense.clear()
         self._snapshots.clear()
 
-    def begin_epoch(self, epoch: int, frozen: Container[str]) -> None:
+    def begin_epoch(self, epoch: int, frozen: Container[str], settling: Container[str] = ()) -> None:
         """Mutate if it is time; call it once at the top of each epoch.
 
         On a beat every layer that is not frozen mutates, or is set pending when the method needs a gradient for it.
@@ -134,6 +134,7 @@ class Masker:
         Args:
             epoch: from 0.
             frozen: names of frozen weights; neither their masks nor their values are touched.
+            settling: names of weights that are frozen at the next beat: nothing is grown above their target any more.
         """
         self._set_live(frozen)
         self._dense.clear()
@@ -147,7 +148,10 @@ class Masker:
         elif epoch % self.interval == 0:
             self._pending = {}
             for layer in self._live:
-                self._turn_over_or_wait(layer, self._turnover(layer, epoch))
+                keep, final = self._turnover(layer, epoch)
+                if layer.name in settling:
+                    final = min(final, layer.target)
+                self._turn_over_or_wait(layer, (keep, final))
         else:
             self._pending = {name: turnover for name, turnover in self._pending.items() if name in names}
 

@@ -1,0 +1,497 @@
+"""The command line: what it makes, what it prints, and how it refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import commands
+import spfde as package
+from commands import Spfde
+from spfde import presets
+from spfde.app import models
+from spfde.app.data import DATASETS
+from spfde.freezing import ProgressiveFreezing
+from spfde.sieving import DataSieving
+from spfde.sparsity import METHODS
+
+METRICS = (
+    "epoch train_loss train_accuracy test_accuracy learning_rate density frozen_blocks partial_samples "
+    "training_flops seconds"
+)
+SUMMARY = {
+    "test_accuracy": float,
+    "best_test_accuracy": float,
+    "epochs": int,
+    "training_flops": int,
+    "dense_training_flops": int,
+    "flops_ratio": float,
+    "seconds": float,
+    "samples_seen": int,
+    "peak_memory_bytes": int,
+    "final_sparsity": float,
+    "frozen_blocks": int,
+    "total_blocks": int,
+    "engine": str,
+    "recipe": str,
+    "seed": int,
+    "versions": dict,
+}
+PLAN = "training_flops dense_training_flops flops_ratio start_epoch freeze_epochs savings memory"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, commands.Outcome]:
+    """A run by the real command with nearly all options left as they are."""
+    folder = tmp_path_factory.mktemp("trained")
+    ended = commands.run(
+        "train", "--data", str(tiny), "--epochs", "8", "--batch-size", "16", "--track", "tensorboard", cwd=folder
+    )
+    return folder, ended
+
+
+@pytest.fixture(scope="module")
+def run_folder(trained: tuple[Path, commands.Outcome]) -> Path:
+    folder, ended = trained
+    assert ended.code == 0, ended.err
+    return folder / "runs" / "tiny-resnet8-spfde-seed0"
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+@pytest.mark.cli
+class TestTrain:
+    def test_it_ends_well_and_tells_nothing_but_its_progress(self, trained: tuple[Path, commands.Outcome]) -> None:
+        _, ended = trained
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out.endswith("run folder: runs/tiny-resnet8-spfde-seed0\n")
+
+    def test_the_folder_holds_what_the_contract_says(self, run_folder: Path) -> None:
+        files = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
+        assert {"recipe.toml", "config.json", "metrics.jsonl", "summary.json"} <= files
+        assert {f"checkpoints/{name}/model.safetensors" for name in ("latest", "best")} <= files
+        rest = {name for name in files if "/" not in name}
+        assert rest == {"recipe.toml", "config.json", "metrics.jsonl", "summary.json", ".lock"}
+
+    def test_the_metrics_have_a_line_an_epoch_with_the_keys_of_the_contract(self, run_folder: Path) -> None:
+        rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == list(range(8))
+        for row in rows:
+            assert set(METRICS.split()) <= row.keys()
+            assert 0 <= row["test_accuracy"] <= 1
+            assert 0 <= row["train_accuracy"] <= 1
+        assert rows[-1]["density"] == pytest.approx(0.1, abs=1e-3)
+        assert rows[0]["density"] == pytest.approx(0.15, abs=1e-3)
+        assert rows[-1]["frozen_blocks"] > 0
+        assert {row["partial_samples"] for row in rows} == {77}
+
+    def test_the_summary_has_the_keys_and_types_of_the_contract_and_adds_up(self, run_folder: Path) -> None:
+        summary = read(run_folder / "summary.json")
+        rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+        for name, kind in SUMMARY.items():
+            assert type(summary[name]) is kind, name
+        assert summary["versions"].keys() == {"spfde", "torch"}
+        assert summary["epochs"] == 8
+        assert summary["training_flops"] == sum(row["training_flops"] for row in rows)
+        assert summary["flops_ratio"] == summary["training_flops"] / summary["dense_training_flops"]
+        assert summary["samples_seen"] == 8 * 77
+        assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in rows)
+        assert summary["final_sparsity"] == pytest.approx(0.9, abs=1e-3)
+        assert (summary["engine"], summary["recipe"], summary["seed"]) == ("masked", "spfde", 0)
+
+    def test_the_bill_is_the_one_that_the_plan_foretold(self, run_folder: Path) -> None:
+        summary, plan = read(run_folder / "summary.json"), read(run_folder / "config.json")["plan"]
+        assert (summary["training_flops"], summary["dense_training_flops"]) == (
+            plan["training_flops"],
+            plan["dense_training_flops"],
+        )
+
+    def test_the_recipe_is_kept_as_toml(self, run_folder: Path) -> None:
+        assert package.Recipe.from_toml((run_folder / "recipe.toml").read_text()) == presets.spfde
+
+    def test_the_tracker_writes_into_the_run_folder(self, run_folder: Path) -> None:
+        assert list(run_folder.rglob("events.out.tfevents*"))
+
+    def test_lines_fit_into_eighty_columns_and_figures_say_what_they_are(
+        self, trained: tuple[Path, commands.Outcome]
+    ) -> None:
+        _, ended = trained
+        lines = ended.out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert sum(line.lstrip().startswith(f"{epoch}/8 ") for line in lines for epoch in range(1, 9)) == 8
+        kinds = {line.split()[-1] for line in lines if line.startswith(("test acc", "training", "memory", "peak"))}
+        assert kinds == {"measured", "modelled"}
+        assert "* extrapolated" in ended.out
+
+    def test_resuming_a_finished_run_does_nothing_and_is_no_error(self, run_folder: Path, spfde: Spfde) -> None:
+        before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+        ended = spfde("train", "--resume", run_folder)
+        assert ended.code == 0
+        assert "is finished: test accuracy" in ended.out
+        assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")} == before
+
+    def test_a_second_run_without_a_name_takes_the_next_one(self, tiny: Path, spfde: Spfde, here: Path) -> None:
+        for _ in range(2):
+            assert spfde("train", "--data", tiny, "--recipe", "dense", "--epochs", 1, "--quiet").code == 0
+        assert sorted(path.name for path in (here / "runs").iterdir()) == [
+            "tiny-resnet8-dense-seed0",
+            "tiny-resnet8-dense-seed0-2",
+        ]
+
+    def test_options_change_the_recipe(self, tiny: Path, spfde: Spfde, here: Path) -> None:
+        argv = ["--sparsity", "0.5", "--freeze", "0", "--sieve", "0.25", "--interval", "2", "--no-soft-bound", "--epochs", "2", "--batch-size", "16"]
+        assert spfde("train", "--data", tiny, "--out", "run", *argv).code == 0
+        recipe = package.Recipe.from_toml((here / "run" / "recipe.toml").read_text())
+        assert recipe.sparsity == package.MEST(sparsity=0.5, soft_bound=False)
+        assert not recipe.freezes
+        assert recipe.sieving == DataSieving(removed_fraction=0.25)
+        assert recipe.update_interval_epochs == 2
+
+    def test_the_recipe_of_an_earlier_run_can_be_used_again(self, tiny: Path, run_folder: Path, spfde: Spfde) -> None:
+        argv = ["--recipe", run_folder / "recipe.toml", "--epochs", 8, "--batch-size", 16, "--out", "again"]
+        assert spfde("train", "--data", tiny, *argv).code == 0
+        again = read(Path("again/summary.json"))
+        assert again["test_accuracy"] == read(run_folder / "summary.json")["test_accuracy"]
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_another_seed_and_precision_train_too(self, precision: str, tiny: Path, spfde: Spfde, here: Path) -> None:
+        argv = ["--precision", precision, "--seed", 7, "--recipe", "rigl", "--epochs", 4, "--batch-size", 16]
+        assert spfde("train", "--data", tiny, "--out", "run", *argv).code == 0
+        assert read(here / "run" / "summary.json")["seed"] == 7
+
+    def test_a_tracker_goes_on_in_the_same_folder_after_a_resume(
+        self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from spfde.app.display import ConsoleDisplay
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        argv = ["--recipe", "dense", "--epochs", 2, "--track", "tensorboard", "--out", "run"]
+        with monkeypatch.context() as patch:
+            patch.setattr(ConsoleDisplay, "epoch_done", interrupt)
+            ended = spfde("train", "--data", tiny, *argv)
+        assert ended.code == 130
+        assert ended.err == "spfde: interrupted. Go on with `spfde train --resume run`.\n"
+        before = set((here / "run" / "spfde").glob("events*"))
+        assert spfde("train", "--resume", "run").code == 0
+        assert before < set((here / "run" / "spfde").glob("events*"))
+
+    def test_warnings_of_the_package_are_one_plain_line(self, tiny: Path, spfde: Spfde) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            argv = ["--recipe", "dense", "--sieve", 0.2, "--interval", 1, "--epochs", 2, "--batch-size", 16]
+            ended = spfde("train", "--data", tiny, *argv)
+        assert ended.code == 0
+        [line] = ended.err.splitlines()
+        assert line.startswith("spfde: warning: update_interval_epochs is 1")
+
+    def test_a_stream_that_lacks_characters_is_no_error(self, here: Path) -> None:
+        assert commands.run("methods", cwd=here, PYTHONIOENCODING="ascii").code == 0
+
+
+@pytest.mark.cli
+class TestOtherCommands:
+    def test_plan_prints_one_json_object_and_needs_no_data(self, here: Path) -> None:
+        ended = commands.run("plan", "--model", "resnet20", "--data", "cifar100", "--json", cwd=here)
+        assert (ended.code, ended.err) == (0, "")
+        plan = json.loads(ended.out)
+        assert set(PLAN.split()) <= plan.keys()
+        assert {"sparsity", "freezing", "sieving"} <= plan["savings"].keys()
+        frozen = [at for at in plan["freeze_epochs"] if at is not None]
+        assert frozen == list(range(plan["start_epoch"], plan["start_epoch"] + 5 * len(frozen), 5))
+        assert len(plan["freeze_epochs"]) == len(plan["block_names"]) == 9
+        assert list(here.iterdir()) == []
+
+    def test_a_plan_for_a_person_fits_into_a_hundred_columns(self, spfde: Spfde) -> None:
+        ended = spfde("plan", "--model", "resnet20", "--data", "cifar10")
+        assert ended.code == 0
+        assert "modelled" in ended.out
+        assert max(map(len, ended.out.splitlines())) <= 100
+
+    def test_a_plan_takes_an_archive_s_shapes(self, tiny: Path, spfde: Spfde) -> None:
+        ended = spfde("plan", "--data", tiny, "--epochs", 8, "--json")
+        assert json.loads(ended.out)["samples"] == 96
+
+    def test_report_compares_runs_in_one_file(self, run_folder: Path, spfde: Spfde, here: Path, tiny: Path) -> None:
+        assert spfde("train", "--data", tiny, "--recipe", "dense", "--epochs", 2, "--out", "b").code == 0
+        ended = spfde("report", run_folder, "b", "--out", "report.html")
+        assert ended.code == 0, ended.err
+        page = (here / "report.html").read_text()
+        assert "tiny-resnet8-spfde-seed0" in page
+        assert list(here.glob("**/*.png"))
+
+    def test_report_refuses_what_is_no_run_folder(self, spfde: Spfde, here: Path) -> None:
+        ended = spfde("report", "nothing")
+        assert_refused(ended, "run folder='nothing'", "does not exist")
+        assert list(here.iterdir()) == []
+
+    def test_methods_lists_all_there_is_with_its_citation(self, spfde: Spfde) -> None:
+        listed = spfde("methods").out
+        for name in [*presets.PRESETS, *METHODS]:
+            assert f"\n  {name} " in listed
+        for technique in [*METHODS.values(), ProgressiveFreezing, DataSieving]:
+            assert technique.summary in listed
+            assert technique.citation in listed
+
+    def test_the_version_is_printed(self, spfde: Spfde) -> None:
+        assert spfde("--version").out == f"{package.__version__}\n"
+
+    def test_help_imports_neither_torch_nor_what_needs_it(self) -> None:
+        script = (
+            "import sys, spfde.cli\ntry:\n    spfde.cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+            "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'pydantic', 'accelerate')))"
+        )
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert ended.returncode == 0
+        assert "--no-soft-bound" in ended.stdout
+
+    def test_help_names_every_model_and_the_embedded_set(self, spfde: Spfde) -> None:
+        words = spfde("train", "--help").out
+        assert all(name in words for name in models.MODELS)
+        assert "fashion-mini" in words
+
+
+def assert_refused(ended: commands.Outcome, *told: str) -> None:
+    """Exit code 2, nothing but one message on stderr, no traceback."""
+    assert ended.code == 2
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("spfde: ")
+    for words in told:
+        assert words in ended.err
+
+
+BAD_OPTIONS = [
+    ("--sparsity 1.0", "--sparsity=1.0: ", "less than 1", "[0, 1)"),
+    ("--sparsity -0.1", "--sparsity=-0.1: ", "greater than or equal to 0", "[0, 1)"),
+    ("--sparsity nan", "--sparsity=nan: ", "finite"),
+    ("--freeze 0.9", "--freeze=0.9: cannot be reached: the most possible is 0.", "Ask for at most"),
+    ("--freeze 1", "--freeze=1.0: ", "[0, 1)"),
+    ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples, no full batch of 16", "can be removed"),
+    ("--sieve 1.5", "--sieve=1.5: ", "[0, 1)"),
+    ("--interval 30", "--interval=30: must not be longer than the run of 8 epochs", "auto"),
+    ("--interval 0", "--interval='0': ", "from 1 on"),
+    ("--interval often", "--interval='often': ", 'must be "auto" or a whole number'),
+    ("--epochs 0", "--epochs=0: ", "from 1 on"),
+    ("--batch-size 0", "--batch-size=0: ", "from 1 on"),
+    ("--lr 0", "--lr=0.0: ", "above 0"),
+    ("--lr inf", "--lr=inf: ", "finite"),
+    ("--momentum 1", "--momentum=1.0: ", "[0, 1)"),
+    ("--weight-decay -1", "--weight-decay=-1.0: ", "0 or more"),
+    ("--seed -1", "--seed=-1: ", "from 0"),
+    ("--seed 4294967296", "--seed=4294967296: ", "2^32 - 1"),
+    ("--workers -1", "--workers=-1: ", "0 or more"),
+    ("--augment crp", "--augment='crp': ", "'crop'"),
+    ("--precision fp8", "--precision='fp8': ", "'bf16'"),
+    ("--recipe spfd", "--recipe='spfd': is no preset", "Did you mean 'spfde'?"),
+    ("--recipe nothing.toml", "--recipe='nothing.toml': cannot be read", "preset"),
+    ("--model resnet9", "--model='resnet9': ", "Did you mean 'resnet8'?"),
+    ("--model timm:resnet_18", "--model='timm:resnet_18': ", "Did you mean 'timm:resnet18"),
+    ("--engine nativ", "--engine='nativ': ", "Did you mean 'native'?"),
+    ("--device cudaa", "--device='cudaa': ", "Did you mean 'cuda'?"),
+    ("--device cuda:x", "--device='cuda:x': ", "Did you mean 'cuda:0'?"),
+    ("--track tensorbord", "--track='tensorbord': ", "Did you mean 'tensorboard'?"),
+    ("--recipe rigl --soft-bound", "--soft-bound", "rigl has no soft bound", "Use --recipe mest or spfde"),
+    ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),
+]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("options", "told"), [(bad[0], bad[1:]) for bad in BAD_OPTIONS], ids=lambda bad: str(bad))
+    def test_a_bad_option_is_refused_with_value_rule_and_remedy_and_nothing_is_left(
+        self, options: str, told: tuple[str, ...], tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        argv = ["train", "--data", tiny, "--epochs", 8, "--batch-size", 16, "--out", "run", *options.split()]
+        assert_refused(spfde(*argv), *told)
+        assert list(here.iterdir()) == []
+
+    def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
+        ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)
+        assert ended.code == 2
+        assert [line.split("=")[0] for line in ended.err.splitlines()] == ["spfde: --epochs", "spfde: --lr"]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    @pytest.mark.parametrize(("options", "told"), [("--device cuda", "--device cpu"), ("--precision fp16", "bf16")])
+    def test_what_needs_a_gpu_is_refused_without_one(
+        self, options: str, told: str, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        assert_refused(spfde("train", "--data", tiny, *options.split()), options.replace(" ", "='"), told)
+        assert list(here.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("argv", "told"),
+        [
+            (["train", "--sparsty", "0.9"], "--sparsity"),
+            (["tran"], "train"),
+            (["train", "--epochs", "many"], "--epochs"),
+        ],
+    )
+    def test_a_mistyped_command_line_names_the_nearest(self, argv: list[str], told: str, spfde: Spfde) -> None:
+        ended = spfde(*argv)
+        assert ended.code == 2
+        assert told in ended.err
+        assert "Traceback" not in ended.err
+
+    def test_the_name_of_a_data_set_is_checked_against_the_known_ones(self, spfde: Spfde, here: Path) -> None:
+        for command in ("train", "plan"):
+            ended = spfde(command, "--data", "fasion-mini")
+            assert_refused(ended, "--data='fasion-mini'", "Did you mean 'fashion-mini'?", *DATASETS)
+        assert list(here.iterdir()) == []
+
+    def test_options_are_checked_before_a_data_set_is_fetched(
+        self, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from spfde.app import setup
+
+        def fetch(*_: object, **__: object) -> None:
+            raise AssertionError("the data were asked for")
+
+        monkeypatch.setattr(setup, "load_data", fetch)
+        for options in ("--model resnet9", "--engine nativ", "--freeze 0.9", "--sieve 0.9999", "--interval 30"):
+            assert spfde("train", "--data", "cifar10", *options.split()).code == 2
+        assert list(here.iterdir()) == []
+
+    def test_a_recipe_file_with_a_mistake_is_refused(self, tiny: Path, spfde: Spfde, here: Path) -> None:
+        recipe = here / "mine.toml"
+        for text, told in (
+            ("[sparsty]", "Did you mean 'sparsity'?"),
+            ('[sparsity]\nmethod = "mst"', "Did you mean 'mest'?"),
+            ("[sparsity]\nsparsity = 2", "sparsity=2"),
+            ("[sparsity", "is no valid TOML"),
+        ):
+            recipe.write_text(text)
+            assert_refused(spfde("train", "--data", tiny, "--recipe", recipe), told)
+        assert list(here.iterdir()) == [recipe]
+
+
+class TestBadData:
+    @pytest.fixture
+    def arrays(self, tiny: Path) -> dict[str, np.ndarray[Any, Any]]:
+        with np.load(tiny) as archive:
+            return dict(archive)
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda a: a | {"x_train": a["x_train"][:0], "y_train": a["y_train"][:0]}, ("x_train is empty",)),
+            (lambda a: a | {"y_train": a["y_train"] - 1}, ("y_train[0] is -1",)),
+            (lambda a: a | {"y_train": a["y_train"].astype(float)}, ("y_train is float64, but labels are integers",)),
+            (lambda a: a | {"y_test": a["y_test"] + 5}, ("out of range: y_train ends at 2",)),
+            (lambda a: a | {"y_train": a["y_train"] * 10**6}, ("out of range",)),
+            (lambda a: a | {"y_train": a["y_train"][:-1]}, ("96 images and y_train 95 labels",)),
+            (lambda a: {"x_train": a["x_train"]}, ("has no y_train, x_test, y_test",)),
+        ],
+        ids=["empty", "negative", "not whole", "unknown class", "huge", "too few", "missing"],
+    )
+    def test_an_archive_that_cannot_be_trained_on_is_refused(
+        self, change: Any, told: tuple[str, ...], arrays: Any, spfde: Spfde, here: Path
+    ) -> None:
+        np.savez(here / "bad.npz", **change(arrays))
+        for command in ("train", "plan"):
+            assert_refused(spfde(command, "--data", "bad.npz"), "bad.npz", *told)
+        assert [path.name for path in here.iterdir()] == ["bad.npz"]
+
+    def test_a_damaged_or_missing_archive_is_refused(self, tiny: Path, spfde: Spfde, here: Path) -> None:
+        (here / "cut.npz").write_bytes(tiny.read_bytes()[:1000])
+        assert_refused(spfde("train", "--data", "cut.npz"), "is no readable .npz archive")
+        assert_refused(spfde("train", "--data", "none.npz"), "none.npz", "does not exist")
+        assert [path.name for path in here.iterdir()] == ["cut.npz"]
+
+    def test_an_unreadable_image_is_named(self, spfde: Spfde, here: Path) -> None:
+        image_module = pytest.importorskip("PIL.Image")
+        for part in ("train", "test"):
+            for label in ("cat", "dog"):
+                folder = here / "photos" / part / label
+                folder.mkdir(parents=True)
+                for number in range(20):
+                    image_module.new("RGB", (12, 12), (number, 0, 0)).save(folder / f"{number}.png")
+        argv = ["train", "--data", "photos", "--recipe", "mest", "--epochs", 1, "--batch-size", 8, "--out", "run"]
+        assert spfde(*argv, "--quiet").code == 0
+        broken = here / "photos" / "train" / "cat" / "7.png"
+        broken.write_bytes(broken.read_bytes()[:30])
+        assert_refused(spfde(*argv[:-1], "other"), str(broken), "cannot be read as an image", "Repair or remove")
+        assert not (here / "other").exists()
+
+
+class TestBadFolders:
+    def test_a_folder_that_holds_a_run_or_other_things_is_refused(
+        self, run_folder: Path, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        (here / "notes").mkdir()
+        (here / "notes" / "todo.txt").touch()
+        for out, told in (
+            (run_folder, "holds a run already. Go on with `spfde train --resume"),
+            ("notes", "is not empty (todo.txt)"),
+            ("notes/todo.txt", "must be a folder, and is a file"),
+        ):
+            assert_refused(spfde("train", "--data", tiny, "--out", out), f"--out={out}: ", told)
+        assert [path.name for path in (here / "notes").iterdir()] == ["todo.txt"]
+
+    def test_resuming_what_is_no_run_folder_is_refused(self, spfde: Spfde, here: Path) -> None:
+        for folder in ("nothing", "."):
+            assert_refused(spfde("train", "--resume", folder), f"--resume={folder}: is no run folder")
+        assert list(here.iterdir()) == []
+
+    def test_resuming_takes_no_other_options(self, run_folder: Path, spfde: Spfde) -> None:
+        ended = spfde("train", "--resume", run_folder, "--epochs", 9, "--soft-bound")
+        assert_refused(ended, "takes no other options, and --epochs, --soft-bound was given")
+
+    def test_a_damaged_config_is_refused(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
+        (here / "run").mkdir()
+        (here / "run" / "config.json").write_text((run_folder / "config.json").read_text()[:-20])
+        assert_refused(spfde("train", "--resume", "run"), "run/config.json: is damaged")
+
+
+class TestDivergence:
+    def test_a_loss_that_is_no_number_stops_the_run_and_a_run_without_an_epoch_leaves_nothing(
+        self, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        ended = spfde("train", "--data", tiny, "--recipe", "dense", "--lr", 1e30, "--out", "run", "--quiet")
+        assert_refused(ended, "the loss became nan in epoch ", "There is no checkpoint yet", "smaller --lr", "1e+30")
+        assert list(here.iterdir()) == []
+
+    def test_the_last_good_checkpoint_is_named(
+        self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from spfde.app import setup
+
+        usual = setup.Run.batch
+
+        def batch(run: Any, images: Any, labels: Any, *, augmented: bool) -> Any:
+            x, y = usual(run, images, labels, augmented=augmented)
+            return (x * float("nan") if run.session.epoch == 2 else x), y
+
+        monkeypatch.setattr(setup.Run, "batch", batch)
+        ended = spfde("train", "--data", tiny, "--recipe", "dense", "--out", "run", "--quiet")
+        assert_refused(ended, "in epoch 2. The last good checkpoint is run/checkpoints/latest. ")
+        assert read(here / "run" / "checkpoints" / "latest" / "manifest.json")["epoch"] == 2
+
+    def test_weights_broken_by_an_epoch_s_last_step_are_not_kept_as_good(
+        self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from spfde.app import loop
+
+        usual = loop.evaluate
+
+        def evaluate(run: Any) -> Any:
+            if run.session.epoch == 1:
+                next(run.model.parameters()).data.fill_(float("nan"))
+            return usual(run)
+
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+        ended = spfde("train", "--data", tiny, "--recipe", "dense", "--out", "run", "--quiet")
+        assert_refused(ended, "in epoch 1. The last good checkpoint is run/checkpoints/latest. ")
+        assert read(here / "run" / "checkpoints" / "latest" / "manifest.json")["epoch"] == 1
