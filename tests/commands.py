@@ -49,10 +49,13 @@ class Command:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def kill(self, signal: int) -> Outcome:
-        """Send a signal, and wait for the end."""
+    def send(self, signal: int) -> None:
         assert self._process.pid is not None
         os.kill(self._process.pid, signal)
+
+    def kill(self, signal: int) -> Outcome:
+        """Send a signal, and wait for the end of the process and of those that it has started."""
+        self.send(signal)
         return self.end()
 
     def end(self) -> Outcome:

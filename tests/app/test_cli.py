@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -92,7 +93,7 @@ class TestTrain:
             assert 0 <= row["test_accuracy"] <= 1
             assert 0 <= row["train_accuracy"] <= 1
         assert rows[-1]["density"] == pytest.approx(0.1, abs=1e-3)
-        assert rows[0]["density"] == pytest.approx(0.15, abs=1e-3)
+        assert 0.14 < rows[0]["density"] <= 0.1501, "the soft bound adds 5 points at first"
         assert rows[-1]["frozen_blocks"] > 0
         assert {row["partial_samples"] for row in rows} == {77}
 
@@ -150,8 +151,9 @@ class TestTrain:
         ]
 
     def test_options_change_the_recipe(self, tiny: Path, spfde: Spfde, here: Path) -> None:
-        argv = ["--sparsity", "0.5", "--freeze", "0", "--sieve", "0.25", "--interval", "2", "--no-soft-bound", "--epochs", "2", "--batch-size", "16"]
-        assert spfde("train", "--data", tiny, "--out", "run", *argv).code == 0
+        argv = "--sparsity 0.5 --freeze 0 --sieve 0.25 --interval 2 --no-soft-bound"
+        rest = "--epochs 2 --batch-size 16 --out run"
+        assert spfde("train", "--data", tiny, *argv.split(), *rest.split()).code == 0
         recipe = package.Recipe.from_toml((here / "run" / "recipe.toml").read_text())
         assert recipe.sparsity == package.MEST(sparsity=0.5, soft_bound=False)
         assert not recipe.freezes
@@ -197,14 +199,21 @@ class TestTrain:
         [line] = ended.err.splitlines()
         assert line.startswith("spfde: warning: update_interval_epochs is 1")
 
-    def test_a_stream_that_lacks_characters_is_no_error(self, here: Path) -> None:
-        assert commands.run("methods", cwd=here, PYTHONIOENCODING="ascii").code == 0
+    def test_a_stream_that_lacks_characters_is_no_error(
+        self, tiny: Path, spfde: Spfde, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert spfde("train", "--data", tiny, "--recipe", "dense", "--epochs", 1).code == 0
+        stream.flush()
+        assert "spfde ? tiny.npz" in stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
 
 
 @pytest.mark.cli
 class TestOtherCommands:
-    def test_plan_prints_one_json_object_and_needs_no_data(self, here: Path) -> None:
-        ended = commands.run("plan", "--model", "resnet20", "--data", "cifar100", "--json", cwd=here)
+    def test_plan_prints_one_json_object_and_needs_no_data(self, here: Path, tmp_path: Path) -> None:
+        argv = ["plan", "--model", "resnet20", "--data", "cifar100", "--json"]
+        ended = commands.start(argv, log=tmp_path / "plan", cwd=here).end()
         assert (ended.code, ended.err) == (0, "")
         plan = json.loads(ended.out)
         assert set(PLAN.split()) <= plan.keys()
@@ -251,7 +260,7 @@ class TestOtherCommands:
     def test_help_imports_neither_torch_nor_what_needs_it(self) -> None:
         script = (
             "import sys, spfde.cli\ntry:\n    spfde.cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
-            "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'pydantic', 'accelerate')))"
+            "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'accelerate')))"
         )
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert ended.returncode == 0

@@ -189,7 +189,7 @@ def _fields(technique: Technique) -> dict[str, Any]:
 
 
 def _parse_interval(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise InvalidArgument(
             Problem("--interval", text, 'must be "auto" or a whole number of epochs from 1 on', "Try --interval 2.")
         )

@@ -216,7 +216,7 @@ def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
 
 def _check_device(device: str) -> None:
     kind, _, number = device.partition(":")
-    if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and number.isdigit()):
+    if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and number.isascii() and number.isdigit()):
         known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
         raise InvalidArgument(Problem("device", device, "is no device", nearest(device, known)))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

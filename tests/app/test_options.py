@@ -1,0 +1,119 @@
+"""The options of ``spfde train``: checked, kept, and turned into a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spfde
+from spfde import presets
+from spfde.app.options import TrainOptions, absolute_source, choose_recipe, read_recipe
+from spfde.errors import InvalidArgument, RunFolderError, StateMismatch
+from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
+from spfde.sieving import DataSieving
+
+
+class TestChooseRecipe:
+    def test_with_nothing_given_it_is_the_preset(self) -> None:
+        for name, preset in presets.PRESETS.items():
+            assert choose_recipe(name) == preset
+
+    def test_a_sparsity_keeps_the_method_and_its_other_settings(self) -> None:
+        assert choose_recipe("rigl", sparsity=0.5) == spfde.Recipe(sparsity=spfde.RigL(sparsity=0.5))
+        assert choose_recipe("spfde", sparsity=0.5) == presets.spfde.replace(sparsity=spfde.MEST(sparsity=0.5))
+
+    def test_a_sparsity_on_a_dense_recipe_means_mest(self) -> None:
+        assert choose_recipe("dense", sparsity=0.8).sparsity == spfde.MEST(sparsity=0.8)
+        assert choose_recipe("dense", sparsity=0.8, soft_bound=False).sparsity == spfde.MEST(
+            sparsity=0.8, soft_bound=False
+        )
+
+    def test_freezing_and_sieving_are_added_or_changed_and_zero_turns_them_off(self) -> None:
+        added = choose_recipe("dense", freeze=0.1, sieve=0.3)
+        assert added == spfde.Recipe(
+            freezing=ProgressiveFreezing(flops_reduction=0.1), sieving=DataSieving(removed_fraction=0.3)
+        )
+        off = choose_recipe("spfde", sparsity=0, freeze=0, sieve=0)
+        assert [off.is_sparse, off.freezes, off.sieves] == [False, False, False]
+        assert off.learning_rate == BlockwiseCosine()
+
+    def test_a_share_to_freeze_overrides_a_fixed_start(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.toml"
+        path.write_text("[freezing]\nstart_epoch = 3\nfraction = 0.5\n")
+        assert choose_recipe(str(path)).freezing == ProgressiveFreezing(start_epoch=3, fraction=0.5)
+        assert choose_recipe(str(path), freeze=0.1).freezing == ProgressiveFreezing(flops_reduction=0.1, fraction=0.5)
+
+    def test_the_interval_auto_leaves_the_recipe_s_own(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.toml"
+        path.write_text("update_interval_epochs = 3\n")
+        assert choose_recipe(str(path)).update_interval_epochs == 3
+        assert choose_recipe(str(path), interval="4").update_interval_epochs == 4
+
+    @pytest.mark.parametrize("text", ["", "0", "-1", "2.5", "two", "²"])
+    def test_another_interval_is_refused(self, text: str) -> None:
+        with pytest.raises(InvalidArgument, match=r"must be \"auto\" or a whole number of epochs from 1 on"):
+            choose_recipe("spfde", interval=text)
+
+    def test_a_preset_wins_over_a_file_of_that_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("spfde").write_text("update_interval_epochs = 3\n")
+        assert read_recipe("spfde") == presets.spfde
+        assert read_recipe("./spfde").update_interval_epochs == 3
+
+    def test_a_file_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.toml"
+        path.write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(InvalidArgument, match="cannot be read"):
+            read_recipe(str(path))
+        with pytest.raises(InvalidArgument, match="cannot be read"):
+            read_recipe(str(tmp_path))
+
+
+class TestTrainOptions:
+    def test_the_defaults_are_the_contract_s(self) -> None:
+        options = TrainOptions()
+        assert options.load_recipe() == presets.spfde
+        assert (options.data, options.model, options.epochs) == ("fashion-mini", "resnet8", 20)
+        assert (options.batch_size, options.lr, options.momentum, options.weight_decay) == (64, 0.1, 0.9, 1e-4)
+
+    def test_they_survive_the_config_file(self, tmp_path: Path) -> None:
+        options = TrainOptions(data="a.npz", lr=0.3, seed=2**32 - 1, track=("tensorboard",), augment="crop")
+        config = json.loads(json.dumps({"command": options.model_dump(mode="json")}))
+        assert TrainOptions.from_config(config, tmp_path / "config.json") == options
+
+    @pytest.mark.parametrize(
+        "config", [{}, {"command": None}, {"command": {"lr": "fast"}}, {"command": {"recipe": {"sparsity": 1}}}]
+    )
+    def test_a_config_file_that_is_not_as_it_was_written_is_refused(self, config: dict[str, Any]) -> None:
+        with pytest.raises(RunFolderError, match=r"run/config\.json: .*start a new run"):
+            TrainOptions.from_config(config, Path("run/config.json"))
+
+    def test_several_mistakes_are_told_together(self) -> None:
+        with pytest.raises(InvalidArgument) as refused:
+            TrainOptions(epochs=0, lr=-1.0, seed=-1)
+        assert [problem.argument for problem in refused.value.problems] == ["epochs", "lr", "seed"]
+
+    def test_a_checkpoint_may_be_taken_to_another_place_but_not_to_another_run(self) -> None:
+        saved = TrainOptions().identity()
+        moved = TrainOptions(data="/elsewhere/x.npz", data_root="/d", device="cuda", workers=4, track=("wandb",))
+        moved.check_identity(saved, Path("c"))
+        for change in ({"batch_size": 32}, {"seed": 1}, {"precision": "bf16"}, {"augment": "none"}, {"momentum": 0.5}):
+            with pytest.raises(StateMismatch, match=f"checkpoint c: is of another run: there {next(iter(change))} is "):
+                TrainOptions(**change).check_identity(saved, Path("c"))
+
+    def test_a_checkpoint_that_says_nothing_of_its_run_is_taken(self) -> None:
+        TrainOptions().check_identity({}, Path("c"))
+
+
+class TestAbsoluteSource:
+    def test_a_path_becomes_absolute_and_a_name_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("mine.npz").touch()
+        Path("cifar10").mkdir()
+        assert absolute_source("mine.npz") == str(tmp_path / "mine.npz")
+        assert absolute_source("cifar10") == "cifar10"
+        assert absolute_source("./cifar10") == str(tmp_path / "cifar10")
+        assert absolute_source("fashion-mni") == "fashion-mni"
