@@ -302,7 +302,7 @@ def show(value: float, unit: Unit) -> str:
         case "share":
             return f"{value:.2%}" if abs(value) < 0.2 else f"{value:.1%}"
         case "ratio":
-            return f"{value:.2f}x"
+            return f"{value:.3g}x"
         case "epoch":
             return f"{value:.0f}"
         case "flops":

@@ -97,6 +97,8 @@ def _flag(log: Path) -> Path:
 
 
 def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None) -> None:
+    # A child of a fork server would start its loader's workers by a fork server as well, which takes seconds.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(cwd)
     os.environ["COLUMNS"] = "80"
     for number, suffix in ((1, ".out"), (2, ".err")):

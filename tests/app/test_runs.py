@@ -283,11 +283,14 @@ class TestResuming:
             resume(stopped)
         assert "\n" not in str(refused.value)
 
-    def test_where_the_run_computes_may_change(self, stopped: Path) -> None:
+    def test_where_the_run_computes_may_change_and_workers_change_nothing(self, stopped: Path, tiny: Path) -> None:
         config = read(stopped / CONFIG)
         config["command"] |= {"device": "cpu", "workers": 1}
         (stopped / CONFIG).write_text(json.dumps(config))
-        assert resume(stopped)["epochs"] == 4
+        resume(stopped)
+        whole = stopped.parent / "whole"
+        train(options_for(tiny, workers=2), whole, Silent())
+        assert_same_run(stopped, whole)
 
     @pytest.mark.parametrize(
         ("content", "told"),

@@ -112,12 +112,12 @@ def test_the_stamp_names_the_machine_and_the_versions(common: ModuleType) -> Non
     ("low", "high", "met", "target"),
     [
         (None, None, None, "–"),
-        (None, 0.5, True, "at most 0.50x"),
-        (None, 0.4, False, "at most 0.40x"),
-        (0.5, None, True, "at least 0.50x"),
-        (0.6, None, False, "at least 0.60x"),
-        (0.4, 0.6, True, "0.40x to 0.60x"),
-        (0.6, 0.7, False, "0.60x to 0.70x"),
+        (None, 0.5, True, "at most 0.5x"),
+        (None, 0.4, False, "at most 0.4x"),
+        (0.5, None, True, "at least 0.5x"),
+        (0.6, None, False, "at least 0.6x"),
+        (0.4, 0.6, True, "0.4x to 0.6x"),
+        (0.6, 0.7, False, "0.6x to 0.7x"),
     ],
 )
 def test_a_figure_meets_its_bounds_inclusively(
@@ -140,7 +140,7 @@ def test_a_smoke_test_keeps_no_result_and_a_run_does(
 
     common.publish(a_result(common), argparse.Namespace(quick=True, results=None))
     assert not (tmp_path / "results").exists()
-    assert "| good | 0.50x | at most 0.60x | yes |" in capsys.readouterr().out
+    assert "| good | 0.5x | at most 0.6x | yes |" in capsys.readouterr().out
 
     common.publish(a_result(common), argparse.Namespace(quick=False, results=None))
     assert (tmp_path / "results" / "freezing.json").is_file()

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 import spfde
 from spfde.app.augment import BatchAugment, normalise, resolve_augmentation
@@ -179,11 +179,16 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
 
 
 def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Batches of the training set, shuffled, and of the test set."""
+    """Batches of the training set, shuffled, and of the test set.
+
+    The order has a generator of its own: a loader draws from its generator whenever it starts workers, so that with one
+    for both the order would depend on their number, and on when a run was resumed.
+    """
+    order = torch.Generator().manual_seed(options.seed)
     train: DataLoader[Any] = DataLoader(
         data.train,
         batch_size=options.batch_size,
-        shuffle=True,
+        sampler=RandomSampler(data.train, generator=order),  # type: ignore[arg-type]  # it has a length
         generator=torch.Generator().manual_seed(options.seed),
         collate_fn=collate,
         num_workers=options.workers,
