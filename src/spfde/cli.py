@@ -187,12 +187,13 @@ def plan(
         from spfde import plan as draw_plan
         from spfde.app.data import describe_data
         from spfde.app.models import build_model
-        from spfde.app.options import choose_recipe
+        from spfde.app.options import check_full_batch, choose_recipe
 
         chosen = choose_recipe(
             recipe, sparsity=sparsity, freeze=freeze, sieve=sieve, soft_bound=soft_bound, interval=interval
         )
         spec = describe_data(data)
+        check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
         built = build_model(model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
         sample = torch.zeros(1, *spec.sample_shape)
         bill = draw_plan(built, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)

@@ -229,6 +229,16 @@ class TestOtherCommands:
         assert "modelled" in ended.out
         assert max(map(len, ended.out.splitlines())) <= 100
 
+    def test_a_plan_is_refused_for_what_training_would_be_refused(self, tiny: Path, spfde: Spfde) -> None:
+        for options, told in (
+            ("--freeze 0.9", "--freeze=0.9: cannot be reached"),
+            ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples"),
+            ("--interval 9", "--interval=9: must not be longer than the run of 8 epochs"),
+            ("--epochs 0", "--epochs=0: "),
+            ("--batch-size 0", "--batch-size=0: "),
+        ):
+            assert_refused(spfde("plan", "--data", tiny, "--epochs", 8, *options.split()), told)
+
     def test_a_plan_takes_an_archive_s_shapes(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("plan", "--data", tiny, "--epochs", 8, "--json")
         assert json.loads(ended.out)["samples"] == 96
@@ -247,9 +257,11 @@ class TestOtherCommands:
         assert list(here.iterdir()) == []
 
     def test_methods_lists_all_there_is_with_its_citation(self, spfde: Spfde) -> None:
-        listed = spfde("methods").out
+        printed = spfde("methods").out
+        assert max(map(len, printed.splitlines())) <= 80
+        listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
-            assert f"\n  {name} " in listed
+            assert f"\n  {name} " in printed
         for technique in [*METHODS.values(), ProgressiveFreezing, DataSieving]:
             assert technique.summary in listed
             assert technique.citation in listed

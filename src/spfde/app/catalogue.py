@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from spfde import presets
 from spfde.freezing import ProgressiveFreezing
 from spfde.sieving import DataSieving
 from spfde.sparsity import METHODS
+
+WIDTH = 80
 
 
 def render_catalogue() -> str:
@@ -23,12 +27,14 @@ def render_catalogue() -> str:
         lines.append(f"  {name:<8} {', '.join(part for part in parts if part)}")
     lines += ["", "Sparse training:"]
     for name, method in METHODS.items():
-        lines += [f"  {name:<8} {method.summary}", f"  {'':<8} {method.citation}"]
-    lines += [
-        "",
-        "Layer freezing:",
-        f"  freezing {ProgressiveFreezing.summary}",
-        f"  {'':<8} {ProgressiveFreezing.citation}",
-    ]
-    lines += ["", "Data sieving:", f"  sieving  {DataSieving.summary}", f"  {'':<8} {DataSieving.citation}"]
+        lines += _entry(name, method.summary, method.citation)
+    lines += ["", "Layer freezing:", *_entry("freezing", ProgressiveFreezing.summary, ProgressiveFreezing.citation)]
+    lines += ["", "Data sieving:", *_entry("sieving", DataSieving.summary, DataSieving.citation)]
     return "\n".join(lines)
+
+
+def _entry(name: str, summary: str, citation: str) -> list[str]:
+    """A technique's line and its citation, at most 80 columns wide."""
+    indent = " " * 11
+    first = textwrap.wrap(summary, WIDTH, initial_indent=f"  {name:<8} ", subsequent_indent=indent)
+    return [*first, *textwrap.wrap(citation, WIDTH, initial_indent=indent, subsequent_indent=indent)]

@@ -13,7 +13,7 @@ from spfde.app.data import DATASETS
 from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import Recipe
-from spfde.sieving import DataSieving
+from spfde.sieving import DataSieving, check_fraction
 from spfde.sparsity import MEST
 from spfde.technique import Technique
 
@@ -168,6 +168,16 @@ def read_recipe(name: str) -> Recipe:
             ) from None
         return Recipe.from_toml(text)
     return presets.get(name)
+
+
+def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int) -> None:
+    """Refuse to leave out so many samples that the rest fills no batch; needs no data, only their number.
+
+    Raises:
+        InvalidArgument: naming the most that can be left out.
+    """
+    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size)):
+        raise InvalidArgument(*found)
 
 
 def absolute_source(data: str) -> str:

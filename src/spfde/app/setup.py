@@ -30,13 +30,12 @@ from spfde.app.checkpoints import described
 from spfde.app.data import describe_data, load_data
 from spfde.app.images import ImageData, collate
 from spfde.app.models import build_model
-from spfde.app.options import TrainOptions
+from spfde.app.options import TrainOptions, check_full_batch
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
 from spfde.engines import choose_engine
 from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged, nearest
 from spfde.planning import Plan, plan
 from spfde.session import Session
-from spfde.sieving import check_fraction
 
 EVALUATION_BATCH = 256
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
@@ -147,8 +146,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     model = model.to(accelerator.device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
-    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, spec.train_samples, options.batch_size)):
-        raise InvalidArgument(*found)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
     data = load_data(options.data, root=Path(options.data_root))
     loader, test_loader = _loaders(options, data, pin_memory=accelerator.device.type == "cuda")
     optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
