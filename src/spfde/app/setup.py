@@ -137,6 +137,15 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     _check_trackers(options.track)
     choose_engine(options.engine)
     accelerator = _accelerator(options, folder.path)
+    if accelerator.num_processes > 1:
+        raise InvalidArgument(
+            Problem(
+                "torchrun",
+                accelerator.num_processes,
+                "the command trains in one process: its run folder has one writer",
+                "Start one process, or attach a session to a DistributedDataParallel loop of your own.",
+            )
+        )
     set_seed(options.seed)
     spec = describe_data(options.data)
     recipe = options.load_recipe()
