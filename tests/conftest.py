@@ -9,7 +9,6 @@ import pytest
 import spfde
 from support import Parts, make_parts
 
-
 # Set by a developer's shell or a CI, they make the command line colour what the tests read.
 for _name in ("PY_COLORS", "FORCE_COLOR", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):
     os.environ.pop(_name, None)
