@@ -514,3 +514,154 @@ def test_nothing_warns_on_an_ordinary_attach(parts: Parts, whole_recipe: spfde.R
         warnings.simplefilter("error")
         attach(parts, whole_recipe)
         trace(parts.model, torch.zeros(1, 2, 8, 8))
+
+
+# --- found by reading ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        spfde.SET(sparsity=0.5),
+        spfde.RigL(sparsity=0.5),
+        spfde.MEST(sparsity=0.5, soft_bound=False),
+        spfde.MEST(sparsity=0.5),
+        spfde.MEST(sparsity=0.5, gradient_weight=0.5),
+    ],
+    ids=lambda method: repr(method)[:24],
+)
+def test_freezing_takes_no_trained_weight_away(method: spfde.sparsity.SparsityMethod, parts: Parts) -> None:
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.15)
+    session = attach(parts, spfde.Recipe(sparsity=method, freezing=freezing, update_interval_epochs=2))
+    weights = dict(parts.model.named_parameters())
+    before: dict[str, torch.Tensor] = {}
+
+    def at_top(_: int) -> None:
+        for block in session.blueprint.partition.blocks[: session.frozen_blocks]:
+            for name in block.parameters:
+                assert torch.equal(weights[name], before[name])
+
+    def at_bottom(_: int) -> None:
+        before.update({name: p.detach().clone() for name, p in weights.items()})
+
+    train(parts, session, at_top=at_top, at_bottom=at_bottom)
+    assert session.frozen_blocks >= 1
+    for name in ("blocks.0.conv1.weight", "blocks.0.conv2.weight"):
+        assert int(torch.count_nonzero(weights[name])) == int(session.masks[name].sum())
+
+
+def test_rigl_grows_by_true_dense_gradients_where_the_epoch_begins_with_a_step() -> None:
+    """Batches from elsewhere and no begin_epoch(): the first gradient arrives masked and must not be ranked by."""
+    parts = make_parts()
+    session = attach(parts, spfde.Recipe(sparsity=spfde.RigL(sparsity=0.8), update_interval_epochs=2))
+    for _ in range(3):
+        before = {name: mask.clone() for name, mask in session.masks.items()}
+        for number, (x, y) in enumerate(parts.loader):
+            step(parts, None, x, y)
+            if session.epoch == 2 and number == 0:
+                assert all(torch.equal(mask, before[name]) for name, mask in session.masks.items())
+        session.end_epoch()
+    assert any(not torch.equal(mask, before[name]) for name, mask in session.masks.items())
+
+
+def test_a_callback_loop_may_begin_its_epochs_itself(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    images, labels = make_images().tensors
+    for epoch in range(EPOCHS):
+        session.begin_epoch()
+        assert session.epoch == epoch
+        for indices in session.partial_set.split(10):
+            logits = parts.model(images[indices])
+            session.observe(logits, labels[indices], indices)
+            F.cross_entropy(logits, labels[indices]).backward()
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+        session.end_epoch()
+    assert [row.samples for row in session.cost.rows] == [30] * EPOCHS
+
+
+def test_a_loop_that_never_ends_its_epochs_is_warned(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    with pytest.warns(UserWarning, match=r"end_epoch\(\)"):
+        for _ in range(2):
+            for x, y in session.loader:
+                step(parts, session, x, y)
+
+
+def test_an_optimizer_without_step_hooks_is_refused_before_anything_is_changed(
+    parts: Parts, whole_recipe: spfde.Recipe
+) -> None:
+    class Wrapped(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+
+        @property
+        def param_groups(self) -> Any:
+            return self.inner.param_groups
+
+    before = {name: value.clone() for name, value in parts.model.state_dict().items()}
+    with pytest.raises(spfde.InvalidArgument, match="has no step hooks"):
+        spfde.attach(parts.model, Wrapped(parts.optimizer), parts.loader, whole_recipe, epochs=EPOCHS)
+    assert all(torch.equal(value, before[name]) for name, value in parts.model.state_dict().items())
+    assert len(parts.optimizer.param_groups) == 1
+
+
+def test_an_optimizer_that_moves_parameters_without_a_gradient_cannot_freeze(parts: Parts) -> None:
+    optimizer = torch.optim.LBFGS(parts.model.parameters())
+    recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.1))
+    with pytest.raises(spfde.InvalidArgument, match="moves parameters that have no gradient"):
+        spfde.attach(parts.model, optimizer, parts.loader, recipe, epochs=EPOCHS)
+
+
+def test_a_scheduler_that_joins_later_is_an_error(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    torch.optim.lr_scheduler.StepLR(parts.optimizer, 1)
+    with pytest.raises(spfde.UsageError, match="scheduler"):
+        next(session.epochs())
+
+
+def test_detaching_in_the_loops_body_ends_the_loop(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    for _ in session.epochs():
+        session.detach()
+
+
+def test_a_data_sets_own_generators_are_put_back_after_the_first_item_was_looked_at() -> None:
+    class Noisy(Dataset[Any]):
+        def __init__(self) -> None:
+            import numpy as np
+
+            self.rng = np.random.default_rng(0)
+            self.torch_rng = torch.Generator().manual_seed(0)
+
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> Any:
+            noise = torch.randn(2, 8, 8, generator=self.torch_rng)
+            return noise + float(self.rng.normal()), index % 4
+
+    data = Noisy()
+    before = (data.rng.bit_generator.state, data.torch_rng.get_state())
+    parts = make_parts()
+    loader = DataLoader(torch.utils.data.Subset(data, range(12)), batch_size=4)
+    spfde.attach(parts.model, parts.optimizer, loader, spfde.Recipe(), epochs=2)
+    assert data.rng.bit_generator.state == before[0]
+    assert torch.equal(data.torch_rng.get_state(), before[1])
+
+
+@pytest.mark.parametrize("missing", ["clock", "parts", "fit", "generator"])
+def test_a_state_with_a_missing_part_is_refused(parts: Parts, whole_recipe: spfde.Recipe, missing: str) -> None:
+    session = attach(parts, whole_recipe)
+    state = session.state_dict()
+    del state[missing]
+    with pytest.raises(spfde.StateMismatch, match=missing):
+        session.load_state_dict(state)
+
+
+def test_a_state_with_a_missing_sieve_is_refused(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    state = session.state_dict()
+    del state["parts"]["sieve"]
+    with pytest.raises(spfde.StateMismatch, match="incomplete"):
+        session.load_state_dict(state)

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -14,7 +15,7 @@ from spfde.distributed import World, check_shared_loader
 from spfde.engines import choose_engine
 from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import recompile_warning
-from spfde.planning import Blueprint, check_recipe, draw
+from spfde.planning import Blueprint, check_epochs, check_recipe, draw
 from spfde.recipe import Recipe
 from spfde.session import Session
 from spfde.sieving import check_fraction, check_loader, population_of
@@ -52,9 +53,11 @@ def attach(
         InvalidArgument: with every problem that was found, each with its remedy.
     """
     check_recipe(recipe)
+    check_epochs(epochs)
     chosen = choose_engine(engine)
     problems = Problems()
     problems.found.extend(_check_optimizer(unwrap(model), optimizer))
+    problems.found.extend(_check_hooks(optimizer, recipe))
     problems.found.extend(_check_unattached(unwrap(model), optimizer))
     problems.found.extend(check_loader(loader))
     if not problems.found and recipe.sieving is not None:
@@ -85,6 +88,21 @@ def _check_unattached(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
             return [
                 Problem(name, type(target).__name__, "has a session already", "Call detach() on that session first.")
             ]
+    return []
+
+
+def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
+    """Can the optimizer's steps be hooked, and does freezing keep a parameter from moving?"""
+    name = type(optimizer).__name__
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return [
+            Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
+        ]
+    if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
+        remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
+        return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
     return []
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
+from spfde.clock import Clock
 from spfde.errors import StateMismatch
 
 STATE_FORMAT = 1
 
 
-def check_fit(state: Mapping[str, Any], *, recipe: Mapping[str, Any], fit: Mapping[str, Any]) -> None:
+_KEYS = ("recipe", "engine", "fit", "seed", "clock", "generator", "loader_generators", "cost", "parts")
+
+
+def check_fit(
+    state: Mapping[str, Any], *, recipe: Mapping[str, Any], fit: Mapping[str, Any], parts: Collection[str]
+) -> None:
     """Refuse a state of another format, recipe, model, loader or run length.
 
     Args:
         state: what ``Session.state_dict`` returned.
         recipe: the session's recipe as primitives.
         fit: what else must be equal, by name.
+        parts: names of the session's parts that have a state of their own.
 
     Raises:
         StateMismatch: with what differs.
@@ -27,6 +35,12 @@ def check_fit(state: Mapping[str, Any], *, recipe: Mapping[str, Any], fit: Mappi
             f"the session's state has format {found!r}, and this version of spfde reads {STATE_FORMAT}. "
             "Load it with the version that wrote it."
         )
+    clock = {field.name for field in fields(Clock)} - {"started"}
+    damage = [name for name in _KEYS if name not in state]
+    if not damage and (set(state["parts"]) != set(parts) or set(state["clock"]) != clock):
+        damage = ["parts or clock"]
+    if damage and state.get("recipe", recipe) == recipe:
+        raise StateMismatch(f"the session's state is damaged: {', '.join(damage)} missing or incomplete.")
     for what, theirs, mine in (("recipe", state["recipe"], recipe), ("run", state["fit"], fit)):
         if theirs != mine:
             was, now = _first_difference(theirs, mine)

@@ -108,7 +108,7 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
         InvalidArgument: the model cannot be traced with the sample, has no prunable layers or no block to freeze, the
             interval is longer than the run, or the FLOPs reduction cannot be reached (the most possible is named).
     """
-    _check_epochs(epochs)
+    check_epochs(epochs)
     interval = recipe.interval(epochs)
     model = unwrap(model)
     traced = trace(model, sample)
@@ -382,7 +382,8 @@ def check_recipe(recipe: object) -> None:
         )
 
 
-def _check_epochs(epochs: int) -> None:
+def check_epochs(epochs: object) -> None:
+    """Raise ``InvalidArgument`` for anything but a whole number from 1 on."""
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InvalidArgument(Problem("epochs", epochs, "must be a whole number from 1 on", "Pass the run's length."))
 

@@ -7,6 +7,7 @@ order: the sieve turns, weights are dropped and grown, blocks are frozen.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -116,12 +117,12 @@ class Session:
         self._check_attached()
         if self._loaded_drained:
             self.end_epoch()
-        while self.epoch < self.blueprint.epochs:
+        while self._attached and self.epoch < self.blueprint.epochs:
             self._begin_epoch()
             epoch = self.epoch
             yield epoch
-            # A callback in the loop's body may have ended it.
-            if self.epoch == epoch:
+            # The loop's body may have ended the epoch, or the session.
+            if self._attached and self.epoch == epoch:
                 self.end_epoch()
 
     def end_epoch(self) -> None:
@@ -145,6 +146,17 @@ class Session:
         clock.phase = "between"
         self._loaded_drained = False
 
+    def begin_epoch(self) -> None:
+        """Begin the next epoch: for loops without ``epochs`` that draw their batches elsewhere. Begun, it stays begun.
+
+        ``epochs`` and ``session.loader`` begin an epoch themselves. Without any of the three it begins at the first
+        ``observe`` or optimizer step, when a batch of it has gone through the model already.
+        """
+        self._check_attached()
+        if self._loaded_drained:
+            self.end_epoch()
+        self._begin_epoch()
+
     def _begin_epoch(self) -> None:
         clock = self._clock
         if clock.phase != "between" or clock.epoch >= self.blueprint.epochs:
@@ -153,12 +165,13 @@ class Session:
         if self._observer is not None:
             self._observer.begin_epoch()
         self._turn_sieve()
+        # Before the mutation: what is frozen now keeps the weights that it has trained.
+        self._freeze_to(self.blueprint.freeze_plan.n_frozen_at(clock.epoch))
         if self._masker is not None:
             self._masker.reset_epoch_counters()
             layers = zip(self.blueprint.cost.layers, self.blueprint.settling_layers(clock.epoch), strict=True)
             settling = {layer.name for layer, settles in layers if settles}
             self._masker.begin_epoch(clock.epoch, self._freezer.frozen_parameters, settling)
-        self._freeze_to(self.blueprint.freeze_plan.n_frozen_at(clock.epoch))
         if self._rates is not None:
             self._rates.apply(clock.epoch)
 
@@ -205,6 +218,7 @@ class Session:
             InvalidArgument: not exactly one kind of evidence, or lengths that differ.
         """
         self._check_attached()
+        self._begin_epoch()
         if self._observer is not None:
             self._observer.report(correct_from(logits, y, correct=correct, loss=loss), indices)
 
@@ -223,6 +237,13 @@ class Session:
             self.end_epoch()
         if self._observer is not None:
             self._observer.check_reported()
+        if self._clock.phase == "drained" and self._clock.steps:
+            warnings.warn(
+                "session.loader was started again while its epoch has not ended, so nothing is mutated, frozen or "
+                "sieved. Loop over session.epochs(), or call session.end_epoch() after each epoch; for evaluation take "
+                "another loader.",
+                stacklevel=4,
+            )
         self._begin_epoch()
         self._drawn_before = self._clock.samples_drawn
 
@@ -476,10 +497,11 @@ class Session:
             StateMismatch: the state is from another recipe, model, run length, data set or version.
         """
         self._check_attached()
-        check_fit(state, recipe=self.recipe.to_dict(), fit=self._fit())
+        parts = self._parts()
+        check_fit(state, recipe=self.recipe.to_dict(), fit=self._fit(), parts=parts)
         if state["engine"] != self.engine:
             self.engine = choose_engine(state["engine"])
-        for name, part in self._parts().items():
+        for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._generator.set_state(state["generator"].cpu())
         for generator, saved in zip(loader_generators(self.loader), state["loader_generators"], strict=True):

@@ -12,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import random
+import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -148,7 +151,7 @@ def sample_from(loader: Any, model: nn.Module) -> Sample:
     tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
     """
     dataset = loader.dataset
-    with _global_generators_restored():
+    with _global_generators_restored(), _own_generators_restored(dataset):
         items = dataset.__getitems__([0]) if hasattr(dataset, "__getitems__") else [dataset[0]]
         batch = loader.collate_fn(items)
     if isinstance(batch, Mapping):
@@ -329,10 +332,6 @@ def _plain_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _global_generators_restored() -> Iterator[None]:
-    import random
-
-    import numpy as np
-
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -341,6 +340,41 @@ def _global_generators_restored() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _own_generators_restored(dataset: object) -> Iterator[None]:
+    """Put back the generators that a data set holds, itself or in the transforms and data sets that it wraps."""
+    found = [vars(owner)[name] for owner, name in _generators_in(dataset, depth=4)]
+    states = [(generator, _state_of(generator)) for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            if isinstance(generator, (torch.Generator, np.random.RandomState)):
+                generator.set_state(state)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            else:
+                generator.setstate(state)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def _generators_in(owner: object, depth: int) -> Iterator[tuple[object, str]]:
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    for name, value in list(getattr(owner, "__dict__", {}).items()):
+        if isinstance(value, kinds):
+            yield owner, name
+        elif depth > 0:
+            inner = value if isinstance(value, (list, tuple)) and len(value) < 100 else (value,)
+            for item in inner:
+                if hasattr(item, "__dict__") and not isinstance(item, (type, Tensor, types.ModuleType)):
+                    yield from _generators_in(item, depth - 1)
 
 
 def _describe(sample: Sample) -> str:

@@ -308,12 +308,16 @@ def time_dense_step(run: Run) -> float:
     It is the measured part of "what the dense run would have taken": this time, times the dense run's steps. The
     global generators are put back, so that the run does not depend on it.
     """
-    state = torch.get_rng_state()
+    device = run.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return _median_dense_step(run, device)
+
+
+def _median_dense_step(run: Run, device: torch.device) -> float:
     twin = copy.deepcopy(run.accelerator.unwrap_model(run.model))
     for module in twin.modules():
         module._forward_hooks.clear()
     optimizer = SGD(twin.parameters(), lr=1e-6, momentum=run.options.momentum)
-    device = run.accelerator.device
     count = min(run.options.batch_size, run.data.spec.train_samples)
     x = torch.randn(count, *run.data.spec.sample_shape, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(count, dtype=torch.int64, device=device)
@@ -329,7 +333,6 @@ def time_dense_step(run: Run) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    torch.set_rng_state(state)
     return statistics.median(seconds[2:])
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from spfde.errors import Problem, Problems, StateMismatch
+from spfde.errors import Problem, Problems, StateMismatch, UsageError
 from spfde.freezing.plan import ProgressiveFreezing
 from spfde.schedules import cosine
 from spfde.technique import Technique
@@ -99,7 +99,16 @@ class GroupRates:
         optimizer.param_groups[:] = split
 
     def apply(self, epoch: int) -> None:
-        """Set the learning rates of ``epoch``. Groups that were added since are left alone."""
+        """Set the learning rates of ``epoch``. Groups that were added since are left alone.
+
+        Raises:
+            UsageError: a scheduler has been put on the optimizer since; the two would undo each other.
+        """
+        if any("initial_lr" in group for group in self._optimizer.param_groups):
+            raise UsageError(
+                "a learning-rate scheduler was put on the optimizer (initial_lr in its groups) while BlockwiseCosine "
+                "drives the rates. Remove one of them; Recipe(learning_rate=None) leaves the rates to you."
+            )
         for group, part in zip(self._optimizer.param_groups, self._layout, strict=False):
             value = rate(
                 self._bases[part.origin],

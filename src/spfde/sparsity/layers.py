@@ -36,6 +36,7 @@ class MaskedWeight:
         active: number of active weights now.
         mask: boolean, of the weight's shape, device and memory layout.
         bits: the mask in the form that is applied, see :func:`spfde.sparsity.masks.keep_bits`.
+        arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.
         clean: identity and version of the gradient that was masked last in this step; None between steps.
     """
 
@@ -45,6 +46,7 @@ class MaskedWeight:
         self.numel = parameter.numel()
         self.target = target
         self.clean: tuple[int, int] | None = None
+        self.arrived = False
         self.set_mask(torch.ones(parameter.shape, dtype=torch.bool), self.numel)
 
     def set_mask(self, mask: Tensor, n_active: int) -> None:

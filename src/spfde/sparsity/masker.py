@@ -298,6 +298,7 @@ class Masker:
         if grad is None:
             return
         layer.follow()
+        layer.arrived = True
         collects = layer.name in self._pending and self.method.gradients == "dense"
         if collects:
             self._dense.collect(layer.name, grad, layer.mask)
@@ -316,7 +317,7 @@ class Masker:
             if self._pending and layer.name in self._pending:
                 if self.method.gradients == "active":
                     self._snapshots[layer.name] = _unscaled(grad, optimizer)
-                elif layer.name not in self._dense:
+                elif layer.name not in self._dense and not layer.arrived:
                     self._dense.collect(layer.name, grad, layer.mask)
             # Nothing has written to the gradient since its backward pass: it is masked already.
             if layer.clean != (id(grad), grad._version):
@@ -326,7 +327,7 @@ class Masker:
         """After a step: whatever the optimizer did, inactive weights and their state are zero; then mutate."""
         for layer in self._live:
             layer.follow()
-            layer.clean = None
+            layer.clean, layer.arrived = None, False
             self._clear_outside(layer, layer.bits)
         if not self._pending:
             return
