@@ -365,12 +365,24 @@ def target_figures(runs: Runs, system: Entry, dense: Entry) -> list[Figure]:
     ]
 
 
+def rivals_of(runs: Runs, system: Entry, dense: Entry, *, rounds: int) -> list[Entry]:
+    """The dense nets that SpFDE's budget buys."""
+    budget = budget_of(runs, system, dense, rounds=rounds)
+    return [
+        Entry("dense, fewer epochs, equal FLOPs", "dense", budget.epochs_for_flops),
+        Entry("dense, narrower, equal FLOPs", "dense", dense.epochs, budget.width_for_flops),
+        Entry("dense, fewer epochs, equal seconds", "dense", budget.epochs_for_seconds),
+        Entry("dense, narrower, equal seconds", "dense", dense.epochs, budget.width_for_seconds),
+    ]
+
+
 def options_of(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds, one run each (0 1 2)")
     made.add_argument("--epochs", type=int, default=None, help="length of the full runs (20)")
     made.add_argument("--extras", action="store_true", help="a static random mask and plain MEST as well")
+    made.add_argument("--no-rivals", action="store_true", help="only SpFDE and the dense net over the full length")
     made.add_argument("--runs", type=Path, default=None, metavar="FOLDER", help="where the runs are kept")
     options = made.parse_args(argv)
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
@@ -390,13 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     epochs = options.epochs
     system, dense = Entry(SYSTEM, "spfde", epochs), Entry(DENSE, "dense", epochs)
     runs.train([system, dense])
-    budget = budget_of(runs, system, dense, rounds=3 if options.quick else 30)
-    rivals = [
-        Entry("dense, fewer epochs, equal FLOPs", "dense", budget.epochs_for_flops),
-        Entry("dense, narrower, equal FLOPs", "dense", epochs, budget.width_for_flops),
-        Entry("dense, fewer epochs, equal seconds", "dense", budget.epochs_for_seconds),
-        Entry("dense, narrower, equal seconds", "dense", epochs, budget.width_for_seconds),
-    ]
+    rivals = [] if options.no_rivals else rivals_of(runs, system, dense, rounds=3 if options.quick else 30)
     extras = [Entry(STATIC, "static", epochs), Entry(MEST, "mest", epochs)] if options.extras else []
     entries = [system, dense, *rivals, *extras]
     runs.train(entries)
@@ -407,7 +413,9 @@ def main(argv: list[str] | None = None) -> None:
             title="What else the same budget buys",
             question="At 90 % sparsity with 20 % + 20 %, how accurate is SpFDE against a dense net that is trained for "
             "fewer epochs, and against a narrower dense net, on equal training FLOPs and on equal seconds?",
-            command="python benchmarks/same_budget.py" + (" --extras" if options.extras else ""),
+            command="python benchmarks/same_budget.py"
+            + (" --extras" if options.extras else "")
+            + (" --no-rivals" if options.no_rivals else ""),
             figures=tuple(figures),
             tables=(main_table(runs, entries, dense), curve_table(runs, entries)),
             settings={
