@@ -365,14 +365,13 @@ def target_figures(runs: Runs, system: Entry, dense: Entry) -> list[Figure]:
     ]
 
 
-def rivals_of(runs: Runs, system: Entry, dense: Entry, *, rounds: int) -> list[Entry]:
+def rivals_of(budget: Budget, epochs: int) -> list[Entry]:
     """The dense nets that SpFDE's budget buys."""
-    budget = budget_of(runs, system, dense, rounds=rounds)
     return [
         Entry("dense, fewer epochs, equal FLOPs", "dense", budget.epochs_for_flops),
-        Entry("dense, narrower, equal FLOPs", "dense", dense.epochs, budget.width_for_flops),
+        Entry("dense, narrower, equal FLOPs", "dense", epochs, budget.width_for_flops),
         Entry("dense, fewer epochs, equal seconds", "dense", budget.epochs_for_seconds),
-        Entry("dense, narrower, equal seconds", "dense", dense.epochs, budget.width_for_seconds),
+        Entry("dense, narrower, equal seconds", "dense", epochs, budget.width_for_seconds),
     ]
 
 
@@ -402,7 +401,8 @@ def main(argv: list[str] | None = None) -> None:
     epochs = options.epochs
     system, dense = Entry(SYSTEM, "spfde", epochs), Entry(DENSE, "dense", epochs)
     runs.train([system, dense])
-    rivals = [] if options.no_rivals else rivals_of(runs, system, dense, rounds=3 if options.quick else 30)
+    budget = None if options.no_rivals else budget_of(runs, system, dense, rounds=3 if options.quick else 30)
+    rivals = rivals_of(budget, epochs) if budget is not None else []
     extras = [Entry(STATIC, "static", epochs), Entry(MEST, "mest", epochs)] if options.extras else []
     entries = [system, dense, *rivals, *extras]
     runs.train(entries)
@@ -434,7 +434,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"Widths for equal seconds are chosen by timed steps; the full width is {FULL_WIDTH}.",
             ),
             stamp=stamped,
-            data={"curves": {entry.label: runs.curves(entry) for entry in entries}, "budget": vars(budget)},
+            data={
+                "curves": {entry.label: runs.curves(entry) for entry in entries},
+                "budget": vars(budget) if budget else {},
+            },
         ),
         options,
     )
