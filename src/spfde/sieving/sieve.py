@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from spfde.errors import InvalidArgument, Problem, StateMismatch
+from spfde.rounding import round_half_up
 from spfde.sieving.forgetting import NeverLearned
 from spfde.technique import Technique
 
@@ -63,7 +64,7 @@ class DataSieving(Technique):
 
     def n_removed(self, n: int) -> int:
         """Number of samples left out of ``n``, rounded half up."""
-        return _round(self.removed_fraction * n)
+        return round_half_up(self.removed_fraction * n)
 
     def n_swap(self, n: int) -> int:
         """Number of samples of ``n`` that change places at each update.
@@ -75,12 +76,7 @@ class DataSieving(Technique):
         fraction = self.removed_fraction if self.swap_fraction is None else self.swap_fraction
         if removed == 0 or fraction == 0:
             return 0
-        return min(max(1, _round(fraction * (n - removed))), removed, n - removed)
-
-
-def _round(share: float) -> int:
-    # The slack makes 0.145 * 100 = 14.499999999999998 go up, as 14.5 does.
-    return math.floor(share + 0.5 + 1e-9)
+        return min(max(1, round_half_up(fraction * (n - removed))), removed, n - removed)
 
 
 def check_fraction(technique: DataSieving, n: int, batch_size: int) -> list[Problem]:

@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from spfde.errors import InvalidArgument, Problem
-
-
-def round_half_up(value: float) -> int:
-    """The nearest integer, halves upwards; noise below 1e-6, as in ``(1 - 0.9) * 5``, does not decide."""
-    return math.floor(round(value, 6) + 0.5)
+from spfde.rounding import round_half_up
 
 
 def active_count(numel: int, sparsity: float) -> int:

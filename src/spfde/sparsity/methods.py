@@ -13,9 +13,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from spfde.rounding import round_half_up
 from spfde.schedules import cosine, latest_beat, steps
 from spfde.sparsity import mutation
-from spfde.sparsity.distribution import active_count, erk, round_half_up, uniform
+from spfde.sparsity.distribution import active_count, erk, uniform
 from spfde.technique import Technique
 
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
