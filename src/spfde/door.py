@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.distributed import World, check_shared_loader
-from spfde.engines import choose_engine
+from spfde.engines import check_engine, choose_engine, say_on_stderr
 from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import recompile_warning
 from spfde.planning import Blueprint, check_epochs, check_recipe, draw
@@ -45,7 +45,8 @@ def attach(
         recipe: what to save, and how.
         epochs: length of the run.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
-        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels; not in this version) or "auto".
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU) or "auto": native where it
+            can work and is expected to be faster. ``session.engine`` is the choice, ``session.engine_reason`` why.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
             default taken from the data set's first item.
 
@@ -54,7 +55,7 @@ def attach(
     """
     check_recipe(recipe)
     check_epochs(epochs)
-    chosen = choose_engine(engine)
+    check_engine(engine)
     problems = Problems()
     problems.found.extend(_check_optimizer(unwrap(model), optimizer))
     problems.found.extend(_check_hooks(optimizer, recipe))
@@ -69,7 +70,8 @@ def attach(
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs)
     _warn_of_recompiles(model, blueprint)
-    session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, engine=chosen)
+    choice = choose_engine(engine, model, blueprint, is_neutral=recipe.is_neutral, on_build=say_on_stderr)
+    session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, choice=choice)
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session

@@ -2,21 +2,123 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
 from spfde.errors import InvalidArgument, Problem, nearest
+from spfde.tracing import unwrap
+
+if TYPE_CHECKING:
+    from spfde.planning import Blueprint
 
 ENGINES = ("auto", "masked", "native")
+# Time of a convolution's training step against PyTorch's dense one, as a line in its density, and how much faster than
+# masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py checks both.
+_PER_DENSITY, _FIXED, _WORTH_IT = 1.1, 0.17, 0.9
 
 
-def choose_engine(engine: str) -> str:
-    """The engine that ``auto`` stands for, or ``engine`` itself.
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and why it was taken, in a few words."""
 
-    Raises:
-        InvalidArgument: an unknown engine, or one that cannot work here.
-    """
+    name: str
+    reason: str
+
+
+def check_engine(engine: str) -> None:
+    """Raise ``InvalidArgument`` for anything that is no engine's name."""
     if engine not in ENGINES:
         raise InvalidArgument(Problem("engine", engine, "is no engine", nearest(str(engine), ENGINES)))
+
+
+def choose_engine(
+    engine: str,
+    model: nn.Module,
+    blueprint: Blueprint,
+    *,
+    is_neutral: bool,
+    on_build: Callable[[str], None] | None = None,
+) -> Choice:
+    """The engine that computes ``model``. The same model and machine give the same choice.
+
+    Args:
+        engine: "auto", "masked" or "native".
+        model: as attached, wrappers included.
+        blueprint: what the recipe means for it.
+        is_neutral: the recipe changes nothing; then the engine is always masked.
+        on_build: called with one line before the kernels are compiled.
+
+    Raises:
+        InvalidArgument: an unknown engine, or "native" where it cannot work, with the reason.
+    """
+    check_engine(engine)
+    if engine == "masked":
+        return Choice("masked", "as asked")
+    if is_neutral or not blueprint.target:
+        return Choice("masked", "nothing is sparse")
+    reason = _refusal(model, blueprint)
+    estimate = 1.0
+    if reason is None:
+        estimate, left = _estimate(unwrap(model), blueprint)
+        if estimate == 1.0:
+            reason = f"it takes no sparse layer of this model ({left})"
+        elif engine == "auto" and estimate > _WORTH_IT:
+            return Choice("masked", f"native kernels would take about {estimate:.2f}x of its time here")
+    if reason is None:
+        from spfde.native import build
+
+        try:
+            build.load(on_build=on_build)
+        except build.KernelsUnavailable as error:
+            reason = error.reason
+    if reason is None:
+        return Choice("native", "as asked" if engine == "native" else f"about {1 / estimate:.1f}x faster than masked")
     if engine == "native":
         raise InvalidArgument(
-            Problem("engine", engine, "has no kernels in this version of spfde", 'Use engine="masked" or "auto".')
+            Problem("engine", engine, f"cannot work here: {reason}", 'Use engine="masked" or "auto".')
         )
-    return "masked"
+    return Choice("masked", f"native kernels cannot work here: {reason}")
+
+
+def say_on_stderr(line: str) -> None:
+    """Tell the user what takes a while."""
+    print(f"spfde: {line}", file=sys.stderr, flush=True)
+
+
+def _refusal(model: nn.Module, blueprint: Blueprint) -> str | None:
+    """Why the kernels cannot compute this model, as far as its parameters tell."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return "the model is compiled by torch.compile"
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.device.type != "cpu":
+            return f"{name} is on {parameter.device}, and the kernels are for CPUs"
+        if name in blueprint.target and parameter.dtype != torch.float32:
+            return f"{name} is {parameter.dtype}, and the kernels take float32"
+    from spfde.native import build
+
+    return build.available()
+
+
+def _estimate(model: nn.Module, blueprint: Blueprint) -> tuple[float, str]:
+    """Modelled time against the masked engine's, and why a sparse layer was left; exactly 1 where none is taken."""
+    from spfde.native.graph import capture
+
+    try:
+        captured = capture(model)
+    except InvalidArgument as error:
+        return 1.0, str(error)
+    taken = {f"{node.module}.weight" for region in captured.regions for node in region.nodes if node.kind == "conv"}
+    if not taken & set(blueprint.target):
+        first = next(iter(blueprint.target))
+        why = next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)
+        return 1.0, why
+    ours, all_of_it = 0.0, 0.0
+    for layer, density in zip(blueprint.cost.layers, blueprint.scheduled_density(0), strict=True):
+        all_of_it += layer.forward_flops
+        ours += layer.forward_flops * (_PER_DENSITY * density + _FIXED if layer.name in taken else 1.0)
+    return ours / all_of_it, ""

@@ -10,7 +10,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from spfde.clock import Clock
 from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
 from spfde.distributed import World, deals_out
-from spfde.engines import choose_engine
+from spfde.engines import Choice, choose_engine, say_on_stderr
 from spfde.errors import UsageError
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates
@@ -39,6 +39,9 @@ from spfde.sieving import (
 )
 from spfde.sparsity import Masker
 from spfde.tracing import unwrap
+
+if TYPE_CHECKING:
+    from spfde.native.engine import NativeEngine
 
 
 class Session:
@@ -60,9 +63,12 @@ class Session:
         *,
         blueprint: Blueprint,
         seed: int,
-        engine: str,
+        choice: Choice,
     ) -> None:
-        self.recipe, self.engine, self.seed, self.blueprint = recipe, engine, seed, blueprint
+        self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
+        self.engine, self.engine_reason = choice.name, choice.reason
+        self._given = model
+        self._native: NativeEngine | None = None
         self._model, self._optimizer = unwrap(model), optimizer
         self._clock = Clock()
         self._world = World.current()
@@ -96,6 +102,7 @@ class Session:
         ]
         if self._masker is not None:
             self._masker.install()
+        self._start_engine()
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
@@ -357,6 +364,13 @@ class Session:
             f"  sieving: {len(self.partial_set):,} of {len(self._population):,} samples in use",
             f"  learning rate: {'the caller’s' if self._rates is None else repr(self.recipe.learning_rate)}",
         ]
+        lines.insert(1, f"  engine: {self.engine} ({self.engine_reason})")
+        if self._native is not None and self._attached:
+            regions, left = self._native.taken, self._native.left
+            lines.append(
+                f"  replaced: the model's forward; {sum(len(region.nodes) for region in regions)} operations in "
+                f"{len(regions)} native regions, in PyTorch: {', '.join(left) or 'nothing'}"
+            )
         if self._attached:
             lines.append("  hooked: the optimizer's steps (clock)")
             if masked:
@@ -387,6 +401,20 @@ class Session:
         if self._world.is_shared:
             masker.average = self._world.average_
         return masker
+
+    def _start_engine(self) -> None:
+        """Make the model compute as ``engine`` says."""
+        if self._native is not None:
+            self._native.detach()
+            self._native = None
+        if self.engine == "native":
+            from spfde.native.engine import NativeEngine
+
+            assert self._masker is not None, "only what is sparse has a native engine"
+            masker = self._masker
+            self._native = NativeEngine(
+                self._model, masks=lambda: masker.masks, dense_gradients=lambda: masker.wants_dense_gradients
+            )
 
     def _make_rates(self) -> GroupRates | None:
         technique, blueprint = self.recipe.learning_rate, self.blueprint
@@ -440,6 +468,8 @@ class Session:
             handle.remove()
         if self._masker is not None:
             self._masker.remove()
+        if self._native is not None:
+            self._native.detach()
         self._freezer.unfreeze_all()
         if self._rates is not None:
             self._rates.join()
@@ -500,7 +530,7 @@ class Session:
         parts = self._parts()
         check_fit(state, recipe=self.recipe.to_dict(), fit=self._fit(), parts=parts)
         if state["engine"] != self.engine:
-            self.engine = choose_engine(state["engine"])
+            self._switch_engine(state["engine"])
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._generator.set_state(state["generator"].cpu())
@@ -513,6 +543,14 @@ class Session:
         if self._observer is not None:
             self._observer.begin_epoch()
             self._observer.samples = self._clock.samples_observed
+
+    def _switch_engine(self, engine: str) -> None:
+        """Take the engine that the state was saved with: another one would round otherwise."""
+        choice = choose_engine(
+            engine, self._given, self.blueprint, is_neutral=self.recipe.is_neutral, on_build=say_on_stderr
+        )
+        self.engine, self.engine_reason = choice.name, "as the state was saved with"
+        self._start_engine()
 
     def _parts(self) -> dict[str, Any]:
         """The parts that remember something, by name, in the order in which they are loaded."""

@@ -79,6 +79,8 @@ class ConsoleDisplay:
             f"recipe {short_name(options.recipe_name)} · {options.epochs} epochs · engine {session.engine} · "
             f"{run.accelerator.device}"
         )
+        if session.recipe.is_sparse:
+            self._print(f"engine {session.engine}: {session.engine_reason}")
         freezing = f"; freezing starts after {bill.start_epoch} epochs" if bill.start_epoch is not None else ""
         self._print(
             f"plan (modelled): {format_flops(bill.training_flops)} of {format_flops(bill.dense_training_flops)} "

@@ -32,7 +32,7 @@ from spfde.app.images import ImageData, collate
 from spfde.app.models import build_model
 from spfde.app.options import TrainOptions, check_full_batch
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
-from spfde.engines import choose_engine
+from spfde.engines import check_engine
 from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged, nearest
 from spfde.planning import Plan, plan
 from spfde.session import Session
@@ -135,7 +135,7 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
 def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     _check_trackers(options.track)
-    choose_engine(options.engine)
+    check_engine(options.engine)
     accelerator = _accelerator(options, folder.path)
     if accelerator.num_processes > 1:
         raise InvalidArgument(

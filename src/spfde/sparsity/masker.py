@@ -81,6 +81,11 @@ class Masker:
         return tuple(self._pending)
 
     @property
+    def wants_dense_gradients(self) -> frozenset[str]:
+        """Layers whose next gradient must hold the inactive weights too, for a mutation waits for it."""
+        return frozenset(self._pending) if self.method.gradients == "dense" else frozenset()
+
+    @property
     def dense_gradient_steps(self) -> int:
         """Backward passes whose dense gradient was used since :meth:`reset_epoch_counters`."""
         return max(self._dense.passes.values(), default=0)

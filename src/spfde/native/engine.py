@@ -1,0 +1,183 @@
+"""The native engine on a model: its forward pass runs the regions that were taken, and PyTorch the rest."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spfde.errors import UsageError
+from spfde.native import build, op
+from spfde.native.graph import Capture, Region, capture
+from spfde.native.kernels import Kernels
+from spfde.native.layout import Pool
+from spfde.native.program import Mode, Program
+from spfde.native.steps import PointStep, Step, steps_of
+from spfde.native.weights import Weights
+
+_MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
+
+
+class NativeEngine:
+    """Computes a model's convolutions, and what lies between them, with the active weights alone.
+
+    Args:
+        model: the model. Its ``forward`` is replaced on the instance; nothing is registered on it.
+        kernels: the loaded library; by default the one for float32, built if need be.
+        masks: gives the masks by parameter name.
+        dense_gradients: gives the names of the parameters whose next gradient must be dense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kernels: Kernels | None = None,
+        *,
+        masks: Callable[[], Mapping[str, Tensor]],
+        dense_gradients: Callable[[], frozenset[str]],
+    ) -> None:
+        self._model = model
+        kernels = Kernels(build.load()) if kernels is None else kernels
+        self._kernels, self._pool = kernels, Pool(kernels.dtype)
+        self._weights = Weights(masks, dense_gradients)
+        self._captures: dict[bool, Capture] = {}
+        self._capture()
+        self._own_forward = vars(model).get("forward")
+        _ENGINES[model] = self
+        model.forward = types.MethodType(forward, model)
+
+    @property
+    def taken(self) -> tuple[Region, ...]:
+        """What the engine computes in the model's present mode."""
+        return self._capture().regions
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """What stays in PyTorch, with the reason where there is one."""
+        return self._capture().left
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the engine's buffers."""
+        return self._pool.bytes
+
+    def detach(self) -> None:
+        """Give the model its forward pass back and free the buffers."""
+        if _ENGINES.get(self._model) is not self:
+            return
+        del _ENGINES[self._model]
+        if self._own_forward is None:
+            vars(self._model).pop("forward", None)
+        else:
+            self._model.forward = self._own_forward
+        self._captures.clear()
+        self._pool.release()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._weights.refresh()
+        return self._capture().graph_module.forward(*args, **kwargs)
+
+    def _capture(self) -> Capture:
+        """The graph of the model as its ``training`` flag is now: a functional dropout is fixed when it is traced."""
+        mode = self._model.training
+        if mode not in self._captures:
+            captured = capture(self._model)
+            modules = dict(self._model.named_modules(remove_duplicate=False))
+            for index, region in enumerate(captured.regions):
+                runner = _RegionRunner(region, steps_of(region, modules), self._kernels, self._pool, self._weights)
+                captured.graph_module.add_submodule(f"region_{index}", runner)
+            self._captures[mode] = captured
+        return self._captures[mode]
+
+
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, NativeEngine] = weakref.WeakKeyDictionary()
+
+
+# Copied and pickled by its name, as bound methods are: a copy of the model has no engine, and computes as its class.
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``module.forward`` while an engine is attached."""
+    engine = _ENGINES.get(module)
+    return type(module).forward(module, *args, **kwargs) if engine is None else engine(*args, **kwargs)
+
+
+class _RegionRunner(nn.Module):
+    """A region in the place of the modules that it computes."""
+
+    def __init__(self, region: Region, steps: Sequence[Step], kernels: Kernels, pool: Pool, weights: Weights) -> None:
+        super().__init__()
+        self._region, self._steps = region, tuple(steps)
+        self._kernels, self._pool, self._weights = kernels, pool, weights
+        self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
+        self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The region's outputs: a tensor, or a tuple for several."""
+        self._check(inputs)
+        program, handle = self._program(inputs)
+        with torch.autocast("cpu", enabled=False):
+            found = op.region(list(inputs), list(program.parameters), handle)
+        n = len(self._region.outputs)
+        self._track(program, found[n])
+        return found[0] if n == 1 else tuple(found[:n])
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        for tensor in inputs:
+            if tensor.device.type != "cpu" or tensor.dtype != self._kernels.dtype or tensor.dim() != 4:
+                raise UsageError(
+                    f"The native engine got {tensor.dim()} dimensions of {tensor.dtype} on {tensor.device}; it "
+                    f"takes images [N, C, H, W] of {self._kernels.dtype} on the CPU. Feed such, or attach with "
+                    'engine="masked".'
+                )
+
+    def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
+        mode = self._mode(inputs)
+        if mode not in self._programs:
+            program = Program(
+                self._region, self._steps, mode, weights=self._weights, kernels=self._kernels, pool=self._pool
+            )
+            _check_batches(program)
+            self._programs[mode] = (program, op.register(program))
+            if len(self._programs) > _MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(mode)
+        return self._programs[mode]
+
+    def _mode(self, inputs: Sequence[Tensor]) -> Mode:
+        with_gradients = torch.is_grad_enabled()
+        trains: set[int] = set()
+        if with_gradients:
+            for step in self._steps:
+                for module in (getattr(step, "module", None), getattr(step, "norm", None)):
+                    if module is not None:
+                        trains.update(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        return Mode(
+            tuple(tuple(tensor.shape) for tensor in inputs),
+            tuple(with_gradients and tensor.requires_grad for tensor in inputs),
+            frozenset(trains),
+            frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
+        )
+
+    def _track(self, program: Program, statistics: Tensor) -> None:
+        """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
+        for norm, where, count in program.norms:
+            if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+                continue
+            assert norm.num_batches_tracked is not None
+            assert norm.running_var is not None
+            norm.num_batches_tracked.add_(1)
+            share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
+            with torch.no_grad():
+                norm.running_mean.lerp_(statistics[0, where], share)
+                norm.running_var.lerp_(statistics[1, where] * (count / (count - 1)), share)
+
+
+def _check_batches(program: Program) -> None:
+    """Refuse, as PyTorch does, to normalise by a batch of one number."""
+    for norm, _, count in program.norms:
+        if count <= 1 and norm.training:
+            raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")

@@ -1,0 +1,272 @@
+// Convolution with a sparse weight: forward, gradient of the input, gradient of the active weights.
+//
+// The weight is a list of its active entries, row by row, cut into chunks of source channels so that the part of the
+// source that a tile reads stays in the first-level cache. `offset` is where an entry reads, in reals from the source
+// pixel that belongs to the tile's first pixel: channel, kernel position, padding and dilation are all in that number.
+#pragma once
+
+#include "lanes.h"
+
+struct Structure {
+  int64_t rows, chunks;
+  const int32_t* start;   // [chunks * rows + 1]
+  const int32_t* offset;  // [entries]
+};
+
+// Target pixel (p * step_y + origin_h, q * step_y + origin_w) sums over the source around (p, q) * step_x, for p < height
+// and q < width.
+struct ConvJob {
+  const real* source;
+  real* target;
+  Blocked from, to;
+  Structure structure;
+  const real* values;  // [entries]
+  int64_t step_x, step_y, origin_h, origin_w, height, width;
+  int64_t accumulate;         // add to the target
+  const real* scale;          // [rows] or null, with shift and activation: the last thing that happens to a value
+  const real* shift;          // [rows] or null
+  const real* residual;       // added before the activation, or null
+  Blocked residual_layout;
+  int64_t activation;
+  real* statistics;           // of what is written, [groups][bands][rows][3][LANES]: a sample, sum and sum of
+                              // squares around it; or null
+  int64_t bands, band_rows, threads;
+};
+
+// One tile of ROWS x COLUMNS pixels, all rows of the weight.
+template <int ROWS, int COLUMNS, int STEP_X, int STEP_Y>
+static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real* statistics, bool first) {
+  constexpr int N = ROWS * COLUMNS;
+  const int64_t sx = STEP_X ? STEP_X : job.step_x, sy = STEP_Y ? STEP_Y : job.step_y;
+  const int64_t across = sx * LANES, down = sx * job.from.pitch(), y_across = sy * LANES, y_down = sy * job.to.pitch();
+  const real* x = job.source + job.from.origin(g, 0) + p * down + q * across;
+  real* tile = job.target + job.to.origin(g, 0) + (p * sy + job.origin_h) * job.to.pitch() + (q * sy + job.origin_w) * LANES;
+  const int64_t rows = job.structure.rows, chunks = job.structure.chunks, plane = job.to.plane;
+  const bool finish = job.scale || job.shift || job.residual || job.activation;
+  const vec valid = job.to.valid(g);
+  const bool is_short = job.to.is_short(g);
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    const int32_t* start = job.structure.start + chunk * rows;
+    const bool fresh = chunk == 0 && !job.accumulate, last = chunk == chunks - 1;
+    for (int64_t row = 0; row < rows; row++) {
+      int32_t k = start[row];
+      const int32_t end = start[row + 1];
+      if (k == end && !fresh && !(last && (finish || statistics))) continue;
+      real* y = tile + row * plane;
+      vec sum[N];
+      if (fresh) {
+        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = vec{};
+      } else {
+        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = load(y + (i / COLUMNS) * y_down + (i % COLUMNS) * y_across);
+      }
+      for (; k < end; k++) {
+        const real* s = x + job.structure.offset[k];
+        const vec w = spread(job.values[k]);
+        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += w * load(s + (i / COLUMNS) * down + (i % COLUMNS) * across);
+      }
+      if (last && finish) {
+        const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
+        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = sum[i] * scale + shift;
+        if (job.residual) {
+          const Blocked& layout = job.residual_layout;
+          const real* r = job.residual + layout.origin(g, row) + p * layout.pitch() + q * LANES;
+          SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += load(r + (i / COLUMNS) * layout.pitch() + (i % COLUMNS) * LANES);
+        }
+        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = activate(sum[i], job.activation);
+        if (is_short) {
+          SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = valid != vec{} ? sum[i] : vec{};
+        }
+      }
+      if (last && statistics) {
+        real* stat = statistics + row * 3 * LANES;
+        const vec sample = first ? sum[0] : load(stat);
+        vec total = first ? vec{} : load(stat + LANES), squares = first ? vec{} : load(stat + 2 * LANES);
+        SPFDE_UNROLL for (int i = 0; i < N; i++) {
+          const vec away = sum[i] - sample;
+          total += away;
+          squares += away * away;
+        }
+        store(stat, sample);
+        store(stat + LANES, total);
+        store(stat + 2 * LANES, squares);
+      }
+      SPFDE_UNROLL for (int i = 0; i < N; i++) store(y + (i / COLUMNS) * y_down + (i % COLUMNS) * y_across, sum[i]);
+    }
+  }
+}
+
+template <int STEP_X, int STEP_Y>
+static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
+  const int64_t top = band * job.band_rows, bottom = top + job.band_rows < job.height ? top + job.band_rows : job.height;
+  const int64_t rows = job.structure.rows;
+  real* stat = job.statistics ? job.statistics + (g * job.bands + band) * rows * 3 * LANES : nullptr;
+  bool first = true;
+#define SPFDE_TILE(R, C) conv_tile<R, C, STEP_X, STEP_Y>(job, g, p, q, stat, first)
+  for (int64_t q = 0; q < job.width;) {
+    const int64_t left = job.width - q, columns = left < 8 ? left : 8;
+    for (int64_t p = top; p < bottom; first = false) {
+      if (columns == 4 && p + 1 < bottom) {
+        SPFDE_TILE(2, 4);
+        p += 2;
+        continue;
+      }
+      if (columns == 2 && p + 3 < bottom) {
+        SPFDE_TILE(4, 2);
+        p += 4;
+        continue;
+      }
+      if (columns == 2 && p + 1 < bottom) {
+        SPFDE_TILE(2, 2);
+        p += 2;
+        continue;
+      }
+      switch (columns) {
+        case 8: SPFDE_TILE(1, 8); break;
+        case 7: SPFDE_TILE(1, 7); break;
+        case 6: SPFDE_TILE(1, 6); break;
+        case 5: SPFDE_TILE(1, 5); break;
+        case 4: SPFDE_TILE(1, 4); break;
+        case 3: SPFDE_TILE(1, 3); break;
+        case 2: SPFDE_TILE(1, 2); break;
+        default: SPFDE_TILE(1, 1);
+      }
+      p++;
+    }
+    q += columns;
+  }
+#undef SPFDE_TILE
+}
+
+SPFDE_EXPORT void spfde_conv(const ConvJob* job) {
+  const int64_t units = job->from.groups * job->bands;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(job->threads)
+  for (int64_t unit = 0; unit < units; unit++) {
+    const int64_t g = unit / job->bands, band = unit % job->bands;
+    if (job->step_x == 1 && job->step_y == 1) {
+      conv_band<1, 1>(*job, g, band);
+    } else if (job->step_x == 2 && job->step_y == 1) {
+      conv_band<2, 1>(*job, g, band);
+    } else if (job->step_x == 1 && job->step_y == 2) {
+      conv_band<1, 2>(*job, g, band);
+    } else {
+      conv_band<0, 0>(*job, g, band);
+    }
+  }
+}
+
+// Mean and biased variance of each row from the statistics of its bands, put together in double precision.
+SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout, int64_t bands, int64_t band_rows,
+                                   real* mean, real* variance, int64_t threads) {
+  const int64_t rows = layout->channels;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    double count = 0, average = 0, spread_sum = 0;
+    for (int64_t g = 0; g < layout->groups; g++) {
+      for (int64_t band = 0; band < bands; band++) {
+        const int64_t top = band * band_rows;
+        const int64_t height = top + band_rows < layout->height ? band_rows : layout->height - top;
+        if (height <= 0) continue;
+        const real* stat = statistics + ((g * bands + band) * rows + row) * 3 * LANES;
+        const double n = double(height) * double(layout->width);
+        for (int lane = 0; lane < LANES && g * LANES + lane < layout->batch; lane++) {
+          const double away = double(stat[LANES + lane]) / n, here = double(stat[lane]) + away;
+          const double squares = double(stat[2 * LANES + lane]) - away * away * n;
+          const double delta = here - average;
+          spread_sum += squares + delta * delta * count * n / (count + n);
+          average += delta * n / (count + n);
+          count += n;
+        }
+      }
+    }
+    mean[row] = real(average);
+    variance[row] = real(spread_sum > 0 || spread_sum != spread_sum ? spread_sum / count : 0);
+  }
+}
+
+// The gradient of each active entry, in the structure's order.
+struct WeightJob {
+  const real* source;    // what the convolution read
+  const real* gradient;  // of what it wrote
+  Blocked from, to;
+  Structure structure;
+  int64_t step_x;
+  real* out;     // [entries]
+  real* partial;  // [threads][entries]
+  int64_t bands, band_rows, threads;
+};
+
+template <int N, int STEP_X>
+static void weight_run(const WeightJob& job, const real* x, const real* d, int64_t k, int64_t height, real* sums) {
+  const int64_t across = (STEP_X ? STEP_X : job.step_x) * LANES, down = (STEP_X ? STEP_X : job.step_x) * job.from.pitch();
+  const int64_t width = job.to.width, pitch = job.to.pitch();
+  const real* s[N];
+  vec sum[N];
+  SPFDE_UNROLL for (int i = 0; i < N; i++) {
+    s[i] = x + job.structure.offset[k + i];
+    sum[i] = vec{};
+  }
+  for (int64_t p = 0; p < height; p++) {
+    const real* row = d + p * pitch;
+    int64_t at = p * down;
+    for (int64_t q = 0; q < width; q++, at += across) {
+      const vec t = load(row + q * LANES);
+      SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += t * load(s[i] + at);
+    }
+  }
+  SPFDE_UNROLL for (int i = 0; i < N; i++) sums[k + i] += sum_lanes(sum[i]);
+}
+
+template <int STEP_X>
+static void weight_band(const WeightJob& job, int64_t g, int64_t band, real* sums) {
+  const int64_t top = band * job.band_rows;
+  const int64_t height = top + job.band_rows < job.to.height ? job.band_rows : job.to.height - top;
+  if (height <= 0) return;
+  const int64_t step = STEP_X ? STEP_X : job.step_x;
+  const real* x = job.source + job.from.origin(g, 0) + top * step * job.from.pitch();
+  const real* d = job.gradient + job.to.origin(g, 0) + top * job.to.pitch();
+  for (int64_t chunk = 0; chunk < job.structure.chunks; chunk++) {
+    const int32_t* start = job.structure.start + chunk * job.structure.rows;
+    for (int64_t row = 0; row < job.structure.rows; row++) {
+      const real* here = d + row * job.to.plane;
+      int64_t k = start[row];
+      const int64_t end = start[row + 1];
+      for (; k + 8 <= end; k += 8) weight_run<8, STEP_X>(job, x, here, k, height, sums);
+      switch (end - k) {
+        case 7: weight_run<7, STEP_X>(job, x, here, k, height, sums); break;
+        case 6: weight_run<6, STEP_X>(job, x, here, k, height, sums); break;
+        case 5: weight_run<5, STEP_X>(job, x, here, k, height, sums); break;
+        case 4: weight_run<4, STEP_X>(job, x, here, k, height, sums); break;
+        case 3: weight_run<3, STEP_X>(job, x, here, k, height, sums); break;
+        case 2: weight_run<2, STEP_X>(job, x, here, k, height, sums); break;
+        case 1: weight_run<1, STEP_X>(job, x, here, k, height, sums); break;
+        default: break;
+      }
+    }
+  }
+}
+
+SPFDE_EXPORT void spfde_conv_weight(const WeightJob* job) {
+  const int64_t units = job->from.groups * job->bands, threads = job->threads;
+  const int64_t entries = job->structure.start[job->structure.chunks * job->structure.rows];
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int64_t part = 0; part < threads; part++) {
+    real* sums = job->partial + part * entries;
+    std::memset(sums, 0, sizeof(real) * entries);
+    for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; unit++) {
+      const int64_t g = unit / job->bands, band = unit % job->bands;
+      if (job->step_x == 1) {
+        weight_band<1>(*job, g, band, sums);
+      } else if (job->step_x == 2) {
+        weight_band<2>(*job, g, band, sums);
+      } else {
+        weight_band<0>(*job, g, band, sums);
+      }
+    }
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t k = 0; k < entries; k++) {
+    real sum = 0;
+    for (int64_t part = 0; part < threads; part++) sum += job->partial[part * entries + k];
+    job->out[k] = sum;
+  }
+}

@@ -1,0 +1,9 @@
+// One source for every processor: the compiler's vector extensions, C++17, OpenMP, and nothing else.
+#include "conv.h"
+#include "linear.h"
+#include "pixelwise.h"
+#include "pooling.h"
+
+SPFDE_EXPORT int64_t spfde_abi() { return 1; }
+SPFDE_EXPORT int64_t spfde_lanes() { return LANES; }
+SPFDE_EXPORT int64_t spfde_real_bytes() { return sizeof(real); }

@@ -1,0 +1,202 @@
+// What happens to each pixel of each channel: normalisation, activation, addition, and the way in and out of the layout.
+#pragma once
+
+#include "lanes.h"
+
+// target = activation(source * scale + shift + residual); halos and empty lanes stay zero.
+struct ApplyJob {
+  const real* source;
+  real* target;
+  Blocked from, to;
+  const real* scale;  // [channels] or null
+  const real* shift;  // [channels] or null
+  const real* residual;
+  Blocked residual_layout;
+  int64_t activation, threads;
+};
+
+SPFDE_EXPORT void spfde_apply(const ApplyJob* job) {
+  const Blocked from = job->from, to = job->to, other = job->residual_layout;
+  const int64_t planes = from.groups * from.channels, act = job->activation;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t index = 0; index < planes; index++) {
+    const int64_t g = index / from.channels, c = index % from.channels;
+    const vec valid = from.valid(g);
+    const bool is_short = from.is_short(g);
+    const vec scale = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
+    for (int64_t h = 0; h < from.height; h++) {
+      const real* y = job->source + from.origin(g, c) + h * from.pitch();
+      const real* r = job->residual ? job->residual + other.origin(g, c) + h * other.pitch() : nullptr;
+      real* z = job->target + to.origin(g, c) + h * to.pitch();
+      for (int64_t i = 0; i < from.width * LANES; i += LANES) {
+        vec u = load(y + i) * scale + shift;
+        if (r) u += load(r + i);
+        u = activate(u, act);
+        if (is_short) u = valid != vec{} ? u : vec{};
+        store(z + i, u);
+      }
+    }
+  }
+}
+
+// The way back through z = activation(y * scale + shift + residual), where scale and shift come from the batch (`batch`)
+// or are constants. d = gradient * slope. With `keep` d is written back to `gradient`: it is what the residual gets.
+struct ApplyBackwardJob {
+  real* gradient;  // of z
+  const real* y;
+  const real* z;   // with a residual: the slope is read off the output (ReLU and ReLU6 only); else null
+  real* out;       // gradient of y, or null; may be `gradient` itself unless `keep`
+  Blocked gradient_layout, y_layout, z_layout, out_layout;
+  const real* scale;
+  const real* shift;
+  const real* mean;     // [channels], with `batch`
+  const real* inverse;  // [channels], 1 / sqrt(variance + eps)
+  real* scale_gradient;  // [channels]: sum of d * (y - mean) * inverse; or null
+  real* shift_gradient;  // [channels]: sum of d; or null
+  int64_t activation, batch, keep, threads;
+};
+
+static inline vec slope_gradient(const ApplyBackwardJob& job, vec d, const real* y, const real* z, vec scale, vec shift) {
+  if (job.activation == NONE) return d;
+  const vec u = z ? load(z) : load(y) * scale + shift;
+  return activate_backward(d, u, job.activation);
+}
+
+SPFDE_EXPORT void spfde_apply_backward(const ApplyBackwardJob* job) {
+  const Blocked dl = job->gradient_layout, yl = job->y_layout, zl = job->z_layout, ol = job->out_layout;
+  const bool sums = job->scale_gradient || job->shift_gradient || job->batch;
+  const double count = double(yl.batch) * double(yl.height) * double(yl.width);
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t c = 0; c < yl.channels; c++) {
+    const real a = job->scale ? job->scale[c] : real(1);
+    const vec scale = spread(a), shift = spread(job->shift ? job->shift[c] : real(0));
+    const real mean = job->mean ? job->mean[c] : real(0), inverse = job->inverse ? job->inverse[c] : real(1);
+    double total = 0, product = 0;
+    if (sums || job->keep) {
+      for (int64_t g = 0; g < yl.groups; g++) {
+        vec sum{}, dot{};
+        for (int64_t h = 0; h < yl.height; h++) {
+          real* d = job->gradient + dl.origin(g, c) + h * dl.pitch();
+          const real* y = job->y + yl.origin(g, c) + h * yl.pitch();
+          const real* z = job->z ? job->z + zl.origin(g, c) + h * zl.pitch() : nullptr;
+          for (int64_t i = 0; i < yl.width * LANES; i += LANES) {
+            const vec t = slope_gradient(*job, load(d + i), y + i, z ? z + i : nullptr, scale, shift);
+            if (job->keep) store(d + i, t);
+            sum += t;
+            dot += t * (load(y + i) - mean);
+          }
+        }
+        total += double(sum_lanes(sum));
+        product += double(sum_lanes(dot));
+      }
+    }
+    if (job->shift_gradient) job->shift_gradient[c] = real(total);
+    if (job->scale_gradient) job->scale_gradient[c] = real(product * double(inverse));
+    if (!job->out) continue;
+    // dy = scale * (d - mean of d - normalised y * mean of (d * normalised y)), as k1 * d + k2 * (y - mean) + k3.
+    const double b = job->batch ? 1.0 : 0.0;
+    const vec k1 = spread(a), k2 = spread(real(-b * double(a) * double(inverse) * double(inverse) * product / count));
+    const vec k3 = spread(real(-b * double(a) * total / count));
+    for (int64_t g = 0; g < yl.groups; g++) {
+      const vec valid = yl.valid(g);
+      const bool is_short = yl.is_short(g);
+      for (int64_t h = 0; h < yl.height; h++) {
+        const real* d = job->gradient + dl.origin(g, c) + h * dl.pitch();
+        const real* y = job->y + yl.origin(g, c) + h * yl.pitch();
+        const real* z = job->z ? job->z + zl.origin(g, c) + h * zl.pitch() : nullptr;
+        real* out = job->out + ol.origin(g, c) + h * ol.pitch();
+        for (int64_t i = 0; i < yl.width * LANES; i += LANES) {
+          vec t = load(d + i);
+          if (!job->keep) t = slope_gradient(*job, t, y + i, z ? z + i : nullptr, scale, shift);
+          t = k1 * t;
+          if (job->batch) t += k2 * (load(y + i) - mean) + k3;
+          if (is_short) t = valid != vec{} ? t : vec{};
+          store(out + i, t);
+        }
+      }
+    }
+  }
+}
+
+// target += source, or = source.
+SPFDE_EXPORT void spfde_add(const real* source, const Blocked* from, real* target, const Blocked* to, int64_t accumulate,
+                            int64_t threads) {
+  const int64_t planes = from->groups * from->channels;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t index = 0; index < planes; index++) {
+    const int64_t g = index / from->channels, c = index % from->channels;
+    for (int64_t h = 0; h < from->height; h++) {
+      const real* s = source + from->origin(g, c) + h * from->pitch();
+      real* t = target + to->origin(g, c) + h * to->pitch();
+      for (int64_t i = 0; i < from->width * LANES; i += LANES) store(t + i, accumulate ? load(t + i) + load(s + i) : load(s + i));
+    }
+  }
+}
+
+// Sum of each channel over images and pixels, or with `around` [channels] of the squared distances from it.
+SPFDE_EXPORT void spfde_channel_sum(const real* source, const Blocked* layout, const real* around, real* out,
+                                    int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t c = 0; c < layout->channels; c++) {
+    double total = 0;
+    for (int64_t g = 0; g < layout->groups; g++) {
+      vec sum{};
+      const vec valid = layout->valid(g), center = around ? around[c] * valid : vec{};
+      for (int64_t h = 0; h < layout->height; h++) {
+        const real* s = source + layout->origin(g, c) + h * layout->pitch();
+        for (int64_t i = 0; i < layout->width * LANES; i += LANES) {
+          const vec v = load(s + i) - center;
+          sum += around ? v * v : v;
+        }
+      }
+      total += double(sum_lanes(sum));
+    }
+    out[c] = real(total);
+  }
+}
+
+// From a PyTorch tensor (N, C, H, W) with any strides, in elements, and back.
+SPFDE_EXPORT void spfde_pack(const real* source, const int64_t* strides, real* target, const Blocked* to, int64_t threads) {
+  const int64_t planes = to->groups * to->channels;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t index = 0; index < planes; index++) {
+    const int64_t g = index / to->channels, c = index % to->channels;
+    const int64_t lanes = to->is_short(g) ? to->batch - g * LANES : LANES;
+    for (int64_t h = 0; h < to->height; h++) {
+      const real* s = source + g * LANES * strides[0] + c * strides[1] + h * strides[2];
+      real* t = target + to->origin(g, c) + h * to->pitch();
+      for (int64_t w = 0; w < to->width; w++, t += LANES) {
+        vec v{};
+        for (int64_t lane = 0; lane < lanes; lane++) v[lane] = s[lane * strides[0] + w * strides[3]];
+        store(t, v);
+      }
+    }
+  }
+}
+
+SPFDE_EXPORT void spfde_unpack(const real* source, const Blocked* from, real* target, const int64_t* strides, int64_t threads) {
+  const int64_t planes = from->groups * from->channels;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t index = 0; index < planes; index++) {
+    const int64_t g = index / from->channels, c = index % from->channels;
+    const int64_t lanes = from->is_short(g) ? from->batch - g * LANES : LANES;
+    for (int64_t h = 0; h < from->height; h++) {
+      const real* s = source + from->origin(g, c) + h * from->pitch();
+      real* t = target + g * LANES * strides[0] + c * strides[1] + h * strides[2];
+      for (int64_t w = 0; w < from->width; w++, s += LANES) {
+        for (int64_t lane = 0; lane < lanes; lane++) t[lane * strides[0] + w * strides[3]] = s[lane];
+      }
+    }
+  }
+}
+
+// values[k] = weights[index[k]], and back.
+SPFDE_EXPORT void spfde_gather(const real* weights, const int32_t* index, int64_t n, real* values, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t k = 0; k < n; k++) values[k] = weights[index[k]];
+}
+
+SPFDE_EXPORT void spfde_scatter(const real* values, const int32_t* index, int64_t n, real* weights, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t k = 0; k < n; k++) weights[index[k]] = values[k];
+}

@@ -1,0 +1,209 @@
+"""What a region does, as few passes over memory as can be: convolutions, and everything between two of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spfde.native.graph import Node, Region
+from spfde.native.kernels import Activation
+from spfde.native.layout import Layout
+from spfde.native.structure import Geometry
+
+# With a residual the slope is read off the output, which these two let us do.
+_AFTER_RESIDUAL = ("relu", "relu6")
+
+
+@dataclass(frozen=True)
+class ConvStep:
+    """y = conv(x)."""
+
+    x: str
+    y: str
+    name: str
+    module: nn.Conv2d
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class PointStep:
+    """z = activation(norm(y) + residual), pixel by pixel."""
+
+    y: str
+    z: str
+    norm: nn.BatchNorm2d | None = None
+    residual: str | None = None
+    activation: Activation = "none"
+
+
+@dataclass(frozen=True)
+class PoolStep:
+    """y = the maximum or average of windows of x; kernel, stride and padding."""
+
+    x: str
+    y: str
+    kind: str
+    window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    count_padding: bool = False
+
+
+@dataclass(frozen=True)
+class GlobalPoolStep:
+    """y = the mean of each plane of x, [N, C] or [N, C, 1, 1]; y is a PyTorch tensor."""
+
+    x: str
+    y: str
+    keepdim: bool
+
+
+Step = ConvStep | PointStep | PoolStep | GlobalPoolStep
+
+
+@dataclass
+class _Chain:
+    """A pixelwise step that may still grow."""
+
+    y: str
+    z: str
+    norm: nn.BatchNorm2d | None = None
+    residual: str | None = None
+    activation: Activation = "none"
+
+    def takes(self, node: Node) -> bool:
+        if self.activation != "none":
+            return False
+        if node.kind == "add":
+            return self.residual is None and node.inputs[0] != node.inputs[1]
+        if node.kind == "act":
+            return self.residual is None or node.options["act"] in _AFTER_RESIDUAL
+        return False
+
+    def take(self, node: Node) -> None:
+        if node.kind == "add":
+            self.residual = next(value for value in node.inputs if value != self.z)
+        else:
+            self.activation = node.options["act"]
+        self.z = node.name
+
+
+def steps_of(region: Region, modules: Mapping[str, nn.Module]) -> tuple[Step, ...]:
+    """The steps of a region in an order in which they can run.
+
+    Args:
+        region: from ``graph.capture``.
+        modules: the model's modules by qualified name.
+    """
+    nodes = region.nodes
+    uses = Counter(value for node in nodes for value in node.inputs)
+    uses.update(region.outputs)
+    readers = {value: (i, node) for i, node in enumerate(nodes) for value in node.inputs}
+    fused: set[int] = set()
+    steps: dict[int, Step] = {}
+    for position, node in enumerate(nodes):
+        if position in fused:
+            continue
+        if node.kind in ("norm", "add", "act"):
+            chain = _start(node, modules)
+            last = position
+            while uses[chain.z] == 1 and chain.z in readers:
+                at, reader = readers[chain.z]
+                if at in fused or not chain.takes(reader):
+                    break
+                chain.take(reader)
+                fused.add(at)
+                last = at
+            steps[last] = PointStep(chain.y, chain.z, chain.norm, chain.residual, chain.activation)
+        else:
+            steps[position] = _single(node, modules)
+    return tuple(step for _, step in sorted(steps.items(), key=lambda item: item[0]))
+
+
+def _start(node: Node, modules: Mapping[str, nn.Module]) -> _Chain:
+    if node.kind == "add":
+        return _Chain(node.inputs[0], node.name, residual=node.inputs[1])
+    if node.kind == "act":
+        return _Chain(node.inputs[0], node.name, activation=node.options["act"])
+    assert node.module is not None, "a norm has a module"
+    norm = modules[node.module]
+    assert isinstance(norm, nn.BatchNorm2d)
+    return _Chain(node.inputs[0], node.name, norm=norm)
+
+
+def _single(node: Node, modules: Mapping[str, nn.Module]) -> Step:
+    options: Mapping[str, Any] = node.options
+    if node.kind == "conv":
+        assert node.module is not None, "a convolution has a module"
+        conv = modules[node.module]
+        assert isinstance(conv, nn.Conv2d)
+        return ConvStep(node.inputs[0], node.name, node.module, conv, Geometry.of(conv))
+    if node.kind == "global_pool":
+        return GlobalPoolStep(node.inputs[0], node.name, options["keepdim"])
+    window = (options["kernel"], options["stride"], options["padding"])
+    return PoolStep(node.inputs[0], node.name, node.kind, window, bool(options.get("count_include_pad", False)))
+
+
+def reads(step: Step) -> tuple[str, ...]:
+    if isinstance(step, PointStep):
+        return (step.y,) if step.residual is None else (step.y, step.residual)
+    return (step.x,)
+
+
+def writes(step: Step) -> str:
+    return step.z if isinstance(step, PointStep) else step.y
+
+
+def parameters_of(steps: Sequence[Step]) -> tuple[nn.Parameter, ...]:
+    found: dict[int, nn.Parameter] = {}
+    for step in steps:
+        module = step.module if isinstance(step, ConvStep) else step.norm if isinstance(step, PointStep) else None
+        if module is not None:
+            found.update({id(p): p for p in (module.weight, module.bias) if isinstance(p, nn.Parameter)})
+    return tuple(found.values())
+
+
+def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[int]], lanes: int) -> dict[str, Layout]:
+    """Layout of each value; values of one size share their halo, so that a gradient can take its neighbour's buffer."""
+    sizes: dict[str, tuple[int, int, int]] = {
+        name: (shape[1], shape[2], shape[3]) for name, shape in zip(region.inputs, shapes, strict=True)
+    }
+    halos: dict[tuple[int, int], int] = {}
+    for step in steps:
+        if isinstance(step, ConvStep):
+            _, height, width = sizes[step.x]
+            out = step.geometry.output_size(height, width)
+            inside, outside = step.geometry.halos(height, width)
+            halos[height, width] = max(halos.get((height, width), 0), inside)
+            halos[out] = max(halos.get(out, 0), outside)
+            sizes[step.y] = (step.geometry.out_channels, *out)
+        elif isinstance(step, PointStep):
+            sizes[step.z] = sizes[step.y]
+        elif isinstance(step, PoolStep):
+            channels, *size = sizes[step.x]
+            rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *step.window, strict=True))
+            sizes[step.y] = (channels, rows, columns)
+    batch = shapes[0][0]
+    return {name: Layout(batch, c, h, w, halos.get((h, w), 0), lanes) for name, (c, h, w) in sizes.items()}
+
+
+def constants(
+    norm: nn.BatchNorm2d | None, mean: Tensor | None = None, variance: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift that a norm comes to, with these statistics or its running ones; None for no norm."""
+    if norm is None:
+        return None, None
+    mean = norm.running_mean if mean is None else mean
+    variance = norm.running_var if variance is None else variance
+    assert mean is not None, "without running statistics a norm uses the batch"
+    assert variance is not None
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach()
+    return scale, shift

@@ -1,0 +1,61 @@
+"""The convolutions' weights as the kernels read them, kept in step with the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from spfde.native.layout import Layout
+from spfde.native.steps import ConvStep
+from spfde.native.structure import Entries, Structure, build
+
+_CHUNK_BYTES = 32_000  # of a first-level cache, near enough on every processor
+
+
+class Weights:
+    """Structures by convolution, built anew when the mask of a layer is another.
+
+    Args:
+        masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
+        dense_gradients: gives the names of the parameters whose next gradient must be dense.
+    """
+
+    def __init__(
+        self, masks: Callable[[], Mapping[str, Tensor]], dense_gradients: Callable[[], frozenset[str]]
+    ) -> None:
+        self._masks, self._dense_gradients = masks, dense_gradients
+        self._built: dict[tuple[str, Layout, Layout], tuple[Tensor | None, Structure]] = {}
+        self._dense: dict[tuple[str, Layout, Layout], Entries] = {}
+        self._current: Mapping[str, Tensor] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the masks again; call it before a forward pass."""
+        self._current = self._masks()
+
+    def structure(self, step: ConvStep, source: Layout, target: Layout) -> Structure:
+        """The lists of a convolution for its current mask."""
+        mask = self._current.get(f"{step.name}.weight")
+        key = (step.name, source, target)
+        have = self._built.get(key)
+        if have is None or have[0] is not mask:
+            active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
+            have = (mask, self._build(step, active, source, target))
+            self._built[key] = have
+        return have[1]
+
+    def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
+        """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
+        if f"{step.name}.weight" not in self._dense_gradients():
+            return self.structure(step, source, target).forward
+        key = (step.name, source, target)
+        if key not in self._dense:
+            everything = torch.ones_like(step.module.weight, dtype=torch.bool)
+            self._dense[key] = self._build(step, everything, source, target).forward
+        return self._dense[key]
+
+    def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> Structure:
+        strides = step.module.weight.stride()
+        return build(step.geometry, active, strides, source, target, chunk_bytes=_CHUNK_BYTES)
