@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import spfde
+from native_support import needs_kernels
 from support import EPOCHS, Parts, make_parts, step, train
 
 METHODS = {
@@ -32,8 +33,18 @@ def recipe_with(method: spfde.sparsity.SparsityMethod | None) -> spfde.Recipe:
     )
 
 
+@pytest.fixture(autouse=True, params=["masked", pytest.param("native", marks=needs_kernels)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Every test of this module runs under both engines."""
+    ENGINE[0] = request.param
+    return str(request.param)
+
+
+ENGINE = ["masked"]
+
+
 def attach(parts: Parts, recipe: spfde.Recipe) -> spfde.Session:
-    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3)
+    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=ENGINE[0])
 
 
 def save(parts: Parts, session: spfde.Session) -> bytes:
