@@ -11,7 +11,9 @@ from spfde.native.layout import Layout
 from spfde.native.steps import ConvStep
 from spfde.native.structure import Entries, Structure, build
 
-_CHUNK_BYTES = 32_000  # of a first-level cache, near enough on every processor
+# Of the first-level cache (32 KiB or more), what a tile's part of the source may take. With many weights the lists
+# themselves want room in it.
+_CHUNK_BYTES, _CHUNK_BYTES_DENSE, _DENSE = 24_000, 16_000, 0.3
 
 
 class Weights:
@@ -57,5 +59,8 @@ class Weights:
         return self._dense[key]
 
     def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> Structure:
-        strides = step.module.weight.stride()
-        return build(step.geometry, active, strides, source, target, chunk_bytes=_CHUNK_BYTES)
+        is_dense = int(active.count_nonzero()) > _DENSE * active.numel()
+        return build(
+            step.geometry, active, step.module.weight.stride(), source, target,
+            chunk_bytes=_CHUNK_BYTES_DENSE if is_dense else _CHUNK_BYTES,
+        )  # fmt: skip
