@@ -24,11 +24,11 @@ def kernels(dtype: torch.dtype = torch.float64) -> Kernels:
 
 
 def random_masks(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:
-    """Masks for all convolutions of the model, whose weights are zeroed outside."""
+    """Masks for all convolutions and linear layers of the model, whose weights are zeroed outside."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 4:
+        if parameter.dim() in (2, 4):
             masks[name] = torch.rand(parameter.shape, generator=generator) < density
             parameter.data.mul_(masks[name])
     return masks

@@ -109,10 +109,15 @@ def _estimate(model: nn.Module, blueprint: Blueprint) -> tuple[float, str]:
     from spfde.native.graph import capture
 
     try:
-        captured = capture(model)
+        captured = capture(model, blueprint.target)
     except InvalidArgument as error:
         return 1.0, str(error)
-    taken = {f"{node.module}.weight" for region in captured.regions for node in region.nodes if node.kind == "conv"}
+    taken = {
+        f"{node.module}.weight"
+        for region in captured.regions
+        for node in region.nodes
+        if node.kind in ("conv", "linear")
+    }
     if not taken & set(blueprint.target):
         first = next(iter(blueprint.target))
         why = next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)

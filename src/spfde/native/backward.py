@@ -29,16 +29,11 @@ class Backward:
         if isinstance(maker, GlobalPoolStep):
             self.pooled[name] = gradient.reshape(gradient.shape[0], -1).contiguous()
             return
-        buffer = self.pool.take(self.layouts[name])
-        self.kernels.pack(gradient.to(self.kernels.dtype), buffer, self.layouts[name])
-        self._flow(name, buffer)
+        self._flow(name, self.program.pack(name, gradient.to(self.kernels.dtype)))
 
     def leave(self, name: str) -> Tensor | None:
         buffer = self.flowing.pop(name, None)
-        layout = self.layouts[name]
-        if buffer is None:
-            return torch.zeros(layout.batch, layout.channels, layout.height, layout.width, dtype=self.kernels.dtype)
-        return self.program.unpack(name, buffer)
+        return None if buffer is None else self.program.unpack(name, buffer)
 
     def conv(self, step: ConvStep) -> None:
         d = self.flowing.pop(step.y, None)

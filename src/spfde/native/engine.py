@@ -44,7 +44,7 @@ class NativeEngine:
         self._model = model
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
-        self._weights = Weights(masks, dense_gradients)
+        self._masks, self._weights = masks, Weights(masks, dense_gradients)
         self._captures: dict[bool, Capture] = {}
         self._capture()
         self._own_forward = vars(model).get("forward")
@@ -86,7 +86,7 @@ class NativeEngine:
         """The graph of the model as its ``training`` flag is now: a functional dropout is fixed when it is traced."""
         mode = self._model.training
         if mode not in self._captures:
-            captured = capture(self._model)
+            captured = capture(self._model, self._masks())
             modules = dict(self._model.named_modules(remove_duplicate=False))
             for index, region in enumerate(captured.regions):
                 runner = _RegionRunner(region, steps_of(region, modules), self._kernels, self._pool, self._weights)
@@ -126,12 +126,14 @@ class _RegionRunner(nn.Module):
         return found[0] if n == 1 else tuple(found[:n])
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
+        is_tokens = self._region.is_tokens
+        takes = "tokens [..., C]" if is_tokens else "images [N, C, H, W]"
         for tensor in inputs:
-            if tensor.device.type != "cpu" or tensor.dtype != self._kernels.dtype or tensor.dim() != 4:
+            fits = tensor.dim() >= 2 if is_tokens else tensor.dim() == 4
+            if tensor.device.type != "cpu" or tensor.dtype != self._kernels.dtype or not fits:
                 raise UsageError(
                     f"The native engine got {tensor.dim()} dimensions of {tensor.dtype} on {tensor.device}; it "
-                    f"takes images [N, C, H, W] of {self._kernels.dtype} on the CPU. Feed such, or attach with "
-                    'engine="masked".'
+                    f'takes {takes} of {self._kernels.dtype} on the CPU. Feed such, or attach with engine="masked".'
                 )
 
     def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:

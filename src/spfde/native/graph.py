@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from spfde.errors import InvalidArgument, Problem
-
-Kind = Literal["conv", "norm", "act", "add", "max_pool", "avg_pool", "global_pool"]
-
-
-@dataclass(frozen=True)
-class Node:
-    """One operation that the kernels know.
-
-    Attributes:
-        kind: which.
-        name: of its value, unique in the graph.
-        inputs: names of the values that it reads.
-        module: qualified name of its module in the model; None for a function.
-        options: the rest: ``act``; ``kernel``, ``stride``, ``padding``, ``count_include_pad``; ``keepdim``.
-    """
-
-    kind: Kind
-    name: str
-    inputs: tuple[str, ...]
-    module: str | None
-    options: Mapping[str, Any]
+from spfde.native.nodes import Node, read
 
 
 @dataclass(frozen=True)
@@ -41,7 +19,7 @@ class Region:
     """Operations that run together; only its inputs and outputs are PyTorch tensors.
 
     Attributes:
-        inputs: names of the values that come in, each [N, C, H, W].
+        inputs: names of the values that come in, each [N, C, H, W]; of tokens, [..., C].
         nodes: in an order in which they can run.
         outputs: names of the values that something outside reads.
     """
@@ -49,6 +27,11 @@ class Region:
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether its values are tokens, for linear layers, and not images."""
+        return any(node.kind == "linear" for node in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -67,18 +50,23 @@ class Capture:
     left: tuple[str, ...]
 
 
-def capture(model: nn.Module) -> Capture:
+def capture(model: nn.Module, sparse: Collection[str] = ()) -> Capture:
     """Trace a model and cut it into regions, in its present training mode. Nothing runs, nothing changes.
+
+    Args:
+        model: the model.
+        sparse: names of the masked parameters; a linear layer is taken only if its weight is one, for PyTorch's dense
+            product needs no change of layout.
 
     Raises:
         InvalidArgument: the model's own ``forward`` cannot be traced.
     """
     graph, reasons = _trace(model)
     _skip_identities(graph, model, reasons)
-    nodes = {node: _read(node, model, reasons) for node in graph.nodes}
+    nodes = {node: read(node, model, reasons, sparse) for node in graph.nodes}
     known = {node: found for node, found in nodes.items() if found is not None}
-    _leave_without_source(graph, known)
-    groups = _group(graph, known)
+    tokens = _leave_without_source(graph, known)
+    groups = _group(graph, known, tokens)
     return _cut(model, graph, known, groups, reasons)
 
 
@@ -163,181 +151,48 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-# --- reading one node ------------------------------------------------------------------------------------------------
-
-_ACT_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
-_ACT_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
-    F.gelu: "gelu", "relu": "relu", "relu_": "relu",
-}  # fmt: skip
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_IN_PLACE = (operator.iadd, torch.relu_, F.relu_, "add_", "relu_")
-
-
-def _read(node: fx.Node, model: nn.Module, reasons: Mapping[str, str]) -> Node | None:
-    """The operation as the kernels know it, or None."""
-    if node.op == "call_module":
-        return _read_module(node, model, reasons)
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if node.target in _ADDS:
-        return _read_add(node)
-    if node.target in _ACT_FUNCTIONS:
-        return _read_act(node)
-    return _read_pool_function(node)
-
-
-def _read_module(node: fx.Node, model: nn.Module, reasons: Mapping[str, str]) -> Node | None:
-    name = str(node.target)
-    module = model.get_submodule(name)
-    if name in reasons or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
-        return None
-    source, kind = (node.args[0].name,), type(module)
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d and _takes_conv(module):
-        return Node("conv", node.name, source, name, {})
-    if kind is nn.BatchNorm2d:
-        return Node("norm", node.name, source, name, {})
-    if kind in _ACT_MODULES and getattr(module, "approximate", "none") == "none":
-        if getattr(module, "inplace", False) and _is_read_later(node):
-            return None
-        return Node("act", node.name, source, name, {"act": _ACT_MODULES[kind]})
-    if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-        return Node("global_pool", node.name, source, name, {"keepdim": True})
-    if (
-        isinstance(module, nn.MaxPool2d)
-        and module.dilation in (1, (1, 1))
-        and not module.ceil_mode
-        and not module.return_indices
-    ):
-        return Node("max_pool", node.name, source, name, _window(module.kernel_size, module.stride, module.padding))
-    if isinstance(module, nn.AvgPool2d) and not module.ceil_mode and module.divisor_override is None:
-        window = _window(module.kernel_size, module.stride, module.padding)
-        return Node("avg_pool", node.name, source, name, {**window, "count_include_pad": module.count_include_pad})
-    return None
-
-
-def _takes_conv(conv: nn.Conv2d) -> bool:
-    if (
-        conv.padding_mode != "zeros"
-        or conv.stride[0] != conv.stride[1]
-        or conv.weight.dtype
-        not in (
-            torch.float32,
-            torch.float64,
-        )
-    ):
-        return False
-    if conv.padding == "same":
-        return all((k - 1) * d % 2 == 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-    return True
-
-
-def _read_add(node: fx.Node) -> Node | None:
-    if (
-        len(node.args) != 2
-        or not all(isinstance(arg, fx.Node) for arg in node.args)
-        or node.kwargs.get("alpha", 1) != 1
-    ):
-        return None
-    if set(node.kwargs) - {"alpha"} or (node.target in _IN_PLACE and _is_read_later(node)):
-        return None
-    return Node("add", node.name, tuple(arg.name for arg in node.args if isinstance(arg, fx.Node)), None, {})
-
-
-def _read_act(node: fx.Node) -> Node | None:
-    options = dict(node.kwargs)
-    in_place = (
-        bool(options.pop("inplace", False))
-        or node.target in _IN_PLACE
-        or (len(node.args) == 2 and node.args[1] is True)
-    )
-    if options.pop("approximate", "none") != "none" or options:
-        return None
-    if not isinstance(node.args[0], fx.Node) or len(node.args) > 2 or (in_place and _is_read_later(node)):
-        return None
-    return Node("act", node.name, (node.args[0].name,), None, {"act": _ACT_FUNCTIONS[node.target]})
-
-
-def _read_pool_function(node: fx.Node) -> Node | None:
-    args, options = node.args, dict(node.kwargs)
-    if not args or not isinstance(args[0], fx.Node):
-        return None
-    source = (args[0].name,)
-    if node.target is F.adaptive_avg_pool2d and not options and args[1:] in (((1, 1),), (1,)):
-        return Node("global_pool", node.name, source, None, {"keepdim": True})
-    if node.target in ("mean", torch.mean):
-        dim: Any = args[1] if len(args) > 1 else options.pop("dim", None)
-        keepdim = args[2] if len(args) > 2 else options.pop("keepdim", False)
-        if not options and isinstance(dim, (tuple, list)) and tuple(dim) in ((2, 3), (-2, -1), (3, 2), (-1, -2)):
-            return Node("global_pool", node.name, source, None, {"keepdim": bool(keepdim)})
-        return None
-    if node.target in (F.max_pool2d, F.avg_pool2d, torch.max_pool2d):
-        return _read_window_function(node, source)
-    return None
-
-
-def _read_window_function(node: fx.Node, source: tuple[str, ...]) -> Node | None:
-    is_max = node.target is not F.avg_pool2d
-    names = ("kernel_size", "stride", "padding", "dilation" if is_max else "ceil_mode", "ceil_mode" if is_max else "_")
-    options = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    include = options.pop("count_include_pad", True)
-    if options.pop("ceil_mode", False) or options.pop("dilation", 1) not in (1, (1, 1), [1, 1]):
-        return None
-    if options.pop("return_indices", False) or options.pop("divisor_override", None) is not None or "_" in options:
-        return None
-    window = _window(options.pop("kernel_size"), options.pop("stride", None), options.pop("padding", 0))
-    if options or any(isinstance(value, fx.Node) for pair in window.values() for value in pair):
-        return None
-    return Node(
-        "max_pool" if is_max else "avg_pool", node.name, source, None, {**window, "count_include_pad": bool(include)}
-    )
-
-
-def _window(kernel: Any, stride: Any, padding: Any) -> dict[str, tuple[Any, Any]]:
-    return {"kernel": _pair(kernel), "stride": _pair(stride or kernel), "padding": _pair(padding)}
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    if isinstance(value, (tuple, list)):
-        return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
-    return value, value
-
-
-def _is_read_later(node: fx.Node) -> bool:
-    """Would someone else see what this node does to its input in place?"""
-    source = node.args[0]
-    return isinstance(source, fx.Node) and any(user is not node and node < user for user in source.users)
-
-
 # --- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Node]) -> None:
-    """Leave what may not be four-dimensional: only convolutions, norms and pools can start a region."""
+def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Node]) -> dict[fx.Node, bool]:
+    """Leave what may have another shape than the kernels take; say of the others whether they work on tokens.
+
+    Convolutions, norms and maximum pools start on images whatever they read, linear layers on tokens. The rest must
+    stand behind one of these.
+    """
+    tokens: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         found = known.get(node)
         if found is None:
             continue
-        inside = [source in known and known[source].kind != "global_pool" for source in node.all_input_nodes]
-        pooled = any(source in known and known[source].kind == "global_pool" for source in node.all_input_nodes)
-        starts = found.kind in ("conv", "norm", "max_pool")
-        if pooled or (not starts and not all(inside)):
-            del known[node]
+        is_linear = found.kind == "linear"
+        if is_linear or found.kind in ("conv", "norm", "max_pool"):
+            read_pooled = any(
+                source in known and known[source].kind == "global_pool" for source in node.all_input_nodes
+            )
+            takes = is_linear or not read_pooled
+            tokens[node] = is_linear
+        else:
+            spaces = {tokens.get(source) for source in node.all_input_nodes}
+            takes = len(spaces) == 1 and None not in spaces and (found.kind in ("act", "add") or spaces == {False})
+            takes = takes and not any(known[source].kind == "global_pool" for source in node.all_input_nodes)
+            tokens[node] = spaces == {True}
+        if not takes:
+            del known[node], tokens[node]
+    return tokens
 
 
-def _group(graph: fx.Graph, known: Mapping[fx.Node, Node]) -> list[list[fx.Node]]:
-    """Connected nodes that no way through PyTorch leads out of and back in, each group with a convolution.
+def _group(graph: fx.Graph, known: Mapping[fx.Node, Node], tokens: Mapping[fx.Node, bool]) -> list[list[fx.Node]]:
+    """Connected nodes that no way through PyTorch leads out of and back in, each group with a layer that has weights.
 
-    A node's stage is the number of times that a way to it from the inputs leaves known nodes for others. Nodes of one
-    stage can run together.
+    A node's stage is the number of times that a way to it from the inputs leaves known nodes of one kind, images or
+    tokens, for something else. Nodes of one stage can run together.
     """
     stage: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node in known:
-            stage[node] = max((stage[source] for source in sources), default=0)
-        else:
-            stage[node] = max((stage[source] + (source in known) for source in sources), default=0)
+        leaves = [source in known and tokens[source] != tokens.get(node) for source in node.all_input_nodes]
+        steps = zip(node.all_input_nodes, leaves, strict=True)
+        stage[node] = max((stage[source] + left for source, left in steps), default=0)
     parent = {node: node for node in known}
 
     def root(node: fx.Node) -> fx.Node:
@@ -348,12 +203,12 @@ def _group(graph: fx.Graph, known: Mapping[fx.Node, Node]) -> list[list[fx.Node]
 
     for node in known:
         for source in node.all_input_nodes:
-            if source in known and stage[source] == stage[node]:
+            if source in known and stage[source] == stage[node] and tokens[source] == tokens[node]:
                 parent[root(source)] = root(node)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in known:
         groups.setdefault(root(node), []).append(node)
-    return [group for group in groups.values() if any(known[node].kind == "conv" for node in group)]
+    return [group for group in groups.values() if any(known[node].kind in ("conv", "linear") for node in group)]
 
 
 def _cut(

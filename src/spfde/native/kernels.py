@@ -15,6 +15,7 @@ from spfde.native.structure import CStructure, Entries
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 Activation = Literal["none", "relu", "relu6", "silu", "gelu"]
 
+_ALIGNMENT = 16  # numbers: whole vectors on every processor
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -47,7 +48,7 @@ class _WeightJob(ctypes.Structure):
         ("step_x", _int),
         ("out", _pointer),
         ("partial", _pointer),
-        *[(name, _int) for name in ("bands", "band_rows", "threads")],
+        *[(name, _int) for name in ("bands", "band_rows", "together", "threads")],
     ]
 
 
@@ -168,11 +169,14 @@ class Kernels:
     ) -> None:
         """Gradient of each entry's weight, in the entries' order."""
         bands = Bands(to, rows=max(1, 64 // to.width))
+        together = min(to.groups, max(1, 32 // (bands.rows * to.width)))
         threads = _threads()
-        partial = torch.empty(threads * entries.n, dtype=self.dtype)
+        partial = torch.empty(threads * entries.n * self.lanes + _ALIGNMENT, dtype=self.dtype)
+        aligned = -(partial.data_ptr() // self.dtype.itemsize) % _ALIGNMENT
+        partial = partial[aligned:]
         job = _WeightJob(
             source.data_ptr(), gradient.data_ptr(), from_.c, to.c, entries.c, step, out.data_ptr(), partial.data_ptr(),
-            bands.n, bands.rows, threads,
+            bands.n, bands.rows, together, threads,
         )  # fmt: skip
         self._lib.spfde_conv_weight(ctypes.byref(job))
 
@@ -246,6 +250,16 @@ class Kernels:
     def unpack(self, source: Tensor, from_: Layout, target: Tensor) -> None:
         """Into a tensor [N, C, H, W] of any strides."""
         self._lib.spfde_unpack(_p(source), ctypes.byref(from_.c), _p(target), _strides(target), _int(_threads()))
+
+    def pack_tokens(self, source: Tensor, target: Tensor, to: Layout) -> None:
+        """From contiguous tokens [T, C]; what the layout holds beyond T becomes zero."""
+        self._lib.spfde_pack_tokens(_p(source), _int(source.shape[0]), _p(target), ctypes.byref(to.c), _int(_threads()))
+
+    def unpack_tokens(self, source: Tensor, from_: Layout, target: Tensor) -> None:
+        """Into contiguous tokens [T, C]."""
+        self._lib.spfde_unpack_tokens(
+            _p(source), ctypes.byref(from_.c), _p(target), _int(target.shape[0]), _int(_threads())
+        )
 
     def gather(self, weight: Tensor, entries: Entries) -> Tensor:
         """The entries' weights, in their order."""

@@ -11,6 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Tokens lie like images of one row: so many vectors to a channel, lane after lane. What a tile reads of all channels is
+# then one piece of memory.
+TOKEN_COLUMNS = 8
+
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 

@@ -160,8 +160,7 @@ class Program:
         choices: dict[str, Tensor] = {}
         left = Counter(self._uses)
         for name, tensor in zip(self.region.inputs, inputs, strict=True):
-            values[name] = self.pool.take(self.layouts[name])
-            self.kernels.pack(tensor.detach(), values[name], self.layouts[name])
+            values[name] = self.pack(name, tensor.detach())
         kept = {name: values[name] for name in self._saved_names if name in values}
         for step in self.steps:
             if isinstance(step, ConvStep):
@@ -277,11 +276,30 @@ class Program:
         self.kernels.global_pool(values[step.x], layout, out)
         return out[:, :, None, None] if step.keepdim else out
 
-    def unpack(self, name: str, buffer: Tensor) -> Tensor:
+    def pack(self, name: str, tensor: Tensor) -> Tensor:
+        """A value's buffer from its tensor."""
         layout = self.layouts[name]
-        out = torch.empty(layout.batch, layout.channels, layout.height, layout.width, dtype=self.kernels.dtype)
-        self.kernels.unpack(buffer, layout, out)
+        buffer = self.pool.take(layout)
+        if self.region.is_tokens:
+            self.kernels.pack_tokens(tensor.reshape(-1, layout.channels).contiguous(), buffer, layout)
+        else:
+            self.kernels.pack(tensor, buffer, layout)
+        return buffer
+
+    def unpack(self, name: str, buffer: Tensor) -> Tensor:
+        """A value's tensor from its buffer."""
+        layout, out = self.layouts[name], torch.empty(self._shape(name), dtype=self.kernels.dtype)
+        if self.region.is_tokens:
+            self.kernels.unpack_tokens(buffer, layout, out.view(-1, layout.channels))
+        else:
+            self.kernels.unpack(buffer, layout, out)
         return out
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        layout = self.layouts[name]
+        if self.region.is_tokens:
+            return (*self.mode.shapes[0][:-1], layout.channels)
+        return layout.batch, layout.channels, layout.height, layout.width
 
     def output_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of what ``forward`` returns, for fake tensors."""
@@ -292,8 +310,7 @@ class Program:
                 from_ = self.layouts[maker.x]
                 shapes.append((from_.batch, from_.channels) + ((1, 1) if maker.keepdim else ()))
             else:
-                layout = self.layouts[name]
-                shapes.append((layout.batch, layout.channels, layout.height, layout.width))
+                shapes.append(self._shape(name))
         shapes.append((2, self.n_channels))
         shapes += [(self.layouts[name].numel,) for name in self._saved_names]
         for step in self.pools_with_choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spfde.native.graph import Node, Region
+from spfde.errors import UsageError
+from spfde.native.graph import Region
 from spfde.native.kernels import Activation
-from spfde.native.layout import Layout
+from spfde.native.layout import TOKEN_COLUMNS, Layout
+from spfde.native.nodes import Node
 from spfde.native.structure import Geometry
 
 # With a residual the slope is read off the output, which these two let us do.
@@ -21,12 +24,12 @@ _AFTER_RESIDUAL = ("relu", "relu6")
 
 @dataclass(frozen=True)
 class ConvStep:
-    """y = conv(x)."""
+    """y = conv(x); a linear layer on tokens is a convolution of single pixels."""
 
     x: str
     y: str
     name: str
-    module: nn.Conv2d
+    module: nn.Conv2d | nn.Linear
     geometry: Geometry
 
 
@@ -136,10 +139,10 @@ def _start(node: Node, modules: Mapping[str, nn.Module]) -> _Chain:
 
 def _single(node: Node, modules: Mapping[str, nn.Module]) -> Step:
     options: Mapping[str, Any] = node.options
-    if node.kind == "conv":
-        assert node.module is not None, "a convolution has a module"
+    if node.kind in ("conv", "linear"):
+        assert node.module is not None, "what has weights has a module"
         conv = modules[node.module]
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, (nn.Conv2d, nn.Linear))
         return ConvStep(node.inputs[0], node.name, node.module, conv, Geometry.of(conv))
     if node.kind == "global_pool":
         return GlobalPoolStep(node.inputs[0], node.name, options["keepdim"])
@@ -168,9 +171,16 @@ def parameters_of(steps: Sequence[Step]) -> tuple[nn.Parameter, ...]:
 
 def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[int]], lanes: int) -> dict[str, Layout]:
     """Layout of each value; values of one size share their halo, so that a gradient can take its neighbour's buffer."""
-    sizes: dict[str, tuple[int, int, int]] = {
-        name: (shape[1], shape[2], shape[3]) for name, shape in zip(region.inputs, shapes, strict=True)
-    }
+    sizes: dict[str, tuple[int, int, int]] = {}
+    batches = set()
+    for name, shape in zip(region.inputs, shapes, strict=True):
+        if region.is_tokens:
+            groups = -(-math.prod(shape[:-1]) // (lanes * TOKEN_COLUMNS))
+            batches.add(groups * lanes)
+            sizes[name] = (shape[-1], 1, TOKEN_COLUMNS)
+        else:
+            batches.add(shape[0])
+            sizes[name] = (shape[1], shape[2], shape[3])
     halos: dict[tuple[int, int], int] = {}
     for step in steps:
         if isinstance(step, ConvStep):
@@ -182,11 +192,21 @@ def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[
             sizes[step.y] = (step.geometry.out_channels, *out)
         elif isinstance(step, PointStep):
             sizes[step.z] = sizes[step.y]
+            if step.residual is not None and sizes[step.residual] != sizes[step.y]:
+                raise UsageError(
+                    f"The native engine cannot add values of different sizes, {sizes[step.y]} and "
+                    f'{sizes[step.residual]} (at {step.z}). Attach with engine="masked".'
+                )
         elif isinstance(step, PoolStep):
             channels, *size = sizes[step.x]
             rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *step.window, strict=True))
             sizes[step.y] = (channels, rows, columns)
-    batch = shapes[0][0]
+    if len(batches) != 1:
+        raise UsageError(
+            f"The native engine got batches of different sizes, {sorted(batches)}. "
+            'Feed batches of one size, or attach with engine="masked".'
+        )
+    batch = batches.pop()
     return {name: Layout(batch, c, h, w, halos.get((h, w), 0), lanes) for name, (c, h, w) in sizes.items()}
 
 

@@ -44,8 +44,11 @@ class Geometry:
     groups: int
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> Geometry:
-        """The geometry of a module; 'same' padding is resolved."""
+    def of(cls, module: nn.Conv2d | nn.Linear) -> Geometry:
+        """The geometry of a module; 'same' padding is resolved. A linear layer is a convolution with a 1x1 kernel."""
+        if isinstance(module, nn.Linear):
+            return cls(module.out_features, module.in_features, (1, 1), 1, (0, 0), (1, 1), 1)
+        conv = module
         kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
         padding: Any = conv.padding
         if padding == "valid":

@@ -1,4 +1,4 @@
-"""The convolutions' weights as the kernels read them, kept in step with the masks."""
+"""The weights as the kernels read them, kept in step with the masks."""
 
 from __future__ import annotations
 
@@ -59,8 +59,11 @@ class Weights:
         return self._dense[key]
 
     def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> Structure:
+        strides = step.module.weight.stride()
+        if active.dim() == 2:
+            active, strides = active[:, :, None, None], (*strides, 0, 0)
         is_dense = int(active.count_nonzero()) > _DENSE * active.numel()
         return build(
-            step.geometry, active, step.module.weight.stride(), source, target,
+            step.geometry, active, strides, source, target,
             chunk_bytes=_CHUNK_BYTES_DENSE if is_dense else _CHUNK_BYTES,
         )  # fmt: skip

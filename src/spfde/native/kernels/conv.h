@@ -183,7 +183,8 @@ SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout
   }
 }
 
-// The gradient of each active entry, in the structure's order.
+// The gradient of each active entry, in the structure's order. A unit is a band of rows of `together` groups: small images
+// give an entry too little to do at a time.
 struct WeightJob {
   const real* source;    // what the convolution read
   const real* gradient;  // of what it wrote
@@ -191,54 +192,68 @@ struct WeightJob {
   Structure structure;
   int64_t step_x;
   real* out;     // [entries]
-  real* partial;  // [threads][entries]
-  int64_t bands, band_rows, threads;
+  real* partial;  // [threads][entries][LANES]
+  int64_t bands, band_rows, together, threads;
+};
+
+// Where a unit begins, and how far it goes.
+struct WeightUnit {
+  const real* source;
+  const real* gradient;
+  int64_t groups, height;
 };
 
 template <int N, int STEP_X>
-static void weight_run(const WeightJob& job, const real* x, const real* d, int64_t k, int64_t height, real* sums) {
-  const int64_t across = (STEP_X ? STEP_X : job.step_x) * LANES, down = (STEP_X ? STEP_X : job.step_x) * job.from.pitch();
-  const int64_t width = job.to.width, pitch = job.to.pitch();
+static void weight_run(const WeightJob& job, const WeightUnit& unit, const real* d, int64_t k, real* sums) {
+  const int64_t step = STEP_X ? STEP_X : job.step_x, across = step * LANES, down = step * job.from.pitch();
+  const int64_t width = job.to.width, pitch = job.to.pitch(), d_group = job.to.group(), s_group = job.from.group();
   const real* s[N];
   vec sum[N];
   SPFDE_UNROLL for (int i = 0; i < N; i++) {
-    s[i] = x + job.structure.offset[k + i];
+    s[i] = unit.source + job.structure.offset[k + i];
     sum[i] = vec{};
   }
-  for (int64_t p = 0; p < height; p++) {
-    const real* row = d + p * pitch;
-    int64_t at = p * down;
-    for (int64_t q = 0; q < width; q++, at += across) {
-      const vec t = load(row + q * LANES);
-      SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += t * load(s[i] + at);
+  for (int64_t g = 0; g < unit.groups; g++) {
+    for (int64_t p = 0; p < unit.height; p++) {
+      const real* row = d + g * d_group + p * pitch;
+      int64_t at = g * s_group + p * down;
+      for (int64_t q = 0; q < width; q++, at += across) {
+        const vec t = load(row + q * LANES);
+        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += t * load(s[i] + at);
+      }
     }
   }
-  SPFDE_UNROLL for (int i = 0; i < N; i++) sums[k + i] += sum_lanes(sum[i]);
+  SPFDE_UNROLL for (int i = 0; i < N; i++) {
+    real* total = sums + (k + i) * LANES;
+    store(total, load(total) + sum[i]);
+  }
 }
 
 template <int STEP_X>
-static void weight_band(const WeightJob& job, int64_t g, int64_t band, real* sums) {
-  const int64_t top = band * job.band_rows;
-  const int64_t height = top + job.band_rows < job.to.height ? job.band_rows : job.to.height - top;
-  if (height <= 0) return;
+static void weight_unit(const WeightJob& job, int64_t first, int64_t band, real* sums) {
+  const int64_t top = band * job.band_rows, left = job.to.groups - first;
+  WeightUnit unit;
+  unit.height = top + job.band_rows < job.to.height ? job.band_rows : job.to.height - top;
+  if (unit.height <= 0) return;
+  unit.groups = left < job.together ? left : job.together;
   const int64_t step = STEP_X ? STEP_X : job.step_x;
-  const real* x = job.source + job.from.origin(g, 0) + top * step * job.from.pitch();
-  const real* d = job.gradient + job.to.origin(g, 0) + top * job.to.pitch();
+  unit.source = job.source + job.from.origin(first, 0) + top * step * job.from.pitch();
+  unit.gradient = job.gradient + job.to.origin(first, 0) + top * job.to.pitch();
   for (int64_t chunk = 0; chunk < job.structure.chunks; chunk++) {
     const int32_t* start = job.structure.start + chunk * job.structure.rows;
     for (int64_t row = 0; row < job.structure.rows; row++) {
-      const real* here = d + row * job.to.plane;
+      const real* d = unit.gradient + row * job.to.plane;
       int64_t k = start[row];
       const int64_t end = start[row + 1];
-      for (; k + 8 <= end; k += 8) weight_run<8, STEP_X>(job, x, here, k, height, sums);
+      for (; k + 8 <= end; k += 8) weight_run<8, STEP_X>(job, unit, d, k, sums);
       switch (end - k) {
-        case 7: weight_run<7, STEP_X>(job, x, here, k, height, sums); break;
-        case 6: weight_run<6, STEP_X>(job, x, here, k, height, sums); break;
-        case 5: weight_run<5, STEP_X>(job, x, here, k, height, sums); break;
-        case 4: weight_run<4, STEP_X>(job, x, here, k, height, sums); break;
-        case 3: weight_run<3, STEP_X>(job, x, here, k, height, sums); break;
-        case 2: weight_run<2, STEP_X>(job, x, here, k, height, sums); break;
-        case 1: weight_run<1, STEP_X>(job, x, here, k, height, sums); break;
+        case 7: weight_run<7, STEP_X>(job, unit, d, k, sums); break;
+        case 6: weight_run<6, STEP_X>(job, unit, d, k, sums); break;
+        case 5: weight_run<5, STEP_X>(job, unit, d, k, sums); break;
+        case 4: weight_run<4, STEP_X>(job, unit, d, k, sums); break;
+        case 3: weight_run<3, STEP_X>(job, unit, d, k, sums); break;
+        case 2: weight_run<2, STEP_X>(job, unit, d, k, sums); break;
+        case 1: weight_run<1, STEP_X>(job, unit, d, k, sums); break;
         default: break;
       }
     }
@@ -246,27 +261,28 @@ static void weight_band(const WeightJob& job, int64_t g, int64_t band, real* sum
 }
 
 SPFDE_EXPORT void spfde_conv_weight(const WeightJob* job) {
-  const int64_t units = job->from.groups * job->bands, threads = job->threads;
+  const int64_t parties = (job->from.groups + job->together - 1) / job->together;
+  const int64_t units = parties * job->bands, threads = job->threads;
   const int64_t entries = job->structure.start[job->structure.chunks * job->structure.rows];
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t part = 0; part < threads; part++) {
-    real* sums = job->partial + part * entries;
-    std::memset(sums, 0, sizeof(real) * entries);
+    real* sums = job->partial + part * entries * LANES;
+    std::memset(sums, 0, sizeof(real) * entries * LANES);
     for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; unit++) {
-      const int64_t g = unit / job->bands, band = unit % job->bands;
+      const int64_t first = unit / job->bands * job->together, band = unit % job->bands;
       if (job->step_x == 1) {
-        weight_band<1>(*job, g, band, sums);
+        weight_unit<1>(*job, first, band, sums);
       } else if (job->step_x == 2) {
-        weight_band<2>(*job, g, band, sums);
+        weight_unit<2>(*job, first, band, sums);
       } else {
-        weight_band<0>(*job, g, band, sums);
+        weight_unit<0>(*job, first, band, sums);
       }
     }
   }
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < entries; k++) {
-    real sum = 0;
-    for (int64_t part = 0; part < threads; part++) sum += job->partial[part * entries + k];
-    job->out[k] = sum;
+    vec sum{};
+    for (int64_t part = 0; part < threads; part++) sum += load(job->partial + (part * entries + k) * LANES);
+    job->out[k] = sum_lanes(sum);
   }
 }

@@ -1,6 +1,5 @@
 // One source for every processor: the compiler's vector extensions, C++17, OpenMP, and nothing else.
 #include "conv.h"
-#include "linear.h"
 #include "pixelwise.h"
 #include "pooling.h"
 

@@ -190,6 +190,36 @@ SPFDE_EXPORT void spfde_unpack(const real* source, const Blocked* from, real* ta
   }
 }
 
+// Tokens [tokens, channels], contiguous, into groups of width * LANES of them, and back: token t is column
+// t / LANES % width and lane t % LANES of its group. Without a halo a channel's part of a group is one piece.
+SPFDE_EXPORT void spfde_pack_tokens(const real* source, int64_t tokens, real* target, const Blocked* to, int64_t threads) {
+  const int64_t channels = to->channels, each = to->plane;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t g = 0; g < to->groups; g++) {
+    const int64_t first = g * each, have = tokens - first < each ? tokens - first : each;
+    const real* s = source + first * channels;
+    real* t = target + to->origin(g, 0);
+    for (int64_t c = 0; c < channels; c++, t += each) {
+      for (int64_t i = 0; i < have; i++) t[i] = s[i * channels + c];
+      for (int64_t i = have; i < each; i++) t[i] = 0;
+    }
+  }
+}
+
+SPFDE_EXPORT void spfde_unpack_tokens(const real* source, const Blocked* from, real* target, int64_t tokens,
+                                      int64_t threads) {
+  const int64_t channels = from->channels, each = from->plane;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t g = 0; g < from->groups; g++) {
+    const int64_t first = g * each, have = tokens - first < each ? tokens - first : each;
+    const real* s = source + from->origin(g, 0);
+    real* t = target + first * channels;
+    for (int64_t i = 0; i < have; i++) {
+      for (int64_t c = 0; c < channels; c++) t[i * channels + c] = s[c * each + i];
+    }
+  }
+}
+
 // values[k] = weights[index[k]], and back.
 SPFDE_EXPORT void spfde_gather(const real* weights, const int32_t* index, int64_t n, real* values, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
