@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,8 @@ def _flag(log: Path) -> Path:
 def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None) -> None:
     # A child of a fork server would start its loader's workers by a fork server as well, which takes seconds.
     multiprocessing.set_start_method("fork", force=True)
+    # Whoever runs the tests in the background of a shell ignores Ctrl-C, and their children would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ["COLUMNS"] = "80"
     for number, suffix in ((1, ".out"), (2, ".err")):

@@ -35,6 +35,8 @@ EXIT_INTERRUPTED = 130
 # What the library calls an option's value, where that is not the option's own name.
 _OPTION_OF_FIELD = {
     "flops_reduction": "freeze",
+    "cache_variants": "cache-variants",
+    "freezing.cache_variants": "cache-variants",
     "removed_fraction": "sieve",
     "update_interval_epochs": "interval",
     "freezing": "freeze",
@@ -104,6 +106,14 @@ def train(
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
     freeze: Freeze = None,
+    cache_variants: Annotated[
+        int | None,
+        typer.Option(
+            help="variants of each sample whose output of the frozen front is kept (native engine)",
+            rich_help_panel=_SAVINGS,
+            show_default="recipe",
+        ),
+    ] = None,
     sieve: Sieve = None,
     soft_bound: SoftBound = None,
     interval: Interval = "auto",
@@ -139,7 +149,13 @@ def train(
         from spfde.app.options import TrainOptions, absolute_source, choose_recipe
 
         chosen = choose_recipe(
-            recipe, sparsity=sparsity, freeze=freeze, sieve=sieve, soft_bound=soft_bound, interval=interval
+            recipe,
+            sparsity=sparsity,
+            freeze=freeze,
+            cache_variants=cache_variants,
+            sieve=sieve,
+            soft_bound=soft_bound,
+            interval=interval,
         )
         options = TrainOptions(
             data=absolute_source(data),

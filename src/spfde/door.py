@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from typing import Any
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.distributed import World, check_shared_loader
-from spfde.engines import check_engine, choose_engine, say_on_stderr
+from spfde.engines import Choice, check_engine, choose_engine, say_on_stderr
 from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import recompile_warning
 from spfde.planning import Blueprint, check_epochs, check_recipe, draw
@@ -71,7 +72,8 @@ def attach(
     blueprint = draw(model, sample, recipe, epochs)
     _warn_of_recompiles(model, blueprint)
     choice = choose_engine(engine, model, blueprint, is_neutral=recipe.is_neutral, on_build=say_on_stderr)
-    session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, choice=choice)
+    _check_cache(unwrap(model), recipe, blueprint, choice)
+    session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, choice=choice, sample=sample)
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
@@ -147,6 +149,31 @@ def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list
             stacklevel=4,
         )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
+
+
+def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice) -> None:
+    """Can the frozen front's outputs be kept?"""
+    if recipe.freezing is None or not recipe.freezing.cache_variants:
+        return
+    value = recipe.freezing.cache_variants
+    if choice.name != "native":
+        remedy = "Set it to 0, or see engine_reason for what the native engine lacks."
+        rule = f"needs the native engine, and this is the {choice.name} one ({choice.reason})"
+        raise InvalidArgument(Problem("freezing.cache_variants", value, rule, remedy))
+    folder = recipe.freezing.cache_folder
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        remedy = "Make it, or name another one."
+        raise InvalidArgument(Problem("freezing.cache_folder", folder, "is no folder that can be written to", remedy))
+    modules = dict(model.named_modules())
+    freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
+    for name in (name for block, at in freezes if at is not None for name in block.modules):
+        module = modules.get(name)
+        kind = type(module).__name__
+        rate = getattr(module, "p", getattr(module, "drop_prob", 0.0))
+        if kind.startswith(("Dropout", "AlphaDropout", "FeatureAlphaDropout", "DropPath", "StochasticDepth")) and rate:
+            rule = f"keeps what a frozen block makes of a sample, and {name} ({kind}) makes something else each time"
+            remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
+            raise InvalidArgument(Problem("freezing.cache_variants", value, rule, remedy))
 
 
 def _check_ranks_agree(session: Session, world: World) -> None:

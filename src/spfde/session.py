@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from spfde.engines import Choice, choose_engine, say_on_stderr
 from spfde.errors import UsageError
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates
+from spfde.mixing import mix
 from spfde.planning import Blueprint
 from spfde.recipe import Recipe
 from spfde.sieving import (
@@ -38,10 +40,11 @@ from spfde.sieving import (
     population_of,
 )
 from spfde.sparsity import Masker
-from spfde.tracing import unwrap
+from spfde.tracing import Sample, unwrap
 
 if TYPE_CHECKING:
     from spfde.native.engine import NativeEngine
+    from spfde.native.prefix import CachedPrefix
 
 
 class Session:
@@ -64,10 +67,12 @@ class Session:
         blueprint: Blueprint,
         seed: int,
         choice: Choice,
+        sample: Sample,
     ) -> None:
         self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
         self.engine, self.engine_reason = choice.name, choice.reason
-        self._given = model
+        self._given, self._sample = model, sample
+        self._asked_for_seeds = False
         self._native: NativeEngine | None = None
         self._model, self._optimizer = unwrap(model), optimizer
         self._clock = Clock()
@@ -146,6 +151,7 @@ class Session:
                 "session.epochs() calls it for you."
             )
         self._check_observed()
+        self._check_seeds()
         self._exchange()
         self._clock.stop_watch(self._device)
         self.cost.add(self._row())
@@ -169,6 +175,7 @@ class Session:
         if clock.phase != "between" or clock.epoch >= self.blueprint.epochs:
             return
         clock.begin_epoch()
+        self._asked_for_seeds = False
         if self._observer is not None:
             self._observer.begin_epoch()
         self._turn_sieve()
@@ -229,6 +236,54 @@ class Session:
         if self._observer is not None:
             self._observer.report(correct_from(logits, y, correct=correct, loss=loss), indices)
 
+    @property
+    def caches_prefix(self) -> bool:
+        """Whether outputs of the frozen front are kept; then all augmentation must come from ``augmentation_seeds``."""
+        freezing = self.recipe.freezing
+        return freezing is not None and freezing.cache_variants > 0
+
+    def augmentation_seeds(self, indices: Tensor | None = None) -> Tensor:
+        """Seeds from which to augment a batch: equal seeds must give a sample the same augmentation.
+
+        With ``freezing.cache_variants``, and once blocks are frozen, each sample comes in so many variants, drawn anew
+        whenever another block is frozen, and the next forward pass in training mode reads the frozen front's outputs
+        for them from the cache. Otherwise every epoch has seeds of its own.
+
+        Args:
+            indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
+
+        Returns:
+            int64 [N], each in [0, 2**62).
+
+        Raises:
+            UsageError: it cannot be told which samples are in the batch.
+        """
+        self._check_attached()
+        self._begin_epoch()
+        samples = self.loader.current_indices if indices is None else torch.as_tensor(indices).cpu().long()
+        if samples is None:
+            raise UsageError(
+                "augmentation_seeds() cannot tell which samples are in this batch. Draw it from session.loader (not "
+                "with in_order=False), or pass indices=."
+            )
+        self._asked_for_seeds = True
+        freezings = [at for at in self.blueprint.freeze_plan.freeze_epochs if at is not None and at <= self.epoch]
+        if self.caches_prefix and self._native is not None and self.frozen_blocks:
+            variants = self._native.cached_variants(self._sample)
+            if variants:
+                since = max(freezings)
+                variant = (self.epoch - since) % variants
+                self._native.use_cache(samples, variant)
+                return mix(samples, self.seed, since, 1 + variant)
+        return mix(samples, self.seed, self.epoch, 0)
+
+    def _check_seeds(self) -> None:
+        if self.caches_prefix and self.frozen_blocks and self._clock.steps and not self._asked_for_seeds:
+            raise UsageError(
+                "cache_variants is set and blocks are frozen, but nothing was cached: augment each batch from "
+                "session.augmentation_seeds(), called once before its forward pass, or set cache_variants=0."
+            )
+
     def _check_observed(self) -> None:
         if self._observer is not None and not self._loaded_drained:
             self._observer.check_reported()
@@ -260,6 +315,8 @@ class Session:
             return
         if self._observer is not None:
             self._observer.await_report()
+        if self._native is not None:
+            self._native.use_cache(None)
         clock.phase = "running"
         clock.samples_drawn = self._drawn_before + self.loader.samples_handed
 
@@ -411,10 +468,28 @@ class Session:
             from spfde.native.engine import NativeEngine
 
             assert self._masker is not None, "only what is sparse has a native engine"
-            masker = self._masker
+            masker, freezer = self._masker, self._freezer
             self._native = NativeEngine(
-                self._model, masks=lambda: masker.masks, dense_gradients=lambda: masker.wants_dense_gradients
+                self._model,
+                masks=lambda: masker.masks,
+                dense_gradients=lambda: masker.wants_dense_gradients,
+                frozen=lambda: freezer.frozen_parameters,
+                cached=self._make_cache(),
             )
+
+    def _make_cache(self) -> CachedPrefix | None:
+        freezing = self.recipe.freezing
+        if freezing is None or not freezing.cache_variants:
+            return None
+        from spfde.native.prefix import CachedPrefix
+
+        return CachedPrefix(
+            int(self._population.max()) + 1,
+            freezing.cache_variants,
+            freezing.cache_precision,
+            int(freezing.cache_limit_gib * 2**30),
+            None if freezing.cache_folder is None else Path(freezing.cache_folder),
+        )
 
     def _make_rates(self) -> GroupRates | None:
         technique, blueprint = self.recipe.learning_rate, self.blueprint

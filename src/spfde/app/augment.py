@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spfde.errors import InvalidArgument, Problem, StateMismatch, nearest
+from spfde.mixing import mix
 
 AugmentMode = Literal["none", "crop", "crop+flip"]
 MODES: tuple[AugmentMode, ...] = ("none", "crop", "crop+flip")
@@ -110,7 +111,17 @@ class BatchAugment:
         """Augment ``images`` of shape ``(N, C, H, W)``; the input is left as it is."""
         if self.mode == "none":
             return images
-        top, left, flip = self.draw(images.shape[0])
+        return self._apply(images, *self.draw(images.shape[0]))
+
+    def replay(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Augment each image as its seed, int64 ``(N,)``, says; the generator is left alone."""
+        if self.mode == "none":
+            return images
+        span = 2 * self.padding + 1
+        flip = mix(seeds, 3) % 2 == 1 if self.mode == "crop+flip" else None
+        return self._apply(images, mix(seeds, 1) % span, mix(seeds, 2) % span, flip)
+
+    def _apply(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None) -> Tensor:
         device = images.device
         on_device = None if flip is None else flip.to(device, non_blocking=True)
         return crop_flip(

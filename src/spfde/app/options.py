@@ -103,6 +103,7 @@ def choose_recipe(
     *,
     sparsity: float | None = None,
     freeze: float | None = None,
+    cache_variants: int | None = None,
     sieve: float | None = None,
     soft_bound: bool | None = None,
     interval: str = "auto",
@@ -113,6 +114,7 @@ def choose_recipe(
         name: a preset's name, or the path of a TOML file.
         sparsity: target sparsity; a dense recipe becomes MEST at that sparsity.
         freeze: FLOPs reduction by freezing; 0 freezes nothing.
+        cache_variants: variants of each sample whose output of the frozen front is kept; 0 keeps none.
         sieve: share of the samples that is left out; 0 leaves out none.
         soft_bound: MEST's soft bound on or off.
         interval: "auto" or a number of epochs; "auto" leaves the recipe's own.
@@ -148,6 +150,12 @@ def choose_recipe(
             "start_epoch": None,
         }
         changes["freezing"] = ProgressiveFreezing(**given)
+    if cache_variants is not None:
+        technique = changes.get("freezing", recipe.freezing)
+        if technique is None:
+            rule = f"recipe {name} freezes nothing"
+            raise InvalidArgument(Problem("--cache-variants", cache_variants, rule, "Use --freeze 0.2 or so with it."))
+        changes["freezing"] = ProgressiveFreezing(**{**_fields(technique), "cache_variants": cache_variants})
     if sieve is not None:
         given = {**(_fields(recipe.sieving) if recipe.sieving is not None else {}), "removed_fraction": sieve}
         changes["sieving"] = DataSieving(**given)

@@ -82,7 +82,10 @@ class Run:
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if augmented:
-            images = self.augment(images)
+            if self.session.caches_prefix:
+                images = self.augment.replay(images, self.session.augmentation_seeds())
+            else:
+                images = self.augment(images)
         x = normalise(images, self.data.mean, self.data.std)
         return x.contiguous(memory_format=torch.channels_last), labels
 

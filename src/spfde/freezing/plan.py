@@ -56,6 +56,15 @@ class ProgressiveFreezing(Technique):
     blocks: tuple[str, ...] | None = Field(
         default=None, description="names of the modules to freeze at once, in order of execution; None: found"
     )
+    cache_variants: int = Field(
+        default=0,
+        ge=0,
+        description="augmented variants of each sample whose output of the frozen front is kept, so that its forward "
+        "pass is not done again; 0: none. Native engine; see session.augmentation_seeds",
+    )
+    cache_precision: Literal["fp16", "int8"] = Field(default="fp16", description="of what is kept: 'fp16' or 'int8'")
+    cache_limit_gib: float = Field(default=8.0, gt=0, description="room for what is kept, in GiB; fewer variants fit")
+    cache_folder: str | None = Field(default=None, description="folder for a memory-mapped file; None: in memory")
     scheme: Literal["single-shot"] = Field(
         default="single-shot", description="'single-shot': frozen blocks stay frozen"
     )

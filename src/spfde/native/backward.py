@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spfde.native.kernels import Activation
+from spfde.native.kernels import INVERSE, MEAN, Activation
 from spfde.native.layout import Layout
 from spfde.native.steps import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Backward:
     """One way back through a program: the gradients of values on their way, and those of parameters."""
 
-    def __init__(self, program: Program, statistics: Tensor, kept: dict[str, Tensor]) -> None:
-        self.program, self.statistics, self.kept = program, statistics, kept
+    def __init__(self, program: Program, table: Tensor, kept: dict[str, Tensor]) -> None:
+        self.program, self.table, self.kept = program, table, kept
         self.kernels, self.pool, self.layouts = program.kernels, program.pool, program.layouts
         self.flowing: dict[str, Tensor] = {}
         self.pooled: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ class Backward:
             return
         program, here, before = self.program, self.layouts[step.z], self.layouts[step.y]
         batch, norm = program.uses_batch(step), step.norm
-        scale, shift = program.constants_of(step, self.statistics)
+        scale, shift = program.constants_of(step, self.table)
         mean, inverse = self._normalised_by(step)
         to_residual = step.residual is not None and program.needs_grad[step.residual]
         to_source = program.needs_grad[step.y]
@@ -142,7 +142,7 @@ class Backward:
             step = self.program.maker[name]
             assert isinstance(step, PointStep)
             assert step.residual is None
-            scale, shift = self.program.constants_of(step, self.statistics)
+            scale, shift = self.program.constants_of(step, self.table)
             out = self.pool.take(self.layouts[name])
             self.kernels.apply(
                 self.kept[step.y], self.layouts[step.y], out, self.layouts[name], scale=scale, shift=shift,
@@ -161,17 +161,10 @@ class Backward:
         return self.kept[step.z] if step.residual is not None and step.activation != "none" else None
 
     def _normalised_by(self, step: PointStep) -> tuple[Tensor | None, Tensor | None]:
-        norm = step.norm
-        if norm is None:
+        if step.norm is None:
             return None, None
-        if self.program.uses_batch(step):
-            where = self.program.slices[step.z]
-            mean, variance = self.statistics[0, where], self.statistics[1, where]
-        else:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            mean, variance = norm.running_mean, norm.running_var
-        return mean, torch.rsqrt(variance + norm.eps)
+        where = self.program.slices[step.z]
+        return self.table[MEAN, where], self.table[INVERSE, where]
 
     def _flow(self, name: str, buffer: Tensor) -> None:
         if name in self.flowing:

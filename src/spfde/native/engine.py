@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from spfde.errors import UsageError
 from spfde.native import build, op
 from spfde.native.graph import Capture, Region, capture
-from spfde.native.kernels import Kernels
+from spfde.native.kernels import MEAN, VARIANCE, Kernels
 from spfde.native.layout import Pool
+from spfde.native.prefix import CachedPrefix
 from spfde.native.program import Mode, Program
 from spfde.native.steps import PointStep, Step, steps_of
 from spfde.native.weights import Weights
+from spfde.tracing import Sample, call_arguments
 
 _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
 
@@ -31,6 +33,8 @@ class NativeEngine:
         kernels: the loaded library; by default the one for float32, built if need be.
         masks: gives the masks by parameter name.
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
+        frozen: gives the names of the frozen parameters; asked for only with ``cached``.
+        cached: runs the frozen front of batches that ``use_cache`` announces.
     """
 
     def __init__(
@@ -40,8 +44,13 @@ class NativeEngine:
         *,
         masks: Callable[[], Mapping[str, Tensor]],
         dense_gradients: Callable[[], frozenset[str]],
+        frozen: Callable[[], frozenset[str]] = frozenset,
+        cached: CachedPrefix | None = None,
     ) -> None:
         self._model = model
+        self._frozen, self._cached = frozen, cached
+        self._frozen_then: frozenset[str] = frozenset()
+        self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
         self._masks, self._weights = masks, Weights(masks, dense_gradients)
@@ -66,6 +75,29 @@ class NativeEngine:
         """Memory of the engine's buffers."""
         return self._pool.bytes
 
+    def rebuild(self) -> None:
+        """Make the lists of active weights anew, as the first step after a mutation does."""
+        self._weights.rebuild()
+
+    def use_cache(self, samples: Tensor | None, variant: int = 0) -> None:
+        """The next forward pass in training mode is of these samples [N], each in this variant; None: of any."""
+        self._announced = None if samples is None else (samples, variant)
+
+    def cached_variants(self, sample: Sample) -> int:
+        """How many variants of each sample the cache of the present frozen front keeps; 0 where there is none.
+
+        Args:
+            sample: what the model is called with, a batch of any size.
+        """
+        cached, halves = self._cached, self._capture().halves
+        if cached is None or halves is None:
+            return 0
+        if cached.cache is None and cached.variants:
+            args, kwargs = call_arguments(sample)
+            with torch.no_grad():
+                cached.fit([tuple(value.shape[1:]) for value in _tensors(halves[0](*args, **kwargs))])
+        return cached.variants
+
     def detach(self) -> None:
         """Give the model its forward pass back and free the buffers."""
         if _ENGINES.get(self._model) is not self:
@@ -76,21 +108,64 @@ class NativeEngine:
         else:
             self._model.forward = self._own_forward
         self._captures.clear()
+        if self._cached is not None:
+            self._cached.clear()
         self._pool.release()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._weights.refresh()
-        return self._capture().graph_module.forward(*args, **kwargs)
+        captured = self._capture()
+        if self._model.training and self._announced is not None:
+            (samples, variant), self._announced = self._announced, None
+            if captured.halves is not None and self._cached is not None and self._cached.cache is not None:
+                return self._from_cache(captured.halves, samples, variant, args, kwargs)
+        return captured.graph_module.forward(*args, **kwargs)
+
+    def _from_cache(
+        self,
+        halves: tuple[fx.GraphModule, fx.GraphModule],
+        samples: Tensor,
+        variant: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        front, back = halves
+        given = [*args, *kwargs.values()]
+        if not all(isinstance(value, Tensor) and len(value) == len(samples) for value in given):
+            raise UsageError(
+                f"The prefix cache was told of {len(samples)} samples, and the model was called with other inputs than "
+                "a batch of as many. Call session.augmentation_seeds() once before each forward pass in training mode."
+            )
+
+        def compute(at: Tensor) -> list[Tensor]:
+            some = slice(None) if len(at) == len(samples) else at
+            with torch.no_grad():
+                return _tensors(
+                    front(*(value[some] for value in args), **{k: value[some] for k, value in kwargs.items()})
+                )
+
+        assert self._cached is not None
+        return back(*self._cached(samples, variant, compute))
 
     def _capture(self) -> Capture:
         """The graph of the model as its ``training`` flag is now: a functional dropout is fixed when it is traced."""
         mode = self._model.training
+        frozen = None
+        if self._cached is not None:
+            frozen = self._frozen()
+            if frozen != self._frozen_then:
+                self._captures.clear()
+                self._cached.clear()
+                self._frozen_then = frozen
         if mode not in self._captures:
-            captured = capture(self._model, self._masks())
+            captured = capture(self._model, self._masks(), frozen)
+            modules_of = [captured.graph_module, *(captured.halves or ())]
             modules = dict(self._model.named_modules(remove_duplicate=False))
             for index, region in enumerate(captured.regions):
                 runner = _RegionRunner(region, steps_of(region, modules), self._kernels, self._pool, self._weights)
-                captured.graph_module.add_submodule(f"region_{index}", runner)
+                for made in modules_of:
+                    if hasattr(made, f"region_{index}"):
+                        made.add_submodule(f"region_{index}", runner)
             self._captures[mode] = captured
         return self._captures[mode]
 
@@ -164,18 +239,34 @@ class _RegionRunner(nn.Module):
             frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
         )
 
-    def _track(self, program: Program, statistics: Tensor) -> None:
+    def _track(self, program: Program, table: Tensor) -> None:
         """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
-        for norm, where, count in program.norms:
-            if not norm.training or not norm.track_running_stats or norm.running_mean is None:
-                continue
-            assert norm.num_batches_tracked is not None
-            assert norm.running_var is not None
-            norm.num_batches_tracked.add_(1)
-            share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
-            with torch.no_grad():
-                norm.running_mean.lerp_(statistics[0, where], share)
-                norm.running_var.lerp_(statistics[1, where] * (count / (count - 1)), share)
+        kept = [
+            (norm, where, count)
+            for norm, where, count in program.norms
+            if norm.training and norm.track_running_stats and norm.running_mean is not None
+        ]
+        if not kept:
+            return
+        with torch.no_grad():
+            for norm, where, count in kept:
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked.add_(1)
+                share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
+                norm.running_mean.lerp_(table[MEAN, where], share)
+                # The unbiased variance, as PyTorch keeps it.
+                norm.running_var.mul_(1 - share).add_(table[VARIANCE, where], alpha=share * count / (count - 1))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if not all(isinstance(value, Tensor) for value in values):
+        raise UsageError(
+            "The frozen front hands over something else than tensors, which the prefix cache cannot keep. "
+            "Attach with cache_variants=0."
+        )
+    return list(values)
 
 
 def _check_batches(program: Program) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,20 +44,25 @@ class Capture:
             The regions are to be filled in with ``add_submodule``.
         regions: what was taken.
         left: what stayed in PyTorch, with the reason where there is one.
+        halves: with ``frozen``, the same in two: what the frozen layers compute, as a tuple, and what becomes of that.
+            They share their modules with ``graph_module``. None where nothing is computed before the first layer that
+            learns.
     """
 
     graph_module: fx.GraphModule
     regions: tuple[Region, ...]
     left: tuple[str, ...]
+    halves: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
 
-def capture(model: nn.Module, sparse: Collection[str] = ()) -> Capture:
+def capture(model: nn.Module, sparse: Collection[str] = (), frozen: Collection[str] | None = None) -> Capture:
     """Trace a model and cut it into regions, in its present training mode. Nothing runs, nothing changes.
 
     Args:
         model: the model.
         sparse: names of the masked parameters; a linear layer is taken only if its weight is one, for PyTorch's dense
             product needs no change of layout.
+        frozen: names of the frozen parameters, to have the model in two halves; a region is then in one of them.
 
     Raises:
         InvalidArgument: the model's own ``forward`` cannot be traced.
@@ -66,8 +72,13 @@ def capture(model: nn.Module, sparse: Collection[str] = ()) -> Capture:
     nodes = {node: read(node, model, reasons, sparse) for node in graph.nodes}
     known = {node: found for node, found in nodes.items() if found is not None}
     tokens = _leave_without_source(graph, known)
-    groups = _group(graph, known, tokens)
-    return _cut(model, graph, known, groups, reasons)
+    fixed = set() if frozen is None else _fixed(graph, model, frozen)
+    groups = _group(graph, known, {node: (is_tokens, node in fixed) for node, is_tokens in tokens.items()})
+    captured, origin = _cut(model, graph, known, groups, reasons)
+    if frozen is None:
+        return captured
+    halves = _halve(captured.graph_module, {node for node, source in origin.items() if source in fixed})
+    return dataclasses.replace(captured, halves=halves)
 
 
 # --- tracing ---------------------------------------------------------------------------------------------------------
@@ -182,15 +193,32 @@ def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Node]) -> dict[f
     return tokens
 
 
-def _group(graph: fx.Graph, known: Mapping[fx.Node, Node], tokens: Mapping[fx.Node, bool]) -> list[list[fx.Node]]:
+def _fixed(graph: fx.Graph, model: nn.Module, frozen: Collection[str]) -> set[fx.Node]:
+    """What depends on the model's inputs and frozen parameters alone."""
+    fixed: set[fx.Node] = set()
+    for node in graph.nodes:
+        own: list[str] = []
+        if node.op == "call_module":
+            module, name = model.get_submodule(str(node.target)), str(node.target)
+            own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
+        elif node.op == "get_attr":
+            own = [str(node.target)] if isinstance(_attribute(model, str(node.target)), nn.Parameter) else []
+        if node.op != "output" and set(own) <= set(frozen) and fixed.issuperset(node.all_input_nodes):
+            fixed.add(node)
+    return fixed
+
+
+def _group(
+    graph: fx.Graph, known: Mapping[fx.Node, Node], kind: Mapping[fx.Node, tuple[bool, bool]]
+) -> list[list[fx.Node]]:
     """Connected nodes that no way through PyTorch leads out of and back in, each group with a layer that has weights.
 
-    A node's stage is the number of times that a way to it from the inputs leaves known nodes of one kind, images or
-    tokens, for something else. Nodes of one stage can run together.
+    A node's stage is the number of times that a way to it from the inputs leaves known nodes of one kind (images or
+    tokens, fixed or not) for something else. Nodes of one stage can run together.
     """
     stage: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        leaves = [source in known and tokens[source] != tokens.get(node) for source in node.all_input_nodes]
+        leaves = [source in known and kind[source] != kind.get(node) for source in node.all_input_nodes]
         steps = zip(node.all_input_nodes, leaves, strict=True)
         stage[node] = max((stage[source] + left for source, left in steps), default=0)
     parent = {node: node for node in known}
@@ -203,7 +231,7 @@ def _group(graph: fx.Graph, known: Mapping[fx.Node, Node], tokens: Mapping[fx.No
 
     for node in known:
         for source in node.all_input_nodes:
-            if source in known and stage[source] == stage[node] and tokens[source] == tokens[node]:
+            if source in known and stage[source] == stage[node] and kind[source] == kind[node]:
                 parent[root(source)] = root(node)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in known:
@@ -217,7 +245,8 @@ def _cut(
     known: Mapping[fx.Node, Node],
     groups: list[list[fx.Node]],
     reasons: Mapping[str, str],
-) -> Capture:
+) -> tuple[Capture, dict[fx.Node, fx.Node]]:
+    """The new graph, and for each of its nodes one of the trace that it stands for."""
     regions = tuple(_region(group, known) for group in groups)
     group_of = {node: index for index, group in enumerate(groups) for node in group}
     by_name = {node.name: node for node in graph.nodes}
@@ -251,7 +280,31 @@ def _cut(
     for node in new.nodes:
         if node.op in ("call_module", "get_attr") and node.target not in targets:
             targets[str(node.target)] = _attribute(model, str(node.target))
-    return Capture(fx.GraphModule(targets, new), regions, _left(graph, group_of, model, reasons))
+    captured = Capture(fx.GraphModule(targets, new), regions, _left(graph, group_of, model, reasons))
+    origin = {made: node for node, made in values.items()}
+    for index, region in enumerate(regions):
+        call = next(node for node in new.nodes if node.target == f"region_{index}")
+        origin[call] = by_name[region.outputs[0]]
+    return captured, origin
+
+
+def _halve(whole: fx.GraphModule, fixed: set[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+    """The nodes in ``fixed``, and the others, which read what the former hand over."""
+    inputs = [node for node in whole.graph.nodes if node.op == "placeholder"]
+    border = [node for node in whole.graph.nodes if node in fixed and any(user not in fixed for user in node.users)]
+    if not set(border) - set(inputs):
+        return None
+    front, back = fx.Graph(), fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in whole.graph.nodes:
+        if node in fixed:
+            values[node] = front.node_copy(node, lambda n: values[n])
+    front.output(tuple(values[node] for node in border))
+    values = {node: back.placeholder(f"from_front_{node.name}") for node in border}
+    for node in whole.graph.nodes:
+        if node not in fixed:
+            values[node] = back.node_copy(node, lambda n: values[n])
+    return fx.GraphModule(whole, front), fx.GraphModule(whole, back)
 
 
 def _call_region(

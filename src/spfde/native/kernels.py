@@ -12,6 +12,10 @@ from torch import Tensor
 from spfde.native.layout import CBlocked, Layout
 from spfde.native.structure import CStructure, Entries
 
+# Rows of a region's table of norms: what each normalises by, and what that comes to as one multiply-add.
+MEAN, VARIANCE, INVERSE, SCALE, SHIFT = range(5)
+ROWS = 5
+
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 Activation = Literal["none", "relu", "relu6", "silu", "gelu"]
 
@@ -163,6 +167,18 @@ class Kernels:
             _p(variance),
             _int(_threads()),
         )
+
+    def constants(
+        self, table: Tensor, where: slice, weight: Tensor | None, bias: Tensor | None, before: Tensor | None, eps: float
+    ) -> None:
+        """Inverse deviation, scale and shift of the channels ``where`` of a table [5, channels].
+
+        ``before`` is the bias of the convolution that the norm is folded into.
+        """
+        self._lib.spfde_constants(
+            _p(table), _int(table.shape[1]), _int(where.start), _int(where.stop - where.start),
+            _pointer(_at(weight)), _pointer(_at(bias)), _pointer(_at(before)), ctypes.c_double(eps),
+        )  # fmt: skip
 
     def conv_weight(
         self, source: Tensor, from_: Layout, gradient: Tensor, to: Layout, entries: Entries, out: Tensor, *, step: int

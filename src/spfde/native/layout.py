@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 # then one piece of memory.
 TOKEN_COLUMNS = 8
 
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
@@ -51,7 +53,7 @@ class Layout:
         """Numbers from a pixel to the one below it."""
         return (self.width + self.halo) * self.lanes
 
-    @property
+    @functools.cached_property
     def plane(self) -> int:
         """Numbers from a channel to the next."""
         return (self.height + self.halo) * self.pitch
@@ -61,12 +63,12 @@ class Layout:
         """Zeros before the first channel of a group."""
         return (self.halo * (self.width + self.halo) + self.halo) * self.lanes
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Numbers in the buffer, halos and empty lanes included."""
         return self.groups * (self.lead + self.channels * self.plane)
 
-    @property
+    @functools.cached_property
     def c(self) -> CBlocked:
         """As the kernels take it."""
         return CBlocked(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.plane)
@@ -110,11 +112,10 @@ class Pool:
     def _take(self, key: object, numel: int, dtype: torch.dtype) -> Tensor:
         free = self._free[key]
         if not free:
-            free.append(_zeros(numel * dtype.itemsize))
+            free.append(_zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel])
             self._bytes += free[-1].nbytes
-        lease = _Lease(free.pop(), free)
         # The tensor's storage holds the array, the array its lease: no counting of our own.
-        return torch.from_numpy(np.asarray(lease)).view(dtype)[:numel]
+        return torch.from_numpy(np.asarray(_Lease(free.pop(), free)))
 
 
 class _Lease:

@@ -27,7 +27,7 @@ def register(program: Program) -> int:
     "spfde::region", mutates_args=(), schema="(Tensor[] inputs, Tensor[] parameters, int program) -> Tensor[]"
 )
 def region(inputs: Sequence[Tensor], parameters: Sequence[Tensor], program: int) -> list[Tensor]:
-    """Outputs of the region, mean and variance of its norms [2, channels], and what the backward pass reads."""
+    """Outputs of the region, the table of its norms [5, channels], and what the backward pass reads."""
     return _PROGRAMS[program].forward(inputs)
 
 

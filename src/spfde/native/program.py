@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spfde.native.backward import Backward
 from spfde.native.graph import Region
-from spfde.native.kernels import Kernels
+from spfde.native.kernels import MEAN, ROWS, SCALE, SHIFT, VARIANCE, Kernels
 from spfde.native.layout import Layout, Pool
 from spfde.native.steps import (
     ConvStep,
@@ -24,7 +24,6 @@ from spfde.native.steps import (
     PointStep,
     PoolStep,
     Step,
-    constants,
     layouts_of,
     parameters_of,
     reads,
@@ -73,6 +72,7 @@ class Program:
         self._uses = Counter(value for step in self.steps for value in reads(step))
         self._uses.update(region.outputs)
         self.maker = {writes(step): step for step in self.steps}
+        self._batch_readers = {step.y: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
         self._fused = self._find_fused()
         self._saved_names = self._find_saved()
         self.slices, self.n_channels = self._place_statistics()
@@ -153,10 +153,10 @@ class Program:
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The region's outputs, mean and variance of its norms [2, channels], then what the backward pass reads."""
+        """The region's outputs, the table of its norms [5, channels], then what the backward pass reads."""
         values: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
-        statistics = torch.empty(2, self.n_channels, dtype=self.kernels.dtype)
+        table = torch.empty(ROWS, self.n_channels, dtype=self.kernels.dtype)
         choices: dict[str, Tensor] = {}
         left = Counter(self._uses)
         for name, tensor in zip(self.region.inputs, inputs, strict=True):
@@ -165,15 +165,15 @@ class Program:
         for step in self.steps:
             if isinstance(step, ConvStep):
                 if step.y not in self._fused:
-                    self._conv(step, values, statistics)
+                    self._conv(step, values, table)
             elif isinstance(step, PointStep):
                 if step.y in self._fused:
                     conv = self.maker[step.y]
                     assert isinstance(conv, ConvStep)
-                    self._conv_fused(conv, step, values)
+                    self._conv_fused(conv, step, values, table)
                     _drop(values, (conv.x,), left)
                 else:
-                    self._point(step, values, statistics)
+                    self._point(step, values, table)
             elif isinstance(step, PoolStep):
                 self._pool(step, values, choices)
             else:
@@ -190,12 +190,12 @@ class Program:
             if name not in outputs:  # an input that is passed on
                 outputs[name] = inputs[self.region.inputs.index(name)].clone()
         saved = [kept[name] for name in self._saved_names]
-        return [*(outputs[name] for name in self.region.outputs), statistics, *saved, *choices.values()]
+        return [*(outputs[name] for name in self.region.outputs), table, *saved, *choices.values()]
 
-    def _conv(self, step: ConvStep, values: dict[str, Tensor], statistics: Tensor) -> None:
+    def _conv(self, step: ConvStep, values: dict[str, Tensor], table: Tensor) -> None:
         kernels, from_, to = self.kernels, self.layouts[step.x], self.layouts[step.y]
         entries = self.weights.structure(step, from_, to).forward
-        reader = self._reader_with_batch(step.y)
+        reader = self._batch_readers.get(step.y)
         gathered = None if reader is None else torch.empty(kernels.statistics_size(to), dtype=kernels.dtype)
         out = values[step.y] = self.pool.take(to)
         weight = kernels.gather(step.module.weight.detach(), entries)
@@ -213,22 +213,17 @@ class Program:
         )
         if reader is not None and gathered is not None:
             where = self.slices[reader.z]
-            kernels.statistics(gathered, to, statistics[0, where], statistics[1, where])
+            kernels.statistics(gathered, to, table[MEAN, where], table[VARIANCE, where])
 
-    def _reader_with_batch(self, value: str) -> PointStep | None:
-        """The pixelwise step that normalises ``value`` by the batch, if there is one."""
-        for step in self.steps:
-            if isinstance(step, PointStep) and step.y == value and self.uses_batch(step):
-                return step
-        return None
-
-    def _conv_fused(self, conv: ConvStep, point: PointStep, values: dict[str, Tensor]) -> None:
+    def _conv_fused(self, conv: ConvStep, point: PointStep, values: dict[str, Tensor], table: Tensor) -> None:
         from_, to = self.layouts[conv.x], self.layouts[point.z]
         entries = self.weights.structure(conv, from_, self.layouts[conv.y]).forward
-        scale, shift = constants(point.norm)
         bias = conv.module.bias
-        if bias is not None:
-            shift = bias.detach() * (1 if scale is None else scale) + (0 if shift is None else shift)
+        if point.norm is None:
+            scale, shift = None, None if bias is None else bias.detach()
+        else:
+            self._make_constants(point, table, bias)
+            scale, shift = self.constants_of(point, table)
         values[point.z] = self.pool.take(to)
         self.kernels.conv(
             values[conv.x], from_, values[point.z], to, entries,
@@ -238,11 +233,13 @@ class Program:
             residual_layout=None if point.residual is None else self.layouts[point.residual],
         )  # fmt: skip
 
-    def _point(self, step: PointStep, values: dict[str, Tensor], statistics: Tensor) -> None:
+    def _point(self, step: PointStep, values: dict[str, Tensor], table: Tensor) -> None:
         if self.uses_batch(step) and not isinstance(self.maker.get(step.y), ConvStep):
             where, y = self.slices[step.z], self.layouts[step.y]
-            _measure(self.kernels, values[step.y], y, statistics[0, where], statistics[1, where])
-        scale, shift = self.constants_of(step, statistics)
+            _measure(self.kernels, values[step.y], y, table[MEAN, where], table[VARIANCE, where])
+        if step.norm is not None:
+            self._make_constants(step, table)
+        scale, shift = self.constants_of(step, table)
         values[step.z] = self.pool.take(self.layouts[step.z])
         self.kernels.apply(
             values[step.y], self.layouts[step.y], values[step.z], self.layouts[step.z], scale=scale, shift=shift,
@@ -251,11 +248,22 @@ class Program:
             activation=step.activation,
         )  # fmt: skip
 
-    def constants_of(self, step: PointStep, statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if step.norm is None or not self.uses_batch(step):
-            return constants(step.norm)
+    def _make_constants(self, step: PointStep, table: Tensor, bias: Tensor | None = None) -> None:
+        norm = step.norm
+        assert norm is not None
+        if not self.uses_batch(step):
+            assert norm.running_mean is not None, "without running statistics a norm uses the batch"
+            assert norm.running_var is not None
+            table[MEAN, self.slices[step.z]] = norm.running_mean
+            table[VARIANCE, self.slices[step.z]] = norm.running_var
+        self.kernels.constants(table, self.slices[step.z], norm.weight, norm.bias, bias, norm.eps)
+
+    def constants_of(self, step: PointStep, table: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift that the step's norm came to; None for no norm."""
+        if step.norm is None:
+            return None, None
         where = self.slices[step.z]
-        return constants(step.norm, statistics[0, where], statistics[1, where])
+        return table[SCALE, where], table[SHIFT, where]
 
     def _pool(self, step: PoolStep, values: dict[str, Tensor], choices: dict[str, Tensor]) -> None:
         from_, to = self.layouts[step.x], self.layouts[step.y]
@@ -311,7 +319,7 @@ class Program:
                 shapes.append((from_.batch, from_.channels) + ((1, 1) if maker.keepdim else ()))
             else:
                 shapes.append(self._shape(name))
-        shapes.append((2, self.n_channels))
+        shapes.append((ROWS, self.n_channels))
         shapes += [(self.layouts[name].numel,) for name in self._saved_names]
         for step in self.pools_with_choice:
             to = self.layouts[step.y]

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spfde.errors import UsageError
 from spfde.native.graph import Region
@@ -208,22 +207,3 @@ def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[
         )
     batch = batches.pop()
     return {name: Layout(batch, c, h, w, halos.get((h, w), 0), lanes) for name, (c, h, w) in sizes.items()}
-
-
-def constants(
-    norm: nn.BatchNorm2d | None, mean: Tensor | None = None, variance: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift that a norm comes to, with these statistics or its running ones; None for no norm."""
-    if norm is None:
-        return None, None
-    mean = norm.running_mean if mean is None else mean
-    variance = norm.running_var if variance is None else variance
-    assert mean is not None, "without running statistics a norm uses the batch"
-    assert variance is not None
-    scale = torch.rsqrt(variance + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach()
-    return scale, shift

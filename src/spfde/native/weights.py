@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -29,6 +31,7 @@ class Weights:
     ) -> None:
         self._masks, self._dense_gradients = masks, dense_gradients
         self._built: dict[tuple[str, Layout, Layout], tuple[Tensor | None, Structure]] = {}
+        self._steps: dict[str, ConvStep] = {}
         self._dense: dict[tuple[str, Layout, Layout], Entries] = {}
         self._current: Mapping[str, Tensor] = {}
         self.refresh()
@@ -40,19 +43,26 @@ class Weights:
     def structure(self, step: ConvStep, source: Layout, target: Layout) -> Structure:
         """The lists of a convolution for its current mask."""
         mask = self._current.get(f"{step.name}.weight")
-        key = (step.name, source, target)
+        key = (step.name, *_any_batch(source, target))
         have = self._built.get(key)
         if have is None or have[0] is not mask:
             active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
             have = (mask, self._build(step, active, source, target))
             self._built[key] = have
+            self._steps[step.name] = step
         return have[1]
+
+    def rebuild(self) -> None:
+        """Make every structure anew that was made so far."""
+        for (name, source, target), _ in list(self._built.items()):
+            del self._built[name, source, target]
+            self.structure(self._steps[name], source, target)
 
     def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
         """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
         if f"{step.name}.weight" not in self._dense_gradients():
             return self.structure(step, source, target).forward
-        key = (step.name, source, target)
+        key = (step.name, *_any_batch(source, target))
         if key not in self._dense:
             everything = torch.ones_like(step.module.weight, dtype=torch.bool)
             self._dense[key] = self._build(step, everything, source, target).forward
@@ -67,3 +77,9 @@ class Weights:
             step.geometry, active, strides, source, target,
             chunk_bytes=_CHUNK_BYTES_DENSE if is_dense else _CHUNK_BYTES,
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _any_batch(source: Layout, target: Layout) -> tuple[Layout, Layout]:
+    """The lists do not depend on the number of images."""
+    return dataclasses.replace(source, batch=0), dataclasses.replace(target, batch=0)

@@ -3,6 +3,19 @@
 
 #include "lanes.h"
 
+// A table of norms has five rows: mean, variance, 1 / sqrt(variance + eps), and the scale and shift that these and the
+// norm's own weight and bias (each or null) come to; `before` is added to what is normalised.
+SPFDE_EXPORT void spfde_constants(real* table, int64_t row, int64_t start, int64_t n, const real* weight, const real* bias,
+                                  const real* before, double eps) {
+  real* at = table + start;
+  for (int64_t c = 0; c < n; c++) {
+    const double inverse = 1.0 / std::sqrt(double(at[row + c]) + eps), scale = weight ? inverse * double(weight[c]) : inverse;
+    at[2 * row + c] = real(inverse);
+    at[3 * row + c] = real(scale);
+    at[4 * row + c] = real((before ? double(before[c]) : 0.0) * scale - double(at[c]) * scale + (bias ? double(bias[c]) : 0.0));
+  }
+}
+
 // target = activation(source * scale + shift + residual); halos and empty lanes stay zero.
 struct ApplyJob {
   const real* source;

@@ -1,0 +1,178 @@
+"""Fuzz the native engine's kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Usage: python scripts/fuzz_native.py [--rounds 200] [--seed 0]
+
+Random models of one to four layers, with random shapes, strides, paddings, dilations, groups, masks (none, some, all,
+whole rows empty), batches and poolings go forward and back twice, and must agree with PyTorch. Any invalid access ends
+the process with the sanitizer's report. Needs g++ or clang++ with its sanitizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import random
+import subprocess
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from spfde.native import build
+from spfde.native.engine import NativeEngine
+from spfde.native.kernels import Kernels
+
+_CHILD = "SPFDE_FUZZ_CHILD"
+_TOLERANCE = 1e-9
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start over with the sanitizer's runtime loaded first, then fuzz."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if _CHILD not in os.environ:
+        compiler = os.environ.get("CXX", "g++")
+        found = [_runtime(compiler, name) for name in ("libasan.so", "libubsan.so")]
+        environment = {
+            **os.environ,
+            _CHILD: "1",
+            "LD_PRELOAD": " ".join(found),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        }
+        command = [sys.executable, __file__, "--rounds", str(options.rounds), "--seed", str(options.seed)]
+        return subprocess.run(command, env=environment, check=False).returncode
+    kernels = Kernels(build.load(real="double", sanitize=True), torch.float64)
+    chosen = random.Random(options.seed)
+    torch.manual_seed(options.seed)
+    for number in range(options.rounds):
+        tell = fuzz(kernels, chosen)
+        if tell is not None:
+            print(f"round {number}: {tell}", file=sys.stderr)
+            return 1
+    print(f"{options.rounds} rounds, no fault")
+    return 0
+
+
+def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
+    """One model; what is wrong with it, or None."""
+    tokens = chosen.random() < 0.25
+    model, x = _tokens(chosen) if tokens else _images(chosen)
+    model = model.double().train(chosen.random() < 0.7)
+    masks = {name: _mask(p, chosen) for name, p in model.named_parameters() if p.dim() in (2, 4)}
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            parameter.data.mul_(masks[name])
+        parameter.requires_grad_(chosen.random() < 0.9)
+    reference = copy.deepcopy(model)
+    engine = NativeEngine(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
+    try:
+        for _ in range(2):
+            ours, expected = _step(model, x), _step(reference, x)
+            for name, value in expected.items():
+                mask = masks.get(name)
+                value = value if mask is None else value * mask
+                if float((ours[name] - value).norm()) > _TOLERANCE * (1 + float(value.norm())):
+                    return f"{name} differs by {float((ours[name] - value).norm()):.2g} in {model} on {tuple(x.shape)}"
+    finally:
+        engine.detach()
+    return None
+
+
+def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), **({} if x.grad is None else {"input": x.grad}), **gradients}
+
+
+def _mask(parameter: Tensor, chosen: random.Random) -> Tensor:
+    mask = torch.rand(parameter.shape) < chosen.choice([0.0, 0.01, 0.1, 0.5, 1.0])
+    if chosen.random() < 0.3:
+        mask[chosen.randrange(len(mask))] = False
+    if chosen.random() < 0.3:
+        mask[:, chosen.randrange(mask.shape[1])] = False
+    return mask
+
+
+def _tokens(chosen: random.Random) -> tuple[nn.Module, Tensor]:
+    sizes = [chosen.randint(1, 40) for _ in range(3)]
+    model = nn.Sequential(
+        nn.Linear(sizes[0], sizes[1], bias=chosen.random() < 0.5),
+        chosen.choice([nn.ReLU, nn.GELU, nn.SiLU, nn.ReLU6])(),
+        nn.Linear(sizes[1], sizes[2]),
+    )
+    leading = [chosen.randint(1, 9) for _ in range(chosen.randint(1, 3))]
+    return model, torch.randn(*leading, sizes[0], dtype=torch.float64)
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)) + x)
+
+
+def _images(chosen: random.Random) -> tuple[nn.Module, Tensor]:
+    """Layers are added as long as the image has room for them."""
+    channels, height, width = chosen.randint(1, 20), chosen.randint(3, 19), chosen.randint(3, 19)
+    shape = (chosen.randint(2, 19), channels, height, width)
+    layers: list[nn.Module] = []
+    for _ in range(chosen.randint(1, 4)):
+        layer = _layer(channels, chosen)
+        try:
+            with torch.no_grad():
+                out = nn.Sequential(*layers, layer).eval()(torch.zeros(shape))
+        except RuntimeError:  # the kernel is larger than the image
+            continue
+        if min(out.shape) < 1 or out.shape[2] * out.shape[3] * shape[0] < 2:
+            continue
+        layers.append(layer)
+        channels = out.shape[1]
+    if not any(isinstance(layer, (nn.Conv2d, _Residual)) for layer in layers):
+        layers.insert(0, nn.Conv2d(shape[1], shape[1], 1))
+    return nn.Sequential(*layers), torch.randn(shape, dtype=torch.float64)
+
+
+def _layer(channels: int, chosen: random.Random) -> nn.Module:
+    kind = chosen.choice(["conv", "conv", "conv", "norm", "act", "pool", "residual"])
+    if kind == "conv":
+        groups = chosen.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
+        return nn.Conv2d(
+            channels,
+            groups * chosen.randint(1, 12),
+            (chosen.randint(1, 5), chosen.randint(1, 5)),
+            chosen.choice([1, 1, 2, 3]),
+            (chosen.randint(0, 3), chosen.randint(0, 3)),
+            (chosen.randint(1, 2), chosen.randint(1, 2)),
+            groups,
+            bias=chosen.random() < 0.5,
+        )
+    if kind == "norm":
+        return nn.BatchNorm2d(channels, affine=chosen.random() < 0.8)
+    if kind == "act":
+        return chosen.choice([nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU])()
+    if kind == "residual":
+        return _Residual(channels, chosen.choice([1, 3, 5]))
+    size = chosen.randint(1, 3)
+    padding = chosen.randint(0, size // 2)
+    if chosen.random() < 0.5:
+        return nn.MaxPool2d(size, chosen.randint(1, 3), padding)
+    return nn.AvgPool2d(size, chosen.randint(1, 3), padding, count_include_pad=chosen.random() < 0.5)
+
+
+def _runtime(compiler: str, name: str) -> str:
+    done = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
