@@ -35,8 +35,6 @@ EXIT_INTERRUPTED = 130
 # What the library calls an option's value, where that is not the option's own name.
 _OPTION_OF_FIELD = {
     "flops_reduction": "freeze",
-    "cache_variants": "cache-variants",
-    "freezing.cache_variants": "cache-variants",
     "removed_fraction": "sieve",
     "update_interval_epochs": "interval",
     "freezing": "freeze",

@@ -157,13 +157,13 @@ def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice:
         return
     value = recipe.freezing.cache_variants
     if choice.name != "native":
-        remedy = "Set it to 0, or see engine_reason for what the native engine lacks."
+        remedy = 'Set it to 0, or attach with engine="native" on a CPU.'
         rule = f"needs the native engine, and this is the {choice.name} one ({choice.reason})"
-        raise InvalidArgument(Problem("freezing.cache_variants", value, rule, remedy))
+        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
     folder = recipe.freezing.cache_folder
     if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
         remedy = "Make it, or name another one."
-        raise InvalidArgument(Problem("freezing.cache_folder", folder, "is no folder that can be written to", remedy))
+        raise InvalidArgument(Problem("cache_folder", folder, "is no folder that can be written to", remedy))
     modules = dict(model.named_modules())
     freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
     for name in (name for block, at in freezes if at is not None for name in block.modules):
@@ -173,7 +173,7 @@ def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice:
         if kind.startswith(("Dropout", "AlphaDropout", "FeatureAlphaDropout", "DropPath", "StochasticDepth")) and rate:
             rule = f"keeps what a frozen block makes of a sample, and {name} ({kind}) makes something else each time"
             remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
-            raise InvalidArgument(Problem("freezing.cache_variants", value, rule, remedy))
+            raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
 
 
 def _check_ranks_agree(session: Session, world: World) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 import commands
+from native_support import needs_kernels
 from spfde import presets
 from spfde.app import models
 from spfde.app.checkpoints import Checkpoints, described
@@ -147,6 +148,20 @@ class TestKilledRuns:
         started_over = moment == "among the first batches"
         assert ("starting over" in ended.out) == started_over
         assert ("going on after" in ended.out) != started_over
+
+    @needs_kernels
+    def test_a_killed_run_with_a_prefix_cache_ends_like_one_that_never_stopped(self, tiny: Path, place: Path) -> None:
+        cached = ["--cache-variants", "1", "--engine", "native"]
+        ended = commands.start(arguments(tiny, "cached") + cached, log=place / "cached", cwd=place).end()
+        assert ended.code == 0, ended.err
+        assert read(place / "cached" / "config.json")["command"]["recipe"]["freezing"]["cache_variants"] == 1
+        argv = arguments(tiny, "cached-killed") + cached
+        running = commands.start(argv, log=place / "cached-killed", cwd=place, wait_at="before a checkpoint")
+        running.reach()
+        running.kill(signal.SIGKILL)
+        ended = commands.start(["train", "--resume", "cached-killed"], log=place / "again", cwd=place).end()
+        assert ended.code == 0, ended.err
+        assert_same_run(place / "cached-killed", place / "cached")
 
     def test_a_stopped_run_goes_on_from_anywhere(self, tiny: Path, place: Path, uninterrupted: Path) -> None:
         running = commands.start(arguments(tiny, "term"), log=place / "term", cwd=place, wait_at="among later batches")
