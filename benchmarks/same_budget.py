@@ -4,8 +4,9 @@ ResNet-8 on fashion-mini by the command line's own trainer: SpFDE (90 % sparse, 
 same budget, once in training FLOPs (modelled) and once in seconds (measured): the same net for fewer epochs, and a
 narrower net for as many. Budgets are rounded up to whole epochs and channels, so a dense net never gets less. Also the
 dense net over the full length (SpFDE should end at most 3 points below it, within 5 minutes), SpFDE once more by the
-masked engine (which should be as accurate, and half as fast or slower) and, with --extras, a static random mask, and
-MEST without freezing and sieving. All runs have the same learning rate, each its own cosine to zero.
+masked engine (which should be as accurate, and half as fast or slower), SpFDE with a prefix cache and, with --extras, a
+static random mask, and MEST without freezing and sieving. All runs have the same learning rate, each its own cosine to
+zero.
 
     python benchmarks/same_budget.py                # about 40 minutes on two cores; --extras: about 20 more
     python benchmarks/same_budget.py --seeds 0 1 2 --epochs 20 --runs runs/benchmarks/same_budget
@@ -38,7 +39,7 @@ from spfde.app.data import load_data
 from spfde.app.images import ImageArray
 from spfde.app.loop import train
 from spfde.app.models import MODELS, CifarResNet, ModelEntry
-from spfde.app.options import TrainOptions
+from spfde.app.options import TrainOptions, choose_recipe
 from spfde.cost import format_seconds
 
 FULL_WIDTH = 16
@@ -47,7 +48,7 @@ FULL_WIDTH = 16
 LEAST_STRIDED_CHANNELS = 8
 MOST_BELOW_DENSE, MOST_SECONDS, LEAST_FASTER = 0.03, 300.0, 2.0
 STATIC, MEST, SYSTEM = "static random mask, 90 %", "MEST at 90 %", "SpFDE 20 % + 20 % at 90 %"
-MASKED = SYSTEM + ", masked engine"
+MASKED, CACHED = SYSTEM + ", masked engine", SYSTEM + ", prefix cache of 1 variant"
 DENSE, DATA = "dense", "fashion-mini"
 
 
@@ -60,6 +61,7 @@ class Entry:
     epochs: int
     width: int = FULL_WIDTH
     engine: str = "auto"
+    cache_variants: int = 0
 
     @property
     def model(self) -> str:
@@ -71,7 +73,7 @@ class Entry:
             data=data,
             model=self.model,
             recipe_name=self.recipe,
-            recipe=spfde.presets.get(self.recipe).to_dict(),
+            recipe=choose_recipe(self.recipe, cache_variants=self.cache_variants or None).to_dict(),
             epochs=self.epochs,
             seed=seed,
             engine=self.engine,
@@ -127,7 +129,8 @@ class Runs:
 
     def _path(self, entry: Entry, seed: int) -> Path:
         engine = "" if entry.engine == "auto" else f"-{entry.engine}"
-        return self.folder / f"{entry.recipe}{engine}-{entry.model}-{entry.epochs}-epochs-seed-{seed}"
+        cache = f"-cache-{entry.cache_variants}" if entry.cache_variants else ""
+        return self.folder / f"{entry.recipe}{engine}{cache}-{entry.model}-{entry.epochs}-epochs-seed-{seed}"
 
     def _summary(self, entry: Entry, seed: int) -> dict[str, Any]:
         path, options = self._path(entry, seed), entry.options(seed, self.data)
@@ -436,7 +439,8 @@ def main(argv: list[str] | None = None) -> None:
     rivals = rivals_of(budget, epochs) if budget is not None else []
     extras = [Entry(STATIC, "static", epochs), Entry(MEST, "mest", epochs)] if options.extras else []
     masked = Entry(MASKED, "spfde", epochs, engine="masked")
-    entries = [system, dense, *rivals, masked, *extras]
+    cached = Entry(CACHED, "spfde", epochs, cache_variants=1)
+    entries = [system, dense, *rivals, masked, cached, *extras]
     runs.train(entries)
     figures = [*target_figures(runs, system, dense), *engine_figures(runs, system, masked)]
     figures += [*(accuracy_figure(runs, entry) for entry in entries)]

@@ -216,6 +216,26 @@ def test_the_variance_of_a_channel_far_from_zero_keeps_its_digits() -> None:
     assert float(model[1].running_var) == pytest.approx(float(x.double().var()), rel=1e-3)
 
 
+@pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU()], ids=["gelu", "silu"])
+def test_activations_in_single_precision_are_right_everywhere(act: nn.Module) -> None:
+    conv = nn.Conv2d(1, 1, 1, bias=False)
+    conv.weight.data.fill_(1.0)
+    special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 87.5, -87.5, 200.0, -200.0, 1e30, -1e30])
+    x = torch.cat([torch.linspace(-12, 12, 8 * 3000), special, torch.zeros(6)]).view(8, 1, 1, -1).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    model = nn.Sequential(conv, copy.deepcopy(act))
+    twin(model, {}, dtype=torch.float32)
+    out, expected = model(x), act(exact)
+    out.sum().backward()
+    expected.sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    size = exact.detach().abs().clamp_min(1.0)
+    assert float(((out.detach().double() - expected.detach()) / size).abs().max()) < 3e-7
+    assert float((x.grad.double() - exact.grad).abs().max()) < 2e-6
+    assert not bool(out.isnan().any())
+
+
 def test_gradcheck_of_a_block_with_everything_fused() -> None:
     model = shaken(
         nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU(), nn.Conv2d(3, 2, 3), nn.SiLU())

@@ -96,7 +96,7 @@ def library_path(
     """Where the built library is; see ``load``."""
     _check_platform()
     compiler = _compiler()
-    flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}"]
+    flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
     if sanitize:
         flags += ["-fsanitize=address,undefined", "-g", "-O1"]
     name = f"kernels-{_digest(sources, flags, compiler)}.so"

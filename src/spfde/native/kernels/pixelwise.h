@@ -203,32 +203,75 @@ SPFDE_EXPORT void spfde_unpack(const real* source, const Blocked* from, real* ta
   }
 }
 
+// LANES vectors as the rows of a square matrix, turned: halves of pairs are exchanged at distances 1, 2, 4, …
+template <int STEP>
+static inline void turn_at(vec* rows) {
+  SPFDE_UNROLL for (int i = 0; i < LANES; i++) {
+    if (i & STEP) continue;
+    const vec a = rows[i], b = rows[i + STEP];
+    SPFDE_UNROLL for (int lane = 0; lane < LANES; lane++) {
+      rows[i][lane] = lane & STEP ? b[lane - STEP] : a[lane];
+      rows[i + STEP][lane] = lane & STEP ? b[lane] : a[lane + STEP];
+    }
+  }
+}
+
+static inline void turn(vec* rows) {
+  turn_at<1>(rows);
+  turn_at<2>(rows);
+  turn_at<4>(rows);
+  if (LANES == 16) turn_at<LANES / 2>(rows);
+}
+
 // Tokens [tokens, channels], contiguous, into groups of width * LANES of them, and back: token t is column
 // t / LANES % width and lane t % LANES of its group. Without a halo a channel's part of a group is one piece.
 SPFDE_EXPORT void spfde_pack_tokens(const real* source, int64_t tokens, real* target, const Blocked* to, int64_t threads) {
-  const int64_t channels = to->channels, each = to->plane;
+  const int64_t channels = to->channels, each = to->plane, square = channels - channels % LANES;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t g = 0; g < to->groups; g++) {
-    const int64_t first = g * each, have = tokens - first < each ? tokens - first : each;
-    const real* s = source + first * channels;
-    real* t = target + to->origin(g, 0);
-    for (int64_t c = 0; c < channels; c++, t += each) {
-      for (int64_t i = 0; i < have; i++) t[i] = s[i * channels + c];
-      for (int64_t i = have; i < each; i++) t[i] = 0;
+    for (int64_t i = 0; i < each; i += LANES) {
+      const int64_t first = g * each + i, left = tokens - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
+      const real* s = source + first * channels;
+      real* t = target + to->origin(g, 0) + i;
+      int64_t c = 0;
+      if (have == LANES) {
+        for (; c < square; c += LANES) {
+          vec rows[LANES];
+          SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load_anywhere(s + k * channels + c);
+          turn(rows);
+          SPFDE_UNROLL for (int k = 0; k < LANES; k++) store(t + (c + k) * each, rows[k]);
+        }
+      }
+      for (; c < channels; c++) {
+        vec v{};
+        for (int64_t lane = 0; lane < have; lane++) v[lane] = s[lane * channels + c];
+        store(t + c * each, v);
+      }
     }
   }
 }
 
 SPFDE_EXPORT void spfde_unpack_tokens(const real* source, const Blocked* from, real* target, int64_t tokens,
                                       int64_t threads) {
-  const int64_t channels = from->channels, each = from->plane;
+  const int64_t channels = from->channels, each = from->plane, square = channels - channels % LANES;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t g = 0; g < from->groups; g++) {
-    const int64_t first = g * each, have = tokens - first < each ? tokens - first : each;
-    const real* s = source + from->origin(g, 0);
-    real* t = target + first * channels;
-    for (int64_t i = 0; i < have; i++) {
-      for (int64_t c = 0; c < channels; c++) t[i * channels + c] = s[c * each + i];
+    for (int64_t i = 0; i < each; i += LANES) {
+      const int64_t first = g * each + i, left = tokens - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
+      const real* s = source + from->origin(g, 0) + i;
+      real* t = target + first * channels;
+      int64_t c = 0;
+      if (have == LANES) {
+        for (; c < square; c += LANES) {
+          vec rows[LANES];
+          SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load(s + (c + k) * each);
+          turn(rows);
+          SPFDE_UNROLL for (int k = 0; k < LANES; k++) store_anywhere(t + k * channels + c, rows[k]);
+        }
+      }
+      for (; c < channels; c++) {
+        for (int64_t lane = 0; lane < have; lane++) t[lane * channels + c] = s[c * each + lane];
+      }
     }
   }
 }
