@@ -1,10 +1,10 @@
-"""Fuzz the native engine's kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Fuzz the native engine's kernels under AddressSanitizer.
 
 Usage: python scripts/fuzz_native.py [--rounds 200] [--seed 0]
 
 Random models of one to four layers, with random shapes, strides, paddings, dilations, groups, masks (none, some, all,
 whole rows empty), batches and poolings go forward and back twice, and must agree with PyTorch. Any invalid access ends
-the process with the sanitizer's report. Needs g++ or clang++ with its sanitizers.
+the process with the sanitizer's report. Needs g++ or clang++ with its AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if _CHILD not in os.environ:
         compiler = os.environ.get("CXX", "g++")
-        found = [_runtime(compiler, name) for name in ("libasan.so", "libubsan.so")]
         environment = {
             **os.environ,
             _CHILD: "1",
-            "LD_PRELOAD": " ".join(found),
+            "LD_PRELOAD": _runtime(compiler, "libasan.so"),
             "ASAN_OPTIONS": "detect_leaks=0",
-            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         }
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--seed", str(options.seed)]
         return subprocess.run(command, env=environment, check=False).returncode

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from spfde.planning import Blueprint
 
 ENGINES = ("auto", "masked", "native")
-# Time of a convolution's training step against PyTorch's dense one, as a line in its density, and how much faster than
-# masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py checks both.
-_PER_DENSITY, _FIXED, _WORTH_IT = 1.1, 0.17, 0.9
+# Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero), and how much
+# faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py
+# checks them. A linear layer pays for two changes of layout.
+_LINES = {"conv": (1.1, 0.17), "linear": (1.5, 0.5)}
+_WORTH_IT = 0.9
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,15 @@ def _estimate(model: nn.Module, blueprint: Blueprint) -> tuple[float, str]:
         captured = capture(model, blueprint.target)
     except InvalidArgument as error:
         return 1.0, str(error)
-    taken = {
-        f"{node.module}.weight"
-        for region in captured.regions
-        for node in region.nodes
-        if node.kind in ("conv", "linear")
-    }
-    if not taken & set(blueprint.target):
+    nodes = [node for region in captured.regions for node in region.nodes]
+    taken = {f"{node.module}.weight": _LINES[node.kind] for node in nodes if node.kind in _LINES}
+    if not taken.keys() & set(blueprint.target):
         first = next(iter(blueprint.target))
         why = next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)
         return 1.0, why
     ours, all_of_it = 0.0, 0.0
     for layer, density in zip(blueprint.cost.layers, blueprint.scheduled_density(0), strict=True):
         all_of_it += layer.forward_flops
-        ours += layer.forward_flops * (_PER_DENSITY * density + _FIXED if layer.name in taken else 1.0)
+        slope, fixed = taken.get(layer.name, (0.0, 1.0))
+        ours += layer.forward_flops * (slope * density + fixed)
     return ours / all_of_it, ""

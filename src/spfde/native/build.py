@@ -75,7 +75,7 @@ def load(
 
     Args:
         real: the number type of the kernels; double is for tests.
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+        sanitize: with AddressSanitizer.
         sources: folder of the sources.
         on_build: called with one line before a compilation, which takes seconds.
 
@@ -98,7 +98,7 @@ def library_path(
     compiler = _compiler()
     flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
     if sanitize:
-        flags += ["-fsanitize=address,undefined", "-g", "-O1"]
+        flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
     name = f"kernels-{_digest(sources, flags, compiler)}.so"
     for folder in (cache_folder(), _private_folder()):
         with contextlib.suppress(OSError), _locked(folder, name):

@@ -143,8 +143,9 @@ def build(
         if keep is not None:
             rows, columns, offset, where = rows[keep], columns[keep], offset[keep], index[keep]
         assert not len(offset) or int(offset.abs().max()) <= _MOST, "graph.py leaves values of this size alone"
-        width = max(1, chunk_bytes // (_tile_pixels(geometry) * read.lanes * 4))
-        chunks = max(1, -(-read.channels // width))
+        most = max(1, chunk_bytes // (_tile_pixels(geometry) * read.lanes * 4))
+        chunks = max(1, -(-read.channels // most))
+        width = max(1, -(-read.channels // chunks))
         key = columns // width * n_rows + rows
         order = torch.argsort(key, stable=True)
         start = torch.zeros(chunks * n_rows + 1, dtype=torch.int32)

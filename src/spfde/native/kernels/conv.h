@@ -160,23 +160,30 @@ SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout
   const int64_t rows = layout->channels;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
-    double count = 0, average = 0, spread_sum = 0;
-    for (int64_t g = 0; g < layout->groups; g++) {
-      for (int64_t band = 0; band < bands; band++) {
-        const int64_t top = band * band_rows;
-        const int64_t height = top + band_rows < layout->height ? band_rows : layout->height - top;
-        if (height <= 0) continue;
-        const real* stat = statistics + ((g * bands + band) * rows + row) * 3 * LANES;
-        const double n = double(height) * double(layout->width);
-        for (int lane = 0; lane < LANES && g * LANES + lane < layout->batch; lane++) {
-          const double away = double(stat[LANES + lane]) / n, here = double(stat[lane]) + away;
-          const double squares = double(stat[2 * LANES + lane]) - away * away * n;
-          const double delta = here - average;
-          spread_sum += squares + delta * delta * count * n / (count + n);
-          average += delta * n / (count + n);
-          count += n;
+    // Two passes over the parts: the mean of all, then how far each part's own mean is from it.
+    double average = 0, spread_sum = 0;
+    const double count = double(layout->height) * double(layout->width) * double(layout->batch);
+    for (int pass = 0; pass < 2; pass++) {
+      for (int64_t g = 0; g < layout->groups; g++) {
+        const int lanes = layout->batch - g * LANES < LANES ? int(layout->batch - g * LANES) : LANES;
+        for (int64_t band = 0; band < bands; band++) {
+          const int64_t top = band * band_rows;
+          const int64_t height = top + band_rows < layout->height ? band_rows : layout->height - top;
+          if (height <= 0) continue;
+          const real* stat = statistics + ((g * bands + band) * rows + row) * 3 * LANES;
+          const double n = double(height) * double(layout->width), share = 1 / n;
+          for (int lane = 0; lane < lanes; lane++) {
+            const double sum = double(stat[LANES + lane]), here = double(stat[lane]) + sum * share;
+            if (pass == 0) {
+              average += here * n;
+            } else {
+              const double away = here - average;
+              spread_sum += double(stat[2 * LANES + lane]) - sum * sum * share + away * away * n;
+            }
+          }
         }
       }
+      if (pass == 0) average /= count;
     }
     mean[row] = real(average);
     variance[row] = real(spread_sum > 0 || spread_sum != spread_sum ? spread_sum / count : 0);
