@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         environment = {
             **os.environ,
             _CHILD: "1",
-            "LD_PRELOAD": _runtime(compiler, "libasan.so"),
+            # The sanitizer looks for the functions that throw when it is loaded: PyTorch throws.
+            "LD_PRELOAD": " ".join(_runtime(compiler, name) for name in ("libasan.so", "libstdc++.so.6")),
             "ASAN_OPTIONS": "detect_leaks=0",
         }
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--seed", str(options.seed)]
