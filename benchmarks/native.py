@@ -489,7 +489,7 @@ def result(
             "loading images is not in it.",
             "With the prefix cache the sieve's newcomers, who must be computed once, are not in an epoch's figure.",
             "Peak memory is that of the process over what it had before its first step.",
-            "sparseprop is not compared: it did not install here.",
+            "sparseprop could not be installed here, and is not compared.",
         ),
         stamp=stamped,
     )
