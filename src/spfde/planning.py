@@ -234,6 +234,7 @@ class Plan:
             "freezing": cost.saved_by_freezing,
             "sieving": cost.saved_by_sieving,
             "dense_gradients": -cost.dense_gradient_flops,
+            "overhead": -cost.overhead_flops,
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,3 +113,20 @@ def test_resnet32_on_cifar100_costs_1_32e16_flops_dense_and_a_tenth_at_90_percen
 
     assert run(1.0).training_flops == pytest.approx(1.32e16, rel=5e-3)
     assert run(0.1).training_flops / run(1.0).training_flops == pytest.approx(0.1, rel=1e-9)
+
+
+def test_gradients_may_reach_beyond_the_mask_without_being_dense_and_overhead_is_charged_as_it_is() -> None:
+    """Density 0.25, gradients at 0.75, 10 FLOPs forward, 4 samples: 30 - 10 = 20 more; and 7 for scores."""
+    cost = epoch_cost(
+        [10],
+        [0.25],
+        [False],
+        samples=4,
+        population=4,
+        dense_gradient_samples=4,
+        gradient_density=[0.75],
+        overhead_flops=7,
+    )
+    assert cost.dense_gradient_flops == 20
+    assert cost.overhead_flops == 7
+    assert cost.training_flops == 3 * 10 + 20 + 7

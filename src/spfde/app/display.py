@@ -131,6 +131,7 @@ class ConsoleDisplay:
             "saved by freezing": -totals.saved_by_freezing,
             "saved by sieving": -totals.saved_by_sieving,
             "added by dense gradients": totals.dense_gradient_flops,
+            "added by scores and probes": totals.overhead_flops,
         }
         self._line("")
         self._line(

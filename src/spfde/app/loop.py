@@ -166,6 +166,7 @@ def _metrics(run: Run, trained: Pass, tested: Pass) -> dict[str, Any]:
         "saved_by_freezing": cost.saved_by_freezing,
         "saved_by_sieving": cost.saved_by_sieving,
         "dense_gradient_flops": cost.dense_gradient_flops,
+        "overhead_flops": cost.overhead_flops,
         "seconds": row.seconds,
         "peak_memory_bytes": row.peak_memory_bytes,
         "saved_tensor_bytes": trained.saved_tensor_bytes,

@@ -34,6 +34,7 @@ class LedgerRow:
         saved_by_freezing: FLOPs.
         saved_by_sieving: FLOPs.
         dense_gradient_flops: FLOPs added by gradients of inactive weights.
+        overhead_flops: FLOPs computed beside the training steps (scores of pruning at initialisation, probes).
         seconds: wall clock.
         peak_memory_bytes: measured peak; None if the platform does not tell.
         modelled_memory_bytes: None if not modelled.
@@ -56,6 +57,7 @@ class LedgerRow:
     peak_memory_bytes: int | None = None
     modelled_memory_bytes: int | None = None
     lr: float | None = None
+    overhead_flops: int = 0
 
     @property
     def cost(self) -> EpochCost:
@@ -246,6 +248,7 @@ def render(
         source("saved by freezing", cost.saved_by_freezing),
         source("saved by sieving", cost.saved_by_sieving),
         source("added by dense gradients", -cost.dense_gradient_flops),
+        *([source("added by scores and probes", -cost.overhead_flops)] if cost.overhead_flops else []),
         memory("step memory, average", totals.average_memory_bytes),
         memory("step memory, least", totals.minimum_memory_bytes),
         ("peak memory", "", format_bytes(totals.peak_memory_bytes), "", ""),
@@ -319,11 +322,12 @@ def _problem_with(row: LedgerRow, last_epoch: int) -> Problem | None:
             "row.epoch", row.epoch, f"must be later than the last one ({last_epoch})", "Enter each epoch once."
         )
     saved = row.saved_by_sparsity + row.saved_by_freezing + row.saved_by_sieving
-    if row.dense_training_flops - saved + row.dense_gradient_flops != row.training_flops:
+    added = row.dense_gradient_flops + row.overhead_flops
+    if row.dense_training_flops - saved + added != row.training_flops:
         return Problem(
             "row.training_flops",
             row.training_flops,
-            "must be the dense FLOPs less the savings plus the dense gradients",
+            "must be the dense FLOPs less the savings plus the dense gradients and the overhead",
             "Take the figures of one EpochCost.",
         )
     return None

@@ -12,9 +12,9 @@ from spfde.errors import Problems
 class EpochCost:
     """Modelled FLOPs of an epoch, and where the savings against dense training come from.
 
-    Always ``dense_training_flops - saved_by_sparsity - saved_by_freezing - saved_by_sieving + dense_gradient_flops ==
-    training_flops``, exactly. The savings overlap, so their order matters: sparsity is credited against the dense net,
-    freezing against the sparse net, sieving against the sparse and frozen net.
+    Always ``dense_training_flops - saved_by_sparsity - saved_by_freezing - saved_by_sieving + dense_gradient_flops +
+    overhead_flops == training_flops``, exactly. The savings overlap, so their order matters: sparsity is credited
+    against the dense net, freezing against the sparse net, sieving against the sparse and frozen net.
 
     Attributes:
         training_flops: what the epoch costs.
@@ -23,6 +23,8 @@ class EpochCost:
         saved_by_freezing: the sparse backward pass of frozen layers, over the whole population.
         saved_by_sieving: the samples that were not seen; negative if more were seen than the population holds.
         dense_gradient_flops: what weight gradients of inactive weights cost on top (RigL).
+        overhead_flops: what a technique computes beside the training steps: scores for pruning at initialisation,
+            probes that tell whether a block has converged.
     """
 
     training_flops: int
@@ -31,6 +33,7 @@ class EpochCost:
     saved_by_freezing: int
     saved_by_sieving: int
     dense_gradient_flops: int = 0
+    overhead_flops: int = 0
 
     def __add__(self, other: EpochCost) -> EpochCost:
         if not isinstance(other, EpochCost):
@@ -51,6 +54,8 @@ def epoch_cost(
     samples: int,
     population: int,
     dense_gradient_samples: int = 0,
+    gradient_density: Sequence[float] | None = None,
+    overhead_flops: int = 0,
 ) -> EpochCost:
     """FLOPs of one epoch: 3x the sparse forward pass for active layers, 1x for frozen ones, as SpFDE counts them.
 
@@ -62,8 +67,10 @@ def epoch_cost(
         samples: samples trained on in this epoch.
         population: samples that the dense run would train on in an epoch. Where the loader drops a partial batch, that
             batch belongs to neither number.
-        dense_gradient_samples: samples whose backward pass also computed the gradients of the inactive weights of
-            unfrozen layers (RigL, once an update interval).
+        dense_gradient_samples: samples whose backward pass also computed the gradients of inactive weights of unfrozen
+            layers (RigL: one step of an update interval; SNFS: every step).
+        gradient_density: share of the weights whose gradient these samples computed, per layer; None: all.
+        overhead_flops: computed beside the training steps.
 
     Raises:
         InvalidArgument: lengths differ, a density is outside [0, 1], or a count is negative.
@@ -74,9 +81,14 @@ def epoch_cost(
         ("samples", samples),
         ("population", population),
         ("dense_gradient_samples", dense_gradient_samples),
+        ("overhead_flops", overhead_flops),
     ):
         if value < 0:
-            problems.add(name, value, "must not be negative", "Pass a number of samples.")
+            problems.add(name, value, "must not be negative", "Pass a count.")
+    reach = (1.0,) * len(forward)
+    if gradient_density is not None:
+        reach = tuple(gradient_density)
+        check_layers(problems, len(forward), reach, frozen)
     problems.raise_if_any()
 
     never = (False,) * len(forward)
@@ -85,17 +97,18 @@ def epoch_cost(
     with_freezing = _training_flops(forward, density, frozen, population)
     with_sieving = _training_flops(forward, density, frozen, samples)
     extra = sum(
-        dense_gradient_samples * f - share(dense_gradient_samples * f, d)
-        for f, d, is_frozen in zip(forward, density, frozen, strict=True)
+        share(dense_gradient_samples * f, max(wide, d)) - share(dense_gradient_samples * f, d)
+        for f, d, wide, is_frozen in zip(forward, density, reach, frozen, strict=True)
         if not is_frozen
     )
     return EpochCost(
-        training_flops=with_sieving + extra,
+        training_flops=with_sieving + extra + overhead_flops,
         dense_training_flops=dense,
         saved_by_sparsity=dense - sparse,
         saved_by_freezing=sparse - with_freezing,
         saved_by_sieving=with_freezing - with_sieving,
         dense_gradient_flops=extra,
+        overhead_flops=overhead_flops,
     )
 
 

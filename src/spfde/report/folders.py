@@ -51,6 +51,7 @@ class Epoch:
     saved_by_freezing: float | None = None
     saved_by_sieving: float | None = None
     dense_gradient_flops: float | None = None
+    overhead_flops: float | None = None
     seconds: float | None = None
     evaluation_seconds: float | None = None
     peak_memory_bytes: float | None = None

@@ -77,7 +77,8 @@ def savings(runs: Sequence[Run]) -> Table:
     columns = tuple(Column(title.capitalize(), "modelled", VERSUS_DENSE, share(name)) for name, title in SOURCES)
     of_spent = "Part of what was spent: gradients of inactive weights"
     extra = Column("Dense gradients", "modelled", of_spent, share("dense_gradient_flops"))
-    return _table("Where the training FLOPs went", (*columns, extra), runs)
+    beside = Column("Scores and probes", "modelled", "Computed beside the training steps", share("overhead_flops"))
+    return _table("Where the training FLOPs went", (*columns, extra, beside), runs)
 
 
 def memory_table(runs: Sequence[Run]) -> Table:

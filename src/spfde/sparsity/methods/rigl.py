@@ -1,0 +1,53 @@
+"""RigL: growth by the dense gradient."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from spfde.schedules import cosine
+from spfde.sparsity import mutation
+from spfde.sparsity.methods.base import Fraction, SparsityMethod
+
+
+class RigL(SparsityMethod):
+    """Drop the smallest weights, grow those with the largest dense gradient.
+
+    Departure: the paper skips the gradient update in a step that mutates; here the mutation follows the update.
+
+    Attributes:
+        drop_fraction: share of the active weights dropped at the first mutation, in [0, 1).
+        stop_fraction: share of the run after which the mask stays, in (0, 1]; the cosine ends there.
+    """
+
+    name: ClassVar[str] = "rigl"
+    summary: ClassVar[str] = "Drops the smallest weights and grows those with the largest dense gradient."
+    citation: ClassVar[str] = (
+        "U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen: Rigging the Lottery: Making All Tickets Winners. "
+        "ICML 2020. arXiv 1911.11134"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{evci2020rigl,
+  title = {Rigging the Lottery: Making All Tickets Winners},
+  author = {Evci, Utku and Gale, Trevor and Menick, Jacob and Castro, Pablo Samuel and Elsen, Erich},
+  booktitle = {International Conference on Machine Learning},
+  year = {2020},
+  eprint = {1911.11134},
+  archivePrefix = {arXiv}
+}"""
+
+    drop_fraction: Fraction = 0.3
+    stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+
+    @property
+    def gradients(self) -> Literal["none", "active", "dense"]:
+        return "dense"
+
+    def drop_fraction_at(self, progress: float) -> float:
+        return cosine(progress / self.stop_fraction, self.drop_fraction)
+
+    def grow(self, mask: Tensor, n_final: int, *, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        assert gradient is not None, "RigL grows by the dense gradient"
+        return mutation.grow_by_score(mask, mutation.gradient(gradient), n_final)
