@@ -1,0 +1,389 @@
+"""What exists or not as a whole: single weights, blocks, N:M groups, kernels, patterns, channels.
+
+A structure cuts a weight into units. Methods score units, choose among them, drop and grow them; the structure turns
+them into a mask of weights. A weight has the shape (out, in, \\*kernel), that of ``nn.Linear`` (out, in); a transposed
+convolution's first dimension is its input. Flat indices are row-major whatever the memory format.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from spfde.rounding import round_half_up
+from spfde.sparsity import mutation
+from spfde.sparsity.masks import highest
+from spfde.sparsity.units import PATTERNS, Norm, finite, highest_of_each, pattern_scores, pool
+from spfde.technique import Technique
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Structure(Technique):
+    """How a weight is cut into units; the base is a row-major cut into units of equal size.
+
+    Attributes:
+        kind: name in recipes.
+        fixed_count: whether the sparsity fixes the number of units at every moment, so that a method cannot hold more
+            for a while.
+    """
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    citation: ClassVar[str]
+    bibtex: ClassVar[str]
+    fixed_count: ClassVar[bool] = False
+
+    @abstractmethod
+    def n_units(self, shape: Sequence[int]) -> int:
+        """Number of units in a weight of ``shape``."""
+
+    def unit_size(self, shape: Sequence[int]) -> int:
+        """Number of active weights in a unit that exists."""
+        return math.prod(shape) // self.n_units(shape)
+
+    def problem(self, shape: Sequence[int], sparsity: float) -> str | None:
+        """The rule that a weight of ``shape`` at ``sparsity`` breaks, as a clause; None when it breaks none."""
+        return None
+
+    def target_units(self, shape: Sequence[int], sparsity: float) -> int:
+        """Number of units that exist at ``sparsity``: rounded half up, at least one.
+
+        The active weights are exactly that many times :meth:`unit_size`.
+        """
+        wanted = round_half_up((1.0 - sparsity) * math.prod(shape) / self.unit_size(shape))
+        return min(max(1, wanted), self.n_units(shape))
+
+    def reduce(self, values: Tensor, norm: Norm = "l2") -> Tensor:
+        """Scores of units (n_units,) from scores of weights, which have the weight's shape.
+
+        Args:
+            values: of any real type; for "l2" not negative.
+            norm: "l2" (the norm of a unit's scores) or "sum". A unit of one weight has that weight's score.
+        """
+        return pool(self._cut(values.detach()), norm)
+
+    def units_of(self, mask: Tensor) -> Tensor:
+        """The units (n_units,) that exist in a mask."""
+        return self._cut(mask).any(1)
+
+    def expand(
+        self,
+        units: Tensor,
+        shape: Sequence[int],
+        *,
+        previous: Tensor | None = None,
+        score: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        norm: Norm = "l2",
+    ) -> Tensor:
+        """The mask of ``shape`` in which exactly ``units`` exist, on their device.
+
+        Args:
+            units: boolean, (n_units,).
+            shape: of the weight.
+            previous: the mask before, of which patterns that still exist are kept.
+            score: scores of weights by which new kernels get their patterns.
+            generator: for random patterns where there is no score.
+            norm: as in :meth:`reduce`.
+        """
+        return units.repeat_interleave(self.unit_size(shape)).view(*shape)
+
+    def choose(self, score: Tensor, n: int, among: Tensor | None = None) -> Tensor:
+        """The ``n`` units of the highest scores; of equal ones the lower index wins, and NaN ranks lowest.
+
+        Args:
+            score: (n_units,).
+            n: number of units to choose.
+            among: boolean (n_units,), the candidates; None: all.
+        """
+        return highest(score, n, among=among)
+
+    def drop(self, units: Tensor, score: Tensor, n_keep: int) -> Tensor:
+        """The ``n_keep`` units of the highest scores among ``units``."""
+        return mutation.drop(units, score, n_keep)
+
+    def grow(self, units: Tensor, score: Tensor, n_final: int) -> Tensor:
+        """``units`` and, of those that do not exist, the highest scores, ``n_final`` in all."""
+        return mutation.grow_by_score(units, score, n_final)
+
+    def _cut(self, values: Tensor) -> Tensor:
+        """The weights of each unit as a row: (n_units, weights in it)."""
+        return values.reshape(self.n_units(values.shape), -1)
+
+
+class Unstructured(Structure):
+    """Every weight for itself."""
+
+    kind: ClassVar[str] = "unstructured"
+    summary: ClassVar[str] = "Every weight for itself."
+    citation: ClassVar[str] = (
+        "S. Han, J. Pool, J. Tran, W. J. Dally: Learning both Weights and Connections for Efficient Neural Networks. "
+        "NeurIPS 2015. arXiv 1506.02626"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{han2015learning,
+  title = {Learning both Weights and Connections for Efficient Neural Networks},
+  author = {Han, Song and Pool, Jeff and Tran, John and Dally, William J.},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2015},
+  eprint = {1506.02626},
+  archivePrefix = {arXiv}
+}"""
+
+    def n_units(self, shape: Sequence[int]) -> int:
+        return math.prod(shape)
+
+
+class Block(Structure):
+    """Blocks of ``rows`` consecutive outputs by ``columns`` consecutive inputs of the (out, in * kernel) matrix.
+
+    The default, 4x1, is the block of MEST's released code: four filters share which inputs they see.
+
+    Attributes:
+        rows: outputs in a block.
+        columns: columns in a block; they run over the kernel first, then over the inputs.
+    """
+
+    kind: ClassVar[str] = "block"
+    summary: ClassVar[str] = "Blocks of consecutive outputs and inputs, such as 4x1."
+    citation: ClassVar[str] = (
+        "S. Narang, E. Undersander, G. Diamos: Block-Sparse Recurrent Neural Networks. 2017. arXiv 1711.02782"
+    )
+    bibtex: ClassVar[str] = """@misc{narang2017block,
+  title = {Block-Sparse Recurrent Neural Networks},
+  author = {Narang, Sharan and Undersander, Eric and Diamos, Gregory},
+  year = {2017},
+  eprint = {1711.02782},
+  archivePrefix = {arXiv}
+}"""
+
+    rows: Count = Field(default=4, description="a number of outputs, at least 1")
+    columns: Count = Field(default=1, description="a number of columns, at least 1")
+
+    def n_units(self, shape: Sequence[int]) -> int:
+        return math.prod(self._grid(shape))
+
+    def problem(self, shape: Sequence[int], sparsity: float) -> str | None:
+        if shape[0] % self.rows:
+            return f"must have a number of outputs that {self.rows} divides; it has {shape[0]}"
+        columns = math.prod(shape[1:])
+        if columns % self.columns:
+            return f"must have a number of weights per output that {self.columns} divides; it has {columns}"
+        return None
+
+    def expand(
+        self,
+        units: Tensor,
+        shape: Sequence[int],
+        *,
+        previous: Tensor | None = None,
+        score: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        norm: Norm = "l2",
+    ) -> Tensor:
+        blocks = units.view(self._grid(shape))
+        return blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1).view(*shape)
+
+    def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
+        return shape[0] // self.rows, math.prod(shape[1:]) // self.columns
+
+    def _cut(self, values: Tensor) -> Tensor:
+        down, across = self._grid(values.shape)
+        blocks = values.reshape(down, self.rows, across, self.columns).transpose(1, 2)
+        return blocks.reshape(down * across, self.rows * self.columns)
+
+
+class NM(Structure):
+    """N:M: of every ``m`` consecutive weights of an output exactly ``n`` exist.
+
+    Groups run along the input of ``nn.Linear``, which is what PyTorch's semi-structured tensors take at 2:4, and along
+    the flattened (in * kernel) row of a convolution. The sparsity is 1 - n/m throughout: a mutation drops anywhere and
+    growth fills each group up again.
+
+    Attributes:
+        n: active weights in a group.
+        m: weights in a group.
+    """
+
+    kind: ClassVar[str] = "nm"
+    summary: ClassVar[str] = "Exactly n of every m consecutive weights, such as 2:4."
+    citation: ClassVar[str] = (
+        "A. Zhou, Y. Ma, J. Zhu, J. Liu, Z. Zhang, K. Yuan, W. Sun, H. Li: Learning N:M Fine-grained Structured Sparse "
+        "Neural Networks From Scratch. ICLR 2021. arXiv 2102.04010"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{zhou2021nm,
+  title = {Learning {N:M} Fine-grained Structured Sparse Neural Networks From Scratch},
+  author = {Zhou, Aojun and Ma, Yukun and Zhu, Junnan and Liu, Jianbo and Zhang, Zhijie and Yuan, Kun
+            and Sun, Wenxiu and Li, Hongsheng},
+  booktitle = {International Conference on Learning Representations},
+  year = {2021},
+  eprint = {2102.04010},
+  archivePrefix = {arXiv}
+}"""
+    fixed_count: ClassVar[bool] = True
+
+    n: Count = Field(default=2, description="a number of weights, at least 1 and below m")
+    m: Annotated[int, Field(ge=2, le=1024)] = Field(default=4, description="a number of weights from 2 to 1024")
+
+    @model_validator(mode="after")
+    def _fewer_than_all(self) -> NM:
+        if self.n >= self.m:
+            raise ValueError(f"n must be below m; {self.n} of {self.m} leaves nothing out")
+        return self
+
+    def n_units(self, shape: Sequence[int]) -> int:
+        return math.prod(shape)
+
+    def problem(self, shape: Sequence[int], sparsity: float) -> str | None:
+        columns = math.prod(shape[1:])
+        if columns % self.m:
+            return f"must have a number of weights per output that {self.m} divides; it has {columns}"
+        if abs(sparsity - (1.0 - self.n / self.m)) > 1e-6:
+            return f"must have sparsity {1.0 - self.n / self.m:.6g}, which {self.n}:{self.m} fixes; it has {sparsity}"
+        return None
+
+    def target_units(self, shape: Sequence[int], sparsity: float) -> int:
+        return math.prod(shape) // self.m * self.n
+
+    def choose(self, score: Tensor, n: int, among: Tensor | None = None) -> Tensor:
+        """The best of each group, ``n`` in all, which must be what :meth:`target_units` says."""
+        assert n * self.m == len(score) * self.n, f"{self.n}:{self.m} of {len(score)} weights cannot be {n}"
+        ranked = finite(score)
+        if among is not None:
+            ranked = ranked.masked_fill(~among, -math.inf)
+        chosen = highest_of_each(ranked.view(-1, self.m), self.n).view(-1)
+        assert among is None or not bool((chosen & ~among).any()), f"a group has fewer than {self.n} candidates"
+        return chosen
+
+    def grow(self, units: Tensor, score: Tensor, n_final: int) -> Tensor:
+        """Fills each group up to ``n`` by the highest scores; no group of ``units`` may have more."""
+        grown = self.choose(finite(score).masked_fill(units, math.inf), n_final)
+        assert not bool((units & ~grown).any()), f"a group has more than {self.n} active weights"
+        return grown
+
+
+class Kernels(Structure):
+    """Whole kernels: what one output sees of one input. A 1x1 kernel, and one of ``nn.Linear``, is a single weight."""
+
+    kind: ClassVar[str] = "kernel"
+    summary: ClassVar[str] = "Whole kernels: what an output sees of an input."
+    citation: ClassVar[str] = (
+        "X. Ma, F.-M. Guo, W. Niu, X. Lin, J. Tang, K. Ma, B. Ren, Y. Wang: PCONV: The Missing but Desirable Sparsity "
+        "in DNN Weight Pruning for Real-time Execution on Mobile Devices. AAAI 2020. arXiv 1909.05073"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{ma2020pconv,
+  title = {{PCONV}: The Missing but Desirable Sparsity in {DNN} Weight Pruning for Real-time Execution on
+           Mobile Devices},
+  author = {Ma, Xiaolong and Guo, Fu-Ming and Niu, Wei and Lin, Xue and Tang, Jian and Ma, Kaisheng and Ren, Bin
+            and Wang, Yanzhi},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year = {2020},
+  eprint = {1909.05073},
+  archivePrefix = {arXiv}
+}"""
+
+    def n_units(self, shape: Sequence[int]) -> int:
+        return shape[0] * shape[1]
+
+
+class Patterns(Structure):
+    """3x3 kernels of which each has one of eight patterns, or does not exist at all.
+
+    A pattern keeps four weights, the centre and three neighbours. A kernel keeps its pattern as long as it exists; a
+    new one gets the pattern that keeps most of its scores, or a random one. Kernels are scored by their best pattern.
+
+    Departures: the released code of MEST has one pattern without the centre, in place of which the upward T completes
+    the four squares and four Ts; and it drops the same number of kernels in every filter, where here the layer's
+    kernels compete.
+    """
+
+    kind: ClassVar[str] = "pattern"
+    summary: ClassVar[str] = "3x3 kernels with one of eight patterns of four weights, or none."
+    citation: ClassVar[str] = (
+        "W. Niu, X. Ma, S. Lin, S. Wang, X. Qian, X. Lin, Y. Wang, B. Ren: PatDNN: Achieving Real-Time DNN Execution "
+        "on Mobile Devices with Pattern-based Weight Pruning. ASPLOS 2020. arXiv 2001.00138"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{niu2020patdnn,
+  title = {{PatDNN}: Achieving Real-Time {DNN} Execution on Mobile Devices with Pattern-based Weight Pruning},
+  author = {Niu, Wei and Ma, Xiaolong and Lin, Sheng and Wang, Shihao and Qian, Xuehai and Lin, Xue
+            and Wang, Yanzhi and Ren, Bin},
+  booktitle = {International Conference on Architectural Support for Programming Languages and Operating Systems},
+  year = {2020},
+  eprint = {2001.00138},
+  archivePrefix = {arXiv}
+}"""
+
+    def n_units(self, shape: Sequence[int]) -> int:
+        return shape[0] * shape[1]
+
+    def unit_size(self, shape: Sequence[int]) -> int:
+        return len(PATTERNS[0])
+
+    def problem(self, shape: Sequence[int], sparsity: float) -> str | None:
+        if tuple(shape[2:]) != (3, 3):
+            found = "x".join(str(side) for side in shape[2:]) or "none"
+            return f"must have 3x3 kernels, which patterns are made for; it has {found}"
+        if sparsity < 5 / 9 - 1e-6:
+            return f"must have a sparsity of at least 5/9, for a pattern keeps 4 of 9 weights; it has {sparsity}"
+        return None
+
+    def reduce(self, values: Tensor, norm: Norm = "l2") -> Tensor:
+        return pattern_scores(self._cut(values), norm).amax(1)
+
+    def expand(
+        self,
+        units: Tensor,
+        shape: Sequence[int],
+        *,
+        previous: Tensor | None = None,
+        score: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        norm: Norm = "l2",
+    ) -> Tensor:
+        kernels = torch.zeros(len(units), 9, dtype=torch.bool, device=units.device)
+        new = units
+        if previous is not None:
+            before = self._cut(previous)
+            kernels = before & units.unsqueeze(1)
+            new = units & ~before.any(1)
+        rows = new.nonzero().squeeze(1)
+        if score is not None:
+            best = pattern_scores(self._cut(score)[rows], norm).argmax(1)
+        else:
+            assert generator is not None, "random patterns need a generator"
+            best = torch.randint(len(PATTERNS), (len(rows),), generator=generator).to(units.device)
+        kernels[rows.unsqueeze(1), torch.tensor(PATTERNS, device=units.device)[best]] = True
+        return kernels.view(*shape)
+
+
+class Channels(Structure):
+    """Whole output channels: filters of a convolution, rows of ``nn.Linear``."""
+
+    kind: ClassVar[str] = "channel"
+    summary: ClassVar[str] = "Whole output channels."
+    citation: ClassVar[str] = (
+        "H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf: Pruning Filters for Efficient ConvNets. ICLR 2017. "
+        "arXiv 1608.08710"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{li2017filters,
+  title = {Pruning Filters for Efficient {ConvNets}},
+  author = {Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter},
+  booktitle = {International Conference on Learning Representations},
+  year = {2017},
+  eprint = {1608.08710},
+  archivePrefix = {arXiv}
+}"""
+
+    def n_units(self, shape: Sequence[int]) -> int:
+        return shape[0]
+
+
+STRUCTURES: dict[str, type[Structure]] = {
+    structure.kind: structure for structure in (Unstructured, Block, NM, Kernels, Patterns, Channels)
+}
