@@ -122,7 +122,7 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
         recorder = _Recorder(owners, {_storage_key(buffer) for buffer in twin.buffers()})
         eager = torch.compiler.set_stance("force_eager")  # parts of the model may be compiled on their own
         try:
-            with recorder.watching(twin), torch.no_grad(), _global_generators_restored(), eager, recorder:
+            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
                 twin.train(False)(*args, **kwargs)
         except Exception as error:
             raise InvalidArgument(
@@ -151,7 +151,7 @@ def sample_from(loader: Any, model: nn.Module) -> Sample:
     tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
     """
     dataset = loader.dataset
-    with _global_generators_restored(), _own_generators_restored(dataset):
+    with global_generators_restored(), _own_generators_restored(dataset):
         items = dataset.__getitems__([0]) if hasattr(dataset, "__getitems__") else [dataset[0]]
         batch = loader.collate_fn(items)
     if isinstance(batch, Mapping):
@@ -331,7 +331,8 @@ def _plain_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _global_generators_restored() -> Iterator[None]:
+def global_generators_restored() -> Iterator[None]:
+    """Put back the global generators of Python, NumPy and torch, those of accelerators in use included."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -1,0 +1,276 @@
+"""Pruning at initialisation: one mask for all layers together, found before training and never changed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from spfde.errors import InvalidArgument, Problem, Problems
+from spfde.rounding import round_half_up
+from spfde.sparsity import saliency
+from spfde.sparsity.methods.base import SparsityMethod
+from spfde.sparsity.saliency import ScoreLoss
+from spfde.sparsity.structure import Structure
+from spfde.tracing import Sample, unwrap
+
+
+class PruningAtInitialisation(SparsityMethod):
+    """What SNIP, GraSP and SynFlow share: a score for every weight, and the highest of all layers together.
+
+    How many weights a layer keeps follows from the scores; ``sparsity`` is that of all masked layers together.
+
+    Departure: the best unit of each layer always stays, so that no layer collapses.
+
+    Attributes:
+        n_batches: batches of the loader that are scored.
+    """
+
+    cost: ClassVar[str] = "3 sparse passes a step, and 3 dense ones for each sample that is scored"
+    counts_known: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    """Whether the model is scored in training mode."""
+
+    n_batches: Annotated[int, Field(ge=0)] = 1
+
+    def select(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        *,
+        units: int,
+        structure: Structure,
+        batches: Sequence[Any],
+        loss: ScoreLoss,
+        sample: Sample,
+    ) -> dict[str, Tensor]:
+        """Masks with exactly ``units`` units in all, at least one in each layer; the model is left as it was.
+
+        Args:
+            model: the user's module, on the device of its weights; what wraps it is taken off.
+            weights: the masked weights by name; a tied weight once.
+            units: units of ``structure`` that exist in all layers together.
+            structure: what exists or not as a whole.
+            batches: what ``loss`` takes, ``n_batches`` of them.
+            loss: the mean loss of a batch, as a function of the unwrapped model and the batch.
+            sample: what the model is called with.
+
+        Returns:
+            Boolean masks of the weights' shapes, on their devices.
+
+        Raises:
+            InvalidArgument: there are no batches, the loss is no number, a weight is listed twice, or scores overflow.
+        """
+        self._check(weights, batches)
+        # A data-parallel wrapper would wait for a backward pass that never comes.
+        model = unwrap(model)
+        total = sum(structure.n_units(weight.shape) for weight in weights.values())
+        rounds = self.rounds(units, total)
+        masks: dict[str, Tensor] | None = None
+        with saliency.untouched(model, training=self.trains):
+            for n in rounds[-1:] if structure.fixed_count else rounds:
+                scores = self._scores(model, weights, batches, loss, sample, masks)
+                self._check_scores(scores)
+                masks = saliency.choose_units(scores, structure, n, masks=masks)
+        assert masks is not None, "there is at least one round"
+        return masks
+
+    @abstractmethod
+    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
+        """Modelled FLOPs of scoring ``samples`` samples, whose dense forward pass costs so many each."""
+
+    def rounds(self, units: int, total: int) -> list[int]:
+        """Units that are left after each round of scoring, ``units`` of ``total`` at last."""
+        return [units]
+
+    @abstractmethod
+    def _scores(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        batches: Sequence[Any],
+        loss: ScoreLoss,
+        sample: Sample,
+        masks: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """A score of each weight, of which the highest are kept; ``masks`` is what earlier rounds have left."""
+
+    def _check(self, weights: Mapping[str, nn.Parameter], batches: Sequence[Any]) -> None:
+        problems = Problems()
+        if self.n_batches and not batches:
+            remedy = f"Pass {self.n_batches} batches of the loader."
+            problems.add("batches", batches, f"is empty, and {type(self).__name__} scores by data", remedy)
+        first: dict[int, str] = {}
+        for name, weight in weights.items():
+            other = first.setdefault(id(weight), name)
+            if other != name:
+                problems.add("weights", name, f"is the same tensor as {other}", "List a tied weight under one name.")
+        problems.raise_if_any()
+
+    def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
+        for name, score in scores.items():
+            if not bool(score.isfinite().all()):
+                rule = f"gives scores of {name} that are not finite"
+                remedy = "Look for NaN in the weights and the first batches, and for a loss that overflows."
+                raise InvalidArgument(Problem("sparsity", type(self).__name__, rule, remedy))
+        if not any(bool(score.any()) for score in scores.values()):
+            rule = "scores every weight 0, so that there is nothing to choose by"
+            remedy = "Look for a layer of zeros that cuts the network in two, or use another method."
+            raise InvalidArgument(Problem("sparsity", type(self).__name__, rule, remedy))
+
+
+class SNIP(PruningAtInitialisation):
+    """Keep the weights to which the loss is most sensitive: the highest ``|w * g|`` of all layers together.
+
+    The model is scored in training mode, as it is initialised.
+
+    Departure: the paper initialises by variance scaling; here the weights are the user's.
+
+    Attributes:
+        n_batches: batches of the loader whose gradients are added up; one in the paper.
+    """
+
+    name: ClassVar[str] = "snip"
+    summary: ClassVar[str] = "Prunes at initialisation what the loss is least sensitive to."
+    citation: ClassVar[str] = (
+        "N. Lee, T. Ajanthan, P. H. S. Torr: SNIP: Single-shot Network Pruning based on Connection Sensitivity. "
+        "ICLR 2019. arXiv 1810.02340"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{lee2019snip,
+  title = {{SNIP}: Single-shot Network Pruning based on Connection Sensitivity},
+  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Torr, Philip H. S.},
+  booktitle = {International Conference on Learning Representations},
+  year = {2019},
+  eprint = {1810.02340},
+  archivePrefix = {arXiv}
+}"""
+
+    n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 1
+
+    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
+        """Three forward passes' worth a sample, as a training step."""
+        return 3 * forward_flops_per_sample * samples
+
+    def _scores(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        batches: Sequence[Any],
+        loss: ScoreLoss,
+        sample: Sample,
+        masks: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        return saliency.connection_sensitivity(model, weights, batches, loss)
+
+
+class GraSP(PruningAtInitialisation):
+    """Keep the weights without which the gradient would shrink most: the highest ``w * Hg`` of all layers together.
+
+    The paper says the same with the sign turned: of ``S = -w * Hg`` the highest are removed. The model is scored in
+    training mode.
+
+    Departures: the samples are the loader's first, not the same number from each class; the paper's code draws new
+    weights for linear layers before it scores them, here they are the user's.
+
+    Attributes:
+        n_batches: batches of the loader that are scored, about 10 samples a class of CIFAR-10 or more.
+        temperature: divides the model's output, which makes the softmax flat; 1 leaves it alone.
+    """
+
+    name: ClassVar[str] = "grasp"
+    summary: ClassVar[str] = "Prunes at initialisation what the gradient's norm can spare."
+    citation: ClassVar[str] = (
+        "C. Wang, G. Zhang, R. Grosse: Picking Winning Tickets Before Training by Preserving Gradient Flow. "
+        "ICLR 2020. arXiv 2002.07376"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{wang2020grasp,
+  title = {Picking Winning Tickets Before Training by Preserving Gradient Flow},
+  author = {Wang, Chaoqi and Zhang, Guodong and Grosse, Roger},
+  booktitle = {International Conference on Learning Representations},
+  year = {2020},
+  eprint = {2002.07376},
+  archivePrefix = {arXiv}
+}"""
+
+    cost: ClassVar[str] = "3 sparse passes a step, and 12 dense ones for each sample that is scored"
+
+    n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 8
+    temperature: Annotated[float, Field(gt=0.0, description="a positive number")] = 200.0
+
+    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
+        """Twelve forward passes' worth a sample: two gradients at three, and the derivative of the second at six.
+
+        That derivative differentiates the two products of the backward pass, each by two factors, and the product of
+        the forward pass once more by both of its factors.
+        """
+        return 12 * forward_flops_per_sample * samples
+
+    def _scores(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        batches: Sequence[Any],
+        loss: ScoreLoss,
+        sample: Sample,
+        masks: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        return saliency.gradient_flow(model, weights, batches, loss, temperature=self.temperature)
+
+
+class SynFlow(PruningAtInitialisation):
+    """Keep the weights that carry most of the flow through the network, pruning a little at a time; needs no data.
+
+    In each of ``iterations`` rounds the flow is taken through the absolute values of what is left, from ones to the
+    sum of the outputs, in evaluation mode and double precision; the density falls exponentially from round to round.
+
+    Departures: a weight that is pruned does not come back; N:M, whose density is fixed, takes one round.
+
+    Attributes:
+        n_batches: no data: 0.
+        iterations: rounds of scoring and pruning.
+    """
+
+    name: ClassVar[str] = "synflow"
+    summary: ClassVar[str] = "Prunes at initialisation, without data, by the flow through absolute weights."
+    citation: ClassVar[str] = (
+        "H. Tanaka, D. Kunin, D. L. K. Yamins, S. Ganguli: Pruning neural networks without any data by iteratively "
+        "conserving synaptic flow. NeurIPS 2020. arXiv 2006.05467"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{tanaka2020synflow,
+  title = {Pruning neural networks without any data by iteratively conserving synaptic flow},
+  author = {Tanaka, Hidenori and Kunin, Daniel and Yamins, Daniel L. K. and Ganguli, Surya},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020},
+  eprint = {2006.05467},
+  archivePrefix = {arXiv}
+}"""
+
+    cost: ClassVar[str] = "3 sparse passes a step, and 3 dense ones for one sample a round"
+    trains: ClassVar[bool] = False
+
+    n_batches: Annotated[int, Field(ge=0, le=0, description="0, for SynFlow looks at no data")] = 0
+    iterations: Annotated[int, Field(ge=1, description="a number of rounds, at least 1")] = 100
+
+    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
+        """Three forward passes' worth a round on one sample, whatever ``samples`` is."""
+        return 3 * forward_flops_per_sample * self.iterations
+
+    def rounds(self, units: int, total: int) -> list[int]:
+        """``total * (units / total) ** (k / iterations)`` units after round ``k``, counted from 1."""
+        share = units / total
+        falling = [round_half_up(total * share ** (k / self.iterations)) for k in range(1, self.iterations)]
+        return [max(units, n) for n in falling] + [units]
+
+    def _scores(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        batches: Sequence[Any],
+        loss: ScoreLoss,
+        sample: Sample,
+        masks: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        return saliency.synaptic_flow(model, weights, sample, masks=masks)
