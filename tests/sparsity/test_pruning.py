@@ -195,6 +195,14 @@ def test_fields_that_synflow_cannot_have_are_refused(fields: dict[str, int]) -> 
         SynFlow(sparsity=0.9, **fields)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("distribution", "erk"), ("overrides", {"*": 0.5}), ("init", "magnitude")]
+)
+def test_what_the_scores_decide_cannot_be_asked_for(field: str, value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"{field} must keep its default"):
+        SNIP(**{"sparsity": 0.9, field: value})
+
+
 @pytest.mark.parametrize("method", _METHODS, ids=_named)
 def test_the_modelled_flops_of_scoring_are_those_that_are_counted(method: PruningAtInitialisation) -> None:
     model = nn.Sequential(*[module for _ in range(30) for module in (nn.Linear(8, 8), nn.Tanh())])

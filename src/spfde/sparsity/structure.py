@@ -298,9 +298,9 @@ class Patterns(Structure):
     A pattern keeps four weights, the centre and three neighbours. A kernel keeps its pattern as long as it exists; a
     new one gets the pattern that keeps most of its scores, or a random one. Kernels are scored by their best pattern.
 
-    Departures: the released code of MEST has one pattern without the centre, in place of which the upward T completes
-    the four squares and four Ts; and it drops the same number of kernels in every filter, where here the layer's
-    kernels compete.
+    Departures, from the code of MEST as its fork neu-spiral/SparCL has it: one of its eight patterns leaves the centre
+    out, in place of which the upward T completes four squares and four Ts; and it keeps the same number of kernels in
+    every filter, where here the layer's kernels compete.
     """
 
     kind: ClassVar[str] = "pattern"

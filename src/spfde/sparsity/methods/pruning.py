@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from spfde.errors import InvalidArgument, Problem, Problems
@@ -35,6 +35,13 @@ class PruningAtInitialisation(SparsityMethod):
     """Whether the model is scored in training mode."""
 
     n_batches: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _scores_decide(self) -> PruningAtInitialisation:
+        for field, default in (("distribution", "uniform"), ("overrides", {}), ("init", "random")):
+            if getattr(self, field) != default:
+                raise ValueError(f"{field} must keep its default, for the scores decide what each layer keeps")
+        return self
 
     def select(
         self,
