@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from spfde.errors import InvalidArgument, StateMismatch
 from spfde.sieving import ForgettingCounter, correct_from_logits, correct_from_loss
+from spfde.sieving import deferred as deferred_module
 from spfde.sieving import forgetting as forgetting_module
 
 INF = float("inf")
@@ -99,7 +100,7 @@ def test_reading_or_saving_in_between_changes_nothing(stream, data):
 
 
 def test_counting_waits_until_about_an_epoch_has_come_together(monkeypatch):
-    monkeypatch.setattr(forgetting_module, "_FOLD_AT_LEAST", 6)
+    monkeypatch.setattr(deferred_module, "FOLD_AT_LEAST", 6)
     calls = []
     count = forgetting_module.count_forgetting
     monkeypatch.setattr(forgetting_module, "count_forgetting", lambda *a: calls.append(a[0].numel()) or count(*a))

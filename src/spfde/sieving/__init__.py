@@ -1,8 +1,10 @@
-"""Which samples are seen: forgetting events, the partial set with its queue, and the loader over it."""
+"""Which samples are seen: how difficult they are, the partial set with its queue, and the loader over it."""
 
 from __future__ import annotations
 
-from spfde.sieving.forgetting import ForgettingCounter, correct_from_logits, correct_from_loss
+from spfde.sieving.balance import ClassLabels, find_labels
+from spfde.sieving.evidence import correct_from_logits, correct_from_loss, el2n_from_logits, loss_from_logits
+from spfde.sieving.forgetting import ForgettingCounter
 from spfde.sieving.loader import (
     SievedBatchSampler,
     SievedLoader,
@@ -11,16 +13,28 @@ from spfde.sieving.loader import (
     loader_generators,
     population_of,
 )
-from spfde.sieving.observer import Observer, correct_from
-from spfde.sieving.sieve import DataSieving, Sieve, Turnover, check_fraction
+from spfde.sieving.methods import SIEVING_METHODS, DataSieving, OneTimeRemoval, SievingMethod, check_fraction
+from spfde.sieving.observer import Observer
+from spfde.sieving.scores import CRITERIA, EVIDENCE, MeanScore, RandomScore, Scorer, correct_from, make_scorer
+from spfde.sieving.sieve import Sieve, Turnover
+from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 __all__ = [
+    "CRITERIA",
+    "EVIDENCE",
+    "SIEVING_METHODS",
+    "ClassLabels",
     "DataSieving",
     "ForgettingCounter",
+    "MeanScore",
     "Observer",
+    "OneTimeRemoval",
+    "RandomScore",
+    "Scorer",
     "Sieve",
     "SievedBatchSampler",
     "SievedLoader",
+    "SievingMethod",
     "Turnover",
     "build_loader",
     "check_fraction",
@@ -28,6 +42,12 @@ __all__ = [
     "correct_from",
     "correct_from_logits",
     "correct_from_loss",
+    "el2n_from_logits",
+    "find_labels",
+    "inclusion_probabilities",
     "loader_generators",
+    "loss_from_logits",
+    "loss_weights",
+    "make_scorer",
     "population_of",
 ]

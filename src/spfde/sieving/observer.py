@@ -1,4 +1,4 @@
-"""Between the loop and the counter: which samples was this batch, and did the caller report on it?"""
+"""Between the loop and the scorer: which samples was this batch, and did the caller report on it?"""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from spfde.errors import InvalidArgument, Problem, UsageError
-from spfde.sieving.forgetting import ForgettingCounter, correct_from_logits, correct_from_loss
+from spfde.sieving.balance import ClassLabels
 from spfde.sieving.loader import SievedLoader
+from spfde.sieving.scores import Scorer
 
 Gather = Callable[[Any], list[Any]]
 
@@ -22,16 +23,27 @@ class Observer:
         samples: samples reported in this epoch.
     """
 
-    def __init__(self, counter: ForgettingCounter, loader: SievedLoader, gather: Gather | None = None) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        loader: SievedLoader,
+        gather: Gather | None = None,
+        *,
+        classes: ClassLabels | None = None,
+        is_needed: bool = True,
+    ) -> None:
         """Watch a loader.
 
         Args:
-            counter: where reports go.
+            scorer: where reports go.
             loader: the session's.
             gather: with several processes, collects an object from all ranks; reports then wait for ``exchange``.
+            classes: where the classes in reports go.
+            is_needed: whether a batch without a report is a mistake.
         """
-        self._counter, self._loader, self._gather = counter, loader, gather
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._scorer, self._loader, self._gather = scorer, loader, gather
+        self._classes, self._is_needed = classes, is_needed
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._awaited = False
         self.samples = 0
 
@@ -51,25 +63,26 @@ class Observer:
 
     def check_reported(self) -> None:
         """Raise ``UsageError`` while a report on the batch drawn last is missing."""
-        if self._awaited:
+        if self._awaited and self._is_needed:
             raise UsageError(
                 "observe() was not called for the last batch of session.loader. While samples are sieved, call "
                 "session.observe(logits, y) once a batch, and use another loader for evaluation."
             )
 
-    def check_any(self, steps: int) -> None:
-        """Raise ``UsageError`` where an epoch's steps were taken on batches that nobody reported."""
-        if steps and not self.samples:
+    def check_any(self, steps: int, drawn: int) -> None:
+        """Raise ``UsageError`` where an epoch's steps were taken on batches from elsewhere that nobody reported."""
+        if steps and not self.samples and not drawn:
             raise UsageError(
                 "steps were taken without session.loader and without observe(). While samples are sieved, train on "
                 "session.loader, or call session.observe(logits, y, indices=...)."
             )
 
-    def report(self, correct: Tensor, indices: Tensor | None) -> None:
-        """Count which samples of a batch the model got right.
+    def report(self, values: Tensor, indices: Tensor | None, labels: Tensor | None = None) -> None:
+        """Take one value for each sample of a batch.
 
         Args:
-            correct: bool [N].
+            values: what the batch says of its samples, [N].
+            labels: their classes, long [N]; None where these are not asked for.
             indices: indices of the samples in the data set, [N]; None for the batch drawn last.
 
         Raises:
@@ -79,20 +92,21 @@ class Observer:
         if indices is None:
             indices = self._current()
         indices = torch.as_tensor(indices).detach().cpu().long().reshape(-1)
-        if len(indices) != len(correct):
+        short = next((len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None)
+        if short is not None:
             raise InvalidArgument(
                 Problem(
                     "observe",
-                    len(correct),
+                    short,
                     f"must have one entry for each of the {len(indices)} samples of the batch",
                     "Pass the whole batch's outputs and labels.",
                 )
             )
         if self._gather is None:
-            self._counter.observe(indices, correct)
+            self._take(indices, values, labels)
         else:
-            self._counter.check_range(indices)
-            self._waiting.append((indices, correct.detach()))
+            self._scorer.check_range(indices)
+            self._waiting.append((indices, values.detach(), labels))
         self.samples += len(indices)
         self._awaited = False
 
@@ -100,11 +114,18 @@ class Observer:
         """Count the reports of all ranks, the same on each. With one process they are counted already."""
         if self._gather is None:
             return
-        mine = [(indices, correct.cpu()) for indices, correct in self._waiting]
+        mine = [
+            (indices, values.cpu(), None if labels is None else labels.cpu()) for indices, values, labels in self._waiting
+        ]
         self._waiting = []
         for reports in self._gather(mine):
-            for indices, correct in reports:
-                self._counter.observe(indices, correct)
+            for report in reports:
+                self._take(*report)
+
+    def _take(self, indices: Tensor, values: Tensor, labels: Tensor | None) -> None:
+        self._scorer.observe(indices, values)
+        if self._classes is not None and labels is not None:
+            self._classes.observe(indices, labels)
 
     def _current(self) -> Tensor:
         if not self._awaited:
@@ -119,24 +140,3 @@ class Observer:
                 "any order. Let the data set return each sample's index, and pass it as indices=."
             )
         return current
-
-
-def correct_from(
-    logits: Tensor | None, y: Tensor | None, *, correct: Tensor | None = None, loss: Tensor | None = None
-) -> Tensor:
-    """Which samples the model got right, bool [N], from exactly one kind of evidence.
-
-    Raises:
-        InvalidArgument: none or more than one kind was given.
-    """
-    from_logits = logits is not None or y is not None
-    if from_logits + (correct is not None) + (loss is not None) == 1:
-        if logits is not None and y is not None:
-            return correct_from_logits(logits, y)
-        if correct is not None:
-            return torch.as_tensor(correct).detach().bool().reshape(-1)
-        if loss is not None:
-            return correct_from_loss(loss)
-    raise InvalidArgument(
-        Problem("observe", "its arguments", "takes logits and y, or correct=, or loss=", "Pass exactly one of them.")
-    )

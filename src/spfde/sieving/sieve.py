@@ -1,101 +1,24 @@
-"""Circular data sieving: which samples are trained on, and how the easiest make room for removed ones.
+"""The sieve: which samples are trained on, and how the easiest make room for removed ones.
 
 Source: arXiv 2209.11204, section on circular data sieving. A share of the samples is removed at random before training;
 the rest is the partial set. At each update the easiest samples of the partial set go to the tail of the removed queue
-and the same number comes back from its head, so the partial set keeps its size.
+and the same number comes back from its head, so the partial set keeps its size. Under a one-time removal all samples
+are in the partial set until the only update, at which none comes back.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Generator, Tensor
 
 from spfde.errors import InvalidArgument, Problem, StateMismatch
-from spfde.rounding import round_half_up
-from spfde.sieving.forgetting import NeverLearned
-from spfde.technique import Technique
-
-
-class DataSieving(Technique):
-    """Train on a part of the data that changes over time: the paper's y %.
-
-    Where the paper leaves room: the removed share is one of all samples; the swapped share is one of the *partial* set
-    (the strict reading); samples that were never right are hard; ties are broken at random from the run's seed.
-
-    ``swap_fraction=0`` removes samples once and for all.
-    """
-
-    name: ClassVar[str] = "sieving"
-    summary: ClassVar[str] = "Leaves out a share of the samples and swaps the easiest for removed ones at every update."
-    citation: ClassVar[str] = (
-        "Geng Yuan, Yanyu Li, Sheng Li, Zhenglun Kong, Sergey Tulyakov, Xulong Tang, Yanzhi Wang, Jian Ren. "
-        "Layer Freezing & Data Sieving: Missing Pieces of a Generic Framework for Sparse Training. "
-        "NeurIPS 2022. arXiv:2209.11204"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{yuan2022spfde,
-  title     = {Layer Freezing \\& Data Sieving: Missing Pieces of a Generic Framework for Sparse Training},
-  author    = {Yuan, Geng and Li, Yanyu and Li, Sheng and Kong, Zhenglun and Tulyakov, Sergey
-               and Tang, Xulong and Wang, Yanzhi and Ren, Jian},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2022},
-  eprint    = {2209.11204},
-  archivePrefix = {arXiv}
-}"""
-
-    removed_fraction: float = Field(
-        default=0.2, ge=0.0, lt=1.0, description="the share of all samples that is left out, in [0, 1)"
-    )
-    swap_fraction: float | None = Field(
-        default=None,
-        ge=0.0,
-        le=1.0,
-        description="the share of the partial set swapped at each update, in [0, 1]; None takes removed_fraction",
-    )
-    never_learned: NeverLearned = Field(
-        default="hard",
-        description="'hard' keeps samples that were never right, 'literal' ranks them by their count of 0",
-    )
-
-    def n_removed(self, n: int) -> int:
-        """Number of samples left out of ``n``, rounded half up."""
-        return round_half_up(self.removed_fraction * n)
-
-    def n_swap(self, n: int) -> int:
-        """Number of samples of ``n`` that change places at each update.
-
-        At least 1 unless the fraction is 0, so that every sample gets its turn; at most the number of removed samples,
-        as no more can come back, and at most the size of the partial set.
-        """
-        removed = self.n_removed(n)
-        fraction = self.removed_fraction if self.swap_fraction is None else self.swap_fraction
-        if removed == 0 or fraction == 0:
-            return 0
-        return min(max(1, round_half_up(fraction * (n - removed))), removed, n - removed)
-
-
-def check_fraction(technique: DataSieving, n: int, batch_size: int) -> list[Problem]:
-    """Find out whether the partial set of ``n`` samples still fills a batch; empty when all is well.
-
-    Nothing is wrong while nothing is removed: a data set smaller than a batch is then the user's own choice.
-    """
-    removed = technique.n_removed(n)
-    if removed == 0 or n - removed >= batch_size:
-        return []
-    rule = f"leaves {n - removed} of {n} samples, no full batch of {batch_size}"
-    # Rounded down, so that the number that is printed works.
-    most = math.floor((n - batch_size) / n * 1000) / 1000
-    remedy = (
-        f"At most {most:g} can be removed at this batch size, or choose a batch size of at most {max(n - removed, 1)}."
-        if most > 0
-        else f"Choose a batch size below {n}, or remove nothing."
-    )
-    return [Problem("removed_fraction", technique.removed_fraction, rule, remedy)]
+from spfde.sieving.balance import shuffled_evenly, take_evenly
+from spfde.sieving.methods import SievingMethod
+from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 
 def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
@@ -112,15 +35,16 @@ def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
     return shuffled[torch.argsort(difficulty[shuffled], stable=True)[:k]]
 
 
-def turn_queue(queue: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-    """Append ``incoming`` to the tail and take the same number from the head.
+def turn_queue(queue: Tensor, incoming: Tensor, returning: int | None = None) -> tuple[Tensor, Tensor]:
+    """Append ``incoming`` to the tail and take ``returning`` from the head, by default as many as came in.
 
     Returns:
         The queue after the turn, and what came out of its head. Nothing comes out in the turn in which it went in, as
-        long as ``incoming`` is no longer than the queue.
+        long as ``returning`` is no more than the queue's length.
     """
     joined = torch.cat([queue, incoming])
-    return joined[incoming.numel() :], joined[: incoming.numel()]
+    out = incoming.numel() if returning is None else returning
+    return joined[out:], joined[:out]
 
 
 @dataclass(frozen=True)
@@ -129,7 +53,7 @@ class Turnover:
 
     Attributes:
         updates: updates made.
-        moved: samples that changed places in the latest update, in each direction.
+        moved: samples that left in the latest update; as many came back, but for a one-time removal.
         moved_total: the same over all updates.
         ever_used: samples that have been in the partial set at least once.
         partial: size of the partial set.
@@ -151,39 +75,40 @@ class Sieve:
         population: all sample ids, shape (n,), long, ascending.
         partial: ids that are trained on, long, ascending.
         removed: ids that are left out, long; the head of the queue comes first.
-        n_swap: samples that change places at each update.
+        n_swap: samples that leave at each update; as many come back, but for a one-time removal.
     """
 
-    def __init__(self, population: Tensor, technique: DataSieving, generator: Generator) -> None:
-        """Remove a random share.
+    def __init__(
+        self, population: Tensor, technique: SievingMethod, generator: Generator, labels: Tensor | None = None
+    ) -> None:
+        """Remove a random share, where the technique starts with one.
 
         Args:
             population: sample ids, shape (n,), long, ascending, without repetition and not negative.
             technique: the hyper-parameters.
             generator: CPU generator; kept, and part of the state. Nothing is drawn from it while nothing is removed.
+            labels: class of each sample, shape (n,), long, to remove the same share of each; None where they are not
+                known yet or do not matter.
 
         Raises:
             InvalidArgument: the ids break a rule above, or no sample would be left.
         """
         n = population.numel()
         _check_population(population)
-        n_removed = technique.n_removed(n)
-        if n_removed >= n:
+        if technique.n_removed(n) >= n:
             rule, remedy = f"leaves none of {n} samples", "Remove less."
             raise InvalidArgument(Problem("removed_fraction", technique.removed_fraction, rule, remedy))
         self.technique = technique
         self.population = population.to("cpu", torch.long, copy=True)
-        self.n_swap = technique.n_swap(n)
+        self.n_swap, self._n_returning = technique.moves(n)
         self.generator = generator
-        if n_removed:
-            order = torch.randperm(n, generator=generator)
-            self.removed = self.population[order[:n_removed]]
-            self.partial = self.population[order[n_removed:].sort().values]
-        else:
-            self.removed = self.population[:0]
-            self.partial = self.population.clone()
-        self._n_initial = n_removed
+        self._n_initial = technique.n_removed_at_start(n)
+        order = torch.randperm(n, generator=generator) if self._n_initial else torch.arange(n)
+        leaving = order[: self._n_initial] if labels is None else take_evenly(order, labels, self._n_initial)
+        self.removed = self.population[leaving]
+        self.partial = _without(self.population, leaving)
         self._updates = 0
+        self._included = torch.zeros(n, dtype=torch.int32)
         self._ever_used = torch.zeros(n, dtype=torch.bool)
         self._settle()
 
@@ -199,7 +124,7 @@ class Sieve:
     @property
     def all_retrieved(self) -> bool:
         """Whether each sample of the initial removed set has come back at least once."""
-        return self._updates * self.n_swap >= self._n_initial
+        return self._updates * self._n_returning >= self._n_initial
 
     @property
     def turnover(self) -> Turnover:
@@ -213,16 +138,18 @@ class Sieve:
             population=self.population.numel(),
         )
 
-    def update(self, difficulty: Tensor) -> Turnover:
+    def update(self, difficulty: Tensor, labels: Tensor | None = None) -> Turnover:
         """Swap the easiest samples of the partial set for the head of the queue.
 
         Once all samples that were removed at the start have come back, the queue is shuffled after each update (the
         update that brings back the last of them included). Nothing happens, and nothing is drawn, when nothing is
-        swapped.
+        swapped, and after a one-time removal.
 
         Args:
             difficulty: difficulty of each sample of ``population``, in its order, shape (n,), ``inf`` for hard ones.
                 Values of samples that are not in the partial set do not matter.
+            labels: class of each sample of ``population``, shape (n,), long, -1 where unknown: the same share of each
+                class leaves, and the queue is shuffled with the classes spread evenly. None: classes do not matter.
 
         Raises:
             InvalidArgument: the shape is another one, or there is a NaN.
@@ -232,19 +159,42 @@ class Sieve:
             found = f"shape {tuple(difficulty.shape)}" if difficulty.shape != (n,) else "NaN in it"
             rule, remedy = f"must hold a number for each of the {n} samples", "Use inf for samples to keep."
             raise InvalidArgument(Problem("difficulty", found, rule, remedy))
-        if self.n_swap == 0:
+        once = self._n_returning == 0
+        if self.n_swap == 0 or (once and self._updates):
             return self.turnover
-        candidates = difficulty.detach().cpu()[torch.searchsorted(self.population, self.partial)]
-        leaving = easiest(candidates, self.n_swap, self.generator)
-        self.removed, returning = turn_queue(self.removed, self.partial[leaving])
-        staying = torch.ones(self.partial.numel(), dtype=torch.bool)
-        staying[leaving] = False
-        self.partial = torch.cat([self.partial[staying], returning]).sort().values
+        positions = torch.searchsorted(self.population, self.partial)
+        candidates = difficulty.detach().cpu()[positions]
+        if labels is None:
+            leaving = easiest(candidates, self.n_swap, self.generator)
+        else:
+            order = easiest(candidates, candidates.numel(), self.generator)
+            leaving = take_evenly(order, labels[positions], self.n_swap)
+        self.removed, returning = turn_queue(self.removed, self.partial[leaving], self._n_returning)
+        self.partial = torch.cat([_without(self.partial, leaving), returning]).sort().values
         self._updates += 1
-        if self.all_retrieved:
-            self.removed = self.removed[torch.randperm(self.removed.numel(), generator=self.generator)]
+        if self.all_retrieved and not once:
+            self.removed = self.removed[self._shuffled(labels)]
+        self._included[torch.searchsorted(self.population, self.partial)] += 1
         self._settle()
         return self.turnover
+
+    def loss_weights(self, ids: Tensor) -> Tensor:
+        """Weights that keep the gradient unbiased, for the losses of samples of the partial set.
+
+        A random choice treats all samples alike: its weights are 1.
+
+        Args:
+            ids: sample ids, shape (batch,), long.
+
+        Returns:
+            Shape (batch,), float32. See ``spfde.sieving.weights`` for what is assumed.
+        """
+        if self.technique.criterion == "random":
+            return torch.ones(ids.numel())
+        included = self._included[torch.searchsorted(self.population, ids)]
+        share = self.partial.numel() / self.population.numel()
+        probabilities = inclusion_probabilities(included, self._updates, initial=share)
+        return loss_weights(probabilities, partial_fraction=share).float()
 
     def state_dict(self) -> dict[str, Any]:
         """Sets, queue order, history and the generator's state: tensors and primitives only."""
@@ -252,6 +202,7 @@ class Sieve:
             "partial": self.partial.clone(),
             "removed": self.removed.clone(),
             "ever_used": self._ever_used.clone(),
+            "included": self._included.clone(),
             "updates": self._updates,
             "n_swap": self.n_swap,
             "generator": self.generator.get_state(),
@@ -267,12 +218,13 @@ class Sieve:
         self.partial = state["partial"].detach().to("cpu", copy=True)
         self.removed = state["removed"].detach().to("cpu", copy=True)
         self._ever_used = state["ever_used"].detach().to("cpu", copy=True)
+        self._included = state["included"].detach().to("cpu", copy=True)
         self._updates = int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
         self._settle()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        names = ("partial", "removed", "ever_used", "generator")
+        names = ("partial", "removed", "ever_used", "included", "generator")
         damaged = [name for name in names if not isinstance(state.get(name), Tensor)]
         damaged += [name for name in ("partial", "removed") if name not in damaged and state[name].dtype != torch.long]
         damaged += [name for name in ("updates", "n_swap") if not isinstance(state.get(name), int)]
@@ -281,7 +233,8 @@ class Sieve:
                 f"the saved sieve lacks {', '.join(damaged)}, or it is damaged there. Use another checkpoint."
             )
         sizes = (state["partial"].numel(), state["removed"].numel(), state["n_swap"])
-        expected = (self.partial.numel(), self.removed.numel(), self.n_swap)
+        n_removed = self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
+        expected = (self.population.numel() - n_removed, n_removed, self.n_swap)
         if sizes != expected:
             raise StateMismatch(
                 f"the saved sieve has {sizes[0]} partial and {sizes[1]} removed samples and swaps {sizes[2]}; "
@@ -292,19 +245,35 @@ class Sieve:
         ascending = bool((state["partial"].diff() > 0).all())
         if not torch.equal(together, self.population) or not ascending:
             raise StateMismatch("the saved sieve holds other sample ids. Use the data set that it was saved with.")
-        ever_used = state["ever_used"]
-        if ever_used.shape != self._ever_used.shape or ever_used.dtype != torch.bool or state["updates"] < 0:
+        history = all(
+            state[name].shape == mine.shape and state[name].dtype == mine.dtype
+            for name, mine in (("ever_used", self._ever_used), ("included", self._included))
+        )
+        if not history or state["updates"] < 0:
             raise StateMismatch("the history of the saved sieve is damaged. Use another checkpoint.")
         try:
             Generator().set_state(state["generator"].cpu())
         except (RuntimeError, TypeError) as error:
             raise StateMismatch("the generator in the saved sieve is damaged. Use another checkpoint.") from error
 
+    def _shuffled(self, labels: Tensor | None) -> Tensor:
+        """A random order of the queue."""
+        if labels is None:
+            return torch.randperm(self.removed.numel(), generator=self.generator)
+        return shuffled_evenly(labels[torch.searchsorted(self.population, self.removed)], self.generator)
+
     def _settle(self) -> None:
         # Always a new mask: a loader that is being iterated keeps the one that it started with.
         self._contains = torch.zeros(int(self.population[-1]) + 1, dtype=torch.bool)
         self._contains[self.partial] = True
         self._ever_used |= self._contains[self.population]
+
+
+def _without(ids: Tensor, leaving: Tensor) -> Tensor:
+    """All but those at some positions, in their order."""
+    staying = torch.ones(ids.numel(), dtype=torch.bool)
+    staying[leaving] = False
+    return ids[staying]
 
 
 def _check_population(population: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from spfde import sources
 from spfde.schedules import steps
 from spfde.sparsity import mutation
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
@@ -33,21 +34,8 @@ class MEST(SparsityMethod):
 
     name: ClassVar[str] = "mest"
     summary: ClassVar[str] = "Elastic mutation with a soft memory bound; no dense gradient, ever."
-    citation: ClassVar[str] = (
-        "G. Yuan, X. Ma, W. Niu, Z. Li, Z. Kong, N. Liu, Y. Gong, Z. Zhan, C. He, Q. Jin, S. Wang, M. Qin, B. Ren, "
-        "Y. Wang, S. Liu, X. Lin: MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge. "
-        "NeurIPS 2021. arXiv 2110.14032"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{yuan2021mest,
-  title = {{MEST}: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge},
-  author = {Yuan, Geng and Ma, Xiaolong and Niu, Wei and Li, Zhengang and Kong, Zhenglun and Liu, Ning and Gong, Yifan
-            and Zhan, Zheng and He, Chaoyang and Jin, Qing and Wang, Siyue and Qin, Minghai and Ren, Bin
-            and Wang, Yanzhi and Liu, Sijia and Lin, Xue},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2021},
-  eprint = {2110.14032},
-  archivePrefix = {arXiv}
-}"""
+    citation: ClassVar[str] = sources.MEST.citation
+    bibtex: ClassVar[str] = sources.MEST.bibtex
 
     soft_bound: bool = True
     soft_bound_steps: tuple[Fraction, ...] = (0.05, 0.025, 0.0)

@@ -1,0 +1,142 @@
+"""What a batch says of its samples: pure functions from outputs, labels and losses to one value a sample.
+
+Nothing here waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spfde.errors import InvalidArgument, Problem
+
+
+def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each sample is classified correctly.
+
+    Args:
+        logits: shape (batch, classes); or (batch,) or (batch, 1) for two classes, positive meaning class 1.
+        y: class indices, shape (batch,) (or (batch, 1) with two classes); or class probabilities, shape
+            (batch, classes), as label smoothing and mixup make them: the most probable class is the right one.
+
+    Returns:
+        Shape (batch,), bool, on the device of ``logits``. Nothing here waits for a GPU.
+
+    Raises:
+        InvalidArgument: the shapes are none of the above.
+    """
+    logits, y = logits.detach(), y.detach()
+    kind = labels_kind(logits, y)
+    if kind == "binary":
+        return (logits.reshape(-1) > 0) == (y.reshape(-1) > 0.5)
+    return logits.argmax(1) == (y.argmax(1) if kind == "soft" else y)
+
+
+def correct_from_loss(loss: Tensor) -> Tensor:
+    """Call the better half of a batch "learned", for tasks that have no right and wrong.
+
+    A sample counts as learned when its loss is at most the (lower) median of its batch. This keeps the idea of a
+    forgetting event (a sample falls back behind the others) and needs no threshold in the units of the loss. It is
+    ours: the paper speaks of classification alone.
+
+    Args:
+        loss: one loss per sample, shape (batch,); further dimensions are averaged. NaN counts as not learned.
+
+    Returns:
+        Shape (batch,), bool.
+
+    Raises:
+        InvalidArgument: ``loss`` is a scalar, or the batch is empty.
+    """
+    per_sample = average_loss(loss)
+    return per_sample <= per_sample.nanmedian()
+
+
+def average_loss(loss: Tensor) -> Tensor:
+    """One loss a sample: all dimensions but the first are averaged, such as the pixels of a segmentation.
+
+    Args:
+        loss: shape (batch, ...).
+
+    Returns:
+        Shape (batch,), detached.
+
+    Raises:
+        InvalidArgument: ``loss`` is a scalar, or the batch is empty.
+    """
+    if loss.dim() == 0 or loss.numel() == 0:
+        raise InvalidArgument(
+            Problem(
+                "loss",
+                tuple(loss.shape),
+                "must hold one loss per sample",
+                'Compute it with reduction="none", and backpropagate loss.mean().',
+            )
+        )
+    return loss.detach().flatten(1).mean(1) if loss.dim() > 1 else loss.detach()
+
+
+def loss_from_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross entropy of each sample; shapes as in ``correct_from_logits``, float32 [N]."""
+    logits, y = logits.detach().float(), y.detach()
+    kind = labels_kind(logits, y)
+    if kind == "binary":
+        return F.binary_cross_entropy_with_logits(logits.reshape(-1), y.reshape(-1).float(), reduction="none")
+    return F.cross_entropy(logits, y.float() if kind == "soft" else y, reduction="none")
+
+
+def el2n_from_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """EL2N: the L2 norm of the error ``softmax(logits) - one_hot(y)`` of each sample (arXiv 2107.07075, section 2).
+
+    Args:
+        logits: shapes as in ``correct_from_logits``. One logit z stands for the two logits (0, z).
+        y: class indices, or class probabilities in place of the one-hot vector.
+
+    Returns:
+        Shape (batch,), float32, in [0, sqrt(2)].
+
+    Raises:
+        InvalidArgument: the shapes are none of those.
+    """
+    logits, y = logits.detach().float(), y.detach()
+    kind = labels_kind(logits, y)
+    if kind == "binary":
+        return math.sqrt(2.0) * (logits.reshape(-1).sigmoid() - y.reshape(-1).float()).abs()
+    error = logits.softmax(1)
+    if kind == "soft":
+        error = error - y.float()
+    else:
+        # Not F.one_hot: it looks at the labels, and so waits for the device.
+        error.scatter_add_(1, y.long()[:, None], -torch.ones_like(error[:, :1]))
+    norm: Tensor = torch.linalg.vector_norm(error, dim=1)
+    return norm
+
+
+def labels_kind(logits: Tensor, y: Tensor) -> Literal["binary", "hard", "soft"]:
+    """How outputs and labels belong together: one logit for two classes, class indices, or class probabilities.
+
+    Raises:
+        InvalidArgument: the shapes are none of these.
+    """
+    samples = logits.shape[0] if logits.dim() else 0
+    if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
+        if y.numel() == samples and y.shape[:1] == logits.shape[:1]:
+            return "binary"
+    elif logits.dim() == 2:
+        if y.shape == logits.shape:
+            return "soft"
+        if y.shape == (samples,):
+            return "hard"
+    shapes = f"logits {tuple(logits.shape)}, y {tuple(y.shape)}"
+    raise InvalidArgument(
+        Problem(
+            "logits, y",
+            shapes,
+            "must be (batch, classes) with (batch,) labels or (batch, classes) probabilities, or both (batch,)",
+            "For other tasks pass correct= (one bool per sample) or loss= (one loss per sample).",
+        )
+    )

@@ -1,0 +1,232 @@
+"""Sieving methods: plain data and pure rules. They say how many samples leave and when; the sieve does it."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from pydantic import Field
+
+from spfde import sources
+from spfde.errors import InvalidArgument, Problem
+from spfde.rounding import round_half_up
+from spfde.schedules import latest_beat
+from spfde.sieving.forgetting import NeverLearned
+from spfde.sieving.scores import Criterion
+from spfde.sources import Source
+from spfde.technique import Technique
+
+
+class _Told:
+    """A text about a technique's sources: the class tells its own, an object also those that its fields call for."""
+
+    def __init__(self, part: str, between: str) -> None:
+        self.part, self.between = part, between
+
+    def __get__(self, technique: SievingMethod | None, kind: type[SievingMethod]) -> str:
+        found = (kind.source,) if technique is None else technique.sources
+        return self.between.join(getattr(source, self.part) for source in found)
+
+
+class SievingMethod(Technique):
+    """What all sieving methods share: how many samples are left out, and which ones count as easy.
+
+    Attributes:
+        removed_fraction: share of all samples that is left out, in [0, 1).
+        criterion: which samples count as easy: "forgetting" (the fewest forgetting events), "loss" (the lowest mean
+            loss), "el2n" (the lowest mean error L2 norm) or "random".
+        never_learned: samples that were never right are hard, or ("literal") as easy as their count of 0; for
+            "forgetting" alone.
+        balanced: the same share of each class leaves.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[Source]
+    citation: ClassVar[_Told] = _Told("citation", "\n")
+    bibtex: ClassVar[_Told] = _Told("bibtex", "\n\n")
+
+    removed_fraction: float = Field(
+        default=0.2, ge=0.0, lt=1.0, description="the share of all samples that is left out, in [0, 1)"
+    )
+    criterion: Criterion = Field(default="forgetting", description='"forgetting", "loss", "el2n" or "random"')
+    never_learned: NeverLearned = Field(
+        default="hard",
+        description="'hard' keeps samples that were never right, 'literal' ranks them by their count of 0",
+    )
+    balanced: bool = Field(default=False, description="whether the same share of each class leaves")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The papers behind the method as it is configured."""
+        by_criterion = {"forgetting": sources.FORGETTING, "el2n": sources.EL2N}
+        return (self.source, *(by_criterion[name] for name in by_criterion if name == self.criterion))
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the loop has to weight its losses."""
+        return False
+
+    def n_removed(self, n: int) -> int:
+        """Number of samples left out of ``n`` in the end, rounded half up."""
+        return round_half_up(self.removed_fraction * n)
+
+    def n_removed_at_start(self, n: int) -> int:
+        """Number of samples removed before training."""
+        raise NotImplementedError
+
+    def moves(self, n: int) -> tuple[int, int]:
+        """Number of samples that leave at an update, and that come back."""
+        raise NotImplementedError
+
+    def updates_at(self, epoch: int, *, interval: int, epochs: int) -> bool:
+        """Whether samples move at the top of ``epoch``."""
+        raise NotImplementedError
+
+    def samples_in_use(self, n: int, epoch: int, *, interval: int, epochs: int) -> int:
+        """Size of the partial set during ``epoch``."""
+        raise NotImplementedError
+
+    def check_length(self, epochs: int, interval: int) -> None:
+        """Raise ``InvalidArgument`` where a run is too short for the method."""
+
+
+class DataSieving(SievingMethod):
+    """Train on a part of the data that changes over time: the paper's y %.
+
+    Where the paper leaves room: the removed share is one of all samples; the swapped share is one of the *partial* set
+    (the strict reading); samples that were never right are hard; ties are broken at random from the run's seed. Other
+    criteria than forgetting, the balance of classes and the weights of losses are not in the paper.
+
+    ``swap_fraction=0`` removes samples once and for all, at random.
+
+    Attributes:
+        swap_fraction: share of the partial set swapped at each update; None takes ``removed_fraction``.
+        rescale_loss: ``session.loss_weights`` gives weights that keep the gradient unbiased; the loop has to use them.
+    """
+
+    name: ClassVar[str] = "circular"
+    summary: ClassVar[str] = "Leaves out a share of the samples and swaps the easiest for removed ones at every update."
+    source: ClassVar[Source] = sources.SPFDE
+
+    swap_fraction: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="the share of the partial set swapped at each update, in [0, 1]; None takes removed_fraction",
+    )
+    rescale_loss: bool = Field(default=False, description="whether losses are weighted by session.loss_weights()")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        weights = (sources.INFOBATCH, sources.HORVITZ_THOMPSON) if self.rescale_loss else ()
+        return (*super().sources, *weights)
+
+    @property
+    def rescales(self) -> bool:
+        return self.rescale_loss
+
+    def n_removed_at_start(self, n: int) -> int:
+        return self.n_removed(n)
+
+    def n_swap(self, n: int) -> int:
+        """Number of samples of ``n`` that change places at each update.
+
+        At least 1 unless the fraction is 0, so that every sample gets its turn; at most the number of removed samples,
+        as no more can come back, and at most the size of the partial set.
+        """
+        removed = self.n_removed(n)
+        fraction = self.removed_fraction if self.swap_fraction is None else self.swap_fraction
+        if removed == 0 or fraction == 0:
+            return 0
+        return min(max(1, round_half_up(fraction * (n - removed))), removed, n - removed)
+
+    def moves(self, n: int) -> tuple[int, int]:
+        return self.n_swap(n), self.n_swap(n)
+
+    def updates_at(self, epoch: int, *, interval: int, epochs: int) -> bool:
+        return 0 < epoch < epochs - 1 and epoch % interval == 0
+
+    def samples_in_use(self, n: int, epoch: int, *, interval: int, epochs: int) -> int:
+        return n - self.n_removed(n)
+
+
+class OneTimeRemoval(SievingMethod):
+    """Train on all the data first, then leave the easiest samples out for good: MEST's data-efficient training.
+
+    Defaults are those of the released CIFAR-100 script: 12,000 of 50,000 samples are removed at epoch 70 of 160.
+    Forgetting events are counted from epoch 0 on, over the whole first phase; samples that were never right stay.
+
+    Departures: the epoch is rounded to a beat, and ties are broken at random (the released code sorts, ties as they
+    fall).
+
+    Attributes:
+        at_fraction: when samples are removed, as a share of the run, in (0, 1).
+    """
+
+    name: ClassVar[str] = "one-time"
+    summary: ClassVar[str] = "Trains on all samples first, then removes the least forgotten once and for all."
+    source: ClassVar[Source] = sources.MEST
+
+    removed_fraction: float = Field(
+        default=0.24, ge=0.0, lt=1.0, description="the share of all samples that is removed, in [0, 1)"
+    )
+    at_fraction: float = Field(
+        default=70 / 160, gt=0.0, lt=1.0, description="when samples are removed, as a share of the run, in (0, 1)"
+    )
+
+    def removal_epoch(self, epochs: int, interval: int) -> int:
+        """The beat nearest to ``at_fraction`` of the run, neither the first epoch nor the last.
+
+        Raises:
+            InvalidArgument: there is no such beat.
+        """
+        last = latest_beat(max(epochs - 2, 0), interval)
+        if last == 0:
+            rule = f"finds no update in a run of {epochs} epochs with one every {interval}"
+            remedy = "Train longer, or take a shorter update_interval_epochs."
+            raise InvalidArgument(Problem("at_fraction", self.at_fraction, rule, remedy))
+        return min(max(round_half_up(self.at_fraction * epochs / interval), 1) * interval, last)
+
+    def check_length(self, epochs: int, interval: int) -> None:
+        if self.removed_fraction > 0:
+            self.removal_epoch(epochs, interval)
+
+    def n_removed_at_start(self, n: int) -> int:
+        return 0
+
+    def moves(self, n: int) -> tuple[int, int]:
+        return self.n_removed(n), 0
+
+    def updates_at(self, epoch: int, *, interval: int, epochs: int) -> bool:
+        return epoch == self.removal_epoch(epochs, interval)
+
+    def samples_in_use(self, n: int, epoch: int, *, interval: int, epochs: int) -> int:
+        if self.removed_fraction == 0 or epoch < self.removal_epoch(epochs, interval):
+            return n
+        return n - self.n_removed(n)
+
+
+SIEVING_METHODS: dict[str, type[DataSieving] | type[OneTimeRemoval]] = {
+    DataSieving.name: DataSieving,
+    OneTimeRemoval.name: OneTimeRemoval,
+}
+
+
+def check_fraction(technique: SievingMethod, n: int, batch_size: int) -> list[Problem]:
+    """Find out whether the partial set of ``n`` samples still fills a batch; empty when all is well.
+
+    Nothing is wrong while nothing is removed: a data set smaller than a batch is then the user's own choice.
+    """
+    removed = technique.n_removed(n)
+    if removed == 0 or n - removed >= batch_size:
+        return []
+    rule = f"leaves {n - removed} of {n} samples, no full batch of {batch_size}"
+    # Rounded down, so that the number that is printed works.
+    most = math.floor((n - batch_size) / n * 1000) / 1000
+    remedy = (
+        f"At most {most:g} can be removed at this batch size, or choose a batch size of at most {max(n - removed, 1)}."
+        if most > 0
+        else f"Choose a batch size below {n}, or remove nothing."
+    )
+    return [Problem("removed_fraction", technique.removed_fraction, rule, remedy)]
