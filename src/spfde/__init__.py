@@ -19,6 +19,7 @@ _HOMES = {
     "ProgressiveFreezing": "spfde.freezing",
     "BlockwiseCosine": "spfde.freezing",
     "DataSieving": "spfde.sieving",
+    "OneTimeRemoval": "spfde.sieving",
     "attach": "spfde.door",
     "Session": "spfde.session",
     "plan": "spfde.planning",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from spfde.recipe import Recipe as Recipe
     from spfde.session import Session as Session
     from spfde.sieving import DataSieving as DataSieving
+    from spfde.sieving import OneTimeRemoval as OneTimeRemoval
     from spfde.sparsity import MEST as MEST
     from spfde.sparsity import SET as SET
     from spfde.sparsity import RigL as RigL

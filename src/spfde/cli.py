@@ -113,6 +113,14 @@ def train(
         ),
     ] = None,
     sieve: Sieve = None,
+    sieve_criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="which samples are easy: forgetting, loss, el2n or random",
+            rich_help_panel=_SAVINGS,
+            show_default="recipe",
+        ),
+    ] = None,
     soft_bound: SoftBound = None,
     interval: Interval = "auto",
     epochs: Epochs = 20,
@@ -152,6 +160,7 @@ def train(
             freeze=freeze,
             cache_variants=cache_variants,
             sieve=sieve,
+            sieve_criterion=sieve_criterion,
             soft_bound=soft_bound,
             interval=interval,
         )

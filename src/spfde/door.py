@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,7 @@ from spfde.freezing import recompile_warning
 from spfde.planning import Blueprint, check_epochs, check_recipe, draw
 from spfde.recipe import Recipe
 from spfde.session import Session
-from spfde.sieving import check_fraction, check_loader, population_of
+from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
 from spfde.tracing import Sample, sample_from, unwrap
 
 
@@ -33,6 +34,7 @@ def attach(
     seed: int = 0,
     engine: str = "auto",
     sample: Sample | None = None,
+    labels: Tensor | Sequence[int] | None = None,
 ) -> Session:
     """Attach a recipe to a training loop.
 
@@ -50,6 +52,8 @@ def attach(
             can work and is expected to be faster. ``session.engine`` is the choice, ``session.engine_reason`` why.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
             default taken from the data set's first item.
+        labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
+            ``targets`` or ``labels``, and where it has none, those that are observed.
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
@@ -68,12 +72,15 @@ def attach(
     if not problems.found and not recipe.is_neutral:
         problems.found.extend(check_shared_loader(loader, world, sieves=recipe.sieves))
     problems.raise_if_any()
+    classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs)
     _warn_of_recompiles(model, blueprint)
     choice = choose_engine(engine, model, blueprint, is_neutral=recipe.is_neutral, on_build=say_on_stderr)
     _check_cache(unwrap(model), recipe, blueprint, choice)
-    session = Session(model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, choice=choice, sample=sample)
+    session = Session(
+        model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, choice=choice, sample=sample, labels=classes
+    )
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
@@ -142,7 +149,8 @@ def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list
     """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    if recipe.sieves and epochs > 1 and recipe.interval(epochs) == 1:
+    counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
+    if recipe.sieves and counts and epochs > 1 and recipe.interval(epochs) == 1:
         warnings.warn(
             "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
             "the sieve chooses at random. Take an interval of 2 or more.",

@@ -110,6 +110,8 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
     """
     check_epochs(epochs)
     interval = recipe.interval(epochs)
+    if recipe.sieving is not None:
+        recipe.sieving.check_length(epochs, interval)
     model = unwrap(model)
     traced = trace(model, sample)
     cost = model_cost(traced, model)
@@ -183,7 +185,7 @@ class Plan:
         memory: bytes by accounting: "paper" (frozen activations still counted, as in the paper's figure 4) and
             "actual" (what the masked engine and autograd really hold).
         samples: size of the whole training set.
-        partial_samples: samples in use in each epoch.
+        samples_in_use: samples in use in each epoch.
         batch_size: samples in a step.
     """
 
@@ -192,13 +194,18 @@ class Plan:
     epoch_costs: tuple[EpochCost, ...]
     memory: Mapping[str, MemoryTimeline]
     samples: int
-    partial_samples: int
+    samples_in_use: tuple[int, ...]
     batch_size: int
 
     @property
     def cost(self) -> EpochCost:
         """The whole run's cost and savings."""
         return total_cost(self.epoch_costs)
+
+    @property
+    def partial_samples(self) -> int:
+        """Samples in use in the last epoch; with circular sieving in every epoch."""
+        return self.samples_in_use[-1]
 
     @property
     def training_flops(self) -> int:
@@ -267,8 +274,10 @@ class Plan:
 
     def __str__(self) -> str:
         dense = self.dense_training_flops
+        first, since = self.samples_in_use[0], self.samples_in_use.index(self.partial_samples)
+        changes = f", {self.partial_samples:,} from epoch {since} on" if since else ""
         lines = [
-            f"Plan: {self.blueprint.epochs} epochs of {self.partial_samples:,} of {self.samples:,} samples "
+            f"Plan: {self.blueprint.epochs} epochs of {first:,} of {self.samples:,} samples{changes} "
             "(every figure is modelled)",
             "",
             f"training FLOPs   {format_flops(self.training_flops):>12}   {self.flops_ratio:.1%} of dense "
@@ -344,7 +353,7 @@ def plan(
             problems.add(name, value, "must be at least 1", "Pass the number of samples.")
     problems.raise_if_any()
     blueprint = draw(model, sample, recipe, epochs)
-    partial = samples - (recipe.sieving.n_removed(samples) if recipe.sieving is not None else 0)
+    in_use = _samples_in_use(recipe, samples, blueprint)
     layers = blueprint.cost.layers
     schedule = [(blueprint.scheduled_density(e), blueprint.frozen_layers(e)) for e in range(epochs)]
     costs = tuple(
@@ -352,9 +361,9 @@ def plan(
             blueprint.cost.forward,
             density,
             frozen,
-            samples=partial,
+            samples=in_use[epoch],
             population=samples,
-            dense_gradient_samples=min(batch_size, partial) if takes_dense_gradients(blueprint, epoch) else 0,
+            dense_gradient_samples=min(batch_size, in_use[epoch]) if takes_dense_gradients(blueprint, epoch) else 0,
         )
         for epoch, (density, frozen) in enumerate(schedule)
     )
@@ -363,7 +372,15 @@ def plan(
         name: memory_timeline(layers, schedule, target_density=target, batch_size=batch_size, accounting=name)
         for name in get_args(Accounting)
     }
-    return Plan(recipe, blueprint, costs, memory, samples, partial, batch_size)
+    return Plan(recipe, blueprint, costs, memory, samples, in_use, batch_size)
+
+
+def _samples_in_use(recipe: Recipe, samples: int, blueprint: Blueprint) -> tuple[int, ...]:
+    """Samples in use in each epoch."""
+    epochs, interval, sieving = blueprint.epochs, blueprint.interval, recipe.sieving
+    if sieving is None:
+        return (samples,) * epochs
+    return tuple(sieving.samples_in_use(samples, epoch, interval=interval, epochs=epochs) for epoch in range(epochs))
 
 
 def takes_dense_gradients(blueprint: Blueprint, epoch: int) -> bool:

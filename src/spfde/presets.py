@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from spfde.errors import InvalidArgument, Problem, nearest
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import Recipe
-from spfde.sieving import DataSieving
+from spfde.sieving import DataSieving, OneTimeRemoval
 from spfde.sparsity import MEST, SET, RigL, StaticSparse
 
 dense = Recipe()
@@ -28,6 +28,9 @@ rigl = Recipe(sparsity=RigL(sparsity=0.9))
 mest = Recipe(sparsity=MEST(sparsity=0.9, soft_bound=True))
 """MEST with elastic mutation and soft bound (EM&S)."""
 
+mest_de = Recipe(sparsity=MEST(sparsity=0.9, soft_bound=True), sieving=OneTimeRemoval())
+"""MEST EM&S with its data-efficient training: the easiest samples are removed once, for good."""
+
 spfde = Recipe(
     sparsity=MEST(sparsity=0.9, soft_bound=True),
     freezing=ProgressiveFreezing(flops_reduction=0.20),
@@ -42,6 +45,7 @@ PRESETS: Mapping[str, Recipe] = {
     "set": set,
     "rigl": rigl,
     "mest": mest,
+    "mest-de": mest_de,
     "spfde": spfde,
 }
 

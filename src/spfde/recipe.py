@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from spfde.errors import InvalidArgument, Problem, nearest
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
-from spfde.sieving import DataSieving
+from spfde.sieving import SIEVING_METHODS, DataSieving, OneTimeRemoval
 from spfde.sparsity import METHODS, SparsityMethod
 from spfde.technique import Technique
 
@@ -34,15 +34,19 @@ class Recipe(Technique):
     # SerializeAsAny is not needed: ``to_dict`` writes the techniques itself, with their method's name.
     sparsity: SparsityMethod | None = None
     freezing: ProgressiveFreezing | None = None
-    sieving: DataSieving | None = None
+    sieving: DataSieving | OneTimeRemoval | None = None
     learning_rate: BlockwiseCosine | None = None
     update_interval_epochs: int | Literal["auto"] = Field(
         default="auto", description='a whole number of epochs from 1 on, or "auto"'
     )
 
+    KINDS: ClassVar[Mapping[str, tuple[Mapping[str, type[Technique]], str]]] = {
+        "sparsity": (METHODS, "mest"),
+        "sieving": (SIEVING_METHODS, "circular"),
+    }
+    """Tables that hold one of several techniques: these by their method's name, and the one that is meant without."""
     TABLES: ClassVar[Mapping[str, type[Technique]]] = {
         "freezing": ProgressiveFreezing,
-        "sieving": DataSieving,
         "learning_rate": BlockwiseCosine,
     }
 
@@ -101,10 +105,11 @@ class Recipe(Technique):
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested primitives; the sparse method is named by ``method``. ``from_dict`` is its inverse."""
+        """Nested primitives; of sparsity and sieving ``method`` names the kind. ``from_dict`` is its inverse."""
         written: dict[str, Any] = {"update_interval_epochs": self.update_interval_epochs}
-        if self.sparsity is not None:
-            written["sparsity"] = {"method": self.sparsity.name, **self.sparsity.model_dump(mode="json")}
+        for name, technique in (("sparsity", self.sparsity), ("sieving", self.sieving)):
+            if technique is not None:
+                written[name] = {"method": technique.name, **technique.model_dump(mode="json")}
         for name in self.TABLES:
             technique = getattr(self, name)
             if technique is not None:
@@ -119,19 +124,19 @@ class Recipe(Technique):
             InvalidArgument: an unknown key or method (the nearest is named), or a value that breaks a rule.
         """
         fields: dict[str, Any] = dict(written)
-        for name in ("sparsity", *cls.TABLES):
+        for name in (*cls.KINDS, *cls.TABLES):
             if name not in fields:
                 continue
             if not isinstance(fields[name], Mapping):
                 raise InvalidArgument(Problem(name, fields[name], "must be a table", f"Write it as [{name}]."))
             table = dict(fields[name])
-            if name == "sparsity":
-                method = str(table.pop("method", "mest"))
-                if method not in METHODS:
-                    raise InvalidArgument(
-                        Problem("sparsity.method", method, "is no sparse training method", nearest(method, METHODS))
-                    )
-                fields[name] = METHODS[method](**table)
+            if name in cls.KINDS:
+                kinds, default = cls.KINDS[name]
+                method = str(table.pop("method", default))
+                if method not in kinds:
+                    rule = "is no method of this table"
+                    raise InvalidArgument(Problem(f"{name}.method", method, rule, nearest(method, kinds)))
+                fields[name] = kinds[method](**table)
             else:
                 fields[name] = cls.TABLES[name](**table)
         return cls(**fields)

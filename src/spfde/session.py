@@ -29,14 +29,16 @@ from spfde.mixing import mix
 from spfde.planning import Blueprint
 from spfde.recipe import Recipe
 from spfde.sieving import (
-    ForgettingCounter,
+    EVIDENCE,
+    ClassLabels,
     Observer,
+    Scorer,
     Sieve,
     SievedBatchSampler,
     SievedLoader,
     build_loader,
-    correct_from,
     loader_generators,
+    make_scorer,
     population_of,
 )
 from spfde.sparsity import Masker
@@ -68,11 +70,12 @@ class Session:
         seed: int,
         choice: Choice,
         sample: Sample,
+        labels: Tensor | None = None,
     ) -> None:
         self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
         self.engine, self.engine_reason = choice.name, choice.reason
         self._given, self._sample = model, sample
-        self._asked_for_seeds = False
+        self._asked_for_seeds = self._asked_for_weights = False
         self._native: NativeEngine | None = None
         self._model, self._optimizer = unwrap(model), optimizer
         self._clock = Clock()
@@ -86,16 +89,13 @@ class Session:
         self._masker = self._make_masker()
         self._freezer = Freezer(self._model, blueprint.partition.blocks, optimizer)
         self._population = population_of(loader)
-        self._sieve: Sieve | None = None
-        if recipe.sieving is not None and recipe.sieves:
-            self._sieve = Sieve(self._population, recipe.sieving, generator=self._generator)
+        self._classes = self._make_classes(labels)
+        self._sieve = self._make_sieve()
         self.loader = self._make_loader(loader)
-        self._counter: ForgettingCounter | None = None
+        self._scorer: Scorer | None = None
         self._observer: Observer | None = None
         if self._sieve is not None:
-            self._counter = ForgettingCounter(int(self._population.max()) + 1)
-            gather = self._world.gather if self._world.is_shared else None
-            self._observer = Observer(self._counter, self.loader, gather)
+            self._observer = self._make_observer(self._sieve)
         layers = blueprint.cost.layers
         dense = memory_of(
             layers, (1.0,) * len(layers), (False,) * len(layers), batch_size=self._batch_size, accounting="actual"
@@ -152,6 +152,7 @@ class Session:
             )
         self._check_observed()
         self._check_seeds()
+        self._check_weights()
         self._exchange()
         self._clock.stop_watch(self._device)
         self.cost.add(self._row())
@@ -175,7 +176,7 @@ class Session:
         if clock.phase != "between" or clock.epoch >= self.blueprint.epochs:
             return
         clock.begin_epoch()
-        self._asked_for_seeds = False
+        self._asked_for_seeds = self._asked_for_weights = False
         if self._observer is not None:
             self._observer.begin_epoch()
         self._turn_sieve()
@@ -190,13 +191,16 @@ class Session:
             self._rates.apply(clock.epoch)
 
     def _turn_sieve(self) -> None:
-        epoch, last = self.epoch, self.blueprint.epochs - 1
-        if self._sieve is None or not 0 < epoch < last or epoch % self.blueprint.interval:
+        sieve, blueprint = self._sieve, self.blueprint
+        if sieve is None or not sieve.technique.updates_at(
+            self.epoch, interval=blueprint.interval, epochs=blueprint.epochs
+        ):
             return
-        assert self._counter is not None
-        difficulty = self._counter.difficulty(self._sieve.technique.never_learned)
-        self._clock.sieve_moved = self._sieve.update(difficulty[self._population]).moved
-        self._counter.reset()
+        assert self._scorer is not None
+        labels = None if self._classes is None else self._classes.labels[self._population]
+        difficulty = self._scorer.difficulty()[self._population]
+        self._clock.sieve_moved = sieve.update(difficulty, labels).moved
+        self._scorer.reset()
 
     def _freeze_to(self, n_blocks: int) -> None:
         blocks = self.blueprint.partition.blocks[self._freezer.n_frozen : n_blocks]
@@ -222,19 +226,64 @@ class Session:
 
         Args:
             logits: the model's output for the batch, [N, classes].
-            y: class labels, [N].
+            y: class labels, [N]; beside correct or loss only to balance classes that are not known otherwise.
             indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
             correct: instead of logits and y: which samples the model got right, bool [N].
             loss: instead: the loss of each sample, [N]; for tasks without right and wrong.
 
         Raises:
             UsageError: called twice for a batch, or before any batch.
-            InvalidArgument: not exactly one kind of evidence, or lengths that differ.
+            InvalidArgument: not exactly one kind of evidence, one that the criterion has no use for, or wrong lengths.
         """
         self._check_attached()
         self._begin_epoch()
-        if self._observer is not None:
-            self._observer.report(correct_from(logits, y, correct=correct, loss=loss), indices)
+        if self._sieve is not None and self._observer is not None:
+            values = EVIDENCE[self._sieve.technique.criterion](logits, y, correct=correct, loss=loss)
+            labels = self._classes.from_report(logits, y) if self._classes is not None else None
+            self._observer.report(values, indices, labels)
+
+    def loss_weights(self, indices: Tensor | None = None) -> Tensor:
+        """Weights for the losses of a batch, so that sieving leaves the gradient unbiased.
+
+        With ``DataSieving(rescale_loss=True)`` backpropagate ``(session.loss_weights() * loss).mean()``, where ``loss``
+        is one loss a sample, and observe the loss as it is. Their mean over the partial set is 1 in expectation, so
+        that a learning rate means what it did. Otherwise all are 1.
+
+        Args:
+            indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
+
+        Returns:
+            float32 [N], on the model's device.
+
+        Raises:
+            UsageError: it cannot be told which samples are in the batch.
+            InvalidArgument: an index is not in the partial set.
+        """
+        self._check_attached()
+        self._begin_epoch()
+        samples = self._samples_of("loss_weights", indices)
+        self._asked_for_weights = True
+        if self._sieve is None or not self._sieve.technique.rescales:
+            return torch.ones(samples.numel(), device=self._device)
+        return self._sieve.loss_weights(samples).to(self._device)
+
+    def _check_weights(self) -> None:
+        rescales = self._sieve is not None and self._sieve.technique.rescales
+        if rescales and self._clock.steps and not self._asked_for_weights and not self._loaded_drained:
+            raise UsageError(
+                "rescale_loss is set, but the losses were not weighted: multiply each sample's loss by "
+                "session.loss_weights() before taking the mean, or set rescale_loss=False."
+            )
+
+    def _samples_of(self, asked: str, indices: Tensor | None) -> Tensor:
+        """The samples of a batch, by default of the one drawn last."""
+        samples = self.loader.current_indices if indices is None else torch.as_tensor(indices).cpu().long()
+        if samples is None:
+            raise UsageError(
+                f"{asked}() cannot tell which samples are in this batch. Draw it from session.loader (not with "
+                "in_order=False), or pass indices=."
+            )
+        return samples
 
     @property
     def caches_prefix(self) -> bool:
@@ -260,12 +309,7 @@ class Session:
         """
         self._check_attached()
         self._begin_epoch()
-        samples = self.loader.current_indices if indices is None else torch.as_tensor(indices).cpu().long()
-        if samples is None:
-            raise UsageError(
-                "augmentation_seeds() cannot tell which samples are in this batch. Draw it from session.loader (not "
-                "with in_order=False), or pass indices=."
-            )
+        samples = self._samples_of("augmentation_seeds", indices)
         self._asked_for_seeds = True
         freezings = [at for at in self.blueprint.freeze_plan.freeze_epochs if at is not None and at <= self.epoch]
         if self.caches_prefix and self._native is not None and self.frozen_blocks:
@@ -287,7 +331,7 @@ class Session:
     def _check_observed(self) -> None:
         if self._observer is not None and not self._loaded_drained:
             self._observer.check_reported()
-            self._observer.check_any(self._clock.steps)
+            self._observer.check_any(self._clock.steps, self._clock.samples_drawn)
 
     def _exchange(self) -> None:
         if self._observer is not None:
@@ -442,6 +486,32 @@ class Session:
     @property
     def _device(self) -> torch.device:
         return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    def _make_classes(self, labels: Tensor | None) -> ClassLabels | None:
+        technique = self.recipe.sieving
+        if technique is None or not (self.recipe.sieves and technique.balanced):
+            return None
+        return ClassLabels(int(self._population.max()) + 1, labels)
+
+    def _make_sieve(self) -> Sieve | None:
+        technique, classes = self.recipe.sieving, self._classes
+        if technique is None or not self.recipe.sieves:
+            return None
+        labels = classes.labels[self._population] if classes is not None and not classes.collects else None
+        return Sieve(self._population, technique, generator=self._generator, labels=labels)
+
+    def _make_observer(self, sieve: Sieve) -> Observer:
+        technique = sieve.technique
+        self._scorer = make_scorer(
+            technique.criterion, int(self._population.max()) + 1, never_learned=technique.never_learned
+        )
+        return Observer(
+            self._scorer,
+            self.loader,
+            self._world.gather if self._world.is_shared else None,
+            classes=self._classes,
+            is_needed=technique.criterion != "random" or (self._classes is not None and self._classes.collects),
+        )
 
     def _make_masker(self) -> Masker | None:
         blueprint = self.blueprint
@@ -634,7 +704,8 @@ class Session:
             "masker": self._masker,
             "rates": self._rates,
             "sieve": self._sieve,
-            "counter": self._counter,
+            "scorer": self._scorer,
+            "classes": self._classes if self._classes is not None and self._classes.collects else None,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

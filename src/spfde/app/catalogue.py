@@ -6,7 +6,7 @@ import textwrap
 
 from spfde import presets
 from spfde.freezing import ProgressiveFreezing
-from spfde.sieving import DataSieving
+from spfde.sieving import CRITERIA, SIEVING_METHODS, SOURCES
 from spfde.sparsity import METHODS
 
 WIDTH = 80
@@ -29,7 +29,13 @@ def render_catalogue() -> str:
     for name, method in METHODS.items():
         lines += _entry(name, method.summary, method.citation)
     lines += ["", "Layer freezing:", *_entry("freezing", ProgressiveFreezing.summary, ProgressiveFreezing.citation)]
-    lines += ["", "Data sieving:", *_entry("sieving", DataSieving.summary, DataSieving.citation)]
+    lines += ["", "Data sieving:"]
+    for name, sieving in SIEVING_METHODS.items():
+        lines += _entry(name, sieving.summary, sieving.citation)
+    lines += ["", "Criteria of data sieving (spfde train --sieve-criterion NAME):"]
+    for criterion, summary in CRITERIA.items():
+        source = SOURCES.get(criterion)
+        lines += _entry(criterion, summary, "" if source is None else source.citation)
     return "\n".join(lines)
 
 

@@ -91,6 +91,7 @@ def train_epoch(run: Run, epoch: int, display: Display) -> Pass:
     if session.recipe.learning_rate is None:
         for group in optimizer.param_groups:
             group["lr"] = rate(run.options.lr, epoch, stop=run.options.epochs, warmup=0, final=0.0)
+    weighted = session.recipe.sieves and session.recipe.sieving is not None and session.recipe.sieving.rescales
     run.model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     n_correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -100,7 +101,10 @@ def train_epoch(run: Run, epoch: int, display: Display) -> Pass:
         x, y = run.batch(images, labels, augmented=True)
         with saved if number == 1 else nullcontext():
             logits = run.model(x)
-            loss = F.cross_entropy(logits, y)
+            if weighted:
+                loss = (session.loss_weights() * F.cross_entropy(logits, y, reduction="none")).mean()
+            else:
+                loss = F.cross_entropy(logits, y)
         run.accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -10,10 +10,10 @@ from pydantic import Field
 
 from spfde import presets
 from spfde.app.data import DATASETS
-from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch
+from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch, nearest
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import Recipe
-from spfde.sieving import DataSieving, check_fraction
+from spfde.sieving import CRITERIA, DataSieving, OneTimeRemoval, check_fraction
 from spfde.sparsity import MEST
 from spfde.technique import Technique
 
@@ -105,6 +105,7 @@ def choose_recipe(
     freeze: float | None = None,
     cache_variants: int | None = None,
     sieve: float | None = None,
+    sieve_criterion: str | None = None,
     soft_bound: bool | None = None,
     interval: str = "auto",
 ) -> Recipe:
@@ -116,6 +117,7 @@ def choose_recipe(
         freeze: FLOPs reduction by freezing; 0 freezes nothing.
         cache_variants: variants of each sample whose output of the frozen front is kept; 0 keeps none.
         sieve: share of the samples that is left out; 0 leaves out none.
+        sieve_criterion: which samples count as easy.
         soft_bound: MEST's soft bound on or off.
         interval: "auto" or a number of epochs; "auto" leaves the recipe's own.
 
@@ -156,12 +158,27 @@ def choose_recipe(
             rule = f"recipe {name} freezes nothing"
             raise InvalidArgument(Problem("--cache-variants", cache_variants, rule, "Use --freeze 0.2 or so with it."))
         changes["freezing"] = ProgressiveFreezing(**{**_fields(technique), "cache_variants": cache_variants})
-    if sieve is not None:
-        given = {**(_fields(recipe.sieving) if recipe.sieving is not None else {}), "removed_fraction": sieve}
-        changes["sieving"] = DataSieving(**given)
+    if sieve is not None or sieve_criterion is not None:
+        changes["sieving"] = _sieving(name, recipe, sieve, sieve_criterion)
     if interval != "auto":
         changes["update_interval_epochs"] = _parse_interval(interval)
     return recipe.replace(**changes) if changes else recipe
+
+
+def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> DataSieving | OneTimeRemoval:
+    """The recipe's sieving with the command line's changes."""
+    method = recipe.sieving
+    if method is None and sieve is None:
+        rule = f"recipe {name} leaves no samples out"
+        raise InvalidArgument(Problem("--sieve-criterion", criterion, rule, "Use --sieve 0.2 or so with it."))
+    given: dict[str, Any] = {} if sieve is None else {"removed_fraction": sieve}
+    if criterion is not None:
+        if criterion not in CRITERIA:
+            raise InvalidArgument(
+                Problem("--sieve-criterion", criterion, "is no criterion", nearest(criterion, CRITERIA))
+            )
+        given["criterion"] = criterion
+    return DataSieving(**given) if method is None else type(method)(**{**_fields(method), **given})
 
 
 def read_recipe(name: str) -> Recipe:

@@ -13,7 +13,7 @@ from spfde.sieving.loader import (
     loader_generators,
     population_of,
 )
-from spfde.sieving.methods import SIEVING_METHODS, DataSieving, OneTimeRemoval, SievingMethod, check_fraction
+from spfde.sieving.methods import SIEVING_METHODS, SOURCES, DataSieving, OneTimeRemoval, SievingMethod, check_fraction
 from spfde.sieving.observer import Observer
 from spfde.sieving.scores import CRITERIA, EVIDENCE, MeanScore, RandomScore, Scorer, correct_from, make_scorer
 from spfde.sieving.sieve import Sieve, Turnover
@@ -23,6 +23,7 @@ __all__ = [
     "CRITERIA",
     "EVIDENCE",
     "SIEVING_METHODS",
+    "SOURCES",
     "ClassLabels",
     "DataSieving",
     "ForgettingCounter",

@@ -47,7 +47,7 @@ def spread(labels: Tensor) -> Tensor:
     Returns:
         Positions, shape (n,), long.
     """
-    classes, label = labels.unique(return_inverse=True)
+    classes, label = torch.unique(labels, return_inverse=True)
     position = torch.zeros(labels.numel(), dtype=torch.float64)
     for index in range(classes.numel()):
         members = (label == index).nonzero().flatten()
@@ -67,7 +67,7 @@ def take_evenly(order: Tensor, labels: Tensor, k: int) -> Tensor:
         Positions, shape (k,), long, the classes spread evenly.
     """
     ordered = labels[order]
-    classes, counts = ordered[ordered != UNKNOWN].unique(return_counts=True)
+    classes, counts = torch.unique(ordered[ordered != UNKNOWN], return_counts=True)
     shares = largest_remainder(counts, min(k, int(counts.sum())))
     taken = [order[ordered == label][: int(share)] for label, share in zip(classes, shares, strict=True)]
     known = torch.cat(taken) if taken else order[:0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -15,6 +16,9 @@ from spfde.sieving.forgetting import NeverLearned
 from spfde.sieving.scores import Criterion
 from spfde.sources import Source
 from spfde.technique import Technique
+
+SOURCES: Mapping[Criterion, Source] = {"forgetting": sources.FORGETTING, "el2n": sources.EL2N}
+"""Where a criterion is from; those that are missing are common knowledge."""
 
 
 class _Told:
@@ -59,8 +63,8 @@ class SievingMethod(Technique):
     @property
     def sources(self) -> tuple[Source, ...]:
         """The papers behind the method as it is configured."""
-        by_criterion = {"forgetting": sources.FORGETTING, "el2n": sources.EL2N}
-        return (self.source, *(by_criterion[name] for name in by_criterion if name == self.criterion))
+        further = SOURCES.get(self.criterion)
+        return (self.source,) if further is None else (self.source, further)
 
     @property
     def rescales(self) -> bool:

@@ -92,7 +92,9 @@ class Observer:
         if indices is None:
             indices = self._current()
         indices = torch.as_tensor(indices).detach().cpu().long().reshape(-1)
-        short = next((len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None)
+        short = next(
+            (len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None
+        )
         if short is not None:
             raise InvalidArgument(
                 Problem(
@@ -115,7 +117,8 @@ class Observer:
         if self._gather is None:
             return
         mine = [
-            (indices, values.cpu(), None if labels is None else labels.cpu()) for indices, values, labels in self._waiting
+            (indices, values.cpu(), None if labels is None else labels.cpu())
+            for indices, values, labels in self._waiting
         ]
         self._waiting = []
         for reports in self._gather(mine):

@@ -188,7 +188,15 @@ class Sieve:
 
         Returns:
             Shape (batch,), float32. See ``spfde.sieving.weights`` for what is assumed.
+
+        Raises:
+            InvalidArgument: an id is not in the partial set.
         """
+        known = (ids >= 0) & (ids < self._contains.numel())
+        outside = ids[~known] if not bool(known.all()) else ids[~self._contains[ids]]
+        if outside.numel():
+            rule, remedy = "is not in the partial set", "Pass the samples of a batch of session.loader."
+            raise InvalidArgument(Problem("indices", int(outside[0]), rule, remedy))
         if self.technique.criterion == "random":
             return torch.ones(ids.numel())
         included = self._included[torch.searchsorted(self.population, ids)]
