@@ -13,7 +13,7 @@ import spfde
 from spfde import presets
 from spfde.errors import InvalidArgument
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
-from spfde.sieving import DataSieving
+from spfde.sieving import DataSieving, OneTimeRemoval
 from spfde.sparsity import METHODS, SparsityMethod
 
 shares = st.floats(0, 0.99)
@@ -40,12 +40,15 @@ freezings = st.builds(
     fraction=st.floats(0.01, 1),
     blocks=st.none() | st.lists(patterns, min_size=1, max_size=3, unique=True).map(tuple),
 )
+kinds_of_sieving: dict[str, Any] = {
+    "removed_fraction": shares,
+    "criterion": st.sampled_from(["forgetting", "loss", "el2n", "random"]),
+    "never_learned": st.sampled_from(["hard", "literal"]),
+    "balanced": st.booleans(),
+}
 sievings = st.builds(
-    DataSieving,
-    removed_fraction=shares,
-    swap_fraction=st.none() | shares,
-    never_learned=st.sampled_from(["hard", "literal"]),
-)
+    DataSieving, swap_fraction=st.none() | shares, rescale_loss=st.booleans(), **kinds_of_sieving
+) | st.builds(OneTimeRemoval, at_fraction=st.floats(0.01, 0.99), **kinds_of_sieving)
 rates = st.builds(BlockwiseCosine, warmup_epochs=st.integers(0, 9), final=st.floats(0, 1))
 recipes = st.builds(
     spfde.Recipe,
@@ -88,6 +91,11 @@ class TestRoundTrip:
 
     def test_an_empty_text_is_the_neutral_recipe(self) -> None:
         assert spfde.Recipe.from_toml("") == spfde.Recipe()
+
+    def test_a_one_time_removal_is_read_as_it_is_written_by_hand(self) -> None:
+        written = '[sieving]\nmethod = "one-time"\nremoved_fraction = 0.1\nat_fraction = 0.5\ncriterion = "loss"\n'
+        expected = OneTimeRemoval(removed_fraction=0.1, at_fraction=0.5, criterion="loss")
+        assert spfde.Recipe.from_toml(written) == spfde.Recipe(sieving=expected)
 
     @pytest.mark.parametrize("name", presets.PRESETS)
     def test_presets_survive(self, name: str) -> None:
@@ -142,6 +150,9 @@ class TestFields:
             ({"sparsity": {"method": "set", "sparsity": 0.9, "drop_fracton": 0.1}}, "Did you mean 'drop_fraction'"),
             ({"freezing": {"flop_reduction": 0.1}}, "Did you mean 'flops_reduction'"),
             ({"sieving": {"remove_fraction": 0.1}}, "Did you mean 'removed_fraction'"),
+            ({"sieving": {"method": "one-tim"}}, r"sieving\.method='one-tim'.*Did you mean 'one-time'"),
+            ({"sieving": {"method": "one-time", "swap_fraction": 0.1}}, "swap_fraction=0.1: is no field"),
+            ({"sieving": {"criterion": "el2m"}}, r"criterion='el2m'.*\"el2n\""),
             ({"learning_rate": {"warmup": 1}}, "Did you mean 'warmup_epochs'"),
             ({"sieving": 0.2}, r"sieving=0\.2: must be a table. Write it as \[sieving\]"),
         ],
@@ -169,6 +180,7 @@ class TestNeutral:
             sieving=DataSieving(removed_fraction=0),
             update_interval_epochs=3,
         ).is_neutral
+        assert spfde.Recipe(sieving=OneTimeRemoval(removed_fraction=0)).is_neutral
 
     @pytest.mark.parametrize(
         "fields",
@@ -178,6 +190,7 @@ class TestNeutral:
             {"freezing": ProgressiveFreezing(flops_reduction=0.1)},
             {"freezing": ProgressiveFreezing(flops_reduction=0, start_epoch=2)},
             {"sieving": DataSieving(removed_fraction=0.1)},
+            {"sieving": OneTimeRemoval(removed_fraction=0.1)},
             {"learning_rate": BlockwiseCosine()},
         ],
     )

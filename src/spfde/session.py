@@ -246,8 +246,8 @@ class Session:
         """Weights for the losses of a batch, so that sieving leaves the gradient unbiased.
 
         With ``DataSieving(rescale_loss=True)`` backpropagate ``(session.loss_weights() * loss).mean()``, where ``loss``
-        is one loss a sample, and observe the loss as it is. Their mean over the partial set is 1 in expectation, so
-        that a learning rate means what it did. Otherwise all are 1.
+        is one loss a sample, and observe the loss as it is. Their mean over the partial set is 1, so that a learning
+        rate means what it did. Otherwise all are 1.
 
         Args:
             indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.

@@ -22,7 +22,7 @@ from spfde.app import models
 from spfde.app.data import DATASETS
 from spfde.freezing import ProgressiveFreezing
 from spfde.native import build
-from spfde.sieving import DataSieving
+from spfde.sieving import CRITERIA, SIEVING_METHODS, DataSieving
 from spfde.sparsity import METHODS
 
 METRICS = (
@@ -153,13 +153,13 @@ class TestTrain:
         ]
 
     def test_options_change_the_recipe(self, tiny: Path, spfde: Spfde, here: Path) -> None:
-        argv = "--sparsity 0.5 --freeze 0 --sieve 0.25 --interval 2 --no-soft-bound"
+        argv = "--sparsity 0.5 --freeze 0 --sieve 0.25 --sieve-criterion el2n --interval 2 --no-soft-bound"
         rest = "--epochs 2 --batch-size 16 --out run"
         assert spfde("train", "--data", tiny, *argv.split(), *rest.split()).code == 0
         recipe = package.Recipe.from_toml((here / "run" / "recipe.toml").read_text())
         assert recipe.sparsity == package.MEST(sparsity=0.5, soft_bound=False)
         assert not recipe.freezes
-        assert recipe.sieving == DataSieving(removed_fraction=0.25)
+        assert recipe.sieving == DataSieving(removed_fraction=0.25, criterion="el2n")
         assert recipe.update_interval_epochs == 2
 
     def test_the_recipe_of_an_earlier_run_can_be_used_again(self, tiny: Path, run_folder: Path, spfde: Spfde) -> None:
@@ -264,9 +264,12 @@ class TestOtherCommands:
         listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
             assert f"\n  {name} " in printed
-        for technique in [*METHODS.values(), ProgressiveFreezing, DataSieving]:
+        for technique in [*METHODS.values(), ProgressiveFreezing, *SIEVING_METHODS.values()]:
             assert technique.summary in listed
             assert technique.citation in listed
+        for criterion, summary in CRITERIA.items():
+            assert f"{criterion} " in listed
+            assert summary in listed
 
     def test_the_version_is_printed(self, spfde: Spfde) -> None:
         assert spfde("--version").out == f"{package.__version__}\n"
@@ -330,6 +333,8 @@ BAD_OPTIONS = [
     ("--device cudaa", "--device='cudaa': ", "Did you mean 'cuda'?"),
     ("--device cuda:x", "--device='cuda:x': ", "Did you mean 'cuda:0'?"),
     ("--track tensorbord", "--track='tensorbord': ", "Did you mean 'tensorboard'?"),
+    ("--sieve-criterion el2m", "--sieve-criterion='el2m'", "Did you mean 'el2n'"),
+    ("--recipe mest --sieve-criterion loss", "--sieve-criterion='loss'", "leaves no samples out"),
     ("--recipe rigl --soft-bound", "--soft-bound", "rigl has no soft bound", "Use --recipe mest or spfde"),
     ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),
 ]

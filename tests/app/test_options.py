@@ -13,7 +13,7 @@ from spfde import presets
 from spfde.app.options import TrainOptions, absolute_source, choose_recipe, read_recipe
 from spfde.errors import InvalidArgument, RunFolderError, StateMismatch
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
-from spfde.sieving import DataSieving
+from spfde.sieving import DataSieving, OneTimeRemoval
 
 
 class TestChooseRecipe:
@@ -39,6 +39,21 @@ class TestChooseRecipe:
         off = choose_recipe("spfde", sparsity=0, freeze=0, sieve=0)
         assert [off.is_sparse, off.freezes, off.sieves] == [False, False, False]
         assert off.learning_rate == BlockwiseCosine()
+
+    def test_a_criterion_changes_how_the_recipe_sieves_and_keeps_the_rest(self) -> None:
+        assert choose_recipe("spfde", sieve_criterion="el2n").sieving == DataSieving(criterion="el2n")
+        assert choose_recipe("dense", sieve=0.1, sieve_criterion="loss").sieving == DataSieving(
+            removed_fraction=0.1, criterion="loss"
+        )
+        assert choose_recipe("mest-de", sieve=0.1, sieve_criterion="loss").sieving == OneTimeRemoval(
+            removed_fraction=0.1, criterion="loss"
+        )
+
+    def test_a_criterion_that_there_is_not_or_with_nothing_to_sieve_is_refused(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"--sieve-criterion='el2m'.*Did you mean 'el2n'"):
+            choose_recipe("spfde", sieve_criterion="el2m")
+        with pytest.raises(InvalidArgument, match=r"--sieve-criterion='loss'.*leaves no samples out.*--sieve 0\.2"):
+            choose_recipe("dense", sieve_criterion="loss")
 
     def test_a_share_to_freeze_overrides_a_fixed_start(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.toml"

@@ -24,6 +24,7 @@ from spfde.app.options import TrainOptions
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
 from spfde.errors import RunFolderError, StateMismatch
 from spfde.freezing import ProgressiveFreezing
+from spfde.sieving import DataSieving, OneTimeRemoval
 
 MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
 EPOCHS = 6
@@ -97,6 +98,28 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         weights = Path("checkpoints") / name / "model.safetensors"
         assert (folder / weights).read_bytes() == (expected / weights).read_bytes(), name
     assert not list(folder.rglob("*.writing*"))
+
+
+@pytest.mark.parametrize(
+    "sieving",
+    [
+        DataSieving(removed_fraction=0.25, criterion="loss", rescale_loss=True, balanced=True),
+        OneTimeRemoval(removed_fraction=0.25, at_fraction=0.5),
+    ],
+    ids=["rescaled and balanced", "one-time"],
+)
+def test_a_stopped_run_with_another_sieving_goes_on_as_if_nothing_had_been(
+    tiny: Path, tmp_path: Path, sieving: DataSieving | OneTimeRemoval
+) -> None:
+    recipe = presets.mest.replace(sieving=sieving, update_interval_epochs=1).to_dict()
+    options = options_for(tiny, recipe=recipe)
+    train(options, tmp_path / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train(options, tmp_path / "stopped", Stopping(3))
+    train(options, tmp_path / "stopped", Silent(), resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    in_use = {row["partial_samples"] for row in lines(tmp_path / "whole" / "metrics.jsonl")}
+    assert len(in_use) == (2 if isinstance(sieving, OneTimeRemoval) else 1)
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,11 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         self.files = files
         self.image_size = image_size
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The class of each image."""
+        return self.files.labels
+
     def __len__(self) -> int:
         return len(self.files.paths)
 

@@ -108,6 +108,7 @@ class Sieve:
         self.removed = self.population[leaving]
         self.partial = _without(self.population, leaving)
         self._updates = 0
+        self._weights: Tensor | None = None
         self._included = torch.zeros(n, dtype=torch.int32)
         self._ever_used = torch.zeros(n, dtype=torch.bool)
         self._settle()
@@ -179,9 +180,7 @@ class Sieve:
         return self.turnover
 
     def loss_weights(self, ids: Tensor) -> Tensor:
-        """Weights that keep the gradient unbiased, for the losses of samples of the partial set.
-
-        A random choice treats all samples alike: its weights are 1.
+        """Weights that keep the gradient unbiased, for losses of the partial set; their mean over it is 1.
 
         Args:
             ids: sample ids, shape (batch,), long.
@@ -197,12 +196,9 @@ class Sieve:
         if outside.numel():
             rule, remedy = "is not in the partial set", "Pass the samples of a batch of session.loader."
             raise InvalidArgument(Problem("indices", int(outside[0]), rule, remedy))
-        if self.technique.criterion == "random":
-            return torch.ones(ids.numel())
-        included = self._included[torch.searchsorted(self.population, ids)]
-        share = self.partial.numel() / self.population.numel()
-        probabilities = inclusion_probabilities(included, self._updates, initial=share)
-        return loss_weights(probabilities, partial_fraction=share).float()
+        if self._weights is None:
+            self._weights = self._weigh()
+        return self._weights[torch.searchsorted(self.partial, ids)]
 
     def state_dict(self) -> dict[str, Any]:
         """Sets, queue order, history and the generator's state: tensors and primitives only."""
@@ -264,6 +260,16 @@ class Sieve:
         except (RuntimeError, TypeError) as error:
             raise StateMismatch("the generator in the saved sieve is damaged. Use another checkpoint.") from error
 
+    def _weigh(self) -> Tensor:
+        """The weight of each sample of the partial set, shape (m,), float32."""
+        if self.technique.criterion == "random":
+            return torch.ones(self.partial.numel())  # all samples are treated alike: the probabilities are equal
+        included = self._included[torch.searchsorted(self.population, self.partial)]
+        share = self.partial.numel() / self.population.numel()
+        weights = loss_weights(inclusion_probabilities(included, self._updates, initial=share), partial_fraction=share)
+        # While the history is short, those who are in the set now look too frequent, which would lower every step.
+        return (weights / weights.mean()).float()
+
     def _shuffled(self, labels: Tensor | None) -> Tensor:
         """A random order of the queue."""
         if labels is None:
@@ -275,6 +281,7 @@ class Sieve:
         self._contains = torch.zeros(int(self.population[-1]) + 1, dtype=torch.bool)
         self._contains[self.partial] = True
         self._ever_used |= self._contains[self.population]
+        self._weights = None
 
 
 def _without(ids: Tensor, leaving: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ def inclusion_probabilities(included: Tensor, updates: int, *, initial: float) -
     after which a sample was in the set is taken. This is ours; it assumes that a sample's gradient changes little while
     the queue goes round once. The probabilities always add up to the size of the partial set.
 
+    The sieve scales the weights that follow to a mean of 1 over the partial set (the ratio estimator of Hájek), as the
+    probabilities are estimates: a learning rate means the same with and without weights.
+
     Args:
         included: number of updates after which each sample was in the partial set, shape (n,), integers.
         updates: number of updates so far.
