@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from spfde import presets
 from spfde.errors import InvalidArgument
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
-from spfde.sparsity import METHODS, SparsityMethod
+from spfde.sparsity import METHODS, Block, Patterns, PruningAtInitialisation, SparsityMethod, Unstructured
 
 shares = st.floats(0, 0.99)
 patterns = st.text(min_size=1, max_size=8)
@@ -31,7 +32,14 @@ def methods(draw: st.DrawFn) -> SparsityMethod:
         "dense_first": draw(st.booleans()),
         "init": draw(st.sampled_from(["random", "magnitude"])),
     }
-    return draw(st.sampled_from(sorted(METHODS.values(), key=lambda method: method.name)))(**fields)
+    method = draw(st.sampled_from(sorted(METHODS.values(), key=lambda method: method.name)))
+    if issubclass(method, PruningAtInitialisation):
+        del fields["distribution"], fields["overrides"]
+    if method.model_fields["init"].annotation == Literal["magnitude"] or issubclass(method, PruningAtInitialisation):
+        del fields["init"]
+    if method.groups_units:
+        fields["structure"] = draw(st.sampled_from([Unstructured(), Block(rows=2, columns=3), Patterns()]))
+    return method(**fields)
 
 
 freezings = st.builds(
@@ -219,3 +227,21 @@ class TestInterval:
         assert recipe.interval(7) == 7
         with pytest.raises(InvalidArgument, match=r"update_interval_epochs=7: must not be longer than the run of 6"):
             recipe.interval(6)
+
+
+def test_an_unknown_structure_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InvalidArgument, match=r"structure.*'blok'.*Did you mean 'block'"):
+        spfde.Recipe.from_dict({"sparsity": {"method": "set", "sparsity": 0.9, "structure": {"kind": "blok"}}})
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        (lambda: spfde.DeepR(sparsity=0.5, structure=Block()), "deepr works on single weights"),
+        (lambda: spfde.MEST(sparsity=0.5, structure=spfde.NM()), "nm keeps the number of active weights fixed"),
+        (lambda: spfde.GMP(sparsity=0.5, structure=spfde.NM()), "nm keeps the number of active weights fixed"),
+    ],
+)
+def test_a_structure_that_a_method_cannot_keep_is_refused(method: Callable[[], object], rule: str) -> None:
+    with pytest.raises(InvalidArgument, match=rule):
+        method()

@@ -20,6 +20,17 @@ METHODS = {
     "mest-em": spfde.MEST(sparsity=0.8, soft_bound=False),
     "mest-ems": spfde.MEST(sparsity=0.8),
     "mest-gradient": spfde.MEST(sparsity=0.8, gradient_weight=0.5),
+    "snip": spfde.SNIP(sparsity=0.8),
+    "synflow-block": spfde.SynFlow(sparsity=0.8, iterations=5, structure=spfde.Block(rows=2, columns=3)),
+    "deepr": spfde.DeepR(sparsity=0.8, noise=0.1),
+    "dsr": spfde.DSR(sparsity=0.8, threshold=0.05),
+    "snfs": spfde.SNFS(sparsity=0.8),
+    "topkast": spfde.TopKAST(sparsity=0.8),
+    "gmp": spfde.GMP(sparsity=0.8),
+    "str": spfde.STR(sparsity=0.8, threshold_start=-3.0, threshold_decay=0.5),
+    "set-block": spfde.SET(sparsity=0.8, structure=spfde.Block(rows=2, columns=3)),
+    "mest-pattern": spfde.MEST(sparsity=0.8, structure=spfde.Patterns()),
+    "rigl-kernel": spfde.RigL(sparsity=0.8, structure=spfde.Kernels()),
 }
 
 

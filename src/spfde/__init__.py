@@ -16,6 +16,21 @@ _HOMES = {
     "SET": "spfde.sparsity",
     "RigL": "spfde.sparsity",
     "MEST": "spfde.sparsity",
+    "SNIP": "spfde.sparsity",
+    "GraSP": "spfde.sparsity",
+    "SynFlow": "spfde.sparsity",
+    "DeepR": "spfde.sparsity",
+    "DSR": "spfde.sparsity",
+    "SNFS": "spfde.sparsity",
+    "TopKAST": "spfde.sparsity",
+    "GMP": "spfde.sparsity",
+    "STR": "spfde.sparsity",
+    "Unstructured": "spfde.sparsity",
+    "Block": "spfde.sparsity",
+    "NM": "spfde.sparsity",
+    "Kernels": "spfde.sparsity",
+    "Patterns": "spfde.sparsity",
+    "Channels": "spfde.sparsity",
     "ProgressiveFreezing": "spfde.freezing",
     "BlockwiseCosine": "spfde.freezing",
     "DataSieving": "spfde.sieving",
@@ -59,10 +74,25 @@ if TYPE_CHECKING:
     from spfde.session import Session as Session
     from spfde.sieving import DataSieving as DataSieving
     from spfde.sieving import OneTimeRemoval as OneTimeRemoval
+    from spfde.sparsity import DSR as DSR
+    from spfde.sparsity import GMP as GMP
     from spfde.sparsity import MEST as MEST
+    from spfde.sparsity import NM as NM
     from spfde.sparsity import SET as SET
+    from spfde.sparsity import SNFS as SNFS
+    from spfde.sparsity import SNIP as SNIP
+    from spfde.sparsity import STR as STR
+    from spfde.sparsity import Block as Block
+    from spfde.sparsity import Channels as Channels
+    from spfde.sparsity import DeepR as DeepR
+    from spfde.sparsity import GraSP as GraSP
+    from spfde.sparsity import Kernels as Kernels
+    from spfde.sparsity import Patterns as Patterns
     from spfde.sparsity import RigL as RigL
     from spfde.sparsity import StaticSparse as StaticSparse
+    from spfde.sparsity import SynFlow as SynFlow
+    from spfde.sparsity import TopKAST as TopKAST
+    from spfde.sparsity import Unstructured as Unstructured
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,10 @@ from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import recompile_warning
 from spfde.planning import Blueprint, check_epochs, check_recipe, draw
 from spfde.recipe import Recipe
+from spfde.selection import first_masks
 from spfde.session import Session
 from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
+from spfde.sparsity import ScoreLoss
 from spfde.tracing import Sample, sample_from, unwrap
 
 
@@ -35,6 +37,7 @@ def attach(
     engine: str = "auto",
     sample: Sample | None = None,
     labels: Tensor | Sequence[int] | None = None,
+    loss: ScoreLoss | None = None,
 ) -> Session:
     """Attach a recipe to a training loop.
 
@@ -54,6 +57,9 @@ def attach(
             default taken from the data set's first item.
         labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
             ``targets`` or ``labels``, and where it has none, those that are observed.
+        loss: for methods that prune at initialisation (SNIP, GraSP): the mean loss of a batch, called with the
+            model and a batch of the loader. By default batches are ``(x, y)``, and the loss is cross entropy of
+            ``model(x)`` against ``y``.
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
@@ -78,8 +84,18 @@ def attach(
     _warn_of_recompiles(model, blueprint)
     choice = choose_engine(engine, model, blueprint, is_neutral=recipe.is_neutral, on_build=say_on_stderr)
     _check_cache(unwrap(model), recipe, blueprint, choice)
+    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
     session = Session(
-        model, optimizer, loader, recipe, blueprint=blueprint, seed=seed, choice=choice, sample=sample, labels=classes
+        model,
+        optimizer,
+        loader,
+        recipe,
+        blueprint=blueprint,
+        seed=seed,
+        choice=choice,
+        sample=sample,
+        labels=classes,
+        masks=masks,
     )
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)

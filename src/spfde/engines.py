@@ -69,6 +69,8 @@ def choose_engine(
         estimate, left = _estimate(unwrap(model), blueprint)
         if estimate == 1.0:
             reason = f"it takes no sparse layer of this model ({left})"
+        elif engine == "auto" and blueprint.method is not None and blueprint.method.changes_every_step:
+            return Choice("masked", f"the masks of {blueprint.method.name} change at every step")
         elif engine == "auto" and estimate > _WORTH_IT:
             return Choice("masked", f"native kernels would take about {estimate:.2f}x of its time here")
     if reason is None:

@@ -28,7 +28,7 @@ from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import FreezePlan, Partition, blocks_to_freeze, find_blocks, solve
 from spfde.recipe import Recipe
 from spfde.schedules import latest_beat
-from spfde.sparsity import SparsityMethod, planned_active, select_layers
+from spfde.sparsity import PruningAtInitialisation, SparsityMethod, mutates_after, planned_density, select_layers
 from spfde.tracing import Sample, trace, unwrap
 
 
@@ -63,8 +63,15 @@ class Blueprint:
         """
         at_target = self.settling_layers(epoch) if freezing else [False] * len(self.cost.layers)
         return [
-            self._density(layer.name, layer.numel, epoch, settles)
+            self._densities(layer.name, layer.numel, epoch, settles)[0]
             for layer, settles in zip(self.cost.layers, at_target, strict=True)
+        ]
+
+    def gradient_density(self, epoch: int) -> list[float]:
+        """Density of the weight gradient that each step of ``epoch`` computes, for each layer in ``cost.layers``."""
+        return [
+            self._densities(layer.name, layer.numel, epoch, settles)[1]
+            for layer, settles in zip(self.cost.layers, self.settling_layers(epoch), strict=True)
         ]
 
     def target_density(self) -> list[float]:
@@ -91,14 +98,15 @@ class Blueprint:
         """For each layer in ``cost.layers``: is it in one of the first ``n_blocks`` blocks?"""
         return [block < n_blocks for block in self.block_of_layer]
 
-    def _density(self, name: str, numel: int, epoch: int, at_target: bool) -> float:
+    def _densities(self, name: str, numel: int, epoch: int, at_target: bool) -> tuple[float, float]:
+        """Of the weights and of the gradient."""
         if self.method is None or name not in self.target:
-            return 1.0
+            return 1.0, 1.0
         target = self.target[name]
         if at_target:
-            return target / numel
-        active = planned_active(self.method, target, numel, epoch=epoch, interval=self.interval, epochs=self.epochs)
-        return active / numel
+            return target / numel, target / numel
+        shape = tuple(self.sparse_layers[name].shape)
+        return planned_density(self.method, target, shape, epoch=epoch, interval=self.interval, epochs=self.epochs)
 
 
 def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Blueprint:
@@ -363,7 +371,8 @@ def plan(
             frozen,
             samples=in_use[epoch],
             population=samples,
-            dense_gradient_samples=min(batch_size, in_use[epoch]) if takes_dense_gradients(blueprint, epoch) else 0,
+            **_wider_gradients(blueprint, epoch, samples=in_use[epoch], batch_size=batch_size),
+            overhead_flops=scoring_flops(blueprint, samples=samples, batch_size=batch_size) if epoch == 0 else 0,
         )
         for epoch, (density, frozen) in enumerate(schedule)
     )
@@ -383,13 +392,32 @@ def _samples_in_use(recipe: Recipe, samples: int, blueprint: Blueprint) -> tuple
     return tuple(sieving.samples_in_use(samples, epoch, interval=interval, epochs=epochs) for epoch in range(epochs))
 
 
-def takes_dense_gradients(blueprint: Blueprint, epoch: int) -> bool:
-    """Is there a mutation in ``epoch`` that needs the gradient of every weight?"""
+def scoring_flops(blueprint: Blueprint, *, samples: int, batch_size: int) -> int:
+    """FLOPs of choosing the first masks from data; 0 for methods that draw them."""
     method = blueprint.method
-    if method is None or method.gradients != "dense":
-        return False
+    if not isinstance(method, PruningAtInitialisation):
+        return 0
+    return method.scoring_flops(blueprint.cost.forward_flops, min(samples, method.n_batches * batch_size))
+
+
+def _wider_gradients(blueprint: Blueprint, epoch: int, *, samples: int, batch_size: int) -> dict[str, Any]:
+    """Of how many samples the gradient of inactive weights is computed, and of which share of the weights."""
+    method = blueprint.method
+    wide: dict[str, Any] = {"dense_gradient_samples": 0}
+    if method is None:
+        return wide
     is_beat = 0 < epoch < blueprint.epochs - 1 and epoch % blueprint.interval == 0
-    return is_beat and method.drop_fraction_at(epoch / blueprint.epochs) > 0
+    if method.gradients == "smoothed":
+        if mutates_after(method, epoch, interval=blueprint.interval, epochs=blueprint.epochs):
+            wide["dense_gradient_samples"] = samples
+    elif method.gradients == "dense":
+        if is_beat and method.drop_fraction_at(epoch / blueprint.epochs) > 0:
+            wide["dense_gradient_samples"] = min(batch_size, samples)
+    else:
+        density, reach = blueprint.scheduled_density(epoch), blueprint.gradient_density(epoch)
+        if reach != density:
+            wide = {"dense_gradient_samples": samples, "gradient_density": reach}
+    return wide
 
 
 def check_recipe(recipe: object) -> None:

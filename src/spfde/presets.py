@@ -11,7 +11,7 @@ from spfde.errors import InvalidArgument, Problem, nearest
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import Recipe
 from spfde.sieving import DataSieving, OneTimeRemoval
-from spfde.sparsity import MEST, SET, RigL, StaticSparse
+from spfde.sparsity import DSR, GMP, MEST, SET, SNFS, SNIP, STR, DeepR, GraSP, RigL, StaticSparse, SynFlow, TopKAST
 
 dense = Recipe()
 """The plain loop: every weight, every layer, every sample."""
@@ -24,6 +24,41 @@ set = Recipe(sparsity=SET(sparsity=0.9))
 
 rigl = Recipe(sparsity=RigL(sparsity=0.9))
 """RigL: drop the smallest, grow where the dense gradient is largest."""
+
+set_itop = Recipe(sparsity=SET(sparsity=0.9, distribution="erk", drop_fraction=0.5))
+"""SET-ITOP: half of the weights change places, layers by ERK, so that many weights are tried; session.explored counts.
+
+The authors mutate every 1,500 steps (SET) and 4,000 steps (RigL) of 128 samples on CIFAR; give Δτ to match."""
+
+rigl_itop = Recipe(sparsity=RigL(sparsity=0.9, distribution="erk", drop_fraction=0.5, stop_fraction=1.0))
+"""RigL-ITOP: the same with growth by the dense gradient."""
+
+snip = Recipe(sparsity=SNIP(sparsity=0.9))
+"""SNIP: one mask for all layers, by the loss's sensitivity before training."""
+
+grasp = Recipe(sparsity=GraSP(sparsity=0.9))
+"""GraSP: one mask for all layers, that keeps the gradient flowing."""
+
+synflow = Recipe(sparsity=SynFlow(sparsity=0.9))
+"""SynFlow: one mask for all layers, without data."""
+
+deepr = Recipe(sparsity=DeepR(sparsity=0.9))
+"""DEEP R: rewiring at every step."""
+
+dsr = Recipe(sparsity=DSR(sparsity=0.9))
+"""DSR: one threshold for all layers, and weights that move between them."""
+
+snfs = Recipe(sparsity=SNFS(sparsity=0.9))
+"""SNFS: growth by a smoothed dense gradient, between and within layers."""
+
+topkast = Recipe(sparsity=TopKAST(sparsity=0.9))
+"""Top-KAST: forward at 90 %, gradients at 80 %."""
+
+gmp = Recipe(sparsity=GMP(sparsity=0.9))
+"""Gradual magnitude pruning: dense to sparse, for comparison."""
+
+soft_threshold = Recipe(sparsity=STR(sparsity=0.9))
+"""STR: dense to sparse by learnt thresholds, for comparison."""
 
 mest = Recipe(sparsity=MEST(sparsity=0.9, soft_bound=True))
 """MEST with elastic mutation and soft bound (EM&S)."""
@@ -46,6 +81,18 @@ PRESETS: Mapping[str, Recipe] = {
     "rigl": rigl,
     "mest": mest,
     "mest-de": mest_de,
+    "set-itop": set_itop,
+    "rigl-itop": rigl_itop,
+    "itop": rigl_itop,
+    "snip": snip,
+    "grasp": grasp,
+    "synflow": synflow,
+    "deepr": deepr,
+    "dsr": dsr,
+    "snfs": snfs,
+    "topkast": topkast,
+    "gmp": gmp,
+    "str": soft_threshold,
     "spfde": spfde,
 }
 

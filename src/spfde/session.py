@@ -26,7 +26,7 @@ from spfde.errors import UsageError
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates
 from spfde.mixing import mix
-from spfde.planning import Blueprint
+from spfde.planning import Blueprint, scoring_flops
 from spfde.recipe import Recipe
 from spfde.sieving import (
     EVIDENCE,
@@ -71,6 +71,7 @@ class Session:
         choice: Choice,
         sample: Sample,
         labels: Tensor | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
         self.engine, self.engine_reason = choice.name, choice.reason
@@ -86,7 +87,7 @@ class Session:
 
         # First what may still be refused: from here on the model and the optimizer are changed.
         self._rates = self._make_rates()
-        self._masker = self._make_masker()
+        self._masker = self._make_masker(masks)
         self._freezer = Freezer(self._model, blueprint.partition.blocks, optimizer)
         self._population = population_of(loader)
         self._classes = self._make_classes(labels)
@@ -404,6 +405,11 @@ class Session:
         return sum(map(self._masker.n_active, masks)) / sum(mask.numel() for mask in masks.values())
 
     @property
+    def explored(self) -> float:
+        """Share of the masked weights that have been active at some time (ITOP's rate); 1.0 where none is masked."""
+        return self._masker.explored if self._masker is not None else 1.0
+
+    @property
     def partial_set(self) -> Tensor:
         """Indices of the samples in use, ascending."""
         return self._sieve.partial if self._sieve is not None else self._population
@@ -423,15 +429,21 @@ class Session:
         model_cost, n_frozen = self.blueprint.cost, self._freezer.n_frozen
         density = model_cost.densities(self._masker.densities() if self._masker is not None else {})
         frozen = self.blueprint.layers_in_first(n_frozen)
-        dense_steps = self._masker.dense_gradient_steps if self._masker is not None else 0
         samples = self._samples_seen()
+        wide, reach = 0, None
+        if self._masker is not None:
+            wide = min(samples, self._masker.dense_gradient_steps * self._batch_size)
+            if beyond := self._masker.gradient_densities():
+                wide, reach = samples, model_cost.densities({**self._masker.densities(), **beyond})
         cost = epoch_cost(
             model_cost.forward,
             density,
             frozen,
             samples=samples,
             population=self._baseline_samples,
-            dense_gradient_samples=dense_steps * self._batch_size,
+            dense_gradient_samples=wide,
+            gradient_density=reach,
+            overhead_flops=self._scoring_flops() if self.epoch == 0 else 0,
         )
         memory = memory_of(model_cost.layers, density, frozen, batch_size=self._batch_size, accounting="actual")
         return LedgerRow(
@@ -448,6 +460,9 @@ class Session:
             # The largest: the rate of the blocks that learn longest.
             lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
         )
+
+    def _scoring_flops(self) -> int:
+        return scoring_flops(self.blueprint, samples=len(self._population), batch_size=self._batch_size)
 
     def _samples_seen(self) -> int:
         observed = self._observer.samples if self._observer is not None else 0
@@ -513,7 +528,7 @@ class Session:
             is_needed=technique.criterion != "random" or (self._classes is not None and self._classes.collects),
         )
 
-    def _make_masker(self) -> Masker | None:
+    def _make_masker(self, masks: Mapping[str, Tensor] | None) -> Masker | None:
         blueprint = self.blueprint
         if blueprint.method is None:
             return None
@@ -524,6 +539,7 @@ class Session:
             generator=self._generator,
             interval=blueprint.interval,
             epochs=blueprint.epochs,
+            masks=masks,
         )
         if self._world.is_shared:
             masker.average = self._world.average_

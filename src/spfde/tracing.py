@@ -151,7 +151,7 @@ def sample_from(loader: Any, model: nn.Module) -> Sample:
     tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
     """
     dataset = loader.dataset
-    with global_generators_restored(), _own_generators_restored(dataset):
+    with without_traces(dataset):
         items = dataset.__getitems__([0]) if hasattr(dataset, "__getitems__") else [dataset[0]]
         batch = loader.collate_fn(items)
     if isinstance(batch, Mapping):
@@ -168,6 +168,13 @@ def sample_from(loader: Any, model: nn.Module) -> Sample:
             "sample", None, "the model's inputs cannot be told from a batch of the loader", "Pass sample= to attach."
         )
     )
+
+
+@contextlib.contextmanager
+def without_traces(dataset: object) -> Iterator[None]:
+    """Read items of a data set: generators come back, the global ones and those that it holds."""
+    with global_generators_restored(), _own_generators_restored(dataset):
+        yield
 
 
 def call_arguments(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,12 +12,21 @@ from torch import nn
 
 from spfde.errors import StateMismatch, UsageError
 from spfde.sparsity import (
+    DSR,
+    GMP,
     MEST,
+    NM,
     SET,
+    SNFS,
+    STR,
+    Block,
+    Channels,
+    DeepR,
     Masker,
     RigL,
     SparsityMethod,
     StaticSparse,
+    TopKAST,
     active_count,
     infer_mask,
     select_layers,
@@ -34,6 +43,18 @@ EVERY_METHOD = [
     MEST(sparsity=0.8, gradient_weight=0.5),
     MEST(sparsity=0.8, soft_bound=False),
     MEST(sparsity=0.8, soft_bound=False, gradient_weight=0.5),
+    DeepR(sparsity=0.8, noise=0.1),
+    DSR(sparsity=0.8, threshold=0.05),
+    SNFS(sparsity=0.8),
+    TopKAST(sparsity=0.8),
+    GMP(sparsity=0.8),
+    STR(sparsity=0.8, threshold_start=-3.0, threshold_decay=1.0),
+    SET(sparsity=0.8, structure=Block(rows=5, columns=5)),
+    RigL(sparsity=0.8, structure=Channels()),
+    MEST(sparsity=0.8, structure=Block(rows=5, columns=1)),
+    SET(sparsity=0.6, structure=NM(n=2, m=5), exclude=("3.weight",)),
+    RigL(sparsity=0.6, structure=NM(n=2, m=5), exclude=("3.weight",)),
+    SNFS(sparsity=0.8, structure=Block(rows=5, columns=1)),
 ]
 IDS = [f"{i}-{m.name}" for i, m in enumerate(EVERY_METHOD)]
 
@@ -248,16 +269,25 @@ def test_counts_are_exact_for_every_method_shape_and_sparsity(
     numel = {name: p.numel() for name, p in run.model.named_parameters() if name in run.masker.masks}
     if distribution == "erk":
         assert sum(run.masker.target.values()) == active_count(sum(numel.values()), sparsity)
-    else:
+    elif made.counts_known:
         assert run.masker.target == {name: active_count(n, sparsity) for name, n in numel.items()}
     for epoch in range(epochs):
         run.epoch(epoch, steps=1)
         run.check_counts()
         progress = (epoch - epoch % interval) / epochs
+        if not made.counts_known:
+            continue
         for name, target in run.masker.target.items():
+            if isinstance(made, GMP) and epoch < epochs - 1 and target < numel[name]:
+                left = (1.0 - min(progress / 0.75, 1.0)) ** 3
+                assert run.masker.n_active(name) == target + math.floor(round((numel[name] - target) * left, 6) + 0.5)
+                continue
             excess = 0.0 if epoch == epochs - 1 or target == numel[name] else made.excess_at(progress)
             expected = min(numel[name], target + math.floor(round(excess * numel[name], 6) + 0.5))
             assert run.masker.n_active(name) == expected
+    total = sum(active_count(n, sparsity) for n in numel.values())
+    if distribution == "uniform":
+        assert sum(int(mask.sum()) for mask in run.masker.masks.values()) == total
 
 
 def test_attention_projections_are_masked() -> None:

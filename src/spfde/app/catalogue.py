@@ -7,7 +7,7 @@ import textwrap
 from spfde import presets
 from spfde.freezing import ProgressiveFreezing
 from spfde.sieving import CRITERIA, SIEVING_METHODS, SOURCES
-from spfde.sparsity import METHODS
+from spfde.sparsity import METHODS, STRUCTURES
 
 WIDTH = 80
 
@@ -24,10 +24,13 @@ def render_catalogue() -> str:
         ]
         sparsity = f" at {recipe.sparsity.sparsity:.0%}" if recipe.sparsity is not None else ""
         parts[0] += sparsity
-        lines.append(f"  {name:<8} {', '.join(part for part in parts if part)}")
+        lines.append(f"  {name:<10} {', '.join(part for part in parts if part)}")
     lines += ["", "Sparse training:"]
     for name, method in METHODS.items():
-        lines += _entry(name, method.summary, method.citation)
+        lines += _entry(name, method.summary, f"Cost: {method.cost}.", method.citation)
+    lines += ["", "Structures (what exists or not as a whole):"]
+    for kind, structure in STRUCTURES.items():
+        lines += _entry(kind, structure.summary, structure.citation)
     lines += ["", "Layer freezing:", *_entry("freezing", ProgressiveFreezing.summary, ProgressiveFreezing.citation)]
     lines += ["", "Data sieving:"]
     for name, sieving in SIEVING_METHODS.items():
@@ -39,8 +42,12 @@ def render_catalogue() -> str:
     return "\n".join(lines)
 
 
-def _entry(name: str, summary: str, citation: str) -> list[str]:
-    """A technique's line and its citation, at most 80 columns wide."""
-    indent = " " * 11
-    first = textwrap.wrap(summary, WIDTH, initial_indent=f"  {name:<8} ", subsequent_indent=indent)
-    return [*first, *textwrap.wrap(citation, WIDTH, initial_indent=indent, subsequent_indent=indent)]
+def _entry(name: str, summary: str, *more: str) -> list[str]:
+    """A technique's line, and what else there is to say down to its citation, at most 80 columns wide."""
+    indent = " " * 13
+    lines = textwrap.wrap(
+        summary, WIDTH, initial_indent=f"  {name:<10} ", subsequent_indent=indent, break_on_hyphens=False
+    )
+    for text in more:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return lines

@@ -158,6 +158,7 @@ def _metrics(run: Run, trained: Pass, tested: Pass) -> dict[str, Any]:
         "test_accuracy": tested.accuracy,
         "learning_rate": row.lr,
         "density": row.density,
+        "explored": session.explored,
         "frozen_blocks": row.frozen_blocks,
         "total_blocks": len(session.blueprint.partition.blocks),
         "partial_samples": row.partial_samples,

@@ -163,7 +163,15 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     loader, test_loader = _loaders(options, data, pin_memory=accelerator.device.type == "cuda")
     optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     session = spfde.attach(
-        model, optimizer, loader, recipe, epochs=options.epochs, seed=options.seed, engine=options.engine, sample=sample
+        model,
+        optimizer,
+        loader,
+        recipe,
+        epochs=options.epochs,
+        seed=options.seed,
+        engine=options.engine,
+        sample=sample,
+        loss=lambda net, batch: F.cross_entropy(net(normalise(batch[0], data.mean, data.std)), batch[1]),
     )
     augment = BatchAugment(
         resolve_augmentation(options.augment, data.default_augmentation),

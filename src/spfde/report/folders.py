@@ -39,6 +39,7 @@ class Epoch:
     test_accuracy: float | None = None
     learning_rate: float | None = None
     density: float | None = None
+    explored: float | None = None
     frozen_blocks: float | None = None
     total_blocks: float | None = None
     partial_samples: float | None = None

@@ -1,33 +1,77 @@
-"""WHICH weights exist: distributions, masks, mutation, methods, and the masker that applies them to a model."""
+"""WHICH weights exist: distributions, structures, masks, mutation, methods, and the masker that applies them."""
 
 from spfde.sparsity.distribution import active_count, erk, uniform
 from spfde.sparsity.layers import select_layers
 from spfde.sparsity.masker import Masker
 from spfde.sparsity.masks import infer_mask, magnitude_mask, pack, random_mask, unpack
 from spfde.sparsity.methods import (
+    DSR,
+    GMP,
     MEST,
     METHODS,
     SET,
+    SNFS,
+    SNIP,
+    STR,
+    DeepR,
+    GraSP,
+    PruningAtInitialisation,
     RigL,
     SparsityMethod,
     StaticSparse,
+    SynFlow,
+    TopKAST,
+    mutates_after,
     planned_active,
+    planned_density,
+)
+from spfde.sparsity.saliency import ScoreLoss
+from spfde.sparsity.structure import (
+    NM,
+    STRUCTURES,
+    Block,
+    Channels,
+    Kernels,
+    Patterns,
+    Structure,
+    Unstructured,
 )
 
 __all__ = [
+    "DSR",
+    "GMP",
     "MEST",
     "METHODS",
+    "NM",
     "SET",
+    "SNFS",
+    "SNIP",
+    "STR",
+    "STRUCTURES",
+    "Block",
+    "Channels",
+    "DeepR",
+    "GraSP",
+    "Kernels",
     "Masker",
+    "Patterns",
+    "PruningAtInitialisation",
     "RigL",
+    "ScoreLoss",
     "SparsityMethod",
     "StaticSparse",
+    "Structure",
+    "SynFlow",
+    "TopKAST",
+    "Unstructured",
     "active_count",
     "erk",
     "infer_mask",
     "magnitude_mask",
+    "mutates_after",
     "pack",
     "planned_active",
+    "planned_density",
     "random_mask",
     "select_layers",
     "uniform",

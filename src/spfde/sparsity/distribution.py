@@ -73,8 +73,8 @@ def erk(
     budget = active_count(sum(numel.values()), sparsity) - sum(fixed.values())
     if not len(free) <= budget <= sum(numel[name] for name in free):
         raise InvalidArgument(_impossible_budget(sparsity, budget, len(free), sum(numel[name] for name in free)))
-    ideal = _erk_ideal({name: sum(shapes[name]) for name in free}, {name: numel[name] for name in free}, budget)
-    shared = _apportion(ideal, {name: numel[name] for name in free}, budget)
+    dims = {name: float(sum(shapes[name])) for name in free}
+    shared = apportion(dims, {name: numel[name] for name in free}, budget, least=1)
     return {name: fixed[name] if name in fixed else shared[name] for name in shapes}
 
 
@@ -84,26 +84,45 @@ def override_for(name: str, overrides: Mapping[str, float]) -> float | None:
     return found[-1] if found else None
 
 
-def _erk_ideal(dims: Mapping[str, int], numel: Mapping[str, int], budget: int) -> dict[str, float]:
-    """Real-valued counts ``min(numel, scale * dims)`` that add up to ``budget``."""
-    dense: set[str] = set()
+def apportion(
+    weights: Mapping[str, float], capacity: Mapping[str, int], budget: int, *, least: int = 0
+) -> dict[str, int]:
+    """Share ``budget`` out in proportion to ``weights``: integers that add up, by largest remainder, first wins.
+
+    Who is full hands the rest on to the others, in the same proportion. With weights of zero all have the same claim.
+
+    Args:
+        weights: claims, not negative.
+        capacity: the most that each can take.
+        budget: what there is, from ``least * len(capacity)`` to the sum of the capacities.
+        least: what each gets in any case.
+    """
+    claims = dict(weights) if any(weights.values()) else dict.fromkeys(weights, 1.0)
+    return _round_shares(_fill(claims, capacity, budget), capacity, budget, least)
+
+
+def _fill(claims: Mapping[str, float], capacity: Mapping[str, int], budget: int) -> dict[str, float]:
+    """Real-valued shares ``min(capacity, scale * claim)`` that add up to ``budget``."""
+    full: set[str] = set()
     while True:
-        rest = [name for name in dims if name not in dense]
-        if not rest:
-            return {name: float(numel[name]) for name in dims}
-        scale = (budget - sum(numel[name] for name in dense)) / sum(dims[name] for name in rest)
-        overfull = {name for name in rest if scale * dims[name] > numel[name]}
+        rest = [name for name in claims if name not in full]
+        left, wanted = budget - sum(capacity[name] for name in full), math.fsum(claims[name] for name in rest)
+        if not rest or not wanted:
+            # Those who claim nothing get what nobody else can take.
+            return {name: float(capacity[name]) if name in full else left / len(rest) for name in claims}
+        scale = left / wanted
+        overfull = {name for name in rest if scale * claims[name] > capacity[name]}
         if not overfull:
-            return {name: float(numel[name]) if name in dense else scale * dims[name] for name in dims}
-        dense |= overfull
+            return {name: float(capacity[name]) if name in full else scale * claims[name] for name in claims}
+        full |= overfull
 
 
-def _apportion(ideal: Mapping[str, float], numel: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Integers next to ``ideal`` between 1 and ``numel`` that add up to ``budget``: largest remainder, first wins."""
-    counts = {name: min(numel[name], max(1, math.floor(round(value, 6)))) for name, value in ideal.items()}
+def _round_shares(ideal: Mapping[str, float], capacity: Mapping[str, int], budget: int, least: int) -> dict[str, int]:
+    """Integers next to ``ideal`` between ``least`` and ``capacity`` that add up to ``budget``."""
+    counts = {name: min(capacity[name], max(least, math.floor(round(value, 6)))) for name, value in ideal.items()}
     while (missing := budget - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
-        movable = [name for name in counts if 1 <= counts[name] + step <= numel[name]]
+        movable = [name for name in counts if least <= counts[name] + step <= capacity[name]]
         movable.sort(key=lambda name: step * (counts[name] - ideal[name]))
         for name in movable[: abs(missing)]:
             counts[name] += step

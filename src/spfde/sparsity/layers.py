@@ -1,15 +1,13 @@
-"""Which tensors of a model are masked, and one such tensor with its mask."""
+"""Which tensors of a model are masked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spfde.errors import InvalidArgument, Problem, Problems, nearest
-from spfde.sparsity.masks import keep_bits
 from spfde.sparsity.methods import SparsityMethod
 
 _WEIGHTED = (
@@ -23,43 +21,6 @@ _WEIGHTED = (
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-class MaskedWeight:
-    """One masked weight: its parameter, its mask and its counts.
-
-    Attributes:
-        name: qualified name of the parameter.
-        parameter: the weight.
-        numel: number of all its elements.
-        target: number of active weights by the distribution.
-        active: number of active weights now.
-        mask: boolean, of the weight's shape, device and memory layout.
-        bits: the mask in the form that is applied, see :func:`spfde.sparsity.masks.keep_bits`.
-        arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.
-        clean: identity and version of the gradient that was masked last in this step; None between steps.
-    """
-
-    def __init__(self, name: str, parameter: nn.Parameter, target: int) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.numel = parameter.numel()
-        self.target = target
-        self.clean: tuple[int, int] | None = None
-        self.arrived = False
-        self.set_mask(torch.ones(parameter.shape, dtype=torch.bool), self.numel)
-
-    def set_mask(self, mask: Tensor, n_active: int) -> None:
-        # Laid out like the weight (channels_last), a mask is applied without strided copies.
-        self.mask = torch.empty_like(self.parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
-        self.bits = keep_bits(self.mask)
-        self.active = n_active
-
-    def follow(self, *, layout: bool = False) -> None:
-        """Move the mask to where ``model.to(...)`` has moved the weight since, and on request lay it out alike."""
-        moved = self.bits.device != self.parameter.device
-        if moved or (layout and self.bits.stride() != self.parameter.stride()):
-            self.set_mask(self.mask, self.active)
 
 
 def select_layers(

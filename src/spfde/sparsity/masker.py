@@ -8,17 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spfde.errors import StateMismatch, UsageError
+from spfde.sparsity import latent as behind
 from spfde.sparsity import masks as masking
 from spfde.sparsity import mutation
-from spfde.sparsity.gradients import DenseGradients
-from spfde.sparsity.layers import MaskedWeight, shapes_of
-from spfde.sparsity.methods import SparsityMethod, planned_active, planned_keep
-from spfde.sparsity.state import check_state, check_weights
-
-_Turnover = tuple[int, int]  # (active weights that survive, active weights in the end)
+from spfde.sparsity.gradients import DenseGradients, SmoothedGradients
+from spfde.sparsity.layers import shapes_of
+from spfde.sparsity.methods.base import (
+    LayerView,
+    SparsityMethod,
+    Turnover,
+    mutates_after,
+    planned_active,
+    planned_keep,
+)
+from spfde.sparsity.state import Bounds, check_state, check_weights
+from spfde.sparsity.structure import Unstructured
+from spfde.sparsity.weight import MaskedWeight
 
 
 class Masker:
@@ -35,6 +44,7 @@ class Masker:
         generator: a CPU generator, the only source of randomness.
         interval: epochs between two beats.
         epochs: length of the run; in its last epoch the masks are at target and stay.
+        masks: the first masks, for methods that choose them from data; they say how many weights each layer has.
 
     The masks are drawn, and the weights outside set to zero, at once; the hooks wait for :meth:`install`.
     """
@@ -42,12 +52,13 @@ class Masker:
     def __init__(
         self,
         layers: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         method: SparsityMethod,
         *,
         generator: torch.Generator,
         interval: int,
         epochs: int,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         assert interval >= 1, "an interval is at least one epoch"
         assert epochs >= 1, "a run is at least one epoch"
@@ -56,18 +67,19 @@ class Masker:
         self.generator = generator
         self.interval = interval
         self.epochs = epochs
-        self.target = method.counts(shapes_of(layers))
-        self._layers = {name: MaskedWeight(name, p, self.target[name]) for name, p in layers.items()}
+        self._layers = _masked_weights(layers, method)
         self._live: list[MaskedWeight] = []
-        self._pending: dict[str, _Turnover] = {}
+        self._pending: dict[str, Turnover] = {}
         self._dense = DenseGradients()
+        self._smoothed = SmoothedGradients()
+        self._smooths = self._rewires = False
+        self._memory: dict[str, float] = {}
         self._snapshots: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         #: With several processes: replaces tensors by their mean over the ranks.
         self.average: Callable[[Iterable[Tensor]], None] | None = None
-        for layer in self._layers.values():
-            layer.set_mask(self._initial_mask(layer), layer.target)
-            self._clear_outside(layer, layer.bits)
+        for name, layer in self._layers.items():
+            self._draw(layer, None if masks is None else masks.get(name))
         self._set_live(frozen=())
 
     @property
@@ -76,34 +88,52 @@ class Masker:
         return {name: layer.mask for name, layer in self._layers.items()}
 
     @property
+    def target(self) -> dict[str, int]:
+        """Active weights of each layer without a soft bound."""
+        return {name: layer.target * layer.unit_size for name, layer in self._layers.items()}
+
+    @property
     def pending(self) -> tuple[str, ...]:
         """Layers whose mutation waits for a gradient."""
         return tuple(self._pending)
 
     @property
     def wants_dense_gradients(self) -> frozenset[str]:
-        """Layers whose next gradient must hold the inactive weights too, for a mutation waits for it."""
-        return frozenset(self._pending) if self.method.gradients == "dense" else frozenset()
+        """Layers whose next gradient must hold inactive weights too."""
+        if self._smooths:
+            return frozenset(layer.name for layer in self._live)
+        waiting = self._pending if self.method.gradients == "dense" else ()
+        return frozenset([*waiting, *(layer.name for layer in self._live if layer.reaches_beyond_mask)])
 
     @property
     def dense_gradient_steps(self) -> int:
         """Backward passes whose dense gradient was used since :meth:`reset_epoch_counters`."""
         return max(self._dense.passes.values(), default=0)
 
+    @property
+    def explored(self) -> float:
+        """Share of the masked weights that have been active at some time: ITOP's over-parameterisation rate."""
+        weights = sum(layer.numel for layer in self._layers.values())
+        return sum(layer.explored.count for layer in self._layers.values()) / weights
+
     def reset_epoch_counters(self) -> None:
         self._dense.passes.clear()
 
     def n_active(self, name: str) -> int:
         """Number of active weights of a layer."""
-        return self._layers[name].active
+        return self._layers[name].active * self._layers[name].unit_size
 
     def density(self, name: str) -> float:
         """Share of active weights of a layer."""
-        return self._layers[name].active / self._layers[name].numel
+        return self._layers[name].density
 
     def densities(self) -> dict[str, float]:
         """Share of active weights by layer."""
-        return {name: self.density(name) for name in self._layers}
+        return {name: layer.density for name, layer in self._layers.items()}
+
+    def gradient_densities(self) -> dict[str, float]:
+        """Share of the weights whose gradient each step computes, for layers where that is more than the mask."""
+        return {name: layer.reach for name, layer in self._layers.items() if layer.reaches_beyond_mask}
 
     def install(self) -> None:
         """Hook the gradients and the optimizer's steps.
@@ -114,7 +144,7 @@ class Masker:
         if self._handles:
             raise UsageError("The masks are hooked already. Call remove() first.")
         for layer in self._layers.values():
-            if layer.target < layer.numel:
+            if not layer.is_dense:
                 hook = partial(self._on_gradient, layer)
                 handle = layer.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
@@ -128,7 +158,10 @@ class Masker:
             handle.remove()
         self._handles.clear()
         self._dense.clear()
+        self._smoothed.clear()
         self._snapshots.clear()
+
+    # --- epochs ------------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int, frozen: Container[str], settling: Container[str] = ()) -> None:
         """Mutate if it is time; call it once at the top of each epoch.
@@ -147,31 +180,33 @@ class Masker:
         for layer in self._live:
             layer.follow(layout=True)
         names = {layer.name for layer in self._live}
-        if epoch >= self.epochs - 1:
+        is_last = epoch >= self.epochs - 1
+        self._rewires = self.method.rewires and not is_last
+        if is_last:
             self._pending.clear()
             self.prune_to_target(names)
         elif epoch % self.interval == 0:
             self._pending = {}
-            for layer in self._live:
-                keep, final = self._turnover(layer, epoch)
-                if layer.name in settling:
-                    final = min(final, layer.target)
-                self._turn_over_or_wait(layer, (keep, final))
+            self._beat(epoch, settling)
         else:
             self._pending = {name: turnover for name, turnover in self._pending.items() if name in names}
+        self._smooths = self.method.gradients == "smoothed" and mutates_after(
+            self.method, epoch, interval=self.interval, epochs=self.epochs
+        )
+        if not self._smooths:
+            self._smoothed.clear()
 
     def prune_to_target(self, names: Iterable[str]) -> None:
         """Drop what these layers hold above their target, by magnitude, and cancel their pending mutation.
 
         Names of parameters that are not masked are passed over.
         """
-        for name in names:
-            self._pending.pop(name, None)
-            layer = self._layers.get(name)
-            if layer is not None and layer.active > layer.target:
-                mask = mutation.drop(layer.mask, mutation.magnitude(layer.parameter), layer.target)
-                layer.set_mask(mask, layer.target)
-                self._clear_outside(layer, layer.bits)
+        layers = [self._layers[name] for name in names if name in self._layers]
+        self._settle(layers)
+        for layer in layers:
+            self._pending.pop(layer.name, None)
+            if layer.active > layer.target:
+                self._mutate(layer, (layer.target, layer.target), gradient=None, by_magnitude=True)
 
     def infer_masks(self) -> None:
         """Take the masks from the zeros of the weights, after a sparse checkpoint without masks was loaded.
@@ -181,7 +216,10 @@ class Masker:
 
         Raises:
             StateMismatch: a layer has more non-zeros than the method ever allows.
+            UsageError: the masks are structured, and zeros do not tell the units that exist.
         """
+        if not isinstance(self.method.structure, Unstructured):
+            raise UsageError("Masks of groups cannot be told from zeros. Load the session's state.")
         found = {}
         for layer in self._layers.values():
             n_nonzero = int(torch.count_nonzero(layer.parameter.detach()))
@@ -195,8 +233,12 @@ class Masker:
         for layer in self._layers.values():
             n_active = found[layer.name]
             layer.set_mask(masking.infer_mask(layer.parameter, n_active, self.generator), n_active)
-            self._clear_outside(layer, layer.bits)
+            layer.latent = self.method.latent_of(layer.parameter, target=layer.target) if layer.latent else None
+            layer.clear_outside(self.optimizer)
+            layer.note_explored()
         self._pending.clear()
+
+    # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (packed), pending mutations, counters and the generator, as tensors and primitives.
@@ -204,12 +246,18 @@ class Masker:
         A gradient collected for a mutation that has not happened yet is not part of it: take the state at the top of
         an epoch or after the last step of one.
         """
+        layers = self._layers
         return {
-            "masks": {name: masking.pack(layer.mask) for name, layer in self._layers.items()},
-            "shapes": {name: list(layer.parameter.shape) for name, layer in self._layers.items()},
-            "target": dict(self.target),
+            "masks": {name: masking.pack(layer.mask) for name, layer in layers.items()},
+            "shapes": {name: list(layer.parameter.shape) for name, layer in layers.items()},
+            "target": self.target,
+            "explored": {name: layer.explored.packed.clone() for name, layer in layers.items()},
             "pending": {name: list(turnover) for name, turnover in self._pending.items()},
             "dense_gradient_passes": dict(self._dense.passes),
+            "latents": {name: layer.latent.state_dict() for name, layer in layers.items() if layer.latent is not None},
+            "smoothed": self._smoothed.state_dict(),
+            "memory": dict(self._memory),
+            "running": {"smooths": self._smooths, "rewires": self._rewires},
             "generator": self.generator.get_state(),
         }
 
@@ -220,50 +268,103 @@ class Masker:
             StateMismatch: the state is damaged, belongs to another model, sparsity or method, or the model's weights
                 are not those of the state. Nothing has changed then.
         """
-        most = {name: self._most(layer) for name, layer in self._layers.items()}
-        shapes = shapes_of({name: layer.parameter for name, layer in self._layers.items()})
-        loaded = check_state(state, shapes=shapes, target=self.target, most=most)
+        bounds = {name: self._bounds(layer) for name, layer in self._layers.items()}
+        loaded = check_state(state, bounds=bounds, counts_known=self.method.counts_known)
         check_weights({name: layer.parameter for name, layer in self._layers.items()}, loaded)
         try:
             self.generator.set_state(state["generator"])
         except (RuntimeError, TypeError) as error:
             raise StateMismatch(f"The state's generator cannot be used here: {error}") from error
         for name, layer in self._layers.items():
-            layer.set_mask(loaded[name], int(loaded[name].sum()))
-            self._clear_outside(layer, layer.bits)
+            layer.target = state["target"][name] // layer.unit_size
+            layer.set_mask(loaded[name], int(loaded[name].sum()) // layer.unit_size)
+            layer.explored.packed = state["explored"][name].clone()
+            if layer.latent is not None:
+                # A layer that is not in the state has settled by then.
+                kept = state["latents"].get(name)
+                if kept is None:
+                    layer.latent = None
+                else:
+                    layer.latent.load_state_dict(kept, layer.mask)
+            masking.apply_(layer.parameter, layer.bits)
+            layer.clear_state_outside(self.optimizer, layer.gradient_bits)
         self._pending = {name: (int(keep), int(final)) for name, (keep, final) in state["pending"].items()}
+        self._memory = dict(state["memory"])
+        self._smooths, self._rewires = state["running"]["smooths"], state["running"]["rewires"]
         self._dense.clear()
         self._dense.passes = dict(state["dense_gradient_passes"])
+        self._smoothed.load_state_dict(state["smoothed"])
         self._snapshots.clear()
 
-    def _initial_mask(self, layer: MaskedWeight) -> Tensor:
-        if layer.target == layer.numel:
-            return layer.mask
-        if self.method.init == "magnitude":
-            return masking.magnitude_mask(layer.parameter, layer.target)
-        return masking.random_mask(layer.parameter.shape, layer.target, self.generator)
+    # --- masks -------------------------------------------------------------------------------------------------------
+
+    def _draw(self, layer: MaskedWeight, given: Tensor | None) -> None:
+        """The layer's first mask."""
+        if layer.is_dense and given is None:
+            layer.note_explored()
+            return
+        layer.latent = self.method.latent_of(layer.parameter, target=layer.target)
+        if layer.latent is not None:
+            layer.set_mask(layer.latent.mask, int(layer.latent.mask.sum()))
+        elif given is not None:
+            layer.target = int(given.sum()) // layer.unit_size
+            layer.set_mask(given, layer.target)
+        else:
+            layer.draw(self.method.start_at(layer.target, layer.n_units), by=self.method.init, generator=self.generator)
+        layer.clear_outside(self.optimizer)
+        layer.note_explored()
 
     def _set_live(self, frozen: Container[str]) -> None:
         """Note the layers that the steps have to look after: those that are masked at all and not frozen."""
-        layers = self._layers.values()
-        self._live = [layer for layer in layers if layer.target < layer.numel and layer.name not in frozen]
+        self._live = [layer for layer in self._layers.values() if not layer.is_dense and layer.name not in frozen]
 
-    def _turnover(self, layer: MaskedWeight, epoch: int) -> _Turnover:
-        method, target, numel = self.method, layer.target, layer.numel
-        keep = planned_keep(method, target, numel, epoch=epoch, epochs=self.epochs)
-        final = planned_active(method, target, numel, epoch=epoch, interval=self.interval, epochs=self.epochs)
+    def _beat(self, epoch: int, settling: Container[str]) -> None:
+        progress = epoch / self.epochs
+        if self.method.allots:
+            if epoch > 0:
+                self._redistribute(progress)
+            return
+        stays = not self.method.keeps_latents_at(progress)
+        self._settle(layer for layer in self._live if stays or layer.name in settling)
+        for layer in self._live:
+            if layer.latent is not None:
+                layer.latent.turn(progress)
+                self._follow_latent(layer)
+                continue
+            keep, final = self._turnover(layer, epoch)
+            if layer.name in settling:
+                final = min(final, layer.target)
+            self._turn_over_or_wait(layer, (min(keep, final), final))
+
+    def _turnover(self, layer: MaskedWeight, epoch: int) -> Turnover:
+        method, target, n_units = self.method, layer.target, layer.n_units
+        keep = planned_keep(method, target, n_units, epoch=epoch, epochs=self.epochs)
+        final = planned_active(method, target, n_units, epoch=epoch, interval=self.interval, epochs=self.epochs)
         return min(keep, layer.active), final
 
     def _most(self, layer: MaskedWeight) -> int:
         """The most active weights that the layer ever has in this run."""
-        method, target, numel = self.method, layer.target, layer.numel
+        method, target, n_units = self.method, layer.target, layer.n_units
+        if not method.counts_known:
+            return n_units * layer.unit_size
         beats = range(0, self.epochs, self.interval)
-        return max(
-            planned_active(method, target, numel, epoch=beat, interval=self.interval, epochs=self.epochs)
+        planned = [
+            planned_active(method, target, n_units, epoch=beat, interval=self.interval, epochs=self.epochs)
             for beat in beats
+        ]
+        return max(*planned, method.start_at(target, n_units)) * layer.unit_size
+
+    def _bounds(self, layer: MaskedWeight) -> Bounds:
+        target = layer.target * layer.unit_size
+        return Bounds(
+            shape=tuple(layer.parameter.shape),
+            unit_size=layer.unit_size,
+            target=target,
+            least=target if self.method.counts_known else layer.unit_size,
+            most=self._most(layer),
         )
 
-    def _turn_over_or_wait(self, layer: MaskedWeight, turnover: _Turnover) -> None:
+    def _turn_over_or_wait(self, layer: MaskedWeight, turnover: Turnover) -> None:
         keep, final = turnover
         if keep == final == layer.active:
             return
@@ -274,28 +375,71 @@ class Masker:
         else:
             self._mutate(layer, turnover, gradient=None)
 
-    def _mutate(self, layer: MaskedWeight, turnover: _Turnover, *, gradient: Tensor | None) -> None:
+    def _mutate(
+        self, layer: MaskedWeight, turnover: Turnover, *, gradient: Tensor | None, by_magnitude: bool = False
+    ) -> None:
         keep, final = turnover
-        kept = layer.mask
+        weight = layer.parameter.detach()
+        score = None
         if keep < layer.active:
-            kept = mutation.drop(kept, self.method.drop_score(layer.parameter.detach(), gradient), keep)
-        # A dropped weight may come back at once, and then starts from zero like any other that is grown.
-        self._clear_outside(layer, masking.keep_bits(kept))
-        if final > keep:
-            kept = self.method.grow(kept, final, gradient=gradient, generator=self.generator)
-        layer.set_mask(kept, final)
+            score = mutation.magnitude(weight) if by_magnitude else self.method.drop_score(weight, gradient)
+        layer.turn_over(
+            keep,
+            final,
+            drop_score=score,
+            grow_score=self.method.grow_score(gradient) if final > keep else None,
+            optimizer=self.optimizer,
+            generator=self.generator,
+        )
 
-    def _clear_outside(self, layer: MaskedWeight, bits: Tensor) -> None:
-        """Zero the weight and its optimizer state where ``bits`` has no weight."""
-        p = layer.parameter
-        masking.apply_(p, bits)
-        state = self.optimizer.state.get(p)
-        if state:
-            shape = p.shape
-            for value in state.values():
-                # Integer state (a quantised moment) has no zero that could be told from its bits.
-                if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
-                    masking.apply_(value, bits)
+    def _redistribute(self, progress: float) -> None:
+        """One mutation of all layers together: what some lose others gain."""
+        smoothed = self._smoothed.values
+        layers = [layer for layer in self._live if self.method.gradients != "smoothed" or layer.name in smoothed]
+        views = [self._view(layer, smoothed.get(layer.name)) for layer in layers]
+        turnovers = self.method.allot(views, progress=progress, memory=self._memory)
+        for layer, turnover in zip(layers, turnovers, strict=True):
+            if turnover != (layer.active, layer.active):
+                self._mutate(layer, turnover, gradient=smoothed.get(layer.name))
+            layer.target = layer.active
+
+    def _view(self, layer: MaskedWeight, smoothed: Tensor | None) -> LayerView:
+        units = layer.structure.units_of(layer.mask)
+        scores = layer.unit_scores(self.method.drop_score(layer.parameter.detach(), None))[units]
+        momentum = 0.0 if smoothed is None else float(smoothed.abs()[layer.mask].mean())
+        return LayerView(layer.n_units, scores, momentum)
+
+    # --- weights behind the masks ------------------------------------------------------------------------------------
+
+    def _follow_latent(self, layer: MaskedWeight) -> None:
+        """Take over the mask and the sparse weight that the latent gives."""
+        assert layer.latent is not None
+        layer.set_mask(layer.latent.mask, int(layer.latent.mask.sum()))
+        layer.parameter.detach().copy_(layer.latent.sparse)
+        layer.note_explored()
+
+    def _settle(self, layers: Iterable[MaskedWeight]) -> None:
+        """Give up the latents of these layers: from now on their masks stay, at the target's total."""
+        layers = [layer for layer in layers if layer.latent is not None]
+        latents = [layer.latent for layer in layers if layer.latent is not None]
+        if not layers:
+            return
+        masks = behind.settled_masks(latents, sum(layer.target for layer in layers))
+        for layer, latent, mask in zip(layers, latents, masks, strict=True):
+            layer.parameter.detach().copy_(latent.sparse)
+            layer.latent = None
+            layer.target = int(mask.sum())
+            layer.set_mask(mask, layer.target)
+            layer.clear_outside(self.optimizer)
+            layer.note_explored()
+
+    def _settle_if_reached(self) -> None:
+        """Latents whose masks shrink by themselves settle once they are small enough together."""
+        layers = [layer for layer in self._live if layer.latent is not None]
+        if layers and sum(layer.active for layer in layers) <= sum(layer.target for layer in layers):
+            self._settle(layers)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, layer: MaskedWeight, parameter: Tensor) -> None:
         """After a backward pass: mask the gradient, so that clipping and scaling see the sparse one."""
@@ -304,52 +448,90 @@ class Masker:
             return
         layer.follow()
         layer.arrived = True
-        collects = layer.name in self._pending and self.method.gradients == "dense"
+        collects = self._collects(layer)
         if collects:
             self._dense.collect(layer.name, grad, layer.mask)
-        masking.apply_(grad, layer.bits)
+        masking.apply_(grad, layer.gradient_bits)
         layer.clean = (id(grad), grad._version)
         if collects:
             self._dense.note(layer.name, grad)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _collects(self, layer: MaskedWeight) -> bool:
+        return self._smooths or (layer.name in self._pending and self.method.gradients == "dense")
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: mask gradients that were set by hand, and note those of a pending mutation."""
         for layer in self._live:
             grad = layer.parameter.grad
-            if grad is None:
-                continue
-            layer.follow()
-            if self._pending and layer.name in self._pending:
-                if self.method.gradients == "active":
+            if grad is not None:
+                layer.follow()
+                if layer.name in self._pending and self.method.gradients == "active":
                     self._snapshots[layer.name] = _unscaled(grad, optimizer)
-                elif layer.name not in self._dense and not layer.arrived:
+                elif self._collects(layer) and layer.name not in self._dense and not layer.arrived:
                     self._dense.collect(layer.name, grad, layer.mask)
-            # Nothing has written to the gradient since its backward pass: it is masked already.
-            if layer.clean != (id(grad), grad._version):
-                masking.apply_(grad, layer.bits)
+                # Nothing has written to the gradient since its backward pass: it is masked already.
+                if layer.clean != (id(grad), grad._version):
+                    masking.apply_(grad, layer.gradient_bits)
+            # Nothing moves a weight that has no gradient (a frozen one).
+            layer.negative = torch.signbit(layer.parameter.detach()) if self._rewires and grad is not None else None
+            if layer.latent is not None:
+                if _closure_of(args, kwargs) is not None:
+                    raise UsageError(f"{self.method.name} cannot follow optimizer.step(closure). Call step() alone.")
+                behind.swap_in(layer.parameter, layer.latent, None if grad is None else _unscaled(grad, optimizer))
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: whatever the optimizer did, inactive weights and their state are zero; then mutate."""
+        skipped = _was_skipped(optimizer)
+        group_of = self._groups() if self._rewires or any(layer.latent is not None for layer in self._live) else {}
         for layer in self._live:
             layer.follow()
             layer.clean, layer.arrived = None, False
-            self._clear_outside(layer, layer.bits)
-        if not self._pending:
+            if layer.latent is not None:
+                self._leave_latent(layer, None if skipped else group_of[id(layer.parameter)])
+                continue
+            if layer.negative is not None and not skipped:
+                self._rewire(layer, layer.negative, float(group_of[id(layer.parameter)]["lr"]))
+            layer.clear_outside(optimizer)
+        if self.method.changes_every_step:
+            self._settle_if_reached()
+        if not self._pending and not self._smooths:
             return
-        # The hook's arguments start with the optimizer itself.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        gradients = self._take_gradients(has_closure=closure is not None)
+        gradients = self._take_gradients(has_closure=_closure_of(args, kwargs) is not None)
         if self.average is not None:
             self.average([gradients[layer.name] for layer in self._live if layer.name in gradients])
-        if _was_skipped(optimizer) or not all(bool(g.isfinite().all()) for g in gradients.values()):
+        if skipped or not all(bool(g.isfinite().all()) for g in gradients.values()):
             return
+        if self._smooths:
+            self._smoothed.add(gradients, momentum=self.method.gradient_momentum)
         # In the order of the layers, so that the generator's draws do not depend on the backward pass.
         for layer in self._live:
             if layer.name in self._pending and layer.name in gradients:
                 self._mutate(layer, self._pending.pop(layer.name), gradient=gradients[layer.name])
 
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        return {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+
+    def _leave_latent(self, layer: MaskedWeight, group: Mapping[str, Any] | None) -> None:
+        assert layer.latent is not None
+        if group is not None:
+            behind.swap_out(layer.parameter, layer.latent, group)
+        layer.clear_state_outside(self.optimizer, layer.gradient_bits)
+        if self.method.changes_every_step:
+            self._follow_latent(layer)
+        else:
+            layer.parameter.detach().copy_(layer.latent.sparse)
+
+    def _rewire(self, layer: MaskedWeight, negative: Tensor, learning_rate: float) -> None:
+        weight, mask = self.method.rewire(
+            layer.parameter.detach(), layer.mask, negative, learning_rate=learning_rate, generator=self.generator
+        )
+        layer.parameter.detach().copy_(weight)
+        layer.negative = None
+        layer.set_mask(mask, layer.active)
+        layer.note_explored()
+
     def _take_gradients(self, *, has_closure: bool) -> dict[str, Tensor]:
-        if self.method.gradients == "dense":
+        if self.method.gradients in ("dense", "smoothed"):
             return self._dense.take()
         taken, self._snapshots = self._snapshots, {}
         if has_closure:
@@ -359,13 +541,28 @@ class Masker:
         return taken
 
 
-def _unscaled(grad: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+def _masked_weights(layers: Mapping[str, nn.Parameter], method: SparsityMethod) -> dict[str, MaskedWeight]:
+    shapes, counts = shapes_of(layers), method.counts(shapes_of(layers))
+    weights = {}
+    for name, parameter in layers.items():
+        is_dense = counts[name] == parameter.numel()
+        structure = Unstructured() if is_dense else method.structure
+        weights[name] = MaskedWeight(name, parameter, structure, counts[name] // structure.unit_size(shapes[name]))
+    return weights
+
+
+def _closure_of(args: Any, kwargs: Any) -> Any:
+    # The hook's arguments start with the optimizer itself.
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
+def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
     """A copy of the gradient, without the loss scale that ``GradScaler`` leaves to a fused optimizer."""
     scale = getattr(optimizer, "grad_scale", None)
     return grad.detach().clone() if scale is None else grad.detach() / scale.to(grad.device)
 
 
-def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+def _was_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer skipped its update because ``GradScaler`` found an infinite gradient."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,9 +101,8 @@ def apply_(tensor: Tensor, bits: Tensor) -> None:
 
 def pack(mask: Tensor) -> Tensor:
     """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first."""
-    flat = mask.detach().flatten().to("cpu", torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8))
-    return (flat.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    flat = mask.detach().flatten().to("cpu")
+    return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
@@ -116,5 +116,5 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
         found = f"{packed.dtype} of shape {tuple(packed.shape)}"
         rule = f"a mask of shape {tuple(shape)} takes {math.ceil(numel / 8)} bytes in one dimension"
         raise InvalidArgument(Problem("packed", found, rule, "Use the state of the same model."))
-    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[:numel].bool().view(*shape)
+    bits = np.unpackbits(packed.cpu().numpy(), count=numel, bitorder="little")
+    return torch.from_numpy(bits).bool().view(*shape)

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-from spfde.sparsity.methods.base import SparsityMethod, planned_active, planned_keep
+from spfde.sparsity.methods.base import (
+    SparsityMethod,
+    mutates_after,
+    planned_active,
+    planned_density,
+    planned_keep,
+)
+from spfde.sparsity.methods.deepr import DeepR
+from spfde.sparsity.methods.dsr import DSR
 from spfde.sparsity.methods.evolution import SET
+from spfde.sparsity.methods.gradual import GMP
 from spfde.sparsity.methods.mest import MEST
+from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.methods.rigl import RigL
+from spfde.sparsity.methods.snfs import SNFS
+from spfde.sparsity.methods.soft_threshold import STR
 from spfde.sparsity.methods.static import StaticSparse
+from spfde.sparsity.methods.topkast import TopKAST
 
-METHODS: dict[str, type[SparsityMethod]] = {method.name: method for method in (StaticSparse, SET, RigL, MEST)}
+METHODS: dict[str, type[SparsityMethod]] = {
+    method.name: method
+    for method in (StaticSparse, SET, RigL, MEST, SNIP, GraSP, SynFlow, DeepR, DSR, SNFS, TopKAST, GMP, STR)
+}
 
-__all__ = ["MEST", "METHODS", "SET", "RigL", "SparsityMethod", "StaticSparse", "planned_active", "planned_keep"]
+__all__ = [
+    "DSR",
+    "GMP",
+    "MEST",
+    "METHODS",
+    "SET",
+    "SNFS",
+    "SNIP",
+    "STR",
+    "DeepR",
+    "GraSP",
+    "PruningAtInitialisation",
+    "RigL",
+    "SparsityMethod",
+    "StaticSparse",
+    "SynFlow",
+    "TopKAST",
+    "mutates_after",
+    "planned_active",
+    "planned_density",
+    "planned_keep",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from spfde import sources
 from spfde.schedules import steps
 from spfde.sparsity import mutation
-from spfde.sparsity.methods.base import Fraction, SparsityMethod
+from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
 
 
 class MEST(SparsityMethod):
@@ -34,6 +34,7 @@ class MEST(SparsityMethod):
 
     name: ClassVar[str] = "mest"
     summary: ClassVar[str] = "Elastic mutation with a soft memory bound; no dense gradient, ever."
+    cost: ClassVar[str] = "3 sparse passes a step, at the soft bound's density"
     citation: ClassVar[str] = sources.MEST.citation
     bibtex: ClassVar[str] = sources.MEST.bibtex
 
@@ -53,11 +54,15 @@ class MEST(SparsityMethod):
         return self
 
     @property
-    def gradients(self) -> Literal["none", "active", "dense"]:
+    def gradients(self) -> Gradients:
         return "active" if self.gradient_weight > 0.0 else "none"
 
     def drop_fraction_at(self, progress: float) -> float:
         return 0.0 if self.soft_bound else steps(progress, self.drop_steps, self.decay_at)
+
+    @property
+    def varies_counts(self) -> bool:
+        return self.soft_bound
 
     def excess_at(self, progress: float) -> float:
         return steps(progress, self.soft_bound_steps, self.decay_at) if self.soft_bound else 0.0

@@ -85,10 +85,6 @@ class PruningAtInitialisation(SparsityMethod):
         assert masks is not None, "there is at least one round"
         return masks
 
-    @abstractmethod
-    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
-        """Modelled FLOPs of scoring ``samples`` samples, whose dense forward pass costs so many each."""
-
     def rounds(self, units: int, total: int) -> list[int]:
         """Units that are left after each round of scoring, ``units`` of ``total`` at last."""
         return [units]
@@ -263,7 +259,7 @@ class SynFlow(PruningAtInitialisation):
 
     def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
         """Three forward passes' worth a round on one sample, whatever ``samples`` is."""
-        return 3 * forward_flops_per_sample * self.iterations
+        return 3 * forward_flops_per_sample * (1 if self.structure.fixed_count else self.iterations)
 
     def rounds(self, units: int, total: int) -> list[int]:
         """``total * (units / total) ** (k / iterations)`` units after round ``k``, counted from 1."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from spfde.schedules import cosine
 from spfde.sparsity import mutation
-from spfde.sparsity.methods.base import Fraction, SparsityMethod
+from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
 
 
 class RigL(SparsityMethod):
@@ -25,6 +24,7 @@ class RigL(SparsityMethod):
 
     name: ClassVar[str] = "rigl"
     summary: ClassVar[str] = "Drops the smallest weights and grows those with the largest dense gradient."
+    cost: ClassVar[str] = "3 sparse passes a step; at a beat one step's weight gradient is dense"
     citation: ClassVar[str] = (
         "U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen: Rigging the Lottery: Making All Tickets Winners. "
         "ICML 2020. arXiv 1911.11134"
@@ -42,12 +42,12 @@ class RigL(SparsityMethod):
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
 
     @property
-    def gradients(self) -> Literal["none", "active", "dense"]:
+    def gradients(self) -> Gradients:
         return "dense"
 
     def drop_fraction_at(self, progress: float) -> float:
         return cosine(progress / self.stop_fraction, self.drop_fraction)
 
-    def grow(self, mask: Tensor, n_final: int, *, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def grow_score(self, gradient: Tensor | None) -> Tensor:
         assert gradient is not None, "RigL grows by the dense gradient"
-        return mutation.grow_by_score(mask, mutation.gradient(gradient), n_final)
+        return mutation.gradient(gradient)

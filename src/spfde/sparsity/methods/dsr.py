@@ -1,0 +1,80 @@
+"""DSR: weights move to the layers that keep more of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from spfde.rounding import round_half_up
+from spfde.sparsity.distribution import apportion
+from spfde.sparsity.methods.base import Fraction, LayerView, SparsityMethod, Turnover
+
+
+class DSR(SparsityMethod):
+    """One threshold for all layers decides what is dropped; what grows goes to layers by the weights that they keep.
+
+    The threshold adapts: it doubles when fewer weights than wanted fell below it, and halves when there were more.
+    Within a layer weights grow at random. The total of active weights never changes.
+
+    Departures: a layer never loses its last weight; the wanted number is a share of the active weights, where the paper
+    fixes a number for each network.
+
+    Attributes:
+        drop_fraction: share of the active weights that a mutation is meant to drop, in [0, 1).
+        tolerance: how far from it the number may lie before the threshold adapts, in share of it.
+        threshold: magnitude below which weights are dropped at the first mutation.
+        stop_fraction: share of the run after which the masks stay, in (0, 1].
+    """
+
+    name: ClassVar[str] = "dsr"
+    summary: ClassVar[str] = "Drops below one adaptive threshold and grows at random where layers kept more."
+    cost: ClassVar[str] = "3 sparse passes a step; density moves between layers"
+    citation: ClassVar[str] = (
+        "H. Mostafa, X. Wang: Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse "
+        "Reparameterization. ICML 2019. arXiv 1902.05967"
+    )
+    bibtex: ClassVar[str] = """@inproceedings{mostafa2019parameter,
+  title = {Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse Reparameterization},
+  author = {Mostafa, Hesham and Wang, Xin},
+  booktitle = {International Conference on Machine Learning},
+  year = {2019},
+  eprint = {1902.05967},
+  archivePrefix = {arXiv}
+}"""
+    allots: ClassVar[bool] = True
+    counts_known: ClassVar[bool] = False
+
+    drop_fraction: Fraction = 0.1
+    tolerance: Annotated[float, Field(ge=0.0)] = 0.1
+    threshold: Annotated[float, Field(gt=0.0)] = 1e-3
+    stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+    def drop_fraction_at(self, progress: float) -> float:
+        return self.drop_fraction if progress < self.stop_fraction else 0.0
+
+    def allot(
+        self, layers: Sequence[LayerView], *, progress: float, memory: MutableMapping[str, float]
+    ) -> list[Turnover]:
+        wanted = round_half_up(self.drop_fraction_at(progress) * sum(layer.active for layer in layers))
+        if not wanted:
+            return [(layer.active, layer.active) for layer in layers]
+        threshold = memory.get("threshold", self.threshold)
+        keep = [max(1, int((layer.scores >= threshold).sum())) for layer in layers]
+        dropped = sum(layer.active for layer in layers) - sum(keep)
+        if dropped < (1.0 - self.tolerance) * wanted:
+            threshold *= 2.0
+        elif dropped > (1.0 + self.tolerance) * wanted:
+            threshold /= 2.0
+        memory["threshold"] = threshold
+        return share_out(layers, keep, claims=[float(kept) for kept in keep])
+
+
+def share_out(layers: Sequence[LayerView], keep: Sequence[int], *, claims: Sequence[float]) -> list[Turnover]:
+    """Give what all layers dropped together back to them, in proportion to ``claims``."""
+    names = [str(index) for index in range(len(layers))]
+    room = {name: layer.n_units - kept for name, layer, kept in zip(names, layers, keep, strict=True)}
+    dropped = sum(layer.active - kept for layer, kept in zip(layers, keep, strict=True))
+    grown = apportion(dict(zip(names, claims, strict=True)), room, dropped)
+    return [(kept, kept + grown[name]) for name, kept in zip(names, keep, strict=True)]
