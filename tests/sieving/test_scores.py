@@ -192,3 +192,12 @@ def test_a_state_of_another_criterion_or_data_set_is_refused():
         MeanScore(3).load_state_dict(forgetting)
     with pytest.raises(StateMismatch, match="mean scores of 4 samples"):
         MeanScore(3).load_state_dict(MeanScore(4).state_dict())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("y", [torch.zeros(4, dtype=torch.long), torch.zeros(4, 3)], ids=["hard", "soft"])
+def test_a_report_never_looks_at_values_so_that_no_device_has_to_wait(criterion, y):
+    # On the meta device there are no values: whoever looks at one is refused.
+    values = EVIDENCE[criterion](torch.zeros(4, 3, device="meta"), y.to("meta"))
+    assert values.shape == (4,)
+    make_scorer(criterion, 9).observe(torch.arange(4), values)
