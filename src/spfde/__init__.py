@@ -46,18 +46,22 @@ _HOMES = {
     "TrainingDiverged": "spfde.errors",
     "DataError": "spfde.errors",
     "RunFolderError": "spfde.errors",
+    "WeightsFileError": "spfde.errors",
+    "cite": "spfde.citation",
 }
-_ROOMS = ("presets", "errors", "sparsity", "freezing", "sieving", "cost")
+_ROOMS = ("presets", "errors", "sparsity", "freezing", "sieving", "cost", "export")
 
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
     from spfde import cost as cost
     from spfde import errors as errors
+    from spfde import export as export
     from spfde import freezing as freezing
     from spfde import presets as presets
     from spfde import sieving as sieving
     from spfde import sparsity as sparsity
+    from spfde.citation import cite as cite
     from spfde.door import attach as attach
     from spfde.errors import DataError as DataError
     from spfde.errors import InvalidArgument as InvalidArgument
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     from spfde.errors import StateMismatch as StateMismatch
     from spfde.errors import TrainingDiverged as TrainingDiverged
     from spfde.errors import UsageError as UsageError
+    from spfde.errors import WeightsFileError as WeightsFileError
     from spfde.freezing import BlockwiseCosine as BlockwiseCosine
     from spfde.freezing import ProgressiveFreezing as ProgressiveFreezing
     from spfde.planning import Plan as Plan

@@ -62,6 +62,10 @@ class RunFolderError(SpfdeError, RuntimeError):
     """A run folder or a checkpoint is in use, damaged, read-only or not what it should be."""
 
 
+class WeightsFileError(SpfdeError, RuntimeError):
+    """A file of exported weights is missing, damaged or cannot be written."""
+
+
 @dataclass
 class Problems:
     """Collects problems so that they are raised together."""

@@ -1,0 +1,167 @@
+"""Weights in files: dense or compressed, both in the safetensors format, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spfde.errors import InvalidArgument, Problems, UsageError, WeightsFileError
+from spfde.export.encoding import Encoded, decode, encode
+
+# Version of the compressed layout, and the keys of the header's metadata.
+_VERSION = "1"
+_LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.crc32"
+_DRAFT = ".writing"
+_REMEDY = "Export it again, or restore it from a copy."
+
+
+def save_dense(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write the tensors as they are, zeros included: a safetensors file that everything reads.
+
+    Args:
+        state_dict: tensors by name. Tied ones are written under each of their names.
+        path: the file; an existing one is replaced.
+
+    Raises:
+        InvalidArgument: an entry is no tensor that can be stored.
+        UsageError: safetensors is not installed.
+        WeightsFileError: the file cannot be written.
+    """
+    _check_tensors(state_dict)
+    # Clones: safetensors refuses tensors that share memory.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()
+    }
+    _save(tensors, Path(path), {"format": "pt"})
+
+
+def save_compressed(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write the tensors without their zeros; ``load`` restores them bit for bit.
+
+    The file is a safetensors file with entries ``dense/NAME``, or ``values/NAME`` and ``gaps/NAME`` or ``mask/NAME``
+    (see ``encode``), and a checksum.
+
+    Args:
+        state_dict: tensors by name.
+        path: the file; an existing one is replaced.
+
+    Raises:
+        InvalidArgument: an entry is no tensor that can be stored.
+        UsageError: safetensors is not installed.
+        WeightsFileError: the file cannot be written.
+    """
+    _check_tensors(state_dict)
+    stored: dict[str, Tensor] = {}
+    tensors = {}
+    for name, tensor in state_dict.items():
+        encoded = encode(tensor)
+        tensors[name] = [encoded.kind, list(encoded.shape)]
+        if encoded.kind == "dense":
+            stored[f"dense/{name}"] = encoded.values.clone()
+        else:
+            stored |= {f"values/{name}": encoded.values, f"{encoded.kind}/{name}": encoded.positions}
+    _save(stored, Path(path), {_LAYOUT: _VERSION, _TENSORS: json.dumps(tensors), _CHECKSUM: _checksum(stored)})
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors in a file that ``save_dense`` or ``save_compressed`` wrote, on the CPU.
+
+    Raises:
+        UsageError: safetensors is not installed.
+        WeightsFileError: the file is missing, damaged, no safetensors file, or of a newer layout.
+    """
+    safetensors, path = _safetensors(), Path(path)
+    if not path.is_file():
+        raise WeightsFileError(f"{path}: is no file. Pass one that `spfde export` wrote.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsFileError(f"{path}: is damaged or no safetensors file ({error}). {_REMEDY}") from error
+    if _LAYOUT not in metadata:
+        return stored
+    if metadata[_LAYOUT] != _VERSION:
+        rule = f"has layout {metadata[_LAYOUT]}, and this version of spfde reads layout {_VERSION}"
+        raise WeightsFileError(f"{path}: {rule}. Read it with the version that wrote it.")
+    if metadata.get(_CHECKSUM) != _checksum(stored):
+        raise WeightsFileError(f"{path}: is damaged (its checksum differs from when it was written). {_REMEDY}")
+    try:
+        return decode({name: _found(name, *entry, stored) for name, entry in json.loads(metadata[_TENSORS]).items()})
+    except (KeyError, ValueError, TypeError, AttributeError, InvalidArgument) as error:
+        raise WeightsFileError(f"{path}: is damaged ({error}). {_REMEDY}") from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A draft beside ``path`` that takes its name in the end; removed when something goes wrong.
+
+    Raises:
+        WeightsFileError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}{_DRAFT}")
+    try:
+        yield draft
+        draft.replace(path)
+    except OSError as error:
+        raise WeightsFileError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    safetensors = _safetensors()
+    from safetensors.torch import save_file
+
+    with written_whole(path) as draft:
+        try:
+            save_file(dict(tensors), draft, metadata=metadata)
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise WeightsFileError(f"{path}: cannot be written ({error}).") from error
+
+
+def _found(name: str, kind: Any, shape: list[int], stored: Mapping[str, Tensor]) -> Encoded:
+    if kind == "dense":
+        values = stored[f"dense/{name}"]
+        return Encoded("dense", tuple(shape), values, values.new_empty(0, dtype=torch.uint8))
+    return Encoded(kind, tuple(shape), stored[f"values/{name}"], stored[f"{kind}/{name}"])
+
+
+def _checksum(stored: Mapping[str, Tensor]) -> str:
+    """CRC-32 over all bytes, in order of the names."""
+    value = 0
+    for name in sorted(stored):
+        value = zlib.crc32(stored[name].view(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
+    problems = Problems()
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            rule, remedy = "must be a tensor", "Pass model.state_dict()."
+            problems.add(f"state_dict[{name!r}]", type(value).__name__, rule, remedy)
+        elif value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+            remedy = "Convert it with to_dense() or dequantize(), or leave it out."
+            problems.add(f"state_dict[{name!r}]", kind, "must be a strided tensor with values", remedy)
+    problems.raise_if_any()
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise UsageError(
+            "weights are written and read with the package safetensors. Install it: pip install 'spfde[export]'."
+        ) from error
+    return safetensors
