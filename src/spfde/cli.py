@@ -238,6 +238,38 @@ def report(
 
 
 @app.command()
+def export(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="run folder; its training need not be over")],
+    kind: Annotated[str, typer.Option("--format", help="dense, compressed or onnx")] = "compressed",
+    out: Annotated[Path | None, typer.Option(help="the file", show_default="in the run folder")] = None,
+    best: Annotated[
+        bool, typer.Option("--best/--last", help="the checkpoint with the best test accuracy, or the last one")
+    ] = True,
+) -> None:
+    """Write a run's weights to a file: dense, without their zeros, or as an ONNX graph."""
+    with _clear_endings(context):
+        from spfde.app.exporting import export_run
+        from spfde.cost import format_bytes
+
+        done = export_run(run, kind=kind, out=out, which="best" if best else "last")
+        share = f"{done.size / done.dense_size:.1%} of the dense weights' {format_bytes(done.dense_size)}"
+        typer.echo(f"{done.path}: {format_bytes(done.size)}, {share}, from {done.checkpoint}")
+
+
+@app.command()
+def cite(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="a run folder, a preset or a TOML file")],
+) -> None:
+    """Print BibTeX for exactly the methods that a run or a recipe uses."""
+    with _clear_endings(context):
+        from spfde.app.citing import cite_source
+
+        typer.echo(cite_source(source))
+
+
+@app.command()
 def methods() -> None:
     """List what there is: presets, and techniques with a line and a citation each."""
     from spfde.app.catalogue import render_catalogue

@@ -23,6 +23,7 @@ from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
 from spfde.distributed import World, deals_out
 from spfde.engines import Choice, choose_engine, say_on_stderr
 from spfde.errors import UsageError
+from spfde.export.encoding import weight_bytes
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates
 from spfde.mixing import mix
@@ -446,6 +447,8 @@ class Session:
             overhead_flops=self._scoring_flops() if self.epoch == 0 else 0,
         )
         memory = memory_of(model_cost.layers, density, frozen, batch_size=self._batch_size, accounting="actual")
+        tensors = {name: value for name, value in self._model.state_dict().items() if isinstance(value, Tensor)}
+        weights = weight_bytes(tensors, self.masks)
         return LedgerRow(
             **dataclasses.asdict(cost),
             epoch=self.epoch,
@@ -459,6 +462,8 @@ class Session:
             modelled_memory_bytes=memory.total,
             # The largest: the rate of the blocks that learn longest.
             lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
+            dense_weight_bytes=weights.dense,
+            compressed_weight_bytes=weights.compressed,
         )
 
     def _scoring_flops(self) -> int:

@@ -114,6 +114,15 @@ class Checkpoints:
         return None
 
 
+def check_whole(checkpoint: Path) -> None:
+    """Raise RunFolderError where a checkpoint is not as it was written."""
+    damage = _damage(checkpoint)
+    if damage is not None:
+        raise RunFolderError(
+            f"checkpoint {checkpoint}: is damaged ({damage}). Restore it from a copy, or remove it to go without."
+        )
+
+
 def described(checkpoint: Path) -> dict[str, Any]:
     """What ``save`` was told about a checkpoint."""
     about = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("about")

@@ -216,6 +216,8 @@ def _summary(run: Run) -> dict[str, Any]:
         "dense_seconds_extrapolated": progress.dense_step_seconds and progress.dense_step_seconds * dense_steps,
         "samples_seen": progress.samples_seen,
         "peak_memory_bytes": progress.peak_memory_bytes,
+        "dense_weight_bytes": totals.dense_weight_bytes,
+        "compressed_weight_bytes": totals.compressed_weight_bytes,
         "final_sparsity": 1.0 - session.density,
         "frozen_blocks": session.frozen_blocks,
         "total_blocks": len(session.blueprint.partition.blocks),

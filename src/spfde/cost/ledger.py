@@ -39,6 +39,8 @@ class LedgerRow:
         peak_memory_bytes: measured peak; None if the platform does not tell.
         modelled_memory_bytes: None if not modelled.
         lr: learning rate of the first group; None if unknown.
+        dense_weight_bytes: what the model's tensors take at the end of the epoch, dense; None if not modelled.
+        compressed_weight_bytes: what they take without what the masks cut off (``spfde.export``).
     """
 
     epoch: int
@@ -58,6 +60,8 @@ class LedgerRow:
     modelled_memory_bytes: int | None = None
     lr: float | None = None
     overhead_flops: int = 0
+    dense_weight_bytes: int | None = None
+    compressed_weight_bytes: int | None = None
 
     @property
     def cost(self) -> EpochCost:
@@ -67,7 +71,7 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class LedgerTotals:
-    """Sums over the rows; the largest peak; modelled memory averaged and least over the rows that have it."""
+    """Sums over the rows; the largest peak; modelled memory averaged and least; the weights' bytes in the last row."""
 
     epochs: int
     samples: int
@@ -77,6 +81,8 @@ class LedgerTotals:
     peak_memory_bytes: int | None
     average_memory_bytes: float | None
     minimum_memory_bytes: int | None
+    dense_weight_bytes: int | None = None
+    compressed_weight_bytes: int | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -145,6 +151,8 @@ class Ledger:
             peak_memory_bytes=max(peaks, default=None),
             average_memory_bytes=sum(modelled) / len(modelled) if modelled else None,
             minimum_memory_bytes=min(modelled, default=None),
+            dense_weight_bytes=rows[-1].dense_weight_bytes if rows else None,
+            compressed_weight_bytes=rows[-1].compressed_weight_bytes if rows else None,
         )
 
     def __str__(self) -> str:
@@ -232,8 +240,8 @@ def render(
         amount = format_flops(-saved) if saved else "0 FLOP"
         return f"  {label}", amount, "", "", f"{-saved / dense:+.1%}" if saved and dense else ""
 
-    def memory(label: str, value: float | None) -> tuple[str, ...]:
-        return label, format_bytes(value), "", format_bytes(dense_memory), _percent(value, dense_memory)
+    def memory(label: str, value: float | None, against: float | None = dense_memory) -> tuple[str, ...]:
+        return label, format_bytes(value), "", format_bytes(against), _percent(value, against)
 
     table = [
         ("", "modelled", "measured", "dense", "of dense"),
@@ -251,6 +259,7 @@ def render(
         *([source("added by scores and probes", -cost.overhead_flops)] if cost.overhead_flops else []),
         memory("step memory, average", totals.average_memory_bytes),
         memory("step memory, least", totals.minimum_memory_bytes),
+        memory("weights, compressed", totals.compressed_weight_bytes, totals.dense_weight_bytes),
         ("peak memory", "", format_bytes(totals.peak_memory_bytes), "", ""),
         (
             "time",

@@ -1,7 +1,7 @@
 """Sparse tensors in few bytes: the values that are not zero, and where they stand. Lossless, bit by bit.
 
-A value is left out when all of its bits are zero, so that negative zeros and NaN are kept as they are. Positions are
-row-major, and stored in one of two ways:
+Without a mask, a value is left out when all of its bits are zero: negative zeros and NaN are kept as they are.
+Positions are row-major, and stored in one of two ways:
 
 - **gaps**: the distance of each kept value from the one before it, in 1, 2 or 4 bytes, whatever the largest needs;
 - **mask**: one bit a value, lowest bit first.
@@ -27,7 +27,7 @@ Kind = Literal["dense", "mask", "gaps"]
 
 # Types to look at bits as; numpy knows no bfloat16 and no 8-bit floats.
 _BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GAPS_OF = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+_GAP_WIDTHS = (1, 2, 4)
 # Entries that are expanded at a time: what is between the file and the tensor stays in the second-level cache.
 _CHUNK = 2**16
 _ALIGNMENT = 64
@@ -90,36 +90,44 @@ def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
         if name not in masks or tensor.element_size() not in _BITS_OF:
             compressed += tensor.nbytes
             continue
-        gaps = _gaps(masks[name])
-        largest = int(gaps.max()) if len(gaps) else 0
+        gaps = np.diff(np.flatnonzero(_flat(masks[name])), prepend=0)
+        largest = int(gaps.max(initial=0))
         _, size = smallest(tensor.numel(), len(gaps), itemsize=tensor.element_size(), largest_gap=largest)
         compressed += size
     return WeightBytes(dense, compressed)
 
 
-def encode(tensor: Tensor) -> Encoded:
+def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
     """The tensor in as few bytes as this module can; on the CPU.
 
     Args:
         tensor: of any shape, type, device and memory format; strided.
+        mask: True for the values to keep, whatever they are; the others are zeros, whose signs are not kept. None:
+            every value with a bit set is kept.
+
+    Raises:
+        InvalidArgument: a value outside the mask is not zero, or the mask has another shape.
     """
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     shape, nothing = tuple(tensor.shape), torch.empty(0, dtype=torch.uint8)
+    if mask is not None:
+        _check_mask(tensor, mask)
     if flat.element_size() not in _BITS_OF:
         return Encoded("dense", shape, flat, nothing)
-    bits = flat.view(_BITS_OF[flat.element_size()])
-    kept = bits != 0
-    gaps = _gaps(kept)
-    largest = int(gaps.max()) if len(gaps) else 0
+    bits = as_bits(flat)
+    kept = bits != 0 if mask is None else _flat(mask)
+    positions = np.flatnonzero(kept)
+    gaps = np.diff(positions, prepend=0)
+    largest = int(gaps.max(initial=0))
     kind, _ = smallest(flat.numel(), len(gaps), itemsize=flat.element_size(), largest_gap=largest)
     if kind == "dense":
         return Encoded("dense", shape, flat, nothing)
-    values = bits[kept].view(tensor.dtype)
+    values = torch.from_numpy(bits[positions]).view(tensor.dtype)
     if kind == "mask":
-        return Encoded("mask", shape, values, torch.from_numpy(np.packbits(kept.numpy(), bitorder="little")))
+        return Encoded("mask", shape, values, torch.from_numpy(np.packbits(kept, bitorder="little")))
     width = _gap_width(largest)
     assert width is not None
-    return Encoded("gaps", shape, values, gaps.to(_GAPS_OF[width]))
+    return Encoded("gaps", shape, values, torch.from_numpy(gaps.astype(f"u{width}")))
 
 
 def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
@@ -138,27 +146,35 @@ def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
     memory = np.zeros(total, dtype=np.uint8)
     decoded = {}
     for name, item in encoded.items():
-        own = torch.from_numpy(memory[starts[name] : starts[name] + sizes[name]])
-        tensor = own.view(item.values.dtype)
+        tensor = torch.empty(0, dtype=item.values.dtype)
+        if size := sizes[name]:  # views of an empty array have strides that torch refuses
+            tensor = torch.from_numpy(memory[starts[name] : starts[name] + size]).view(item.values.dtype)
         if item.kind == "dense":
             _check(name, item, item.values.numel() == tensor.numel())
             tensor.copy_(item.values)
         else:
-            bits = _BITS_OF[tensor.element_size()]
             fill = _fill_by_gaps if item.kind == "gaps" else _fill_by_mask
-            _check(name, item, fill(tensor.view(bits).numpy(), item.values.view(bits).numpy(), item.positions.numpy()))
+            _check(name, item, fill(as_bits(tensor), as_bits(item.values), item.positions.numpy()))
         decoded[name] = tensor.view(item.shape)
     return decoded
+
+
+def as_bits(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's memory as numpy's integers of the same size, if it has such."""
+    return tensor.view(_BITS_OF.get(tensor.element_size(), tensor.dtype)).numpy()
 
 
 def _fill_by_gaps(target: np.ndarray[Any, Any], values: np.ndarray[Any, Any], gaps: np.ndarray[Any, Any]) -> bool:
     """Put the values where they belong; False where that cannot be."""
     if len(gaps) != len(values) or not gaps[1:].all():
         return False
-    positions = np.cumsum(gaps, dtype=np.int64)
-    if len(positions) and positions[-1] >= len(target):
-        return False
-    target[positions] = values
+    last = 0
+    for start in range(0, len(gaps), _CHUNK):
+        positions = last + np.cumsum(gaps[start : start + _CHUNK], dtype=np.int64)
+        last = positions[-1]
+        if last >= len(target):
+            return False
+        target[positions] = values[start : start + _CHUNK]
     return True
 
 
@@ -185,11 +201,19 @@ def _check(name: str, item: Encoded, fits: bool) -> None:
         raise InvalidArgument(Problem(name, found, "values, positions and shape do not fit", "The data are damaged."))
 
 
-def _gaps(kept: Tensor) -> Tensor:
-    """Distances between the True entries, int64 [n]; the first is the first one's index."""
-    positions = kept.flatten().nonzero().squeeze(1)
-    return torch.diff(positions, prepend=positions.new_zeros(1))
+def _check_mask(tensor: Tensor, mask: Tensor) -> None:
+    if mask.shape != tensor.shape or mask.dtype != torch.bool:
+        found, rule = f"{mask.dtype} of shape {tuple(mask.shape)}", f"must be bool of shape {tuple(tensor.shape)}"
+        raise InvalidArgument(Problem("mask", found, rule, "Pass the masks of this model (session.masks)."))
+    outside = int(torch.count_nonzero(tensor.detach().masked_fill(mask.to(tensor.device), 0)))
+    if outside:
+        rule, remedy = "all weights outside the mask must be zero", "Pass the masks that the weights were trained with."
+        raise InvalidArgument(Problem("mask", f"{outside} other weights", rule, remedy))
+
+
+def _flat(mask: Tensor) -> np.ndarray[Any, Any]:
+    return mask.detach().cpu().contiguous().view(-1).numpy()
 
 
 def _gap_width(largest: int) -> int | None:
-    return next((width for width in _GAPS_OF if largest < 2 ** (8 * width)), None)
+    return next((width for width in _GAP_WIDTHS if largest < 2 ** (8 * width)), None)

@@ -7,19 +7,21 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problems, UsageError, WeightsFileError
-from spfde.export.encoding import Encoded, decode, encode
+from spfde.errors import InvalidArgument, Problem, Problems, UsageError, WeightsFileError
+from spfde.export.encoding import Encoded, as_bits, decode, encode
 
 # Version of the compressed layout, and the keys of the header's metadata.
 _VERSION = "1"
-_LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.crc32"
+_LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.checksum"
 _DRAFT = ".writing"
 _REMEDY = "Export it again, or restore it from a copy."
 
@@ -44,7 +46,9 @@ def save_dense(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     _save(tensors, Path(path), {"format": "pt"})
 
 
-def save_compressed(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_compressed(
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], *, masks: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the tensors without their zeros; ``load`` restores them bit for bit.
 
     The file is a safetensors file with entries ``dense/NAME``, or ``values/NAME`` and ``gaps/NAME`` or ``mask/NAME``
@@ -53,17 +57,22 @@ def save_compressed(state_dict: Mapping[str, Tensor], path: str | os.PathLike[st
     Args:
         state_dict: tensors by name.
         path: the file; an existing one is replaced.
+        masks: which weights exist, by name (``session.masks``); outside them zeros lose their sign. Needed only for
+            weights that were multiplied by a mask, which makes negative zeros: without masks those are kept.
 
     Raises:
-        InvalidArgument: an entry is no tensor that can be stored.
+        InvalidArgument: an entry is no tensor that can be stored, or a mask does not fit its tensor.
         UsageError: safetensors is not installed.
         WeightsFileError: the file cannot be written.
     """
     _check_tensors(state_dict)
+    if unknown := sorted(set(masks or {}) - set(state_dict)):
+        rule, remedy = "masks tensors that are not in state_dict", "Pass the masks of this model (session.masks)."
+        raise InvalidArgument(Problem("masks", unknown, rule, remedy))
     stored: dict[str, Tensor] = {}
     tensors = {}
     for name, tensor in state_dict.items():
-        encoded = encode(tensor)
+        encoded = _encode(name, tensor, (masks or {}).get(name))
         tensors[name] = [encoded.kind, list(encoded.shape)]
         if encoded.kind == "dense":
             stored[f"dense/{name}"] = encoded.values.clone()
@@ -73,7 +82,7 @@ def save_compressed(state_dict: Mapping[str, Tensor], path: str | os.PathLike[st
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in a file that ``save_dense`` or ``save_compressed`` wrote, on the CPU.
+    """The tensors in a file that ``save_dense`` or ``save_compressed`` wrote, in memory: the file may go or change.
 
     Raises:
         UsageError: safetensors is not installed.
@@ -89,14 +98,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsFileError(f"{path}: is damaged or no safetensors file ({error}). {_REMEDY}") from error
     if _LAYOUT not in metadata:
-        return stored
+        return {name: tensor.clone() for name, tensor in stored.items()}
     if metadata[_LAYOUT] != _VERSION:
         rule = f"has layout {metadata[_LAYOUT]}, and this version of spfde reads layout {_VERSION}"
         raise WeightsFileError(f"{path}: {rule}. Read it with the version that wrote it.")
     if metadata.get(_CHECKSUM) != _checksum(stored):
         raise WeightsFileError(f"{path}: is damaged (its checksum differs from when it was written). {_REMEDY}")
     try:
-        return decode({name: _found(name, *entry, stored) for name, entry in json.loads(metadata[_TENSORS]).items()})
+        layout = json.loads(metadata[_TENSORS])
+        return decode({name: _found(name, kind, shape, stored) for name, (kind, shape) in layout.items()})
     except (KeyError, ValueError, TypeError, AttributeError, InvalidArgument) as error:
         raise WeightsFileError(f"{path}: is damaged ({error}). {_REMEDY}") from error
 
@@ -129,6 +139,13 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
             raise WeightsFileError(f"{path}: cannot be written ({error}).") from error
 
 
+def _encode(name: str, tensor: Tensor, mask: Tensor | None) -> Encoded:
+    try:
+        return encode(tensor, mask)
+    except InvalidArgument as error:
+        raise InvalidArgument(*(replace(problem, argument=f"masks[{name!r}]") for problem in error.problems)) from None
+
+
 def _found(name: str, kind: Any, shape: list[int], stored: Mapping[str, Tensor]) -> Encoded:
     if kind == "dense":
         values = stored[f"dense/{name}"]
@@ -137,14 +154,15 @@ def _found(name: str, kind: Any, shape: list[int], stored: Mapping[str, Tensor])
 
 
 def _checksum(stored: Mapping[str, Tensor]) -> str:
-    """CRC-32 over all bytes, in order of the names."""
+    """CRC-32 of each entry's sum, in order of the names: any damaged byte shows, at the speed of memory."""
     value = 0
     for name in sorted(stored):
-        value = zlib.crc32(stored[name].view(-1).view(torch.uint8).numpy(), value)
+        bits = as_bits(stored[name])
+        value = zlib.crc32(np.add.reduce(bits, dtype=bits.dtype).tobytes(), value)
     return f"{value:08x}"
 
 
-def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
+def _check_tensors(state_dict: Mapping[str, Any]) -> None:
     problems = Problems()
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):

@@ -1,0 +1,90 @@
+"""What to cite: exactly the methods in use, each once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import spfde
+from spfde import citation, presets
+from spfde.recipe import Recipe
+from spfde.sparsity import METHODS
+from spfde.technique import Technique
+
+ROOT = Path(__file__).parent.parent
+
+
+def keys(text: str) -> list[str]:
+    return re.findall(r"^@\w+\{([^,]+),", text, re.MULTILINE)
+
+
+def test_the_whole_system_cites_its_method_its_paper_once_and_the_software() -> None:
+    assert keys(spfde.cite(presets.spfde)) == ["yuan2021mest", "yuan2022spfde", "spfde"]
+
+
+def test_a_dense_recipe_cites_the_software_alone() -> None:
+    assert keys(spfde.cite(Recipe())) == ["spfde"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_is_cited_with_its_own_entry(name: str) -> None:
+    method = METHODS[name](sparsity=0.9)
+    text = spfde.cite(Recipe(sparsity=method))
+    assert method.bibtex.strip() in text
+    assert "yuan2022spfde" not in keys(text)
+
+
+def test_what_saves_nothing_is_not_cited() -> None:
+    idle = Recipe(
+        sparsity=spfde.RigL(sparsity=0.0),
+        freezing=spfde.ProgressiveFreezing(flops_reduction=0.0),
+        sieving=spfde.DataSieving(removed_fraction=0.0),
+    )
+    assert keys(spfde.cite(idle)) == ["spfde"]
+
+
+@pytest.mark.parametrize("recipe", presets.PRESETS.values(), ids=presets.PRESETS)
+def test_every_preset_has_whole_entries_and_none_twice(recipe: Recipe) -> None:
+    text = spfde.cite(recipe)
+    assert len(set(keys(text))) == len(keys(text))
+    for entry in text.split("\n\n"):
+        assert entry.count("{") == entry.count("}")
+        assert re.search(r"\btitle\s*=", entry)
+
+
+class Inner(Technique):
+    bibtex: ClassVar[str] = "@article{inner,\n  title = {Inner}\n}\n@misc{more,\n  title = {More}\n}"
+
+
+class Outer(Technique):
+    """Its sources depend on a field, and there are techniques inside it."""
+
+    variant: str = "a"
+    inner: Inner = Inner()
+    several: tuple[Inner, ...] = (Inner(), Inner())
+
+    @property
+    def bibtex(self) -> str:
+        return f"@article{{outer_{self.variant},\n  title = {{Outer}}\n}}"
+
+
+def test_techniques_inside_others_and_several_sources_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(citation, "_in_use", lambda recipe: citation._techniques({"x": Outer(variant="b")}))
+    assert keys(spfde.cite(Recipe())) == ["outer_b", "inner", "more", "spfde"]
+
+
+def test_the_software_is_cited_as_the_citation_file_says() -> None:
+    cff = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    words = " ".join(citation.SOFTWARE.split())
+    abstract = re.search(r"^abstract: >-\n  (.+)$", cff, re.MULTILINE)
+    assert abstract is not None
+    assert abstract[1].rstrip(".") in words
+    for field, written in (("version", "version = {{{}}}"), ("license", "license = {{{}}}"), ("title", "{{{}:")):
+        found = re.search(rf"^{field}: (.+)$", cff, re.MULTILINE)
+        assert found is not None
+        assert written.format(found[1]) in words
+    assert re.findall(r"^  - name: (.+)$", cff, re.MULTILINE) == ["The spfde authors"]
+    assert "{{The spfde authors}}" in words
