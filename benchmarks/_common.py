@@ -250,6 +250,15 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    @classmethod
+    def of_timings(cls, title: str, what: str, timings: Mapping[str, Timing]) -> Table:
+        """Median and quartiles of each timing; ``what`` heads the column of their names."""
+        rows = [
+            (name, show(timing.median, "seconds"), " … ".join(show(q, "seconds") for q in timing.quartiles))
+            for name, timing in timings.items()
+        ]
+        return cls(title, (what, "median", "quartiles"), tuple(rows))
+
 
 @dataclass(frozen=True)
 class Result:

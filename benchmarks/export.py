@@ -158,14 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             ),
             tables=(
                 Table("Compressed file", ("sparsity", "head dense", "head masked too"), tuple(by_sparsity)),
-                Table(
-                    "Each read, at 90 %",
-                    ("read", "median", "quartiles"),
-                    tuple(
-                        (name, show(timing.median, "seconds"), " … ".join(show(q, "seconds") for q in timing.quartiles))
-                        for name, timing in timings.items()
-                    ),
-                ),
+                Table.of_timings("Each read, at 90 %", "read", timings),
             ),
             settings={"rounds": rounds, "threads of a read": 1},
             stamp=stamped,

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
+from _common import Figure, Result, Table, begin, compare, interleave, parser, publish
 
 TORCH = "import torch"
 LIBRARY = "import torch, spfde; spfde.attach; spfde.Recipe"
@@ -51,10 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         rounds,
     )
     base = timings["import torch"]
-    rows = [
-        (name, show(timing.median, "seconds"), " … ".join(show(q, "seconds") for q in timing.quartiles))
-        for name, timing in timings.items()
-    ]
     publish(
         Result(
             name="start_up",
@@ -75,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                     headline=True,
                 ),
             ),
-            tables=(Table("Each process", ("process", "median", "quartiles"), tuple(rows)),),
+            tables=(Table.of_timings("Each process", "process", timings),),
             settings={"rounds": rounds, "library": f"`{LIBRARY}`"},
             stamp=stamped,
         ),
