@@ -22,7 +22,13 @@ def keys(text: str) -> list[str]:
 
 
 def test_the_whole_system_cites_its_method_its_paper_once_and_the_software() -> None:
-    assert keys(spfde.cite(presets.spfde)) == ["yuan2021mest", "yuan2022spfde", "spfde"]
+    assert keys(spfde.cite(presets.spfde)) == ["yuan2021mest", "yuan2022spfde", "toneva2019forgetting", "spfde"]
+
+
+def test_a_structure_is_cited_and_its_absence_is_not() -> None:
+    structured = Recipe(sparsity=spfde.RigL(sparsity=0.5, structure=spfde.NM(n=2, m=4)))
+    assert keys(spfde.cite(structured)) == ["evci2020rigl", "zhou2021nm", "spfde"]
+    assert keys(spfde.cite(presets.rigl)) == ["evci2020rigl", "spfde"]
 
 
 def test_a_dense_recipe_cites_the_software_alone() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from spfde import __version__
 from spfde.recipe import Recipe
+from spfde.sparsity import Unstructured
 from spfde.technique import Technique
 
 # What CITATION.cff says, which an installed package does not have.
@@ -42,7 +43,9 @@ def _in_use(recipe: Recipe) -> Iterator[Technique]:
 
 
 def _techniques(value: object) -> Iterator[Technique]:
-    """The techniques in a field's value, the outer before the inner."""
+    """The techniques in a field's value, the outer before the inner; masks without structure are no method."""
+    if isinstance(value, Unstructured):
+        return
     if isinstance(value, Technique):
         yield value
         for name in type(value).model_fields:

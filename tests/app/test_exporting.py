@@ -157,7 +157,7 @@ class TestCite:
         printed = spfde("cite", run).out
         assert spfde("cite", run / "recipe.toml").out == printed
         assert spfde("cite", "spfde").out == printed
-        for key in ("yuan2021mest", "yuan2022spfde", "spfde"):
+        for key in ("yuan2021mest", "yuan2022spfde", "toneva2019forgetting", "spfde"):
             assert printed.count(f"{{{key},\n") == 1
 
     def test_what_is_neither_a_run_nor_a_recipe_is_refused(self, spfde: Spfde, here: Path) -> None:

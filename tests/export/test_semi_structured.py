@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import spfde
 from spfde.errors import InvalidArgument, UsageError
 from spfde.export import is_two_four, semi_structured, to_semi_structured
 
@@ -46,6 +48,17 @@ def two_four_model(dtype: torch.dtype = torch.float16) -> tuple[nn.Module, dict[
         for name, keep in masks.items():
             model.get_parameter(name).masked_fill_(~keep, 0)
     return model, masks
+
+
+def test_masks_of_a_two_four_recipe_are_found() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    loader = DataLoader(TensorDataset(torch.randn(8, 8), torch.randint(8, (8,))), batch_size=4)
+    recipe = spfde.Recipe(sparsity=spfde.StaticSparse(sparsity=0.5, structure=spfde.NM(n=2, m=4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = spfde.attach(model, optimizer, loader, recipe, epochs=1, engine="masked")
+    assert [name for name, found in session.masks.items() if is_two_four(found)] == ["1.weight"]
+    with pytest.raises(UsageError, match="the model is on cpu"):
+        to_semi_structured(model.half(), session.masks)
 
 
 def test_on_a_cpu_it_says_what_hardware_it_needs() -> None:
