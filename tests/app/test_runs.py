@@ -377,6 +377,18 @@ class TestDisk:
         assert without_measured(resume(out)) == without_measured(expected)
         assert_same_run(out, undisturbed)
 
+    def test_a_disk_that_is_full_while_the_best_is_copied_is_called_full(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fill(source: object, target: object, **_: object) -> NoReturn:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        monkeypatch.setattr(shutil, "copyfile", fill)
+        with pytest.raises(RunFolderError, match=r"the disk is full .* Free some space and go on with --resume\.$"):
+            checkpoints.save(lambda draft: _ignore((draft / "weights").write_text("a")), epoch=1, best=True)
+        assert list(checkpoints.path.iterdir()) == []
+
     def test_a_disk_that_is_full_at_the_first_checkpoint_leaves_a_run_that_starts_over(
         self, tiny: Path, tmp_path: Path
     ) -> None:

@@ -82,9 +82,12 @@ class Checkpoints:
     def _copy_best(self, sealed: Path) -> None:
         draft = self.path / f"{_DRAFT}best"
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(sealed, draft)
-        for path in _files(draft):
-            sync_file(path)
+        for path in _files(sealed):
+            # Not copytree: it collects the system's errors into one of its own, which hides a full disk.
+            copy = draft / path.relative_to(sealed)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            sync_file(copy)
         shutil.rmtree(self.best, ignore_errors=True)
         draft.rename(self.best)
 
