@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ import commands
 import spfde as package
 from commands import Spfde
 from spfde import presets
-from spfde.app import models
-from spfde.app.data import DATASETS
+from spfde.app import folders, models, setup
+from spfde.app.data import DATASETS, load_data
 from spfde.freezing import ProgressiveFreezing
 from spfde.native import build
 from spfde.sieving import CRITERIA, SIEVING_METHODS, DataSieving
@@ -385,8 +387,6 @@ class TestBadInput:
     def test_options_are_checked_before_a_data_set_is_fetched(
         self, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from spfde.app import setup
-
         def fetch(*_: object, **__: object) -> None:
             raise AssertionError("the data were asked for")
 
@@ -456,6 +456,27 @@ class TestBadData:
         assert_refused(spfde(*argv[:-1], "other"), str(broken), "cannot be read as an image", "Repair or remove")
         assert not (here / "other").exists()
 
+    def test_an_unreadable_image_that_a_loaders_worker_meets_is_named_in_one_line(
+        self, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image_module = pytest.importorskip("PIL.Image")
+        noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        for part, label in itertools.product(("train", "test"), ("cat", "dog")):
+            folder = here / "photos" / part / label
+            folder.mkdir(parents=True)
+            for number in range(8):
+                image_module.fromarray(noise).save(folder / f"{number}.png")
+        broken = here / "photos" / "train" / "cat" / "5.png"
+        broken.write_bytes(broken.read_bytes()[:200])
+        monkeypatch.setattr(folders, "STATISTICS_SAMPLES", 2)
+        monkeypatch.setattr(setup, "load_data", partial(load_data, in_memory_bytes=0))
+        # What a loader that raised waits for its worker's end.
+        monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+        argv = "--data photos --recipe mest --epochs 1 --batch-size 8 --workers 1 --out run".split()
+        ended = spfde("train", "--quiet", *argv)
+        assert_refused(ended, f"{broken}", "cannot be read as an image", "Repair or remove")
+        assert not (here / "run").exists()
+
 
 class TestBadFolders:
     def test_a_folder_that_holds_a_run_or_other_things_is_refused(
@@ -497,8 +518,6 @@ class TestDivergence:
     def test_the_last_good_checkpoint_is_named(
         self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from spfde.app import setup
-
         usual = setup.Run.batch
 
         def batch(run: Any, images: Any, labels: Any, *, augmented: bool) -> Any:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
 from spfde.app import data as data_module
+from spfde.app import folders
 from spfde.app.data import DATASETS, DataSpec, ImageArray, ImageData, collate, describe_data, load_data
 from spfde.app.images import channel_statistics
 from spfde.app.npz import layout_of
@@ -419,6 +420,17 @@ class TestFolders:
         bad.write_bytes(bad.read_bytes()[:60])
         with pytest.raises(DataError, match=f"{bad}.*cannot be read as an image"):
             _load(path, in_memory_bytes=0 if streamed else 2**20)
+
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_a_file_that_is_no_image_is_found_before_training_in_a_streamed_set_too(
+        self, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(folders, "STATISTICS_SAMPLES", 2)
+        path = _folder(tmp_path / "set")
+        bad = path / part / "bee" / "0.png"
+        bad.write_bytes(b"")
+        with pytest.raises(DataError, match=f"{bad}.*cannot be read as an image"):
+            _load(path, in_memory_bytes=0)
 
     def test_an_unreadable_image_is_named_by_a_loaders_worker_too(self, tmp_path: Path) -> None:
         path = _folder(tmp_path / "set")

@@ -9,7 +9,7 @@ batches whatever the number of workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +114,8 @@ def load_folder(
 ) -> ImageData:
     """Open a folder; a set that fits into ``in_memory_bytes`` once decoded is decoded now and kept in memory.
 
-    In memory, an unreadable image is found now; in a larger set, when it is met (512 training images are decoded now,
-    evenly spaced, for mean and standard deviation).
+    In memory, an unreadable image is found now. In a larger set a file that is no image is found now, by its header, and
+    a damaged one when it is met (512 training images are decoded now, evenly spaced, for mean and standard deviation).
 
     Raises:
         DataError: as ``describe_folder``, or an image cannot be decoded.
@@ -129,6 +129,8 @@ def load_folder(
         arrays = [ImageArray(_decode_all(files, range(len(files))), torch.tensor(files.files.labels)) for files in sets]
         mean, std = channel_statistics(arrays[0].images)
         return ImageData(spec, arrays[0], arrays[1], mean, std, "crop+flip")
+    for files in folders:
+        _check_headers(files.paths)
     # The paths are sorted by class, so an even spacing is class-balanced.
     chosen = torch.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLES)).long().tolist()
     mean, std = channel_statistics(_decode_all(train, chosen))
@@ -141,10 +143,20 @@ def _decode_all(files: ImageFiles, indices: Sequence[int]) -> Tensor:
     def place(position: int) -> None:
         images[position] = files[indices[position]][0]
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the interpreter's lock
-        for _ in pool.map(place, range(len(indices))):
-            pass
+    _in_threads(place, range(len(indices)))  # decoders release the interpreter's lock
     return images
+
+
+def _check_headers(paths: Sequence[str]) -> None:
+    """Raise ``DataError`` for the first file that does not begin as an image does."""
+    _in_threads(_size_of, paths)  # which wait for the disk, each at another file
+
+
+def _in_threads(act: Callable[[Any], object], items: Sequence[Any]) -> None:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(items), 4096):  # a queue of millions of calls would take gigabytes
+            for _ in pool.map(act, items[start : start + 4096]):
+                pass
 
 
 def _scan(path: str | Path) -> tuple[ImageFolder, ImageFolder]:
@@ -201,6 +213,15 @@ def _spec(path: str | Path, train: ImageFolder, test: ImageFolder, image_size: t
 
 def _natural_size(path: str) -> tuple[int, int]:
     """The first image's own size when that is small, else the square that fits into it, of 224 pixels at most."""
+    width, height = _size_of(path)
+    if max(width, height) <= 64:
+        return height, width
+    side = min(width, height, LARGEST_SIZE)
+    return side, side
+
+
+def _size_of(path: str) -> tuple[int, int]:
+    """Width and height, by the file's header."""
     try:
         with _pillow(path).open(path) as image:
             width, height = image.size
@@ -208,10 +229,7 @@ def _natural_size(path: str) -> tuple[int, int]:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    if max(width, height) <= 64:
-        return int(height), int(width)
-    side = min(int(width), int(height), LARGEST_SIZE)
-    return side, side
+    return int(width), int(height)
 
 
 def _pillow(path: object) -> Any:

@@ -17,7 +17,7 @@ from spfde.app.options import TrainOptions
 from spfde.app.runs import SUMMARY
 from spfde.app.setup import Run, opened, versions
 from spfde.cost import SavedTensorBytes, reset_peak
-from spfde.errors import TrainingDiverged
+from spfde.errors import DataError, TrainingDiverged
 from spfde.freezing import rate
 
 PULSE = 20
@@ -65,7 +65,7 @@ def train(options: TrainOptions, out: Path, display: Display, *, resume: bool = 
         SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the folder can be resumed.
     """
-    with _sigterm_interrupts(), opened(options, out, resume=resume) as run:
+    with _sigterm_interrupts(), _plain_data_errors(), opened(options, out, resume=resume) as run:
         display.started(run)
         for epoch in run.session.epochs():
             reset_peak(run.accelerator.device)
@@ -244,3 +244,15 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _plain_data_errors() -> Iterator[None]:
+    """A loader's worker puts its whole traceback into the message of an error: take the message out again."""
+    try:
+        yield
+    except DataError as error:
+        _, from_worker, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__qualname__}: ")
+        if not from_worker:
+            raise
+        raise DataError(message.strip()) from None
