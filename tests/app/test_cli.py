@@ -472,8 +472,8 @@ class TestBadData:
         monkeypatch.setattr(setup, "load_data", partial(load_data, in_memory_bytes=0))
         # What a loader that raised waits for its worker's end.
         monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-        argv = "--data photos --recipe mest --epochs 1 --batch-size 8 --workers 1 --out run".split()
-        ended = spfde("train", "--quiet", *argv)
+        argv = ["train", "--data", "photos", "--recipe", "mest", "--epochs", 1, "--batch-size", 8, "--out", "run"]
+        ended = spfde(*argv, "--quiet", "--workers", 1)
         assert_refused(ended, f"{broken}", "cannot be read as an image", "Repair or remove")
         assert not (here / "run").exists()
 

@@ -114,8 +114,8 @@ def load_folder(
 ) -> ImageData:
     """Open a folder; a set that fits into ``in_memory_bytes`` once decoded is decoded now and kept in memory.
 
-    In memory, an unreadable image is found now. In a larger set a file that is no image is found now, by its header, and
-    a damaged one when it is met (512 training images are decoded now, evenly spaced, for mean and standard deviation).
+    In memory, an unreadable image is found now. In a larger set a file that is no image is found now, by its header,
+    and a damaged one when it is met (512 training images are decoded now, evenly spaced, for mean and deviation).
 
     Raises:
         DataError: as ``describe_folder``, or an image cannot be decoded.
