@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import spfde
+from spfde import door
 from spfde.tracing import trace
 from support import BATCH, EPOCHS, SAMPLES, Parts, SmallNet, make_images, make_parts, step, train
 
@@ -297,8 +298,16 @@ def test_print_lists_what_is_hooked(parts: Parts, whole_recipe: spfde.Recipe) ->
     shown = str(session)
     assert all(name in shown for name in session.masks)
     assert "30 of 40 samples" in shown
+    assert "session.loader" in shown
+    assert "bn" not in shown
+    train(parts, session)
+    held = {name for name, module in parts.model.named_modules() if "train" in vars(module)}
+    assert "bn" in held
+    assert held <= {line.strip() for line in str(session).splitlines()}
     session.detach()
     assert "detached" in str(session)
+    assert "session.loader" not in str(session)
+    assert "bn" not in str(session)
 
 
 def test_the_model_is_not_wrapped_and_can_be_copied_while_attached(parts: Parts, whole_recipe: spfde.Recipe) -> None:
@@ -362,6 +371,59 @@ def test_a_scheduler_on_the_optimizer_is_refused_together_with_ours(parts: Parts
     torch.optim.lr_scheduler.StepLR(parts.optimizer, 3)
     refused(parts, whole_recipe, "initial_lr")
     train(parts, attach(parts, whole_recipe.replace(learning_rate=None)))
+
+
+@pytest.mark.parametrize("learning_rate", [spfde.BlockwiseCosine(), spfde.BlockwiseCosine(warmup_epochs=7)])
+def test_a_learning_rate_that_cannot_be_driven_is_refused_before_an_engine_is_built(
+    learning_rate: spfde.BlockwiseCosine,
+    parts: Parts,
+    whole_recipe: spfde.Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was asked for")
+
+    monkeypatch.setattr(door, "choose_engine", build)
+    if not learning_rate.warmup_epochs:
+        torch.optim.lr_scheduler.StepLR(parts.optimizer, 3)
+    refused(parts, whole_recipe.replace(learning_rate=learning_rate), "initial_lr|warmup_epochs=7", engine="native")
+
+
+def test_problems_of_different_kinds_are_named_together(parts: Parts) -> None:
+    optimizer = torch.optim.SGD(parts.model.fc.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    recipe = spfde.Recipe(
+        sieving=spfde.DataSieving(removed_fraction=0.95),
+        learning_rate=spfde.BlockwiseCosine(),
+        update_interval_epochs=9,
+    )
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        spfde.attach(parts.model, optimizer, parts.loader, recipe, epochs=EPOCHS)
+    named = [problem.argument for problem in caught.value.problems]
+    assert named == ["optimizer", "optimizer", "update_interval_epochs", "removed_fraction"]
+    for words in ("lacks", "initial_lr", "8 epochs", "no full batch of 8"):
+        assert words in str(caught.value)
+
+
+def test_arguments_of_a_wrong_kind_are_named_together(parts: Parts) -> None:
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        spfde.attach(
+            "net",  # type: ignore[arg-type]
+            parts.model,  # type: ignore[arg-type]
+            [1, 2],  # type: ignore[arg-type]
+            "spfde",  # type: ignore[arg-type]
+            epochs=0,
+            seed=1.5,  # type: ignore[arg-type]
+            engine="nativ",
+        )
+    named = [problem.argument for problem in caught.value.problems]
+    assert named == ["model", "optimizer", "loader", "recipe", "epochs", "seed", "engine"]
+    assert str(caught.value).startswith("model='net': must be a torch.nn.Module. ")
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, True, None, 2**70, -(2**70)])
+def test_a_seed_that_no_generator_takes_is_refused(seed: Any, parts: Parts) -> None:
+    refused(parts, spfde.Recipe(), "seed=.*must be a whole number", seed=seed)
 
 
 def test_a_second_session_on_the_same_model_or_optimizer_is_refused(parts: Parts, whole_recipe: spfde.Recipe) -> None:

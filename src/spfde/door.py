@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from spfde.distributed import World, check_shared_loader
 from spfde.engines import Choice, check_engine, choose_engine, say_on_stderr
 from spfde.errors import InvalidArgument, Problem, Problems
-from spfde.freezing import recompile_warning
+from spfde.freezing import check_rates, recompile_warning
 from spfde.planning import Blueprint, check_epochs, check_recipe, draw
 from spfde.recipe import Recipe
 from spfde.selection import first_masks
@@ -64,23 +64,13 @@ def attach(
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
     """
-    check_recipe(recipe)
-    check_epochs(epochs)
-    check_engine(engine)
-    problems = Problems()
-    problems.found.extend(_check_optimizer(unwrap(model), optimizer))
-    problems.found.extend(_check_hooks(optimizer, recipe))
-    problems.found.extend(_check_unattached(unwrap(model), optimizer))
-    problems.found.extend(check_loader(loader))
-    if not problems.found and recipe.sieving is not None:
-        problems.found.extend(_check_sieving(loader, recipe, epochs))
+    _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
+    _check_together(model, optimizer, loader, recipe, epochs)
     world = World.current()
-    if not problems.found and not recipe.is_neutral:
-        problems.found.extend(check_shared_loader(loader, world, sieves=recipe.sieves))
-    problems.raise_if_any()
     classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs)
+    _check_rates(optimizer, recipe, blueprint)
     _warn_of_recompiles(model, blueprint)
     choice = choose_engine(engine, model, blueprint, is_neutral=recipe.is_neutral, on_build=say_on_stderr)
     _check_cache(unwrap(model), recipe, blueprint, choice)
@@ -101,6 +91,50 @@ def attach(
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
     return session
+
+
+def _check_kinds(
+    model: object, optimizer: object, loader: object, recipe: object, *, epochs: object, seed: object, engine: str
+) -> None:
+    """Is each argument something of its kind? Without that nothing else can be asked."""
+    problems = Problems()
+    if not isinstance(model, nn.Module):
+        problems.add("model", model, "must be a torch.nn.Module", "Pass the model that is trained.")
+    if not isinstance(optimizer, Optimizer):
+        problems.add("optimizer", optimizer, "must be a torch.optim.Optimizer", "Pass the model's optimizer.")
+    if not isinstance(loader, DataLoader):
+        problems.found.extend(check_loader(loader))
+    with problems.collecting():
+        check_recipe(recipe)
+    with problems.collecting():
+        check_epochs(epochs)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        problems.add("seed", seed, "must be a whole number of 64 bits", "Take a small one, such as 0.")
+    with problems.collecting():
+        check_engine(engine)
+    problems.raise_if_any()
+
+
+def _check_together(
+    model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any], recipe: Recipe, epochs: int
+) -> None:
+    """Do the arguments fit each other? Nothing here is slow, or touches them."""
+    problems = Problems()
+    problems.found.extend(_check_optimizer(unwrap(model), optimizer))
+    problems.found.extend(_check_hooks(optimizer, recipe))
+    problems.found.extend(_check_unattached(unwrap(model), optimizer))
+    if recipe.learning_rate is not None:
+        problems.found.extend(check_rates(optimizer, recipe.learning_rate))
+    interval = None
+    with problems.collecting():
+        interval = recipe.interval(epochs)
+    found = check_loader(loader)
+    problems.found.extend(found)
+    if not found and recipe.sieving is not None:
+        problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
+    if not problems.found and not recipe.is_neutral:
+        problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
+    problems.raise_if_any()
 
 
 _SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
@@ -161,18 +195,25 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
     return problems
 
 
-def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list[Problem]:
+def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
     """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
     counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
-    if recipe.sieves and counts and epochs > 1 and recipe.interval(epochs) == 1:
+    if recipe.sieves and counts and epochs > 1 and interval == 1:
         warnings.warn(
             "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
             "the sieve chooses at random. Take an interval of 2 or more.",
             stacklevel=4,
         )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
+
+
+def _check_rates(optimizer: Optimizer, recipe: Recipe, blueprint: Blueprint) -> None:
+    """Does every block train beyond the warm-up?"""
+    if recipe.learning_rate is not None:
+        problems = check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)
+        Problems(problems).raise_if_any()
 
 
 def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice) -> None:

@@ -6,7 +6,8 @@ Problems with arguments are collected and raised together, so that one run of a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -74,6 +75,14 @@ class Problems:
 
     def add(self, argument: str, value: object, rule: str, remedy: str) -> None:
         self.found.append(Problem(argument, value, rule, remedy))
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the problems of an ``InvalidArgument`` that is raised in the block, instead of letting it through."""
+        try:
+            yield
+        except InvalidArgument as error:
+            self.found.extend(error.problems)
 
     def raise_if_any(self) -> None:
         """Raise ``InvalidArgument`` with all problems found so far, if there are any."""

@@ -94,6 +94,11 @@ class Blueprint:
         beat = latest_beat(epoch, self.interval)
         return self.layers_in_first(self.freeze_plan.n_frozen_at(beat + self.interval))
 
+    @property
+    def learning_stops(self) -> tuple[int, ...]:
+        """For each block, and at last the head, the epoch in which its learning rate has come to its end."""
+        return (*(self.epochs if at is None else at for at in self.freeze_plan.freeze_epochs), self.epochs)
+
     def layers_in_first(self, n_blocks: int) -> list[bool]:
         """For each layer in ``cost.layers``: is it in one of the first ``n_blocks`` blocks?"""
         return [block < n_blocks for block in self.block_of_layer]

@@ -25,7 +25,7 @@ from spfde.engines import Choice, choose_engine, say_on_stderr
 from spfde.errors import UsageError
 from spfde.export.encoding import weight_bytes
 from spfde.fit import STATE_FORMAT, check_fit
-from spfde.freezing import Freezer, GroupRates
+from spfde.freezing import Freezer, GroupRates, is_held
 from spfde.mixing import mix
 from spfde.planning import Blueprint, scoring_flops
 from spfde.recipe import Recipe
@@ -494,11 +494,16 @@ class Session:
             )
         if self._attached:
             lines.append("  hooked: the optimizer's steps (clock)")
+            lines.append("  made: session.loader, whose batches drive the clock; your loader stays as it is")
             if masked:
                 lines.append(f"  hooked: the optimizer's steps and the gradients of {len(masked)} tensors (masks):")
                 lines += [f"    {name}" for name in masked]
             if self._rates is not None:
                 lines.append(f"  split: the optimizer's groups, by block, into {len(self._optimizer.param_groups)}")
+            held = [name for name, module in self._model.named_modules() if is_held(module)]
+            if held:
+                lines.append(f"  replaced: train() of {len(held)} norms, which frozen blocks hold in evaluation mode:")
+                lines += [f"    {name}" for name in held]
         return "\n".join(lines)
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
@@ -589,8 +594,7 @@ class Session:
         blocks = blueprint.partition.blocks
         by_name = dict(self._model.named_parameters())
         block_of = {id(by_name[name]): index for index, block in enumerate(blocks) for name in block.parameters}
-        stops = [blueprint.epochs if at is None else at for at in blueprint.freeze_plan.freeze_epochs]
-        return GroupRates(self._optimizer, block_of, [*stops, blueprint.epochs], technique)
+        return GroupRates(self._optimizer, block_of, blueprint.learning_stops, technique)
 
     def _make_loader(self, loader: DataLoader[Any]) -> SievedLoader:
         assert loader.batch_size is not None, "the door lets no such loader in"

@@ -1,9 +1,9 @@
 """Which layers learn: the blocks of a model, when each is frozen, freezing them, and their learning rates."""
 
 from spfde.freezing.blocks import Block, Partition, find_blocks
-from spfde.freezing.freezer import Freezer, recompile_warning
+from spfde.freezing.freezer import Freezer, is_held, recompile_warning
 from spfde.freezing.plan import FreezePlan, ProgressiveFreezing, blocks_to_freeze, freezing_saving, solve
-from spfde.freezing.scheduler import BlockwiseCosine, GroupRates, rate
+from spfde.freezing.scheduler import BlockwiseCosine, GroupRates, check_rates, rate
 
 __all__ = [
     "Block",
@@ -14,8 +14,10 @@ __all__ = [
     "Partition",
     "ProgressiveFreezing",
     "blocks_to_freeze",
+    "check_rates",
     "find_blocks",
     "freezing_saving",
+    "is_held",
     "rate",
     "recompile_warning",
     "solve",

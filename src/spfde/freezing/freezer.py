@@ -135,6 +135,11 @@ def hold_in_eval(module: nn.Module) -> None:
         module.training = False
 
 
+def is_held(module: nn.Module) -> bool:
+    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?"""
+    return _WANTED_MODE in vars(module)
+
+
 def release(module: nn.Module) -> None:
     """Undo ``hold_in_eval``: the module takes the mode that was asked for last."""
     if _WANTED_MODE in vars(module):

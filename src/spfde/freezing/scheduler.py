@@ -83,7 +83,7 @@ class GroupRates:
         stops: Sequence[int],
         technique: BlockwiseCosine,
     ) -> None:
-        _check(optimizer, stops, technique)
+        Problems(check_rates(optimizer, technique, stops)).raise_if_any()
         self._optimizer = optimizer
         self._stops = tuple(stops)
         self._technique = technique
@@ -176,7 +176,16 @@ def _set_rate(group: dict[str, Any], value: float) -> None:
         group["lr"] = value
 
 
-def _check(optimizer: torch.optim.Optimizer, stops: Sequence[int], technique: BlockwiseCosine) -> None:
+def check_rates(
+    optimizer: torch.optim.Optimizer, technique: BlockwiseCosine, stops: Sequence[int] = ()
+) -> list[Problem]:
+    """What keeps ``GroupRates`` from driving the optimizer's learning rates; nothing is changed.
+
+    Args:
+        optimizer: as it was given.
+        technique: the shape of the cosine.
+        stops: as ``GroupRates`` takes them; without them only the optimizer is looked at.
+    """
     problems = Problems()
     if isinstance(optimizer, torch.optim.LBFGS):
         rule = "supports one parameter group only, and BlockwiseCosine needs one for each block"
@@ -198,4 +207,4 @@ def _check(optimizer: torch.optim.Optimizer, stops: Sequence[int], technique: Bl
     if early:
         rule = f"must be less than every block's freeze epoch and the run's length; the first is {min(early)}"
         problems.add("warmup_epochs", technique.warmup_epochs, rule, "Shorten the warm-up or freeze less.")
-    problems.raise_if_any()
+    return problems.found
