@@ -153,36 +153,50 @@ def train(
             _resume(resume, quiet=quiet)
             return
         from spfde.app.options import TrainOptions, absolute_source, choose_recipe
+        from spfde.errors import InvalidArgument, Problems
 
-        chosen = choose_recipe(
-            recipe,
-            sparsity=sparsity,
-            freeze=freeze,
-            cache_variants=cache_variants,
-            sieve=sieve,
-            sieve_criterion=sieve_criterion,
-            soft_bound=soft_bound,
-            interval=interval,
-        )
-        options = TrainOptions(
-            data=absolute_source(data),
-            data_root=str(data_root.absolute()),
-            model=model,
-            recipe_name=recipe,
-            recipe=chosen.to_dict(),
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            augment=augment,
-            engine=engine,
-            device=device,
-            precision=precision,
-            seed=seed,
-            workers=workers,
-            track=tuple(track or ()),
-        )
+        problems = Problems()
+        written = TrainOptions().recipe
+        with problems.collecting():
+            written = choose_recipe(
+                recipe,
+                sparsity=sparsity,
+                freeze=freeze,
+                cache_variants=cache_variants,
+                sieve=sieve,
+                sieve_criterion=sieve_criterion,
+                soft_bound=soft_bound,
+                interval=interval,
+            ).to_dict()
+        asked: dict[str, Any] = {
+            "data": absolute_source(data),
+            "data_root": str(data_root.absolute()),
+            "model": model,
+            "recipe_name": recipe,
+            "recipe": written,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "augment": augment,
+            "engine": engine,
+            "device": device,
+            "precision": precision,
+            "seed": seed,
+            "workers": workers,
+            "track": tuple(track or ()),
+        }
+        options = None
+        with problems.collecting():
+            options = TrainOptions(**asked)
+        if options is None or problems.found:
+            # What is named is checked where it is used; told together with the rest, it must be now.
+            from spfde.app.names import check_named
+
+            with problems.collecting():
+                check_named(asked)
+            raise InvalidArgument(*problems.found)
         _run(options, out or _new_folder(options), quiet=quiet, resume=False)
 
 
@@ -355,7 +369,7 @@ def _clear_endings(context: typer.Context) -> Iterator[None]:
         try:
             yield
         except SpfdeError as error:
-            _fail(_in_options(error, _given_options(context)))
+            _fail(_in_options(error, context))
         except KeyboardInterrupt:
             typer.echo("spfde: interrupted.", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -380,10 +394,16 @@ def _show_plainly() -> None:
     warnings.showwarning = show
 
 
-def _in_options(error: SpfdeError, given: set[str]) -> str:
+def _in_options(error: SpfdeError, context: typer.Context) -> str:
     """The message; a problem with the value of a given option names the option as it was typed."""
-    from spfde.errors import InvalidArgument
+    from spfde.app.options import absolute_source
+    from spfde.errors import DataError, InvalidArgument
 
+    given = _given_options(context)
+    if isinstance(error, DataError) and "data" in given:
+        typed = context.params["data"]
+        is_option = str(error).startswith(tuple(f"data={value!r}: " for value in (typed, absolute_source(typed))))
+        return f"--{error}" if is_option else str(error)
     if not isinstance(error, InvalidArgument):
         return str(error)
     lines = []

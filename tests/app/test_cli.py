@@ -356,6 +356,28 @@ class TestBadInput:
         assert ended.code == 2
         assert [line.split("=")[0] for line in ended.err.splitlines()] == ["spfde: --epochs", "spfde: --lr"]
 
+    def test_bad_options_of_different_kinds_are_told_together(self, spfde: Spfde, here: Path) -> None:
+        options = {
+            "--sparsity": 2,
+            "--freeze": 1,
+            "--sieve": 1,
+            "--interval": "often",
+            "--lr": -1,
+            "--precision": "fp8",
+            "--track": "tensorbord",
+            "--engine": "zzz",
+            "--device": "tpu",
+            "--model": "foo",
+            "--data": "fasion-mini",
+        }
+        ended = spfde("train", *(word for option in options.items() for word in option))
+        assert ended.code == 2
+        assert [line.split("=")[0] for line in ended.err.splitlines()] == [f"spfde: {option}" for option in options]
+        ended = spfde("train", "--device", "tpu", "--model", "foo", "--data", "fasion-mini")
+        told = [line.split("=")[0] for line in ended.err.splitlines()]
+        assert told == ["spfde: --device", "spfde: --model", "spfde: --data"]
+        assert list(here.iterdir()) == []
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     @pytest.mark.parametrize(("options", "told"), [("--device cuda", "--device cpu"), ("--precision fp16", "bf16")])
     def test_what_needs_a_gpu_is_refused_without_one(
@@ -438,7 +460,11 @@ class TestBadData:
     def test_a_damaged_or_missing_archive_is_refused(self, tiny: Path, spfde: Spfde, here: Path) -> None:
         (here / "cut.npz").write_bytes(tiny.read_bytes()[:1000])
         assert_refused(spfde("train", "--data", "cut.npz"), "is no readable .npz archive")
-        assert_refused(spfde("train", "--data", "none.npz"), "none.npz", "does not exist")
+        assert_refused(spfde("train", "--data", "none.npz"), "spfde: --data='none.npz': does not exist")
+        assert_refused(spfde("plan", "--data", "/nonexist/x"), "spfde: --data='/nonexist/x': does not exist")
+        (here / "photos").mkdir()
+        assert_refused(spfde("train", "--data", "photos"), f"spfde: --data='{here / 'photos'}': needs a train folder")
+        (here / "photos").rmdir()
         assert [path.name for path in here.iterdir()] == ["cut.npz"]
 
     def test_an_unreadable_image_is_named(self, spfde: Spfde, here: Path) -> None:

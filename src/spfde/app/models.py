@@ -179,14 +179,21 @@ def build_model(
     if name in MODELS and 1 <= min(size) < MODELS[name].smallest:
         rule = f"is too small for {name}, which needs at least {MODELS[name].smallest} pixels each way"
         problems.add("image_size", image_size, rule, "Choose a ResNet or larger images.")
-    if name not in MODELS and not name.startswith(TIMM_PREFIX):
-        problems.add("model", name, "is no known model", nearest(name, [*MODELS, f"{TIMM_PREFIX}NAME"]))
+    with problems.collecting():
+        check_model(name)
     problems.raise_if_any()
     if seed is None:
         return _build(name, num_classes, in_channels, size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return _build(name, num_classes, in_channels, size)
+
+
+def check_model(name: str) -> None:
+    """Raise ``InvalidArgument`` for a name that is no model's; those of timm are looked up when they are built."""
+    if name not in MODELS and not name.startswith(TIMM_PREFIX):
+        known = [*MODELS, f"{TIMM_PREFIX}NAME"]
+        raise InvalidArgument(Problem("model", name, "is no known model", nearest(name, known)))
 
 
 def _build(name: str, num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:

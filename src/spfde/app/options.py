@@ -10,11 +10,11 @@ from pydantic import Field
 
 from spfde import presets
 from spfde.app.data import DATASETS
-from spfde.errors import InvalidArgument, Problem, RunFolderError, StateMismatch, nearest
+from spfde.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import Recipe
 from spfde.sieving import CRITERIA, DataSieving, OneTimeRemoval, check_fraction
-from spfde.sparsity import MEST
+from spfde.sparsity import MEST, SparsityMethod
 from spfde.technique import Technique
 
 
@@ -126,43 +126,52 @@ def choose_recipe(
     """
     recipe = read_recipe(name)
     changes: dict[str, Any] = {}
+    problems = Problems()
     if sparsity is not None or soft_bound is not None:
-        method = recipe.sparsity
-        if method is None:
-            if sparsity is None:
-                raise InvalidArgument(
-                    Problem("--soft-bound", soft_bound, f"recipe {name} has no sparsity", "Use --recipe mest or spfde.")
-                )
-            method = MEST(sparsity=sparsity)
-        given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
-        if soft_bound is not None:
-            if not isinstance(method, MEST):
-                raise InvalidArgument(
-                    Problem(
-                        "--soft-bound", soft_bound, f"{method.name} has no soft bound", "Use --recipe mest or spfde."
-                    )
-                )
-            given["soft_bound"] = soft_bound
-        changes["sparsity"] = type(method)(**{**_fields(method), **given})
-    if freeze is not None:
-        technique = recipe.freezing
-        given = {
-            **(_fields(technique) if technique is not None else {}),
-            "flops_reduction": freeze,
-            "start_epoch": None,
-        }
-        changes["freezing"] = ProgressiveFreezing(**given)
-    if cache_variants is not None:
-        technique = changes.get("freezing", recipe.freezing)
-        if technique is None:
-            rule = f"recipe {name} freezes nothing"
-            raise InvalidArgument(Problem("--cache-variants", cache_variants, rule, "Use --freeze 0.2 or so with it."))
-        changes["freezing"] = ProgressiveFreezing(**{**_fields(technique), "cache_variants": cache_variants})
+        with problems.collecting():
+            changes["sparsity"] = _sparsity(name, recipe, sparsity, soft_bound)
+    if freeze is not None or cache_variants is not None:
+        with problems.collecting():
+            changes["freezing"] = _freezing(name, recipe, freeze, cache_variants)
     if sieve is not None or sieve_criterion is not None:
-        changes["sieving"] = _sieving(name, recipe, sieve, sieve_criterion)
+        with problems.collecting():
+            changes["sieving"] = _sieving(name, recipe, sieve, sieve_criterion)
     if interval != "auto":
-        changes["update_interval_epochs"] = _parse_interval(interval)
+        with problems.collecting():
+            changes["update_interval_epochs"] = _parse_interval(interval)
+    problems.raise_if_any()
     return recipe.replace(**changes) if changes else recipe
+
+
+def _sparsity(name: str, recipe: Recipe, sparsity: float | None, soft_bound: bool | None) -> SparsityMethod:
+    """The recipe's sparse method with the command line's changes; a dense recipe takes MEST."""
+    method = recipe.sparsity
+    if method is None:
+        if sparsity is None:
+            rule = f"recipe {name} has no sparsity"
+            raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
+        method = MEST(sparsity=sparsity)
+    given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+    if soft_bound is not None:
+        if not isinstance(method, MEST):
+            rule = f"{method.name} has no soft bound"
+            raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
+        given["soft_bound"] = soft_bound
+    return type(method)(**{**_fields(method), **given})
+
+
+def _freezing(name: str, recipe: Recipe, share: float | None, cache_variants: int | None) -> ProgressiveFreezing:
+    """The recipe's freezing with the command line's changes; a share freezes where the recipe does not."""
+    technique = recipe.freezing
+    if technique is None and share is None:
+        rule = f"recipe {name} freezes nothing"
+        raise InvalidArgument(Problem("--cache-variants", cache_variants, rule, "Use --freeze 0.2 or so with it."))
+    given = _fields(technique) if technique is not None else {}
+    if share is not None:
+        given |= {"flops_reduction": share, "start_epoch": None}
+    if cache_variants is not None:
+        given["cache_variants"] = cache_variants
+    return ProgressiveFreezing(**given)
 
 
 def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> DataSieving | OneTimeRemoval:

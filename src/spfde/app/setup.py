@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,17 @@ from torch.utils.data import DataLoader, RandomSampler
 import spfde
 from spfde.app.augment import BatchAugment, normalise, resolve_augmentation
 from spfde.app.checkpoints import described
-from spfde.app.data import describe_data, load_data
+from spfde.app.data import load_data
 from spfde.app.images import ImageData, collate
 from spfde.app.models import build_model
+from spfde.app.names import check_named
 from spfde.app.options import TrainOptions, check_full_batch
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
-from spfde.engines import check_engine
-from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged, nearest
+from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.planning import Plan, plan
 from spfde.session import Session
 
 EVALUATION_BATCH = 256
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 
 
 @dataclass
@@ -137,8 +135,7 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
 
 def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
-    _check_trackers(options.track)
-    check_engine(options.engine)
+    spec = check_named(options.model_dump())
     accelerator = _accelerator(options, folder.path)
     if accelerator.num_processes > 1:
         raise InvalidArgument(
@@ -150,7 +147,6 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
             )
         )
     set_seed(options.seed)
-    spec = describe_data(options.data)
     recipe = options.load_recipe()
     model = build_model(
         options.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
@@ -225,41 +221,12 @@ def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tup
 
 def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
     device = options.device
-    _check_device(device)
-    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if options.precision == "fp16" and on_cpu:
-        raise InvalidArgument(Problem("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16."))
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     precision = "no" if options.precision == "fp32" else options.precision
     return accelerate.Accelerator(
         cpu=device == "cpu", mixed_precision=precision, log_with=list(options.track) or None, project_dir=str(out)
     )
-
-
-def _check_device(device: str) -> None:
-    kind, _, number = device.partition(":")
-    if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and number.isascii() and number.isdigit()):
-        known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
-        raise InvalidArgument(Problem("device", device, "is no device", nearest(device, known)))
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(kind, True):
-        raise InvalidArgument(
-            Problem("device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
-        )
-    if number and int(number) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InvalidArgument(Problem("device", device, f"there are {count} GPUs", f"Use cuda:0 … cuda:{count - 1}."))
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    for name in names:
-        if name not in TRACKERS:
-            raise InvalidArgument(Problem("track", name, "is no tracker", nearest(name, TRACKERS)))
-        if find_spec(name) is None:
-            raise InvalidArgument(
-                Problem("track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
-            )
 
 
 def _start_trackers(run: Run) -> None:
