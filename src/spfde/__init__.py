@@ -49,11 +49,12 @@ _HOMES = {
     "WeightsFileError": "spfde.errors",
     "cite": "spfde.citation",
 }
-_ROOMS = ("presets", "errors", "sparsity", "freezing", "sieving", "cost", "export")
+_ROOMS = ("presets", "errors", "sparsity", "freezing", "sieving", "cost", "export", "analysis")
 
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
+    from spfde import analysis as analysis
     from spfde import cost as cost
     from spfde import errors as errors
     from spfde import export as export

@@ -132,6 +132,14 @@ def train(
     seed: Annotated[
         int, typer.Option(help="seed of weights, masks, sieving and batches", rich_help_panel=_TRAINING)
     ] = 0,
+    keep_every: Annotated[
+        int | None,
+        typer.Option(
+            help="keep weights and masks every so many epochs, for `spfde analyze`",
+            rich_help_panel=_TRAINING,
+            show_default="none",
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, masked or native", rich_help_panel=_MACHINE)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps", rich_help_panel=_MACHINE)] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16", rich_help_panel=_MACHINE)] = "fp32",
@@ -186,6 +194,7 @@ def train(
             "seed": seed,
             "workers": workers,
             "track": tuple(track or ()),
+            "keep_every": keep_every,
         }
         options = None
         with problems.collecting():
@@ -281,6 +290,42 @@ def cite(
         from spfde.app.citing import cite_source
 
         typer.echo(cite_source(source))
+
+
+@app.command()
+def analyze(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="folder of a run that was trained with --keep-every")],
+    samples: Annotated[int, typer.Option(help="test images that CKA is measured on, at most")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="images per minibatch of CKA, at most")] = 128,
+    gradient_samples: Annotated[
+        int, typer.Option(help="training images that gradient norms are measured on, at most; 0 for none")
+    ] = 256,
+    data_root: Annotated[
+        Path | None, typer.Option(help="where torchvision's sets lie", show_default="the run's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the results", show_default="RUN/analysis")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Structural similarity, CKA and gradient norms over a run's kept checkpoints: plots, and one JSON file."""
+    with _clear_endings(context):
+        from spfde.app.analyze import AnalyzeOptions, analyze_run
+        from spfde.report.analysis import draw_analysis
+
+        options = AnalyzeOptions(
+            samples=samples,
+            batch_size=batch_size,
+            gradient_samples=gradient_samples,
+            data_root=None if data_root is None else str(data_root.absolute()),
+        )
+
+        def tell(line: object) -> None:
+            if not quiet:
+                typer.echo(line)
+
+        written = analyze_run(run, options, out or run / "analysis", tell=tell)
+        for path in (written, *draw_analysis(written)):
+            tell(path)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole into a folder of their own, with checksums, before they take their name.
 
-At every moment ``latest`` or ``previous`` is a whole checkpoint, so that a kill loses one epoch at most.
+At every moment ``latest`` or ``previous`` is a whole checkpoint, so that a kill loses one epoch at most. Those in
+``kept`` hold the model alone and stay.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from spfde.errors import RunFolderError
 
 MANIFEST = "manifest.json"
 _DRAFT = ".writing-"
+_KEPT = "epoch-"
 
 
 class Checkpoints:
@@ -58,26 +61,52 @@ class Checkpoints:
         Raises:
             RunFolderError: it could not be written; the checkpoint before it is still there.
         """
-        draft = self.path / f"{_DRAFT}latest"
+        with self._drafted("latest") as draft:
+            _write(write, draft)
+            _seal(draft, {"epoch": epoch, "about": dict(about or {})})
+            if best:
+                # Before ``latest`` takes its name: a kill between the two only trains this epoch again.
+                self._copy_best(draft)
+            if self.latest.exists():
+                shutil.rmtree(self.previous, ignore_errors=True)
+                self.latest.rename(self.previous)
+            draft.rename(self.latest)
+            sync_folder(self.path)
+        return self.latest
+
+    def keep(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint that stays, ``kept/epoch-0005`` after five epochs; one of the same name is replaced.
+
+        Args, Raises: as ``save``.
+        """
+        place = self.path / "kept" / f"{_KEPT}{epoch:04d}"
+        with self._drafted("kept") as draft:
+            _write(write, draft)
+            _seal(draft, {"epoch": epoch, "about": dict(about or {})})
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            draft.rename(place)
+            sync_folder(place.parent)
+        return place
+
+    def kept(self) -> dict[int, Path]:
+        """The checkpoints that stayed, by the number of epochs before them, in order."""
+        found = ((path.name.removeprefix(_KEPT), path) for path in self.path.glob(f"kept/{_KEPT}*"))
+        return dict(sorted((int(number), path) for number, path in found if number.isdecimal() and path.is_dir()))
+
+    @contextmanager
+    def _drafted(self, name: str) -> Iterator[Path]:
+        """An empty folder to write into; what is left of it when writing fails is taken away."""
+        draft = self.path / f"{_DRAFT}{name}"
         try:
             with clear_errors(self.path):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
-                _write(write, draft)
-                _seal(draft, {"epoch": epoch, "about": dict(about or {})})
-                if best:
-                    # Before ``latest`` takes its name: a kill between the two only trains this epoch again.
-                    self._copy_best(draft)
-                if self.latest.exists():
-                    shutil.rmtree(self.previous, ignore_errors=True)
-                    self.latest.rename(self.previous)
-                draft.rename(self.latest)
-                sync_folder(self.path)
+                yield draft
         except Exception:
             # On a full disk the unfinished files are in the way of everything else.
             self.remove_drafts()
             raise
-        return self.latest
 
     def _copy_best(self, sealed: Path) -> None:
         draft = self.path / f"{_DRAFT}best"

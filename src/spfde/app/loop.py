@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from spfde.app import kept
 from spfde.app.options import TrainOptions
 from spfde.app.runs import SUMMARY
 from spfde.app.setup import Run, opened, versions
@@ -193,6 +194,13 @@ def _keep(run: Run, row: dict[str, Any]) -> None:
     run.accelerator.log(
         {name: value for name, value in row.items() if isinstance(value, (int, float))}, step=row["epoch"]
     )
+    if kept.is_due(run.session.epoch, every=run.options.keep_every, epochs=run.options.epochs):
+        # Before ``latest``: a kill between the two only trains this epoch again, and writes the same once more.
+        run.folder.checkpoints.keep(
+            lambda folder: kept.write(folder, run.accelerator.unwrap_model(run.model), run.session.masks),
+            epoch=run.session.epoch,
+            about=run.options.identity(),
+        )
     run.folder.checkpoints.save(
         lambda folder: run.accelerator.save_state(str(folder)),
         epoch=run.session.epoch,

@@ -26,12 +26,13 @@ class TrainOptions(Technique):
         model: a built-in model's name, or ``timm:NAME``.
         recipe: the recipe as nested primitives (``Recipe.to_dict``).
         recipe_name: the preset or file that it came from.
+        keep_every: keep the model and its masks whenever so many epochs are done, and at the end; None keeps none.
         dense_timing_steps: dense steps that are timed before training, for the bill; 0 for none.
     """
 
     # What may differ between a checkpoint and the run that goes on from it: where things are, and who is told.
     MOVABLE: ClassVar[frozenset[str]] = frozenset(
-        {"data", "data_root", "recipe_name", "engine", "device", "workers", "track", "dense_timing_steps"}
+        {"data", "data_root", "recipe_name", "engine", "device", "workers", "track", "keep_every", "dense_timing_steps"}
     )
 
     data: str = "fashion-mini"
@@ -55,6 +56,7 @@ class TrainOptions(Technique):
     )
     workers: int = Field(default=0, ge=0, description="a number of processes, 0 or more")
     track: tuple[str, ...] = ()
+    keep_every: int | None = Field(default=None, ge=1, description="a whole number of epochs from 1 on")
     dense_timing_steps: int = Field(default=5, ge=0, description="a number of steps, 0 or more")
 
     def load_recipe(self) -> Recipe:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from spfde.errors import InvalidArgument, Problem, RunFolderError
+from spfde.errors import InvalidArgument, Problem
 from spfde.report import figures, tables
 from spfde.report.canvas import DARK, LIGHT
+from spfde.report.files import write_all
 from spfde.report.folders import Run, read_run
 from spfde.report.plots import PLOTS, Plot
 
@@ -74,7 +73,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     for picture in pictures:
         if picture.light is not None:
             files[page.with_name(f"{page.stem}-{picture.plot.key}.png")] = picture.light
-    _write(files)
+    write_all(files)
     return list(files)
 
 
@@ -125,22 +124,3 @@ def headline(run: Run) -> Headline:
 
 def _data_uri(png: bytes | None) -> str:
     return "" if png is None else f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _write(files: Mapping[Path, bytes]) -> None:
-    """Write all files or none: each under a passing name first, the page takes its place last."""
-    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.writing") for path in files}
-    path = next(iter(files))
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drafts[path].write_bytes(content)
-        for path in reversed(list(files)):
-            drafts[path].replace(path)
-    except OSError as error:
-        remedy = "Choose another place for the report, or make room there and the folder writable."
-        raise RunFolderError(str(Problem("out", str(path), f"cannot be written ({error.strerror})", remedy))) from error
-    finally:
-        for draft in drafts.values():
-            with contextlib.suppress(OSError):
-                draft.unlink()

@@ -1,0 +1,283 @@
+"""The analysis behind ``spfde analyze``: a run's kept checkpoints against its last one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spfde.analysis import (
+    batch_grams,
+    gradient_norms,
+    minibatch_cka,
+    structural_overlap,
+    successive_differences,
+)
+from spfde.app.checkpoints import check_whole, described
+from spfde.app.data import load_data
+from spfde.app.disk import clear_errors, write_whole
+from spfde.app.images import ImageData, collate
+from spfde.app.options import TrainOptions
+from spfde.app.runs import CONFIG, RunFolder
+from spfde.app.setup import hardware, versions
+from spfde.app.subject import Layers, Subject
+from spfde.errors import DataError, RunFolderError
+from spfde.technique import Technique
+
+RESULT = "analysis.json"
+FRACTION = 0.5
+"""Share of the non-zeros that structural similarity looks at, as in the paper."""
+
+
+class AnalyzeOptions(Technique):
+    """What to measure on.
+
+    Attributes:
+        samples: test images for CKA, at most.
+        batch_size: images per minibatch, at most; the minibatches are of equal size, give or take one.
+        gradient_samples: training images for gradient norms, at most; 0 leaves them out.
+        data_root: where torchvision's sets lie; None: where they lay when the run was trained.
+    """
+
+    samples: int = Field(default=2000, ge=4, description="a whole number of images from 4 on")
+    batch_size: int = Field(default=128, ge=4, description="a whole number of images from 4 on")
+    gradient_samples: int = Field(default=256, ge=0, description="a whole number of images, 0 or more")
+    data_root: str | None = None
+
+
+def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Callable[[str], None]) -> Path:
+    """Compare a run's kept checkpoints with the last of them, and write ``analysis.json``.
+
+    Args:
+        folder: of a run that was trained with ``keep_every``, finished or not.
+        options: what to measure on.
+        out: folder of the result; made when needed.
+        tell: takes a line of progress.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunFolderError: no run folder, fewer than two kept checkpoints, a damaged one, or ``out`` cannot be written.
+        StateMismatch: a checkpoint is of another run.
+        DataError: the data are missing, or not those of the run.
+    """
+    config, trained, checkpoints = _read_run(folder)
+    data = load_data(trained.data, root=options.data_root or trained.data_root)
+    _check_data(data, config, folder)
+    with clear_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    subject = Subject(trained, data, native=config.get("engine") == "native")
+    found = _measure(subject, checkpoints, options, tell)
+    content = {
+        "run": str(folder),
+        "model": trained.model,
+        "data": trained.data,
+        "recipe": trained.recipe_name,
+        "run_epochs": trained.epochs,
+        "epochs": list(checkpoints),
+        "reference_epoch": max(checkpoints),
+        "fraction": FRACTION,
+        **found,
+        "versions": versions(),
+        "hardware": hardware(subject.device),
+    }
+    with clear_errors(out):
+        write_whole(
+            out / RESULT,
+            json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n",
+            draft=out / f".{RESULT}.writing",
+        )
+    return out / RESULT
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], TrainOptions, dict[int, Path]]:
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{folder}: is no run folder (no {CONFIG}). Pass the folder of a run.")
+    run = RunFolder(folder)
+    config = run.read_json(CONFIG)
+    trained = TrainOptions.from_config(config, folder / CONFIG)
+    checkpoints = run.checkpoints.kept()
+    if len(checkpoints) < 2:
+        raise RunFolderError(
+            f"{folder}: has {len(checkpoints)} kept checkpoints, and two are needed to compare. Train with "
+            "`spfde train --keep-every N`, N less than the number of epochs, and let it get that far."
+        )
+    for path in checkpoints.values():
+        check_whole(path)
+        trained.check_identity(described(path), path)
+    return config, trained, checkpoints
+
+
+def _check_data(data: ImageData, config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse other data than those of the run: the counts, the shape and the statistics of the images must agree."""
+    then = config.get("data")
+    if not isinstance(then, Mapping):
+        raise RunFolderError(f'{folder / CONFIG}: lacks the run\'s data ("data"). Restore the file from a copy.')
+    spec = data.spec
+    now = {
+        "num_classes": spec.num_classes,
+        "channels": spec.channels,
+        "image_size": list(spec.image_size),
+        "train_samples": spec.train_samples,
+        "test_samples": spec.test_samples,
+        "mean": data.mean.tolist(),
+        "std": data.std.tolist(),
+    }
+    for name, value in now.items():
+        if not _agrees(value, then.get(name)):
+            raise DataError(
+                f"{spec.name}: is not what the run in {folder} was trained on: {name} is {value}, and was "
+                f"{then.get(name)}. Put the run's own data back."
+            )
+
+
+def _agrees(now: Any, then: Any) -> bool:
+    if isinstance(now, list) and isinstance(then, list):
+        return len(now) == len(then) and all(map(_agrees, now, then))
+    if isinstance(now, float) and isinstance(then, (int, float)):
+        return math.isclose(now, then, rel_tol=1e-4, abs_tol=1e-6)
+    return bool(now == then)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    subject: Subject, checkpoints: Mapping[int, Path], options: AnalyzeOptions, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Figures of every checkpoint, by block and by layer, in the form of ``analysis.json``."""
+    generator = torch.Generator().manual_seed(subject.seed)
+    images, _ = _draw_images(subject.data.test, options.samples, generator)
+    train = _draw_images(subject.data.train, options.gradient_samples, generator) if options.gradient_samples else None
+    if len(images) < 4:
+        raise DataError(f"{subject.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
+    n_batches = min(math.ceil(len(images) / options.batch_size), len(images) // 4)
+    watch = _Stopwatch()
+    columns = []
+    subject.load(checkpoints[max(checkpoints)])
+    final_masks = subject.masks
+    with subject.outputs() as outputs:
+        with watch("cka"):
+            reference = list(batch_grams(outputs, subject.batches(images, n_batches)))
+        for number, (epoch, path) in enumerate(checkpoints.items(), start=1):
+            tell(f"checkpoint {number}/{len(checkpoints)}: after {epoch} epochs")
+            subject.load(path)
+            with watch("structural_similarity"):
+                overlaps = _overlaps(subject, final_masks)
+            with watch("cka"):
+                is_reference = epoch == max(checkpoints)
+                grams = reference if is_reference else batch_grams(outputs, subject.batches(images, n_batches))
+                alignment = minibatch_cka(grams, reference)
+            with watch("gradient_norm"):
+                norms = _norms(subject, train, options.batch_size) if train is not None else {}
+            columns.append(Column(overlaps, alignment, norms))
+    return {
+        "samples": len(images),
+        "batch_size": math.ceil(len(images) / n_batches),
+        "gradient_samples": 0 if train is None else len(train[0]),
+        "engine": subject.engine,
+        "seconds": watch.seconds,
+        "blocks": [_block(block, columns) for block in subject.blocks],
+    }
+
+
+@dataclass(frozen=True)
+class Column:
+    """What was found at one checkpoint: overlaps and gradient norms by layer, CKA by module."""
+
+    overlaps: Mapping[str, tuple[int, int]]
+    alignment: Mapping[str, float]
+    norms: Mapping[str, float]
+
+
+def _block(block: Layers, columns: Sequence[Column]) -> dict[str, Any]:
+    """One block over all checkpoints; null where there is nothing to tell."""
+    masked = [name for name in block.weights if name in columns[0].overlaps]
+    pooled = [[sum(counts) for counts in zip(*(c.overlaps[name] for name in masked), strict=True)] for c in columns]
+    return {
+        "name": block.name,
+        "module": block.module,
+        "structural_similarity": [_share(*counts) for counts in pooled] if masked else None,
+        "cka": [c.alignment[block.module] for c in columns] if block.module is not None else None,
+        "layers": [_layer(name, columns) for name in block.weights],
+    }
+
+
+def _layer(name: str, columns: Sequence[Column]) -> dict[str, Any]:
+    has_mask, has_norm = name in columns[0].overlaps, name in columns[0].norms
+    norms = [c.norms[name] for c in columns] if has_norm else None
+    return {
+        "name": name,
+        "structural_similarity": [_share(*c.overlaps[name]) for c in columns] if has_mask else None,
+        "gradient_norm": norms,
+        "gradient_norm_difference": None if norms is None else successive_differences(norms),
+    }
+
+
+def _share(common: int, chosen: int) -> float | None:
+    return common / chosen if chosen else None
+
+
+def _overlaps(subject: Subject, final_masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    weights = dict(subject.model.named_parameters())
+    return {name: structural_overlap(weights[name], mask, fraction=FRACTION) for name, mask in final_masks.items()}
+
+
+def _norms(subject: Subject, train: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
+    images, labels = train
+    n_batches = math.ceil(len(images) / batch_size)
+    targets = (part.to(subject.device) for part in labels.tensor_split(n_batches))
+    return gradient_norms(
+        subject.model,
+        zip(subject.batches(images, n_batches), targets, strict=True),
+        F.cross_entropy,
+        parameters=[name for block in subject.blocks for name in block.weights],
+        masks=subject.masks,
+    )
+
+
+def _draw_images(dataset: Dataset[tuple[Tensor, int]], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """So many images and labels, drawn at random: sets come sorted by class."""
+    chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()  # type: ignore[arg-type]  # it has a length
+    # A generator of its own, for a loader draws from the global one.
+    loader = DataLoader(
+        dataset, batch_size=len(chosen), sampler=chosen, collate_fn=collate, generator=torch.Generator().manual_seed(0)
+    )
+    images, labels = next(iter(loader))
+    return images, labels
+
+
+class _Stopwatch:
+    """Seconds by name, measured."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
