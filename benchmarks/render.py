@@ -22,7 +22,17 @@ ROOT = BENCHMARKS.parent
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 _REGION = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
 # The order of the page; a result that is not named here follows after.
-ORDER = ("bookkeeping", "freezing", "sieving", "data_path", "same_budget", "start_up", "export", "planned_figures")
+ORDER = (
+    "bookkeeping",
+    "freezing",
+    "sieving",
+    "data_path",
+    "same_budget",
+    "start_up",
+    "export",
+    "analysis",
+    "planned_figures",
+)
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/render.py` from `benchmarks/results/*.json`, not by hand. Each question has a script of
