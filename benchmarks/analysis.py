@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> None:
             },
             notes=(
                 "Seconds, not ratios: they are what the target is about, and they are this machine's.",
-                "Processor seconds are those of this process on all threads: far below threads times seconds means that "
-                "others were at work.",
+                "Processor seconds are those of this process on all its threads: far below threads times seconds means "
+                "that others were at work.",
             ),
             stamp=stamped,
             data={"seconds": seconds, "processor_seconds": processor},
