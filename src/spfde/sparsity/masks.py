@@ -72,7 +72,7 @@ def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
     assert 0 <= n <= len(values), f"cannot choose {n} of {len(values)}"
     if n == 0:
         return torch.zeros_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
-    threshold = torch.topk(values, n, sorted=False).values.min()
+    threshold = _nth_highest(values, n)
     chosen = values > threshold
     ties = (values == threshold).nonzero().squeeze(1)
     chosen[ties[: n - int(chosen.sum())]] = True
@@ -81,6 +81,15 @@ def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
     mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
     mask[candidates[chosen]] = True
     return mask.view(score.shape)
+
+
+def _nth_highest(values: Tensor, n: int) -> Tensor:
+    if values.device.type != "cpu":
+        return torch.topk(values, n, sorted=False).values.min()
+    # Several times as fast as topk on a CPU, which sorts more than is asked for. NumPy has no bfloat16.
+    array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    place = len(array) - n
+    return torch.as_tensor(np.partition(array, place)[place]).to(values.dtype)
 
 
 def keep_bits(mask: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""What do masks cost a large model, in time and in memory?
+
+ResNet-50's weights at 90 %: one mutation of all its masks by each method, with weights and gradients that are there
+already, against a dense training step of 8 images of 224 pixels (a small one: a step of 64 takes about eight times as
+long). Rounds are interleaved. Target: at most 5 steps. Memory is counted in bytes of the tensors: masks packed as they
+are saved, and as they run, against the fp32 weights; what a method keeps beside its masks has a column of its own.
+
+    python benchmarks/mutation.py                   # about 10 minutes on two cores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import spfde
+from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
+from spfde.sparsity import METHODS, Masker, PruningAtInitialisation, SparsityMethod, pack, select_layers
+
+SPARSITY, MOST_STEPS, PACKED, RUNNING = 0.9, 5.0, 1 / 32, 1 / 4
+EPOCHS, INTERVAL, BEAT = 100, 2, 10
+STRUCTURES: dict[str, SparsityMethod] = {
+    "set, 4x1 blocks": spfde.SET(sparsity=SPARSITY, structure=spfde.Block(rows=4, columns=1)),
+    "set, kernels": spfde.SET(sparsity=SPARSITY, structure=spfde.Kernels()),
+    "rigl, 2:4": spfde.RigL(sparsity=0.5, structure=spfde.NM(n=2, m=4)),
+}
+
+
+class Mutating:
+    """A model's masks, which mutate by one method whenever they are asked to."""
+
+    def __init__(self, make: Callable[[], nn.Module], method: SparsityMethod) -> None:
+        torch.manual_seed(0)
+        self.model = make()
+        self.optimizer = SGD(self.model.parameters(), lr=1e-6, momentum=0.9)
+        order = [name for name, p in self.model.named_parameters() if p.dim() > 1]
+        self.layers = select_layers(self.model, method, order=order, head=order[-1:])
+        self.masker = Masker(
+            self.layers,
+            self.optimizer,
+            method,
+            generator=torch.Generator().manual_seed(0),
+            interval=INTERVAL,
+            epochs=EPOCHS,
+        )
+        self.masker.begin_epoch(0, ())
+        gradients = torch.Generator().manual_seed(1)
+        self.gradients = {name: torch.randn(p.shape, generator=gradients) for name, p in self.layers.items()}
+
+    def mutate(self) -> None:
+        """What a beat does, without the optimizer's own step."""
+        masker = self.masker
+        if masker.method.gradients == "smoothed":
+            masker._smoothed.values = dict(self.gradients)
+        masker.begin_epoch(BEAT, ())
+        if masker.pending or masker.method.changes_every_step:
+            for name, parameter in self.layers.items():
+                parameter.grad = self.gradients[name].clone()
+            masker._before_step(self.optimizer, (self.optimizer,), {})
+            masker._after_step(self.optimizer, (self.optimizer,), {})
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.layers.values())
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(pack(mask).nbytes for mask in self.masker.masks.values())
+
+    @property
+    def running_bytes(self) -> int:
+        return sum(mask.nbytes for mask in self.masker.masks.values())
+
+    @property
+    def beside_bytes(self) -> int:
+        """Tensors that the method keeps beside the masks: which weights were explored, latents, smoothed gradients."""
+        state = self.masker.state_dict()
+        return sum(t.nbytes for part in ("explored", "latents", "smoothed") for t in tensors(state[part]))
+
+
+def tensors(nested: object) -> Iterator[Tensor]:
+    """All tensors in nested dictionaries."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, dict):
+        for value in nested.values():
+            yield from tensors(value)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run it."""
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=None, help="timed rounds (5)")
+    options = made.parse_args(argv)
+    stamped = begin(options)
+    rounds = options.rounds or (1 if options.quick else 5)
+    make: Callable[[], nn.Module] = torchvision.models.resnet18 if options.quick else torchvision.models.resnet50
+    batch, side = (2, 64) if options.quick else (8, 224)
+
+    model = make().train()
+    optimizer = SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    x, y = torch.randn(batch, 3, side, side), torch.zeros(batch, dtype=torch.int64)
+
+    def step() -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    methods = {
+        name: method(sparsity=SPARSITY)
+        for name, method in METHODS.items()
+        if not issubclass(method, PruningAtInitialisation) and name != "static"
+    } | STRUCTURES
+    figures, rows, at_rest = [], [], []
+    for name, method in methods.items():
+        # One at a time: the copies of the weights of all methods together would not fit everywhere.
+        mutating = Mutating(make, method)
+        timings = interleave({"step": step, name: mutating.mutate}, rounds)
+        ratio = compare(timings[name], timings["step"])
+        figures.append(Figure.of(f"mutation by {name}, in dense steps of {batch}", ratio, high=MOST_STEPS))
+        weights = mutating.weight_bytes
+        at_rest.append((mutating.packed_bytes / weights, mutating.running_bytes / weights))
+        beside = f"{mutating.beside_bytes / weights:.3f}x"
+        rows.append((name, show(timings[name].median, "seconds"), show(timings["step"].median, "seconds"), beside))
+        del mutating
+    slowest = max(figures, key=lambda figure: figure.value)
+    publish(
+        Result(
+            name="mutation",
+            title="Masks of a large model",
+            question="What do a mutation of all masks and the masks themselves cost ResNet-50?",
+            command="python benchmarks/mutation.py",
+            figures=(
+                replace(slowest, what="slowest mutation of ResNet-50's masks, in dense steps", headline=True),
+                Figure("masks packed, over the weights", max(p for p, _ in at_rest), "share", high=PACKED + 1e-6, n=1),
+                Figure("masks running, over the weights", max(r for _, r in at_rest), "share", high=RUNNING, n=1),
+                *figures,
+            ),
+            tables=(
+                Table(
+                    "Each method",
+                    ("method", "mutation (median)", "dense step (median)", "kept beside the masks, over the weights"),
+                    tuple(rows),
+                ),
+            ),
+            settings={"model": make.__name__, "batch": batch, "pixels": side, "sparsity": SPARSITY, "rounds": rounds},
+            notes=("Masks bytes are those of the tensors; a mask is applied through a copy of one layer's at a time.",),
+            stamp=stamped,
+        ),
+        options,
+    )
+
+
+if __name__ == "__main__":
+    main()
