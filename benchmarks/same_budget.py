@@ -115,17 +115,18 @@ class Runs:
 
     def curves(self, entry: Entry) -> list[dict[str, float]]:
         """After each epoch: FLOPs and seconds spent so far, and test accuracy; means over the seeds."""
-        per_seed = []
-        for seed in self.seeds:
-            lines = (self._path(entry, seed) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            per_seed.append([json.loads(line) for line in lines])
         curve, flops, seconds = [], 0.0, 0.0
-        for rows in zip(*per_seed, strict=True):
+        for rows in zip(*self.rows(entry), strict=True):
             flops += statistics.mean(row["training_flops"] for row in rows)
             seconds += statistics.mean(row["seconds"] for row in rows)
             accuracy = statistics.mean(row["test_accuracy"] for row in rows)
             curve.append({"training_flops": flops, "seconds": seconds, "test_accuracy": accuracy})
         return curve
+
+    def rows(self, entry: Entry) -> list[list[dict[str, Any]]]:
+        """The lines of each seed's metrics."""
+        files = [self._path(entry, seed) / "metrics.jsonl" for seed in self.seeds]
+        return [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
 
     def _path(self, entry: Entry, seed: int) -> Path:
         engine = "" if entry.engine == "auto" else f"-{entry.engine}"

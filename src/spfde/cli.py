@@ -55,6 +55,14 @@ Sparsity = Annotated[
     float | None,
     typer.Option(help="share of the weights to do without, in [0, 1)", rich_help_panel=_SAVINGS, show_default="recipe"),
 ]
+StructureName = Annotated[
+    str | None,
+    typer.Option(
+        help="what exists or not as a whole: unstructured, 4x1 (blocks), 2:4 (N:M), kernel, pattern or channel",
+        rich_help_panel=_SAVINGS,
+        show_default="recipe",
+    ),
+]
 Freeze = Annotated[
     float | None,
     typer.Option(
@@ -103,6 +111,7 @@ def train(
     ] = None,
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
+    structure: StructureName = None,
     freeze: Freeze = None,
     cache_variants: Annotated[
         int | None,
@@ -169,6 +178,7 @@ def train(
             written = choose_recipe(
                 recipe,
                 sparsity=sparsity,
+                structure=structure,
                 freeze=freeze,
                 cache_variants=cache_variants,
                 sieve=sieve,
@@ -216,6 +226,7 @@ def plan(
     model: Model = "resnet8",
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
+    structure: StructureName = None,
     freeze: Freeze = None,
     sieve: Sieve = None,
     soft_bound: SoftBound = None,
@@ -236,7 +247,13 @@ def plan(
         from spfde.app.options import check_full_batch, choose_recipe
 
         chosen = choose_recipe(
-            recipe, sparsity=sparsity, freeze=freeze, sieve=sieve, soft_bound=soft_bound, interval=interval
+            recipe,
+            sparsity=sparsity,
+            structure=structure,
+            freeze=freeze,
+            sieve=sieve,
+            soft_bound=soft_bound,
+            interval=interval,
         )
         spec = describe_data(data)
         check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)

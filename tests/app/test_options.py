@@ -132,3 +132,24 @@ class TestAbsoluteSource:
         assert absolute_source("cifar10") == "cifar10"
         assert absolute_source("./cifar10") == str(tmp_path / "cifar10")
         assert absolute_source("fashion-mni") == "fashion-mni"
+
+
+class TestStructures:
+    def test_a_structure_joins_the_recipes_method(self) -> None:
+        assert choose_recipe("set", structure="4x2").sparsity == spfde.SET(
+            sparsity=0.9, structure=spfde.Block(rows=4, columns=2)
+        )
+        assert choose_recipe("rigl", structure="kernel").sparsity == spfde.RigL(sparsity=0.9, structure=spfde.Kernels())
+
+    def test_n_of_m_brings_its_sparsity_along(self) -> None:
+        assert choose_recipe("rigl", structure="1:8").sparsity == spfde.RigL(
+            sparsity=0.875, structure=spfde.NM(n=1, m=8)
+        )
+
+    def test_an_unknown_structure_is_named_with_the_nearest(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"--structure='chanel': is no structure\. Did you mean 'channel'"):
+            choose_recipe("set", structure="chanel")
+
+    def test_a_dense_recipe_needs_a_sparsity_beside_it(self) -> None:
+        with pytest.raises(InvalidArgument, match="--structure='kernel': recipe dense has no sparsity"):
+            choose_recipe("dense", structure="kernel")

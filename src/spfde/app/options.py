@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -14,7 +15,7 @@ from spfde.errors import InvalidArgument, Problem, Problems, RunFolderError, Sta
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import Recipe
 from spfde.sieving import CRITERIA, DataSieving, OneTimeRemoval, check_fraction
-from spfde.sparsity import MEST, SparsityMethod
+from spfde.sparsity import MEST, NM, STRUCTURES, Block, SparsityMethod, Structure
 from spfde.technique import Technique
 
 
@@ -104,6 +105,7 @@ def choose_recipe(
     name: str,
     *,
     sparsity: float | None = None,
+    structure: str | None = None,
     freeze: float | None = None,
     cache_variants: int | None = None,
     sieve: float | None = None,
@@ -116,6 +118,8 @@ def choose_recipe(
     Args:
         name: a preset's name, or the path of a TOML file.
         sparsity: target sparsity; a dense recipe becomes MEST at that sparsity.
+        structure: a kind of structure, "4x1" and the like for blocks, "2:4" and the like for N:M, which brings its
+            sparsity along.
         freeze: FLOPs reduction by freezing; 0 freezes nothing.
         cache_variants: variants of each sample whose output of the frozen front is kept; 0 keeps none.
         sieve: share of the samples that is left out; 0 leaves out none.
@@ -129,9 +133,9 @@ def choose_recipe(
     recipe = read_recipe(name)
     changes: dict[str, Any] = {}
     problems = Problems()
-    if sparsity is not None or soft_bound is not None:
+    if sparsity is not None or soft_bound is not None or structure is not None:
         with problems.collecting():
-            changes["sparsity"] = _sparsity(name, recipe, sparsity, soft_bound)
+            changes["sparsity"] = _sparsity(name, recipe.sparsity, sparsity, soft_bound, structure)
     if freeze is not None or cache_variants is not None:
         with problems.collecting():
             changes["freezing"] = _freezing(name, recipe, freeze, cache_variants)
@@ -143,23 +147,6 @@ def choose_recipe(
             changes["update_interval_epochs"] = _parse_interval(interval)
     problems.raise_if_any()
     return recipe.replace(**changes) if changes else recipe
-
-
-def _sparsity(name: str, recipe: Recipe, sparsity: float | None, soft_bound: bool | None) -> SparsityMethod:
-    """The recipe's sparse method with the command line's changes; a dense recipe takes MEST."""
-    method = recipe.sparsity
-    if method is None:
-        if sparsity is None:
-            rule = f"recipe {name} has no sparsity"
-            raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
-        method = MEST(sparsity=sparsity)
-    given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
-    if soft_bound is not None:
-        if not isinstance(method, MEST):
-            rule = f"{method.name} has no soft bound"
-            raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
-        given["soft_bound"] = soft_bound
-    return type(method)(**{**_fields(method), **given})
 
 
 def _freezing(name: str, recipe: Recipe, share: float | None, cache_variants: int | None) -> ProgressiveFreezing:
@@ -190,6 +177,45 @@ def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | No
             )
         given["criterion"] = criterion
     return DataSieving(**given) if method is None else type(method)(**{**_fields(method), **given})
+
+
+def _sparsity(
+    name: str, method: SparsityMethod | None, sparsity: float | None, soft_bound: bool | None, structure: str | None
+) -> SparsityMethod:
+    """The recipe's method with the command line's changes; MEST where the recipe has none."""
+    given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+    if structure is not None:
+        given["structure"] = read_structure(structure)
+        if isinstance(given["structure"], NM) and sparsity is None:
+            given["sparsity"] = 1.0 - given["structure"].n / given["structure"].m
+    if method is None:
+        if "sparsity" not in given:
+            option, value = ("--soft-bound", soft_bound) if structure is None else ("--structure", structure)
+            remedy = "Use --recipe mest or spfde, or give --sparsity too."
+            raise InvalidArgument(Problem(option, value, f"recipe {name} has no sparsity", remedy))
+        method = MEST(sparsity=given["sparsity"])
+    if soft_bound is not None:
+        if not isinstance(method, MEST):
+            rule = f"{method.name} has no soft bound"
+            raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
+        given["soft_bound"] = soft_bound
+    return type(method)(**{**_fields(method), **given})
+
+
+def read_structure(text: str) -> Structure:
+    """The structure that the command line names.
+
+    Raises:
+        InvalidArgument: there is none of that name; the nearest is given.
+    """
+    if match := re.fullmatch(r"(\d+)x(\d+)", text):
+        return Block(rows=int(match[1]), columns=int(match[2]))
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(n=int(match[1]), m=int(match[2]))
+    if text not in STRUCTURES:
+        known = [*STRUCTURES, "4x1", "2:4"]
+        raise InvalidArgument(Problem("--structure", text, "is no structure", nearest(text, known)))
+    return STRUCTURES[text]()
 
 
 def read_recipe(name: str) -> Recipe:

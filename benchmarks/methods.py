@@ -1,0 +1,148 @@
+"""How accurate, and how dear, is each sparse training method at 90 %?
+
+ResNet-8 on fashion-mini by the command line's own trainer: every method of ``spfde methods`` with its preset, the same
+learning rate, length and seeds, beside the dense net; and MEST on groups of weights. Training FLOPs are modelled by
+each method's own rule, seconds are measured.
+
+    python benchmarks/methods.py                    # about an hour and a half on two cores
+    python benchmarks/methods.py --epochs 20 --seeds 0 1 2 --only snip grasp
+
+Runs are kept and taken up again as in same_budget.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _common import BENCHMARKS, Figure, Result, Table, begin, parser, publish
+from same_budget import DATA, Entry, Runs, around, mean, small_set, with_sd
+from spfde import presets
+from spfde.app.options import TrainOptions, choose_recipe
+
+METHODS = (
+    "dense", "static", "set", "rigl", "mest", "snip", "grasp", "synflow", "deepr", "dsr", "snfs", "set-itop",
+    "rigl-itop", "topkast", "gmp", "str",
+)  # fmt: skip
+GROUPS = ("block", "kernel", "pattern", "channel")
+
+
+@dataclass(frozen=True)
+class MethodEntry(Entry):
+    """A preset, on groups of weights where a structure is named."""
+
+    structure: str | None = None
+
+    @property
+    def model(self) -> str:
+        # Part of the run folder's name alone.
+        return f"{super().model}{f'-{self.structure}' if self.structure else ''}"
+
+    def options(self, seed: int, data: str) -> TrainOptions:
+        recipe = choose_recipe(self.recipe, structure=self.structure)
+        if self.structure == "pattern":
+            assert recipe.sparsity is not None
+            # Patterns are for 3x3 kernels: the shortcuts stay dense.
+            method = type(recipe.sparsity)(**{**dict(recipe.sparsity), "exclude": ("*downsample*",)})
+            recipe = recipe.replace(sparsity=method)
+        options = super().options(seed, data)
+        return options.model_copy(update={"model": super().model, "recipe": recipe.to_dict()})
+
+
+def row(runs: Runs, entry: MethodEntry, dense_flops: float) -> tuple[str, ...]:
+    """A method's line."""
+    found = runs.summaries(entry)
+    flops = mean(found, "training_flops")
+    return (
+        entry.label,
+        with_sd([summary["test_accuracy"] for summary in found], 4),
+        f"{flops:.3g}",
+        f"{flops / dense_flops:.1%}",
+        with_sd([summary["seconds"] for summary in found], 0),
+        f"{mean(found, 'final_sparsity'):.1%}",
+        f"{statistics.mean(last_explored(runs, entry)):.1%}",
+        found[0]["engine"],
+        str(len(found)),
+    )
+
+
+def last_explored(runs: Runs, entry: Entry) -> list[float]:
+    """Share of the masked weights that were ever active, at the end of each seed's run."""
+    return [float(rows[-1]["explored"]) for rows in runs.rows(entry)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run it."""
+    made = parser(__doc__)
+    made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
+    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
+    made.add_argument("--only", nargs="+", default=None, metavar="NAME", help="some of the methods, and dense")
+    made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / "methods")
+    options = made.parse_args(argv)
+    stamped = begin(options)
+    folder: Any = tempfile.TemporaryDirectory() if options.quick else None
+    runs_folder = Path(folder.name) if options.quick else options.runs
+    runs_folder.mkdir(parents=True, exist_ok=True)
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    epochs = options.epochs or (4 if options.quick else 20)
+    runs = Runs(runs_folder, seeds, small_set(runs_folder) if options.quick else DATA)
+    wanted = options.only or (["static", "snip"] if options.quick else METHODS)
+    entries = [MethodEntry(name, name, epochs) for name in dict.fromkeys(["dense", *wanted]) if name in presets.PRESETS]
+    if options.only is None and not options.quick:
+        entries += [MethodEntry(f"mest, {group}", "mest", epochs, structure=group) for group in GROUPS]
+    runs.train(entries)
+    dense = mean(runs.summaries(entries[0]), "training_flops")
+    figures = []
+    for entry in entries:
+        accuracies = [summary["test_accuracy"] for summary in runs.summaries(entry)]
+        figures.append(
+            Figure(
+                f"test accuracy: {entry.label}",
+                statistics.mean(accuracies),
+                "accuracy",
+                n=len(accuracies),
+                spread=around(accuracies),
+                spread_is="sd",
+            )
+        )
+    columns = (
+        "method", "test accuracy", "training FLOPs (modelled)", "of dense", "seconds (measured)", "final sparsity",
+        "explored", "engine", "n",
+    )  # fmt: skip
+    publish(
+        Result(
+            name="methods",
+            title="Every method at 90 %",
+            question="How accurate and how dear is each sparse training method, all else equal?",
+            command="python benchmarks/methods.py",
+            figures=tuple(figures),
+            tables=(
+                Table(
+                    "Each method (mean ± standard deviation over the seeds)",
+                    columns,
+                    tuple(row(runs, entry, dense) for entry in entries),
+                ),
+            ),
+            settings={
+                "data": runs.data if not options.quick else "a tenth of fashion-mini",
+                "model": "resnet8",
+                "epochs": epochs,
+                "seeds": " ".join(map(str, seeds)),
+            },
+            notes=(
+                "explored: share of the masked weights that have been active at some time (ITOP's rate).",
+                "Each run chooses its own engine; methods whose masks change at every step take the masked one.",
+            ),
+            stamp=stamped,
+        ),
+        options,
+    )
+    if folder is not None:
+        folder.cleanup()
+
+
+if __name__ == "__main__":
+    main()
