@@ -78,7 +78,7 @@ def smallest(numel: int, active: int, *, itemsize: int, largest_gap: int) -> tup
 
 
 def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> WeightBytes:
-    """What tensors take with these masks, while every weight that exists is other than zero; the others dense.
+    """What ``encode`` stores tensors in with these masks; those without a mask are taken to hold no zeros.
 
     Args:
         tensors: by name (``model.state_dict()``); their values are not read.
@@ -90,10 +90,8 @@ def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
         if name not in masks or tensor.element_size() not in _BITS_OF:
             compressed += tensor.nbytes
             continue
-        gaps = np.diff(np.flatnonzero(_flat(masks[name])), prepend=0)
-        largest = int(gaps.max(initial=0))
-        _, size = smallest(tensor.numel(), len(gaps), itemsize=tensor.element_size(), largest_gap=largest)
-        compressed += size
+        gaps = _gaps(np.flatnonzero(_flat(masks[name])))
+        compressed += _choose(tensor, gaps)[1]
     return WeightBytes(dense, compressed)
 
 
@@ -117,16 +115,14 @@ def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
     bits = as_bits(flat)
     kept = bits != 0 if mask is None else _flat(mask)
     positions = np.flatnonzero(kept)
-    gaps = np.diff(positions, prepend=0)
-    largest = int(gaps.max(initial=0))
-    kind, _ = smallest(flat.numel(), len(gaps), itemsize=flat.element_size(), largest_gap=largest)
+    gaps = _gaps(positions)
+    kind, _ = _choose(flat, gaps)
     if kind == "dense":
         return Encoded("dense", shape, flat, nothing)
     values = torch.from_numpy(bits[positions]).view(tensor.dtype)
     if kind == "mask":
         return Encoded("mask", shape, values, torch.from_numpy(np.packbits(kept, bitorder="little")))
-    width = _gap_width(largest)
-    assert width is not None
+    width = _gap_width(int(gaps.max(initial=0)))
     return Encoded("gaps", shape, values, torch.from_numpy(gaps.astype(f"u{width}")))
 
 
@@ -213,6 +209,16 @@ def _check_mask(tensor: Tensor, mask: Tensor) -> None:
 
 def _flat(mask: Tensor) -> np.ndarray[Any, Any]:
     return mask.detach().cpu().contiguous().view(-1).numpy()
+
+
+def _gaps(positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Distances between positions; the first is the first position."""
+    return np.diff(positions, prepend=0)
+
+
+def _choose(tensor: Tensor, gaps: np.ndarray[Any, Any]) -> tuple[Kind, int]:
+    largest = int(gaps.max(initial=0))
+    return smallest(tensor.numel(), len(gaps), itemsize=tensor.element_size(), largest_gap=largest)
 
 
 def _gap_width(largest: int) -> int | None:
