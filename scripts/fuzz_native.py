@@ -19,7 +19,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from spfde.native import build
+from spfde.native import build, program
 from spfde.native.engine import NativeEngine
 from spfde.native.kernels import Kernels
 
@@ -58,19 +58,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     """One model; what is wrong with it, or None."""
+    program.AT_ONCE_BYTES = chosen.choice([0, 3 << 20])
     tokens = chosen.random() < 0.25
     model, x = _tokens(chosen) if tokens else _images(chosen)
     model = model.double().train(chosen.random() < 0.7)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.1  # a channel without active weights is constant: rounding must not grow in it,
+            if module.affine:
+                module.bias.data.normal_()  # nor choose a side of the activation's corner
     masks = {name: _mask(p, chosen) for name, p in model.named_parameters() if p.dim() in (2, 4)}
     for name, parameter in model.named_parameters():
         if name in masks:
             parameter.data.mul_(masks[name])
         parameter.requires_grad_(chosen.random() < 0.9)
+    frozen = chosen.choice([0, 0, 0, chosen.randint(1, len(model))])
+    for layer in model[:frozen]:
+        layer.requires_grad_(False).eval()
     reference = copy.deepcopy(model)
     engine = NativeEngine(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
     try:
         for _ in range(2):
-            ours, expected = _step(model, x), _step(reference, x)
+            ours, expected = _step(model, x, to_input=not frozen), _step(reference, x, to_input=not frozen)
             for name, value in expected.items():
                 mask = masks.get(name)
                 value = value if mask is None else value * mask
@@ -81,10 +90,12 @@ def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     return None
 
 
-def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_()
+def _step(model: nn.Module, x: Tensor, *, to_input: bool) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_(to_input)
     model.zero_grad()
     out = model(x)
+    if not out.requires_grad:
+        return {"output": out}
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"output": out.detach(), **({} if x.grad is None else {"input": x.grad}), **gradients}
@@ -99,7 +110,7 @@ def _mask(parameter: Tensor, chosen: random.Random) -> Tensor:
     return mask
 
 
-def _tokens(chosen: random.Random) -> tuple[nn.Module, Tensor]:
+def _tokens(chosen: random.Random) -> tuple[nn.Sequential, Tensor]:
     sizes = [chosen.randint(1, 40) for _ in range(3)]
     model = nn.Sequential(
         nn.Linear(sizes[0], sizes[1], bias=chosen.random() < 0.5),
@@ -120,10 +131,10 @@ class _Residual(nn.Module):
         return torch.relu(self.norm(self.conv(x)) + x)
 
 
-def _images(chosen: random.Random) -> tuple[nn.Module, Tensor]:
+def _images(chosen: random.Random) -> tuple[nn.Sequential, Tensor]:
     """Layers are added as long as the image has room for them."""
     channels, height, width = chosen.randint(1, 20), chosen.randint(3, 19), chosen.randint(3, 19)
-    shape = (chosen.randint(2, 19), channels, height, width)
+    shape = (chosen.randint(2, 40), channels, height, width)
     layers: list[nn.Module] = []
     for _ in range(chosen.randint(1, 4)):
         layer = _layer(channels, chosen)

@@ -157,6 +157,55 @@ def test_a_frozen_front_gets_no_gradients_and_its_output_is_the_same() -> None:
             assert torch.allclose(ours.grad, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+class FrozenFront(nn.Module):
+    """A frozen front whose values are read behind it, leave the model, and go through every kind of step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.late, self.c = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.relu(self.norm(self.a(x)))
+        v = F.max_pool2d(F.relu(self.b(u) + u), 3, 1, 1)
+        z = F.relu(self.c(F.relu(self.late(v))) + v)
+        return z.mean((2, 3)) + torch.tanh(u).mean((2, 3)) + v.mean((2, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_front_run_group_by_group_computes_the_same(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    monkeypatch.setattr("spfde.native.program.AT_ONCE_BYTES", 0)
+    model = shaken(FrozenFront())
+    masks = random_masks(model, 0.3)
+    for module in (model.a, model.norm, model.b):
+        module.requires_grad_(False)
+    model.norm.eval()
+    model.late.train(training)
+    reference, _ = twin(model, masks)
+    x = torch.randn(2 * kernels().lanes + 3, 3, 9, 9).double()  # two groups, and one that is not full
+    for net in (model, reference):
+        net(x).square().sum().backward()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == name.startswith(("a.", "norm.", "b."))
+        if theirs.grad is not None:
+            expected = theirs.grad * masks.get(name, 1)
+            assert torch.allclose(ours.grad, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), reference.eval()(x), rtol=1e-9)
+
+
+def test_a_frozen_front_run_group_by_group_takes_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for at_once in (0, 1 << 30):
+        monkeypatch.setattr("spfde.native.program.AT_ONCE_BYTES", at_once)
+        model = shaken(build_model("resnet8", num_classes=10, in_channels=3, image_size=(16, 16))).eval()
+        _, engine = twin(model, random_masks(model, 0.3))
+        with torch.no_grad():
+            model(torch.randn(4 * kernels().lanes, 3, 16, 16).double())
+        taken.append(engine.buffer_bytes)
+    assert taken[0] < 0.5 * taken[1]
+
+
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor, float]:
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))

@@ -29,11 +29,15 @@ class Backward:
         if isinstance(maker, GlobalPoolStep):
             self.pooled[name] = gradient.reshape(gradient.shape[0], -1).contiguous()
             return
-        self._flow(name, self.program.pack(name, gradient.to(self.kernels.dtype)))
+        layout = self.layouts[name]
+        self._flow(name, self.program.pack(gradient.to(self.kernels.dtype), self.pool.take(layout), layout))
 
     def leave(self, name: str) -> Tensor | None:
         buffer = self.flowing.pop(name, None)
-        return None if buffer is None else self.program.unpack(name, buffer)
+        if buffer is None:
+            return None
+        out = torch.empty(self.program.shape_of(name), dtype=self.kernels.dtype)
+        return self.program.unpack(buffer, self.layouts[name], out)
 
     def conv(self, step: ConvStep) -> None:
         d = self.flowing.pop(step.y, None)

@@ -52,7 +52,7 @@ class _WeightJob(ctypes.Structure):
         ("step_x", _int),
         ("out", _pointer),
         ("partial", _pointer),
-        *[(name, _int) for name in ("bands", "band_rows", "together", "threads")],
+        *[(name, _int) for name in ("bands", "band_rows", "threads")],
     ]
 
 
@@ -184,15 +184,14 @@ class Kernels:
         self, source: Tensor, from_: Layout, gradient: Tensor, to: Layout, entries: Entries, out: Tensor, *, step: int
     ) -> None:
         """Gradient of each entry's weight, in the entries' order."""
-        bands = Bands(to, rows=max(1, 64 // to.width))
-        together = min(to.groups, max(1, 32 // (bands.rows * to.width)))
+        bands = Bands(to, rows=max(1, 32 // to.width))
         threads = _threads()
         partial = torch.empty(threads * entries.n * self.lanes + _ALIGNMENT, dtype=self.dtype)
         aligned = -(partial.data_ptr() // self.dtype.itemsize) % _ALIGNMENT
         partial = partial[aligned:]
         job = _WeightJob(
             source.data_ptr(), gradient.data_ptr(), from_.c, to.c, entries.c, step, out.data_ptr(), partial.data_ptr(),
-            bands.n, bands.rows, together, threads,
+            bands.n, bands.rows, threads,
         )  # fmt: skip
         self._lib.spfde_conv_weight(ctypes.byref(job))
 

@@ -23,7 +23,7 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 class CBlocked(ctypes.Structure):
     """``Blocked`` of the kernels."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("groups", "channels", "height", "width", "halo", "batch", "plane")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("groups", "channels", "height", "width", "halo", "batch", "span")]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Layout:
     Attributes:
         batch: images.
         channels, height, width: of an image.
-        halo: zero pixels on a side of each plane.
+        halo: zero pixels on a side of each image.
         lanes: images in a group.
     """
 
@@ -51,27 +51,32 @@ class Layout:
     @property
     def pitch(self) -> int:
         """Numbers from a pixel to the one below it."""
-        return (self.width + self.halo) * self.lanes
+        return self.channels * self.span
 
     @functools.cached_property
-    def plane(self) -> int:
+    def span(self) -> int:
         """Numbers from a channel to the next."""
-        return (self.height + self.halo) * self.pitch
+        return (self.width + self.halo) * self.lanes
 
     @property
     def lead(self) -> int:
         """Zeros before the first channel of a group."""
-        return (self.halo * (self.width + self.halo) + self.halo) * self.lanes
+        return self.halo * self.pitch + self.halo * self.lanes
+
+    @functools.cached_property
+    def group(self) -> int:
+        """Numbers from a group of images to the next."""
+        return (self.height + self.halo) * self.pitch
 
     @functools.cached_property
     def numel(self) -> int:
         """Numbers in the buffer, halos and empty lanes included."""
-        return self.groups * (self.lead + self.channels * self.plane)
+        return self.lead + self.groups * self.group
 
     @functools.cached_property
     def c(self) -> CBlocked:
         """As the kernels take it."""
-        return CBlocked(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.plane)
+        return CBlocked(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.span)
 
 
 class Pool:

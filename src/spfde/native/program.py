@@ -7,16 +7,18 @@ normalisation are never both kept.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from spfde.native.backward import Backward
+from spfde.native.forward import Forward
 from spfde.native.graph import Region
-from spfde.native.kernels import MEAN, ROWS, SCALE, SHIFT, VARIANCE, Kernels
+from spfde.native.kernels import ROWS, SCALE, SHIFT, Kernels
 from spfde.native.layout import Layout, Pool
 from spfde.native.steps import (
     ConvStep,
@@ -30,6 +32,9 @@ from spfde.native.steps import (
     writes,
 )
 from spfde.native.weights import Weights
+
+# Of a value, what may be on its way through the front at a time: a few such fit into the caches.
+AT_ONCE_BYTES = 3 << 20
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,16 @@ class Program:
         self._uses = Counter(value for step in self.steps for value in reads(step))
         self._uses.update(region.outputs)
         self.maker = {writes(step): step for step in self.steps}
-        self._batch_readers = {step.y: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
-        self._fused = self._find_fused()
-        self._saved_names = self._find_saved()
+        self.batch_readers = {step.y: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
+        self.fused = self._find_fused()
+        self.saved_names = self._find_saved()
         self.slices, self.n_channels = self._place_statistics()
+        self.front, self.images_at_once = self._find_front()
+        self.uses_in_front = self._count_uses(self.front)
+        self.uses_after_front = self._count_uses(self.steps[len(self.front) :])
+        made = [*region.inputs, *(writes(step) for step in self.front)]
+        self.handed_on = tuple(name for name in made if self.front and self.uses_after_front[name])
+        self._layouts_of: dict[int, dict[str, Layout]] = {}
 
     def _place_statistics(self) -> tuple[dict[str, slice], int]:
         """Where the statistics of each normalising step lie, by its output."""
@@ -142,6 +153,41 @@ class Program:
                 saved[step.x] = None
         return tuple(saved)
 
+    def _find_front(self) -> tuple[tuple[Step, ...], int]:
+        """The leading steps that can run for some images at a time, and for how many at once; none for few images."""
+        if self.region.is_tokens:
+            return (), 0
+        front = tuple(itertools.takewhile(self._is_free, self.steps))
+        names = {name for step in front for name in (*self.reads(step), writes(step)) if name in self.layouts}
+        largest = max((self.layouts[name] for name in names), key=lambda layout: layout.group, default=None)
+        if largest is None:
+            return (), 0
+        groups = max(1, AT_ONCE_BYTES // (largest.group * self.kernels.dtype.itemsize))
+        return (front if groups < largest.groups else ()), groups * largest.lanes
+
+    def _is_free(self, step: Step) -> bool:
+        """Does nothing of the step tie the images of a batch together, or wait for the backward pass?"""
+        if isinstance(step, ConvStep) and step.y in self.batch_readers:
+            return False
+        return not self.needs_grad[writes(step)] and not (isinstance(step, PointStep) and self.uses_batch(step))
+
+    def reads(self, step: Step) -> tuple[str, ...]:
+        """What the step reads when its turn comes: a fused convolution runs at the turn of its pixelwise step."""
+        if isinstance(step, ConvStep) and step.y in self.fused:
+            return ()
+        if isinstance(step, PointStep) and step.y in self.fused:
+            conv = self.maker[step.y]
+            assert isinstance(conv, ConvStep)
+            return (conv.x,) if step.residual is None else (conv.x, step.residual)
+        return reads(step)
+
+    def _count_uses(self, steps: Sequence[Step]) -> Counter[str]:
+        """How often these steps read each value; that one of theirs leaves the region counts too."""
+        made = {writes(step) for step in steps}
+        uses = Counter(value for step in steps for value in self.reads(step))
+        uses.update(name for name in self.region.outputs if name in made)
+        return uses
+
     def _can_recompute(self, value: str) -> bool:
         """Is the value one cheap pass from another that is kept?"""
         maker = self.maker.get(value)
@@ -154,109 +200,18 @@ class Program:
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The region's outputs, the table of its norms [5, channels], then what the backward pass reads."""
-        values: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        table = torch.empty(ROWS, self.n_channels, dtype=self.kernels.dtype)
-        choices: dict[str, Tensor] = {}
-        left = Counter(self._uses)
-        for name, tensor in zip(self.region.inputs, inputs, strict=True):
-            values[name] = self.pack(name, tensor.detach())
-        kept = {name: values[name] for name in self._saved_names if name in values}
-        for step in self.steps:
-            if isinstance(step, ConvStep):
-                if step.y not in self._fused:
-                    self._conv(step, values, table)
-            elif isinstance(step, PointStep):
-                if step.y in self._fused:
-                    conv = self.maker[step.y]
-                    assert isinstance(conv, ConvStep)
-                    self._conv_fused(conv, step, values, table)
-                    _drop(values, (conv.x,), left)
-                else:
-                    self._point(step, values, table)
-            elif isinstance(step, PoolStep):
-                self._pool(step, values, choices)
-            else:
-                outputs[step.y] = self._global_pool(step, values)
-            written = writes(step)
-            if written in self._saved_names and written in values:
-                kept[written] = values[written]
-            if not (isinstance(step, ConvStep) and step.y in self._fused):
-                _drop(values, [value for value in reads(step) if value not in self._fused], left)
-            if written in self.region.outputs and written in values:
-                outputs[written] = self.unpack(written, values[written])
-                _drop(values, (written,), left)
-        for name in self.region.outputs:
-            if name not in outputs:  # an input that is passed on
-                outputs[name] = inputs[self.region.inputs.index(name)].clone()
-        saved = [kept[name] for name in self._saved_names]
-        return [*(outputs[name] for name in self.region.outputs), table, *saved, *choices.values()]
+        walk = Forward(self)
+        walk.run(inputs)
+        saved = [walk.kept[name] for name in self.saved_names]
+        return [*(walk.outputs[name] for name in self.region.outputs), walk.table, *saved, *walk.choices.values()]
 
-    def _conv(self, step: ConvStep, values: dict[str, Tensor], table: Tensor) -> None:
-        kernels, from_, to = self.kernels, self.layouts[step.x], self.layouts[step.y]
-        entries = self.weights.structure(step, from_, to).forward
-        reader = self._batch_readers.get(step.y)
-        gathered = None if reader is None else torch.empty(kernels.statistics_size(to), dtype=kernels.dtype)
-        out = values[step.y] = self.pool.take(to)
-        weight = kernels.gather(step.module.weight.detach(), entries)
-        shift = None if step.module.bias is None else step.module.bias.detach()
-        kernels.conv(
-            values[step.x],
-            from_,
-            out,
-            to,
-            entries,
-            weight,
-            step_x=step.geometry.stride,
-            shift=shift,
-            statistics=gathered,
-        )
-        if reader is not None and gathered is not None:
-            where = self.slices[reader.z]
-            kernels.statistics(gathered, to, table[MEAN, where], table[VARIANCE, where])
-
-    def _conv_fused(self, conv: ConvStep, point: PointStep, values: dict[str, Tensor], table: Tensor) -> None:
-        from_, to = self.layouts[conv.x], self.layouts[point.z]
-        entries = self.weights.structure(conv, from_, self.layouts[conv.y]).forward
-        bias = conv.module.bias
-        if point.norm is None:
-            scale, shift = None, None if bias is None else bias.detach()
-        else:
-            self._make_constants(point, table, bias)
-            scale, shift = self.constants_of(point, table)
-        values[point.z] = self.pool.take(to)
-        self.kernels.conv(
-            values[conv.x], from_, values[point.z], to, entries,
-            self.kernels.gather(conv.module.weight.detach(), entries), step_x=conv.geometry.stride,
-            scale=scale, shift=shift, activation=point.activation,
-            residual=None if point.residual is None else values[point.residual],
-            residual_layout=None if point.residual is None else self.layouts[point.residual],
-        )  # fmt: skip
-
-    def _point(self, step: PointStep, values: dict[str, Tensor], table: Tensor) -> None:
-        if self.uses_batch(step) and not isinstance(self.maker.get(step.y), ConvStep):
-            where, y = self.slices[step.z], self.layouts[step.y]
-            _measure(self.kernels, values[step.y], y, table[MEAN, where], table[VARIANCE, where])
-        if step.norm is not None:
-            self._make_constants(step, table)
-        scale, shift = self.constants_of(step, table)
-        values[step.z] = self.pool.take(self.layouts[step.z])
-        self.kernels.apply(
-            values[step.y], self.layouts[step.y], values[step.z], self.layouts[step.z], scale=scale, shift=shift,
-            residual=None if step.residual is None else values[step.residual],
-            residual_layout=None if step.residual is None else self.layouts[step.residual],
-            activation=step.activation,
-        )  # fmt: skip
-
-    def _make_constants(self, step: PointStep, table: Tensor, bias: Tensor | None = None) -> None:
-        norm = step.norm
-        assert norm is not None
-        if not self.uses_batch(step):
-            assert norm.running_mean is not None, "without running statistics a norm uses the batch"
-            assert norm.running_var is not None
-            table[MEAN, self.slices[step.z]] = norm.running_mean
-            table[VARIANCE, self.slices[step.z]] = norm.running_var
-        self.kernels.constants(table, self.slices[step.z], norm.weight, norm.bias, bias, norm.eps)
+    def layouts_of(self, images: int) -> dict[str, Layout]:
+        """The layouts of the values of so many images."""
+        if images not in self._layouts_of:
+            self._layouts_of[images] = {
+                name: dataclasses.replace(layout, batch=images) for name, layout in self.layouts.items()
+            }
+        return self._layouts_of[images]
 
     def constants_of(self, step: PointStep, table: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift that the step's norm came to; None for no norm."""
@@ -265,45 +220,24 @@ class Program:
         where = self.slices[step.z]
         return table[SCALE, where], table[SHIFT, where]
 
-    def _pool(self, step: PoolStep, values: dict[str, Tensor], choices: dict[str, Tensor]) -> None:
-        from_, to = self.layouts[step.x], self.layouts[step.y]
-        values[step.y] = self.pool.take(to)
-        if step.kind == "max_pool":
-            choice = self.pool.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
-            self.kernels.max_pool(values[step.x], from_, values[step.y], to, choice, step.window)
-            if self.needs_grad[step.y]:
-                choices[step.y] = choice
-        else:
-            self.kernels.avg_pool(
-                values[step.x], from_, values[step.y], to, step.window, count_padding=step.count_padding
-            )
-
-    def _global_pool(self, step: GlobalPoolStep, values: dict[str, Tensor]) -> Tensor:
-        layout = self.layouts[step.x]
-        out = torch.empty(layout.batch, layout.channels, dtype=self.kernels.dtype)
-        self.kernels.global_pool(values[step.x], layout, out)
-        return out[:, :, None, None] if step.keepdim else out
-
-    def pack(self, name: str, tensor: Tensor) -> Tensor:
-        """A value's buffer from its tensor."""
-        layout = self.layouts[name]
-        buffer = self.pool.take(layout)
+    def pack(self, tensor: Tensor, buffer: Tensor, layout: Layout) -> Tensor:
+        """Fill a buffer from a tensor."""
         if self.region.is_tokens:
             self.kernels.pack_tokens(tensor.reshape(-1, layout.channels).contiguous(), buffer, layout)
         else:
             self.kernels.pack(tensor, buffer, layout)
         return buffer
 
-    def unpack(self, name: str, buffer: Tensor) -> Tensor:
-        """A value's tensor from its buffer."""
-        layout, out = self.layouts[name], torch.empty(self._shape(name), dtype=self.kernels.dtype)
+    def unpack(self, buffer: Tensor, layout: Layout, out: Tensor) -> Tensor:
+        """Fill a tensor from a buffer."""
         if self.region.is_tokens:
             self.kernels.unpack_tokens(buffer, layout, out.view(-1, layout.channels))
         else:
             self.kernels.unpack(buffer, layout, out)
         return out
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a value as a tensor."""
         layout = self.layouts[name]
         if self.region.is_tokens:
             return (*self.mode.shapes[0][:-1], layout.channels)
@@ -318,9 +252,9 @@ class Program:
                 from_ = self.layouts[maker.x]
                 shapes.append((from_.batch, from_.channels) + ((1, 1) if maker.keepdim else ()))
             else:
-                shapes.append(self._shape(name))
+                shapes.append(self.shape_of(name))
         shapes.append((ROWS, self.n_channels))
-        shapes += [(self.layouts[name].numel,) for name in self._saved_names]
+        shapes += [(self.layouts[name].numel,) for name in self.saved_names]
         for step in self.pools_with_choice:
             to = self.layouts[step.y]
             shapes.append((to.groups * to.channels * to.height * to.width * to.lanes,))
@@ -346,8 +280,8 @@ class Program:
             gradients: of the region's outputs.
             saved: what ``forward`` returned after the outputs.
         """
-        n = len(self._saved_names)
-        walk = Backward(self, saved[0], dict(zip(self._saved_names, saved[1 : 1 + n], strict=True)))
+        n = len(self.saved_names)
+        walk = Backward(self, saved[0], dict(zip(self.saved_names, saved[1 : 1 + n], strict=True)))
         choices = {s.y: c for s, c in zip(self.pools_with_choice, saved[1 + n :], strict=True)}
         for name, gradient in zip(self.region.outputs, gradients, strict=True):
             if gradient is not None and self.needs_grad[name]:
@@ -367,19 +301,3 @@ class Program:
             walk.leave(name) if wants else None for name, wants in zip(self.region.inputs, self.mode.wants, strict=True)
         ]
         return [*into, *(walk.parameters.get(id(parameter)) for parameter in self.parameters)]
-
-
-def _measure(kernels: Kernels, y: Tensor, layout: Layout, mean: Tensor, variance: Tensor) -> None:
-    """Mean and biased variance of each channel: in two passes, as the second is taken around the mean."""
-    count = layout.batch * layout.height * layout.width
-    kernels.channel_sum(y, layout, mean)
-    mean /= count
-    kernels.channel_squares(y, layout, mean, variance)
-    variance /= count
-
-
-def _drop(values: dict[str, Tensor], names: Sequence[str], left: Counter[str]) -> None:
-    for name in names:
-        left[name] -= 1
-        if left[name] <= 0:
-            values.pop(name, None)

@@ -138,7 +138,7 @@ def build(
         keep: Tensor | None,
         origin: tuple[int, int],
     ) -> Entries:
-        offset = columns * read.plane + down * read.pitch + right * read.lanes
+        offset = columns * read.span + down * read.pitch + right * read.lanes
         where = index
         if keep is not None:
             rows, columns, offset, where = rows[keep], columns[keep], offset[keep], index[keep]

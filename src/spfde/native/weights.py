@@ -13,9 +13,10 @@ from spfde.native.layout import Layout
 from spfde.native.steps import ConvStep
 from spfde.native.structure import Entries, Structure, build
 
-# Of the first-level cache (32 KiB or more), what a tile's part of the source may take. With many weights the lists
-# themselves want room in it.
-_CHUNK_BYTES, _CHUNK_BYTES_DENSE, _DENSE = 24_000, 16_000, 0.3
+# What a tile's part of a chunk of the source may take. The first-level cache (32 KiB or more) should hold it beside the
+# lists themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a
+# row of the weight something to do.
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 72_000, 3_600
 
 
 class Weights:
@@ -72,11 +73,10 @@ class Weights:
         strides = step.module.weight.stride()
         if active.dim() == 2:
             active, strides = active[:, :, None, None], (*strides, 0, 0)
-        is_dense = int(active.count_nonzero()) > _DENSE * active.numel()
-        return build(
-            step.geometry, active, strides, source, target,
-            chunk_bytes=_CHUNK_BYTES_DENSE if is_dense else _CHUNK_BYTES,
-        )  # fmt: skip
+        density = int(active.count_nonzero()) / active.numel()
+        most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
+        chunk_bytes = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
+        return build(step.geometry, active, strides, source, target, chunk_bytes=chunk_bytes)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -33,6 +33,9 @@ struct ConvJob {
   int64_t bands, band_rows, threads;
 };
 
+// How many rows of the weight ahead of their use the target and the residual are asked for.
+constexpr int64_t AHEAD = 4;
+
 // One tile of ROWS x COLUMNS pixels, all rows of the weight.
 template <int ROWS, int COLUMNS, int STEP_X, int STEP_Y>
 static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real* statistics, bool first) {
@@ -41,8 +44,9 @@ static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real*
   const int64_t across = sx * LANES, down = sx * job.from.pitch(), y_across = sy * LANES, y_down = sy * job.to.pitch();
   const real* x = job.source + job.from.origin(g, 0) + p * down + q * across;
   real* tile = job.target + job.to.origin(g, 0) + (p * sy + job.origin_h) * job.to.pitch() + (q * sy + job.origin_w) * LANES;
-  const int64_t rows = job.structure.rows, chunks = job.structure.chunks, plane = job.to.plane;
+  const int64_t rows = job.structure.rows, chunks = job.structure.chunks, span = job.to.span;
   const bool finish = job.scale || job.shift || job.residual || job.activation;
+  const Blocked& other = job.residual_layout;
   const vec valid = job.to.valid(g);
   const bool is_short = job.to.is_short(g);
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -52,7 +56,21 @@ static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real*
       int32_t k = start[row];
       const int32_t end = start[row + 1];
       if (k == end && !fresh && !(last && (finish || statistics))) continue;
-      real* y = tile + row * plane;
+      real* y = tile + row * span;
+      // Rows and channels are too short for the processor to see them coming.
+      if (fresh) {
+        SPFDE_UNROLL for (int i = 0; i < N; i++) {
+          __builtin_prefetch(y + AHEAD * span + (i / COLUMNS) * y_down + (i % COLUMNS) * y_across, 1);
+        }
+      }
+      if (chunk == 0 && row < job.from.channels) {
+        const real* next = x + row * job.from.span + (ROWS + 1) * down;
+        SPFDE_UNROLL for (int i = 0; i < COLUMNS; i++) __builtin_prefetch(next + i * across);
+      }
+      if (last && job.residual) {
+        const real* r = job.residual + other.at(g, row + AHEAD, p) + q * LANES;
+        SPFDE_UNROLL for (int i = 0; i < N; i++) __builtin_prefetch(r + (i / COLUMNS) * other.pitch() + (i % COLUMNS) * LANES);
+      }
       vec sum[N];
       if (fresh) {
         SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = vec{};
@@ -68,9 +86,8 @@ static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real*
         const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
         SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = sum[i] * scale + shift;
         if (job.residual) {
-          const Blocked& layout = job.residual_layout;
-          const real* r = job.residual + layout.origin(g, row) + p * layout.pitch() + q * LANES;
-          SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += load(r + (i / COLUMNS) * layout.pitch() + (i % COLUMNS) * LANES);
+          const real* r = job.residual + other.at(g, row, p) + q * LANES;
+          SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += load(r + (i / COLUMNS) * other.pitch() + (i % COLUMNS) * LANES);
         }
         SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = activate(sum[i], job.activation);
         if (is_short) {
@@ -190,8 +207,7 @@ SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout
   }
 }
 
-// The gradient of each active entry, in the structure's order. A unit is a band of rows of `together` groups: small images
-// give an entry too little to do at a time.
+// The gradient of each active entry, in the structure's order. A unit is a band of rows of a group.
 struct WeightJob {
   const real* source;    // what the convolution read
   const real* gradient;  // of what it wrote
@@ -200,89 +216,106 @@ struct WeightJob {
   int64_t step_x;
   real* out;     // [entries]
   real* partial;  // [threads][entries][LANES]
-  int64_t bands, band_rows, together, threads;
+  int64_t bands, band_rows, threads;
 };
 
-// Where a unit begins, and how far it goes.
-struct WeightUnit {
-  const real* source;
-  const real* gradient;
-  int64_t groups, height;
-};
-
-template <int N, int STEP_X>
-static void weight_run(const WeightJob& job, const WeightUnit& unit, const real* d, int64_t k, real* sums) {
+// One tile of ROWS x COLUMNS pixels, whose gradients stay in registers while the entries of a row pass by.
+template <int ROWS, int COLUMNS, int STEP_X>
+static void weight_tile(const WeightJob& job, int64_t chunk, int64_t g, int64_t p, int64_t q, real* sums) {
+  constexpr int N = ROWS * COLUMNS;
   const int64_t step = STEP_X ? STEP_X : job.step_x, across = step * LANES, down = step * job.from.pitch();
-  const int64_t width = job.to.width, pitch = job.to.pitch(), d_group = job.to.group(), s_group = job.from.group();
-  const real* s[N];
-  vec sum[N];
-  SPFDE_UNROLL for (int i = 0; i < N; i++) {
-    s[i] = unit.source + job.structure.offset[k + i];
-    sum[i] = vec{};
-  }
-  for (int64_t g = 0; g < unit.groups; g++) {
-    for (int64_t p = 0; p < unit.height; p++) {
-      const real* row = d + g * d_group + p * pitch;
-      int64_t at = g * s_group + p * down;
-      for (int64_t q = 0; q < width; q++, at += across) {
-        const vec t = load(row + q * LANES);
-        SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += t * load(s[i] + at);
+  const int64_t pitch = job.to.pitch(), span = job.to.span;
+  const real* x = job.source + job.from.at(g, 0, p * step) + q * across;
+  const real* d = job.gradient + job.to.at(g, 0, p) + q * LANES;
+  const int32_t* start = job.structure.start + chunk * job.structure.rows;
+  for (int64_t row = 0; row < job.structure.rows; row++, d += span) {
+    int32_t k = start[row];
+    const int32_t end = start[row + 1];
+    if (chunk == 0) {
+      SPFDE_UNROLL for (int i = 0; i < N; i++) {
+        __builtin_prefetch(d + AHEAD * span + (i / COLUMNS) * pitch + (i % COLUMNS) * LANES);
+      }
+      if (row < job.from.channels) {
+        const real* next = x + row * job.from.span + (ROWS + 1) * down;
+        SPFDE_UNROLL for (int i = 0; i < N; i++) __builtin_prefetch(next + (i / COLUMNS) * down + (i % COLUMNS) * across);
       }
     }
-  }
-  SPFDE_UNROLL for (int i = 0; i < N; i++) {
-    real* total = sums + (k + i) * LANES;
-    store(total, load(total) + sum[i]);
+    if (k == end) continue;
+    vec t[N];
+    SPFDE_UNROLL for (int i = 0; i < N; i++) t[i] = load(d + (i / COLUMNS) * pitch + (i % COLUMNS) * LANES);
+    for (; k < end; k++) {
+      const real* s = x + job.structure.offset[k];
+      vec sum = load(sums + k * LANES);
+      SPFDE_UNROLL for (int i = 0; i < N; i++) sum += t[i] * load(s + (i / COLUMNS) * down + (i % COLUMNS) * across);
+      store(sums + k * LANES, sum);
+    }
   }
 }
 
+// A unit, chunk by chunk of the source's channels and tile by tile: a tile's part of a chunk stays in the first-level
+// cache, and the sums of a chunk in the second.
 template <int STEP_X>
-static void weight_unit(const WeightJob& job, int64_t first, int64_t band, real* sums) {
-  const int64_t top = band * job.band_rows, left = job.to.groups - first;
-  WeightUnit unit;
-  unit.height = top + job.band_rows < job.to.height ? job.band_rows : job.to.height - top;
-  if (unit.height <= 0) return;
-  unit.groups = left < job.together ? left : job.together;
-  const int64_t step = STEP_X ? STEP_X : job.step_x;
-  unit.source = job.source + job.from.origin(first, 0) + top * step * job.from.pitch();
-  unit.gradient = job.gradient + job.to.origin(first, 0) + top * job.to.pitch();
+static void weight_unit(const WeightJob& job, int64_t g, int64_t band, real* sums) {
+  const int64_t top = band * job.band_rows;
+  const int64_t bottom = top + job.band_rows < job.to.height ? top + job.band_rows : job.to.height;
+#define SPFDE_TILE(R, C) weight_tile<R, C, STEP_X>(job, chunk, g, p, q, sums)
   for (int64_t chunk = 0; chunk < job.structure.chunks; chunk++) {
-    const int32_t* start = job.structure.start + chunk * job.structure.rows;
-    for (int64_t row = 0; row < job.structure.rows; row++) {
-      const real* d = unit.gradient + row * job.to.plane;
-      int64_t k = start[row];
-      const int64_t end = start[row + 1];
-      for (; k + 8 <= end; k += 8) weight_run<8, STEP_X>(job, unit, d, k, sums);
-      switch (end - k) {
-        case 7: weight_run<7, STEP_X>(job, unit, d, k, sums); break;
-        case 6: weight_run<6, STEP_X>(job, unit, d, k, sums); break;
-        case 5: weight_run<5, STEP_X>(job, unit, d, k, sums); break;
-        case 4: weight_run<4, STEP_X>(job, unit, d, k, sums); break;
-        case 3: weight_run<3, STEP_X>(job, unit, d, k, sums); break;
-        case 2: weight_run<2, STEP_X>(job, unit, d, k, sums); break;
-        case 1: weight_run<1, STEP_X>(job, unit, d, k, sums); break;
-        default: break;
+    for (int64_t q = 0; q < job.to.width;) {
+      const int64_t left = job.to.width - q, columns = left < 8 ? left : 8;
+      for (int64_t p = top; p < bottom;) {
+        if (columns == 8 && REGISTERS >= 32 && p + 1 < bottom) {
+          SPFDE_TILE(2, 8);
+          p += 2;
+          continue;
+        }
+        if (columns == 4 && REGISTERS >= 32 && p + 3 < bottom) {
+          SPFDE_TILE(4, 4);
+          p += 4;
+          continue;
+        }
+        if (columns == 4 && p + 1 < bottom) {
+          SPFDE_TILE(2, 4);
+          p += 2;
+          continue;
+        }
+        if (columns == 2 && p + 1 < bottom) {
+          SPFDE_TILE(2, 2);
+          p += 2;
+          continue;
+        }
+        switch (columns) {
+          case 8: SPFDE_TILE(1, 8); break;
+          case 7: SPFDE_TILE(1, 7); break;
+          case 6: SPFDE_TILE(1, 6); break;
+          case 5: SPFDE_TILE(1, 5); break;
+          case 4: SPFDE_TILE(1, 4); break;
+          case 3: SPFDE_TILE(1, 3); break;
+          case 2: SPFDE_TILE(1, 2); break;
+          default: SPFDE_TILE(1, 1);
+        }
+        p++;
       }
+      q += columns;
     }
   }
+#undef SPFDE_TILE
 }
 
 SPFDE_EXPORT void spfde_conv_weight(const WeightJob* job) {
-  const int64_t parties = (job->from.groups + job->together - 1) / job->together;
-  const int64_t units = parties * job->bands, threads = job->threads;
+  const int64_t units = job->to.groups * job->bands, threads = job->threads;
   const int64_t entries = job->structure.start[job->structure.chunks * job->structure.rows];
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t part = 0; part < threads; part++) {
     real* sums = job->partial + part * entries * LANES;
     std::memset(sums, 0, sizeof(real) * entries * LANES);
     for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; unit++) {
-      const int64_t first = unit / job->bands * job->together, band = unit % job->bands;
+      const int64_t g = unit / job->bands, band = unit % job->bands;
       if (job->step_x == 1) {
-        weight_unit<1>(*job, first, band, sums);
+        weight_unit<1>(*job, g, band, sums);
       } else if (job->step_x == 2) {
-        weight_unit<2>(*job, first, band, sums);
+        weight_unit<2>(*job, g, band, sums);
       } else {
-        weight_unit<0>(*job, first, band, sums);
+        weight_unit<0>(*job, g, band, sums);
       }
     }
   }

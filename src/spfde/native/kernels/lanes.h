@@ -3,9 +3,10 @@
 // A batch of images is cut into groups of LANES; a pixel of a group is one vector, one lane an image. Thus every kernel
 // works on whole vectors whatever the width of the image, and a weight meets LANES images at once.
 //
-// Group after group, channel after channel, row after row; each row ends in `halo` zero pixels and each channel in `halo`
-// zero rows, and a group starts with as many zeros. The pixel left of a row is the end of the row before it, and the row
-// above a channel the end of the channel before it: one halo serves both sides.
+// Group after group, row after row, and in a row channel after channel, pixel after pixel: what a tile of pixels reads of all
+// channels lies close together. A channel's part of a row ends in `halo` zero pixels and a group in `halo` zero rows, and
+// as many zeros stand before the first group. The pixel left of a part is the end of the one before it, and the row
+// above a group the end of the group before it: one halo serves both sides.
 #pragma once
 
 #include <cmath>
@@ -34,9 +35,11 @@
 using real = SPFDE_REAL;
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__aarch64__)
+constexpr int LANES = 8, REGISTERS = 16;  // of 32: a vector takes two
 #else
-constexpr int LANES = 8;
+constexpr int LANES = 8, REGISTERS = 16;
 #endif
 
 typedef real vec __attribute__((vector_size(LANES * sizeof(real)), may_alias));
@@ -47,6 +50,11 @@ static inline void store(real* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 typedef real vec_anywhere __attribute__((vector_size(LANES * sizeof(real)), may_alias, aligned(sizeof(real))));
 static inline vec load_anywhere(const real* p) { return *reinterpret_cast<const vec_anywhere*>(p); }
 static inline void store_anywhere(real* p, vec v) { *reinterpret_cast<vec_anywhere*>(p) = v; }
+// The first place for a vector at or after p.
+static inline real* aligned(real* p) {
+  const uintptr_t size = LANES * sizeof(real);
+  return reinterpret_cast<real*>((reinterpret_cast<uintptr_t>(p) + size - 1) / size * size);
+}
 static inline vec spread(real value) { return value - vec{}; }
 static inline real sum_lanes(vec v) {
   real total = 0;
@@ -109,13 +117,15 @@ static inline vec normal_cdf(vec x, vec) {
 
 struct Blocked {
   int64_t groups, channels, height, width, halo, batch;
-  int64_t plane;  // reals from a channel to the next
+  int64_t span;  // reals from a channel to the next
 
-  int64_t pitch() const { return (width + halo) * LANES; }
-  int64_t lead() const { return (halo * (width + halo) + halo) * LANES; }
-  int64_t group() const { return lead() + channels * plane; }
+  int64_t pitch() const { return channels * span; }
+  int64_t lead() const { return halo * pitch() + halo * LANES; }
+  int64_t group() const { return (height + halo) * pitch(); }
   // Where pixel (0, 0) of a channel lies, in reals from the start of the buffer.
-  int64_t origin(int64_t g, int64_t c) const { return g * group() + lead() + c * plane; }
+  int64_t origin(int64_t g, int64_t c) const { return lead() + g * group() + c * span; }
+  // Where a row of a channel begins.
+  int64_t at(int64_t g, int64_t c, int64_t h) const { return origin(g, c) + h * pitch(); }
   // Ones in the lanes that hold an image: the last group may be short.
   vec valid(int64_t g) const {
     vec mask{};

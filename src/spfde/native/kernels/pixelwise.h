@@ -1,6 +1,9 @@
 // What happens to each pixel of each channel: normalisation, activation, addition, and the way in and out of the layout.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "lanes.h"
 
 // A table of norms has five rows: mean, variance, 1 / sqrt(variance + eps), and the scale and shift that these and the
@@ -30,17 +33,17 @@ struct ApplyJob {
 
 SPFDE_EXPORT void spfde_apply(const ApplyJob* job) {
   const Blocked from = job->from, to = job->to, other = job->residual_layout;
-  const int64_t planes = from.groups * from.channels, act = job->activation;
+  const int64_t lines = from.groups * from.height, act = job->activation;
 #pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < planes; index++) {
-    const int64_t g = index / from.channels, c = index % from.channels;
+  for (int64_t line = 0; line < lines; line++) {
+    const int64_t g = line / from.height, h = line % from.height;
     const vec valid = from.valid(g);
     const bool is_short = from.is_short(g);
-    const vec scale = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
-    for (int64_t h = 0; h < from.height; h++) {
-      const real* y = job->source + from.origin(g, c) + h * from.pitch();
-      const real* r = job->residual ? job->residual + other.origin(g, c) + h * other.pitch() : nullptr;
-      real* z = job->target + to.origin(g, c) + h * to.pitch();
+    for (int64_t c = 0; c < from.channels; c++) {
+      const vec scale = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
+      const real* y = job->source + from.at(g, c, h);
+      const real* r = job->residual ? job->residual + other.at(g, c, h) : nullptr;
+      real* z = job->target + to.at(g, c, h);
       for (int64_t i = 0; i < from.width * LANES; i += LANES) {
         vec u = load(y + i) * scale + shift;
         if (r) u += load(r + i);
@@ -75,52 +78,100 @@ static inline vec slope_gradient(const ApplyBackwardJob& job, vec d, const real*
   return activate_backward(d, u, job.activation);
 }
 
-SPFDE_EXPORT void spfde_apply_backward(const ApplyBackwardJob* job) {
-  const Blocked dl = job->gradient_layout, yl = job->y_layout, zl = job->z_layout, ol = job->out_layout;
-  const bool sums = job->scale_gradient || job->shift_gradient || job->batch;
-  const double count = double(yl.batch) * double(yl.height) * double(yl.width);
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t c = 0; c < yl.channels; c++) {
-    const real a = job->scale ? job->scale[c] : real(1);
-    const vec scale = spread(a), shift = spread(job->shift ? job->shift[c] : real(0));
-    const real mean = job->mean ? job->mean[c] : real(0), inverse = job->inverse ? job->inverse[c] : real(1);
-    double total = 0, product = 0;
-    if (sums || job->keep) {
-      for (int64_t g = 0; g < yl.groups; g++) {
-        vec sum{}, dot{};
-        for (int64_t h = 0; h < yl.height; h++) {
-          real* d = job->gradient + dl.origin(g, c) + h * dl.pitch();
-          const real* y = job->y + yl.origin(g, c) + h * yl.pitch();
-          const real* z = job->z ? job->z + zl.origin(g, c) + h * zl.pitch() : nullptr;
-          for (int64_t i = 0; i < yl.width * LANES; i += LANES) {
-            const vec t = slope_gradient(*job, load(d + i), y + i, z ? z + i : nullptr, scale, shift);
-            if (job->keep) store(d + i, t);
-            sum += t;
-            dot += t * (load(y + i) - mean);
-          }
+// Two sums of each channel, taken line by line: a line of all channels is one piece of memory. Each part of the lines is
+// some thread's, and what a line adds to is vectors of a group, put together in double precision.
+struct ChannelSums {
+  const int64_t channels, lines, height, parts;
+  std::vector<double> totals;  // [parts][2][channels]
+
+  ChannelSums(const Blocked& layout, int64_t threads)
+      : channels(layout.channels), lines(layout.groups * layout.height), height(layout.height), parts(threads),
+        totals(size_t(2 * threads * layout.channels)) {}
+
+  int64_t start(int64_t part) const { return lines * part / parts; }
+
+  // `each(g, c, h, sum, dot)` adds to the two vectors what line h of channel c brings.
+  template <class Each>
+  void take(const Each& each) {
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
+    for (int64_t part = 0; part < parts; part++) {
+      double* total = totals.data() + part * 2 * channels;
+      std::vector<real> sums(size_t((2 * channels + 1) * LANES));
+      real* at = aligned(sums.data());
+      for (int64_t line = start(part); line < start(part + 1); line++) {
+        const int64_t g = line / height, h = line % height;
+        for (int64_t c = 0; c < channels; c++) {
+          vec sum = load(at + 2 * c * LANES), dot = load(at + (2 * c + 1) * LANES);
+          each(g, c, h, sum, dot);
+          store(at + 2 * c * LANES, sum);
+          store(at + (2 * c + 1) * LANES, dot);
         }
-        total += double(sum_lanes(sum));
-        product += double(sum_lanes(dot));
+        if (h < height - 1 && line + 1 < start(part + 1)) continue;
+        for (int64_t c = 0; c < channels; c++) {
+          total[c] += double(sum_lanes(load(at + 2 * c * LANES)));
+          total[channels + c] += double(sum_lanes(load(at + (2 * c + 1) * LANES)));
+        }
+        std::fill(sums.begin(), sums.end(), real(0));
       }
     }
+  }
+
+  double sum(int64_t which, int64_t c) const {
+    double found = 0;
+    for (int64_t part = 0; part < parts; part++) found += totals[size_t((2 * part + which) * channels + c)];
+    return found;
+  }
+};
+
+SPFDE_EXPORT void spfde_apply_backward(const ApplyBackwardJob* job) {
+  const Blocked dl = job->gradient_layout, yl = job->y_layout, zl = job->z_layout, ol = job->out_layout;
+  const int64_t channels = yl.channels, width = yl.width * LANES;
+  const double count = double(yl.batch) * double(yl.height) * double(yl.width);
+  ChannelSums sums(yl, job->threads);
+  if (job->scale_gradient || job->shift_gradient || job->batch || job->keep) {
+    sums.take([&](int64_t g, int64_t c, int64_t h, vec& sum, vec& dot) {
+      const vec scale = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
+      const real mean = job->mean ? job->mean[c] : real(0);
+      real* d = job->gradient + dl.at(g, c, h);
+      const real* y = job->y + yl.at(g, c, h);
+      const real* z = job->z ? job->z + zl.at(g, c, h) : nullptr;
+      for (int64_t i = 0; i < width; i += LANES) {
+        const vec t = slope_gradient(*job, load(d + i), y + i, z ? z + i : nullptr, scale, shift);
+        if (job->keep) store(d + i, t);
+        sum += t;
+        dot += t * (load(y + i) - mean);
+      }
+    });
+  }
+  // dy = scale * (d - mean of d - normalised y * mean of (d * normalised y)), as k1 * d + k2 * (y - mean) + k3.
+  std::vector<real> constants(size_t(2 * channels));
+  for (int64_t c = 0; c < channels; c++) {
+    const double total = sums.sum(0, c), product = sums.sum(1, c), inverse = job->inverse ? double(job->inverse[c]) : 1.0;
     if (job->shift_gradient) job->shift_gradient[c] = real(total);
-    if (job->scale_gradient) job->scale_gradient[c] = real(product * double(inverse));
-    if (!job->out) continue;
-    // dy = scale * (d - mean of d - normalised y * mean of (d * normalised y)), as k1 * d + k2 * (y - mean) + k3.
-    const double b = job->batch ? 1.0 : 0.0;
-    const vec k1 = spread(a), k2 = spread(real(-b * double(a) * double(inverse) * double(inverse) * product / count));
-    const vec k3 = spread(real(-b * double(a) * total / count));
-    for (int64_t g = 0; g < yl.groups; g++) {
+    if (job->scale_gradient) job->scale_gradient[c] = real(product * inverse);
+    const double a = job->scale ? double(job->scale[c]) : 1.0;
+    constants[size_t(2 * c)] = real(-a * inverse * inverse * product / count);
+    constants[size_t(2 * c + 1)] = real(-a * total / count);
+  }
+  if (!job->out) return;
+#pragma omp parallel for schedule(static, 1) num_threads(sums.parts)
+  for (int64_t part = 0; part < sums.parts; part++) {
+    // From the last line to the first: the last ones are still in the cache.
+    for (int64_t line = sums.start(part + 1) - 1; line >= sums.start(part); line--) {
+      const int64_t g = line / yl.height, h = line % yl.height;
       const vec valid = yl.valid(g);
       const bool is_short = yl.is_short(g);
-      for (int64_t h = 0; h < yl.height; h++) {
-        const real* d = job->gradient + dl.origin(g, c) + h * dl.pitch();
-        const real* y = job->y + yl.origin(g, c) + h * yl.pitch();
-        const real* z = job->z ? job->z + zl.origin(g, c) + h * zl.pitch() : nullptr;
-        real* out = job->out + ol.origin(g, c) + h * ol.pitch();
-        for (int64_t i = 0; i < yl.width * LANES; i += LANES) {
+      for (int64_t c = 0; c < channels; c++) {
+        const vec k1 = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
+        const vec k2 = spread(constants[size_t(2 * c)]), k3 = spread(constants[size_t(2 * c + 1)]);
+        const real mean = job->mean ? job->mean[c] : real(0);
+        const real* d = job->gradient + dl.at(g, c, h);
+        const real* y = job->y + yl.at(g, c, h);
+        const real* z = job->z ? job->z + zl.at(g, c, h) : nullptr;
+        real* out = job->out + ol.at(g, c, h);
+        for (int64_t i = 0; i < width; i += LANES) {
           vec t = load(d + i);
-          if (!job->keep) t = slope_gradient(*job, t, y + i, z ? z + i : nullptr, scale, shift);
+          if (!job->keep) t = slope_gradient(*job, t, y + i, z ? z + i : nullptr, k1, shift);
           t = k1 * t;
           if (job->batch) t += k2 * (load(y + i) - mean) + k3;
           if (is_short) t = valid != vec{} ? t : vec{};
@@ -134,13 +185,13 @@ SPFDE_EXPORT void spfde_apply_backward(const ApplyBackwardJob* job) {
 // target += source, or = source.
 SPFDE_EXPORT void spfde_add(const real* source, const Blocked* from, real* target, const Blocked* to, int64_t accumulate,
                             int64_t threads) {
-  const int64_t planes = from->groups * from->channels;
+  const int64_t lines = from->groups * from->height;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t index = 0; index < planes; index++) {
-    const int64_t g = index / from->channels, c = index % from->channels;
-    for (int64_t h = 0; h < from->height; h++) {
-      const real* s = source + from->origin(g, c) + h * from->pitch();
-      real* t = target + to->origin(g, c) + h * to->pitch();
+  for (int64_t line = 0; line < lines; line++) {
+    const int64_t g = line / from->height, h = line % from->height;
+    for (int64_t c = 0; c < from->channels; c++) {
+      const real* s = source + from->at(g, c, h);
+      real* t = target + to->at(g, c, h);
       for (int64_t i = 0; i < from->width * LANES; i += LANES) store(t + i, accumulate ? load(t + i) + load(s + i) : load(s + i));
     }
   }
@@ -149,23 +200,16 @@ SPFDE_EXPORT void spfde_add(const real* source, const Blocked* from, real* targe
 // Sum of each channel over images and pixels, or with `around` [channels] of the squared distances from it.
 SPFDE_EXPORT void spfde_channel_sum(const real* source, const Blocked* layout, const real* around, real* out,
                                     int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t c = 0; c < layout->channels; c++) {
-    double total = 0;
-    for (int64_t g = 0; g < layout->groups; g++) {
-      vec sum{};
-      const vec valid = layout->valid(g), center = around ? around[c] * valid : vec{};
-      for (int64_t h = 0; h < layout->height; h++) {
-        const real* s = source + layout->origin(g, c) + h * layout->pitch();
-        for (int64_t i = 0; i < layout->width * LANES; i += LANES) {
-          const vec v = load(s + i) - center;
-          sum += around ? v * v : v;
-        }
-      }
-      total += double(sum_lanes(sum));
+  ChannelSums sums(*layout, threads);
+  sums.take([&](int64_t g, int64_t c, int64_t h, vec& sum, vec&) {
+    const vec center = around ? around[c] * layout->valid(g) : vec{};
+    const real* s = source + layout->at(g, c, h);
+    for (int64_t i = 0; i < layout->width * LANES; i += LANES) {
+      const vec v = load(s + i) - center;
+      sum += around ? v * v : v;
     }
-    out[c] = real(total);
-  }
+  });
+  for (int64_t c = 0; c < layout->channels; c++) out[c] = real(sums.sum(0, c));
 }
 
 // From a PyTorch tensor (N, C, H, W) with any strides, in elements, and back.
@@ -226,7 +270,7 @@ static inline void turn(vec* rows) {
 // Tokens [tokens, channels], contiguous, into groups of width * LANES of them, and back: token t is column
 // t / LANES % width and lane t % LANES of its group. Without a halo a channel's part of a group is one piece.
 SPFDE_EXPORT void spfde_pack_tokens(const real* source, int64_t tokens, real* target, const Blocked* to, int64_t threads) {
-  const int64_t channels = to->channels, each = to->plane, square = channels - channels % LANES;
+  const int64_t channels = to->channels, each = to->span, square = channels - channels % LANES;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t g = 0; g < to->groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
@@ -253,7 +297,7 @@ SPFDE_EXPORT void spfde_pack_tokens(const real* source, int64_t tokens, real* ta
 
 SPFDE_EXPORT void spfde_unpack_tokens(const real* source, const Blocked* from, real* target, int64_t tokens,
                                       int64_t threads) {
-  const int64_t channels = from->channels, each = from->plane, square = channels - channels % LANES;
+  const int64_t channels = from->channels, each = from->span, square = channels - channels % LANES;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t g = 0; g < from->groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
