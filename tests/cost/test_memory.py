@@ -43,10 +43,10 @@ def test_the_papers_accounting_by_hand() -> None:
 
 
 def test_the_actual_accounting_by_hand() -> None:
-    """Dense weights, two bytes of mask for each weight of a sparse layer, nothing kept for frozen layers."""
+    """Dense weights, a byte of mask for each weight of a sparse layer, nothing kept for frozen layers."""
     modelled = memory_of(LAYERS, (0.5, 1.0, 1.0), (True, False, False), batch_size=2, accounting="actual")
     assert modelled == MemoryBytes(
-        weights=4 * 30, masks=40, activations=4 * 2 * 12, weight_gradients=4 * 10, activation_gradients=4 * 2 * 12
+        weights=4 * 30, masks=20, activations=4 * 2 * 12, weight_gradients=4 * 10, activation_gradients=4 * 2 * 12
     )
 
 

@@ -102,8 +102,7 @@ def memory_of(
     and *keeps* its activations: the paper does not say so, but only this reproduces its figures.
 
     ``"actual"``: what the masked engine stores. Weights and gradients are dense, a layer below density 1 has a mask of
-    two bytes a weight (one to read, one in the form that is applied), products without weights keep their outputs too,
-    and frozen layers, whose forward pass records no graph, keep neither activations nor gradients. Still a model:
+    one byte a weight, products without weights keep their outputs too, and frozen layers, whose forward pass records no graph, keep neither activations nor gradients. Still a model:
     normalisation and activation functions save tensors of their own, and autograd frees gradients of activations as it
     goes. ``SavedTensorBytes`` and ``peak_bytes`` measure.
 
@@ -131,7 +130,7 @@ def memory_of(
         stored = share(layer.numel, d) if as_paper else layer.numel
         outputs = layer.activations if layer.weighted or not as_paper else 0
         weights += stored
-        masks += 2 * layer.numel if d < 1 and not as_paper else 0
+        masks += layer.numel if d < 1 and not as_paper else 0
         activations += outputs if as_paper or not is_frozen else 0
         weight_gradients += 0 if is_frozen else stored
         activation_gradients += 0 if is_frozen else outputs
