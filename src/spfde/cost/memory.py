@@ -102,9 +102,10 @@ def memory_of(
     and *keeps* its activations: the paper does not say so, but only this reproduces its figures.
 
     ``"actual"``: what the masked engine stores. Weights and gradients are dense, a layer below density 1 has a mask of
-    one byte a weight, products without weights keep their outputs too, and frozen layers, whose forward pass records no graph, keep neither activations nor gradients. Still a model:
-    normalisation and activation functions save tensors of their own, and autograd frees gradients of activations as it
-    goes. ``SavedTensorBytes`` and ``peak_bytes`` measure.
+    one byte a weight, products without weights keep their outputs too, and frozen layers, whose forward pass records
+    no graph, keep neither activations nor gradients. Still a model: normalisation and activation functions save
+    tensors of their own, and autograd frees gradients of activations as it goes. ``SavedTensorBytes`` and
+    ``peak_bytes`` measure.
 
     Args:
         layers: of a ``ModelCost``.
