@@ -756,3 +756,13 @@ def test_a_state_with_a_missing_sieve_is_refused(parts: Parts, whole_recipe: spf
     del state["parts"]["sieve"]
     with pytest.raises(spfde.StateMismatch, match="incomplete"):
         session.load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", [spfde.TopKAST(sparsity=0.8), spfde.STR(sparsity=0.8)])
+def test_weights_behind_the_mask_and_an_optimizer_that_runs_the_model_itself_are_refused(
+    method: spfde.sparsity.SparsityMethod,
+) -> None:
+    parts = make_parts()
+    parts.optimizer = torch.optim.LBFGS(parts.model.parameters())
+    with pytest.raises(InvalidArgument, match="LBFGS.*runs the model within its step"):
+        attach(parts, spfde.Recipe(sparsity=method))

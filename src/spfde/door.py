@@ -161,6 +161,15 @@ def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
         return [
             Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
         ]
+    if (
+        recipe.sparsity is not None
+        and recipe.sparsity.keeps_latents_at(0.0)
+        and isinstance(optimizer, torch.optim.LBFGS)
+    ):
+        rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
+        return [
+            Problem("optimizer", name, rule, "Take an optimizer that steps without a closure, such as SGD or AdamW.")
+        ]
     if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
         remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
         return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
