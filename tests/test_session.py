@@ -276,12 +276,10 @@ def test_a_model_in_torch_compile_freezes_with_a_bounded_number_of_compilations(
     assert stages <= counter.frame_count <= 2 * stages
 
 
-def test_a_compiled_model_that_would_meet_the_recompile_limit_warns(
-    parts: Parts, whole_recipe: spfde.Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+def test_a_compiled_model_that_would_meet_the_recompile_limit_warns(parts: Parts, whole_recipe: spfde.Recipe) -> None:
     compiled = torch.compile(parts.model, backend="eager")
-    with pytest.warns(UserWarning, match="recompile_limit"):
+    # Not monkeypatch: what it puts back, torch takes for a deleted setting.
+    with torch._dynamo.config.patch(recompile_limit=3), pytest.warns(UserWarning, match="recompile_limit"):
         spfde.attach(compiled, parts.optimizer, parts.loader, whole_recipe, epochs=EPOCHS)
 
 
@@ -519,7 +517,7 @@ def test_loaders_that_cannot_be_sieved_are_refused_with_the_remedy(parts: Parts)
             spfde.attach(parts.model, parts.optimizer, loader, spfde.presets.spfde, epochs=4)
 
 
-def test_observe_called_twice_missing_or_with_the_wrong_length_is_an_error(
+def test_observe_called_twice_missing_or_with_wrong_lengths_or_labels_is_an_error(
     parts: Parts, whole_recipe: spfde.Recipe
 ) -> None:
     session = attach(parts, whole_recipe)
@@ -530,6 +528,8 @@ def test_observe_called_twice_missing_or_with_the_wrong_length_is_an_error(
         session.observe(logits[:4], y[:4])
     with pytest.raises(spfde.InvalidArgument, match="exactly one"):
         session.observe()
+    with pytest.raises(spfde.InvalidArgument, match=r"y=4: must be in \[0, 4\)"):
+        session.observe(logits, y.clamp(max=2).index_fill(0, torch.tensor([5]), 4))
     session.observe(logits, y)
     with pytest.raises(spfde.UsageError, match="nothing to observe"):
         session.observe(logits, y)

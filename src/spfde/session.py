@@ -235,11 +235,13 @@ class Session:
 
         Raises:
             UsageError: called twice for a batch, or before any batch.
-            InvalidArgument: not exactly one kind of evidence, one that the criterion has no use for, or wrong lengths.
+            InvalidArgument: not exactly one kind of evidence, one that the criterion has no use for, wrong lengths, or
+                labels that are no classes (those on an accelerator are looked at when the epoch ends).
         """
         self._check_attached()
         self._begin_epoch()
         if self._sieve is not None and self._observer is not None:
+            self._observer.check_labels(logits, y)
             values = EVIDENCE[self._sieve.technique.criterion](logits, y, correct=correct, loss=loss)
             labels = self._classes.from_report(logits, y) if self._classes is not None else None
             self._observer.report(values, indices, labels)

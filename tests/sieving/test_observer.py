@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from spfde.errors import InvalidArgument
-from spfde.sieving import ClassLabels, MeanScore, Observer, SievedBatchSampler, build_loader
+from spfde.sieving import ClassLabels, MeanScore, Observer, SievedBatchSampler, build_loader, label_bounds
 from support import make_images
 
 
@@ -36,3 +36,45 @@ def test_labels_of_another_length_than_the_batch_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="observe=1: must have one entry for each of the 2 samples"):
         observer.report(torch.zeros(2), torch.tensor([0, 1]), torch.tensor([1]))
     assert scorer.difficulty().isinf().all()
+
+
+@pytest.mark.parametrize(
+    ("logits", "y", "bounds", "classes"),
+    [
+        (torch.zeros(3, 4), torch.tensor([0, 3, 7]), [0, 7], 4),
+        (torch.zeros(3, 4), torch.tensor([2, -100, 1]), [-100, 2], 4),
+        (torch.zeros(3), torch.tensor([1.0, 0.0, 2.0]), [0, 2], 2),
+        (torch.zeros(3, 1), torch.tensor([[1], [0], [1]]), [0, 1], 2),
+        (torch.zeros(3, 1), torch.tensor([True, False, True]), [0, 1], 2),
+    ],
+)
+def test_the_lowest_and_the_highest_label_by_hand(
+    logits: torch.Tensor, y: torch.Tensor, bounds: list[int], classes: int
+) -> None:
+    found = label_bounds(logits, y)
+    assert found is not None
+    assert found[0].tolist() == bounds
+    assert found[1] == classes
+
+
+def test_class_probabilities_and_empty_batches_have_no_bounds() -> None:
+    assert label_bounds(torch.zeros(3, 4), torch.full((3, 4), 0.25)) is None
+    assert label_bounds(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)) is None
+
+
+@pytest.mark.parametrize("wrong", [4, -1, -100])
+def test_a_label_that_is_no_class_of_the_outputs_is_refused(wrong: int) -> None:
+    observer = make_observer(MeanScore(5), ClassLabels(5))
+    with pytest.raises(InvalidArgument, match=rf"y={wrong}: must be in \[0, 4\).*correct="):
+        observer.check_labels(torch.zeros(2, 4), torch.tensor([0, wrong]))
+
+
+def test_labels_on_a_device_are_looked_at_once_an_epoch() -> None:
+    observer = make_observer(MeanScore(5), ClassLabels(5))
+    observer.check_labels(torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
+    observer.begin_epoch()
+    # What a GPU would have kept back.
+    observer._bounds = [torch.tensor([0, 3]), torch.tensor([1, 9])]
+    with pytest.raises(InvalidArgument, match=r"y=9: must be in \[0, 4\)"):
+        observer.exchange()
+    observer.exchange()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from spfde.sieving.balance import ClassLabels, find_labels
-from spfde.sieving.evidence import correct_from_logits, correct_from_loss, el2n_from_logits, loss_from_logits
+from spfde.sieving.evidence import (
+    correct_from_logits,
+    correct_from_loss,
+    el2n_from_logits,
+    label_bounds,
+    loss_from_logits,
+)
 from spfde.sieving.forgetting import ForgettingCounter
 from spfde.sieving.loader import (
     SievedBatchSampler,
@@ -46,6 +52,7 @@ __all__ = [
     "el2n_from_logits",
     "find_labels",
     "inclusion_probabilities",
+    "label_bounds",
     "loader_generators",
     "loss_from_logits",
     "loss_weights",

@@ -140,3 +140,27 @@ def labels_kind(logits: Tensor, y: Tensor) -> Literal["binary", "hard", "soft"]:
             "For other tasks pass correct= (one bool per sample) or loss= (one loss per sample).",
         )
     )
+
+
+def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
+    """The lowest and the highest label of a batch, shape (2,) on the labels' device, and the number of classes.
+
+    Returns:
+        None where there are no labels: class probabilities, or an empty batch.
+
+    Raises:
+        InvalidArgument: the shapes are none of those in ``correct_from_logits``.
+    """
+    kind = labels_kind(logits, y)
+    if kind == "soft" or not y.numel():
+        return None
+    low, high = (y.long() if y.dtype == torch.bool else y).detach().aminmax()
+    return torch.stack([low, high]), 2 if kind == "binary" else logits.shape[1]
+
+
+def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
+    """Raise ``InvalidArgument`` where a label is no class, from ``label_bounds`` on the CPU, shape (..., 2)."""
+    low, high = bounds.min().item(), bounds.max().item()
+    if low < 0 or high > n_classes - 1:
+        remedy = "Number the classes from 0. For samples without a class (ignore_index) pass correct= or loss= instead."
+        raise InvalidArgument(Problem("y", low if low < 0 else high, f"must be in [0, {n_classes})", remedy))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spfde.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
+from spfde.sieving.evidence import check_label_bounds, label_bounds
 from spfde.sieving.loader import SievedLoader
 from spfde.sieving.scores import Scorer
 
@@ -44,11 +45,14 @@ class Observer:
         self._scorer, self._loader, self._gather = scorer, loader, gather
         self._classes, self._is_needed = classes, is_needed
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._bounds: list[Tensor] = []
+        self._n_classes = 0
         self._awaited = False
         self.samples = 0
 
     def begin_epoch(self) -> None:
         """Forget about the batches of the epoch before."""
+        self._bounds = []
         self._awaited = False
         self.samples = 0
 
@@ -76,6 +80,22 @@ class Observer:
                 "steps were taken without session.loader and without observe(). While samples are sieved, train on "
                 "session.loader, or call session.observe(logits, y, indices=...)."
             )
+
+    def check_labels(self, logits: Tensor | None, y: Tensor | None) -> None:
+        """Find labels that are no class of the outputs.
+
+        Raises:
+            InvalidArgument: there is one. Labels on an accelerator are looked at in ``exchange``, as looking at them
+                would make the step wait.
+        """
+        found = label_bounds(logits, y) if logits is not None and y is not None else None
+        if found is None:
+            return
+        bounds, self._n_classes = found
+        if bounds.device.type == "cpu":
+            check_label_bounds(bounds, self._n_classes)
+        else:
+            self._bounds.append(bounds)
 
     def report(self, values: Tensor, indices: Tensor | None, labels: Tensor | None = None) -> None:
         """Take one value for each sample of a batch.
@@ -113,7 +133,14 @@ class Observer:
         self._awaited = False
 
     def exchange(self) -> None:
-        """Count the reports of all ranks, the same on each. With one process they are counted already."""
+        """Count the reports of all ranks, the same on each. With one process they are counted already.
+
+        Raises:
+            InvalidArgument: see ``check_labels``.
+        """
+        if self._bounds:
+            bounds, self._bounds = torch.stack(self._bounds).cpu(), []
+            check_label_bounds(bounds, self._n_classes)
         if self._gather is None:
             return
         mine = [
