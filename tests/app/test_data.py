@@ -287,6 +287,12 @@ class TestNpz:
         ("negative label", lambda a: a["y_test"].__setitem__(2, -1), r"y_test\[2\] is -1"),
         ("unseen test label", lambda a: a["y_test"].__setitem__(2, 3), r"y_test\[2\] is 3, out of range"),
         ("huge label", lambda a: a["y_train"].__setitem__(1, 5000), r"y_train\[1\] is 5000, out of range"),
+        ("stray label", lambda a: a["y_train"].__setitem__(1, 255), r"y_train\[1\] is 255.*252 of 256 classes"),
+        (
+            "labels with gaps",
+            lambda a: a.update(y_train=a["y_train"] * 3, y_test=a["y_test"] * 3),
+            r"4 of 7 classes have no training image \(1, 2, 4, 5\)",
+        ),
         ("float labels", lambda a: a.update(y_train=a["y_train"] * 1.0), "labels are integers"),
         ("one-hot labels", lambda a: a.update(y_train=np.eye(3, dtype=int)[a["y_train"]]), "argmax"),
         ("scalar labels", lambda a: a.update(y_train=np.array(3)), r"y_train has shape \(\)"),
@@ -327,6 +333,12 @@ class TestNpz:
         arrays["x_train"][7, 0, 0, 0] = value
         with pytest.raises(DataError, match=r"x_train\[7\] holds a NaN"):
             _load(_npz(tmp_path, arrays))
+
+    def test_a_class_without_training_images_is_pointed_out(self, tmp_path: Path) -> None:
+        arrays = _arrays()
+        path = _npz(tmp_path, {**arrays, "y_train": arrays["y_train"] + 1, "y_test": arrays["y_test"] + 1})
+        with pytest.warns(UserWarning, match=r"1 of 4 classes have no training image \(0\)"):
+            assert describe_data(path).num_classes == 4
 
     def test_a_truncated_archive_is_refused(self, tmp_path: Path) -> None:
         path = _npz(tmp_path, _arrays())

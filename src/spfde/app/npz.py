@@ -8,6 +8,7 @@ both or neither qualify the archive is refused rather than guessed at. Labels ar
 from __future__ import annotations
 
 import lzma
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -184,6 +185,7 @@ class _Reader:
                 f"y_train[{int(train.argmax())}] is {num_classes - 1}, out of range with {len(train)} training images"
             )
             self._refuse(rule, "Number the classes from 0 without gaps.")
+        self._check_gaps(train, num_classes)
         if int(test.max()) >= num_classes:
             rule = f"y_test[{int(test.argmax())}] is {int(test.max())}, out of range: y_train ends at {num_classes - 1}"
             self._refuse(rule, "Every test class must be in the training set.")
@@ -192,6 +194,18 @@ class _Reader:
         channels = 1 if axes[0] is None else shape[axes[0]]
         size = (shape[axes[1]], shape[axes[2]])
         return DataSpec(str(self._shown), num_classes, channels, size, len(train), len(test))
+
+    def _check_gaps(self, train: Tensor, num_classes: int) -> None:
+        """A class or two may lack images in a small set; where most do, a label has gone wrong or counts in steps."""
+        unused = (torch.bincount(train, minlength=num_classes) == 0).nonzero().flatten().tolist()
+        if not unused:
+            return
+        named = ", ".join(map(str, unused[:8])) + (", …" if len(unused) > 8 else "")
+        rule = f"{len(unused)} of {num_classes} classes have no training image ({named})"
+        remedy = "Number the classes from 0 without gaps."
+        if 2 * len(unused) > num_classes:
+            self._refuse(f"y_train[{int(train.argmax())}] is {num_classes - 1}, but {rule}", remedy)
+        warnings.warn(f"data={self._shown}: {rule}. {remedy}", stacklevel=2)
 
 
 @contextmanager
