@@ -200,10 +200,44 @@ def test_named_blocks_are_taken_and_the_rest_is_the_head():
     assert "stage2.1.conv1.weight" in found.head.parameters
 
 
+class Numbered(nn.Module):
+    """Six convolutions, told apart by the ends of their names alone, a norm between two of them, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleDict({f"{key}{n}": nn.Conv2d(3, 3, 1) for key in "ba" for n in range(3)})
+        self.between, self.head = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for key in ("a0", "a1", "a2", "b0", "b1", "b2"):
+            x = self.layer[key](x)
+            x = self.between(x) if key == "a1" else x
+        return self.head(x)
+
+
+def test_a_name_that_no_module_has_is_a_prefix_of_those_that_are_frozen_at_once():
+    found = partition(Numbered(), images(), ("layer.a", "layer.b0"))
+    assert names(found) == ["layer.a", "layer.b0"]
+    assert [block.n_layers for block in found.blocks] == [3, 1]
+    assert {"layer.a0.weight", "between.weight", "layer.a2.weight"} <= set(found.blocks[0].parameters)
+    assert {"layer.a1", "between"} <= set(found.blocks[0].modules)
+    assert found.head.parameters[0] == "layer.b1.weight"
+    assert found.blocks[1].start == found.blocks[0].stop
+
+
+def test_prefixes_whose_modules_run_interleaved_are_refused():
+    model = nn.Sequential()
+    for name in ("a0", "b0", "a1", "b1", "head"):
+        model.add_module(name, nn.Conv2d(3, 3, 1))
+    with pytest.raises(InvalidArgument, match="interleaved"):
+        partition(model, images(), ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
         ((), "at least one"),
+        (("stage1.", "stage"), r"'stage1\.': lies inside the block 'stage'"),
         (("stage9",), "Did you mean 'stage"),
         (("stage2", "stage1"), r"order of execution.*\('stage1', 'stage2'\)"),
         (("stage1", "stage1.0"), "lies inside the block 'stage1'"),

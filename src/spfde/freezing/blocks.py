@@ -10,9 +10,11 @@ a parameter with the head is never frozen.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 
 from torch import nn
 
@@ -67,17 +69,19 @@ def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None 
         model: the traced model.
         trace: its forward pass.
         blocks: names of the modules to be frozen at once, in order of execution; what comes after the last one is the
-            head. None: found from the module tree.
+            head. A name that no module has stands for all modules whose names begin with it, which are one block. None:
+            found from the module tree.
 
     Raises:
         InvalidArgument: ``blocks`` is empty, or a name in it is unknown, inside another one, never run, out of order,
             inseparable from another one (they run interleaved or share a parameter), or leaves no layer for the head.
     """
     reader = _Reader(unwrap(model), trace)
+    given: dict[str, str] = {}
     if blocks is not None:
-        _check_names(reader.model, blocks)
-        units = _merged(reader.units(named=frozenset(blocks)))
-        anchors = _named_anchors(units, blocks, reader)
+        given = _resolved(reader.model, blocks)
+        units = _joined(_merged(reader.units(named=frozenset(given))), given)
+        anchors = _named_anchors(units, blocks, given, reader)
     else:
         units = _merged(_trunk_opened(reader))
         anchors = _anchors(units)
@@ -88,7 +92,9 @@ def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None 
         after = cuts[index + 1] if index + 1 < len(cuts) else len(units)
         start = found[-1].stop if found else 0
         is_head = index + 1 == len(cuts)
-        name = next((u.name for u in reversed(units) if u.layers), "") if is_head else units[anchors[index]].name
+        name = (
+            next((u.name for u in reversed(units) if u.layers), "") if is_head else units[anchors[index]].named(given)
+        )
         found.append(reader.block(name, units[cut:after], start=start, stop=stop, all_units=units))
     reason = _reason(units, reader) if len(found) == 1 else None
     return Partition(tuple(found[:-1]), found[-1], reason)
@@ -121,6 +127,21 @@ class _Unit:
     @property
     def parents(self) -> set[str]:
         return {name.rpartition(".")[0] for name in self.names}
+
+    def named(self, given: Mapping[str, str]) -> str:
+        """The prefix that was given for it, or its name."""
+        return next((given[name] for name in self.names if given.get(name, name) != name), self.name)
+
+    def __or__(self, other: _Unit) -> _Unit:
+        """The two as one; ``other`` starts later."""
+        return _Unit(
+            self.names + other.names,
+            self.parameters | other.parameters,
+            self.layers | other.layers,
+            self.first,
+            max(self.last, other.last),
+            self.composite or other.composite,
+        )
 
 
 class _Reader:
@@ -240,18 +261,18 @@ def _merged(units: list[_Unit]) -> list[_Unit]:
     """Units in order of execution; those that run interleaved, or share a parameter, become one."""
     merged: list[_Unit] = []
     for unit in sorted(units, key=lambda unit: unit.first):
-        if merged and merged[-1].last >= unit.first:
-            before = merged.pop()
-            unit = _Unit(
-                before.names + unit.names,
-                before.parameters | unit.parameters,
-                before.layers | unit.layers,
-                before.first,
-                max(before.last, unit.last),
-                before.composite or unit.composite,
-            )
-        merged.append(unit)
+        merged.append(merged.pop() | unit if merged and merged[-1].last >= unit.first else unit)
     return merged
+
+
+def _joined(units: list[_Unit], given: Mapping[str, str]) -> list[_Unit]:
+    """Units in order of execution; those of one prefix, and what runs between them, become one."""
+    for name in dict.fromkeys(given.values()):
+        of_name = [index for index, unit in enumerate(units) if any(given.get(n) == name for n in unit.names)]
+        if len(of_name) > 1:
+            first, last = of_name[0], of_name[-1]
+            units = [*units[:first], reduce(or_, units[first : last + 1]), *units[last + 1 :]]
+    return units
 
 
 def _anchors(units: list[_Unit]) -> list[int]:
@@ -290,32 +311,36 @@ def _reason(units: list[_Unit], reader: _Reader) -> str:
     return f"the parameter '{widest}' is read by the front of the model and by its head, which is never frozen"
 
 
-def _check_names(model: nn.Module, blocks: Sequence[str]) -> None:
+def _resolved(model: nn.Module, blocks: Sequence[str]) -> dict[str, str]:
+    """Names of the modules that ``blocks`` stand for, with the name that was given for each."""
     problems = Problems()
     known = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
     if not blocks:
         problems.add("blocks", blocks, "must name at least one module", "Pass None to have the blocks found.")
-    for name in blocks:
-        if name not in known:
-            problems.add(
-                "blocks",
-                name,
-                "is no module with parameters of the model",
-                nearest(name, [n for n in known if n.count(".") <= name.count(".")]),
-            )
+    found: dict[str, str] = {}
+    for given in blocks:
+        # A module's own name comes first: layer1 does not stand for layer10.
+        begins = [name for name in known if name.startswith(given)]
+        matching = [given] if given in known else [n for n in begins if n.rpartition(".")[0] not in begins]
+        found |= dict.fromkeys(matching, given)
+        if not matching:
+            rule = "is no module with parameters of the model, and none begins with it"
+            nearby = nearest(given, [n for n in known if n.count(".") <= given.count(".")])
+            problems.add("blocks", given, rule, nearby)
         for other in blocks:
-            if name != other and name.startswith(f"{other}."):
-                problems.add("blocks", name, f"lies inside the block '{other}'", "Name one of the two.")
+            if given != other and given.startswith(f"{other}." if other in known else other):
+                problems.add("blocks", given, f"lies inside the block '{other}'", "Name one of the two.")
     if len(set(blocks)) < len(blocks):
         problems.add("blocks", blocks, "must not name a module twice", "Name each module once.")
     problems.raise_if_any()
+    return found
 
 
-def _named_anchors(units: list[_Unit], blocks: Sequence[str], reader: _Reader) -> list[int]:
+def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str, str], reader: _Reader) -> list[int]:
     """As ``_anchors``, for blocks that the user named."""
     problems = Problems()
     anchors = [index for index, unit in enumerate(units) if unit.composite]
-    order = [[name for name in units[index].names if name in blocks] for index in anchors]
+    order = [list(dict.fromkeys(given[name] for name in units[index].names if name in given)) for index in anchors]
     for names in order:
         if len(names) > 1:
             rule = "run interleaved or share a parameter, so that neither can be frozen before the other"
