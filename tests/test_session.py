@@ -764,5 +764,5 @@ def test_weights_behind_the_mask_and_an_optimizer_that_runs_the_model_itself_are
 ) -> None:
     parts = make_parts()
     parts.optimizer = torch.optim.LBFGS(parts.model.parameters())
-    with pytest.raises(InvalidArgument, match="LBFGS.*runs the model within its step"):
+    with pytest.raises(spfde.InvalidArgument, match=r"LBFGS.*runs the model within its step"):
         attach(parts, spfde.Recipe(sparsity=method))
