@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class SmoothedGradients:
                 self.values[name].mul_(momentum).add_(gradient, alpha=1.0 - momentum)
             else:
                 self.values[name] = gradient.detach() * (1.0 - momentum)
+
+    def keep(self, names: Container[str]) -> None:
+        """Forget those of all other layers."""
+        self.values = {name: value for name, value in self.values.items() if name in names}
 
     def clear(self) -> None:
         """Forget them all."""

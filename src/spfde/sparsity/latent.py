@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ class Latent(ABC):
     Attributes:
         weight: the latent, of the weight's shape.
         mask: which weights the model computes with.
+        clears_state: whether weights without a gradient stay where they are, so that their optimizer state is zero;
+            else momentum and weight decay go on moving them.
     """
 
     weight: Tensor
     mask: Tensor
+    clears_state: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -142,6 +145,8 @@ class SoftThresholdLatent(Latent):
         start: ``s`` at first.
         decay: weight decay of ``s``, which draws it to 0 and so the threshold up.
     """
+
+    clears_state: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor, *, start: float, decay: float) -> None:
         self.weight = weight.detach().clone()

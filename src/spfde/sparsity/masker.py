@@ -180,6 +180,7 @@ class Masker:
         for layer in self._live:
             layer.follow(layout=True)
         names = {layer.name for layer in self._live}
+        self._smoothed.keep(names)
         is_last = epoch >= self.epochs - 1
         self._rewires = self.method.rewires and not is_last
         if is_last:
@@ -287,7 +288,7 @@ class Masker:
                 else:
                     layer.latent.load_state_dict(kept, layer.mask)
             masking.apply_(layer.parameter, layer.bits)
-            layer.clear_state_outside(self.optimizer, layer.gradient_bits)
+            layer.clear_idle_state(self.optimizer)
         self._pending = {name: (int(keep), int(final)) for name, (keep, final) in state["pending"].items()}
         self._memory = dict(state["memory"])
         self._smooths, self._rewires = state["running"]["smooths"], state["running"]["rewires"]
@@ -515,7 +516,7 @@ class Masker:
         assert layer.latent is not None
         if group is not None:
             behind.swap_out(layer.parameter, layer.latent, group)
-        layer.clear_state_outside(self.optimizer, layer.gradient_bits)
+        layer.clear_idle_state(self.optimizer)
         if self.method.changes_every_step:
             self._follow_latent(layer)
         else:

@@ -120,6 +120,11 @@ class MaskedWeight:
             if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
                 apply_(value, bits)
 
+    def clear_idle_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the optimizer state of the weights that no step moves."""
+        if self.latent is None or self.latent.clears_state:
+            self.clear_state_outside(optimizer, self.gradient_bits)
+
     def unit_scores(self, score: Tensor) -> Tensor:
         """Score of each unit, shape (n_units,), from one of each weight."""
         return self.structure.reduce(score, "l2")

@@ -1,0 +1,145 @@
+"""STR: thresholds are learnt, by the gradient that autograd would find, and the total at the end is exact."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from by_hand import places
+from spfde.sparsity import STR, Masker
+from spfde.sparsity.latent import SoftThresholdLatent, settled_masks
+
+
+def _soft(weight: Tensor, s: Tensor) -> Tensor:
+    """The reparameterisation as the paper writes it."""
+    return torch.sign(weight) * torch.relu(weight.abs() - torch.sigmoid(s))
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(16, 6, generator=generator, dtype=torch.float64), torch.arange(16) % 3
+
+
+SPARSE = ("0.weight", "2.weight")
+
+
+def _masked(model: nn.Module, optimizer: torch.optim.Optimizer, method: STR, *, epochs: int = 10) -> Masker:
+    layers = {name: model.get_parameter(name) for name in SPARSE}
+    masker = Masker(layers, optimizer, method, generator=torch.Generator(), interval=1, epochs=epochs)
+    masker.install()
+    masker.begin_epoch(0, ())
+    return masker
+
+
+def _s(masker: Masker, name: str) -> float:
+    return float(masker.state_dict()["latents"][name]["s"])
+
+
+def test_the_threshold_is_subtracted_by_hand() -> None:
+    latent = SoftThresholdLatent(torch.tensor([0.5, -0.3, 0.2, 0.0]), start=-1.0, decay=0.0)
+    threshold = 1 / (1 + math.e)  # 0.2689
+    assert latent.threshold == pytest.approx(threshold)
+    assert latent.sparse.tolist() == pytest.approx([0.5 - threshold, threshold - 0.3, 0.0, 0.0])
+    assert latent.mask.tolist() == [True, True, False, False]
+
+
+def test_the_derivative_of_the_threshold_is_that_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+
+    def loss(s: float) -> float:
+        return float((gradient * SoftThresholdLatent(weight, start=s, decay=0.0).sparse).sum())
+
+    latent = SoftThresholdLatent(weight, start=-1.5, decay=0.0)
+    latent.before_step(gradient.masked_fill(~latent.mask, 0.0))
+    latent.after_step(weight, {"lr": 1.0})
+    moved = latent.state_dict()["s"] + 1.5
+    assert moved != 0
+    assert moved == pytest.approx(-(loss(-1.5 + 1e-5) - loss(-1.5 - 1e-5)) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_steps_equal_those_of_a_module_that_leaves_the_threshold_to_autograd(
+    momentum: float, weight_decay: float
+) -> None:
+    x, y = _data()
+    model = _net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=momentum, weight_decay=weight_decay)
+    masker = _masked(model, optimizer, STR(sparsity=0.99, threshold_start=-3.0, threshold_decay=0.1))
+
+    twin = _net()
+    thresholds = {name: torch.tensor(-3.0, dtype=torch.float64, requires_grad=True) for name in SPARSE}
+    groups = [
+        {"params": list(twin.parameters()), "momentum": momentum, "weight_decay": weight_decay},
+        {"params": list(thresholds.values()), "weight_decay": 0.1},
+    ]
+    explicit = torch.optim.SGD(groups, lr=0.2)
+
+    def parts() -> dict[str, Tensor]:
+        return {n: _soft(p, thresholds[n]) if n in thresholds else p for n, p in twin.named_parameters()}
+
+    crossed = {name: set() for name in SPARSE}
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        explicit.zero_grad()
+        F.cross_entropy(functional_call(twin, parts(), (x,)), y).backward()
+        explicit.step()
+        for name, expected in parts().items():
+            torch.testing.assert_close(model.get_parameter(name).detach(), expected.detach(), rtol=1e-9, atol=1e-12)
+        for name in SPARSE:
+            assert _s(masker, name) == pytest.approx(thresholds[name].item(), rel=1e-9)
+            assert masker.n_active(name) == int(parts()[name].count_nonzero())
+            crossed[name].add(tuple(places(masker.masks[name])))
+    assert all(len(masks) > 5 for masks in crossed.values())
+
+
+def test_the_masks_settle_at_the_exact_total_as_soon_as_it_is_reached() -> None:
+    x, y = _data()
+    model = _net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    masker = _masked(model, optimizer, STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.3))
+    total = round(0.4 * 72) + round(0.4 * 120)
+    counts = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        counts.append(sum(masker.n_active(name) for name in SPARSE))
+        assert all((model.get_parameter(n).detach()[~mask] == 0).all() for n, mask in masker.masks.items())
+    assert counts[0] > total
+    assert counts[-1] == total == min(counts)
+    assert not masker.state_dict()["latents"]
+    assert masker.target == {name: masker.n_active(name) for name in SPARSE}
+    # What each layer holds was learnt, and is not the target that it started from.
+    assert masker.n_active("0.weight") != round(0.4 * 72)
+
+
+def test_at_the_stop_fraction_the_largest_margins_stay() -> None:
+    model = _net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    masker = _masked(model, optimizer, STR(sparsity=0.75, stop_fraction=0.5))
+    weights = torch.cat([model.get_parameter(name).detach().flatten().abs() for name in SPARSE])
+    for epoch in range(1, 6):
+        assert sum(masker.n_active(name) for name in SPARSE) == 192
+        masker.begin_epoch(epoch, ())
+    kept = torch.cat([masker.masks[name].flatten() for name in SPARSE])
+    assert places(kept) == sorted(weights.topk(18 + 30).indices.tolist())
+
+
+def test_settled_masks_by_hand_leave_each_layer_a_weight() -> None:
+    first = SoftThresholdLatent(torch.tensor([0.9, 0.8, 0.7]), start=-50.0, decay=0.0)
+    second = SoftThresholdLatent(torch.tensor([0.1, -0.2]), start=-50.0, decay=0.0)
+    assert [mask.tolist() for mask in settled_masks([first, second], 3)] == [[True, True, False], [False, True]]
+    assert [mask.tolist() for mask in settled_masks([first, second], 1)] == [[True, False, False], [False, True]]
