@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,7 +71,13 @@ def save(parts: Parts, session: spfde.Session) -> bytes:
     return file.getvalue()
 
 
-def resume(saved: bytes, recipe: spfde.Recipe, *, workers: int = 0) -> tuple[Parts, spfde.Session]:
+def resume(
+    saved: bytes,
+    recipe: spfde.Recipe,
+    *,
+    workers: int = 0,
+    attach: Callable[[Parts, spfde.Recipe], spfde.Session] = attach,
+) -> tuple[Parts, spfde.Session]:
     parts = make_parts(seed=99, workers=workers)
     session = attach(parts, recipe)
     states = torch.load(io.BytesIO(saved), weights_only=True)

@@ -35,6 +35,7 @@ EXIT_INTERRUPTED = 130
 # What the library calls an option's value, where that is not the option's own name.
 _OPTION_OF_FIELD = {
     "flops_reduction": "freeze",
+    "scheme": "freeze_scheme",
     "removed_fraction": "sieve",
     "update_interval_epochs": "interval",
     "freezing": "freeze",
@@ -67,6 +68,14 @@ Freeze = Annotated[
     float | None,
     typer.Option(
         help="share of the training FLOPs to save by freezing, in [0, 1)",
+        rich_help_panel=_SAVINGS,
+        show_default="recipe",
+    ),
+]
+FreezeScheme = Annotated[
+    str | None,
+    typer.Option(
+        help="single-shot, single-shot-resume, periodic or delayed-periodic",
         rich_help_panel=_SAVINGS,
         show_default="recipe",
     ),
@@ -113,6 +122,7 @@ def train(
     sparsity: Sparsity = None,
     structure: StructureName = None,
     freeze: Freeze = None,
+    freeze_scheme: FreezeScheme = None,
     cache_variants: Annotated[
         int | None,
         typer.Option(
@@ -180,6 +190,7 @@ def train(
                 sparsity=sparsity,
                 structure=structure,
                 freeze=freeze,
+                freeze_scheme=freeze_scheme,
                 cache_variants=cache_variants,
                 sieve=sieve,
                 sieve_criterion=sieve_criterion,
@@ -228,6 +239,7 @@ def plan(
     sparsity: Sparsity = None,
     structure: StructureName = None,
     freeze: Freeze = None,
+    freeze_scheme: FreezeScheme = None,
     sieve: Sieve = None,
     soft_bound: SoftBound = None,
     interval: Interval = "auto",
@@ -251,6 +263,7 @@ def plan(
             sparsity=sparsity,
             structure=structure,
             freeze=freeze,
+            freeze_scheme=freeze_scheme,
             sieve=sieve,
             soft_bound=soft_bound,
             interval=interval,

@@ -273,6 +273,6 @@ def _check_ranks_agree(session: Session, world: World) -> None:
 
 def _warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:
     """Warn where freezing a compiled model would meet torch's limit of recompilations."""
-    warning = recompile_warning(model, len({at for at in blueprint.freeze_plan.freeze_epochs if at is not None}))
+    warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=3)

@@ -15,6 +15,7 @@ from torch import nn
 from spfde.cost import (
     Accounting,
     EpochCost,
+    LayerCost,
     MemoryTimeline,
     ModelCost,
     epoch_cost,
@@ -25,9 +26,8 @@ from spfde.cost import (
     total_cost,
 )
 from spfde.errors import InvalidArgument, Problem, Problems
-from spfde.freezing import FreezePlan, Partition, blocks_to_freeze, find_blocks, solve
+from spfde.freezing import FreezePlan, Partition, Savings, blocks_to_freeze, find_blocks, solve
 from spfde.recipe import Recipe
-from spfde.schedules import latest_beat
 from spfde.sparsity import PruningAtInitialisation, SparsityMethod, mutates_after, planned_density, select_layers
 from spfde.tracing import Sample, trace, unwrap
 
@@ -59,20 +59,14 @@ class Blueprint:
     def scheduled_density(self, epoch: int, *, freezing: bool = True) -> list[float]:
         """Density of each layer in ``cost.layers`` during ``epoch``, the soft bound included.
 
-        A block is at its target from the interval before it is frozen. With ``freezing=False`` nothing is ever frozen.
+        A block is at its target from the interval before it is frozen, and frozen or not it has the density of the beat
+        at which it last trained. With ``freezing=False`` nothing is ever frozen.
         """
-        at_target = self.settling_layers(epoch) if freezing else [False] * len(self.cost.layers)
-        return [
-            self._densities(layer.name, layer.numel, epoch, settles)[0]
-            for layer, settles in zip(self.cost.layers, at_target, strict=True)
-        ]
+        return [weights for weights, _ in self._densities(epoch, freezing=freezing)]
 
     def gradient_density(self, epoch: int) -> list[float]:
         """Density of the weight gradient that each step of ``epoch`` computes, for each layer in ``cost.layers``."""
-        return [
-            self._densities(layer.name, layer.numel, epoch, settles)[1]
-            for layer, settles in zip(self.cost.layers, self.settling_layers(epoch), strict=True)
-        ]
+        return [gradient for _, gradient in self._densities(epoch)]
 
     def target_density(self) -> list[float]:
         """Density of each layer in ``cost.layers`` at the target, without a soft bound."""
@@ -85,26 +79,43 @@ class Blueprint:
         return self.layers_in_first(self.freeze_plan.n_frozen_at(epoch))
 
     def settling_layers(self, epoch: int) -> list[bool]:
-        """For each layer in ``cost.layers``: is it frozen during ``epoch``, or at the beat after it?
+        """For each layer in ``cost.layers``: is it at its target, for it is frozen during ``epoch`` or soon to be?
 
-        A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
-        no step left to make up for them. So its last interval of training is at target already. The sources say
-        nothing of this case.
+        See ``FreezePlan.settles``.
         """
-        beat = latest_beat(epoch, self.interval)
-        return self.layers_in_first(self.freeze_plan.n_frozen_at(beat + self.interval))
+        n_blocks = len(self.partition.blocks)
+        settles = [self.freeze_plan.settles(block, epoch, self.interval) for block in range(n_blocks)]
+        return [block < n_blocks and settles[block] for block in self.block_of_layer]
+
+    def _last_turns(self, epoch: int) -> list[int]:
+        """For each layer in ``cost.layers``: the epoch that its density is of, the last at which its mask may change.
+
+        All masks may change in the last epoch of the run; what is frozen then is at its target.
+        """
+        n_blocks = len(self.partition.blocks)
+        turns = [self.freeze_plan.last_turn(block, epoch, self.interval) for block in range(n_blocks)]
+        if epoch >= self.epochs - 1:
+            return [epoch] * len(self.block_of_layer)
+        return [epoch if block == n_blocks else turns[block] or 0 for block in self.block_of_layer]
 
     @property
     def learning_stops(self) -> tuple[int, ...]:
         """For each block, and at last the head, the epoch in which its learning rate has come to its end."""
-        return (*(self.epochs if at is None else at for at in self.freeze_plan.freeze_epochs), self.epochs)
+        return (*self.freeze_plan.learning_stops, self.epochs)
 
     def layers_in_first(self, n_blocks: int) -> list[bool]:
         """For each layer in ``cost.layers``: is it in one of the first ``n_blocks`` blocks?"""
         return [block < n_blocks for block in self.block_of_layer]
 
-    def _densities(self, name: str, numel: int, epoch: int, at_target: bool) -> tuple[float, float]:
-        """Of the weights and of the gradient."""
+    def _densities(self, epoch: int, *, freezing: bool = True) -> list[tuple[float, float]]:
+        """For each layer in ``cost.layers``: of the weights and of the gradient."""
+        n_layers = len(self.cost.layers)
+        as_of = self._last_turns(epoch) if freezing else [epoch] * n_layers
+        at_target = self.settling_layers(epoch) if freezing else [False] * n_layers
+        return [self._density(*each) for each in zip(self.cost.layers, as_of, at_target, strict=True)]
+
+    def _density(self, layer: LayerCost, epoch: int, at_target: bool) -> tuple[float, float]:
+        name, numel = layer.name, layer.numel
         if self.method is None or name not in self.target:
             return 1.0, 1.0
         target = self.target[name]
@@ -136,7 +147,7 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
         weights = [layer.name for layer in cost.layers if layer.weighted]
         layers = select_layers(model, method, order=weights, head=weights[-1:])
         target = method.counts({name: tuple(p.shape) for name, p in layers.items()})
-    unfrozen = FreezePlan(freeze_epochs=(None,) * len(partition.blocks), start_epoch=None, reduction=0.0)
+    unfrozen = FreezePlan(len(partition.blocks), (0,) * epochs, reduction=0.0)
     blueprint = Blueprint(
         method=method,
         epochs=epochs,
@@ -175,14 +186,13 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
             if block < len(blocks):
                 backward[block][epoch] += 2 * flops * share
     sizes = [block.n_layers for block in blocks]
+    n_blocks = blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction)
+    savings = Savings(backward, total, technique.flops_reduction, blueprint.interval, n_blocks)
     solved = solve(
-        backward,
-        total,
-        flops_reduction=technique.flops_reduction,
-        interval=blueprint.interval,
-        epochs=epochs,
-        n_blocks=blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction),
+        savings,
+        scheme=technique.scheme,
         start_epoch=technique.start_epoch,
+        resume_epochs=technique.resume_epochs,
     )
     return replace(blueprint, freeze_plan=solved)
 
@@ -242,7 +252,7 @@ class Plan:
 
     @property
     def freeze_epochs(self) -> tuple[int | None, ...]:
-        """Freeze epoch of each block, None where a block is never frozen."""
+        """First epoch in which each block is frozen, None where a block is never frozen."""
         return self.blueprint.freeze_plan.freeze_epochs
 
     @property
@@ -266,6 +276,7 @@ class Plan:
             "flops_ratio": self.flops_ratio,
             "start_epoch": self.start_epoch,
             "freeze_epochs": list(self.freeze_epochs),
+            "frozen_blocks": list(blueprint.freeze_plan.frozen),
             "block_names": [block.name for block in blueprint.partition.blocks],
             "freezing_reduction": blueprint.freeze_plan.reduction,
             "savings": self.savings,
@@ -313,14 +324,25 @@ class Plan:
         return "\n".join(lines)
 
     def _timeline(self) -> str:
-        if self.start_epoch is None:
+        technique, freeze_plan = self.recipe.freezing, self.blueprint.freeze_plan
+        if technique is None or self.start_epoch is None:
             return "freezing: none"
+        how = {
+            "single-shot": f"one block each {self.blueprint.interval} epochs",
+            "single-shot-resume": f"one block each {self.blueprint.interval} epochs, all trained again from epoch "
+            f"{freeze_plan.resume_epoch}",
+            "periodic": "some blocks in three epochs of four, some in one of two",
+            "delayed-periodic": "some blocks in three epochs of four, some in one of two",
+        }[technique.scheme]
         lines = [
-            f"freezing: from epoch {self.start_epoch}, one block each {self.blueprint.interval} epochs, "
-            f"{self.blueprint.freeze_plan.reduction:.1%} of the sparse training FLOPs"
+            f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
         ]
-        for block, at in zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True):
-            lines.append(f"  {block.name:<24} {'never' if at is None else f'epoch {at}'}")
+        for index, (block, at) in enumerate(zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True)):
+            n_epochs = sum(count > index for count in freeze_plan.frozen)
+            when = "never" if at is None else f"epoch {at}"
+            lines.append(
+                f"  {block.name:<24} {when}{f', frozen in {n_epochs} epochs' if n_epochs and technique.thaws else ''}"
+            )
         return "\n".join(lines)
 
 

@@ -205,12 +205,12 @@ class Session:
         self._scorer.reset()
 
     def _freeze_to(self, n_blocks: int) -> None:
-        blocks = self.blueprint.partition.blocks[self._freezer.n_frozen : n_blocks]
-        if not blocks:
-            return
+        blueprint = self.blueprint
         if self._masker is not None:
-            # A block under a soft bound must not stay above its target for good.
-            self._masker.prune_to_target([name for block in blocks for name in block.parameters])
+            # A block under a soft bound must not stay above its target for good; through a pause it may.
+            fresh = range(self._freezer.n_frozen, n_blocks)
+            settled = [n for n in fresh if blueprint.freeze_plan.settles(n, self.epoch, blueprint.interval)]
+            self._masker.prune_to_target([p for n in settled for p in blueprint.partition.blocks[n].parameters])
         self._freezer.freeze_to(n_blocks)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -596,7 +596,8 @@ class Session:
         blocks = blueprint.partition.blocks
         by_name = dict(self._model.named_parameters())
         block_of = {id(by_name[name]): index for index, block in enumerate(blocks) for name in block.parameters}
-        return GroupRates(self._optimizer, block_of, blueprint.learning_stops, technique)
+        resume = blueprint.freeze_plan.resume_epoch
+        return GroupRates(self._optimizer, block_of, blueprint.learning_stops, technique, resume_epoch=resume)
 
     def _make_loader(self, loader: DataLoader[Any]) -> SievedLoader:
         assert loader.batch_size is not None, "the door lets no such loader in"

@@ -61,6 +61,21 @@ class TestChooseRecipe:
         assert choose_recipe(str(path)).freezing == ProgressiveFreezing(start_epoch=3, fraction=0.5)
         assert choose_recipe(str(path), freeze=0.1).freezing == ProgressiveFreezing(flops_reduction=0.1, fraction=0.5)
 
+    def test_a_freezing_scheme_keeps_the_share_and_drops_what_only_another_scheme_knows(self, tmp_path: Path) -> None:
+        changed = choose_recipe("spfde", freeze_scheme="periodic")
+        assert changed == presets.spfde.replace(freezing=ProgressiveFreezing(scheme="periodic"))
+        both = choose_recipe("dense", freeze=0.1, freeze_scheme="single-shot-resume")
+        assert both.freezing == ProgressiveFreezing(flops_reduction=0.1, scheme="single-shot-resume")
+        path = tmp_path / "mine.toml"
+        path.write_text('[freezing]\nscheme = "single-shot-resume"\nresume_epochs = 4\nfraction = 0.5\n')
+        assert choose_recipe(str(path)).freezing == both.freezing.model_copy(
+            update={"flops_reduction": 0.2, "resume_epochs": 4, "fraction": 0.5}
+        )
+        kept = choose_recipe(str(path), freeze_scheme="periodic").freezing
+        assert kept == ProgressiveFreezing(scheme="periodic", fraction=0.5)
+        with pytest.raises(InvalidArgument, match=r"--freeze-scheme='periodic'.*freezes nothing"):
+            choose_recipe("dense", freeze_scheme="periodic")
+
     def test_the_interval_auto_leaves_the_recipe_s_own(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.toml"
         path.write_text("update_interval_epochs = 3\n")

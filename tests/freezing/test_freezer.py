@@ -113,14 +113,47 @@ def test_a_train_method_that_the_user_put_on_a_norm_comes_back():
     assert model.norm.train is mine
 
 
-def test_freezing_goes_forward_only_and_not_beyond_the_last_block():
+def test_no_fewer_than_no_blocks_and_no_more_than_all_can_be_frozen():
     _, _, freezer = make()
-    freezer.freeze_to(2)
-    freezer.freeze_to(2)
-    with pytest.raises(UsageError, match="between 2"):
-        freezer.freeze_to(1)
-    with pytest.raises(UsageError, match="and 4"):
-        freezer.freeze_to(5)
+    for count in (-1, 5):
+        with pytest.raises(UsageError, match="between 0 and 4"):
+            freezer.freeze_to(count)
+    assert freezer.n_frozen == 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_block_that_thaws_trains_on_with_optimizer_state_that_begins_anew(optimizer):
+    model, opt, freezer = make(optimizer)
+    step(model, opt)
+    freezer.freeze_to(3)
+    step(model, opt)
+    before = copy.deepcopy(model.state_dict())
+    freezer.freeze_to(1)
+    frozen = freezer.frozen_parameters
+    thawed = [p for name, p in model.named_parameters() if "stage1.1" in name or "stage2.0" in name]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p not in opt.state for p in thawed)
+    step(model, opt)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in frozen)
+    assert not torch.equal(model.stage1[1].bn1.running_mean, before["stage1.1.bn1.running_mean"])
+    assert torch.equal(model.norm.running_mean, before["norm.running_mean"])
+    if optimizer.startswith("adam"):
+        assert all(opt.state[p]["step"] == 1 for p in thawed)
+
+
+def test_a_block_is_frozen_and_thawed_many_times_and_leaves_no_trace():
+    model, opt, freezer = make()
+    model.stage1[1].conv2.weight.requires_grad_(False)
+    plain = {name: set(vars(module)) for name, module in model.named_modules()}
+    for count in (2, 1, 3, 0, 4, 0):
+        freezer.freeze_to(count)
+        step(model, opt)
+        frozen = freezer.frozen_parameters
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (name not in frozen and name != "stage1.1.conv2.weight")
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == plain
+    assert all(module.training for module in model.modules())
 
 
 def test_parameters_outside_the_optimizer_are_frozen_too():
@@ -198,7 +231,7 @@ def test_blocks_of_another_model_are_refused():
         Freezer(model, blocks, OPTIMIZERS["sgd"](model.parameters()))
 
 
-def test_a_compiled_model_is_compiled_anew_twice_for_each_freezing_and_not_for_each_epoch():
+def test_a_compiled_model_is_compiled_anew_twice_for_each_frozen_front_and_not_for_each_epoch():
     torch._dynamo.reset()
     graphs = 0
 
@@ -211,15 +244,15 @@ def test_a_compiled_model_is_compiled_anew_twice_for_each_freezing_and_not_for_e
     compiled = torch.compile(model, backend=count)
     freezer = Freezer(compiled, partition(compiled, images()).blocks, opt)
     seen = []
-    for n_frozen in (0, 1, 1, 2, 2):
+    for n_frozen in (0, 1, 1, 2, 2, 0, 2, 1):
         freezer.freeze_to(n_frozen)
         step(compiled, opt)
         compiled.eval()
         with torch.no_grad():
             compiled(images())
         seen.append(graphs)
-    # One graph for training and one for evaluation at first, and after each freezing.
-    assert seen == [2, 4, 4, 6, 6]
+    # One graph for training and one for evaluation at first, and for each front that was not there yet.
+    assert seen == [2, 4, 4, 6, 6, 6, 6, 6]
     torch._dynamo.reset()
 
 

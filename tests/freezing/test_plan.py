@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.errors import InvalidArgument
-from spfde.freezing import FreezePlan, ProgressiveFreezing, blocks_to_freeze, freezing_saving, solve
+from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, freezing_saving, solve
 
 EPOCHS, INTERVAL = 160, 5
 
@@ -47,7 +47,7 @@ def resnet32_plan(reduction: float, density, *, dense_ends: bool) -> FreezePlan:
                 total += 3 * active
         total += 3 * head * (1.0 if dense_ends else density(epoch))
     n_blocks = blocks_to_freeze([len(block) for block in blocks], sum(map(len, blocks)) + 1, 2 / 3)
-    return solve(backward, total, flops_reduction=reduction, interval=INTERVAL, epochs=EPOCHS, n_blocks=n_blocks)
+    return solve(Savings(backward, total, reduction, INTERVAL, n_blocks))
 
 
 def constant(epoch: int) -> float:
@@ -95,63 +95,64 @@ def test_a_plan_worked_by_hand():
     # Two blocks of 2 FLOPs an epoch, ten epochs, 60 in all; one beat in two epochs. From epoch 4: 6 + 4 epochs are
     # saved, 20 FLOPs, a third. From epoch 6 it would be 4 + 2 epochs, 12 FLOPs, a fifth.
     backward = [[2.0] * 10, [2.0] * 10, [2.0] * 10]
-    plan = solve(backward, 60.0, flops_reduction=0.25, interval=2, epochs=10, n_blocks=2)
+    plan = solve(Savings(backward, 60.0, 0.25, 2, 2))
     assert plan.freeze_epochs == (4, 6, None)
     assert plan.start_epoch == 4
     assert plan.reduction == pytest.approx(20 / 60)
     assert [plan.n_frozen_at(epoch) for epoch in (0, 3, 4, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
-    assert plan.frozen_by(5) == (True, False, False)
 
 
 def test_freezing_stops_as_soon_as_the_target_is_met():
     # From epoch 6 both blocks would save 12 of 60; 0.14 needs 8.4, for which the first block's 8 do not suffice.
     backward = [[2.0] * 10, [2.0] * 10]
-    assert solve(backward, 60.0, flops_reduction=0.14, interval=2, epochs=10, n_blocks=2).freeze_epochs == (6, 8)
+    assert solve(Savings(backward, 60.0, 0.14, 2, 2)).freeze_epochs == (6, 8)
     # 0.13 needs 7.8: the first block alone suffices.
-    assert solve(backward, 60.0, flops_reduction=0.13, interval=2, epochs=10, n_blocks=2).freeze_epochs == (6, None)
+    assert solve(Savings(backward, 60.0, 0.13, 2, 2)).freeze_epochs == (6, None)
 
 
 def test_a_target_that_is_met_exactly_is_met():
-    plan = solve([[0.1] * 10], 3.0, flops_reduction=0.1, interval=1, epochs=10, n_blocks=1)
+    plan = solve(Savings([[0.1] * 10], 3.0, 0.1, 1, 1))
     assert plan.start_epoch == 7
 
 
 def test_costs_that_change_over_time_are_taken_at_their_epoch():
-    assert freezing_saving([[1.0, 2.0, 4.0, 8.0]], [2]) == 12.0
-    assert freezing_saving([[1.0, 2.0], [5.0, 7.0]], [None, 1]) == 7.0
+    assert freezing_saving([[1.0, 2.0, 4.0, 8.0]], [0, 0, 1, 1]) == 12.0
+    assert freezing_saving([[1.0, 2.0], [5.0, 7.0]], [2, 1]) == 1.0 + 5.0 + 2.0
 
 
 def test_no_reduction_freezes_nothing():
-    plan = solve([[1.0] * 4, [1.0] * 4], 12.0, flops_reduction=0.0, interval=1, epochs=4, n_blocks=2)
-    assert plan == FreezePlan((None, None), None, 0.0)
+    plan = solve(Savings([[1.0] * 4, [1.0] * 4], 12.0, 0.0, 1, 2))
+    assert plan == FreezePlan(2, (0, 0, 0, 0), 0.0)
+    assert plan.freeze_epochs == (None, None)
+    assert plan.start_epoch is None
     assert plan.n_frozen_at(3) == 0
 
 
 def test_a_target_out_of_reach_is_refused_with_the_most_possible_and_that_can_be_reached():
     backward, total = [[2.0] * 10, [2.0] * 10], 60.0
     with pytest.raises(InvalidArgument, match=r"flops_reduction=0.9.*most possible is 0\.466") as error:
-        solve(backward, total, flops_reduction=0.9, interval=2, epochs=10, n_blocks=2)
+        solve(Savings(backward, total, 0.9, 2, 2))
     assert "at most 0.466" in str(error.value)
-    assert solve(backward, total, flops_reduction=0.466, interval=2, epochs=10, n_blocks=2).start_epoch == 2
+    assert solve(Savings(backward, total, 0.466, 2, 2)).start_epoch == 2
 
 
 def test_a_run_of_one_interval_has_no_epoch_to_freeze_at():
     with pytest.raises(InvalidArgument, match=r"most possible is 0\.000"):
-        solve([[1.0] * 5], 20.0, flops_reduction=0.01, interval=5, epochs=5, n_blocks=1)
+        solve(Savings([[1.0] * 5], 20.0, 0.01, 5, 1))
 
 
 def test_a_given_start_epoch_is_kept_and_blocks_are_frozen_until_the_target_is_met():
     backward = [[2.0] * 10] * 3
-    plan = solve(backward, 90.0, flops_reduction=0.2, interval=2, epochs=10, n_blocks=3, start_epoch=2)
+    plan = solve(Savings(backward, 90.0, 0.2, 2, 3), start_epoch=2)
     assert plan.freeze_epochs == (2, 4, None)
-    everything = solve(backward, 90.0, flops_reduction=0.0, interval=2, epochs=10, n_blocks=3, start_epoch=2)
+    everything = solve(Savings(backward, 90.0, 0.0, 2, 3), start_epoch=2)
     assert everything.freeze_epochs == (2, 4, 6)
 
 
 @pytest.mark.parametrize(("start", "message"), [(3, "Pass 2 or 4"), (10, "within the run"), (8, "start earlier")])
 def test_a_start_epoch_that_cannot_be_is_refused(start, message):
     with pytest.raises(InvalidArgument, match=message):
-        solve([[2.0] * 10], 30.0, flops_reduction=0.2, interval=2, epochs=10, n_blocks=1, start_epoch=start)
+        solve(Savings([[2.0] * 10], 30.0, 0.2, 2, 1), start_epoch=start)
 
 
 def test_the_nearest_whole_block_is_taken_and_the_fewer_in_a_tie():
@@ -169,7 +170,7 @@ def test_the_nearest_whole_block_is_taken_and_the_fewer_in_a_tie():
         {"flops_reduction": -0.1},
         {"fraction": 0.0},
         {"start_epoch": -1},
-        {"scheme": "periodic"},
+        {"scheme": "perpetual"},
     ],
 )
 def test_a_technique_with_a_bad_field_is_refused_by_name(fields):
@@ -197,10 +198,10 @@ def test_the_latest_start_that_reaches_the_target_is_chosen(problem, reduction):
     backward, total, interval, epochs, n_blocks = problem
 
     def saving(start: int) -> float:
-        return freezing_saving(backward[:n_blocks], [start + index * interval for index in range(n_blocks)]) / total
+        return sum(sum(block[start + index * interval :]) for index, block in enumerate(backward[:n_blocks])) / total
 
     try:
-        plan = solve(backward, total, flops_reduction=reduction, interval=interval, epochs=epochs, n_blocks=n_blocks)
+        plan = solve(Savings(backward, total, reduction, interval, n_blocks))
     except InvalidArgument:
         assert saving(interval) < reduction
         return
@@ -215,7 +216,7 @@ def test_the_latest_start_that_reaches_the_target_is_chosen(problem, reduction):
     assert len(frozen) <= n_blocks
     assert all(at < epochs for at in frozen)
     # One block fewer would fall short.
-    assert freezing_saving(backward, plan.freeze_epochs[: len(frozen) - 1]) / total < reduction
+    assert sum(sum(backward[index][at:]) for index, at in enumerate(frozen[:-1])) / total < reduction
     counts = [plan.n_frozen_at(epoch) for epoch in range(epochs)]
     assert counts == sorted(counts)
 
@@ -223,13 +224,11 @@ def test_the_latest_start_that_reaches_the_target_is_chosen(problem, reduction):
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.floats(0.01, 0.3), st.floats(0.01, 0.3))
 def test_a_higher_target_never_starts_later(problem, one, other):
-    backward, total, interval, epochs, n_blocks = problem
+    backward, total, interval, _, n_blocks = problem
 
     def start(reduction: float) -> int:
         try:
-            plan = solve(
-                backward, total, flops_reduction=reduction, interval=interval, epochs=epochs, n_blocks=n_blocks
-            )
+            plan = solve(Savings(backward, total, reduction, interval, n_blocks))
         except InvalidArgument:
             return 0
         assert plan.start_epoch is not None

@@ -105,6 +105,15 @@ def test_what_happened_wins_over_the_plan_and_the_plan_fills_what_is_to_come(mak
     assert finished.block_names() == ["stem", "stage1", "stage2"]
 
 
+def test_the_spans_in_which_a_block_is_frozen_are_what_happened_and_then_what_was_planned(make_run: MakeRun) -> None:
+    assert read_run(make_run("runs/a")).frozen_spans() == [[(3, 6)], [(5, 6)], []]
+    folder = make_run("runs/b", done=2, changes={"frozen_blocks": 1})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["plan"]["frozen_blocks"] = [0, 2, 0, 2, 1, 0]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_run(folder).frozen_spans() == [[(0, 2), (3, 5)], [(3, 4)], []]
+
+
 def test_a_block_that_was_planned_to_freeze_and_was_not_is_shown_as_trained(make_run: MakeRun) -> None:
     run = read_run(make_run(changes={"frozen_blocks": 0}))
     assert run.freeze_epochs() == [None, None, None]

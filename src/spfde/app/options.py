@@ -107,6 +107,7 @@ def choose_recipe(
     sparsity: float | None = None,
     structure: str | None = None,
     freeze: float | None = None,
+    freeze_scheme: str | None = None,
     cache_variants: int | None = None,
     sieve: float | None = None,
     sieve_criterion: str | None = None,
@@ -121,6 +122,7 @@ def choose_recipe(
         structure: a kind of structure, "4x1" and the like for blocks, "2:4" and the like for N:M, which brings its
             sparsity along.
         freeze: FLOPs reduction by freezing; 0 freezes nothing.
+        freeze_scheme: which blocks are frozen when, see ``ProgressiveFreezing``.
         cache_variants: variants of each sample whose output of the frozen front is kept; 0 keeps none.
         sieve: share of the samples that is left out; 0 leaves out none.
         sieve_criterion: which samples count as easy.
@@ -136,9 +138,9 @@ def choose_recipe(
     if sparsity is not None or soft_bound is not None or structure is not None:
         with problems.collecting():
             changes["sparsity"] = _sparsity(name, recipe.sparsity, sparsity, soft_bound, structure)
-    if freeze is not None or cache_variants is not None:
+    if freeze is not None or freeze_scheme is not None or cache_variants is not None:
         with problems.collecting():
-            changes["freezing"] = _freezing(name, recipe, freeze, cache_variants)
+            changes["freezing"] = _freezing(name, recipe, freeze, freeze_scheme, cache_variants)
     if sieve is not None or sieve_criterion is not None:
         with problems.collecting():
             changes["sieving"] = _sieving(name, recipe, sieve, sieve_criterion)
@@ -149,15 +151,21 @@ def choose_recipe(
     return recipe.replace(**changes) if changes else recipe
 
 
-def _freezing(name: str, recipe: Recipe, share: float | None, cache_variants: int | None) -> ProgressiveFreezing:
+def _freezing(
+    name: str, recipe: Recipe, share: float | None, scheme: str | None, cache_variants: int | None
+) -> ProgressiveFreezing:
     """The recipe's freezing with the command line's changes; a share freezes where the recipe does not."""
     technique = recipe.freezing
     if technique is None and share is None:
+        option, value = ("--freeze-scheme", scheme) if scheme is not None else ("--cache-variants", cache_variants)
         rule = f"recipe {name} freezes nothing"
-        raise InvalidArgument(Problem("--cache-variants", cache_variants, rule, "Use --freeze 0.2 or so with it."))
+        raise InvalidArgument(Problem(option, value, rule, "Use --freeze 0.2 or so with it."))
     given = _fields(technique) if technique is not None else {}
     if share is not None:
         given |= {"flops_reduction": share, "start_epoch": None}
+    if scheme is not None:
+        # Of another scheme, the two would be in the way.
+        given |= {"scheme": scheme, "start_epoch": None, "resume_epochs": None}
     if cache_variants is not None:
         given["cache_variants"] = cache_variants
     return ProgressiveFreezing(**given)

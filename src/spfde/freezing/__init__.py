@@ -2,8 +2,9 @@
 
 from spfde.freezing.blocks import Block, Partition, find_blocks
 from spfde.freezing.freezer import Freezer, is_held, recompile_warning
-from spfde.freezing.plan import FreezePlan, ProgressiveFreezing, blocks_to_freeze, freezing_saving, solve
+from spfde.freezing.plan import FreezePlan, ProgressiveFreezing, Scheme, blocks_to_freeze
 from spfde.freezing.scheduler import BlockwiseCosine, GroupRates, check_rates, rate
+from spfde.freezing.schemes import Savings, freezing_saving, paused, solve
 
 __all__ = [
     "Block",
@@ -13,11 +14,14 @@ __all__ = [
     "GroupRates",
     "Partition",
     "ProgressiveFreezing",
+    "Savings",
+    "Scheme",
     "blocks_to_freeze",
     "check_rates",
     "find_blocks",
     "freezing_saving",
     "is_held",
+    "paused",
     "rate",
     "recompile_warning",
     "solve",

@@ -1,4 +1,4 @@
-"""Freezing a prefix of a model's blocks, and undoing it.
+"""Freezing a prefix of a model's blocks, and thawing it again.
 
 Frozen means: no gradient is computed, nothing in the optimizer can move the parameters (neither momentum nor weight
 decay), their optimizer state is freed, and normalisation layers use and keep the statistics that they have, although
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,21 @@ _WANTED_MODE = "_spfde_wanted_mode"
 _UPDATED_IN_TRAINING = ("running_", "num_batches_tracked", "_u", "weight_u")
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """What freezing a block changed.
+
+    Attributes:
+        trained: its parameters that required gradients.
+        held: its norms, each with the ``train`` that a user had put on it.
+    """
+
+    trained: list[nn.Parameter]
+    held: list[tuple[nn.Module, object]]
+
+
 class Freezer:
-    """Freezes blocks front to back.
+    """Freezes blocks front to back, and thaws them back to front.
 
     Args:
         model: the model; parameters and modules are found by the names in the blocks.
@@ -53,57 +67,62 @@ class Freezer:
             [modules[name] for name in block.modules if name in modules and _changes_in_training(modules[name])]
             for block in blocks
         ]
-        self._n_frozen = 0
-        self._trained: list[nn.Parameter] = []  # those that required gradients before they were frozen
-        self._held: list[tuple[nn.Module, object]] = []  # norms, with the ``train`` that a user had put on one
+        self._frozen: list[_Frozen] = []
 
     @property
     def n_frozen(self) -> int:
         """Number of frozen blocks; they are the first ones."""
-        return self._n_frozen
+        return len(self._frozen)
 
     @property
     def frozen_parameters(self) -> frozenset[str]:
         """Names of the parameters in frozen blocks."""
-        return frozenset(name for block in self._blocks[: self._n_frozen] for name in block.parameters)
+        return frozenset(name for block in self._blocks[: self.n_frozen] for name in block.parameters)
 
     def freeze_to(self, n_blocks: int) -> None:
-        """Freeze the first ``n_blocks`` blocks; those that are frozen already stay so.
+        """Freeze the first ``n_blocks`` blocks and no others; those that are frozen already stay so.
+
+        A block that thaws trains on from its weights; optimizer state, which was freed, begins anew.
 
         Raises:
-            UsageError: fewer blocks than are frozen already, or more than there are.
+            UsageError: a number below 0, or more blocks than there are.
         """
-        if not self._n_frozen <= n_blocks <= len(self._blocks):
-            raise UsageError(
-                f"n_blocks={n_blocks}: must be between {self._n_frozen} (frozen already) and {len(self._blocks)} "
-                "(all blocks). Call unfreeze_all() first to go back."
-            )
-        for index in range(self._n_frozen, n_blocks):
-            for parameter in self._parameters[index]:
-                if parameter.requires_grad:
-                    self._trained.append(parameter)
-                    parameter.requires_grad_(False)
-                # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
-                parameter.grad = None
-                self._optimizer.state.pop(parameter, None)
-            for norm in self._norms[index]:
-                self._held.append((norm, vars(norm).get("train")))
-                hold_in_eval(norm)
-        self._n_frozen = n_blocks
+        if not 0 <= n_blocks <= len(self._blocks):
+            raise UsageError(f"n_blocks={n_blocks}: must be between 0 and {len(self._blocks)} (all blocks).")
+        while self.n_frozen > n_blocks:
+            self._thaw(self._frozen.pop())
+        for index in range(self.n_frozen, n_blocks):
+            self._frozen.append(self._freeze(index))
 
     def unfreeze_all(self) -> None:
         """Put back what freezing changed: ``requires_grad`` as each parameter had it, and the modes of the norms."""
-        for parameter in self._trained:
+        self.freeze_to(0)
+
+    def _freeze(self, index: int) -> _Frozen:
+        trained = [parameter for parameter in self._parameters[index] if parameter.requires_grad]
+        for parameter in self._parameters[index]:
+            parameter.requires_grad_(False)
+            # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
+            parameter.grad = None
+            self._optimizer.state.pop(parameter, None)
+        held = []
+        for norm in self._norms[index]:
+            held.append((norm, vars(norm).get("train")))
+            hold_in_eval(norm)
+        return _Frozen(trained, held)
+
+    @staticmethod
+    def _thaw(frozen: _Frozen) -> None:
+        for parameter in frozen.trained:
             parameter.requires_grad_(True)
-        for norm, own_train in self._held:
+        for norm, own_train in frozen.held:
             release(norm)
             if own_train is not None:
                 norm.train = own_train  # type: ignore[assignment,method-assign]
-        self._trained, self._held, self._n_frozen = [], [], 0
 
     def state_dict(self) -> dict[str, Any]:
         """The number of frozen blocks, and the names of the blocks to check against when it is loaded."""
-        return {"n_frozen": self._n_frozen, "blocks": [block.name for block in self._blocks]}
+        return {"n_frozen": self.n_frozen, "blocks": [block.name for block in self._blocks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Freeze as many blocks as the state says.
@@ -118,8 +137,6 @@ class Freezer:
                 f"The freezing state has n_frozen={n_frozen!r} of the blocks {names!r}, but the model has the blocks "
                 f"{mine!r}. Load it into the model and the recipe that it was saved with."
             )
-        if n_frozen < self._n_frozen:
-            self.unfreeze_all()
         self.freeze_to(n_frozen)
 
 
@@ -159,11 +176,11 @@ def train(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-def recompile_warning(model: nn.Module, n_freezings: int) -> str | None:
-    """A warning for users of ``torch.compile`` whose run freezes ``n_freezings`` times; None when it is not needed.
+def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
+    """A warning for users of ``torch.compile`` whose run has ``n_fronts`` frozen fronts; None when it is not needed.
 
-    A compiled model is compiled anew after each freezing, once for training and once for evaluation; beyond torch's
-    limit it runs without compilation.
+    A compiled model is compiled anew for each front that it has not had yet, none included, once for training and once
+    for evaluation; beyond torch's limit it runs without compilation.
     """
     compiled = any(
         getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
@@ -171,11 +188,11 @@ def recompile_warning(model: nn.Module, n_freezings: int) -> str | None:
     )
     if not compiled:
         return None
-    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_freezings + 1)
+    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_fronts + 1)
     if needed <= limit:
         return None
     return (
-        f"The compiled model will be frozen {n_freezings} times, and compiled anew each time for training and for "
+        f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
         f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} torch runs it uncompiled: set the limit to "
         f"{needed}."
     )

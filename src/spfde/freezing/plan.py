@@ -1,29 +1,36 @@
-"""When each block is frozen.
+"""What freezing is told, and what it plans: the technique with its fields, and the timeline of a run.
 
-The planner sees plain numbers: what one epoch of backpropagation through each block costs, with the density that the
-sparsity schedule gives it in that epoch. It returns a ``FreezePlan``, and all that a session asks of a plan is how many
-of the first blocks are frozen in an epoch; another scheme is another function that returns a plan.
+All that a session asks of a plan is how many of the first blocks are frozen in an epoch, and whether masks are at their
+target by then. The functions that make plans, one a scheme, are in ``spfde.freezing.schemes``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from spfde.errors import InvalidArgument, Problem, Problems
+from spfde.schedules import latest_beat
 from spfde.technique import Technique
+
+Scheme = Literal["single-shot", "single-shot-resume", "periodic", "delayed-periodic"]
 
 
 class ProgressiveFreezing(Technique):
     """Freeze the model from the front, block after block, so that a share of the training FLOPs is saved.
 
-    Source: SpFDE, section 3 (layer freezing) and appendix B, the single-shot scheme: once frozen, a block stays frozen.
-    The start epoch is the latest multiple of the update interval that reaches the target; then one block follows per
-    interval.
+    Source: SpFDE, section 3 (layer freezing) and appendix B (the four schemes). In each of them the frozen blocks are
+    a front prefix at every moment, and the same FLOPs reduction is solved for:
+
+    - "single-shot": from the start epoch on, one block more is frozen at each beat, and stays frozen.
+    - "single-shot-resume": as before, but ``resume_epochs`` earlier, and everything trains again for that long at the
+      end.
+    - "periodic": front blocks train one epoch in four, middle blocks one in two, the others always.
+    - "delayed-periodic": everything trains until the start epoch, and then as in "periodic".
+
+    Departures: the appendix names no default for ``resume_epochs`` and for the delay; ours are below.
     """
 
     name: ClassVar[str] = "progressive-freezing"
@@ -50,8 +57,8 @@ class ProgressiveFreezing(Technique):
     start_epoch: int | None = Field(
         default=None,
         ge=0,
-        description="epoch at which the first block is frozen, a multiple of the update interval; None: as late as the "
-        "target allows",
+        description="epoch at which the first block is frozen, or from which on blocks pause periodically, a multiple "
+        "of the update interval; None: as late as the target allows, and pauses within the first quarter of the run",
     )
     blocks: tuple[str, ...] | None = Field(
         default=None, description="names of the modules to freeze at once, in order of execution; None: found"
@@ -65,9 +72,35 @@ class ProgressiveFreezing(Technique):
     cache_precision: Literal["fp16", "int8"] = Field(default="fp16", description="of what is kept: 'fp16' or 'int8'")
     cache_limit_gib: float = Field(default=8.0, gt=0, description="room for what is kept, in GiB; fewer variants fit")
     cache_folder: str | None = Field(default=None, description="folder for a memory-mapped file; None: in memory")
-    scheme: Literal["single-shot"] = Field(
-        default="single-shot", description="'single-shot': frozen blocks stay frozen"
+    scheme: Scheme = Field(
+        default="single-shot", description="'single-shot', 'single-shot-resume', 'periodic' or 'delayed-periodic'"
     )
+    resume_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="with 'single-shot-resume': last epochs, in which all blocks train again, a multiple of the update "
+        "interval; None: about a tenth of the run",
+    )
+
+    @property
+    def thaws(self) -> bool:
+        """True when frozen blocks train again."""
+        return self.scheme != "single-shot"
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        if self.resume_epochs is not None and self.scheme != "single-shot-resume":
+            raise ValueError("resume_epochs belongs to scheme='single-shot-resume'")
+        if self.scheme == "periodic" and self.start_epoch is not None:
+            raise ValueError("start_epoch delays the periods: that is scheme='delayed-periodic'")
+        if self.scheme == "delayed-periodic" and self.start_epoch is not None and self.flops_reduction == 0:
+            raise ValueError("scheme='delayed-periodic' needs a flops_reduction above 0: it says how many blocks pause")
+        if self.cache_variants and self.thaws:
+            raise ValueError(
+                "cache_variants keeps what blocks make of a sample while they are frozen for good: it "
+                "needs scheme='single-shot'"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -75,22 +108,75 @@ class FreezePlan:
     """A timeline of freezing.
 
     Attributes:
-        freeze_epochs: for each block the epoch at whose start it is frozen, None where it never is.
-        start_epoch: epoch at which the first block is frozen (T_frz), None where nothing is.
+        n_blocks: number of blocks.
+        frozen: for each epoch how many of the first blocks are frozen.
         reduction: share of the training FLOPs without freezing that is saved.
+        pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
+            is at its target before it is frozen.
     """
 
-    freeze_epochs: tuple[int | None, ...]
-    start_epoch: int | None
+    n_blocks: int
+    frozen: tuple[int, ...]
     reduction: float
+    pauses: bool = False
+
+    @property
+    def freeze_epochs(self) -> tuple[int | None, ...]:
+        """For each block the first epoch in which it is frozen, None where it never is."""
+        firsts: list[int | None] = [None] * self.n_blocks
+        for epoch, count in reversed(list(enumerate(self.frozen))):
+            firsts[:count] = [epoch] * count
+        return tuple(firsts)
+
+    @property
+    def start_epoch(self) -> int | None:
+        """The first epoch in which a block is frozen (T_frz), None where none ever is."""
+        return next((epoch for epoch, count in enumerate(self.frozen) if count), None)
+
+    @property
+    def resume_epoch(self) -> int | None:
+        """The epoch from which all blocks train again, to the end; None where some are frozen in the last epoch.
+
+        None for pauses and where nothing is frozen, too.
+        """
+        if self.pauses or not any(self.frozen) or self.frozen[-1]:
+            return None
+        return max(epoch for epoch, count in enumerate(self.frozen) if count) + 1
 
     def n_frozen_at(self, epoch: int) -> int:
-        """Number of blocks that are frozen during ``epoch``; they are the first ones."""
-        return sum(self.frozen_by(epoch))
+        """Number of blocks that are frozen during ``epoch``; they are the first ones. After the run as in its end."""
+        return self.frozen[min(epoch, len(self.frozen) - 1)]
 
-    def frozen_by(self, epoch: int) -> tuple[bool, ...]:
-        """For each block: is it frozen during ``epoch``?"""
-        return tuple(at is not None and at <= epoch for at in self.freeze_epochs)
+    def last_turn(self, block: int, epoch: int, interval: int) -> int | None:
+        """The latest beat up to ``epoch`` at which the block trains, and so its mask may change; None without one."""
+        beats = range(latest_beat(epoch, interval), -1, -interval)
+        return next((beat for beat in beats if self.n_frozen_at(beat) <= block), None)
+
+    def settles(self, block: int, epoch: int, interval: int) -> bool:
+        """Is the block at its target during ``epoch``, because it is frozen or about to be?
+
+        A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
+        no step left to make up for them. So it is at target from the last beat on at which it trains before it is
+        frozen. Through a pause masks stay as they are; then it is the last beat of all at which the block trains,
+        unless it trains in the last epoch, which prunes anyway. The sources say nothing of this case.
+        """
+        turn = self.last_turn(block, epoch, interval)
+        if turn is None:
+            return True
+        if not self.pauses:
+            return self.n_frozen_at(turn + interval) > block
+        end = len(self.frozen)
+        to_come = (*range(turn + interval, end, interval), end - 1)
+        return turn < end - 1 and all(self.frozen[beat] > block for beat in to_come)
+
+    @property
+    def learning_stops(self) -> tuple[int, ...]:
+        """For each block the epoch at which its learning rate reaches its end: its freeze epoch, or the run's length.
+
+        A pause ends nothing. What trains again at the end of a run follows the never frozen from ``resume_epoch`` on.
+        """
+        run = len(self.frozen)
+        return tuple(run if at is None or self.pauses else at for at in self.freeze_epochs)
 
 
 def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float) -> int:
@@ -106,97 +192,3 @@ def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float
         frozen += count
         distances.append(abs(frozen - wanted))
     return distances.index(min(distances)) + 1 if distances else 0
-
-
-def freezing_saving(backward: Sequence[Sequence[float]], freeze_epochs: Sequence[int | None]) -> float:
-    """FLOPs of backpropagation that are not done when each block is frozen at its epoch."""
-    return math.fsum(
-        flops for block, at in zip(backward, freeze_epochs, strict=False) if at is not None for flops in block[at:]
-    )
-
-
-def solve(
-    backward: Sequence[Sequence[float]],
-    total: float,
-    *,
-    flops_reduction: float,
-    interval: int,
-    epochs: int,
-    n_blocks: int,
-    start_epoch: int | None = None,
-) -> FreezePlan:
-    """Choose the freeze epoch of each block (SpFDE, algorithm 1).
-
-    The start is the largest positive multiple of ``interval`` from which the first ``n_blocks`` blocks, frozen one per
-    interval, save ``flops_reduction * total``. Then blocks are frozen front to back until the target is met.
-
-    Args:
-        backward: ``backward[b][e]``, FLOPs of backpropagation through block ``b`` in epoch ``e``, front to back.
-        total: training FLOPs of the whole run without freezing.
-        flops_reduction: share of ``total`` to save; 0 freezes nothing, or all ``n_blocks`` when ``start_epoch`` is
-            given.
-        interval: Δτ in epochs.
-        epochs: length of the run.
-        n_blocks: number of blocks that may be frozen.
-        start_epoch: fixes the start instead of solving for it.
-
-    Raises:
-        InvalidArgument: the target cannot be reached (the most possible is named), or the start is no beat of the run.
-    """
-    n_blocks = min(n_blocks, len(backward))
-    never: tuple[int | None, ...] = (None,) * len(backward)
-    if start_epoch is not None:
-        _check_start(start_epoch, interval, epochs)
-    elif flops_reduction == 0:
-        return FreezePlan(never, None, 0.0)
-
-    def staggered(start: int, count: int) -> tuple[int | None, ...]:
-        at = [start + index * interval for index in range(count)]
-        return tuple(epoch if epoch < epochs else None for epoch in at) + never[count:]
-
-    def reduction(plan: Sequence[int | None]) -> float:
-        return freezing_saving(backward, plan) / total if total else 0.0
-
-    # Saving grows as the start moves forward: the first one that reaches the target, from the end, is the latest.
-    starts = range((epochs - 1) // interval * interval, 0, -interval) if start_epoch is None else (start_epoch,)
-    target = flops_reduction - 1e-12  # a sum may fall short of a target that is met exactly
-    start = next((at for at in starts if reduction(staggered(at, n_blocks)) >= target), None)
-    if start is None:
-        earliest = starts[-1] if starts else interval
-        most = reduction(staggered(earliest, n_blocks))
-        raise _unreachable(flops_reduction, most, earliest, n_blocks, fixed=start_epoch is not None)
-    count = n_blocks
-    if flops_reduction > 0:
-        count = next(n for n in range(1, n_blocks + 1) if reduction(staggered(start, n)) >= target)
-    plan = staggered(start, count)
-    return FreezePlan(plan, start if any(at is not None for at in plan) else None, reduction(plan))
-
-
-def _check_start(start_epoch: int, interval: int, epochs: int) -> None:
-    problems = Problems()
-    if start_epoch % interval:
-        below = start_epoch - start_epoch % interval
-        problems.add(
-            "start_epoch",
-            start_epoch,
-            f"must be a multiple of the update interval ({interval} epochs)",
-            f"Pass {below} or {below + interval}, or change update_interval_epochs.",
-        )
-    if start_epoch >= epochs:
-        problems.add("start_epoch", start_epoch, f"must lie within the run ({epochs} epochs)", "Start earlier.")
-    problems.raise_if_any()
-
-
-def _unreachable(wanted: float, possible: float, start: int, n_blocks: int, *, fixed: bool) -> InvalidArgument:
-    # Rounded down, so that the figure in the message can be asked for.
-    most = math.floor(possible * 1000) / 1000
-    remedy = "start earlier" if fixed else "train for more epochs, or shorten update_interval_epochs"
-    return InvalidArgument(
-        Problem(
-            "flops_reduction",
-            wanted,
-            f"cannot be reached: the most possible is {most:.3f}, with {n_blocks} blocks frozen one by one from "
-            f"epoch {start} on",
-            f"Ask for at most {most:.3f}, raise fraction, {remedy}.",
-        )
-    )

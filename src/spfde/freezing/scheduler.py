@@ -20,7 +20,8 @@ class BlockwiseCosine(Technique):
     """A cosine over the epochs in which a block is trained, so that no block is frozen at a high learning rate.
 
     Source: SpFDE, section 3, "according to the total active training epoch of each layer/block"; the formula is ours,
-    the usual cosine with the block's freeze epoch for its length. What is never frozen has the length of the run.
+    the usual cosine with the block's freeze epoch for its length. What is never frozen, or pauses periodically, has the
+    length of the run. What trains again at the end of the run takes the small rate that the never frozen have by then.
     """
 
     name: ClassVar[str] = "blockwise-cosine"
@@ -69,6 +70,7 @@ class GroupRates:
             the head.
         stops: for each block the epoch at which it is frozen, or the length of the run; the last one is the head's.
         technique: the shape of the cosine.
+        resume_epoch: from this epoch on every block has the head's rate.
 
     Raises:
         InvalidArgument: the optimizer has a learning-rate scheduler (``initial_lr``) or supports one group only,
@@ -82,11 +84,14 @@ class GroupRates:
         block_of: Mapping[int, int],
         stops: Sequence[int],
         technique: BlockwiseCosine,
+        *,
+        resume_epoch: int | None = None,
     ) -> None:
         Problems(check_rates(optimizer, technique, stops)).raise_if_any()
         self._optimizer = optimizer
         self._stops = tuple(stops)
         self._technique = technique
+        self._resume_epoch = resume_epoch
         self._originals: list[dict[str, Any]] = list(optimizer.param_groups)
         self._bases = [float(group["lr"]) for group in self._originals]
         self._layout: list[_Part] = []
@@ -109,11 +114,12 @@ class GroupRates:
                 "a learning-rate scheduler was put on the optimizer (initial_lr in its groups) while BlockwiseCosine "
                 "drives the rates. Remove one of them; Recipe(learning_rate=None) leaves the rates to you."
             )
+        is_resumed = self._resume_epoch is not None and epoch >= self._resume_epoch
         for group, part in zip(self._optimizer.param_groups, self._layout, strict=False):
             value = rate(
                 self._bases[part.origin],
                 epoch,
-                stop=self._stops[part.block],
+                stop=self._stops[-1 if is_resumed else part.block],
                 warmup=self._technique.warmup_epochs,
                 final=self._technique.final,
             )

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,24 @@ class Run:
             pending = to_come is not None and to_come >= done and not self.finished
             result.append(int(to_come) if seen is None and pending and to_come is not None else seen)
         return result
+
+    def frozen_spans(self) -> list[list[tuple[int, int]]]:
+        """For each block the spans of epochs, ends excluded, in which it is frozen: what happened, then the plan.
+
+        A plan that does not say how many blocks are frozen in each epoch is taken to keep them frozen.
+        """
+        counted = dict(zip(*self.points("frozen_blocks"), strict=True))
+        planned = self.section("plan").get("frozen_blocks")
+        if isinstance(planned, list) and not self.finished:
+            to_come = ((epoch, number(count)) for epoch, count in enumerate(planned) if epoch not in counted)
+            counted |= {epoch: count for epoch, count in to_come if count is not None}
+        spans: list[list[tuple[int, int]]] = []
+        for block, first in enumerate(self.freeze_epochs()):
+            stays = self.planned_epochs if first is None else first
+            frozen = [counted[e] > block if e in counted else e >= stays for e in range(self.planned_epochs)]
+            edges = [e for e, (a, b) in enumerate(pairwise([False, *frozen, False])) if a != b]
+            spans.append(list(zip(edges[::2], edges[1::2], strict=True)))
+        return spans
 
     def block_names(self) -> list[str]:
         """A name for each entry of ``freeze_epochs()``."""

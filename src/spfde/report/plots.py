@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from matplotlib.patches import Patch
@@ -136,14 +136,15 @@ def _freezing(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
 
 
 def _timeline(axes: Any, run: Run, theme: Theme) -> None:
-    """One bar a block, front block on top: filled while it learns, hatched once it is frozen."""
-    freeze, names, end = run.freeze_epochs(), run.block_names(), run.planned_epochs
-    for block, epoch in enumerate(freeze):
-        stop = end if epoch is None else min(epoch, end)
-        axes.barh(block, stop, height=0.72, color=theme.runs[0])
-        if stop < end:
-            hatched = {"color": theme.background, "edgecolor": theme.runs[5], "hatch": "////", "linewidth": 0.5}
-            axes.barh(block, end - stop, left=stop, height=0.72, **hatched)
+    """One bar a block, front block on top: filled while it learns, hatched while it is frozen."""
+    names, end = run.block_names(), run.planned_epochs
+    hatched = {"color": theme.background, "edgecolor": theme.runs[5], "hatch": "////", "linewidth": 0.5}
+    for block, spans in enumerate(run.frozen_spans()):
+        edges = [0, *(edge for span in spans for edge in span), end]
+        for number, (start, stop) in enumerate(pairwise(edges)):
+            if start < stop:
+                look = hatched if number % 2 else {"color": theme.runs[0]}
+                axes.barh(block, stop - start, left=start, height=0.72, **look)
     done = run.epochs[-1].epoch + 1 if run.epochs else 0
     if not run.finished and done < end:
         axes.axvline(done, color=theme.text, linewidth=1.4)
