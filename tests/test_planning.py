@@ -68,11 +68,18 @@ def test_ten_of_fifteen_blocks_are_frozen_one_each_interval(resnet32: nn.Module)
     assert bill.freeze_epochs[len(epochs) :] == (None,) * (15 - len(epochs))
 
 
-@pytest.mark.parametrize("reduction", [0.20, 0.25])
-def test_memory_by_the_papers_accounting_is_within_its_figures(resnet32: nn.Module, reduction: float) -> None:
-    paper = cifar_plan(resnet32, spfde_recipe(reduction, soft_bound=False)).memory["paper"]
+@pytest.mark.parametrize(
+    ("reduction", "soft_bound", "average"),
+    [(0.20, False, 0.207), (0.25, False, 0.247), (0.20, True, 0.232), (0.25, True, 0.272)],
+)
+def test_memory_by_the_papers_accounting_is_within_its_figures(
+    resnet32: nn.Module, reduction: float, soft_bound: bool, average: float
+) -> None:
+    """42-44 % below at the minimum, 20-25 % on average; under the soft bound freezing starts earlier and saves more."""
+    paper = cifar_plan(resnet32, spfde_recipe(reduction, soft_bound=soft_bound)).memory["paper"]
     assert 0.42 <= 1 - paper.minimum_of_sparse <= 0.44
-    assert 0.20 <= 1 - paper.average_of_sparse <= 0.255
+    assert 1 - paper.average_of_sparse == pytest.approx(average, abs=0.001)
+    assert soft_bound or 0.20 <= average <= 0.25
 
 
 def test_what_autograd_really_holds_is_less_than_the_paper_counts(resnet32: nn.Module) -> None:

@@ -245,3 +245,20 @@ def test_an_unknown_structure_is_refused_with_the_nearest_name() -> None:
 def test_a_structure_that_a_method_cannot_keep_is_refused(method: Callable[[], object], rule: str) -> None:
     with pytest.raises(InvalidArgument, match=rule):
         method()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("sparsity", 0.9, "MEST(sparsity=0.9)"),
+        ("freezing", 0.2, "ProgressiveFreezing(flops_reduction=0.2)"),
+        ("sieving", 0.2, "DataSieving(removed_fraction=0.2)"),
+        ("learning_rate", "cosine", "BlockwiseCosine()"),
+    ],
+)
+def test_a_bare_value_in_a_techniques_place_is_refused_with_the_technique(name: str, value: Any, remedy: str) -> None:
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        spfde.Recipe(**{name: value})
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(f"{name}={value!r}: must be a technique or None. Expected: ")
+    assert remedy in problem.remedy

@@ -163,8 +163,11 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps", rich_help_panel=_MACHINE)] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16", rich_help_panel=_MACHINE)] = "fp32",
     workers: Annotated[
-        int, typer.Option(help="loader processes; images in memory need none", rich_help_panel=_MACHINE)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="loader processes", rich_help_panel=_MACHINE, show_default="none for images in memory, else one a core"
+        ),
+    ] = None,
     data_root: Annotated[
         Path, typer.Option(help="where torchvision's sets lie or are put", rich_help_panel=_MACHINE)
     ] = Path("data"),
@@ -243,7 +246,12 @@ def plan(
     sieve: Sieve = None,
     soft_bound: SoftBound = None,
     interval: Interval = "auto",
-    epochs: Epochs = 160,
+    epochs: Annotated[
+        int,
+        typer.Option(
+            help="length of the run in epochs; here the paper's, where spfde train takes 20", rich_help_panel=_TRAINING
+        ),
+    ] = 160,
     batch_size: BatchSize = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:

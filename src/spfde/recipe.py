@@ -32,10 +32,14 @@ class Recipe(Technique):
     """
 
     # SerializeAsAny is not needed: ``to_dict`` writes the techniques itself, with their method's name.
-    sparsity: SparsityMethod | None = None
-    freezing: ProgressiveFreezing | None = None
-    sieving: DataSieving | OneTimeRemoval | None = None
-    learning_rate: BlockwiseCosine | None = None
+    sparsity: SparsityMethod | None = Field(
+        default=None, description="a sparse training method, such as MEST(sparsity=0.9)"
+    )
+    freezing: ProgressiveFreezing | None = Field(default=None, description="ProgressiveFreezing(flops_reduction=0.2)")
+    sieving: DataSieving | OneTimeRemoval | None = Field(
+        default=None, description="DataSieving(removed_fraction=0.2) or OneTimeRemoval(removed_fraction=0.2)"
+    )
+    learning_rate: BlockwiseCosine | None = Field(default=None, description="BlockwiseCosine()")
     update_interval_epochs: int | Literal["auto"] = Field(
         default="auto", description='a whole number of epochs from 1 on, or "auto"'
     )
@@ -49,6 +53,13 @@ class Recipe(Technique):
         "freezing": ProgressiveFreezing,
         "learning_rate": BlockwiseCosine,
     }
+
+    @field_validator("sparsity", "freezing", "sieving", "learning_rate", mode="before")
+    @classmethod
+    def _a_technique(cls, value: object) -> object:
+        if value is None or isinstance(value, (Technique, Mapping)):
+            return value
+        raise ValueError("must be a technique or None")
 
     @field_validator("update_interval_epochs", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,33 @@ import pytest
 
 import spfde
 from spfde import presets
+from spfde.app.data import load_data
 from spfde.app.options import TrainOptions, absolute_source, choose_recipe, read_recipe
+from spfde.app.setup import workers_for
 from spfde.errors import InvalidArgument, RunFolderError, StateMismatch
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(
+        ("in_memory", "asked", "cores", "expected"),
+        [
+            (True, None, 4, 0),
+            (False, None, 4, 4),
+            (False, None, 64, 8),
+            (False, None, None, 1),
+            (False, 0, 4, 0),
+            (True, 3, 4, 3),
+        ],
+    )
+    def test_images_that_have_to_be_decoded_get_a_worker_a_core(
+        self, in_memory: bool, asked: int | None, cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("os.cpu_count", lambda: cores)
+        data = replace(load_data("fashion-mini", root="unused"), in_memory=in_memory)
+        assert workers_for(data, asked) == expected
+        assert TrainOptions().workers is None
 
 
 class TestChooseRecipe:

@@ -55,7 +55,9 @@ class TrainOptions(Technique):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="bf16 halves memory, fp16 needs a GPU, fp32 always works"
     )
-    workers: int = Field(default=0, ge=0, description="a number of processes, 0 or more")
+    workers: int | None = Field(
+        default=None, ge=0, description="a number of processes, 0 or more; None: what the data need"
+    )
     track: tuple[str, ...] = ()
     keep_every: int | None = Field(default=None, ge=1, description="a whole number of epochs from 1 on")
     dense_timing_steps: int = Field(default=5, ge=0, description="a number of steps, 0 or more")

@@ -198,6 +198,7 @@ def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tup
     The order has a generator of its own: a loader draws from its generator whenever it starts workers, so that with one
     for both the order would depend on their number, and on when a run was resumed.
     """
+    workers = workers_for(data, options.workers)
     order = torch.Generator().manual_seed(options.seed)
     train: DataLoader[Any] = DataLoader(
         data.train,
@@ -205,18 +206,25 @@ def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tup
         sampler=RandomSampler(data.train, generator=order),  # type: ignore[arg-type]  # it has a length
         generator=torch.Generator().manual_seed(options.seed),
         collate_fn=collate,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=pin_memory,
     )
     test: DataLoader[Any] = DataLoader(
         data.test,
         batch_size=EVALUATION_BATCH,
         collate_fn=collate,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
     return train, test
+
+
+def workers_for(data: ImageData, asked: int | None) -> int:
+    """Loader processes: as many as were asked for, or one a core (up to eight) where images have to be decoded."""
+    if asked is not None:
+        return asked
+    return 0 if data.in_memory else min(8, os.cpu_count() or 1)
 
 
 def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
