@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -492,9 +493,18 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
     lines = []
     for problem in error.problems:
         option = _OPTION_OF_FIELD.get(problem.argument, problem.argument)
-        is_option = option in given
-        lines.append(str(replace(problem, argument=f"--{option.replace('_', '-')}") if is_option else problem))
+        argument = f"--{option.replace('_', '-')}" if option in given else problem.argument
+        lines.append(str(replace(problem, argument=argument, remedy=_remedy_in_options(problem.remedy, context))))
     return "\n".join(lines)
+
+
+def _remedy_in_options(remedy: str, context: typer.Context) -> str:
+    """A remedy of the library as a person at the command line can follow it."""
+    for field, option in _OPTION_OF_FIELD.items():
+        if "_" in field and option in context.params:  # other names are words of the language as well
+            remedy = re.sub(rf"\b{field}=", f"--{option} ", remedy)
+            remedy = re.sub(rf"\b{field}\b", f"--{option}", remedy)
+    return remedy.replace("raise fraction", "raise fraction in a recipe file")
 
 
 def _fail(message: str) -> NoReturn:

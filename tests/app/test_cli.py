@@ -306,7 +306,7 @@ BAD_OPTIONS = [
     ("--sparsity 1.0", "--sparsity=1.0: ", "less than 1", "[0, 1)"),
     ("--sparsity -0.1", "--sparsity=-0.1: ", "greater than or equal to 0", "[0, 1)"),
     ("--sparsity nan", "--sparsity=nan: ", "finite"),
-    ("--freeze 0.9", "--freeze=0.9: cannot be reached: the most possible is 0.", "Ask for at most"),
+    ("--freeze 0.9", "--freeze=0.9: cannot be reached: the most possible is 0.", "Ask for --freeze 0."),
     ("--freeze 1", "--freeze=1.0: ", "[0, 1)"),
     ("--engine masked --cache-variants 2", "--cache-variants=2: needs the native engine", "Set it to 0"),
     ("--recipe mest --cache-variants 2", "--cache-variants=2: recipe mest freezes nothing", "--freeze 0.2"),
@@ -349,6 +349,25 @@ class TestBadInput:
     ) -> None:
         argv = ["train", "--data", tiny, "--epochs", 8, "--batch-size", 16, "--out", "run", *options.split()]
         assert_refused(spfde(*argv), *told)
+        assert list(here.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("epochs", "remedy"),
+        [
+            (1, "Train for more epochs, or freeze nothing (--freeze 0)."),
+            (
+                4,
+                "Ask for --freeze 0.135 at most, raise fraction in a recipe file, train for more epochs, or",
+            ),
+        ],
+    )
+    def test_a_run_too_short_for_the_recipe_is_refused_with_options_as_the_remedy(
+        self, epochs: int, remedy: str, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        for command in ("plan", "train"):
+            ended = spfde(command, "--epochs", epochs)
+            assert_refused(ended, "flops_reduction=0.2: cannot be reached", remedy)
+            assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:

@@ -207,12 +207,17 @@ def _check_beat(name: str, value: int, savings: Savings) -> None:
 def _unreachable(savings: Savings, possible: float, how: str, start_epoch: int | None) -> InvalidArgument:
     # Rounded down, so that the figure in the message can be asked for.
     most = math.floor(possible * 1000) / 1000
-    longer = "train for more epochs, or shorten update_interval_epochs"
+    longer = "start earlier" if start_epoch is not None else "train for more epochs, or shorten update_interval_epochs"
+    remedy = (
+        f"Ask for flops_reduction={most:.3f} at most, raise fraction, {longer}."
+        if most
+        else "Train for more epochs, or freeze nothing (flops_reduction=0)."
+    )
     return InvalidArgument(
         Problem(
             "flops_reduction",
             savings.flops_reduction,
             f"cannot be reached: the most possible is {most:.3f}, with {how}",
-            f"Ask for at most {most:.3f}, raise fraction, {'start earlier' if start_epoch is not None else longer}.",
+            remedy,
         )
     )
