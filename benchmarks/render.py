@@ -1,11 +1,11 @@
 """Write docs/benchmarks.md, and the README's table of results, from benchmarks/results/*.json.
 
-    python benchmarks/render.py                     # docs/benchmarks.md, and the README between its two markers
+    python benchmarks/render.py                     # docs/benchmarks.md, and two READMEs between their markers
     python benchmarks/render.py --check             # change nothing; exit 1 where a file is not up to date
     python benchmarks/render.py --print             # print the README's table
 
 In README.md the table stands between ``<!-- results:start -->`` and ``<!-- results:end -->``; without them the README
-is left alone.
+is left alone. The table of all methods stands in docs/methods/README.md in the same way.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import BENCHMARKS, RESULTS, Figure, Result, markdown, markdown_table, met_text, show
+from _common import BENCHMARKS, RESULTS, Figure, Result, markdown, markdown_table, met_text, show, stamp_line
 
 ROOT = BENCHMARKS.parent
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-_REGION = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+METHODS_START, METHODS_END = "<!-- methods:start -->", "<!-- methods:end -->"
 # The order of the page; a result that is not named here follows after.
 ORDER = (
     "bookkeeping",
@@ -31,6 +31,8 @@ ORDER = (
     "start_up",
     "export",
     "analysis",
+    "methods",
+    "mutation",
     "planned_figures",
 )
 HEAD = """# Benchmarks
@@ -84,9 +86,22 @@ def readme_region(results: Sequence[Result]) -> str:
     return f"{START}\n{table}{below}\n{END}"
 
 
+def methods_region(results: Sequence[Result]) -> str:
+    """What stands in docs/methods/README.md between its markers: the table of all methods."""
+    found = [result for result in results if result.name == "methods"]
+    tables = [markdown_table(table.columns, table.rows) for result in found for table in result.tables]
+    notes = [f"- {note}" for result in found for note in result.notes]
+    below = [f"`{result.command}` · {stamp_line(result.stamp)}" for result in found]
+    settings = [", ".join(f"{name} {value}" for name, value in result.settings.items()) + "." for result in found]
+    parts = [*tables, "\n".join(notes), *settings, *below] if found else ["Run `python benchmarks/methods.py`."]
+    return METHODS_START + "\n" + "\n\n".join(part for part in parts if part) + "\n" + METHODS_END
+
+
 def with_region(text: str, region: str) -> str:
-    """A README with its region replaced; as it was where there are no markers."""
-    return _REGION.sub(lambda _: region, text, count=1)
+    """A page with the region replaced that has the same markers; as it was where there are none."""
+    lines = region.splitlines()
+    start, end = lines[0], lines[-1]
+    return re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _: region, text, count=1, flags=re.DOTALL)
 
 
 def _with_spread(figure: Figure) -> str:
@@ -117,8 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     readme, docs = options.root / "README.md", options.root / "docs" / "benchmarks.md"
     wanted = {docs: page(results)}
-    if readme.is_file():
-        wanted[readme] = with_region(readme.read_text(encoding="utf-8"), region)
+    for path, part in ((readme, region), (options.root / "docs" / "methods" / "README.md", methods_region(results))):
+        if path.is_file():
+            wanted[path] = with_region(path.read_text(encoding="utf-8"), part)
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if options.check:
