@@ -16,6 +16,8 @@ _HOMES = {
     "SET": "spfde.sparsity",
     "RigL": "spfde.sparsity",
     "MEST": "spfde.sparsity",
+    "SETITOP": "spfde.sparsity",
+    "RigLITOP": "spfde.sparsity",
     "SNIP": "spfde.sparsity",
     "GraSP": "spfde.sparsity",
     "SynFlow": "spfde.sparsity",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from spfde.sparsity import MEST as MEST
     from spfde.sparsity import NM as NM
     from spfde.sparsity import SET as SET
+    from spfde.sparsity import SETITOP as SETITOP
     from spfde.sparsity import SNFS as SNFS
     from spfde.sparsity import SNIP as SNIP
     from spfde.sparsity import STR as STR
@@ -95,6 +98,7 @@ if TYPE_CHECKING:
     from spfde.sparsity import Kernels as Kernels
     from spfde.sparsity import Patterns as Patterns
     from spfde.sparsity import RigL as RigL
+    from spfde.sparsity import RigLITOP as RigLITOP
     from spfde.sparsity import StaticSparse as StaticSparse
     from spfde.sparsity import SynFlow as SynFlow
     from spfde.sparsity import TopKAST as TopKAST

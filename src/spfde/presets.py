@@ -11,7 +11,23 @@ from spfde.errors import InvalidArgument, Problem, nearest
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import Recipe
 from spfde.sieving import DataSieving, OneTimeRemoval
-from spfde.sparsity import DSR, GMP, MEST, SET, SNFS, SNIP, STR, DeepR, GraSP, RigL, StaticSparse, SynFlow, TopKAST
+from spfde.sparsity import (
+    DSR,
+    GMP,
+    MEST,
+    SET,
+    SETITOP,
+    SNFS,
+    SNIP,
+    STR,
+    DeepR,
+    GraSP,
+    RigL,
+    RigLITOP,
+    StaticSparse,
+    SynFlow,
+    TopKAST,
+)
 
 dense = Recipe()
 """The plain loop: every weight, every layer, every sample."""
@@ -25,12 +41,10 @@ set = Recipe(sparsity=SET(sparsity=0.9))
 rigl = Recipe(sparsity=RigL(sparsity=0.9))
 """RigL: drop the smallest, grow where the dense gradient is largest."""
 
-set_itop = Recipe(sparsity=SET(sparsity=0.9, distribution="erk", drop_fraction=0.5))
-"""SET-ITOP: half of the weights change places, layers by ERK, so that many weights are tried; session.explored counts.
+set_itop = Recipe(sparsity=SETITOP(sparsity=0.9))
+"""SET-ITOP: half of the weights change places, layers by ERK; ``session.explored`` is the rate that counts."""
 
-The authors mutate every 1,500 steps (SET) and 4,000 steps (RigL) of 128 samples on CIFAR; give Δτ to match."""
-
-rigl_itop = Recipe(sparsity=RigL(sparsity=0.9, distribution="erk", drop_fraction=0.5, stop_fraction=1.0))
+rigl_itop = Recipe(sparsity=RigLITOP(sparsity=0.9))
 """RigL-ITOP: the same with growth by the dense gradient."""
 
 snip = Recipe(sparsity=SNIP(sparsity=0.9))

@@ -13,6 +13,7 @@ from spfde.sparsity.methods.deepr import DeepR
 from spfde.sparsity.methods.dsr import DSR
 from spfde.sparsity.methods.evolution import SET
 from spfde.sparsity.methods.gradual import GMP
+from spfde.sparsity.methods.itop import SETITOP, RigLITOP
 from spfde.sparsity.methods.mest import MEST
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.methods.rigl import RigL
@@ -23,7 +24,23 @@ from spfde.sparsity.methods.topkast import TopKAST
 
 METHODS: dict[str, type[SparsityMethod]] = {
     method.name: method
-    for method in (StaticSparse, SET, RigL, MEST, SNIP, GraSP, SynFlow, DeepR, DSR, SNFS, TopKAST, GMP, STR)
+    for method in (
+        StaticSparse,
+        SET,
+        RigL,
+        MEST,
+        SETITOP,
+        RigLITOP,
+        DSR,
+        SNFS,
+        DeepR,
+        TopKAST,
+        SNIP,
+        GraSP,
+        SynFlow,
+        GMP,
+        STR,
+    )
 }
 
 __all__ = [
@@ -32,6 +49,7 @@ __all__ = [
     "MEST",
     "METHODS",
     "SET",
+    "SETITOP",
     "SNFS",
     "SNIP",
     "STR",
@@ -39,6 +57,7 @@ __all__ = [
     "GraSP",
     "PruningAtInitialisation",
     "RigL",
+    "RigLITOP",
     "SparsityMethod",
     "StaticSparse",
     "SynFlow",
