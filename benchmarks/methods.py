@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,17 @@ class MethodEntry(Entry):
         return options.model_copy(update={"model": super().model, "recipe": recipe.to_dict()})
 
 
-def row(runs: Runs, entry: MethodEntry, dense_flops: float) -> tuple[str, ...]:
-    """A method's line."""
+def row(runs: Runs, entry: MethodEntry, dense_flops: float, timed: Sequence[int]) -> tuple[str, ...]:
+    """A method's line; seconds are those of the ``timed`` seeds."""
     found = runs.summaries(entry)
+    seconds = [summary["seconds"] for summary, seed in zip(found, runs.seeds, strict=True) if seed in timed]
     flops = mean(found, "training_flops")
     return (
         entry.label,
         with_sd([summary["test_accuracy"] for summary in found], 4),
         f"{flops:.3g}",
         f"{flops / dense_flops:.1%}",
-        with_sd([summary["seconds"] for summary in found], 0),
+        with_sd(seconds, 0),
         f"{mean(found, 'final_sparsity'):.1%}",
         f"{statistics.mean(last_explored(runs, entry)):.1%}",
         found[0]["engine"],
@@ -79,6 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
     made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
+    made.add_argument(
+        "--timed-seeds",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="SEED",
+        help="seeds whose runs had the machine to themselves, of which seconds are told (all)",
+    )
     made.add_argument("--only", nargs="+", default=None, metavar="NAME", help="some of the methods, and dense")
     made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / "methods")
     options = made.parse_args(argv)
@@ -93,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     entries = [MethodEntry(name, name, epochs) for name in dict.fromkeys(["dense", *wanted]) if name in presets.PRESETS]
     if options.only is None and not options.quick:
         entries += [MethodEntry(f"mest, {group}", "mest", epochs, structure=group) for group in GROUPS]
+    timed = options.timed_seeds or seeds
     runs.train(entries)
     dense = mean(runs.summaries(entries[0]), "training_flops")
     figures = []
@@ -123,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                 Table(
                     "Each method (mean ± standard deviation over the seeds)",
                     columns,
-                    tuple(row(runs, entry, dense) for entry in entries),
+                    tuple(row(runs, entry, dense, timed) for entry in entries),
                 ),
             ),
             settings={
@@ -134,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             },
             notes=(
                 "explored: share of the masked weights that have been active at some time (ITOP's rate).",
+                f"Seconds are of seeds {' '.join(map(str, timed))}, one run after the other with nothing beside it.",
                 "Each run chooses its own engine; methods whose masks change at every step take the masked one.",
             ),
             stamp=stamped,
