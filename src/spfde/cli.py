@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 import warnings
@@ -117,7 +118,8 @@ def train(
     model: Model = "resnet8",
     out: Annotated[Path | None, typer.Option(help="run folder", show_default="a new one under runs/")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="go on with the run in this folder; takes no other option but --quiet")
+        Path | None,
+        typer.Option(help="go on with the run in this folder; takes no others but --engine and --quiet"),
     ] = None,
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
@@ -181,7 +183,7 @@ def train(
     with _clear_endings(context):
         if resume is not None:
             _refuse_other_options(context, resume)
-            _resume(resume, quiet=quiet)
+            _resume(resume, engine=engine if "engine" in _given_options(context) else None, quiet=quiet)
             return
         from spfde.app.options import TrainOptions, absolute_source, choose_recipe
         from spfde.errors import InvalidArgument, Problems
@@ -375,7 +377,7 @@ def methods() -> None:
     typer.echo(render_catalogue())
 
 
-def _resume(folder: Path, *, quiet: bool) -> None:
+def _resume(folder: Path, *, engine: str | None, quiet: bool) -> None:
     from spfde.app.options import TrainOptions
     from spfde.app.runs import CONFIG, SUMMARY, RunFolder
     from spfde.errors import RunFolderError
@@ -389,6 +391,8 @@ def _resume(folder: Path, *, quiet: bool) -> None:
             typer.echo(f"{folder} is finished: test accuracy {accuracy}")
         return
     options = TrainOptions.from_config(look.read_json(CONFIG), folder / CONFIG)
+    if engine is not None:
+        options = options.model_copy(update={"engine": engine})
     _run(options, folder, quiet=quiet, resume=True)
 
 
@@ -400,6 +404,7 @@ def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None
         from spfde.app.display import ConsoleDisplay
         from spfde.app.loop import train as train_loop
 
+        logging.getLogger("spfde").setLevel(logging.WARNING)  # the display tells which engine was chosen
         display = ConsoleDisplay(Console(quiet=quiet))
         train_loop(options, out, display, resume=resume)
     except KeyboardInterrupt:
@@ -409,6 +414,7 @@ def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None
         typer.echo(f"spfde: interrupted.{hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
+        logging.getLogger("spfde").setLevel(logging.NOTSET)
         if display is not None:
             display.stop()
     if not quiet:
@@ -428,7 +434,7 @@ def _new_folder(options: TrainOptions) -> Path:
 
 
 def _refuse_other_options(context: typer.Context, resume: Path) -> None:
-    given = sorted(_given_options(context) - {"resume", "quiet"})
+    given = sorted(_given_options(context) - {"resume", "engine", "quiet"})
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         _fail(

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.distributed import World, check_shared_loader
-from spfde.engines import Choice, check_engine, choose_engine, say_on_stderr
+from spfde.engines import Choice, check_engine, choose_engine, say_choice, say_on_stderr
 from spfde.errors import InvalidArgument, Problem, Problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.planning import Blueprint, check_epochs, check_recipe, draw
@@ -52,7 +52,8 @@ def attach(
         epochs: length of the run.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU) or "auto": native where it
-            can work and is expected to be faster. ``session.engine`` is the choice, ``session.engine_reason`` why.
+            can work and is expected to be faster, which a line on the standard error tells. ``session.engine`` is the
+            choice, ``session.engine_reason`` why.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
             default taken from the data set's first item.
         labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
@@ -72,8 +73,11 @@ def attach(
     blueprint = draw(model, sample, recipe, epochs)
     _check_rates(optimizer, recipe, blueprint)
     _warn_of_recompiles(model, blueprint)
-    choice = choose_engine(engine, model, blueprint, is_neutral=recipe.is_neutral, on_build=say_on_stderr)
-    _check_cache(unwrap(model), recipe, blueprint, choice)
+    choice = choose_engine(
+        engine, model, blueprint, sample=sample, batch_size=loader.batch_size or 1, is_neutral=recipe.is_neutral,
+        on_build=say_on_stderr,
+    )  # fmt: skip
+    _check_cache(unwrap(model), recipe, blueprint, choice, sample)
     masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
     session = Session(
         model,
@@ -90,6 +94,8 @@ def attach(
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    if engine == "auto" and blueprint.target:
+        say_choice(choice.name, choice.reason)
     return session
 
 
@@ -225,7 +231,7 @@ def _check_rates(optimizer: Optimizer, recipe: Recipe, blueprint: Blueprint) -> 
         Problems(problems).raise_if_any()
 
 
-def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice) -> None:
+def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice, sample: Sample) -> None:
     """Can the frozen front's outputs be kept?"""
     if recipe.freezing is None or not recipe.freezing.cache_variants:
         return
@@ -238,16 +244,17 @@ def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice:
     if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
         remedy = "Make it, or name another one."
         raise InvalidArgument(Problem("cache_folder", folder, "is no folder that can be written to", remedy))
-    modules = dict(model.named_modules())
+    from spfde.native.graph import capture
+
     freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
-    for name in (name for block, at in freezes if at is not None for name in block.modules):
-        module = modules.get(name)
-        kind = type(module).__name__
-        rate = getattr(module, "p", getattr(module, "drop_prob", 0.0))
-        if kind.startswith(("Dropout", "AlphaDropout", "FeatureAlphaDropout", "DropPath", "StochasticDepth")) and rate:
-            rule = f"keeps what a frozen block makes of a sample, and {name} ({kind}) makes something else each time"
-            remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
-            raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
+    frozen = {name for block, at in freezes if at is not None for name in block.modules}
+    draws = capture(model, sample, blueprint.target, training=True).draws
+    owner = next((owner for owner in draws.values() if owner in frozen), None)
+    if owner is not None:
+        kind = type(model.get_submodule(owner)).__name__
+        rule = f"keeps what a frozen block makes of a sample, and {owner} ({kind}) makes something else each time"
+        remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
+        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
 
 
 def _check_ranks_agree(session: Session, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from spfde.errors import InvalidArgument, Problem, nearest
-from spfde.tracing import unwrap
+from spfde.tracing import Sample, unwrap
 
 if TYPE_CHECKING:
     from spfde.planning import Blueprint
@@ -19,17 +20,18 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "masked", "native")
 # Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero), and how much
 # faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py
-# checks them. A linear layer pays for two changes of layout.
+# measures steps against it. A linear layer pays for two changes of layout.
 _LINES = {"conv": (1.1, 0.17), "linear": (1.5, 0.5)}
 _WORTH_IT = 0.9
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, and why it was taken, in a few words."""
+    """An engine, why it was taken, in a few words, and what was asked for."""
 
     name: str
     reason: str
+    asked: str = "masked"
 
 
 def check_engine(engine: str) -> None:
@@ -43,6 +45,8 @@ def choose_engine(
     model: nn.Module,
     blueprint: Blueprint,
     *,
+    sample: Sample,
+    batch_size: int,
     is_neutral: bool,
     on_build: Callable[[str], None] | None = None,
 ) -> Choice:
@@ -52,6 +56,8 @@ def choose_engine(
         engine: "auto", "masked" or "native".
         model: as attached, wrappers included.
         blueprint: what the recipe means for it.
+        sample: what the model is called with.
+        batch_size: samples of a training batch.
         is_neutral: the recipe changes nothing; then the engine is always masked.
         on_build: called with one line before the kernels are compiled.
 
@@ -60,19 +66,17 @@ def choose_engine(
     """
     check_engine(engine)
     if engine == "masked":
-        return Choice("masked", "as asked")
+        return Choice("masked", "as asked", engine)
     if is_neutral or not blueprint.target:
-        return Choice("masked", "nothing is sparse")
+        return Choice("masked", "nothing is sparse", engine)
     reason = _refusal(model, blueprint)
     estimate = 1.0
     if reason is None:
-        estimate, left = _estimate(unwrap(model), blueprint)
-        if estimate == 1.0:
+        estimate, left = estimate_time(unwrap(model), blueprint, sample, batch_size)
+        if left:
             reason = f"it takes no sparse layer of this model ({left})"
-        elif engine == "auto" and blueprint.method is not None and blueprint.method.changes_every_step:
-            return Choice("masked", f"the masks of {blueprint.method.name} change at every step")
         elif engine == "auto" and estimate > _WORTH_IT:
-            return Choice("masked", f"native kernels would take about {estimate:.2f}x of its time here")
+            return Choice("masked", f"native kernels would take about {estimate:.2f}x of its time here", engine)
     if reason is None:
         from spfde.native import build
 
@@ -81,17 +85,24 @@ def choose_engine(
         except build.KernelsUnavailable as error:
             reason = error.reason
     if reason is None:
-        return Choice("native", "as asked" if engine == "native" else f"about {1 / estimate:.1f}x faster than masked")
+        why = "as asked" if engine == "native" else f"about {1 / estimate:.1f}x faster than masked"
+        return Choice("native", why, engine)
     if engine == "native":
         raise InvalidArgument(
             Problem("engine", engine, f"cannot work here: {reason}", 'Use engine="masked" or "auto".')
         )
-    return Choice("masked", f"native kernels cannot work here: {reason}")
+    return Choice("masked", f"native kernels cannot work here: {reason}", engine)
 
 
 def say_on_stderr(line: str) -> None:
     """Tell the user what takes a while."""
     print(f"spfde: {line}", file=sys.stderr, flush=True)
+
+
+def say_choice(engine: str, reason: str) -> None:
+    """Tell which engine was chosen and why; silent where the logger "spfde" is set to WARNING or above."""
+    if logging.getLogger("spfde").level <= logging.INFO:
+        say_on_stderr(f"engine {engine}: {reason}")
 
 
 def _refusal(model: nn.Module, blueprint: Blueprint) -> str | None:
@@ -108,23 +119,37 @@ def _refusal(model: nn.Module, blueprint: Blueprint) -> str | None:
     return build.available()
 
 
-def _estimate(model: nn.Module, blueprint: Blueprint) -> tuple[float, str]:
-    """Modelled time against the masked engine's, and why a sparse layer was left; exactly 1 where none is taken."""
+def estimate_time(model: nn.Module, blueprint: Blueprint, sample: Sample, batch_size: int) -> tuple[float, str]:
+    """Modelled time of a training step against the masked engine's, and why no sparse layer is taken; '' where one is.
+
+    Args:
+        model, blueprint, sample: see ``choose_engine``.
+        batch_size: a pixel of ``lanes`` images is one vector, so that a small batch leaves lanes empty.
+    """
     from spfde.native.graph import capture
+    from spfde.native.layout import TOKEN_COLUMNS, likely_lanes
+    from spfde.native.trace import check_forward
 
     try:
-        captured = capture(model, blueprint.target)
+        check_forward(model)
+        captured = capture(model, sample, blueprint.target)
     except InvalidArgument as error:
         return 1.0, str(error)
     nodes = [node for region in captured.regions for node in region.nodes]
-    taken = {f"{node.module}.weight": _LINES[node.kind] for node in nodes if node.kind in _LINES}
+    taken = {f"{node.module}.weight": node.kind for node in nodes if node.kind in _LINES}
     if not taken.keys() & set(blueprint.target):
         first = next(iter(blueprint.target))
-        why = next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)
-        return 1.0, why
+        return 1.0, next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)
     ours, all_of_it = 0.0, 0.0
     for layer, density in zip(blueprint.cost.layers, blueprint.scheduled_density(0), strict=True):
         all_of_it += layer.forward_flops
-        slope, fixed = taken.get(layer.name, (0.0, 1.0))
-        ours += layer.forward_flops * (slope * density + fixed)
+        if layer.name not in taken:
+            ours += layer.forward_flops
+            continue
+        kind = taken[layer.name]
+        slope, fixed = _LINES[kind]
+        # Of a linear layer each token is a sample, and a vector holds a few columns of them.
+        rows = batch_size if kind == "conv" else batch_size * layer.forward_flops // (2 * layer.numel)
+        unit = likely_lanes() * (1 if kind == "conv" else TOKEN_COLUMNS)
+        ours += layer.forward_flops * (slope * density + fixed) * (-(-rows // unit) * unit / rows)
     return ours / all_of_it, ""

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from spfde.clock import Clock
 from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
 from spfde.distributed import World, deals_out
-from spfde.engines import Choice, choose_engine, say_on_stderr
-from spfde.errors import UsageError
+from spfde.engines import Choice, choose_engine, say_choice, say_on_stderr
+from spfde.errors import InvalidArgument, UsageError
 from spfde.export.encoding import weight_bytes
 from spfde.fit import STATE_FORMAT, check_fit
 from spfde.freezing import Freezer, GroupRates, is_held
@@ -75,7 +75,7 @@ class Session:
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
-        self.engine, self.engine_reason = choice.name, choice.reason
+        self.engine, self.engine_reason, self._asked_engine = choice.name, choice.reason, choice.asked
         self._given, self._sample = model, sample
         self._asked_for_seeds = self._asked_for_weights = False
         self._native: NativeEngine | None = None
@@ -573,6 +573,7 @@ class Session:
                 dense_gradients=lambda: masker.wants_dense_gradients,
                 frozen=lambda: freezer.frozen_parameters,
                 cached=self._make_cache(),
+                sample=self._sample,
             )
 
     def _make_cache(self) -> CachedPrefix | None:
@@ -718,10 +719,24 @@ class Session:
             self._observer.samples = self._clock.samples_observed
 
     def _switch_engine(self, engine: str) -> None:
-        """Take the engine that the state was saved with: another one would round otherwise."""
-        choice = choose_engine(
-            engine, self._given, self.blueprint, is_neutral=self.recipe.is_neutral, on_build=say_on_stderr
-        )
+        """Take the engine that the state was saved with, for another one rounds otherwise; unless one was asked for."""
+        if self._asked_engine != "auto":
+            warnings.warn(
+                f'The state was saved with engine="{engine}" and goes on with engine="{self._asked_engine}", as asked: '
+                'the two round differently, so the run is not bit for bit the same. Attach with engine="auto" to go on '
+                "as it was.",
+                stacklevel=3,
+            )
+            return
+        try:
+            choice = choose_engine(
+                engine, self._given, self.blueprint, sample=self._sample, batch_size=self._batch_size,
+                is_neutral=self.recipe.is_neutral, on_build=say_on_stderr,
+            )  # fmt: skip
+        except InvalidArgument as error:
+            self.engine_reason = f"the state was saved with the {engine} engine, which {error.problems[0].rule}"
+            say_choice(self.engine, self.engine_reason)
+            return
         self.engine, self.engine_reason = choice.name, "as the state was saved with"
         self._start_engine()
 

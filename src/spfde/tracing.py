@@ -115,10 +115,10 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
             )
         )
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _plain_kernels():
-        twin, stand_ins = _fake_copy(model, fake)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
+        twin, stand_ins = fake_copy(model, fake)
         owners = {stand_ins[key].untyped_storage()._cdata: name for key, name in names.items()}
-        args, kwargs = tree_map_only(Tensor, _like_the_model(model, fake), (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
         recorder = _Recorder(owners, {_storage_key(buffer) for buffer in twin.buffers()})
         eager = torch.compiler.set_stance("force_eager")  # parts of the model may be compiled on their own
         try:
@@ -281,7 +281,7 @@ def _storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
+def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
     """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
     memo: dict[int, Any] = {}
     stand_ins: dict[int, Tensor] = {}
@@ -310,7 +310,7 @@ def _computes_a_weight(hook: object) -> bool:
     return isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils")
 
 
-def _like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor], Tensor]:
+def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor], Tensor]:
     """Makes an input fake, on the model's device; floating point inputs take the model's dtype when it has just one."""
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -324,7 +324,7 @@ def _like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor]
 
 
 @contextlib.contextmanager
-def _plain_kernels() -> Iterator[None]:
+def plain_kernels() -> Iterator[None]:
     """Fused attention and recurrent kernels hide their products from the counter: take the plain paths."""
     attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

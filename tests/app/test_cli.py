@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -545,6 +546,13 @@ class TestBadFolders:
     def test_resuming_takes_no_other_options(self, run_folder: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--resume", run_folder, "--epochs", 9, "--soft-bound")
         assert_refused(ended, "takes no other options, and --epochs, --soft-bound was given")
+
+    def test_resuming_takes_another_engine_and_warns(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
+        shutil.copytree(run_folder, here / "run")
+        (here / "run" / "summary.json").unlink()
+        with pytest.warns(UserWarning, match='saved with engine="native" and goes on with engine="masked", as asked'):
+            assert spfde("train", "--resume", "run", "--engine", "masked", "--quiet").code == 0
+        assert json.loads((here / "run" / "summary.json").read_text())["engine"] == "masked"
 
     def test_a_damaged_config_is_refused(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
         (here / "run").mkdir()

@@ -128,6 +128,18 @@ def test_the_named_compiler_is_used(
     assert (tmp_path / "was-used").exists()
 
 
+def test_the_named_compiler_may_come_with_arguments(
+    cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "g++ -DSPFDE_NOTHING")
+    assert build.available() is None
+    first = build.library_path(sources=sources)
+    monkeypatch.setenv("CXX", "g++")
+    assert build.library_path(sources=sources) != first
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert build.available() == "$CXX=no-such-compiler -O2 is no compiler"
+
+
 def test_an_unknown_platform_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     assert build.available() == "the platform win32 is not supported"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
+import types
 from typing import Any
 
 import pytest
@@ -25,6 +27,11 @@ def attach(parts: Parts, recipe: spfde.Recipe = SPARSE, engine: str = "native", 
     return spfde.attach(
         parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine, **options
     )
+
+
+def in_full_vectors(parts: Parts) -> Parts:
+    """With batches that leave no lanes empty, whatever the processor."""
+    return Parts(parts.model, parts.optimizer, DataLoader(parts.loader.dataset, batch_size=16))
 
 
 def parts_of(model: nn.Module, *shape: int) -> Parts:
@@ -104,12 +111,12 @@ def test_a_model_can_be_copied_and_pickled_while_it_is_attached() -> None:
 
 
 def test_the_session_says_what_it_chose_why_and_what_it_left() -> None:
-    session = attach(make_parts(), engine="auto")
+    session = attach(in_full_vectors(make_parts()), engine="auto")
     assert session.engine == "native"
     assert "faster than masked" in session.engine_reason
     told = str(session)
     assert "engine: native (about" in told
-    assert "operations in 1 native regions, in PyTorch: fc (Linear)" in told
+    assert "operations in 1 native regions, in PyTorch: fc (Linear; its weight is not sparse)" in told
 
 
 def test_a_module_with_the_users_hook_stays_in_pytorch_and_the_hook_is_called() -> None:
@@ -143,16 +150,108 @@ def test_dropout_in_a_functional_form_follows_the_models_mode() -> None:
 
 
 def test_the_engine_of_a_saved_state_is_taken_over() -> None:
-    parts = make_parts()
+    parts = in_full_vectors(make_parts())
     saved = attach(parts, engine="masked").state_dict()
     model, optimizer = copy.deepcopy(parts.model.state_dict()), parts.optimizer.state_dict()
-    other = make_parts()
-    session = attach(other, engine="native")
+    other = in_full_vectors(make_parts())
+    session = attach(other, engine="auto")
+    assert session.engine == "native"
     other.model.load_state_dict(model)
     other.optimizer.load_state_dict(optimizer)
     session.load_state_dict(saved)
     assert session.engine == "masked"
     assert "forward" not in vars(other.model)
+
+
+def resumed(engine: str, saved_with: str) -> spfde.Session:
+    parts = in_full_vectors(make_parts())
+    saved = attach(parts, engine=saved_with).state_dict()
+    other = in_full_vectors(make_parts())
+    session = attach(other, engine=engine)
+    other.model.load_state_dict(parts.model.state_dict())
+    session.load_state_dict(saved)
+    return session
+
+
+@pytest.mark.parametrize(("engine", "saved_with"), [("masked", "native"), ("native", "masked")])
+def test_an_engine_that_was_asked_for_stays_with_a_warning(engine: str, saved_with: str) -> None:
+    with pytest.warns(UserWarning, match=f'saved with engine="{saved_with}" and goes on with engine="{engine}"'):
+        assert resumed(engine, saved_with).engine == engine
+
+
+def test_a_native_state_goes_on_masked_where_there_is_no_compiler_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = attach(make_parts()).state_dict()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    session = attach(make_parts(), engine="auto")
+    capsys.readouterr()
+    session.load_state_dict(saved)
+    assert session.engine == "masked"
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "saved with the native engine, which cannot work here: no C++ compiler" in told
+
+
+def test_auto_says_in_one_line_what_it_chose_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    session = attach(in_full_vectors(make_parts()), engine="auto")
+    assert capsys.readouterr().err == f"spfde: engine native: {session.engine_reason}\n"
+    attach(make_parts(), engine="native")
+    attach(make_parts(), spfde.Recipe(), engine="auto")
+    assert capsys.readouterr().err == ""
+    logging.getLogger("spfde").setLevel(logging.WARNING)
+    try:
+        attach(make_parts(), engine="auto")
+    finally:
+        logging.getLogger("spfde").setLevel(logging.NOTSET)
+    assert capsys.readouterr().err == ""
+
+
+def test_batches_that_leave_lanes_empty_are_left_to_pytorch() -> None:
+    parts = make_parts()
+    reasons = {}
+    for batch in (1, 2, 16, 17):
+        loader = DataLoader(parts.loader.dataset, batch_size=batch)
+        session = attach(Parts(parts.model, parts.optimizer, loader), engine="auto")
+        reasons[batch] = session.engine
+        session.detach()
+    assert (reasons[1], reasons[2], reasons[16]) == ("masked", "masked", "native")
+
+
+def test_what_auto_chose_is_what_the_model_is_called_with() -> None:
+    class Gated(nn.Module):
+        """A shortcut that broadcasts: the kernels add values of one shape only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.gate, self.last = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 3, padding=1)
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(F.relu(self.stem(x)))
+            return self.fc(self.last(x + self.gate(x)).mean((2, 3)))
+
+    parts = in_full_vectors(parts_of(Gated(), 2, 8, 8))
+    session = attach(parts, engine="auto")
+    assert session.engine == "native"
+    assert "add (adds values of different shapes)" in str(session)
+    train(parts, session)
+
+
+def test_a_forward_on_the_instance_is_masked_under_auto_and_refused_by_name_else() -> None:
+    def patched() -> Parts:
+        parts = make_parts()
+        parts.model.forward = types.MethodType(  # type: ignore[method-assign]
+            lambda self, x: type(self).forward(self, x) + 1.0, parts.model
+        )
+        return parts
+
+    parts = patched()
+    assert attach(parts, engine="auto").engine == "masked"
+    with pytest.raises(spfde.InvalidArgument, match="has a forward of its own"):
+        attach(patched())
 
 
 def test_a_neutral_recipe_is_masked_whatever_was_asked_for() -> None:
@@ -182,7 +281,7 @@ def test_a_failed_build_is_masked_under_auto(monkeypatch: pytest.MonkeyPatch) ->
         raise build.KernelsUnavailable("the build failed (no such flag)")
 
     monkeypatch.setattr(build, "load", fail)
-    session = attach(make_parts(), engine="auto")
+    session = attach(in_full_vectors(make_parts()), engine="auto")
     assert (session.engine, "the build failed" in session.engine_reason) == ("masked", True)
 
 
@@ -233,13 +332,6 @@ def test_parameters_in_double_precision_are_refused_by_name() -> None:
     parts = Parts(parts.model, parts.optimizer, DataLoader(data, batch_size=4))
     with pytest.raises(spfde.SpfdeError, match=r"blocks\.0\.conv1\.weight is torch\.float64"):
         attach(parts)
-
-
-def test_an_input_that_the_kernels_do_not_know_is_an_error_with_the_remedy() -> None:
-    parts = make_parts()
-    attach(parts)
-    with pytest.raises(spfde.UsageError, match='engine="masked"'):
-        parts.model(torch.randn(2, 2, 8, 8, dtype=torch.float64))
 
 
 def test_the_spfde_preset_trains_a_resnet_natively_with_freezing_and_sieving() -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spfde
 from native_support import needs_kernels
-from spfde.native.graph import capture
+from spfde.native.graph import capture, region_name
 from spfde.native.prefix import CachedPrefix, PrefixCache
 from support import EPOCHS, Parts, SmallNet, make_parts, step, train
 
@@ -89,19 +91,19 @@ def test_the_limit_takes_variants_away(limit: int, variants: int) -> None:
 def test_the_halves_put_together_are_the_model() -> None:
     model = SmallNet().eval()
     frozen = {name for name, _ in model.named_parameters() if name.startswith(("stem", "bn", "blocks.0"))}
-    halves = capture(model, frozen=frozen).halves
+    halves = capture(model, torch.zeros(1, 2, 8, 8), frozen=frozen).halves
     assert halves is not None
     front, back = halves
     regions = [len(list(half.graph.nodes)) for half in halves]
     assert all(regions)
     # The regions are filled in by the engine; in PyTorch the same cut is checked on the blocks themselves.
-    assert [node.target for node in front.graph.nodes if node.op == "call_module"] == ["region_0"]
-    assert [node.target for node in back.graph.nodes if node.op == "call_module"] == ["region_1", "fc"]
+    assert [node.target for node in front.graph.nodes if node.op == "call_module"] == [region_name(0)]
+    assert [node.target for node in back.graph.nodes if node.op == "call_module"] == [region_name(1), "fc"]
 
 
 @pytest.mark.parametrize("frozen", [(), ("fc.weight", "fc.bias")])
 def test_without_a_frozen_front_there_are_no_halves(frozen: tuple[str, ...]) -> None:
-    assert capture(SmallNet(), frozen=frozen).halves is None
+    assert capture(SmallNet(), torch.zeros(1, 2, 8, 8), frozen=frozen).halves is None
 
 
 # --- a session -------------------------------------------------------------------------------------------------------
@@ -119,8 +121,8 @@ def recipe_with(**freezing: Any) -> spfde.Recipe:
     return RECIPE.replace(freezing=RECIPE.freezing.model_copy(update=freezing))
 
 
-def attach(parts: Parts, recipe: spfde.Recipe = RECIPE, **options: Any) -> spfde.Session:
-    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, **options)
+def attach(parts: Parts, recipe: spfde.Recipe = RECIPE, engine: str = "native") -> spfde.Session:
+    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine)
 
 
 def shifted(x: Tensor, seeds: Tensor) -> Tensor:
@@ -284,6 +286,48 @@ def test_dropout_in_a_block_that_freezes_is_refused() -> None:
     parts.model.blocks[0].__class__ = Dropping  # type: ignore[index]
     with pytest.raises(spfde.InvalidArgument, match="makes something else each time"):
         attach(parts)
+
+
+@pytest.mark.parametrize("draw", ["functional", "python"])
+def test_randomness_in_a_block_that_freezes_is_refused_whatever_its_form(draw: str) -> None:
+    class Block(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.norm(self.conv(x)))
+            if draw == "functional":
+                return F.dropout(x, 0.5, training=self.training)
+            return x * 2 if self.training and random.random() < 0.5 else x
+
+    blocks = [Block(2), Block(6), Block(6), Block(6)]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    model.eval()  # the mode at attaching does not matter
+    parts = Parts(model, torch.optim.SGD(model.parameters(), lr=0.01), make_parts().loader)
+    with pytest.raises(spfde.InvalidArgument, match=r"0 \(Block\) makes something else each time"):
+        attach(parts)
+
+
+def test_what_draws_or_counts_in_front_of_a_frozen_layer_is_not_in_the_front() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(self.a(x), 0.5, training=self.training))
+
+    frozen = ("a.weight", "a.bias", "b.weight", "b.bias")
+    model = Net()
+    halves = capture(model, torch.zeros(1, 2, 8, 8), frozen=frozen).halves
+    assert halves is not None
+    assert [node.target for node in halves[1].graph.nodes if node.op == "call_function"] == [F.dropout]
+    # A norm without parameters that is in training mode measures each batch.
+    counting = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3))
+    halves = capture(counting, torch.zeros(1, 2, 8, 8), frozen=("0.weight", "0.bias", "2.weight", "2.bias")).halves
+    assert halves is not None
+    assert len([node for node in halves[1].graph.nodes if node.op == "call_module"]) == 1
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

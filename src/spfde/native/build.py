@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class KernelsUnavailable(SpfdeError):
 
 @dataclass(frozen=True)
 class _Compiler:
-    path: str
+    command: tuple[str, ...]  # with what $CXX says besides the program: a cache's name, flags
     version: str
 
 
@@ -127,20 +128,22 @@ def _check_platform() -> None:
 
 
 def _compiler() -> _Compiler:
-    own = os.environ.get("CXX")
-    found = next((path for path in map(shutil.which, [own] if own else _COMPILERS) if path), None)
+    own = shlex.split(os.environ.get("CXX", ""))
+    found = next((path for path in map(shutil.which, own[:1] or _COMPILERS) if path), None)
     if found is None:
-        raise KernelsUnavailable(f"$CXX={own} is no compiler" if own else f"no C++ compiler ({', '.join(_COMPILERS)})")
-    return _Compiler(found, _version(found))
+        told = f"$CXX={shlex.join(own)} is no compiler" if own else f"no C++ compiler ({', '.join(_COMPILERS)})"
+        raise KernelsUnavailable(told)
+    command = (found, *own[1:])
+    return _Compiler(command, _version(command))
 
 
 @functools.cache
-def _version(path: str) -> str:
+def _version(command: tuple[str, ...]) -> str:
     try:
-        ran = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True)
+        ran = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise KernelsUnavailable(f"{path} does not run ({error})") from error
-    return (ran.stdout.strip().splitlines() or [path])[0]
+        raise KernelsUnavailable(f"{shlex.join(command)} does not run ({error})") from error
+    return (ran.stdout.strip().splitlines() or [command[0]])[0]
 
 
 def _machine_flag() -> str:
@@ -151,7 +154,7 @@ def _digest(sources: Path, flags: list[str], compiler: _Compiler) -> str:
     digest = hashlib.sha256()
     for source in sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for part in (*flags, compiler.path, compiler.version, _processor()):
+    for part in (*flags, *compiler.command, compiler.version, _processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -198,7 +201,7 @@ def _compile(compiler: _Compiler, flags: list[str], source: Path, target: Path) 
     try:
         failed = None
         for openmp in ([_OPENMP], []):
-            failed = _run([compiler.path, *flags, *openmp, str(source), "-o", made, *_runtime(openmp)])
+            failed = _run([*compiler.command, *flags, *openmp, str(source), "-o", made, *_runtime(openmp)])
             if failed is None:
                 break
         if failed is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-import weakref
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,16 +13,20 @@ from torch import Tensor, fx, nn
 
 from spfde.errors import UsageError
 from spfde.native import build, op
-from spfde.native.graph import Capture, Region, capture
+from spfde.native.graph import Capture, Region, capture, region_name
 from spfde.native.kernels import MEAN, VARIANCE, Kernels
 from spfde.native.layout import Pool
 from spfde.native.prefix import CachedPrefix
 from spfde.native.program import Mode, Program
-from spfde.native.steps import PointStep, Step, steps_of
+from spfde.native.signature import FORWARD, HELD, is_same, signature
+from spfde.native.steps import ConvStep, PointStep, Step, Unsupported, steps_of
+from spfde.native.trace import check_forward
 from spfde.native.weights import Weights
 from spfde.tracing import Sample, call_arguments
 
 _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
+_MOST_CAPTURES = 8  # states of the model: modes, hooks, attributes
+_MANY_CAPTURES = 64
 
 
 class NativeEngine:
@@ -35,6 +39,10 @@ class NativeEngine:
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
         frozen: gives the names of the frozen parameters; asked for only with ``cached``.
         cached: runs the frozen front of batches that ``use_cache`` announces.
+        sample: what the model is called with; None: the inputs of the first call.
+
+    Raises:
+        InvalidArgument: the model cannot be traced.
     """
 
     def __init__(
@@ -46,7 +54,9 @@ class NativeEngine:
         dense_gradients: Callable[[], frozenset[str]],
         frozen: Callable[[], frozenset[str]] = frozenset,
         cached: CachedPrefix | None = None,
+        sample: Sample | None = None,
     ) -> None:
+        check_forward(model)
         self._model = model
         self._frozen, self._cached = frozen, cached
         self._frozen_then: frozenset[str] = frozenset()
@@ -54,10 +64,12 @@ class NativeEngine:
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
         self._masks, self._weights = masks, Weights(masks, dense_gradients)
-        self._captures: dict[bool, Capture] = {}
-        self._capture()
-        self._own_forward = vars(model).get("forward")
-        _ENGINES[model] = self
+        self._sample = sample
+        self._captures: list[_Seen] = []  # the last used first
+        self._n_captures = 0
+        if sample is not None:
+            self._capture()
+        setattr(model, HELD, _Held(self))
         model.forward = types.MethodType(forward, model)
 
     @property
@@ -100,21 +112,28 @@ class NativeEngine:
 
     def detach(self) -> None:
         """Give the model its forward pass back and free the buffers."""
-        if _ENGINES.get(self._model) is not self:
+        held = vars(self._model).get(HELD)
+        if held is None or held.engine is not self:
             return
-        del _ENGINES[self._model]
-        if self._own_forward is None:
-            vars(self._model).pop("forward", None)
-        else:
-            self._model.forward = self._own_forward
+        delattr(self._model, HELD)
+        # What someone put around it since stays; the stand-in inside computes as the model's class from now on.
+        if getattr(vars(self._model).get(FORWARD), "__func__", None) is forward:
+            del self._model.forward
         self._captures.clear()
         if self._cached is not None:
             self._cached.clear()
         self._pool.release()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._sample is None:
+            self._sample = kwargs if kwargs and not args else args
+        captured = self._known()
+        watched = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        if watched or (captured is None and _has_stand_ins(self._model)):
+            return type(self._model).forward(self._model, *args, **kwargs)
+        self._pool.begin_pass()
         self._weights.refresh()
-        captured = self._capture()
+        captured = self._capture() if captured is None else captured
         if self._model.training and self._announced is not None:
             (samples, variant), self._announced = self._announced, None
             if captured.halves is not None and self._cached is not None and self._cached.cache is not None:
@@ -147,69 +166,138 @@ class NativeEngine:
         assert self._cached is not None
         return back(*self._cached(samples, variant, compute))
 
+    def _known(self) -> Capture | None:
+        """The graph of the model as it is now, where it was in this state before."""
+        if self._cached is not None and (frozen := self._frozen()) != self._frozen_then:
+            self._captures.clear()
+            self._cached.clear()
+            self._frozen_then = frozen
+        for position, seen in enumerate(self._captures):
+            if seen.is_current(self._model):
+                if position:
+                    self._pool.begin_phase()
+                    self._captures.insert(0, self._captures.pop(position))
+                return seen.captured
+        return None
+
     def _capture(self) -> Capture:
-        """The graph of the model as its ``training`` flag is now: a functional dropout is fixed when it is traced."""
-        mode = self._model.training
-        frozen = None
-        if self._cached is not None:
-            frozen = self._frozen()
-            if frozen != self._frozen_then:
-                self._captures.clear()
-                self._cached.clear()
-                self._frozen_then = frozen
-        if mode not in self._captures:
-            captured = capture(self._model, self._masks(), frozen)
-            modules_of = [captured.graph_module, *(captured.halves or ())]
-            modules = dict(self._model.named_modules(remove_duplicate=False))
-            for index, region in enumerate(captured.regions):
-                runner = _RegionRunner(region, steps_of(region, modules), self._kernels, self._pool, self._weights)
-                for made in modules_of:
-                    if hasattr(made, f"region_{index}"):
-                        made.add_submodule(f"region_{index}", runner)
-            self._captures[mode] = captured
-        return self._captures[mode]
+        """The graph of the model as it is now."""
+        known = self._known()
+        if known is not None:
+            return known
+        if self._sample is None:
+            raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
+        self._pool.begin_phase()
+        frozen = None if self._cached is None else self._frozen_then
+        captured = capture(self._model, self._sample, self._masks(), frozen)
+        self._fill(captured)
+        self._captures.insert(0, _Seen(self._model, captured))
+        del self._captures[_MOST_CAPTURES:]
+        self._n_captures += 1
+        if self._n_captures == _MANY_CAPTURES:
+            warnings.warn(
+                f"The native engine has traced the model {_MANY_CAPTURES} times, each time because a module, hook or "
+                "attribute of it was another one. Change them less often, or keep what changes outside of the model.",
+                stacklevel=2,
+            )
+        return captured
+
+    def _fill(self, captured: Capture) -> None:
+        """Put what computes each region in its place."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
+            runner = _RegionRunner(
+                region, steps_of(region, modules), plain, self._kernels, self._pool, self._weights
+            )  # fmt: skip
+            for made in (captured.graph_module, *(captured.halves or ())):
+                if hasattr(made, region_name(index)):
+                    made.add_submodule(region_name(index), runner)
 
 
-_ENGINES: weakref.WeakKeyDictionary[nn.Module, NativeEngine] = weakref.WeakKeyDictionary()
+class _Seen:
+    """A capture, and the state of the model that it holds for."""
+
+    def __init__(self, model: nn.Module, captured: Capture) -> None:
+        self.captured = captured
+        self._opaque = {model.get_submodule(name) for name in captured.opaque}
+        self._signature = signature(model, self._opaque)
+
+    def is_current(self, model: nn.Module) -> bool:
+        return is_same(self._signature, signature(model, self._opaque))
+
+
+class _Held:
+    """Keeps the engine for as long as its model lives. Copies and pickles of the model have none."""
+
+    def __init__(self, engine: NativeEngine) -> None:
+        self.engine = engine
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 # Copied and pickled by its name, as bound methods are: a copy of the model has no engine, and computes as its class.
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands in for ``module.forward`` while an engine is attached."""
-    engine = _ENGINES.get(module)
-    return type(module).forward(module, *args, **kwargs) if engine is None else engine(*args, **kwargs)
+    held = vars(module).get(HELD)
+    if held is None or held.engine._model is not module:
+        return type(module).forward(module, *args, **kwargs)
+    return held.engine(*args, **kwargs)
+
+
+forward.is_spfde = True  # type: ignore[attr-defined]
+
+
+def _has_stand_ins(model: nn.Module) -> bool:
+    """Are there tensors in the place of parameters, as ``torch.func.functional_call`` puts them there?"""
+    return not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
 
 
 class _RegionRunner(nn.Module):
     """A region in the place of the modules that it computes."""
 
-    def __init__(self, region: Region, steps: Sequence[Step], kernels: Kernels, pool: Pool, weights: Weights) -> None:
+    def __init__(
+        self, region: Region, steps: Sequence[Step], plain: nn.Module, kernels: Kernels, pool: Pool, weights: Weights
+    ) -> None:
         super().__init__()
-        self._region, self._steps = region, tuple(steps)
+        self._region, self._steps, self._plain = region, tuple(steps), plain
         self._kernels, self._pool, self._weights = kernels, pool, weights
         self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
+        owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
+        self._own = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
         self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The region's outputs: a tensor, or a tuple for several."""
-        self._check(inputs)
-        program, handle = self._program(inputs)
+        if torch.is_autocast_enabled("cpu"):
+            warnings.warn(
+                "The native engine computes in float32 under autocast: more digits than asked for, and no slower.",
+                stacklevel=2,
+            )
+            inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
+        try:
+            self._check(inputs)
+            program, handle = self._program(inputs)
+        except Unsupported as error:
+            warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
+            found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
+            return found
         with torch.autocast("cpu", enabled=False):
-            found = op.region(list(inputs), list(program.parameters), handle)
+            values = op.region(list(inputs), list(program.parameters), handle)
         n = len(self._region.outputs)
-        self._track(program, found[n])
-        return found[0] if n == 1 else tuple(found[:n])
+        self._track(program, values[n])
+        return values[0] if n == 1 else tuple(values[:n])
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
-        is_tokens = self._region.is_tokens
-        takes = "tokens [..., C]" if is_tokens else "images [N, C, H, W]"
         for tensor in inputs:
-            fits = tensor.dim() >= 2 if is_tokens else tensor.dim() == 4
-            if tensor.device.type != "cpu" or tensor.dtype != self._kernels.dtype or not fits:
-                raise UsageError(
-                    f"The native engine got {tensor.dim()} dimensions of {tensor.dtype} on {tensor.device}; it "
-                    f'takes {takes} of {self._kernels.dtype} on the CPU. Feed such, or attach with engine="masked".'
-                )
+            if not (tensor.dim() >= 2 if self._region.is_tokens else tensor.dim() == 4):
+                raise Unsupported(f"got {tensor.dim()} dimensions")
+        for tensor in (*inputs, *self._own):
+            if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
+                raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
 
     def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
         mode = self._mode(inputs)
@@ -270,7 +358,6 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _check_batches(program: Program) -> None:
-    """Refuse, as PyTorch does, to normalise by a batch of one number."""
     for norm, _, count in program.norms:
         if count <= 1 and norm.training:
-            raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
+            raise Unsupported("normalises by a batch of one number")

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.batchnorm import _NormBase
 
-from spfde.errors import InvalidArgument, Problem
 from spfde.native.nodes import Node, read
+from spfde.native.trace import Fact, Traced, trace
+from spfde.tracing import Sample
+
+_REGION = "spfde_region_"
+
+
+def region_name(index: int) -> str:
+    """Name of a region in the graph modules of a ``Capture``."""
+    return f"{_REGION}{index}"
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,13 @@ class Capture:
     """A model, cut.
 
     Attributes:
-        graph_module: calls ``region_0``, ``region_1``, … and, for the rest, the model's own modules.
+        graph_module: calls the regions by ``region_name`` and, for the rest, the model's own modules.
             The regions are to be filled in with ``add_submodule``.
         regions: what was taken.
+        plain: each region once more, in PyTorch, for inputs that the kernels do not take.
         left: what stayed in PyTorch, with the reason where there is one.
+        opaque: names of the user's modules that run as they are.
+        draws: what takes random numbers, by name, with the name of the module that runs it.
         halves: with ``frozen``, the same in two: what the frozen layers compute, as a tuple, and what becomes of that.
             They share their modules with ``graph_module``. None where nothing is computed before the first layer that
             learns.
@@ -51,115 +62,75 @@ class Capture:
 
     graph_module: fx.GraphModule
     regions: tuple[Region, ...]
+    plain: tuple[fx.GraphModule, ...]
     left: tuple[str, ...]
+    opaque: tuple[str, ...]
+    draws: Mapping[str, str]
     halves: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
 
-def capture(model: nn.Module, sparse: Collection[str] = (), frozen: Collection[str] | None = None) -> Capture:
-    """Trace a model and cut it into regions, in its present training mode. Nothing runs, nothing changes.
+def capture(
+    model: nn.Module,
+    sample: Sample,
+    sparse: Collection[str] = (),
+    frozen: Collection[str] | None = None,
+    *,
+    training: bool | None = None,
+) -> Capture:
+    """Trace a model and cut it into regions. Nothing runs, nothing changes.
 
     Args:
         model: the model.
+        sample: what it is called with, a batch of any size: the shapes of its values decide what is taken.
         sparse: names of the masked parameters; a linear layer is taken only if its weight is one, for PyTorch's dense
             product needs no change of layout.
         frozen: names of the frozen parameters, to have the model in two halves; a region is then in one of them.
+        training: in this mode; None: as the model is.
 
     Raises:
         InvalidArgument: the model's own ``forward`` cannot be traced.
     """
-    graph, reasons = _trace(model)
-    _skip_identities(graph, model, reasons)
-    nodes = {node: read(node, model, reasons, sparse) for node in graph.nodes}
-    known = {node: found for node, found in nodes.items() if found is not None}
+    traced = trace(model, sample, training=training)
+    graph = traced.graph
+    _skip_identities(traced, model, training)
+    known, why = _read_all(traced, model, sparse)
     tokens = _leave_without_source(graph, known)
-    fixed = set() if frozen is None else _fixed(graph, model, frozen)
+    _leave_by_shape(traced.facts, known, tokens, why)
+    _copy_shared(traced, known)
+    fixed = set() if frozen is None else _fixed(traced, model, frozen)
     groups = _group(graph, known, {node: (is_tokens, node in fixed) for node, is_tokens in tokens.items()})
-    captured, origin = _cut(model, graph, known, groups, reasons)
+    captured, origin = _cut(model, traced, known, groups, why)
     if frozen is None:
         return captured
     halves = _halve(captured.graph_module, {node for node, source in origin.items() if source in fixed})
     return dataclasses.replace(captured, halves=halves)
 
 
-# --- tracing ---------------------------------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):
-    """Goes into modules of the user's that can be traced, and into none of PyTorch's."""
-
-    def __init__(self, leaves: Mapping[str, str]) -> None:
-        super().__init__()
-        self.leaves = dict(leaves)
-        self.stack: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.leaves:
-            return True
-        reason = _own_reason(m)
-        if reason is not None:
-            self.leaves[module_qualified_name] = reason
-            return True
-        return m.__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList))
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.stack.append(self.path_of_module(m))
-        found = super().call_module(m, forward, args, kwargs)
-        self.stack.pop()  # on an error it stays, and tells where it was
-        return found
-
-
-def _own_reason(module: nn.Module) -> str | None:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name, None) for name in hooks):
-        return "has hooks"
-    if "forward" in vars(module):
-        return "has a forward of its own"
-    if parametrize.is_parametrized(module):
-        return "is parametrized"
-    return None
-
-
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
-    """The graph, and why modules that could have been entered were not."""
-    leaves: dict[str, str] = {}
-    for _ in range(1 + sum(1 for _ in model.modules())):
-        tracer = _Tracer(leaves)
-        try:
-            graph = tracer.trace(model)
-        except Exception as error:  # a trace runs the user's code on stand-ins: anything may come
-            leaves = tracer.leaves
-            if not tracer.stack:
-                raise InvalidArgument(
-                    Problem(
-                        "model",
-                        type(model).__name__,
-                        f"its forward cannot be traced for the native engine ({_first_line(error)})",
-                        'Use engine="masked", or move what depends on the data into a submodule.',
-                    )
-                ) from error
-            leaves[tracer.stack[-1]] = f"cannot be traced: {_first_line(error)}"
-        else:
-            graph.eliminate_dead_code(lambda node: node.op in ("output", "placeholder") or not node.users)
-            return graph, tracer.leaves
-    raise AssertionError("each attempt makes one more module a leaf")
-
-
-def _skip_identities(graph: fx.Graph, model: nn.Module, reasons: Mapping[str, str]) -> None:
-    """Take out what hands its input on: identities, and dropout that never drops."""
-    for node in list(graph.nodes):
-        if node.op != "call_module" or str(node.target) in reasons or len(node.args) != 1 or node.kwargs:
+def _skip_identities(traced: Traced, model: nn.Module, training: bool | None) -> None:
+    """Take out what hands its input on: identities, and dropout that does not drop."""
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or str(node.target) in traced.leaves or len(node.args) != 1 or node.kwargs:
             continue
         module = model.get_submodule(str(node.target))
-        never_drops = isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p == 0
-        if (type(module) is nn.Identity or never_drops) and isinstance(node.args[0], fx.Node):
+        is_dropout = isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d))
+        keeps_all = is_dropout and (module.p == 0 or not (module.training if training is None else training))
+        if (type(module) is nn.Identity or keeps_all) and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            traced.graph.erase_node(node)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+def _read_all(
+    traced: Traced, model: nn.Module, sparse: Collection[str]
+) -> tuple[dict[fx.Node, Node], dict[fx.Node, str]]:
+    """What the kernels know, and why they do not know the rest."""
+    known, why = {}, {}
+    for node in traced.graph.nodes:
+        found = read(node, model, traced.leaves, sparse, lambda source: traced.facts[source].shape)
+        if isinstance(found, Node) and node.users:
+            known[node] = found
+        elif isinstance(found, str):
+            why[node] = found
+    return known, why
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -193,17 +164,44 @@ def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Node]) -> dict[f
     return tokens
 
 
-def _fixed(graph: fx.Graph, model: nn.Module, frozen: Collection[str]) -> set[fx.Node]:
-    """What depends on the model's inputs and frozen parameters alone."""
+def _leave_by_shape(
+    facts: Mapping[fx.Node, Fact], known: dict[fx.Node, Node], tokens: dict[fx.Node, bool], why: dict[fx.Node, str]
+) -> None:
+    """Leave what reads something else than [N, C, H, W] (tokens: [..., C]), or adds values of different shapes."""
+    for node in list(known):
+        shapes = [facts[source].shape for source in node.all_input_nodes]
+        fits = [shape is not None and (len(shape) >= 2 if tokens[node] else len(shape) == 4) for shape in shapes]
+        if not all(fits):
+            why[node] = f"reads {' and '.join(map(str, shapes))}"
+        elif len(set(shapes)) > 1:
+            why[node] = "adds values of different shapes"
+        else:
+            continue
+        del known[node], tokens[node]
+
+
+def _copy_shared(traced: Traced, known: Collection[fx.Node]) -> None:
+    """What PyTorch writes in place must not be what others still read: a region reads its inputs when it runs."""
+    for node in [node for node in traced.graph.nodes if node in traced.shared and node not in known]:
+        for source in node.all_input_nodes:
+            if traced.facts[source].storages:
+                with traced.graph.inserting_before(node):
+                    node.replace_input_with(source, traced.graph.call_method("clone", (source,)))
+
+
+def _fixed(traced: Traced, model: nn.Module, frozen: Collection[str]) -> set[fx.Node]:
+    """What depends on the model's inputs and frozen parameters alone, and is the same each time."""
     fixed: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         own: list[str] = []
+        varies = node in traced.facts and traced.facts[node].draws
         if node.op == "call_module":
             module, name = model.get_submodule(str(node.target)), str(node.target)
             own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
+            varies = varies or (isinstance(module, _NormBase) and module.training)
         elif node.op == "get_attr":
             own = [str(node.target)] if isinstance(_attribute(model, str(node.target)), nn.Parameter) else []
-        if node.op != "output" and set(own) <= set(frozen) and fixed.issuperset(node.all_input_nodes):
+        if node.op != "output" and not varies and set(own) <= set(frozen) and fixed.issuperset(node.all_input_nodes):
             fixed.add(node)
     return fixed
 
@@ -241,12 +239,13 @@ def _group(
 
 def _cut(
     model: nn.Module,
-    graph: fx.Graph,
+    traced: Traced,
     known: Mapping[fx.Node, Node],
     groups: list[list[fx.Node]],
-    reasons: Mapping[str, str],
+    why: Mapping[fx.Node, str],
 ) -> tuple[Capture, dict[fx.Node, fx.Node]]:
     """The new graph, and for each of its nodes one of the trace that it stands for."""
+    graph = traced.graph
     regions = tuple(_region(group, known) for group in groups)
     group_of = {node: index for index, group in enumerate(groups) for node in group}
     by_name = {node.name: node for node in graph.nodes}
@@ -276,16 +275,44 @@ def _cut(
         if node not in group_of or node.name in regions[group_of[node]].outputs:
             emit(node)
     new.lint()
-    targets: dict[str, Any] = {f"region_{index}": nn.Identity() for index in range(len(regions))}
-    for node in new.nodes:
-        if node.op in ("call_module", "get_attr") and node.target not in targets:
-            targets[str(node.target)] = _attribute(model, str(node.target))
-    captured = Capture(fx.GraphModule(targets, new), regions, _left(graph, group_of, model, reasons))
+    captured = Capture(
+        _module(model, new),
+        regions,
+        tuple(_plain(model, traced.facts, group, region) for group, region in zip(groups, regions, strict=True)),
+        _left(graph, group_of, model, why),
+        tuple(traced.leaves),
+        {node.name: traced.owner(node) for node, fact in traced.facts.items() if fact.draws},
+    )
     origin = {made: node for node, made in values.items()}
     for index, region in enumerate(regions):
-        call = next(node for node in new.nodes if node.target == f"region_{index}")
+        call = next(node for node in new.nodes if node.target == region_name(index))
         origin[call] = by_name[region.outputs[0]]
     return captured, origin
+
+
+def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph with the model's modules and tensors, and identities for the regions."""
+    targets: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            name = str(node.target)
+            targets[name] = nn.Identity() if name.startswith(_REGION) else _attribute(model, name)
+    return fx.GraphModule(targets, graph)
+
+
+def _plain(model: nn.Module, facts: Mapping[fx.Node, Fact], group: list[fx.Node], region: Region) -> fx.GraphModule:
+    """A region's operations in PyTorch; one that writes in place gets a copy, for others may read its input."""
+    graph, inside = fx.Graph(), set(group)
+    sources = {source.name: source for node in group for source in node.all_input_nodes if source not in inside}
+    values = {sources[name]: graph.placeholder(name) for name in region.inputs}
+    for node in group:
+        if facts[node].writes:
+            values.update({source: graph.call_method("clone", (values[source],)) for source in node.all_input_nodes})
+        values[node] = graph.node_copy(node, lambda n: values[n])
+    made = {node.name: values[node] for node in group}
+    outputs = tuple(made[name] for name in region.outputs)
+    graph.output(outputs[0] if len(outputs) == 1 else outputs)
+    return _module(model, graph)
 
 
 def _halve(whole: fx.GraphModule, fixed: set[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule] | None:
@@ -310,7 +337,7 @@ def _halve(whole: fx.GraphModule, fixed: set[fx.Node]) -> tuple[fx.GraphModule, 
 def _call_region(
     new: fx.Graph, index: int, region: Region, by_name: Mapping[str, fx.Node], values: dict[fx.Node, fx.Node]
 ) -> None:
-    call = new.call_module(f"region_{index}", tuple(values[by_name[name]] for name in region.inputs))
+    call = new.call_module(region_name(index), tuple(values[by_name[name]] for name in region.inputs))
     if len(region.outputs) == 1:
         values[by_name[region.outputs[0]]] = call
         return
@@ -333,7 +360,7 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 
 def _left(
-    graph: fx.Graph, taken: Mapping[fx.Node, int], model: nn.Module, reasons: Mapping[str, str]
+    graph: fx.Graph, taken: Mapping[fx.Node, int], model: nn.Module, why: Mapping[fx.Node, str]
 ) -> tuple[str, ...]:
     left = []
     for node in graph.nodes:
@@ -342,9 +369,10 @@ def _left(
         if node.op == "call_module":
             name = str(node.target)
             kind = type(model.get_submodule(name)).__name__
-            left.append(f"{name} ({kind}{'; ' + reasons[name] if name in reasons else ''})")
+            left.append(f"{name} ({kind}{'; ' + why[node] if node in why else ''})")
         else:
-            left.append(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function"))
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function")
+            left.append(f"{name} ({why[node]})" if node in why else name)
     return _unique(left)
 
 

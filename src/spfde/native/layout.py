@@ -18,6 +18,12 @@ TOKEN_COLUMNS = 8
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+_MOST_PASSES = 4  # forward passes after which a free buffer is given back
+
+
+def likely_lanes() -> int:
+    """Lanes that the kernels will have on this processor; ``Kernels.lanes`` is what they have."""
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
 class CBlocked(ctypes.Structure):
@@ -83,7 +89,8 @@ class Pool:
     """Buffers that are used again. A buffer comes back when the last tensor on it is gone.
 
     Kernels write pixels of images only, so the zeros of halos and empty lanes, once written, stay: a buffer serves one
-    layout for good.
+    layout for good. One that no forward pass has wanted for a while is given back to the system: the shapes are others
+    now, or blocks were frozen, which keep nothing.
 
     Args:
         dtype: of the tensors that are handed out.
@@ -91,8 +98,9 @@ class Pool:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._free: dict[object, list[np.ndarray[Any, Any]]] = defaultdict(list)
-        self._bytes = 0
+        # Free buffers by layout, each with the pass in which it came back; the one that came last is taken first.
+        self._free: dict[object, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
+        self._bytes = self._pass = self._phase = 0
 
     @property
     def bytes(self) -> int:
@@ -108,30 +116,58 @@ class Pool:
         dtype = dtype or self.dtype
         return self._take((numel, dtype), numel, dtype)
 
+    def begin_pass(self) -> None:
+        """A forward pass begins: give back what the last ones left lying."""
+        self._pass += 1
+        self._drop(self._pass - _MOST_PASSES)
+
+    def begin_phase(self) -> None:
+        """Other buffers will be wanted, the model is evaluated now or frozen further: give back the free ones.
+
+        They stay where phases are so short that they will be wanted again.
+        """
+        if self._pass - self._phase > _MOST_PASSES:
+            self.release()
+        self._phase = self._pass
+
     def release(self) -> None:
         """Give the memory of the free buffers back to the system."""
-        for arrays in self._free.values():
-            self._bytes -= sum(array.nbytes for array in arrays)
-        self._free.clear()
+        self._drop(self._pass + 1)
+
+    def give_back(self, key: object, array: np.ndarray[Any, Any]) -> None:
+        """Put a buffer on its shelf."""
+        self._free[key].append((self._pass, array))
+
+    def _drop(self, before: int) -> None:
+        """Forget the free buffers that came back before that pass."""
+        for key, shelf in list(self._free.items()):
+            n_old = next((n for n, (at, _) in enumerate(shelf) if at >= before), len(shelf))
+            if n_old:
+                self._bytes -= sum(array.nbytes for _, array in shelf[:n_old])
+                del shelf[:n_old]
+            if not shelf:
+                del self._free[key]
 
     def _take(self, key: object, numel: int, dtype: torch.dtype) -> Tensor:
-        free = self._free[key]
-        if not free:
-            free.append(_zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel])
-            self._bytes += free[-1].nbytes
+        shelf = self._free.get(key)
+        if shelf:
+            array = shelf.pop()[1]
+        else:
+            array = _zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
+            self._bytes += array.nbytes
         # The tensor's storage holds the array, the array its lease: no counting of our own.
-        return torch.from_numpy(np.asarray(_Lease(free.pop(), free)))
+        return torch.from_numpy(np.asarray(_Lease(array, key, self)))
 
 
 class _Lease:
     """An array on loan; it goes back to its shelf when nothing refers to the lease any more."""
 
-    def __init__(self, array: np.ndarray[Any, Any], shelf: list[np.ndarray[Any, Any]]) -> None:
-        self._array, self._shelf = array, shelf
+    def __init__(self, array: np.ndarray[Any, Any], key: object, pool: Pool) -> None:
+        self._array, self._key, self._pool = array, key, pool
         self.__array_interface__ = array.__array_interface__
 
     def __del__(self) -> None:
-        self._shelf.append(self._array)
+        self._pool.give_back(self._key, self._array)
 
 
 def _zeros(n_bytes: int) -> np.ndarray[Any, Any]:

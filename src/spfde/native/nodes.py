@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ class Node:
         name: of its value, unique in the graph.
         inputs: names of the values that it reads.
         module: qualified name of its module in the model; None for a function.
-        options: the rest: ``act``; ``kernel``, ``stride``, ``padding``, ``count_include_pad``; ``keepdim``.
+        options: the rest: ``act``; ``kernel``, ``stride``, ``padding``, ``count_include_pad``; ``size`` of the output
+            for which an adaptive pool's kernel was chosen; ``keepdim``.
     """
 
     kind: Kind
@@ -39,67 +40,111 @@ _ACT_FUNCTIONS: dict[Any, str] = {
     F.gelu: "gelu", "relu": "relu", "relu_": "relu",
 }  # fmt: skip
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_IN_PLACE = (operator.iadd, torch.relu_, F.relu_, "add_", "relu_")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+Shape = tuple[int, ...] | None
 
 
-def read(node: fx.Node, model: nn.Module, reasons: Mapping[str, str], sparse: Collection[str]) -> Node | None:
-    """The operation as the kernels know it, or None.
+def read(
+    node: fx.Node,
+    model: nn.Module,
+    reasons: Mapping[str, str],
+    sparse: Collection[str],
+    shape_of: Callable[[fx.Node], Shape],
+) -> Node | str | None:
+    """The operation as the kernels know it; or why they do not, None where there is nothing to say about that.
 
     Args:
-        node: of the trace.
+        node: of the trace, in which nobody reads what was written in place.
         model: the model that was traced.
         reasons: modules that stay in PyTorch, whatever they are.
         sparse: names of the masked parameters; a linear layer is taken only if its weight is one.
+        shape_of: shape of a node's value on the sample; None where that is no floating-point tensor.
     """
     if node.op == "call_module":
-        return _read_module(node, model, reasons, sparse)
+        if str(node.target) in reasons:
+            return reasons[str(node.target)]
+        return _read_module(node, model, sparse, shape_of)
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _ADDS:
         return _read_add(node)
     if node.target in _ACT_FUNCTIONS:
         return _read_act(node)
-    return _read_pool_function(node)
+    return _read_pool_function(node, shape_of)
 
 
-def _read_module(node: fx.Node, model: nn.Module, reasons: Mapping[str, str], sparse: Collection[str]) -> Node | None:
+def _read_module(
+    node: fx.Node, model: nn.Module, sparse: Collection[str], shape_of: Callable[[fx.Node], Shape]
+) -> Node | str | None:
     name = str(node.target)
     module = model.get_submodule(name)
-    if name in reasons or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+    kind = type(module)
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return None
-    source, kind = (node.args[0].name,), type(module)
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d and _takes_conv(module):
-        return Node("conv", node.name, source, name, {})
-    if kind is nn.Linear and f"{name}.weight" in sparse:
-        return Node("linear", node.name, source, name, {})
+    source = node.args[0]
+    if kind is nn.Conv2d:
+        assert isinstance(module, nn.Conv2d)
+        return _conv_reason(module) or Node("conv", node.name, (source.name,), name, {})
+    if kind is nn.Linear:
+        is_sparse = f"{name}.weight" in sparse
+        return Node("linear", node.name, (source.name,), name, {}) if is_sparse else "its weight is not sparse"
     if kind is nn.BatchNorm2d:
-        return Node("norm", node.name, source, name, {})
-    if kind in _ACT_MODULES and getattr(module, "approximate", "none") == "none":
-        if getattr(module, "inplace", False) and _is_read_later(node):
-            return None
-        return Node("act", node.name, source, name, {"act": _ACT_MODULES[kind]})
-    if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-        return Node("global_pool", node.name, source, name, {"keepdim": True})
-    if (
-        isinstance(module, nn.MaxPool2d)
-        and module.dilation in (1, (1, 1))
-        and not module.ceil_mode
-        and not module.return_indices
-    ):
-        return Node("max_pool", node.name, source, name, _window(module.kernel_size, module.stride, module.padding))
-    if isinstance(module, nn.AvgPool2d) and not module.ceil_mode and module.divisor_override is None:
-        window = _window(module.kernel_size, module.stride, module.padding)
-        return Node("avg_pool", node.name, source, name, {**window, "count_include_pad": module.count_include_pad})
+        return Node("norm", node.name, (source.name,), name, {})
+    if kind in _ACT_MODULES:
+        if getattr(module, "approximate", "none") != "none":
+            return "approximate"
+        return Node("act", node.name, (source.name,), name, {"act": _ACT_MODULES[kind]})
+    if kind in _POOLS:
+        return _read_pool_module(node, module, name, shape_of(source))
+    return "drops at random" if kind in _DROPOUTS else None
+
+
+def _conv_reason(conv: nn.Conv2d) -> str | None:
+    if conv.weight.dtype not in (torch.float32, torch.float64):
+        return f"its weight is {conv.weight.dtype}"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    if conv.stride[0] != conv.stride[1]:
+        return f"stride={conv.stride} differs between rows and columns"
     return None
 
 
-def _takes_conv(conv: nn.Conv2d) -> bool:
-    is_real = conv.weight.dtype in (torch.float32, torch.float64)
-    if conv.padding_mode != "zeros" or conv.stride[0] != conv.stride[1] or not is_real:
-        return False
-    if conv.padding == "same":
-        return all((k - 1) * d % 2 == 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-    return True
+def _read_pool_module(node: fx.Node, module: Any, name: str, shape: Shape) -> Node | str:
+    assert isinstance(node.args[0], fx.Node)
+    source = (node.args[0].name,)
+    if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+        if getattr(module, "return_indices", False):
+            return "return_indices"
+        is_max = isinstance(module, nn.AdaptiveMaxPool2d)
+        return _adaptive(node, source, name, is_max=is_max, size=module.output_size, shape=shape)
+    if module.ceil_mode:
+        return "ceil_mode"
+    window = _window(module.kernel_size, module.stride, module.padding)
+    if isinstance(module, nn.MaxPool2d):
+        if module.dilation not in (1, (1, 1)) or module.return_indices:
+            return "dilation or return_indices"
+        return Node("max_pool", node.name, source, name, window)
+    if module.divisor_override is not None:
+        return "divisor_override"
+    return Node("avg_pool", node.name, source, name, {**window, "count_include_pad": module.count_include_pad})
+
+
+def _adaptive(
+    node: fx.Node, source: tuple[str, ...], name: str | None, *, is_max: bool, size: Any, shape: Shape
+) -> Node | str:
+    """Adaptive pooling; where the size divides the image's, all windows are alike."""
+    if size in (1, (1, 1)) and not is_max:
+        return Node("global_pool", node.name, source, name, {"keepdim": True})
+    if shape is None or len(shape) != 4:
+        return f"reads {shape}"
+    sizes = [n if wanted is None else wanted for n, wanted in zip(shape[2:], _pair(size), strict=True)]
+    if not all(isinstance(wanted, int) and n % wanted == 0 for n, wanted in zip(shape[2:], sizes, strict=True)):
+        return f"its windows differ: {shape[2:]} to {tuple(sizes)}"
+    kernel = tuple(n // wanted for n, wanted in zip(shape[2:], sizes, strict=True))
+    options = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "size": tuple(sizes)}
+    return Node("max_pool" if is_max else "avg_pool", node.name, source, name, options)
 
 
 def _read_add(node: fx.Node) -> Node | None:
@@ -107,34 +152,36 @@ def _read_add(node: fx.Node) -> Node | None:
         len(node.args) != 2
         or not all(isinstance(arg, fx.Node) for arg in node.args)
         or node.kwargs.get("alpha", 1) != 1
+        or set(node.kwargs) - {"alpha"}
     ):
-        return None
-    if set(node.kwargs) - {"alpha"} or (node.target in _IN_PLACE and _is_read_later(node)):
         return None
     return Node("add", node.name, tuple(arg.name for arg in node.args if isinstance(arg, fx.Node)), None, {})
 
 
-def _read_act(node: fx.Node) -> Node | None:
+def _read_act(node: fx.Node) -> Node | str | None:
     options = dict(node.kwargs)
-    in_place = (
-        bool(options.pop("inplace", False))
-        or node.target in _IN_PLACE
-        or (len(node.args) == 2 and node.args[1] is True)
-    )
-    if options.pop("approximate", "none") != "none" or options:
-        return None
-    if not isinstance(node.args[0], fx.Node) or len(node.args) > 2 or (in_place and _is_read_later(node)):
+    options.pop("inplace", None)
+    if options.pop("approximate", "none") != "none":
+        return "approximate"
+    if options or not node.args or not isinstance(node.args[0], fx.Node) or len(node.args) > 2:
         return None
     return Node("act", node.name, (node.args[0].name,), None, {"act": _ACT_FUNCTIONS[node.target]})
 
 
-def _read_pool_function(node: fx.Node) -> Node | None:
+def _read_pool_function(node: fx.Node, shape_of: Callable[[fx.Node], Shape]) -> Node | str | None:
     args, options = node.args, dict(node.kwargs)
     if not args or not isinstance(args[0], fx.Node):
         return None
     source = (args[0].name,)
-    if node.target is F.adaptive_avg_pool2d and not options and args[1:] in (((1, 1),), (1,)):
-        return Node("global_pool", node.name, source, None, {"keepdim": True})
+    if node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+        size: Any = args[1] if len(args) == 2 else options.pop("output_size", 0) if len(args) == 1 else 0
+        if options or isinstance(size, fx.Node) or not size:
+            return None
+        is_max = node.target is F.adaptive_max_pool2d
+        return _adaptive(
+            node, source, None, is_max=is_max, size=tuple(size) if isinstance(size, list) else size,
+            shape=shape_of(args[0]),
+        )  # fmt: skip
     if node.target in ("mean", torch.mean):
         dim: Any = args[1] if len(args) > 1 else options.pop("dim", None)
         keepdim = args[2] if len(args) > 2 else options.pop("keepdim", False)
@@ -146,15 +193,15 @@ def _read_pool_function(node: fx.Node) -> Node | None:
     return None
 
 
-def _read_window_function(node: fx.Node, source: tuple[str, ...]) -> Node | None:
+def _read_window_function(node: fx.Node, source: tuple[str, ...]) -> Node | str | None:
     is_max = node.target is not F.avg_pool2d
     names = ("kernel_size", "stride", "padding", "dilation" if is_max else "ceil_mode", "ceil_mode" if is_max else "_")
     options = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     include = options.pop("count_include_pad", True)
     if options.pop("ceil_mode", False) or options.pop("dilation", 1) not in (1, (1, 1), [1, 1]):
-        return None
+        return "ceil_mode or dilation"
     if options.pop("return_indices", False) or options.pop("divisor_override", None) is not None or "_" in options:
-        return None
+        return "return_indices or divisor_override"
     window = _window(options.pop("kernel_size"), options.pop("stride", None), options.pop("padding", 0))
     if options or any(isinstance(value, fx.Node) for pair in window.values() for value in pair):
         return None
@@ -171,9 +218,3 @@ def _pair(value: Any) -> tuple[Any, Any]:
     if isinstance(value, (tuple, list)):
         return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
     return value, value
-
-
-def _is_read_later(node: fx.Node) -> bool:
-    """Would someone else see what this node does to its input in place?"""
-    source = node.args[0]
-    return isinstance(source, fx.Node) and any(user is not node and node < user for user in source.users)

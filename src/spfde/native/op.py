@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spfde.errors import UsageError
 from spfde.native.program import Program
 
 _PROGRAMS: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
@@ -93,4 +94,12 @@ def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, Any, N
     return each[:n], each[n:], None
 
 
+def _no_second_backward(ctx: Any, *_: Any) -> None:
+    raise UsageError(
+        "The native engine has no second derivatives (create_graph=True, gradient penalties, Hessians). "
+        'Attach with engine="masked".'
+    )
+
+
 region.register_autograd(_backward, setup_context=_setup_context)
+region_backward.register_autograd(_no_second_backward)

@@ -10,12 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from spfde.errors import UsageError
 from spfde.native.graph import Region
 from spfde.native.kernels import Activation
 from spfde.native.layout import TOKEN_COLUMNS, Layout
 from spfde.native.nodes import Node
 from spfde.native.structure import Geometry
+
+_MOST = 2**31 - 1  # numbers of a group of images: offsets are int32
+
+
+class Unsupported(Exception):
+    """Inputs of shapes that the kernels do not take; PyTorch does."""
+
 
 # With a residual the slope is read off the output, which these two let us do.
 _AFTER_RESIDUAL = ("relu", "relu6")
@@ -45,13 +51,14 @@ class PointStep:
 
 @dataclass(frozen=True)
 class PoolStep:
-    """y = the maximum or average of windows of x; kernel, stride and padding."""
+    """y = the maximum or average of windows of x; kernel, stride and padding; the size of y where that was given."""
 
     x: str
     y: str
     kind: str
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     count_padding: bool = False
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ def _single(node: Node, modules: Mapping[str, nn.Module]) -> Step:
     if node.kind == "global_pool":
         return GlobalPoolStep(node.inputs[0], node.name, options["keepdim"])
     window = (options["kernel"], options["stride"], options["padding"])
-    return PoolStep(node.inputs[0], node.name, node.kind, window, bool(options.get("count_include_pad", False)))
+    count = bool(options.get("count_include_pad", False))
+    return PoolStep(node.inputs[0], node.name, node.kind, window, count, options.get("size"))
 
 
 def reads(step: Step) -> tuple[str, ...]:
@@ -169,7 +177,11 @@ def parameters_of(steps: Sequence[Step]) -> tuple[nn.Parameter, ...]:
 
 
 def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[int]], lanes: int) -> dict[str, Layout]:
-    """Layout of each value; values of one size share their halo, so that a gradient can take its neighbour's buffer."""
+    """Layout of each value; values of one size share their halo, so that a gradient can take its neighbour's buffer.
+
+    Raises:
+        Unsupported: shapes that the kernels do not take.
+    """
     sizes: dict[str, tuple[int, int, int]] = {}
     batches = set()
     for name, shape in zip(region.inputs, shapes, strict=True):
@@ -192,18 +204,20 @@ def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[
         elif isinstance(step, PointStep):
             sizes[step.z] = sizes[step.y]
             if step.residual is not None and sizes[step.residual] != sizes[step.y]:
-                raise UsageError(
-                    f"The native engine cannot add values of different sizes, {sizes[step.y]} and "
-                    f'{sizes[step.residual]} (at {step.z}). Attach with engine="masked".'
-                )
+                raise Unsupported(f"adds values of different sizes, {sizes[step.y]} and {sizes[step.residual]}")
         elif isinstance(step, PoolStep):
             channels, *size = sizes[step.x]
             rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *step.window, strict=True))
+            fits = step.size is None or (step.size == (rows, columns) and step.window[0] == step.window[1])
+            if not fits or any(n % k for n, k in zip(size, step.window[0], strict=True) if step.size is not None):
+                raise Unsupported(f"pools images of {size[0]}x{size[1]} pixels to {step.size}")
             sizes[step.y] = (channels, rows, columns)
-    if len(batches) != 1:
-        raise UsageError(
-            f"The native engine got batches of different sizes, {sorted(batches)}. "
-            'Feed batches of one size, or attach with engine="masked".'
-        )
+    if len(batches) != 1 or 0 in batches:
+        raise Unsupported(f"got batches of {' and '.join(map(str, sorted(batches)))}")
+    if any(size <= 0 for _, *plane in sizes.values() for size in plane):
+        raise Unsupported("an image has no pixels left")
     batch = batches.pop()
-    return {name: Layout(batch, c, h, w, halos.get((h, w), 0), lanes) for name, (c, h, w) in sizes.items()}
+    layouts = {name: Layout(batch, c, h, w, halos.get((h, w), 0), lanes) for name, (c, h, w) in sizes.items()}
+    if any(layout.numel // layout.groups > _MOST for layout in layouts.values()):
+        raise Unsupported("images are too large for offsets of 32 bits")
+    return layouts

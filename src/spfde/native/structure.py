@@ -33,7 +33,7 @@ class CStructure(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a convolution: a stride that is equal both ways, symmetric padding."""
+    """The shape of a convolution: a stride that is equal both ways, padding before, and ``extra`` of it behind."""
 
     out_channels: int
     in_channels: int
@@ -42,6 +42,7 @@ class Geometry:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    extra: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, module: nn.Conv2d | nn.Linear) -> Geometry:
@@ -51,19 +52,22 @@ class Geometry:
         conv = module
         kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
         padding: Any = conv.padding
+        extra = (0, 0)
         if padding == "valid":
             padding = (0, 0)
         elif padding == "same":
-            padding = tuple((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
+            rows, columns = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+            padding, extra = (rows // 2, columns // 2), (rows % 2, columns % 2)
         stride = _pair(conv.stride)
         assert stride[0] == stride[1], "graph.py takes equal strides only"
-        return cls(conv.out_channels, conv.in_channels, kernel, stride[0], _pair(padding), dilation, conv.groups)
+        return cls(conv.out_channels, conv.in_channels, kernel, stride[0], _pair(padding), dilation, conv.groups, extra)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the output for an input of that size."""
         sizes = []
-        for size, k, p, d in zip((height, width), self.kernel, self.padding, self.dilation, strict=True):
-            sizes.append((size + 2 * p - d * (k - 1) - 1) // self.stride + 1)
+        axes = zip((height, width), self.kernel, self.padding, self.extra, self.dilation, strict=True)
+        for size, k, p, more, d in axes:
+            sizes.append((size + 2 * p + more - d * (k - 1) - 1) // self.stride + 1)
         return sizes[0], sizes[1]
 
     def halos(self, height: int, width: int) -> tuple[int, int]:
@@ -142,7 +146,7 @@ def build(
         where = index
         if keep is not None:
             rows, columns, offset, where = rows[keep], columns[keep], offset[keep], index[keep]
-        assert not len(offset) or int(offset.abs().max()) <= _MOST, "graph.py leaves values of this size alone"
+        assert not len(offset) or int(offset.abs().max()) <= _MOST, "layouts_of leaves values of this size alone"
         most = max(1, chunk_bytes // (_tile_pixels(geometry) * read.lanes * 4))
         chunks = max(1, -(-read.channels // most))
         width = max(1, -(-read.channels // chunks))

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from spfde.native.layout import Layout
 from spfde.native.steps import ConvStep
-from spfde.native.structure import Entries, Structure, build
+from spfde.native.structure import Entries, Geometry, Structure, build
 
 # What a tile's part of a chunk of the source may take. The first-level cache (32 KiB or more) should hold it beside the
 # lists themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a
 # row of the weight something to do.
 _LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 72_000, 3_600
+
+# Name, shape and strides of the convolution, layouts of the input and the output.
+_Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
 
 
 class Weights:
@@ -31,9 +34,9 @@ class Weights:
         self, masks: Callable[[], Mapping[str, Tensor]], dense_gradients: Callable[[], frozenset[str]]
     ) -> None:
         self._masks, self._dense_gradients = masks, dense_gradients
-        self._built: dict[tuple[str, Layout, Layout], tuple[Tensor | None, Structure]] = {}
+        self._built: dict[_Key, tuple[Tensor | None, Structure]] = {}
         self._steps: dict[str, ConvStep] = {}
-        self._dense: dict[tuple[str, Layout, Layout], Entries] = {}
+        self._dense: dict[_Key, Entries] = {}
         self._current: Mapping[str, Tensor] = {}
         self.refresh()
 
@@ -44,7 +47,7 @@ class Weights:
     def structure(self, step: ConvStep, source: Layout, target: Layout) -> Structure:
         """The lists of a convolution for its current mask."""
         mask = self._current.get(f"{step.name}.weight")
-        key = (step.name, *_any_batch(source, target))
+        key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
         have = self._built.get(key)
         if have is None or have[0] is not mask:
             active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
@@ -55,15 +58,15 @@ class Weights:
 
     def rebuild(self) -> None:
         """Make every structure anew that was made so far."""
-        for (name, source, target), _ in list(self._built.items()):
-            del self._built[name, source, target]
+        built, self._built = list(self._built), {}
+        for name, _, _, source, target in built:
             self.structure(self._steps[name], source, target)
 
     def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
         """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
         if f"{step.name}.weight" not in self._dense_gradients():
             return self.structure(step, source, target).forward
-        key = (step.name, *_any_batch(source, target))
+        key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
         if key not in self._dense:
             everything = torch.ones_like(step.module.weight, dtype=torch.bool)
             self._dense[key] = self._build(step, everything, source, target).forward

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +145,7 @@ class Masker:
             raise UsageError("The masks are hooked already. Call remove() first.")
         for layer in self._layers.values():
             if not layer.is_dense:
-                hook = partial(self._on_gradient, layer)
+                hook = _gradient_hook(self, layer.name)
                 handle = layer.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         if self._handles:
@@ -567,3 +567,15 @@ def _was_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer skipped its update because ``GradScaler`` found an infinite gradient."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)
+
+
+def _gradient_hook(masker: Masker, name: str) -> Callable[[Tensor], None]:
+    """What masks a layer's gradient. Python's collector does not look into a parameter's hooks: it holds nothing."""
+    of_masker = weakref.ref(masker)
+
+    def hook(parameter: Tensor) -> None:
+        alive = of_masker()
+        if alive is not None:
+            alive._on_gradient(alive._layers[name], parameter)
+
+    return hook
