@@ -33,6 +33,55 @@ struct ConvJob {
   int64_t bands, band_rows, threads;
 };
 
+template <int ROWS, int COLUMNS>
+struct Size {
+  static constexpr int rows = ROWS, columns = COLUMNS;
+};
+
+// Cut the rows from `top` to `bottom` into tiles of at most MOST pixels (8 or 16), each a call of tile(size, p, q).
+template <int MOST, class Tile>
+static inline void each_tile(int64_t width, int64_t top, int64_t bottom, const Tile& tile) {
+  for (int64_t q = 0; q < width; q += 8) {
+    const int64_t columns = width - q < 8 ? width - q : 8;
+    for (int64_t p = top, high; p < bottom; p += high) {
+      const int64_t left = bottom - p;
+      high = 1;
+      if constexpr (MOST >= 16) {
+        if (columns == 8 && left >= 2) {
+          tile(Size<2, 8>{}, p, q);
+          high = 2;
+          continue;
+        }
+        if (columns == 4 && left >= 4) {
+          tile(Size<4, 4>{}, p, q);
+          high = 4;
+          continue;
+        }
+      }
+      if (columns == 4 && left >= 2) {
+        tile(Size<2, 4>{}, p, q);
+        high = 2;
+        continue;
+      }
+      if (columns == 2 && left >= 2) {
+        high = left >= 4 ? 4 : 2;
+        high == 4 ? tile(Size<4, 2>{}, p, q) : tile(Size<2, 2>{}, p, q);
+        continue;
+      }
+      switch (columns) {
+        case 8: tile(Size<1, 8>{}, p, q); break;
+        case 7: tile(Size<1, 7>{}, p, q); break;
+        case 6: tile(Size<1, 6>{}, p, q); break;
+        case 5: tile(Size<1, 5>{}, p, q); break;
+        case 4: tile(Size<1, 4>{}, p, q); break;
+        case 3: tile(Size<1, 3>{}, p, q); break;
+        case 2: tile(Size<1, 2>{}, p, q); break;
+        default: tile(Size<1, 1>{}, p, q);
+      }
+    }
+  }
+}
+
 // How many rows of the weight ahead of their use the target and the residual are asked for.
 constexpr int64_t AHEAD = 4;
 
@@ -118,40 +167,10 @@ static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
   const int64_t rows = job.structure.rows;
   real* stat = job.statistics ? job.statistics + (g * job.bands + band) * rows * 3 * LANES : nullptr;
   bool first = true;
-#define SPFDE_TILE(R, C) conv_tile<R, C, STEP_X, STEP_Y>(job, g, p, q, stat, first)
-  for (int64_t q = 0; q < job.width;) {
-    const int64_t left = job.width - q, columns = left < 8 ? left : 8;
-    for (int64_t p = top; p < bottom; first = false) {
-      if (columns == 4 && p + 1 < bottom) {
-        SPFDE_TILE(2, 4);
-        p += 2;
-        continue;
-      }
-      if (columns == 2 && p + 3 < bottom) {
-        SPFDE_TILE(4, 2);
-        p += 4;
-        continue;
-      }
-      if (columns == 2 && p + 1 < bottom) {
-        SPFDE_TILE(2, 2);
-        p += 2;
-        continue;
-      }
-      switch (columns) {
-        case 8: SPFDE_TILE(1, 8); break;
-        case 7: SPFDE_TILE(1, 7); break;
-        case 6: SPFDE_TILE(1, 6); break;
-        case 5: SPFDE_TILE(1, 5); break;
-        case 4: SPFDE_TILE(1, 4); break;
-        case 3: SPFDE_TILE(1, 3); break;
-        case 2: SPFDE_TILE(1, 2); break;
-        default: SPFDE_TILE(1, 1);
-      }
-      p++;
-    }
-    q += columns;
-  }
-#undef SPFDE_TILE
+  each_tile<8>(job.width, top, bottom, [&](auto size, int64_t p, int64_t q) {
+    conv_tile<size.rows, size.columns, STEP_X, STEP_Y>(job, g, p, q, stat, first);
+    first = false;
+  });
 }
 
 SPFDE_EXPORT void spfde_conv(const ConvJob* job) {
@@ -258,47 +277,11 @@ template <int STEP_X>
 static void weight_unit(const WeightJob& job, int64_t g, int64_t band, real* sums) {
   const int64_t top = band * job.band_rows;
   const int64_t bottom = top + job.band_rows < job.to.height ? top + job.band_rows : job.to.height;
-#define SPFDE_TILE(R, C) weight_tile<R, C, STEP_X>(job, chunk, g, p, q, sums)
   for (int64_t chunk = 0; chunk < job.structure.chunks; chunk++) {
-    for (int64_t q = 0; q < job.to.width;) {
-      const int64_t left = job.to.width - q, columns = left < 8 ? left : 8;
-      for (int64_t p = top; p < bottom;) {
-        if (columns == 8 && REGISTERS >= 32 && p + 1 < bottom) {
-          SPFDE_TILE(2, 8);
-          p += 2;
-          continue;
-        }
-        if (columns == 4 && REGISTERS >= 32 && p + 3 < bottom) {
-          SPFDE_TILE(4, 4);
-          p += 4;
-          continue;
-        }
-        if (columns == 4 && p + 1 < bottom) {
-          SPFDE_TILE(2, 4);
-          p += 2;
-          continue;
-        }
-        if (columns == 2 && p + 1 < bottom) {
-          SPFDE_TILE(2, 2);
-          p += 2;
-          continue;
-        }
-        switch (columns) {
-          case 8: SPFDE_TILE(1, 8); break;
-          case 7: SPFDE_TILE(1, 7); break;
-          case 6: SPFDE_TILE(1, 6); break;
-          case 5: SPFDE_TILE(1, 5); break;
-          case 4: SPFDE_TILE(1, 4); break;
-          case 3: SPFDE_TILE(1, 3); break;
-          case 2: SPFDE_TILE(1, 2); break;
-          default: SPFDE_TILE(1, 1);
-        }
-        p++;
-      }
-      q += columns;
-    }
+    each_tile<REGISTERS / 2>(job.to.width, top, bottom, [&](auto size, int64_t p, int64_t q) {
+      weight_tile<size.rows, size.columns, STEP_X>(job, chunk, g, p, q, sums);
+    });
   }
-#undef SPFDE_TILE
 }
 
 SPFDE_EXPORT void spfde_conv_weight(const WeightJob* job) {

@@ -36,10 +36,8 @@ using real = SPFDE_REAL;
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, REGISTERS = 32;
-#elif defined(__aarch64__)
-constexpr int LANES = 8, REGISTERS = 16;  // of 32: a vector takes two
 #else
-constexpr int LANES = 8, REGISTERS = 16;
+constexpr int LANES = 8, REGISTERS = 16;  // NEON has 32 of half the size
 #endif
 
 typedef real vec __attribute__((vector_size(LANES * sizeof(real)), may_alias));
