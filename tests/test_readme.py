@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import spfde
 
 ROOT = Path(__file__).parent.parent
-CARDS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+CARDS = sorted(path for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "README")
 
 
 def blocks(path: Path, language: str) -> list[str]:

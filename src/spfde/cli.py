@@ -82,6 +82,14 @@ FreezeScheme = Annotated[
         show_default="recipe",
     ),
 ]
+FreezeCriterion = Annotated[
+    str | None,
+    typer.Option(
+        help="schedule, or earlier where a block has converged: structure or representation",
+        rich_help_panel=_SAVINGS,
+        show_default="recipe",
+    ),
+]
 Sieve = Annotated[
     float | None,
     typer.Option(help="share of the samples to leave out, in [0, 1)", rich_help_panel=_SAVINGS, show_default="recipe"),
@@ -126,6 +134,7 @@ def train(
     structure: StructureName = None,
     freeze: Freeze = None,
     freeze_scheme: FreezeScheme = None,
+    freeze_criterion: FreezeCriterion = None,
     cache_variants: Annotated[
         int | None,
         typer.Option(
@@ -197,6 +206,7 @@ def train(
                 structure=structure,
                 freeze=freeze,
                 freeze_scheme=freeze_scheme,
+                freeze_criterion=freeze_criterion,
                 cache_variants=cache_variants,
                 sieve=sieve,
                 sieve_criterion=sieve_criterion,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.distributed import World, check_shared_loader
@@ -38,6 +39,7 @@ def attach(
     sample: Sample | None = None,
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
+    probe: Sample | None = None,
 ) -> Session:
     """Attach a recipe to a training loop.
 
@@ -61,6 +63,8 @@ def attach(
         loss: for methods that prune at initialisation (SNIP, GraSP): the mean loss of a batch, called with the
             model and a batch of the loader. By default batches are ``(x, y)``, and the loss is cross entropy of
             ``model(x)`` against ``y``.
+        probe: for freezing with ``criterion="representation"``: what the model is called with to compare its outputs,
+            ``probe_samples`` samples; by default random ones of the data set.
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
@@ -69,6 +73,7 @@ def attach(
     _check_together(model, optimizer, loader, recipe, epochs)
     world = World.current()
     classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
+    sample_given = sample is not None
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs)
     _check_rates(optimizer, recipe, blueprint)
@@ -90,6 +95,7 @@ def attach(
         sample=sample,
         labels=classes,
         masks=masks,
+        probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
     )
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
@@ -141,6 +147,27 @@ def _check_together(
     if not problems.found and not recipe.is_neutral:
         problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
     problems.raise_if_any()
+
+
+def _probe(
+    model: nn.Module, loader: DataLoader[Any], recipe: Recipe, *, seed: int, sample_given: bool, probe: Sample | None
+) -> Sample | None:
+    """The samples that the representation criterion looks at, on the model's device; None where there is none."""
+    technique = recipe.freezing
+    if technique is None or technique.criterion != "representation" or not recipe.freezes or probe is not None:
+        return probe
+    if sample_given:
+        rule = "is needed where sample is given, for the data set's items are not the model's inputs then"
+        raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
+    population = population_of(loader)
+    if len(population) < technique.probe_samples:
+        rule = f"must be at most the number of samples ({len(population)})"
+        raise InvalidArgument(Problem("probe_samples", technique.probe_samples, rule, "Lower it."))
+    order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed))
+    drawn = sample_from(loader, model, population[order[: technique.probe_samples]].tolist())
+    device = next(unwrap(model).parameters()).device
+    moved: Sample = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
+    return moved
 
 
 _SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()

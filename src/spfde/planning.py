@@ -176,6 +176,10 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
                 "Train it without freezing, or name the blocks with ProgressiveFreezing(blocks=...).",
             )
         )
+    if technique.criterion == "structure" and blueprint.method is None:
+        remedy = "Use criterion='representation', or a sparse recipe."
+        rule = "compares masks, and the recipe has no sparsity"
+        raise InvalidArgument(Problem("criterion", technique.criterion, rule, remedy))
     forward = [layer.forward_flops for layer in blueprint.cost.layers]
     backward = [[0.0] * epochs for _ in blocks]
     total = 0.0

@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from spfde.freezing import Freezer, GroupRates, is_held
 from spfde.mixing import mix
 from spfde.planning import Blueprint, scoring_flops
 from spfde.recipe import Recipe
+from spfde.rounding import round_half_up
 from spfde.sieving import (
     EVIDENCE,
     ClassLabels,
@@ -46,6 +48,7 @@ from spfde.sparsity import Masker
 from spfde.tracing import Sample, unwrap
 
 if TYPE_CHECKING:
+    from spfde.convergence import Convergence
     from spfde.native.engine import NativeEngine
     from spfde.native.prefix import CachedPrefix
 
@@ -73,6 +76,7 @@ class Session:
         sample: Sample,
         labels: Tensor | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        probe: Sample | None = None,
     ) -> None:
         self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
         self.engine, self.engine_reason, self._asked_engine = choice.name, choice.reason, choice.asked
@@ -110,6 +114,7 @@ class Session:
         if self._masker is not None:
             self._masker.install()
         self._start_engine()
+        self._convergence = self._make_convergence(probe)
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
@@ -183,14 +188,26 @@ class Session:
             self._observer.begin_epoch()
         self._turn_sieve()
         # Before the mutation: what is frozen now keeps the weights that it has trained.
-        self._freeze_to(self.blueprint.freeze_plan.n_frozen_at(clock.epoch))
+        self._freeze_to(self._n_frozen_now())
         if self._masker is not None:
             self._masker.reset_epoch_counters()
             layers = zip(self.blueprint.cost.layers, self.blueprint.settling_layers(clock.epoch), strict=True)
             settling = {layer.name for layer, settles in layers if settles}
+            if self._convergence is not None:
+                settling |= self._convergence.settling
             self._masker.begin_epoch(clock.epoch, self._freezer.frozen_parameters, settling)
         if self._rates is not None:
             self._rates.apply(clock.epoch)
+
+    def _n_frozen_now(self) -> int:
+        """Blocks that are frozen in the epoch that begins: by the plan, or because they have converged."""
+        blueprint, epoch = self.blueprint, self.epoch
+        planned = blueprint.freeze_plan.n_frozen_at(epoch)
+        if self._convergence is None:
+            return planned
+        is_beat = epoch % blueprint.interval == 0
+        decides = epoch + blueprint.interval < blueprint.epochs
+        return self._convergence.begin_epoch(planned=planned, is_beat=is_beat, decides=decides)
 
     def _turn_sieve(self) -> None:
         sieve, blueprint = self._sieve, self.blueprint
@@ -446,7 +463,7 @@ class Session:
             population=self._baseline_samples,
             dense_gradient_samples=wide,
             gradient_density=reach,
-            overhead_flops=self._scoring_flops() if self.epoch == 0 else 0,
+            overhead_flops=self._overhead_flops(),
         )
         memory = memory_of(model_cost.layers, density, frozen, batch_size=self._batch_size, accounting="actual")
         tensors = {name: value for name, value in self._model.state_dict().items() if isinstance(value, Tensor)}
@@ -468,8 +485,12 @@ class Session:
             compressed_weight_bytes=weights.compressed,
         )
 
-    def _scoring_flops(self) -> int:
-        return scoring_flops(self.blueprint, samples=len(self._population), batch_size=self._batch_size)
+    def _overhead_flops(self) -> int:
+        """Of this epoch: scores that the first masks were chosen by, and looks at how far blocks have converged."""
+        looks = self._convergence.overhead if self._convergence is not None else 0
+        if self.epoch > 0:
+            return looks
+        return looks + scoring_flops(self.blueprint, samples=len(self._population), batch_size=self._batch_size)
 
     def _samples_seen(self) -> int:
         observed = self._observer.samples if self._observer is not None else 0
@@ -589,6 +610,43 @@ class Session:
             int(freezing.cache_limit_gib * 2**30),
             None if freezing.cache_folder is None else Path(freezing.cache_folder),
         )
+
+    def _make_convergence(self, probe: Sample | None) -> Convergence | None:
+        technique, blueprint = self.recipe.freezing, self.blueprint
+        if technique is None or not (technique.adapts and self.recipe.freezes):
+            return None
+        from spfde.convergence import Convergence, Criterion, RepresentationCriterion, StructureCriterion
+
+        criterion: Criterion
+        if technique.criterion == "structure":
+            assert self._masker is not None, "the door lets no dense recipe in"
+            criterion = StructureCriterion(blueprint.sparse_layers, lambda: self.masks)
+        else:
+            assert probe is not None, "the door draws the probe samples"
+            samples = technique.probe_samples
+            criterion = RepresentationCriterion(self._model, blueprint.partition, probe, samples, self._in_pytorch)
+        return Convergence(
+            criterion,
+            blueprint.partition.blocks[: max(blueprint.freeze_plan.frozen)],
+            threshold=technique.threshold,
+            flops_of_look=self._forward_flops,
+        )
+
+    def _forward_flops(self, samples: int) -> int:
+        """Of the forward pass of so many samples under the masks as they are."""
+        cost = self.blueprint.cost
+        density = cost.densities(self._masker.densities() if self._masker is not None else {})
+        return sum(round_half_up(samples * flops * share) for flops, share in zip(cost.forward, density, strict=True))
+
+    @contextmanager
+    def _in_pytorch(self) -> Iterator[None]:
+        """The model computes through its own modules, whatever the engine."""
+        patched = vars(self._model).pop("forward", None) if self._native is not None else None
+        try:
+            yield
+        finally:
+            if patched is not None:
+                self._model.forward = patched
 
     def _make_rates(self) -> GroupRates | None:
         technique, blueprint = self.recipe.learning_rate, self.blueprint
@@ -744,6 +802,7 @@ class Session:
         """The parts that remember something, by name, in the order in which they are loaded."""
         parts = {
             "freezer": self._freezer,
+            "convergence": self._convergence,
             "masker": self._masker,
             "rates": self._rates,
             "sieve": self._sieve,

@@ -15,7 +15,7 @@ import inspect
 import random
 import types
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,15 +144,16 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
     )
 
 
-def sample_from(loader: Any, model: nn.Module) -> Sample:
-    """The model's inputs from the first item of a loader's data set, without iterating the loader.
+def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) -> Sample:
+    """The model's inputs from the first item of a loader's data set, or from others, without iterating the loader.
 
-    Global generators are put back afterwards, so that a random augmentation of that one item leaves no trace. Of a
+    Global generators are put back afterwards, so that a random augmentation of these items leaves no trace. Of a
     tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
     """
     dataset = loader.dataset
     with without_traces(dataset):
-        items = dataset.__getitems__([0]) if hasattr(dataset, "__getitems__") else [dataset[0]]
+        together = hasattr(dataset, "__getitems__")
+        items = dataset.__getitems__(list(indices)) if together else [dataset[index] for index in indices]
         batch = loader.collate_fn(items)
     if isinstance(batch, Mapping):
         accepted = inspect.signature(unwrap(model).forward).parameters

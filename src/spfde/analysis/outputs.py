@@ -217,7 +217,9 @@ def _tensor_of(name: str, output: Any) -> Any:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients; every module's mode and the global generators are put back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # Flags alone: a norm in a frozen block remembers what its train() was called with last.
+    for module, _ in modes:
+        module.training = False
     try:
         with torch.inference_mode(), global_generators_restored():
             yield

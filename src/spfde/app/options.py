@@ -110,6 +110,7 @@ def choose_recipe(
     structure: str | None = None,
     freeze: float | None = None,
     freeze_scheme: str | None = None,
+    freeze_criterion: str | None = None,
     cache_variants: int | None = None,
     sieve: float | None = None,
     sieve_criterion: str | None = None,
@@ -125,6 +126,7 @@ def choose_recipe(
             sparsity along.
         freeze: FLOPs reduction by freezing; 0 freezes nothing.
         freeze_scheme: which blocks are frozen when, see ``ProgressiveFreezing``.
+        freeze_criterion: what lets a block be frozen earlier than planned, see ``ProgressiveFreezing``.
         cache_variants: variants of each sample whose output of the frozen front is kept; 0 keeps none.
         sieve: share of the samples that is left out; 0 leaves out none.
         sieve_criterion: which samples count as easy.
@@ -140,9 +142,9 @@ def choose_recipe(
     if sparsity is not None or soft_bound is not None or structure is not None:
         with problems.collecting():
             changes["sparsity"] = _sparsity(name, recipe.sparsity, sparsity, soft_bound, structure)
-    if freeze is not None or freeze_scheme is not None or cache_variants is not None:
+    if any(given is not None for given in (freeze, freeze_scheme, freeze_criterion, cache_variants)):
         with problems.collecting():
-            changes["freezing"] = _freezing(name, recipe, freeze, freeze_scheme, cache_variants)
+            changes["freezing"] = _freezing(name, recipe, freeze, freeze_scheme, freeze_criterion, cache_variants)
     if sieve is not None or sieve_criterion is not None:
         with problems.collecting():
             changes["sieving"] = _sieving(name, recipe, sieve, sieve_criterion)
@@ -154,12 +156,18 @@ def choose_recipe(
 
 
 def _freezing(
-    name: str, recipe: Recipe, share: float | None, scheme: str | None, cache_variants: int | None
+    name: str,
+    recipe: Recipe,
+    share: float | None,
+    scheme: str | None,
+    criterion: str | None,
+    cache_variants: int | None,
 ) -> ProgressiveFreezing:
     """The recipe's freezing with the command line's changes; a share freezes where the recipe does not."""
     technique = recipe.freezing
     if technique is None and share is None:
-        option, value = ("--freeze-scheme", scheme) if scheme is not None else ("--cache-variants", cache_variants)
+        asked = {"--freeze-scheme": scheme, "--freeze-criterion": criterion, "--cache-variants": cache_variants}
+        option, value = next((option, value) for option, value in asked.items() if value is not None)
         rule = f"recipe {name} freezes nothing"
         raise InvalidArgument(Problem(option, value, rule, "Use --freeze 0.2 or so with it."))
     given = _fields(technique) if technique is not None else {}
@@ -168,6 +176,13 @@ def _freezing(
     if scheme is not None:
         # Of another scheme, the two would be in the way.
         given |= {"scheme": scheme, "start_epoch": None, "resume_epochs": None}
+    if criterion is not None:
+        known = ("schedule", "structure", "representation")
+        if criterion not in known:
+            raise InvalidArgument(
+                Problem("--freeze-criterion", criterion, "is no criterion", nearest(criterion, known))
+            )
+        given["criterion"] = criterion
     if cache_variants is not None:
         given["cache_variants"] = cache_variants
     return ProgressiveFreezing(**given)

@@ -34,6 +34,7 @@ from spfde.app.options import TrainOptions, check_full_batch
 from spfde.app.runs import CONFIG, RECIPE, RunFolder
 from spfde.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.planning import Plan, plan
+from spfde.recipe import Recipe
 from spfde.session import Session
 
 EVALUATION_BATCH = 256
@@ -168,6 +169,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
         engine=options.engine,
         sample=sample,
         loss=lambda net, batch: F.cross_entropy(net(normalise(batch[0], data.mean, data.std)), batch[1]),
+        probe=_probe(options, recipe, data, device=accelerator.device),
     )
     augment = BatchAugment(
         resolve_augmentation(options.augment, data.default_augmentation),
@@ -190,6 +192,15 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
         test_loader=test_loader,
         progress=progress,
     )
+
+
+def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: torch.device) -> Tensor | None:
+    """What freezing by representation looks at: random images of the training set, as the model takes them."""
+    if recipe.freezing is None or recipe.freezing.criterion != "representation":
+        return None
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(options.seed))  # type: ignore[arg-type]
+    images, _ = collate([data.train[index] for index in order[: recipe.freezing.probe_samples].tolist()])
+    return normalise(images.to(device), data.mean, data.std)
 
 
 def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:

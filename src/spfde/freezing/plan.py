@@ -75,6 +75,15 @@ class ProgressiveFreezing(Technique):
     scheme: Scheme = Field(
         default="single-shot", description="'single-shot', 'single-shot-resume', 'periodic' or 'delayed-periodic'"
     )
+    criterion: Literal["schedule", "structure", "representation"] = Field(
+        default="schedule",
+        description="'schedule': as planned; 'structure' or 'representation': earlier, where a block has converged by "
+        "its largest weights, or by CKA of its outputs; at the latest as planned",
+    )
+    threshold: float = Field(
+        default=0.95, gt=0, le=1, description="similarity to the beat before from which on a block has converged"
+    )
+    probe_samples: int = Field(default=128, ge=4, description="samples that 'representation' compares outputs on")
     resume_epochs: int | None = Field(
         default=None,
         ge=1,
@@ -87,6 +96,11 @@ class ProgressiveFreezing(Technique):
         """True when frozen blocks train again."""
         return self.scheme != "single-shot"
 
+    @property
+    def adapts(self) -> bool:
+        """True when blocks are frozen as soon as they have converged."""
+        return self.criterion != "schedule"
+
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
         if self.resume_epochs is not None and self.scheme != "single-shot-resume":
@@ -95,6 +109,10 @@ class ProgressiveFreezing(Technique):
             raise ValueError("start_epoch delays the periods: that is scheme='delayed-periodic'")
         if self.scheme == "delayed-periodic" and self.start_epoch is not None and self.flops_reduction == 0:
             raise ValueError("scheme='delayed-periodic' needs a flops_reduction above 0: it says how many blocks pause")
+        if self.adapts and self.thaws:
+            raise ValueError("criterion freezes blocks for good, earlier than planned: it needs scheme='single-shot'")
+        if self.cache_variants and self.adapts:
+            raise ValueError("cache_variants needs freeze epochs that are known beforehand: criterion='schedule'")
         if self.cache_variants and self.thaws:
             raise ValueError(
                 "cache_variants keeps what blocks make of a sample while they are frozen for good: it "

@@ -3,7 +3,7 @@
 from spfde.sparsity.distribution import active_count, erk, uniform
 from spfde.sparsity.layers import select_layers
 from spfde.sparsity.masker import Masker
-from spfde.sparsity.masks import infer_mask, magnitude_mask, pack, random_mask, unpack
+from spfde.sparsity.masks import infer_mask, largest_half, magnitude_mask, pack, random_mask, unpack
 from spfde.sparsity.methods import (
     DSR,
     GMP,
@@ -71,6 +71,7 @@ __all__ = [
     "active_count",
     "erk",
     "infer_mask",
+    "largest_half",
     "magnitude_mask",
     "mutates_after",
     "pack",

@@ -83,6 +83,12 @@ def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
     return mask.view(score.shape)
 
 
+def largest_half(weight: Tensor, mask: Tensor) -> Tensor:
+    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU."""
+    weight, mask = weight.detach().cpu(), mask.cpu()
+    return highest(weight.abs(), -(-int(mask.sum()) // 2), among=mask)
+
+
 def _nth_highest(values: Tensor, n: int) -> Tensor:
     if values.device.type != "cpu":
         return torch.topk(values, n, sorted=False).values.min()
