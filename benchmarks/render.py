@@ -33,6 +33,7 @@ ORDER = (
     "analysis",
     "methods",
     "mutation",
+    "freezing_schemes",
     "planned_figures",
 )
 HEAD = """# Benchmarks

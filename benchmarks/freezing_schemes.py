@@ -1,0 +1,128 @@
+"""Which freezing scheme keeps the accuracy, at equal training FLOPs?
+
+ResNet-8 on fashion-mini by the command line's own trainer, MEST at 90 %: the four schemes of SpFDE's appendix B with
+the same FLOPs reduction, the same learning rate and the same seeds, beside no freezing at all; and the two criteria that
+freeze a block earlier where it has converged, which cost less. Training FLOPs are modelled.
+
+    python benchmarks/freezing_schemes.py           # about half an hour on two cores
+    python benchmarks/freezing_schemes.py --epochs 20 --seeds 0 1 2 --freeze 0.2
+
+Runs are kept and taken up again as in same_budget.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _common import BENCHMARKS, Figure, Result, Table, begin, parser, publish
+from same_budget import DATA, Entry, Runs, around, mean, small_set, with_sd
+from spfde.app.options import TrainOptions, choose_recipe
+
+SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
+CRITERIA = ("structure", "representation")
+
+
+@dataclass(frozen=True)
+class SchemeEntry(Entry):
+    """MEST with a freezing scheme or criterion; without either nothing is frozen."""
+
+    scheme: str | None = None
+    criterion: str | None = None
+    freeze: float = 0.0
+
+    @property
+    def model(self) -> str:
+        # Part of the run folder's name alone.
+        return "-".join(filter(None, (super().model, self.scheme, self.criterion, f"{self.freeze:g}")))
+
+    def options(self, seed: int, data: str) -> TrainOptions:
+        recipe = choose_recipe(
+            self.recipe,
+            freeze=self.freeze or None,
+            freeze_scheme=self.scheme,
+            freeze_criterion=self.criterion,
+        )
+        options = super().options(seed, data)
+        return options.model_copy(update={"model": super().model, "recipe": recipe.to_dict()})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run it."""
+    made = parser(__doc__)
+    made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
+    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
+    made.add_argument("--freeze", type=float, default=0.15, help="FLOPs reduction of each scheme (0.15)")
+    made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / "freezing_schemes")
+    options = made.parse_args(argv)
+    stamped = begin(options)
+    folder: Any = tempfile.TemporaryDirectory() if options.quick else None
+    runs_folder = Path(folder.name) if options.quick else options.runs
+    runs_folder.mkdir(parents=True, exist_ok=True)
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    epochs = options.epochs or (8 if options.quick else 20)
+    runs = Runs(runs_folder, seeds, small_set(runs_folder) if options.quick else DATA)
+    share = options.freeze
+    entries = [SchemeEntry("no freezing", "mest", epochs)]
+    entries += [SchemeEntry(scheme, "mest", epochs, scheme=scheme, freeze=share) for scheme in SCHEMES]
+    entries += [SchemeEntry(f"single-shot, {by}", "mest", epochs, criterion=by, freeze=share) for by in CRITERIA]
+    if options.quick:
+        entries = [entries[0], entries[1], entries[-2]]
+    runs.train(entries)
+    unfrozen = mean(runs.summaries(entries[0]), "training_flops")
+    figures, rows = [], []
+    for entry in entries:
+        found = runs.summaries(entry)
+        accuracies = [summary["test_accuracy"] for summary in found]
+        flops = mean(found, "training_flops")
+        figures.append(
+            Figure(
+                f"test accuracy: {entry.label}",
+                statistics.mean(accuracies),
+                "accuracy",
+                n=len(accuracies),
+                spread=around(accuracies),
+                spread_is="sd",
+            )
+        )
+        rows.append(
+            (entry.label, with_sd(accuracies, 4), f"{flops:.4g}", f"{1 - flops / unfrozen:.1%}", str(len(found)))
+        )
+    publish(
+        Result(
+            name="freezing_schemes",
+            title="Freezing schemes",
+            question="Which freezing scheme keeps the accuracy, at equal training FLOPs?",
+            command="python benchmarks/freezing_schemes.py",
+            figures=tuple(figures),
+            tables=(
+                Table(
+                    "Each scheme (mean ± standard deviation over the seeds)",
+                    ("scheme", "test accuracy", "training FLOPs (modelled)", "saved", "n"),
+                    tuple(rows),
+                ),
+            ),
+            settings={
+                "data": "a tenth of fashion-mini" if options.quick else runs.data,
+                "model": "resnet8",
+                "method": "mest",
+                "FLOPs reduction asked for": share,
+                "epochs": epochs,
+                "seeds": " ".join(map(str, seeds)),
+            },
+            notes=(
+                "The criteria freeze blocks earlier than the schedule where they have converged, and so save more.",
+            ),
+            stamp=stamped,
+        ),
+        options,
+    )
+    if folder is not None:
+        folder.cleanup()
+
+
+if __name__ == "__main__":
+    main()
