@@ -1,7 +1,7 @@
 """Which freezing scheme keeps the accuracy, at equal training FLOPs?
 
 ResNet-8 on fashion-mini by the command line's own trainer, MEST at 90 %: the four schemes of SpFDE's appendix B with
-the same FLOPs reduction, the same learning rate and the same seeds, beside no freezing at all; and the two criteria that
+the same FLOPs reduction, learning rate and seeds, beside no freezing at all; and the two criteria that
 freeze a block earlier where it has converged, which cost less. Training FLOPs are modelled.
 
     python benchmarks/freezing_schemes.py           # about half an hour on two cores
