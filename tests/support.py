@@ -65,7 +65,14 @@ class Parts:
     loader: DataLoader[Any]
 
 
-def make_parts(*, seed: int = 0, own_generator: bool = True, workers: int = 0, drop_last: bool = False) -> Parts:
+def make_parts(
+    *,
+    seed: int = 0,
+    own_generator: bool = True,
+    workers: int = 0,
+    persistent: bool = False,
+    drop_last: bool = False,
+) -> Parts:
     torch.manual_seed(seed)
     model = SmallNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
@@ -75,6 +82,7 @@ def make_parts(*, seed: int = 0, own_generator: bool = True, workers: int = 0, d
         shuffle=True,
         generator=torch.Generator().manual_seed(seed) if own_generator else None,
         num_workers=workers,
+        persistent_workers=persistent,
         drop_last=drop_last,
     )
     return Parts(model, optimizer, loader)

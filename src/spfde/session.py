@@ -772,6 +772,7 @@ class Session:
         self.seed = state["seed"]
         self._clock = Clock.from_state(state["clock"])
         self._loaded_drained = self._clock.phase == "drained"
+        self.loader.had_workers = self._clock.epoch > 0 or self._loaded_drained
         if self._observer is not None:
             self._observer.begin_epoch()
             self._observer.samples = self._clock.samples_observed

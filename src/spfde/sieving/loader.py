@@ -207,6 +207,7 @@ class SievedLoader(DataLoader[Any]):
         on_start: called before an iteration starts, before anything is drawn; an exception prevents the start.
         on_batch: called with ``current_indices`` just before a batch is handed out.
         on_end: called when an iteration has come to its end; not where it was left early.
+        had_workers: a run goes on whose persistent workers had been started before.
     """
 
     on_start: Callable[[], None] | None
@@ -241,6 +242,7 @@ class SievedLoader(DataLoader[Any]):
         self.on_start = None
         self.on_batch = None
         self.on_end = None
+        self.had_workers = False
         self._source: SievedBatchSampler = batch_sampler
         self._tally = _Tally()
         self._handed_out: list[Any] | None = None
@@ -254,10 +256,17 @@ class SievedLoader(DataLoader[Any]):
         # are sent their first batches in here, so the sampler has to know the queue before.
         queue: deque[list[Any]] = deque()
         self._source.handed_on = queue
+        own = self.generator
+        if self.had_workers and self.persistent_workers and self._iterator is None:
+            # PyTorch draws a seed for the workers when it starts them. The run that goes on here has drawn it long ago:
+            # drawn once more, the order of its samples would be another. So a copy gives it.
+            self.generator = torch.Generator()
+            self.generator.set_state(torch.get_rng_state() if own is None else own.get_state())
         try:
             inner = super().__iter__()
         finally:
             self._source.handed_on = None
+            self.generator = own
         return _Iteration(self, inner, queue, self._tally)
 
     @property
