@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.modules.transformer as transformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -187,6 +188,23 @@ def call_arguments(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (sample,), {}
 
 
+@contextlib.contextmanager
+def _masks_unread() -> Iterator[None]:
+    """Keep ``nn.TransformerEncoder`` from looking at an attention mask's values to see whether it is causal.
+
+    Fake tensors have none, and the products are the same whatever the answer.
+    """
+    detect = getattr(transformer, "_detect_is_causal_mask", None)
+    if detect is None:
+        yield
+        return
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
+
+
 class _Recorder(TorchDispatchMode):
     """Notes each operation with its module, its parameters and its FLOPs."""
 
@@ -331,7 +349,7 @@ def plain_kernels() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about TF32 on CPUs
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        with _masks_unread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(attention)

@@ -126,6 +126,35 @@ def test_weights_that_do_not_learn_are_left_alone() -> None:
     assert _select(model) == ["2.weight"]
 
 
+class Separable(nn.Sequential):
+    """Convolutions that are depthwise (two of them), grouped, and plain."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.Conv2d(8, 8, 3, groups=4),
+            nn.ConvTranspose2d(8, 16, 2, groups=8),
+            nn.Conv2d(16, 8, 1),
+            nn.Conv1d(8, 1, 1),
+            nn.Conv1d(1, 4, 1),
+        )
+
+
+def test_depthwise_convolutions_stay_dense_and_other_groups_are_masked() -> None:
+    assert _select(Separable()) == ["2.weight", "4.weight", "5.weight", "6.weight"]
+
+
+def test_depthwise_convolutions_are_masked_where_include_names_them() -> None:
+    assert _select(Separable(), include=("1.*", "4.*")) == ["1.weight", "4.weight"]
+    assert _select(Separable(), include=("*",), exclude=("3.*", "5.*", "6.*")) == ["1.weight", "2.weight", "4.weight"]
+
+
+def test_an_override_of_a_depthwise_convolution_says_how_to_mask_it() -> None:
+    with pytest.raises(InvalidArgument, match=r"overrides.*stay dense.*[Nn]ame depthwise convolutions in include"):
+        _select(Separable(), overrides={"1.weight": 0.5})
+
+
 def test_a_parametrised_weight_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     assert _select(model) == ["2.weight"]

@@ -10,15 +10,15 @@ from torch import nn
 from spfde.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.sparsity.methods import SparsityMethod
 
-_WEIGHTED = (
+_CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
-    nn.Linear,
 )
+_WEIGHTED = (*_CONVOLUTIONS, nn.Linear)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -30,6 +30,7 @@ def select_layers(
 
     Masked are the weights of convolutions, ``nn.Linear`` and ``nn.MultiheadAttention`` that run and learn; never
     norms, biases, embeddings (nor a weight shared with one), one-dimensional tensors and parameters without gradient.
+    Depthwise convolutions have few weights and little to spare: they are masked only where ``include`` names them.
     With sparsity 0 everywhere nothing is masked.
 
     Args:
@@ -51,7 +52,10 @@ def select_layers(
     dense = set(head) if method.dense_head else set()
     if method.dense_first:
         dense.add(candidates[0])
-    included = [name for name in candidates if not method.include or _any_match(name, method.include)]
+    depthwise = _depthwise(model)
+    included = [
+        name for name in candidates if _any_match(name, method.include) or not (method.include or name in depthwise)
+    ]
     included = [name for name in included if not _any_match(name, method.exclude)]
     selected = [name for name in included if name not in dense]
     problems = Problems()
@@ -80,6 +84,15 @@ def _maskable(model: nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{name}" if prefix else name
 
 
+def _depthwise(model: nn.Module) -> frozenset[str]:
+    """Names of the weights of convolutions that treat each input channel by itself."""
+    return frozenset(
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _CONVOLUTIONS) and module.groups == module.in_channels > 1
+    )
+
+
 def _check_patterns(
     problems: Problems, method: SparsityMethod, candidates: Sequence[str], selected: Sequence[str]
 ) -> None:
@@ -91,7 +104,10 @@ def _check_patterns(
         if not any(fnmatchcase(name, pattern) for name in candidates):
             problems.add("overrides", pattern, "matches no prunable weight", nearest(pattern, candidates))
         elif not any(fnmatchcase(name, pattern) for name in selected):
-            remedy = "Set dense_first=False or dense_head=False, or correct include and exclude."
+            remedy = (
+                "Name depthwise convolutions in include, set dense_first=False or dense_head=False, or correct "
+                "include and exclude."
+            )
             problems.add("overrides", pattern, "matches only weights that stay dense", remedy)
 
 

@@ -63,7 +63,7 @@ class SparsityMethod(Technique):
         distribution: "uniform" (every layer alike, as SpFDE and MEST) or "erk" (small layers denser, as RigL).
         structure: what exists or not as a whole: ``Unstructured()``, ``Block()``, ``NM()``, ``Kernels()``,
             ``Patterns()`` or ``Channels()``.
-        include: name patterns (``fnmatch``) of the weights to mask; empty: all that can be.
+        include: name patterns (``fnmatch``) of the weights to mask; empty: all that can be, but depthwise convolutions.
         exclude: name patterns of weights that stay dense, such as ``"*.downsample.*"``.
         overrides: sparsity by name pattern; the last pattern that matches wins.
         dense_first: the first layer in order of execution stays dense.
