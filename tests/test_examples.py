@@ -15,6 +15,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CASES = {
     "own_loop.py": (["--samples", "200", "--epochs", "6"], ["stopped after epoch 2", "epoch 5:", "Cost of 6 epochs"]),
     "per_sample_loss.py": (["--samples", "200", "--epochs", "8"], ["150 samples in use", "Cost of 8 epochs"]),
+    "segmentation.py": (["--samples", "60", "--epochs", "8"], ["down1, down2, bottom, up2, up1", "Cost of 8 epochs"]),
+    "text_transformer.py": (["--samples", "100", "--epochs", "8"], ["encoder.layers.3", "Cost of 8 epochs"]),
+    "vision_models.py": (
+        ["--model", "mobilenetv3", "--samples", "100", "--epochs", "12"],
+        ["blocks: blocks.0.0", "Cost of 12 epochs"],
+    ),
     "plan_only.py": (["--model", "resnet8", "--epochs", "20"], ["MEST, 20 % + 20 %", "the most possible is"]),
 }
 
