@@ -169,7 +169,7 @@ def native_outputs(
     NativeEngine(graph, masks=masks, dense_gradients=frozenset)
 
     def outputs(batch: Tensor) -> dict[str, Tensor]:
-        with torch.inference_mode():
+        with torch.no_grad():
             return dict(zip(modules, graph(batch), strict=True))
 
     return outputs
@@ -221,7 +221,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     for module, _ in modes:
         module.training = False
     try:
-        with torch.inference_mode(), global_generators_restored():
+        with torch.no_grad(), global_generators_restored():
             yield
     finally:
         for module, mode in modes:
