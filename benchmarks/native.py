@@ -36,6 +36,7 @@ from _common import Figure, Result, Table, Timing, begin, compare, interleave, p
 from spfde.app.models import build_model
 from spfde.cost import format_bytes
 from spfde.cost.memory import peak_bytes, reset_peak
+from spfde.engines import WORTH_IT, estimate_time
 from spfde.native import build
 from spfde.native.engine import NativeEngine
 
@@ -50,7 +51,13 @@ BY_MODEL = {"VGG-19": 3.0, "ResNet-18": 3.0, "MobileNetV2": 1.3, "ViT-tiny": 1.5
 VARIANTS = 2
 LEAST_EPOCH, MOST_REBUILD, MOST_BUILD, MOST_LATER = 5.3, 0.5, 30.0, 0.2
 MOST_BREAK_EVEN, MOST_MEMORY = 0.5, 1.0
-GROUPS = ("sparsity", "batch", "frozen", "epoch", "models", "memory", "rebuild", "start", "csr")
+# Steps that the engine's own estimate of them is compared with: model, sparsity, batch.
+ESTIMATED = (
+    *(("ResNet-32", sparsity, BATCH) for sparsity in (0.25, 0.5, 0.8, 0.95)),
+    *(("ResNet-32", 0.9, size) for size in (1, 2, 4, 8, 16, 33, BATCH)),
+    *((name, 0.9, BATCH) for name in BY_MODEL),
+)
+GROUPS = ("sparsity", "batch", "frozen", "epoch", "models", "estimate", "memory", "rebuild", "start", "csr")
 
 
 def resnet32() -> nn.Module:
@@ -329,6 +336,28 @@ def by_model(rounds: int) -> Found:
     return figures, rows
 
 
+def by_estimate(rounds: int) -> Found:
+    """What ``engine="auto"`` expects a native step to take, of a masked one's time, against what it takes."""
+    rows, wrong, lost = [], 0, 1.0
+    for name, sparsity, size in ESTIMATED:
+        made, (x, y) = MODELS.get(name, resnet32), batch(size)
+        trainers = {engine: sparse(made(), sparsity, x, y, engine=engine) for engine in ("masked", "native")}
+        timings = interleave({engine: trainer.step for engine, trainer in trainers.items()}, rounds, warmup=2)
+        session = trainers["masked"].session
+        assert session is not None
+        expected, _ = estimate_time(made(), session.blueprint, x[:1], size)
+        measured = compare(timings["native"], timings["masked"]).paired
+        chosen = "native" if expected <= WORTH_IT else "masked"
+        loses = measured if chosen == "native" else 1 / measured
+        wrong, lost = wrong + (loses > 1), max(lost, loses)
+        rows.append((f"estimate: {name}, {sparsity:.0%}, batch {size}", f"auto takes {chosen}",
+                     f"expected {expected:.2f}x of masked", f"measured {measured:.2f}x"))  # fmt: skip
+    return [
+        Figure("steps in which auto takes the slower engine", wrong / len(ESTIMATED), "share", n=len(ESTIMATED)),
+        Figure("the slowest of them, over the other engine", lost, "ratio", n=rounds),
+    ], rows
+
+
 def memory(rounds: int) -> Found:
     """Peak resident memory of a step over what the process had before its first one."""
     found: dict[str, list[int]] = {}
@@ -424,6 +453,7 @@ def csr(rounds: int) -> Found:
 
 RUN: dict[str, Callable[[int], Found]] = {
     "sparsity": by_sparsity, "batch": by_batch, "frozen": by_frozen, "epoch": by_epoch, "models": by_model,
+    "estimate": by_estimate,
     "memory": memory, "rebuild": rebuild, "start": start, "csr": csr,
 }  # fmt: skip
 

@@ -22,7 +22,10 @@ ENGINES = ("auto", "masked", "native")
 # faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py
 # measures steps against it. A linear layer pays for two changes of layout.
 _LINES = {"conv": (1.1, 0.17), "linear": (1.5, 0.5)}
-_WORTH_IT = 0.9
+WORTH_IT = 0.9
+# How the time grows with the share of lanes that a small batch leaves empty: less than in proportion, for PyTorch takes
+# longer for an image of a small batch too.
+_EMPTY_LANES = 0.75
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def choose_engine(
         estimate, left = estimate_time(unwrap(model), blueprint, sample, batch_size)
         if left:
             reason = f"it takes no sparse layer of this model ({left})"
-        elif engine == "auto" and estimate > _WORTH_IT:
+        elif engine == "auto" and estimate > WORTH_IT:
             return Choice("masked", f"native kernels would take about {estimate:.2f}x of its time here", engine)
     if reason is None:
         from spfde.native import build
@@ -151,5 +154,5 @@ def estimate_time(model: nn.Module, blueprint: Blueprint, sample: Sample, batch_
         # Of a linear layer each token is a sample, and a vector holds a few columns of them.
         rows = batch_size if kind == "conv" else batch_size * layer.forward_flops // (2 * layer.numel)
         unit = likely_lanes() * (1 if kind == "conv" else TOKEN_COLUMNS)
-        ours += layer.forward_flops * (slope * density + fixed) * (-(-rows // unit) * unit / rows)
+        ours += layer.forward_flops * (slope * density + fixed) * (-(-rows // unit) * unit / rows) ** _EMPTY_LANES
     return ours / all_of_it, ""
