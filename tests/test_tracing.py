@@ -132,6 +132,17 @@ def test_encoder_layers_are_counted_though_their_fast_path_would_hide_them():
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
+def test_encoders_and_decoders_are_traced_with_a_causal_mask_though_they_look_into_it():
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 1)
+    x, before = torch.zeros(2, 5, 8), torch.nn.modules.transformer._detect_is_causal_mask
+    assert len(trace(encoder, {"src": x, "mask": causal}).ops) == len(trace(encoder, x).ops)
+    masked = trace(decoder, {"tgt": x, "memory": x, "tgt_mask": causal})
+    assert len(masked.ops) == len(trace(decoder, (x, x)).ops)
+    assert torch.nn.modules.transformer._detect_is_causal_mask is before
+
+
 def test_recurrent_layers_are_counted():
     before = torch._C._get_mkldnn_enabled()
     found = trace(nn.LSTM(4, 3, batch_first=True), torch.zeros(2, 5, 4))

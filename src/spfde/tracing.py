@@ -189,20 +189,25 @@ def call_arguments(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _masks_unread() -> Iterator[None]:
-    """Keep ``nn.TransformerEncoder`` from looking at an attention mask's values to see whether it is causal.
+def _values_unread() -> Iterator[None]:
+    """Keep PyTorch from looking at what fake tensors, or a sample of one item, do not have.
 
-    Fake tensors have none, and the products are the same whatever the answer.
+    ``nn.TransformerEncoder`` reads an attention mask to see whether it is causal, and the products are the same
+    whatever the answer; batch norms refuse a single value a channel, where a batch has more.
     """
-    detect = getattr(transformer, "_detect_is_causal_mask", None)
-    if detect is None:
-        yield
-        return
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    stand_ins: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+        (torch.nn.functional, "_verify_batch_size", lambda size: None),
+    )
+    # They are PyTorch's own affair: another version may lack them.
+    found = [(owner, name, getattr(owner, name), new) for owner, name, new in stand_ins if hasattr(owner, name)]
+    for owner, name, _, new in found:
+        setattr(owner, name, new)
     try:
         yield
     finally:
-        transformer._detect_is_causal_mask = detect
+        for owner, name, old, _ in found:
+            setattr(owner, name, old)
 
 
 class _Recorder(TorchDispatchMode):
@@ -349,7 +354,7 @@ def plain_kernels() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about TF32 on CPUs
     try:
-        with _masks_unread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        with _values_unread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(attention)

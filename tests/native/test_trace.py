@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import spfde
 from native_support import kernels, needs_kernels, relative_error, twin
@@ -256,6 +256,44 @@ def test_a_block_that_draws_draws_each_time() -> None:
     twin(model, {}, torch.float32)
     x = torch.randn(2, 3, 9, 9)
     assert len({float(model(x).sum().detach()) for _ in range(30)}) == 2
+
+
+class BatchMoments(nn.Module):
+    """Knows of no statistics but the batch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+def test_norms_with_a_forward_of_their_own_stay_in_pytorch_and_take_one_trace_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = []
+    model = nn.Sequential(
+        *[module for _ in range(3) for module in (nn.Conv2d(3, 3, 1, bias=False), OwnNorm(3), nn.ReLU())]
+    )
+    monkeypatch.setattr(
+        fx.Tracer, "trace", lambda *args, _of=fx.Tracer.trace, **kw: passes.append(1) or _of(*args, **kw)
+    )
+    captured = capture(model, SAMPLE)
+    assert len(passes) == 1
+    assert captured.left[0] == "1 (OwnNorm; keeps statistics by a forward of its own)"
+    monkeypatch.undo()
+    check(model)
+
+
+def test_statistics_of_a_single_value_stop_no_trace() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchMoments(), nn.Conv2d(4, 2, 1))
+    captured = capture(model, torch.zeros(1, 3, 3, 3))  # one value a channel: a batch has more
+    assert [node.kind for region in captured.regions for node in region.nodes] == ["conv", "conv"]
+    assert captured.left == ("batch_norm",)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.zeros(1, 3, 3, 3))
 
 
 def test_a_buffer_is_read_anew_in_each_pass() -> None:

@@ -150,6 +150,9 @@ def _own_reason(module: nn.Module) -> str | None:
         return "has a forward of its own"
     if parametrize.is_parametrized(module):
         return "is parametrized"
+    if isinstance(module, _NormBase) and not type(module).__module__.startswith("torch.nn"):
+        # It would be found to write its statistics: one whole trace for each norm of the model.
+        return "keeps statistics by a forward of its own"
     return None
 
 
