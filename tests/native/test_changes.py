@@ -113,6 +113,29 @@ def test_a_part_in_another_mode_than_the_model_computes_in_its_own() -> None:
     assert engine._n_captures == 2, "the first capture was kept"
 
 
+def test_a_mode_that_cannot_be_traced_is_computed_by_pytorch() -> None:
+    class Undecided(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            if not self.training and float(out.sum()) > 1e9:
+                return -out
+            return out
+
+    model = Undecided()
+    engine = NativeEngine(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset, sample=X)
+    assert len(engine.taken) == 1
+    model.eval()
+    with pytest.warns(UserWarning, match="leaves the model to PyTorch as it is now: its forward cannot be traced"):
+        model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(X), copy.deepcopy(model)(X)), "and it is told once"
+    assert engine.taken == ()
+    model.train()
+    model(X)
+    assert len(engine.taken) == 1
+
+
 def test_a_model_that_never_stays_as_it_is_gets_a_warning() -> None:
     model, _, _ = attached()
     for step in range(62):

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from spfde.errors import UsageError
-from spfde.native import build, op
-from spfde.native.graph import Capture, Region, capture, region_name
-from spfde.native.kernels import MEAN, VARIANCE, Kernels
+from spfde.errors import InvalidArgument, UsageError
+from spfde.native import build
+from spfde.native.graph import Capture, Region, capture, region_name, whole
+from spfde.native.kernels import Kernels
 from spfde.native.layout import Pool
 from spfde.native.prefix import CachedPrefix
-from spfde.native.program import Mode, Program
+from spfde.native.runner import RegionRunner
 from spfde.native.signature import FORWARD, HELD, is_same, signature
-from spfde.native.steps import ConvStep, PointStep, Step, Unsupported, steps_of
+from spfde.native.steps import steps_of
 from spfde.native.trace import check_forward
 from spfde.native.weights import Weights
 from spfde.tracing import Sample, call_arguments
 
-_MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
 _MOST_CAPTURES = 8  # states of the model: modes, hooks, attributes
 _MANY_CAPTURES = 64
 
@@ -68,7 +66,7 @@ class NativeEngine:
         self._captures: list[_Seen] = []  # the last used first
         self._n_captures = 0
         if sample is not None:
-            self._capture()
+            self._trace()
         setattr(model, HELD, _Held(self))
         model.forward = types.MethodType(forward, model)
 
@@ -185,12 +183,24 @@ class NativeEngine:
         known = self._known()
         if known is not None:
             return known
+        try:
+            return self._trace()
+        except InvalidArgument as error:
+            # It could be traced when the engine was attached: in the other mode, or before a change.
+            rule = error.problems[0].rule
+            warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
+            return self._note(whole(self._model, rule))
+
+    def _trace(self) -> Capture:
         if self._sample is None:
             raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
-        self._pool.begin_phase()
         frozen = None if self._cached is None else self._frozen_then
         captured = capture(self._model, self._sample, self._masks(), frozen)
         self._fill(captured)
+        return self._note(captured)
+
+    def _note(self, captured: Capture) -> Capture:
+        self._pool.begin_phase()
         self._captures.insert(0, _Seen(self._model, captured))
         del self._captures[_MOST_CAPTURES:]
         self._n_captures += 1
@@ -206,7 +216,7 @@ class NativeEngine:
         """Put what computes each region in its place."""
         modules = dict(self._model.named_modules(remove_duplicate=False))
         for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
-            runner = _RegionRunner(
+            runner = RegionRunner(
                 region, steps_of(region, modules), plain, self._kernels, self._pool, self._weights
             )  # fmt: skip
             for made in (captured.graph_module, *(captured.halves or ())):
@@ -256,98 +266,6 @@ def _has_stand_ins(model: nn.Module) -> bool:
     return not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
 
 
-class _RegionRunner(nn.Module):
-    """A region in the place of the modules that it computes."""
-
-    def __init__(
-        self, region: Region, steps: Sequence[Step], plain: nn.Module, kernels: Kernels, pool: Pool, weights: Weights
-    ) -> None:
-        super().__init__()
-        self._region, self._steps, self._plain = region, tuple(steps), plain
-        self._kernels, self._pool, self._weights = kernels, pool, weights
-        self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
-        owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
-        self._own = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
-        self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
-
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The region's outputs: a tensor, or a tuple for several."""
-        if torch.is_autocast_enabled("cpu"):
-            warnings.warn(
-                "The native engine computes in float32 under autocast: more digits than asked for, and no slower.",
-                stacklevel=2,
-            )
-            inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
-        try:
-            self._check(inputs)
-            program, handle = self._program(inputs)
-        except Unsupported as error:
-            warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
-            found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
-            return found
-        with torch.autocast("cpu", enabled=False):
-            values = op.region(list(inputs), list(program.parameters), handle)
-        n = len(self._region.outputs)
-        self._track(program, values[n])
-        return values[0] if n == 1 else tuple(values[:n])
-
-    def _check(self, inputs: Sequence[Tensor]) -> None:
-        for tensor in inputs:
-            if not (tensor.dim() >= 2 if self._region.is_tokens else tensor.dim() == 4):
-                raise Unsupported(f"got {tensor.dim()} dimensions")
-        for tensor in (*inputs, *self._own):
-            if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
-                raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
-
-    def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
-        mode = self._mode(inputs)
-        if mode not in self._programs:
-            program = Program(
-                self._region, self._steps, mode, weights=self._weights, kernels=self._kernels, pool=self._pool
-            )
-            _check_batches(program)
-            self._programs[mode] = (program, op.register(program))
-            if len(self._programs) > _MOST_PROGRAMS:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(mode)
-        return self._programs[mode]
-
-    def _mode(self, inputs: Sequence[Tensor]) -> Mode:
-        with_gradients = torch.is_grad_enabled()
-        trains: set[int] = set()
-        if with_gradients:
-            for step in self._steps:
-                for module in (getattr(step, "module", None), getattr(step, "norm", None)):
-                    if module is not None:
-                        trains.update(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
-        return Mode(
-            tuple(tuple(tensor.shape) for tensor in inputs),
-            tuple(with_gradients and tensor.requires_grad for tensor in inputs),
-            frozenset(trains),
-            frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
-        )
-
-    def _track(self, program: Program, table: Tensor) -> None:
-        """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
-        kept = [
-            (norm, where, count)
-            for norm, where, count in program.norms
-            if norm.training and norm.track_running_stats and norm.running_mean is not None
-        ]
-        if not kept:
-            return
-        with torch.no_grad():
-            for norm, where, count in kept:
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                assert norm.num_batches_tracked is not None
-                norm.num_batches_tracked.add_(1)
-                share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
-                norm.running_mean.lerp_(table[MEAN, where], share)
-                # The unbiased variance, as PyTorch keeps it.
-                norm.running_var.mul_(1 - share).add_(table[VARIANCE, where], alpha=share * count / (count - 1))
-
-
 def _tensors(values: Any) -> list[Tensor]:
     if not all(isinstance(value, Tensor) for value in values):
         raise UsageError(
@@ -355,9 +273,3 @@ def _tensors(values: Any) -> list[Tensor]:
             "Attach with cache_variants=0."
         )
     return list(values)
-
-
-def _check_batches(program: Program) -> None:
-    for norm, _, count in program.norms:
-        if count <= 1 and norm.training:
-            raise Unsupported("normalises by a batch of one number")

@@ -60,13 +60,30 @@ class Capture:
             learns.
     """
 
-    graph_module: fx.GraphModule
+    graph_module: nn.Module
     regions: tuple[Region, ...]
-    plain: tuple[fx.GraphModule, ...]
+    plain: tuple[nn.Module, ...]
     left: tuple[str, ...]
     opaque: tuple[str, ...]
     draws: Mapping[str, str]
     halves: tuple[fx.GraphModule, fx.GraphModule] | None = None
+
+
+class _Whole(nn.Module):
+    """A model's own forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = (model,)  # not a child: the model holds this one
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (model,) = self._model
+        return type(model).forward(model, *args, **kwargs)
+
+
+def whole(model: nn.Module, reason: str) -> Capture:
+    """A capture of a model that stays in PyTorch."""
+    return Capture(_Whole(model), (), (), (f"the model ({reason})",), (), {})
 
 
 def capture(
@@ -102,6 +119,7 @@ def capture(
     captured, origin = _cut(model, traced, known, groups, why)
     if frozen is None:
         return captured
+    assert isinstance(captured.graph_module, fx.GraphModule)
     halves = _halve(captured.graph_module, {node for node, source in origin.items() if source in fixed})
     return dataclasses.replace(captured, halves=halves)
 

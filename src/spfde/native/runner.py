@@ -1,0 +1,118 @@
+"""A region of a model as a module: programs by shape and state, PyTorch where the kernels do not take the inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spfde.native import op
+from spfde.native.graph import Region
+from spfde.native.kernels import MEAN, VARIANCE, Kernels
+from spfde.native.layout import Pool
+from spfde.native.program import Mode, Program
+from spfde.native.steps import ConvStep, PointStep, Step, Unsupported
+from spfde.native.weights import Weights
+
+_MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
+
+
+class RegionRunner(nn.Module):
+    """A region in the place of the modules that it computes."""
+
+    def __init__(
+        self, region: Region, steps: Sequence[Step], plain: nn.Module, kernels: Kernels, pool: Pool, weights: Weights
+    ) -> None:
+        super().__init__()
+        self._region, self._steps, self._plain = region, tuple(steps), plain
+        self._kernels, self._pool, self._weights = kernels, pool, weights
+        self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
+        owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
+        self._own = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
+        self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The region's outputs: a tensor, or a tuple for several."""
+        if torch.is_autocast_enabled("cpu"):
+            warnings.warn(
+                "The native engine computes in float32 under autocast: more digits than asked for, and no slower.",
+                stacklevel=2,
+            )
+            inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
+        try:
+            self._check(inputs)
+            program, handle = self._program(inputs)
+        except Unsupported as error:
+            warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
+            found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
+            return found
+        with torch.autocast("cpu", enabled=False):
+            values = op.region(list(inputs), list(program.parameters), handle)
+        n = len(self._region.outputs)
+        self._track(program, values[n])
+        return values[0] if n == 1 else tuple(values[:n])
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        for tensor in inputs:
+            if not (tensor.dim() >= 2 if self._region.is_tokens else tensor.dim() == 4):
+                raise Unsupported(f"got {tensor.dim()} dimensions")
+        for tensor in (*inputs, *self._own):
+            if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
+                raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
+
+    def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
+        mode = self._mode(inputs)
+        if mode not in self._programs:
+            program = Program(
+                self._region, self._steps, mode, weights=self._weights, kernels=self._kernels, pool=self._pool
+            )
+            _check_batches(program)
+            self._programs[mode] = (program, op.register(program))
+            if len(self._programs) > _MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(mode)
+        return self._programs[mode]
+
+    def _mode(self, inputs: Sequence[Tensor]) -> Mode:
+        with_gradients = torch.is_grad_enabled()
+        trains: set[int] = set()
+        if with_gradients:
+            for step in self._steps:
+                for module in (getattr(step, "module", None), getattr(step, "norm", None)):
+                    if module is not None:
+                        trains.update(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        return Mode(
+            tuple(tuple(tensor.shape) for tensor in inputs),
+            tuple(with_gradients and tensor.requires_grad for tensor in inputs),
+            frozenset(trains),
+            frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
+        )
+
+    def _track(self, program: Program, table: Tensor) -> None:
+        """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
+        kept = [
+            (norm, where, count)
+            for norm, where, count in program.norms
+            if norm.training and norm.track_running_stats and norm.running_mean is not None
+        ]
+        if not kept:
+            return
+        with torch.no_grad():
+            for norm, where, count in kept:
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked.add_(1)
+                share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
+                norm.running_mean.lerp_(table[MEAN, where], share)
+                # The unbiased variance, as PyTorch keeps it.
+                norm.running_var.mul_(1 - share).add_(table[VARIANCE, where], alpha=share * count / (count - 1))
+
+
+def _check_batches(program: Program) -> None:
+    for norm, _, count in program.norms:
+        if count <= 1 and norm.training:
+            raise Unsupported("normalises by a batch of one number")
