@@ -1,8 +1,9 @@
 """Which freezing scheme keeps the accuracy, at equal training FLOPs?
 
 ResNet-8 on fashion-mini by the command line's own trainer, MEST at 90 %: the four schemes of SpFDE's appendix B with
-the same FLOPs reduction, learning rate and seeds, beside no freezing at all; and the two criteria that
-freeze a block earlier where it has converged, which cost less. Training FLOPs are modelled.
+the same learning rate and seeds, beside no freezing at all; and the two criteria that freeze a block earlier where it
+has converged, which cost less. With three blocks and few beats a scheme can save certain shares only, so the target is
+the periodic scheme's bill, and of each other scheme the plan is run whose bill comes nearest. FLOPs are modelled.
 
     python benchmarks/freezing_schemes.py           # about half an hour on two cores
     python benchmarks/freezing_schemes.py --epochs 20 --seeds 0 1 2 --freeze 0.2
@@ -14,16 +15,23 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import spfde
 from _common import BENCHMARKS, Figure, Result, Table, begin, parser, publish
-from same_budget import DATA, Entry, Runs, around, mean, small_set, with_sd
+from same_budget import DATA, FULL_WIDTH, Entry, Runs, around, mean, resnet8, small_set, with_sd
 from spfde.app.options import TrainOptions, choose_recipe
+from spfde.errors import InvalidArgument
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
 CRITERIA = ("structure", "representation")
+COARSEST = "periodic"
+"""The scheme with the fewest bills to choose from: all others are brought near to its."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,30 @@ class SchemeEntry(Entry):
         return options.model_copy(update={"model": super().model, "recipe": recipe.to_dict()})
 
 
+def bills(scheme: str, epochs: int) -> Iterator[tuple[float, int]]:
+    """The FLOPs reductions that can be asked of a scheme, in per cent steps, with the training FLOPs of each."""
+    model, sample = resnet8(FULL_WIDTH), torch.zeros(1, 1, 28, 28)
+    for percent in range(1, 60):
+        recipe = choose_recipe("mest", freeze=percent / 100, freeze_scheme=scheme)
+        try:
+            yield percent / 100, spfde.plan(model, sample, recipe, epochs, 1000).training_flops
+        except InvalidArgument:
+            return  # out of reach, and so is all beyond
+
+
+def equalised(share: float, epochs: int) -> dict[str, float]:
+    """For each scheme the FLOPs reduction to ask for, so that their training FLOPs are as equal as can be."""
+    at_hand = {scheme: list(bills(scheme, epochs)) for scheme in SCHEMES}
+    wanted = min(at_hand[COARSEST], key=lambda bill: abs(bill[0] - share))[1]
+    return {scheme: min(found, key=lambda bill: abs(bill[1] - wanted))[0] for scheme, found in at_hand.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
     made = parser(__doc__)
     made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
     made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
-    made.add_argument("--freeze", type=float, default=0.15, help="FLOPs reduction of each scheme (0.15)")
+    made.add_argument("--freeze", type=float, default=0.25, help="FLOPs reduction of the periodic scheme (0.25)")
     made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / "freezing_schemes")
     options = made.parse_args(argv)
     stamped = begin(options)
@@ -65,12 +91,13 @@ def main(argv: list[str] | None = None) -> None:
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     epochs = options.epochs or (8 if options.quick else 20)
     runs = Runs(runs_folder, seeds, small_set(runs_folder) if options.quick else DATA)
-    share = options.freeze
+    asked = equalised(options.freeze, epochs)
     entries = [SchemeEntry("no freezing", "mest", epochs)]
-    entries += [SchemeEntry(scheme, "mest", epochs, scheme=scheme, freeze=share) for scheme in SCHEMES]
+    entries += [SchemeEntry(scheme, "mest", epochs, scheme=scheme, freeze=share) for scheme, share in asked.items()]
+    share = asked["single-shot"]
     entries += [SchemeEntry(f"single-shot, {by}", "mest", epochs, criterion=by, freeze=share) for by in CRITERIA]
     if options.quick:
-        entries = [entries[0], entries[1], entries[-2]]
+        entries = [entries[0], entries[1], entries[3], entries[-2]]
     runs.train(entries)
     unfrozen = mean(runs.summaries(entries[0]), "training_flops")
     figures, rows = [], []
@@ -109,11 +136,13 @@ def main(argv: list[str] | None = None) -> None:
                 "data": "a tenth of fashion-mini" if options.quick else runs.data,
                 "model": "resnet8",
                 "method": "mest",
-                "FLOPs reduction asked for": share,
+                "FLOPs reduction asked for": ", ".join(f"{share:.0%} of {scheme}" for scheme, share in asked.items()),
                 "epochs": epochs,
                 "seeds": " ".join(map(str, seeds)),
             },
             notes=(
+                "What is asked for counts backward FLOPs alone. What is saved is of the whole bill: a block that is at "
+                "its target before it is frozen for good saves part of the soft bound, too.",
                 "The criteria freeze blocks earlier than the schedule where they have converged, and so save more.",
             ),
             stamp=stamped,

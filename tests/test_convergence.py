@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spfde
+from native_support import needs_kernels
 from spfde.convergence import Convergence, StructureCriterion
 from spfde.errors import InvalidArgument, StateMismatch
 from spfde.freezing import Block
@@ -60,6 +61,23 @@ def test_nothing_is_decided_between_beats_and_the_plan_is_the_latest_time() -> N
     assert decided.begin_epoch(planned=2, is_beat=True, decides=True) == 2
     assert decided.begin_epoch(planned=3, is_beat=True, decides=True) == 3
     assert decided.overhead == 0
+
+
+def test_a_block_of_which_nothing_can_be_seen_goes_by_the_next_one_behind_it() -> None:
+    decided = scripted([0.5, 0.95, 0.95, 0.5])
+    seen = decided._criterion.look
+    decided._criterion.look = lambda blocks: {name: found for name, found in seen(blocks).items() if name != "b0"}
+    frozen = [decided.begin_epoch(planned=0, is_beat=True, decides=True) for _ in range(5)]
+    assert frozen == [0, 0, 0, 1, 2]
+
+
+def test_all_processes_go_by_one_similarity() -> None:
+    names = [block("b0")]
+    decided = Convergence(Scripted([0.95]), names, threshold=0.9, flops_of_look=int, agreed=lambda mine: mine - 0.1)
+    for _ in range(2):
+        decided.begin_epoch(planned=0, is_beat=True, decides=True)
+    assert decided.similarity == pytest.approx(0.85)
+    assert not decided.settles
 
 
 def test_a_damaged_state_is_refused() -> None:
@@ -117,6 +135,33 @@ def test_blocks_that_converge_at_once_are_frozen_earlier_than_planned_and_at_the
     assert density[1:] == [target] * (EPOCHS - 1)
     bill = spfde.plan(make_parts().model, torch.zeros(1, 2, 8, 8), session.recipe, EPOCHS, SAMPLES, batch_size=BATCH)
     assert session.cost.totals.cost.saved_by_freezing > bill.savings["freezing"]
+
+
+def test_a_block_whose_mutation_never_came_is_at_its_target_all_the_same_when_it_is_frozen_early() -> None:
+    # MEST with λ > 0 prunes at the first step with a gradient, and here nobody steps.
+    recipe = adaptive("structure", 1e-6).replace(sparsity=spfde.MEST(sparsity=0.8, gradient_weight=0.5))
+    _, session = attach(recipe)
+    active = [int(session.masks["blocks.0.conv1.weight"].sum()) for _ in session.epochs()]
+    assert session.frozen_blocks == 1
+    assert active == [81, 81] + [65] * (EPOCHS - 2)
+
+
+@needs_kernels
+def test_the_engine_does_not_decide_when_a_block_has_converged() -> None:
+    frozen = []
+    for engine in ("masked", "native"):
+        parts, session = attach(adaptive("representation", 0.9), engine=engine)
+        forward = vars(parts.model).get("forward")
+        train(parts, session)
+        assert vars(parts.model).get("forward") == forward
+        frozen.append([row.frozen_blocks for row in session.cost.rows])
+    assert frozen[0] == frozen[1]
+
+
+def test_the_plan_says_that_its_freeze_epochs_are_the_latest() -> None:
+    bill = spfde.plan(make_parts().model, torch.zeros(1, 2, 8, 8), adaptive("structure", 0.9), EPOCHS, SAMPLES)
+    assert "at the latest: a block is frozen earlier where its structure has converged" in str(bill)
+    assert bill.blueprint.freeze_plan.frozen[-1] == 1
 
 
 def test_a_criterion_that_is_never_met_leaves_the_plan_alone() -> None:

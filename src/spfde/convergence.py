@@ -2,7 +2,8 @@
 
 At each beat the first block that still learns is compared with what it was at the beat before. Where the two are alike
 it has one more interval at its target density, and is then frozen; so one block at most is frozen a beat, front to
-back. The freeze plan stays in force as the latest time: what it saves is saved in any case.
+back. A block of which nothing can be seen (by structure, a dense one) goes by the next one behind it. The freeze plan
+stays in force as the latest time: what it saves is saved in any case.
 
 Source: the two measures are those of SpFDE's analysis (section 2: structural similarity and CKA), there taken against
 the final model. The rule is ours; the paper freezes by schedule.
@@ -117,6 +118,7 @@ class Convergence:
         blocks: those that the plan freezes, front to back.
         threshold: similarity from which on a block has converged.
         flops_of_look: modelled FLOPs of a look at the masks as they are.
+        agreed: gives the similarity that all processes go by, from this one's.
 
     Attributes:
         frozen: blocks that are frozen for this reason, or by the plan.
@@ -132,9 +134,10 @@ class Convergence:
         *,
         threshold: float,
         flops_of_look: Callable[[int], int],
+        agreed: Callable[[float], float] = float,
     ) -> None:
         self._criterion, self._blocks, self._threshold = criterion, tuple(blocks), threshold
-        self._flops_of_look = flops_of_look
+        self._flops_of_look, self._agreed = flops_of_look, agreed
         self._before: Look = {}
         self.frozen, self.settles, self.overhead = 0, False, 0
         self.similarity: float | None = None
@@ -164,9 +167,10 @@ class Convergence:
             return self.frozen
         now = self._criterion.look(left)
         self.overhead = self._flops_of_look(self._criterion.samples)
-        name = left[0].name
-        if name in self._before and name in now:
-            self.similarity = self._criterion.similarity(self._before[name], now[name])
+        # A block of which nothing can be seen goes by the one behind it.
+        name = next((block.name for block in left if block.name in now), None)
+        if name in self._before:
+            self.similarity = self._agreed(self._criterion.similarity(self._before[name], now[name]))
             self.settles = self.similarity >= self._threshold
         self._before = now
         return self.frozen

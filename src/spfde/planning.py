@@ -112,7 +112,12 @@ class Blueprint:
         n_layers = len(self.cost.layers)
         as_of = self._last_turns(epoch) if freezing else [epoch] * n_layers
         at_target = self.settling_layers(epoch) if freezing else [False] * n_layers
-        return [self._density(*each) for each in zip(self.cost.layers, as_of, at_target, strict=True)]
+        densities = [self._density(*each) for each in zip(self.cost.layers, as_of, at_target, strict=True)]
+        if not freezing or self.method is None or not self.method.keeps_latents_at(0.0):
+            return densities
+        # Inactive weights that were kept alive are given up before a freezing for good, and stay so after a thaw.
+        ended = self.layers_in_first(0 if self.freeze_plan.pauses else max(self.freeze_plan.frozen[: epoch + 1]))
+        return [(own, own if is_over else wide) for (own, wide), is_over in zip(densities, ended, strict=True)]
 
     def _density(self, layer: LayerCost, epoch: int, at_target: bool) -> tuple[float, float]:
         name, numel = layer.name, layer.numel
@@ -341,6 +346,8 @@ class Plan:
         lines = [
             f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
         ]
+        if technique.adapts:
+            lines.append(f"  at the latest: a block is frozen earlier where its {technique.criterion} has converged")
         for index, (block, at) in enumerate(zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True)):
             n_epochs = sum(count > index for count in freeze_plan.frozen)
             when = "never" if at is None else f"epoch {at}"

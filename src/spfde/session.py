@@ -225,9 +225,10 @@ class Session:
         blueprint = self.blueprint
         if self._masker is not None:
             # A block under a soft bound must not stay above its target for good; through a pause it may.
+            plan = blueprint.freeze_plan
             fresh = range(self._freezer.n_frozen, n_blocks)
-            settled = [n for n in fresh if blueprint.freeze_plan.settles(n, self.epoch, blueprint.interval)]
-            self._masker.prune_to_target([p for n in settled for p in blueprint.partition.blocks[n].parameters])
+            for_good = [n for n in fresh if not plan.pauses or plan.settles(n, self.epoch, blueprint.interval)]
+            self._masker.prune_to_target([p for n in for_good for p in blueprint.partition.blocks[n].parameters])
         self._freezer.freeze_to(n_blocks)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -630,6 +631,8 @@ class Session:
             blueprint.partition.blocks[: max(blueprint.freeze_plan.frozen)],
             threshold=technique.threshold,
             flops_of_look=self._forward_flops,
+            # Ranks on other hardware may round otherwise: they all go by the first one's figure.
+            agreed=lambda similarity: float(self._world.gather(similarity)[0]),
         )
 
     def _forward_flops(self, samples: int) -> int:

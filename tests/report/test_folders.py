@@ -112,6 +112,10 @@ def test_the_spans_in_which_a_block_is_frozen_are_what_happened_and_then_what_wa
     settings["plan"]["frozen_blocks"] = [0, 2, 0, 2, 1, 0]
     (folder / "config.json").write_text(json.dumps(settings))
     assert read_run(folder).frozen_spans() == [[(0, 2), (3, 5)], [(3, 4)], []]
+    # Frozen before the plan's time, a block stays frozen.
+    settings["plan"]["frozen_blocks"] = [0, 0, 0, 1, 2, 2]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_run(folder).frozen_spans() == [[(0, 6)], [(4, 6)], []]
 
 
 def test_a_block_that_was_planned_to_freeze_and_was_not_is_shown_as_trained(make_run: MakeRun) -> None:

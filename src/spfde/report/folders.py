@@ -149,13 +149,16 @@ class Run:
     def frozen_spans(self) -> list[list[tuple[int, int]]]:
         """For each block the spans of epochs, ends excluded, in which it is frozen: what happened, then the plan.
 
-        A plan that does not say how many blocks are frozen in each epoch is taken to keep them frozen.
+        A plan that does not say how many blocks are frozen in each epoch is taken to keep them frozen. What was frozen
+        earlier than planned stays so, unless the plan thaws blocks.
         """
         counted = dict(zip(*self.points("frozen_blocks"), strict=True))
-        planned = self.section("plan").get("frozen_blocks")
-        if isinstance(planned, list) and not self.finished:
-            to_come = ((epoch, number(count)) for epoch, count in enumerate(planned) if epoch not in counted)
-            counted |= {epoch: count for epoch, count in to_come if count is not None}
+        written = self.section("plan").get("frozen_blocks")
+        planned = [number(count) or 0.0 for count in written] if isinstance(written, list) else []
+        if planned and not self.finished:
+            least = max(counted.values(), default=0.0) if planned == sorted(planned) else 0.0
+            to_come = {epoch: max(count, least) for epoch, count in enumerate(planned) if epoch not in counted}
+            counted |= to_come
         spans: list[list[tuple[int, int]]] = []
         for block, first in enumerate(self.freeze_epochs()):
             stays = self.planned_epochs if first is None else first

@@ -296,6 +296,8 @@ class Masker:
         self._dense.passes = dict(state["dense_gradient_passes"])
         self._smoothed.load_state_dict(state["smoothed"])
         self._snapshots.clear()
+        # A state from amid an epoch: what is frozen in it does not step.
+        self._set_live([name for name, layer in self._layers.items() if not layer.parameter.requires_grad])
 
     # --- masks -------------------------------------------------------------------------------------------------------
 
