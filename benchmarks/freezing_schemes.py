@@ -13,18 +13,17 @@ Runs are kept and taken up again as in same_budget.py.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import spfde
-from _common import BENCHMARKS, Figure, Result, Table, begin, parser, publish
-from same_budget import DATA, FULL_WIDTH, Entry, Runs, around, mean, resnet8, small_set, with_sd
+from _common import BENCHMARKS, Result, Table, begin, parser, publish
+from same_budget import DATA, FULL_WIDTH, Entry, Runs, accuracy_figure, mean, resnet8, small_set, with_sd
 from spfde.app.options import TrainOptions, choose_recipe
 from spfde.errors import InvalidArgument
 
@@ -105,16 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         found = runs.summaries(entry)
         accuracies = [summary["test_accuracy"] for summary in found]
         flops = mean(found, "training_flops")
-        figures.append(
-            Figure(
-                f"test accuracy: {entry.label}",
-                statistics.mean(accuracies),
-                "accuracy",
-                n=len(accuracies),
-                spread=around(accuracies),
-                spread_is="sd",
-            )
-        )
+        figures.append(replace(accuracy_figure(runs, entry), headline=False))
         rows.append(
             (entry.label, with_sd(accuracies, 4), f"{flops:.4g}", f"{1 - flops / unfrozen:.1%}", str(len(found)))
         )
