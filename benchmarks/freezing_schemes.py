@@ -13,17 +13,27 @@ Runs are kept and taken up again as in same_budget.py.
 
 from __future__ import annotations
 
-import tempfile
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import spfde
-from _common import BENCHMARKS, Result, Table, begin, parser, publish
-from same_budget import DATA, FULL_WIDTH, Entry, Runs, accuracy_figure, mean, resnet8, small_set, with_sd
+from _common import Result, Table, begin, parser, publish
+from same_budget import (
+    FULL_WIDTH,
+    Entry,
+    Runs,
+    accuracy_figure,
+    add_run_options,
+    mean,
+    opened_runs,
+    resnet8,
+    run_settings,
+    with_sd,
+)
 from spfde.app.options import TrainOptions, choose_recipe
 from spfde.errors import InvalidArgument
 
@@ -75,21 +85,8 @@ def equalised(share: float, epochs: int) -> dict[str, float]:
     return {scheme: min(found, key=lambda bill: abs(bill[1] - wanted))[0] for scheme, found in at_hand.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run it."""
-    made = parser(__doc__)
-    made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
-    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
-    made.add_argument("--freeze", type=float, default=0.25, help="FLOPs reduction of the periodic scheme (0.25)")
-    made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / "freezing_schemes")
-    options = made.parse_args(argv)
-    stamped = begin(options)
-    folder: Any = tempfile.TemporaryDirectory() if options.quick else None
-    runs_folder = Path(folder.name) if options.quick else options.runs
-    runs_folder.mkdir(parents=True, exist_ok=True)
-    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    epochs = options.epochs or (8 if options.quick else 20)
-    runs = Runs(runs_folder, seeds, small_set(runs_folder) if options.quick else DATA)
+def compared(runs: Runs, epochs: int, options: argparse.Namespace, stamped: dict[str, Any]) -> Result:
+    """Train what is missing, and put it side by side."""
     asked = equalised(options.freeze, epochs)
     entries = [SchemeEntry("no freezing", "mest", epochs)]
     entries += [SchemeEntry(scheme, "mest", epochs, scheme=scheme, freeze=share) for scheme, share in asked.items()]
@@ -108,39 +105,42 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(
             (entry.label, with_sd(accuracies, 4), f"{flops:.4g}", f"{1 - flops / unfrozen:.1%}", str(len(found)))
         )
-    publish(
-        Result(
-            name="freezing_schemes",
-            title="Freezing schemes",
-            question="Which freezing scheme keeps the accuracy, at equal training FLOPs?",
-            command="python benchmarks/freezing_schemes.py",
-            figures=tuple(figures),
-            tables=(
-                Table(
-                    "Each scheme (mean ± standard deviation over the seeds)",
-                    ("scheme", "test accuracy", "training FLOPs (modelled)", "saved", "n"),
-                    tuple(rows),
-                ),
+    return Result(
+        name="freezing_schemes",
+        title="Freezing schemes",
+        question="Which freezing scheme keeps the accuracy, at equal training FLOPs?",
+        command="python benchmarks/freezing_schemes.py",
+        figures=tuple(figures),
+        tables=(
+            Table(
+                "Each scheme (mean ± standard deviation over the seeds)",
+                ("scheme", "test accuracy", "training FLOPs (modelled)", "saved", "n"),
+                tuple(rows),
             ),
-            settings={
-                "data": "a tenth of fashion-mini" if options.quick else runs.data,
-                "model": "resnet8",
-                "method": "mest",
-                "FLOPs reduction asked for": ", ".join(f"{share:.0%} of {scheme}" for scheme, share in asked.items()),
-                "epochs": epochs,
-                "seeds": " ".join(map(str, seeds)),
-            },
-            notes=(
-                "What is asked for counts backward FLOPs alone. What is saved is of the whole bill: a block that is at "
-                "its target before it is frozen for good saves part of the soft bound, too.",
-                "The criteria freeze blocks earlier than the schedule where they have converged, and so save more.",
-            ),
-            stamp=stamped,
         ),
-        options,
+        settings={
+            **run_settings(runs, epochs),
+            "method": "mest",
+            "FLOPs reduction asked for": ", ".join(f"{share:.0%} of {scheme}" for scheme, share in asked.items()),
+        },
+        notes=(
+            "What is asked for counts backward FLOPs alone. What is saved is of the whole bill: a block that is at "
+            "its target before it is frozen for good saves part of the soft bound, too.",
+            "The criteria freeze blocks earlier than the schedule where they have converged, and so save more.",
+        ),
+        stamp=stamped,
     )
-    if folder is not None:
-        folder.cleanup()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run it."""
+    made = parser(__doc__)
+    add_run_options(made, "freezing_schemes")
+    made.add_argument("--freeze", type=float, default=0.25, help="FLOPs reduction of the periodic scheme (0.25)")
+    options = made.parse_args(argv)
+    stamped = begin(options)
+    with opened_runs(options, quick_epochs=8) as (runs, epochs):
+        publish(compared(runs, epochs, options, stamped), options)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,14 @@ Runs are kept and taken up again as in same_budget.py.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from _common import BENCHMARKS, Figure, Result, Table, begin, parser, publish
-from same_budget import DATA, Entry, Runs, around, mean, small_set, with_sd
-from spfde import presets
+from _common import Result, Table, begin, parser, publish
+from same_budget import Entry, Runs, accuracy_figure, add_run_options, mean, opened_runs, run_settings, with_sd
 from spfde.app.options import TrainOptions, choose_recipe
 
 METHODS = (
@@ -76,11 +74,47 @@ def last_explored(runs: Runs, entry: Entry) -> list[float]:
     return [float(rows[-1]["explored"]) for rows in runs.rows(entry)]
 
 
+def compared(runs: Runs, epochs: int, options: argparse.Namespace, stamped: dict[str, Any]) -> Result:
+    """Train what is missing, and put it side by side."""
+    wanted = options.only or (["static", "snip"] if options.quick else METHODS)
+    entries = [MethodEntry(name, name, epochs) for name in dict.fromkeys(["dense", *wanted])]
+    if options.only is None and not options.quick:
+        entries += [MethodEntry(f"mest, {group}", "mest", epochs, structure=group) for group in GROUPS]
+    timed = options.timed_seeds or runs.seeds
+    runs.train(entries)
+    dense = mean(runs.summaries(entries[0]), "training_flops")
+    figures = tuple(replace(accuracy_figure(runs, entry), headline=False) for entry in entries)
+    columns = (
+        "method", "test accuracy", "training FLOPs (modelled)", "of dense", "seconds (measured)", "final sparsity",
+        "explored", "engine", "n",
+    )  # fmt: skip
+    return Result(
+        name="methods",
+        title="Every method at 90 %",
+        question="How accurate and how dear is each sparse training method, all else equal?",
+        command="python benchmarks/methods.py",
+        figures=figures,
+        tables=(
+            Table(
+                "Each method (mean ± standard deviation over the seeds)",
+                columns,
+                tuple(row(runs, entry, dense, timed) for entry in entries),
+            ),
+        ),
+        settings=run_settings(runs, epochs),
+        notes=(
+            "explored: share of the masked weights that have been active at some time (ITOP's rate).",
+            f"Seconds are of seeds {' '.join(map(str, timed))}.",
+            "Each run chooses its own engine; methods whose masks change at every step take the masked one.",
+        ),
+        stamp=stamped,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
     made = parser(__doc__)
-    made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
-    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
+    add_run_options(made, "methods")
     made.add_argument(
         "--timed-seeds",
         type=int,
@@ -90,70 +124,10 @@ def main(argv: list[str] | None = None) -> None:
         help="seeds whose runs had the machine to themselves, of which seconds are told (all)",
     )
     made.add_argument("--only", nargs="+", default=None, metavar="NAME", help="some of the methods, and dense")
-    made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / "methods")
     options = made.parse_args(argv)
     stamped = begin(options)
-    folder: Any = tempfile.TemporaryDirectory() if options.quick else None
-    runs_folder = Path(folder.name) if options.quick else options.runs
-    runs_folder.mkdir(parents=True, exist_ok=True)
-    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    epochs = options.epochs or (4 if options.quick else 20)
-    runs = Runs(runs_folder, seeds, small_set(runs_folder) if options.quick else DATA)
-    wanted = options.only or (["static", "snip"] if options.quick else METHODS)
-    entries = [MethodEntry(name, name, epochs) for name in dict.fromkeys(["dense", *wanted]) if name in presets.PRESETS]
-    if options.only is None and not options.quick:
-        entries += [MethodEntry(f"mest, {group}", "mest", epochs, structure=group) for group in GROUPS]
-    timed = options.timed_seeds or seeds
-    runs.train(entries)
-    dense = mean(runs.summaries(entries[0]), "training_flops")
-    figures = []
-    for entry in entries:
-        accuracies = [summary["test_accuracy"] for summary in runs.summaries(entry)]
-        figures.append(
-            Figure(
-                f"test accuracy: {entry.label}",
-                statistics.mean(accuracies),
-                "accuracy",
-                n=len(accuracies),
-                spread=around(accuracies),
-                spread_is="sd",
-            )
-        )
-    columns = (
-        "method", "test accuracy", "training FLOPs (modelled)", "of dense", "seconds (measured)", "final sparsity",
-        "explored", "engine", "n",
-    )  # fmt: skip
-    publish(
-        Result(
-            name="methods",
-            title="Every method at 90 %",
-            question="How accurate and how dear is each sparse training method, all else equal?",
-            command="python benchmarks/methods.py",
-            figures=tuple(figures),
-            tables=(
-                Table(
-                    "Each method (mean ± standard deviation over the seeds)",
-                    columns,
-                    tuple(row(runs, entry, dense, timed) for entry in entries),
-                ),
-            ),
-            settings={
-                "data": runs.data if not options.quick else "a tenth of fashion-mini",
-                "model": "resnet8",
-                "epochs": epochs,
-                "seeds": " ".join(map(str, seeds)),
-            },
-            notes=(
-                "explored: share of the masked weights that have been active at some time (ITOP's rate).",
-                f"Seconds are of seeds {' '.join(map(str, timed))}, one run after the other with nothing beside it.",
-                "Each run chooses its own engine; methods whose masks change at every step take the masked one.",
-            ),
-            stamp=stamped,
-        ),
-        options,
-    )
-    if folder is not None:
-        folder.cleanup()
+    with opened_runs(options, quick_epochs=4) as (runs, epochs):
+        publish(compared(runs, epochs, options, stamped), options)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,6 +319,30 @@ def with_sd(values: Sequence[float], digits: int) -> str:
     """``0.8760 ± 0.0021``; without the second part for a single value."""
     text = f"{statistics.mean(values):.{digits}f}"
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def add_run_options(made: argparse.ArgumentParser, name: str) -> None:
+    """The options of a benchmark that trains the same nets with several seeds, of that name."""
+    made.add_argument("--epochs", type=int, default=None, help="length of every run (20)")
+    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of every run (0 1 2)")
+    made.add_argument("--runs", type=Path, default=BENCHMARKS.parent / "runs" / "benchmarks" / name)
+
+
+@contextmanager
+def opened_runs(options: argparse.Namespace, *, quick_epochs: int) -> Iterator[tuple[Runs, int]]:
+    """The runs that these options ask for, and their length; those of a smoke test are removed again."""
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Runs(Path(folder), options.seeds or [0], small_set(Path(folder))), options.epochs or quick_epochs
+        return
+    options.runs.mkdir(parents=True, exist_ok=True)
+    yield Runs(options.runs, options.seeds or [0, 1, 2], DATA), options.epochs or 20
+
+
+def run_settings(runs: Runs, epochs: int) -> dict[str, Any]:
+    """What a result says of its runs."""
+    data = runs.data if runs.data == DATA else f"a tenth of {DATA}"
+    return {"data": data, "model": "resnet8", "epochs": epochs, "seeds": " ".join(map(str, runs.seeds))}
 
 
 def accuracy_figure(runs: Runs, entry: Entry) -> Figure:

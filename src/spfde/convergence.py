@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spfde.analysis import BlockOutputs, MinibatchCKA, centred_gram, output_modules
 from spfde.errors import StateMismatch
 from spfde.freezing import Block, Partition
-from spfde.sparsity import largest_half, pack
+from spfde.sparsity import largest_half, pack, unpack
 from spfde.tracing import Sample
 
 Look = dict[str, Tensor]
@@ -203,4 +203,4 @@ class Convergence:
 
 def _bits(packed: Tensor) -> int:
     """Number of bits that are set."""
-    return int(sum(int(((packed >> place) & 1).sum()) for place in range(8)))
+    return int(unpack(packed, (8 * len(packed),)).sum())

@@ -14,7 +14,7 @@ from spfde.errors import InvalidArgument, Problem
 from spfde.planning import Blueprint
 from spfde.sieving import population_of
 from spfde.sparsity import PruningAtInitialisation, ScoreLoss
-from spfde.tracing import Sample, unwrap, without_traces
+from spfde.tracing import Sample, batch_of, unwrap, without_traces
 
 
 def first_masks(
@@ -76,15 +76,10 @@ def _batches(loader: DataLoader[Any], count: int, *, seed: int, device: torch.de
     population = population_of(loader)
     order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed))
     chosen = torch.split(population[order][: count * loader.batch_size], loader.batch_size)
+    # Together, so that random augmentation differs from batch to batch.
     with without_traces(loader.dataset):
-        batches = [_collated(loader, indices.tolist()) for indices in chosen]
+        batches = [batch_of(loader, indices.tolist()) for indices in chosen]
     return [tree_map_only(Tensor, lambda tensor: tensor.to(device), batch) for batch in batches]
-
-
-def _collated(loader: DataLoader[Any], indices: list[int]) -> Any:
-    dataset: Any = loader.dataset
-    together = hasattr(dataset, "__getitems__")
-    return loader.collate_fn(dataset.__getitems__(indices) if together else [dataset[index] for index in indices])
 
 
 def _check_pair(batch: Any) -> None:

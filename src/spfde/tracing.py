@@ -151,11 +151,8 @@ def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) ->
     Global generators are put back afterwards, so that a random augmentation of these items leaves no trace. Of a
     tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
     """
-    dataset = loader.dataset
-    with without_traces(dataset):
-        together = hasattr(dataset, "__getitems__")
-        items = dataset.__getitems__(list(indices)) if together else [dataset[index] for index in indices]
-        batch = loader.collate_fn(items)
+    with without_traces(loader.dataset):
+        batch = batch_of(loader, indices)
     if isinstance(batch, Mapping):
         accepted = inspect.signature(unwrap(model).forward).parameters
         inputs = {key: value for key, value in batch.items() if key in accepted}
@@ -170,6 +167,13 @@ def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) ->
             "sample", None, "the model's inputs cannot be told from a batch of the loader", "Pass sample= to attach."
         )
     )
+
+
+def batch_of(loader: Any, indices: Sequence[int]) -> Any:
+    """The batch that the loader's ``collate_fn`` makes of these items; the loader is not iterated."""
+    dataset = loader.dataset
+    together = hasattr(dataset, "__getitems__")
+    return loader.collate_fn(dataset.__getitems__(list(indices)) if together else [dataset[i] for i in indices])
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from spfde import sources
 from spfde.schedules import latest_beat
 from spfde.technique import Technique
 
@@ -35,20 +36,8 @@ class ProgressiveFreezing(Technique):
 
     name: ClassVar[str] = "progressive-freezing"
     summary: ClassVar[str] = "Freezes blocks front to back, one per update interval; they need no backward pass."
-    citation: ClassVar[str] = (
-        "Geng Yuan, Yanyu Li, Sheng Li, Zhenglun Kong, Sergey Tulyakov, Xulong Tang, Yanzhi Wang, Jian Ren. "
-        "Layer Freezing & Data Sieving: Missing Pieces of a Generic Framework for Sparse Training. NeurIPS 2022. "
-        "arXiv:2209.11204"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{yuan2022spfde,
-  title = {Layer Freezing \\& Data Sieving: Missing Pieces of a Generic Framework for Sparse Training},
-  author = {Yuan, Geng and Li, Yanyu and Li, Sheng and Kong, Zhenglun and Tulyakov, Sergey and Tang, Xulong and
-            Wang, Yanzhi and Ren, Jian},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2022},
-  eprint = {2209.11204},
-  archiveprefix = {arXiv}
-}"""
+    citation: ClassVar[str] = sources.SPFDE.citation
+    bibtex: ClassVar[str] = sources.SPFDE.bibtex
 
     flops_reduction: float = Field(
         default=0.20, ge=0, lt=1, description="share of the training FLOPs that freezing saves, in [0, 1)"

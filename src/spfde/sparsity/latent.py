@@ -213,8 +213,3 @@ def swap_in(parameter: Tensor, latent: Latent, gradient: Tensor | None) -> None:
     """Put the latent in the parameter's place, for the optimizer's step."""
     latent.before_step(gradient)
     parameter.detach().copy_(latent.weight)
-
-
-def swap_out(parameter: Tensor, latent: Latent, group: Mapping[str, Any]) -> None:
-    """Take the latent as the optimizer left it; the caller puts the sparse weight back."""
-    latent.after_step(parameter.detach(), group)

@@ -517,7 +517,7 @@ class Masker:
     def _leave_latent(self, layer: MaskedWeight, group: Mapping[str, Any] | None) -> None:
         assert layer.latent is not None
         if group is not None:
-            behind.swap_out(layer.parameter, layer.latent, group)
+            layer.latent.after_step(layer.parameter.detach(), group)
         layer.clear_idle_state(self.optimizer)
         if self.method.changes_every_step:
             self._follow_latent(layer)
