@@ -48,7 +48,12 @@ class Backward:
         if program.trains(weight):
             entries = program.weights.gradient_entries(step, from_, to)
             values = torch.empty(entries.n, dtype=self.kernels.dtype)
-            self.kernels.conv_weight(self.value(step.x), from_, d, to, entries, values, step=step.geometry.stride)
+            # Fresh memory would be a fault for each of its pages, in every pass; sizes are rounded up, to be shared.
+            room = self.pool.take_flat(1 << self.kernels.weight_room(entries).bit_length())
+            self.kernels.conv_weight(
+                self.value(step.x), from_, d, to, entries, values, step=step.geometry.stride, room=room
+            )
+            del room
             gradient = torch.zeros_like(weight)
             self.kernels.scatter(values, entries, gradient)
             self._add_parameter(weight, gradient)

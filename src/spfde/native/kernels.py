@@ -19,7 +19,6 @@ ROWS = 5
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 Activation = Literal["none", "relu", "relu6", "silu", "gelu"]
 
-_ALIGNMENT = 16  # numbers: whole vectors on every processor
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -180,17 +179,19 @@ class Kernels:
             _pointer(_at(weight)), _pointer(_at(bias)), _pointer(_at(before)), ctypes.c_double(eps),
         )  # fmt: skip
 
+    def weight_room(self, entries: Entries) -> int:
+        """Numbers that ``conv_weight`` needs room for."""
+        return _threads() * entries.n * self.lanes
+
     def conv_weight(
-        self, source: Tensor, from_: Layout, gradient: Tensor, to: Layout, entries: Entries, out: Tensor, *, step: int
-    ) -> None:
-        """Gradient of each entry's weight, in the entries' order."""
+        self, source: Tensor, from_: Layout, gradient: Tensor, to: Layout, entries: Entries, out: Tensor, *, step: int,
+        room: Tensor,
+    ) -> None:  # fmt: skip
+        """Gradient of each entry's weight, in the entries' order; ``room`` is ``weight_room`` numbers, aligned."""
         bands = Bands(to, rows=max(1, 32 // to.width))
         threads = _threads()
-        partial = torch.empty(threads * entries.n * self.lanes + _ALIGNMENT, dtype=self.dtype)
-        aligned = -(partial.data_ptr() // self.dtype.itemsize) % _ALIGNMENT
-        partial = partial[aligned:]
         job = _WeightJob(
-            source.data_ptr(), gradient.data_ptr(), from_.c, to.c, entries.c, step, out.data_ptr(), partial.data_ptr(),
+            source.data_ptr(), gradient.data_ptr(), from_.c, to.c, entries.c, step, out.data_ptr(), room.data_ptr(),
             bands.n, bands.rows, threads,
         )  # fmt: skip
         self._lib.spfde_conv_weight(ctypes.byref(job))

@@ -193,36 +193,36 @@ SPFDE_EXPORT void spfde_conv(const ConvJob* job) {
 // Mean and biased variance of each row from the statistics of its bands, put together in double precision.
 SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout, int64_t bands, int64_t band_rows,
                                    real* mean, real* variance, int64_t threads) {
-  const int64_t rows = layout->channels;
+  const double count = double(layout->height) * double(layout->width) * double(layout->batch);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
+  for (int64_t row = 0; row < layout->channels; row++) {
     // Two passes over the parts: the mean of all, then how far each part's own mean is from it.
-    double average = 0, spread_sum = 0;
-    const double count = double(layout->height) * double(layout->width) * double(layout->batch);
+    double average = 0, squares = 0;
     for (int pass = 0; pass < 2; pass++) {
+      dvec total{};
       for (int64_t g = 0; g < layout->groups; g++) {
-        const int lanes = layout->batch - g * LANES < LANES ? int(layout->batch - g * LANES) : LANES;
+        const dvec valid = widen(layout->valid(g));
         for (int64_t band = 0; band < bands; band++) {
           const int64_t top = band * band_rows;
           const int64_t height = top + band_rows < layout->height ? band_rows : layout->height - top;
-          if (height <= 0) continue;
-          const real* stat = statistics + ((g * bands + band) * rows + row) * 3 * LANES;
+          const real* stat = statistics + ((g * bands + band) * layout->channels + row) * 3 * LANES;
           const double n = double(height) * double(layout->width), share = 1 / n;
-          for (int lane = 0; lane < lanes; lane++) {
-            const double sum = double(stat[LANES + lane]), here = double(stat[lane]) + sum * share;
-            if (pass == 0) {
-              average += here * n;
-            } else {
-              const double away = here - average;
-              spread_sum += double(stat[2 * LANES + lane]) - sum * sum * share + away * away * n;
-            }
+          const dvec sum = widen(load(stat + LANES)), here = widen(load(stat)) + sum * share;
+          dvec part;
+          if (pass == 0) {
+            part = here * n;
+          } else {
+            const dvec away = here - average;
+            part = widen(load(stat + 2 * LANES)) - sum * sum * share + away * away * n;
           }
+          total += valid != dvec{} ? part : dvec{};
         }
       }
+      (pass == 0 ? average : squares) = sum_lanes(total);
       if (pass == 0) average /= count;
     }
     mean[row] = real(average);
-    variance[row] = real(spread_sum > 0 || spread_sum != spread_sum ? spread_sum / count : 0);
+    variance[row] = real(squares > 0 || squares != squares ? squares / count : 0);
   }
 }
 

@@ -54,9 +54,13 @@ static inline real* aligned(real* p) {
   return reinterpret_cast<real*>((reinterpret_cast<uintptr_t>(p) + size - 1) / size * size);
 }
 static inline vec spread(real value) { return value - vec{}; }
-static inline real sum_lanes(vec v) {
-  real total = 0;
-  for (int lane = 0; lane < LANES; lane++) total += v[lane];
+// Sums over many pixels are put together in double precision.
+typedef double dvec __attribute__((vector_size(LANES * sizeof(double)), may_alias));
+static inline dvec widen(vec v) { return __builtin_convertvector(v, dvec); }
+template <class Vector>
+static inline auto sum_lanes(Vector v) {
+  auto total = v[0];
+  for (int lane = 1; lane < LANES; lane++) total += v[lane];
   return total;
 }
 
