@@ -31,6 +31,17 @@ def test_a_structure_is_cited_and_its_absence_is_not() -> None:
     assert keys(spfde.cite(presets.rigl)) == ["evci2020rigl", "spfde"]
 
 
+def test_what_a_field_calls_for_is_cited_too_and_only_then() -> None:
+    by_cka = spfde.ProgressiveFreezing(criterion="representation")
+    assert keys(spfde.cite(Recipe(freezing=by_cka))) == [
+        "yuan2022spfde", "kornblith2019similarity", "nguyen2021wide", "spfde",
+    ]  # fmt: skip
+    assert keys(spfde.cite(Recipe(freezing=spfde.ProgressiveFreezing()))) == ["yuan2022spfde", "spfde"]
+    erk = Recipe(sparsity=spfde.SET(sparsity=0.9, distribution="erk"))
+    assert keys(spfde.cite(erk)) == ["mocanu2018set", "evci2020rigl", "spfde"]
+    assert keys(spfde.cite(presets.set)) == ["mocanu2018set", "spfde"]
+
+
 def test_a_dense_recipe_cites_the_software_alone() -> None:
     assert keys(spfde.cite(Recipe())) == ["spfde"]
 

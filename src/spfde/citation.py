@@ -30,7 +30,8 @@ def cite(recipe: Recipe) -> str:
     """
     entries: dict[str, str] = {}
     for technique in _in_use(recipe):
-        for entry in _entries(getattr(technique, "bibtex", "")):
+        told = [getattr(technique, "bibtex", ""), *(source.bibtex for source in technique.further_sources)]
+        for entry in _entries("\n\n".join(told)):
             entries.setdefault(_key(entry), entry)
     return "\n\n".join([*entries.values(), SOFTWARE])
 

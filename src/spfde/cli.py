@@ -66,6 +66,14 @@ StructureName = Annotated[
         show_default="recipe",
     ),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="name pattern of weights that stay dense, such as '*downsample*'; may be repeated",
+        rich_help_panel=_SAVINGS,
+        show_default="recipe",
+    ),
+]
 Freeze = Annotated[
     float | None,
     typer.Option(
@@ -132,6 +140,7 @@ def train(
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
     structure: StructureName = None,
+    exclude: Exclude = None,
     freeze: Freeze = None,
     freeze_scheme: FreezeScheme = None,
     freeze_criterion: FreezeCriterion = None,
@@ -204,6 +213,7 @@ def train(
                 recipe,
                 sparsity=sparsity,
                 structure=structure,
+                exclude=exclude or (),
                 freeze=freeze,
                 freeze_scheme=freeze_scheme,
                 freeze_criterion=freeze_criterion,
@@ -254,6 +264,7 @@ def plan(
     recipe: RecipeName = "spfde",
     sparsity: Sparsity = None,
     structure: StructureName = None,
+    exclude: Exclude = None,
     freeze: Freeze = None,
     freeze_scheme: FreezeScheme = None,
     freeze_criterion: FreezeCriterion = None,
@@ -284,6 +295,7 @@ def plan(
             recipe,
             sparsity=sparsity,
             structure=structure,
+            exclude=exclude or (),
             freeze=freeze,
             freeze_scheme=freeze_scheme,
             freeze_criterion=freeze_criterion,
@@ -522,6 +534,8 @@ def _remedy_in_options(remedy: str, context: typer.Context) -> str:
         if "_" in field and option in context.params:  # other names are words of the language as well
             remedy = re.sub(rf"\b{field}=", f"--{option} ", remedy)
             remedy = re.sub(rf"\b{field}\b", f"--{option}", remedy)
+    if "exclude" in context.params:
+        remedy = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", remedy)
     return remedy.replace("raise fraction", "raise fraction in a recipe file")
 
 

@@ -49,6 +49,46 @@ MEST = Source(
 }""",
 )
 
+RIGL = Source(
+    "U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen: Rigging the Lottery: Making All Tickets Winners. "
+    "ICML 2020. arXiv 1911.11134",
+    """@inproceedings{evci2020rigl,
+  title = {Rigging the Lottery: Making All Tickets Winners},
+  author = {Evci, Utku and Gale, Trevor and Menick, Jacob and Castro, Pablo Samuel and Elsen, Erich},
+  booktitle = {International Conference on Machine Learning},
+  year = {2020},
+  eprint = {1911.11134},
+  archivePrefix = {arXiv}
+}""",
+)
+
+CKA = Source(
+    "S. Kornblith, M. Norouzi, H. Lee, G. Hinton: Similarity of Neural Network Representations Revisited. ICML 2019. "
+    "arXiv 1905.00414",
+    """@inproceedings{kornblith2019similarity,
+  title = {Similarity of Neural Network Representations Revisited},
+  author = {Kornblith, Simon and Norouzi, Mohammad and Lee, Honglak and Hinton, Geoffrey},
+  booktitle = {International Conference on Machine Learning},
+  year = {2019},
+  eprint = {1905.00414},
+  archivePrefix = {arXiv}
+}""",
+)
+
+MINIBATCH_CKA = Source(
+    "T. Nguyen, M. Raghu, S. Kornblith: Do Wide and Deep Networks Learn the Same Things? Uncovering How Neural Network "
+    "Representations Vary with Width and Depth. ICLR 2021. arXiv 2010.15327",
+    """@inproceedings{nguyen2021wide,
+  title = {Do Wide and Deep Networks Learn the Same Things? Uncovering How Neural Network Representations Vary with
+           Width and Depth},
+  author = {Nguyen, Thao and Raghu, Maithra and Kornblith, Simon},
+  booktitle = {International Conference on Learning Representations},
+  year = {2021},
+  eprint = {2010.15327},
+  archivePrefix = {arXiv}
+}""",
+)
+
 FORGETTING = Source(
     "M. Toneva, A. Sordoni, R. Tachet des Combes, A. Trischler, Y. Bengio, G. J. Gordon: An Empirical Study of Example "
     "Forgetting during Deep Neural Network Learning. ICLR 2019. arXiv 1812.05159",

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spfde.errors import InvalidArgument, Problem, nearest
+from spfde.sources import Source
 
 
 class Technique(BaseModel):
@@ -23,6 +24,11 @@ class Technique(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise InvalidArgument(*_problems(type(self), error)) from None
+
+    @property
+    def further_sources(self) -> tuple[Source, ...]:
+        """Papers that its fields call for, beside the technique's own."""
+        return ()
 
 
 def _problems(technique: type[BaseModel], error: ValidationError) -> list[Problem]:

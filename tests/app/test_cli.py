@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,10 @@ from commands import Spfde
 from spfde import presets
 from spfde.app import folders, models, setup
 from spfde.app.data import DATASETS, load_data
-from spfde.freezing import ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
 from spfde.native import build
 from spfde.sieving import CRITERIA, SIEVING_METHODS, DataSieving
-from spfde.sparsity import METHODS
+from spfde.sparsity import METHODS, STRUCTURES
 
 METRICS = (
     "epoch train_loss train_accuracy test_accuracy learning_rate density frozen_blocks partial_samples "
@@ -244,6 +245,14 @@ class TestOtherCommands:
         ):
             assert_refused(spfde("plan", "--data", tiny, "--epochs", 8, *options.split()), told)
 
+    def test_what_a_structure_does_not_fit_is_left_dense_as_the_error_says(self, spfde: Spfde) -> None:
+        ended = spfde("plan", "--structure", "pattern", "--epochs", 20)
+        assert ended.code == 2
+        remedies = re.findall(r"--exclude '([^']+)'", ended.err)
+        assert len(remedies) == 2
+        options = [part for name in remedies for part in ("--exclude", name)]
+        assert spfde("plan", "--structure", "pattern", "--epochs", 20, *options).code == 0
+
     def test_a_plan_takes_an_archive_s_shapes(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("plan", "--data", tiny, "--epochs", 8, "--json")
         assert json.loads(ended.out)["samples"] == 96
@@ -261,15 +270,20 @@ class TestOtherCommands:
         assert_refused(ended, "run folder='nothing'", "does not exist")
         assert list(here.iterdir()) == []
 
-    def test_methods_lists_all_there_is_with_its_citation(self, spfde: Spfde) -> None:
+    def test_methods_lists_all_there_is_with_its_cost_and_its_citation(self, spfde: Spfde) -> None:
         printed = spfde("methods").out
         assert max(map(len, printed.splitlines())) <= 80
         listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
             assert f"\n  {name} " in printed
+        for name in [*STRUCTURES, *SCHEMES, *FREEZE_CRITERIA, BlockwiseCosine.name]:
+            assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
         for technique in [*METHODS.values(), ProgressiveFreezing, *SIEVING_METHODS.values()]:
             assert technique.summary in listed
+            assert f"Cost: {technique.cost}." in listed
             assert technique.citation in listed
+        for summary, cost in FREEZE_CRITERIA.values():
+            assert f"{summary} Cost: {cost}." in listed
         for criterion, summary in CRITERIA.items():
             assert f"{criterion} " in listed
             assert summary in listed

@@ -185,6 +185,13 @@ class TestStructures:
             sparsity=0.875, structure=spfde.NM(n=1, m=8)
         )
 
+    def test_weights_that_are_excluded_stay_dense(self) -> None:
+        patterns = choose_recipe("mest", structure="pattern", exclude=["*downsample*"]).sparsity
+        assert patterns == spfde.MEST(sparsity=0.9, structure=spfde.Patterns(), exclude=("*downsample*",))
+        assert choose_recipe("mest", exclude=[]) == choose_recipe("mest")
+        with pytest.raises(InvalidArgument, match=r"--exclude=.*: recipe dense has no sparsity"):
+            choose_recipe("dense", exclude=["*"])
+
     def test_an_unknown_structure_is_named_with_the_nearest(self) -> None:
         with pytest.raises(InvalidArgument, match=r"--structure='chanel': is no structure\. Did you mean 'channel'"):
             choose_recipe("set", structure="chanel")

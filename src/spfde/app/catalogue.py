@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from spfde import presets
-from spfde.freezing import ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import CRITERIA, SIEVING_METHODS, SOURCES
 from spfde.sparsity import METHODS, STRUCTURES
 
@@ -28,14 +28,25 @@ def render_catalogue() -> str:
     lines += ["", "Sparse training:"]
     for name, method in METHODS.items():
         lines += _entry(name, method.summary, f"Cost: {method.cost}.", method.citation)
-    lines += ["", "Structures (what exists or not as a whole):"]
+    lines += ["", "Structures (spfde train --structure NAME; what exists or not as a whole):"]
     for kind, structure in STRUCTURES.items():
-        lines += _entry(kind, structure.summary, structure.citation)
-    lines += ["", "Layer freezing:", *_entry("freezing", ProgressiveFreezing.summary, ProgressiveFreezing.citation)]
-    lines += ["", "Data sieving:"]
+        lines += _entry(kind, structure.summary, "Cost: the method's.", structure.citation)
+    paper = ProgressiveFreezing.citation
+    lines += ["", "Layer freezing (spfde train --freeze SHARE):"]
+    lines += _entry("freezing", ProgressiveFreezing.summary, f"Cost: {ProgressiveFreezing.cost}.", paper)
+    lines += ["", "Schemes of it (--freeze-scheme NAME; all from the same paper, at equal FLOPs):"]
+    for scheme, summary in SCHEMES.items():
+        lines += _entry(scheme, summary)
+    lines += ["", "What lets a block be frozen (--freeze-criterion NAME):"]
+    for name, (summary, cost) in FREEZE_CRITERIA.items():
+        further = ProgressiveFreezing(criterion=name).further_sources
+        lines += _entry(name, summary, f"Cost: {cost}.", *(source.citation for source in further))
+    lines += ["", "Learning rate:"]
+    lines += _entry(BlockwiseCosine.name, BlockwiseCosine.summary, "Cost: none.", BlockwiseCosine.citation)
+    lines += ["", "Data sieving (spfde train --sieve SHARE):"]
     for name, sieving in SIEVING_METHODS.items():
-        lines += _entry(name, sieving.summary, sieving.citation)
-    lines += ["", "Criteria of data sieving (spfde train --sieve-criterion NAME):"]
+        lines += _entry(name, sieving.summary, f"Cost: {sieving.cost}.", sieving.citation)
+    lines += ["", "Which samples are easy (--sieve-criterion NAME; read off what a step computes):"]
     for criterion, summary in CRITERIA.items():
         source = SOURCES.get(criterion)
         lines += _entry(criterion, summary, "" if source is None else source.citation)
@@ -45,9 +56,9 @@ def render_catalogue() -> str:
 def _entry(name: str, summary: str, *more: str) -> list[str]:
     """A technique's line, and what else there is to say down to its citation, at most 80 columns wide."""
     indent = " " * 13
-    lines = textwrap.wrap(
-        summary, WIDTH, initial_indent=f"  {name:<10} ", subsequent_indent=indent, break_on_hyphens=False
-    )
+    lines = [f"  {name}"] if len(name) > 10 else []
+    first = indent if lines else f"  {name:<10} "
+    lines += textwrap.wrap(summary, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
     for text in more:
         lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     return lines

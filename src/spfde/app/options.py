@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -12,7 +12,7 @@ from pydantic import Field
 from spfde import presets
 from spfde.app.data import DATASETS
 from spfde.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
-from spfde.freezing import ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, ProgressiveFreezing
 from spfde.recipe import Recipe
 from spfde.sieving import CRITERIA, DataSieving, OneTimeRemoval, check_fraction
 from spfde.sparsity import MEST, NM, STRUCTURES, Block, SparsityMethod, Structure
@@ -108,6 +108,7 @@ def choose_recipe(
     *,
     sparsity: float | None = None,
     structure: str | None = None,
+    exclude: Sequence[str] = (),
     freeze: float | None = None,
     freeze_scheme: str | None = None,
     freeze_criterion: str | None = None,
@@ -124,6 +125,7 @@ def choose_recipe(
         sparsity: target sparsity; a dense recipe becomes MEST at that sparsity.
         structure: a kind of structure, "4x1" and the like for blocks, "2:4" and the like for N:M, which brings its
             sparsity along.
+        exclude: name patterns of weights that stay dense; none leaves the recipe's own.
         freeze: FLOPs reduction by freezing; 0 freezes nothing.
         freeze_scheme: which blocks are frozen when, see ``ProgressiveFreezing``.
         freeze_criterion: what lets a block be frozen earlier than planned, see ``ProgressiveFreezing``.
@@ -139,9 +141,9 @@ def choose_recipe(
     recipe = read_recipe(name)
     changes: dict[str, Any] = {}
     problems = Problems()
-    if sparsity is not None or soft_bound is not None or structure is not None:
+    if sparsity is not None or soft_bound is not None or structure is not None or exclude:
         with problems.collecting():
-            changes["sparsity"] = _sparsity(name, recipe.sparsity, sparsity, soft_bound, structure)
+            changes["sparsity"] = _sparsity(name, recipe.sparsity, sparsity, soft_bound, structure, tuple(exclude))
     if any(given is not None for given in (freeze, freeze_scheme, freeze_criterion, cache_variants)):
         with problems.collecting():
             changes["freezing"] = _freezing(name, recipe, freeze, freeze_scheme, freeze_criterion, cache_variants)
@@ -177,10 +179,9 @@ def _freezing(
         # Of another scheme, the two would be in the way.
         given |= {"scheme": scheme, "start_epoch": None, "resume_epochs": None}
     if criterion is not None:
-        known = ("schedule", "structure", "representation")
-        if criterion not in known:
+        if criterion not in FREEZE_CRITERIA:
             raise InvalidArgument(
-                Problem("--freeze-criterion", criterion, "is no criterion", nearest(criterion, known))
+                Problem("--freeze-criterion", criterion, "is no criterion", nearest(criterion, FREEZE_CRITERIA))
             )
         given["criterion"] = criterion
     if cache_variants is not None:
@@ -205,7 +206,12 @@ def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | No
 
 
 def _sparsity(
-    name: str, method: SparsityMethod | None, sparsity: float | None, soft_bound: bool | None, structure: str | None
+    name: str,
+    method: SparsityMethod | None,
+    sparsity: float | None,
+    soft_bound: bool | None,
+    structure: str | None,
+    exclude: tuple[str, ...],
 ) -> SparsityMethod:
     """The recipe's method with the command line's changes; MEST where the recipe has none."""
     given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
@@ -215,7 +221,8 @@ def _sparsity(
             given["sparsity"] = 1.0 - given["structure"].n / given["structure"].m
     if method is None:
         if "sparsity" not in given:
-            option, value = ("--soft-bound", soft_bound) if structure is None else ("--structure", structure)
+            asked = {"--structure": structure, "--soft-bound": soft_bound, "--exclude": exclude or None}
+            option, value = next((option, value) for option, value in asked.items() if value is not None)
             remedy = "Use --recipe mest or spfde, or give --sparsity too."
             raise InvalidArgument(Problem(option, value, f"recipe {name} has no sparsity", remedy))
         method = MEST(sparsity=given["sparsity"])
@@ -224,6 +231,8 @@ def _sparsity(
             rule = f"{method.name} has no soft bound"
             raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
         given["soft_bound"] = soft_bound
+    if exclude:
+        given["exclude"] = exclude
     return type(method)(**{**_fields(method), **given})
 
 

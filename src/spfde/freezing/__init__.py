@@ -2,11 +2,20 @@
 
 from spfde.freezing.blocks import Block, Partition, find_blocks
 from spfde.freezing.freezer import Freezer, is_held, recompile_warning
-from spfde.freezing.plan import FreezePlan, ProgressiveFreezing, Scheme, blocks_to_freeze
+from spfde.freezing.plan import (
+    FREEZE_CRITERIA,
+    SCHEMES,
+    FreezePlan,
+    ProgressiveFreezing,
+    Scheme,
+    blocks_to_freeze,
+)
 from spfde.freezing.scheduler import BlockwiseCosine, GroupRates, check_rates, rate
 from spfde.freezing.schemes import Savings, freezing_saving, paused, solve
 
 __all__ = [
+    "FREEZE_CRITERIA",
+    "SCHEMES",
     "Block",
     "BlockwiseCosine",
     "FreezePlan",

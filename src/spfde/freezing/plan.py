@@ -6,7 +6,7 @@ target by then. The functions that make plans, one a scheme, are in ``spfde.free
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -14,9 +14,29 @@ from pydantic import Field, model_validator
 
 from spfde import sources
 from spfde.schedules import latest_beat
+from spfde.sources import Source
 from spfde.technique import Technique
 
 Scheme = Literal["single-shot", "single-shot-resume", "periodic", "delayed-periodic"]
+FreezeCriterion = Literal["schedule", "structure", "representation"]
+
+SCHEMES: Mapping[Scheme, str] = {
+    "single-shot": "Blocks are frozen one after the other, for good.",
+    "single-shot-resume": "The same, earlier; at the end everything trains again.",
+    "periodic": "Front blocks train one epoch in four, middle blocks one in two.",
+    "delayed-periodic": "Everything trains at first, then as periodic.",
+}
+"""When blocks are frozen, in a line."""
+
+FREEZE_CRITERIA: Mapping[FreezeCriterion, tuple[str, str]] = {
+    "schedule": ("As planned.", "none"),
+    "structure": ("Earlier, where a block's largest weights stay the same.", "no FLOPs; sorts the weights once a beat"),
+    "representation": (
+        "Earlier, where CKA of a block's outputs stays the same.",
+        "a forward pass of the probe's samples once a beat",
+    ),
+}
+"""What lets a block be frozen, and what finding it out costs."""
 
 
 class ProgressiveFreezing(Technique):
@@ -36,6 +56,7 @@ class ProgressiveFreezing(Technique):
 
     name: ClassVar[str] = "progressive-freezing"
     summary: ClassVar[str] = "Freezes blocks front to back, one per update interval; they need no backward pass."
+    cost: ClassVar[str] = "of a frozen block, the forward pass alone"
     citation: ClassVar[str] = sources.SPFDE.citation
     bibtex: ClassVar[str] = sources.SPFDE.bibtex
 
@@ -64,7 +85,7 @@ class ProgressiveFreezing(Technique):
     scheme: Scheme = Field(
         default="single-shot", description="'single-shot', 'single-shot-resume', 'periodic' or 'delayed-periodic'"
     )
-    criterion: Literal["schedule", "structure", "representation"] = Field(
+    criterion: FreezeCriterion = Field(
         default="schedule",
         description="'schedule': as planned; 'structure' or 'representation': earlier, where a block has converged by "
         "its largest weights, or by CKA of its outputs; at the latest as planned",
@@ -79,6 +100,11 @@ class ProgressiveFreezing(Technique):
         description="with 'single-shot-resume': last epochs, in which all blocks train again, a multiple of the update "
         "interval; None: about a tenth of the run",
     )
+
+    @property
+    def further_sources(self) -> tuple[Source, ...]:
+        """What the criterion measures by."""
+        return (sources.CKA, sources.MINIBATCH_CKA) if self.criterion == "representation" else ()
 
     @property
     def thaws(self) -> bool:

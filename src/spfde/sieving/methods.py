@@ -46,6 +46,7 @@ class SievingMethod(Technique):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    cost: ClassVar[str] = "none; a sample that is left out costs nothing"
     source: ClassVar[Source]
     citation: ClassVar[_Told] = _Told("citation", "\n")
     bibtex: ClassVar[_Told] = _Told("bibtex", "\n\n")

@@ -16,9 +16,11 @@ import torch
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
 from torch import Tensor
 
+from spfde import sources
 from spfde.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.rounding import round_half_up
 from spfde.schedules import latest_beat
+from spfde.sources import Source
 from spfde.sparsity import mutation
 from spfde.sparsity.distribution import active_count, erk, override_for
 from spfde.sparsity.structure import STRUCTURES, Structure, Unstructured
@@ -128,6 +130,11 @@ class SparsityMethod(Technique):
                 "as it is set here"
             )
         return self
+
+    @property
+    def further_sources(self) -> tuple[Source, ...]:
+        """Where the distribution over the layers is from; uniform is common knowledge."""
+        return (sources.RIGL,) if self.distribution == "erk" else ()
 
     @property
     def varies_counts(self) -> bool:

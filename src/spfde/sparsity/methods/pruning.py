@@ -175,8 +175,8 @@ class GraSP(PruningAtInitialisation):
     The paper says the same with the sign turned: of ``S = -w * Hg`` the highest are removed. The model is scored in
     training mode.
 
-    Departures: the samples are the loader's first, not the same number from each class; the paper's code draws new
-    weights for linear layers before it scores them, here they are the user's.
+    Departures: the samples are drawn at random from the loader's, not the same number from each class; the paper's
+    code draws new weights for linear layers before it scores them, here they are the user's.
 
     Attributes:
         n_batches: batches of the loader that are scored, about 10 samples a class of CIFAR-10 or more.

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from spfde import sources
 from spfde.schedules import cosine
 from spfde.sparsity import mutation
 from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
@@ -25,18 +26,8 @@ class RigL(SparsityMethod):
     name: ClassVar[str] = "rigl"
     summary: ClassVar[str] = "Drops the smallest weights and grows those with the largest dense gradient."
     cost: ClassVar[str] = "3 sparse passes a step; at a beat one step's weight gradient is dense"
-    citation: ClassVar[str] = (
-        "U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen: Rigging the Lottery: Making All Tickets Winners. "
-        "ICML 2020. arXiv 1911.11134"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{evci2020rigl,
-  title = {Rigging the Lottery: Making All Tickets Winners},
-  author = {Evci, Utku and Gale, Trevor and Menick, Jacob and Castro, Pablo Samuel and Elsen, Erich},
-  booktitle = {International Conference on Machine Learning},
-  year = {2020},
-  eprint = {1911.11134},
-  archivePrefix = {arXiv}
-}"""
+    citation: ClassVar[str] = sources.RIGL.citation
+    bibtex: ClassVar[str] = sources.RIGL.bibtex
 
     drop_fraction: Fraction = 0.3
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
