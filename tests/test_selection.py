@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import spfde
 from spfde.errors import InvalidArgument
@@ -85,7 +85,9 @@ def test_batches_that_are_no_pairs_need_a_loss() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(Named(), batch_size=BATCH)
     recipe = spfde.Recipe(sparsity=spfde.SNIP(sparsity=0.8))
-    with pytest.raises(InvalidArgument, match=r"loss=None: is needed: a batch of the loader is dict.*attach\(loss="):
+    with pytest.raises(
+        InvalidArgument, match=r"loss=None: is needed, for a batch of the loader is dict.*attach\(loss="
+    ):
         spfde.attach(model, optimizer, loader, recipe, epochs=4)
     session = spfde.attach(
         model,
@@ -105,6 +107,45 @@ def test_cross_entropy_that_does_not_fit_asks_for_a_loss() -> None:
         spfde.attach(
             parts.model, parts.optimizer, parts.loader, spfde.Recipe(sparsity=spfde.SNIP(sparsity=0.8)), epochs=4
         )
+
+
+def attach_to_targets(y: Tensor, method: spfde.sparsity.SparsityMethod, *, outputs: int = 4) -> spfde.Session:
+    """A session on a small model and the targets ``y``, without a loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, outputs))
+    loader = DataLoader(TensorDataset(torch.randn(len(y), 8), y), batch_size=BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return spfde.attach(model, optimizer, loader, spfde.Recipe(sparsity=method), epochs=4)
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=IDS[:2])
+@pytest.mark.parametrize(
+    ("y", "outputs", "rule"),
+    [
+        (torch.linspace(-5, 5, SAMPLES * 4).reshape(SAMPLES, 4), 4, "neither labels nor class probabilities"),
+        (torch.ones(SAMPLES, 4), 4, "neither labels nor class probabilities"),  # several labels a sample
+        (torch.randn(SAMPLES, 1), 1, "one output"),
+        (torch.zeros(SAMPLES, dtype=torch.int64), 1, "one output"),
+    ],
+    ids=["regression", "multi-label", "regression of one output", "labels of one output"],
+)
+def test_targets_that_are_neither_labels_nor_probabilities_need_a_loss(
+    method: spfde.sparsity.SparsityMethod, y: Tensor, outputs: int, rule: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=rf"loss=None: is needed, for .*{rule}.*attach\(loss="):
+        attach_to_targets(y, method, outputs=outputs)
+
+
+@pytest.mark.parametrize("rounded", [torch.float32, torch.float16, torch.bfloat16])
+def test_probabilities_are_taken_as_such_however_they_were_rounded(rounded: torch.dtype) -> None:
+    probabilities = torch.randn(SAMPLES, 4, generator=torch.Generator().manual_seed(0)).softmax(1).to(rounded)
+    session = attach_to_targets(probabilities.float(), spfde.SNIP(sparsity=0.5))
+    assert session.density == pytest.approx(0.5, abs=0.01)
+
+
+def test_synflow_looks_at_no_targets_and_needs_no_loss() -> None:
+    session = attach_to_targets(torch.randn(SAMPLES, 1), spfde.SynFlow(sparsity=0.5), outputs=1)
+    assert session.density == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)

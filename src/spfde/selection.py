@@ -55,17 +55,37 @@ def first_masks(
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Cross entropy of ``model(x)`` against ``y``, for a batch ``(x, y)``: the loss where the caller gives none."""
+    """Cross entropy of ``model(x)`` against ``y``, for a batch ``(x, y)``: the loss where the caller gives none.
+
+    Raises:
+        InvalidArgument: it does not fit, or would mean nothing: one output, or ``y`` with numbers of another kind.
+    """
     x, y = batch
     logits = model(x)
     if not isinstance(logits, Tensor):
-        rule = f"is needed, for the model returns {type(logits).__name__} and not logits"
-        raise InvalidArgument(Problem("loss", None, rule, "Pass attach(loss=lambda model, batch: …)."))
+        raise _loss_is_needed(f"the model returns {type(logits).__name__} and not logits")
+    if logits.dim() < 2 or logits.shape[1] == 1:
+        raise _loss_is_needed("the model has one output a sample, and cross entropy compares several")
     try:
-        return F.cross_entropy(logits, y)
+        value = F.cross_entropy(logits, y)
     except (RuntimeError, ValueError, IndexError) as error:
-        rule = f"is needed, for cross entropy does not fit logits {tuple(logits.shape)} and y ({error})"
-        raise InvalidArgument(Problem("loss", None, rule, "Pass attach(loss=lambda model, batch: …).")) from None
+        raise _loss_is_needed(f"cross entropy does not fit logits {tuple(logits.shape)} and y ({error})") from None
+    if y.is_floating_point() and not _are_probabilities(y):
+        rule = "y holds neither labels nor class probabilities, which are not negative and sum to 1"
+        raise _loss_is_needed(rule)
+    return value
+
+
+def _are_probabilities(y: Tensor) -> bool:
+    """Whether each sample's values, over dimension 1, are a distribution, as far as 16 bits can tell."""
+    total = y.sum(1)
+    return bool((y >= 0).all()) and torch.allclose(total, torch.ones_like(total), rtol=0.0, atol=0.01)
+
+
+def _loss_is_needed(reason: str) -> InvalidArgument:
+    return InvalidArgument(
+        Problem("loss", None, f"is needed, for {reason}", "Pass attach(loss=lambda model, batch: …).")
+    )
 
 
 def _batches(loader: DataLoader[Any], count: int, *, seed: int, device: torch.device) -> list[Any]:
@@ -84,8 +104,7 @@ def _batches(loader: DataLoader[Any], count: int, *, seed: int, device: torch.de
 
 def _check_pair(batch: Any) -> None:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        rule = f"is needed: a batch of the loader is {type(batch).__name__}, and not a pair of inputs and labels"
-        raise InvalidArgument(Problem("loss", None, rule, "Pass attach(loss=lambda model, batch: …)."))
+        raise _loss_is_needed(f"a batch of the loader is {type(batch).__name__}, and not a pair of inputs and labels")
 
 
 def _shape(blueprint: Blueprint, name: str) -> tuple[int, ...]:
