@@ -42,8 +42,12 @@ def test_convolutions_are_not_taken() -> None:
 
 
 def two_four_model(dtype: torch.dtype = torch.float16) -> tuple[nn.Module, dict[str, Tensor]]:
-    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)).to(dtype)
-    masks = {"0.weight": mask("11000110 " * 4), "2.weight": mask("1110 " * 4), "3.weight": mask("0101 " * 2)}
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 32)).to(dtype)
+    masks = {
+        "0.weight": mask(f"{'11000110' * 16} " * 64),
+        "2.weight": mask(f"{'1110' * 16} " * 64),
+        "3.weight": mask(f"{'0101' * 16} " * 32),
+    }
     with torch.no_grad():
         for name, keep in masks.items():
             model.get_parameter(name).masked_fill_(~keep, 0)
@@ -108,3 +112,52 @@ def test_types_and_weights_that_do_not_fit_are_named_together(hardware: list[Any
         to_semi_structured(model, masks)
     assert [problem.argument for problem in caught.value.problems] == ["0.weight", "3.weight", "3.weight"]
     assert hardware == []
+
+
+@pytest.fixture(params=["cutlass", "cusparselt"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of PyTorch's two kernels converts."""
+    base = torch.sparse.SparseSemiStructuredTensor
+    monkeypatch.setattr(base, "_FORCE_CUTLASS", request.param == "cutlass")
+    return str(request.param)
+
+
+def linear_layers(*shapes: tuple[int, int], dtype: torch.dtype = torch.float16) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Layers of these inputs and outputs, their weights all zero, with 2:4 masks."""
+    model = nn.Sequential(*(nn.Linear(*shape) for shape in shapes)).to(dtype)
+    masks = {}
+    for index, (inputs, outputs) in enumerate(shapes):
+        nn.init.zeros_(model.get_parameter(f"{index}.weight"))
+        masks[f"{index}.weight"] = mask(f"{'1100' * (inputs // 4)} " * outputs)
+    return model, masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shapes_that_torch_cannot_take_are_named_with_one_that_fits(
+    hardware: list[Any], backend: str, dtype: torch.dtype
+) -> None:
+    model, masks = linear_layers((64, 64), (48, 24), (8, 64), dtype=dtype)
+    with pytest.raises(InvalidArgument) as caught:
+        to_semi_structured(model, masks)
+    least = {"cutlass": "32 outputs and 64 inputs", "cusparselt": "16 outputs and 16 inputs"}[backend]
+    fits = {"cutlass": "nn.Linear(64, 32)", "cusparselt": "nn.Linear(48, 32)"}[backend]
+    first, second = map(str, caught.value.problems)
+    assert first.startswith(f"1.weight=(24, 48): PyTorch's kernel takes multiples of {least} of {dtype}. ")
+    assert fits in first
+    assert second.startswith("2.weight=(64, 8): ")
+    assert hardware == []
+
+
+def test_the_least_shape_that_fits_is_converted(hardware: list[Any], backend: str) -> None:
+    model, masks = linear_layers((64, 32) if backend == "cutlass" else (16, 16))
+    to_semi_structured(model, masks)
+    assert len(hardware) == 1
+
+
+def test_a_torch_that_names_no_shapes_judges_them_itself(
+    hardware: list[Any], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernel in (torch.sparse.SparseSemiStructuredTensorCUTLASS, torch.sparse.SparseSemiStructuredTensorCUSPARSELT):
+        monkeypatch.delattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS")
+    to_semi_structured(*linear_layers((48, 24)))
+    assert len(hardware) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -36,7 +37,8 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
         masks: by parameter name (``session.masks``).
 
     Raises:
-        InvalidArgument: no linear layer has a 2:4 mask, a weight outside its mask is not zero, or a type does not fit.
+        InvalidArgument: no linear layer has a 2:4 mask, a weight outside its mask is not zero, or a type or shape does
+            not fit.
         UsageError: the hardware has no sparse tensor cores.
     """
     layers = [
@@ -52,6 +54,8 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
         if weight.dtype not in _DTYPES:
             rule, remedy = "sparse tensor cores take float16, bfloat16 or int8", "Convert the model: model.half()."
             problems.add(name, str(weight.dtype), rule, remedy)
+        elif problem := _misfit(name, weight):
+            problems.found.append(problem)
         if bool(weight.detach().masked_fill(masks[name].to(weight.device), 0).any()):
             problems.add(name, "weights outside the mask", "must be zero", "Pass the masks that the model has.")
     _check_hardware({weight.device for weight in weights.values()})
@@ -62,6 +66,23 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
         owner = sparse.get_submodule(name.rpartition(".")[0])
         owner.weight = nn.Parameter(compressed, requires_grad=False)
     return sparse
+
+
+def _misfit(name: str, weight: Tensor) -> Problem | None:
+    """What of a weight's shape PyTorch's kernel refuses; None where nothing, or where this version does not say."""
+    tensors = torch.sparse
+    forced = getattr(tensors.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
+    kernel = tensors.SparseSemiStructuredTensorCUTLASS if forced else tensors.SparseSemiStructuredTensorCUSPARSELT
+    least = getattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS", {}).get(weight.dtype)
+    if least is None:
+        return None
+    (out, inputs), rows, columns = weight.shape, least.sparse_min_rows, least.sparse_min_cols
+    if out % rows == 0 and inputs % columns == 0:
+        return None
+    rule = f"PyTorch's kernel takes multiples of {rows} outputs and {columns} inputs of {weight.dtype}"
+    fits = f"nn.Linear({math.ceil(inputs / columns) * columns}, {math.ceil(out / rows) * rows})"
+    remedy = f"Leave it out of the masks, so that it stays dense, or train {fits} in its place."
+    return Problem(name, (out, inputs), rule, remedy)
 
 
 def _check_hardware(devices: set[torch.device]) -> None:
