@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -106,6 +107,28 @@ def test_the_bill_of_a_finished_run_equals_the_plan_and_the_masks_end_at_target(
     assert [row.cost for row in session.cost.rows] == list(bill.epoch_costs)
     for name, mask in session.masks.items():
         assert int(mask.sum()) == bill.blueprint.target[name]
+
+
+PRUNES = {
+    "gmp": spfde.GMP(sparsity=0.8, stop_fraction=1.0),
+    # The threshold stays at nothing, so that the masks are dense until they are fixed.
+    "str": spfde.STR(sparsity=0.8, stop_fraction=1.0, threshold_start=-50.0, threshold_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("scheme", ["single-shot", "single-shot-resume", "periodic"])
+@pytest.mark.parametrize("method", PRUNES.values(), ids=PRUNES)
+def test_what_goes_from_dense_to_sparse_grows_nothing_after_a_thaw_and_the_plan_knows(
+    scheme: str, method: spfde.sparsity.SparsityMethod
+) -> None:
+    parts = make_parts()
+    bill = plan(parts, recipe(scheme, method))
+    session = attach(parts, recipe(scheme, method))
+    counts: list[list[int]] = []
+    train(parts, session, at_bottom=lambda _: counts.append([int(mask.sum()) for mask in session.masks.values()]))
+    for before, now in pairwise(counts):
+        assert all(a >= b for a, b in zip(before, now, strict=True))
+    assert [row.training_flops for row in session.cost.rows] == [cost.training_flops for cost in bill.epoch_costs]
 
 
 @every_scheme

@@ -112,11 +112,14 @@ class Blueprint:
         n_layers = len(self.cost.layers)
         as_of = self._last_turns(epoch) if freezing else [epoch] * n_layers
         at_target = self.settling_layers(epoch) if freezing else [False] * n_layers
+        has_frozen = freezing and not self.freeze_plan.pauses
+        # What a freezing for good has pruned, or given up of the weights kept alive, stays so after a thaw.
+        ended = self.layers_in_first(max(self.freeze_plan.frozen[: epoch + 1]) if has_frozen else 0)
+        if self.method is not None and self.method.only_prunes:
+            at_target = [now or before for now, before in zip(at_target, ended, strict=True)]
         densities = [self._density(*each) for each in zip(self.cost.layers, as_of, at_target, strict=True)]
-        if not freezing or self.method is None or not self.method.keeps_latents_at(0.0):
+        if self.method is None or not self.method.keeps_latents_at(0.0):
             return densities
-        # Inactive weights that were kept alive are given up before a freezing for good, and stay so after a thaw.
-        ended = self.layers_in_first(0 if self.freeze_plan.pauses else max(self.freeze_plan.frozen[: epoch + 1]))
         return [(own, own if is_over else wide) for (own, wide), is_over in zip(densities, ended, strict=True)]
 
     def _density(self, layer: LayerCost, epoch: int, at_target: bool) -> tuple[float, float]:

@@ -126,6 +126,25 @@ def test_the_masks_settle_at_the_exact_total_as_soon_as_it_is_reached() -> None:
     assert masker.n_active("0.weight") != round(0.4 * 72)
 
 
+def test_masks_that_have_settled_stay_through_the_beats_that_follow() -> None:
+    x, y = _data()
+    model = _net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    masker = _masked(model, optimizer, STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.3))
+    settled: dict[str, Tensor] = {}
+    for epoch in range(10):
+        masker.begin_epoch(epoch, ())
+        for name, mask in settled.items():
+            assert torch.equal(masker.masks[name], mask), f"{name} in epoch {epoch}"
+        for _ in range(200 if epoch == 1 else 1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if not masker.state_dict()["latents"]:
+            settled = settled or masker.masks
+        assert bool(settled) == (epoch >= 1)
+
+
 def test_at_the_stop_fraction_the_largest_margins_stay() -> None:
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -343,7 +343,7 @@ class Masker:
         method, target, n_units = self.method, layer.target, layer.n_units
         keep = planned_keep(method, target, n_units, epoch=epoch, epochs=self.epochs)
         final = planned_active(method, target, n_units, epoch=epoch, interval=self.interval, epochs=self.epochs)
-        return min(keep, layer.active), final
+        return min(keep, layer.active), min(final, layer.active) if method.only_prunes else final
 
     def _most(self, layer: MaskedWeight) -> int:
         """The most active weights that the layer ever has in this run."""

@@ -88,6 +88,8 @@ class SparsityMethod(Technique):
     """Whether ``rewire`` changes the masks after every step."""
     changes_every_step: ClassVar[bool] = False
     """Whether masks change at every step, not at the beats alone."""
+    only_prunes: ClassVar[bool] = False
+    """Whether mutations never grow: a layer that has come to its target early, by freezing say, stays there."""
     counts_known: ClassVar[bool] = True
     """Whether each layer's number of active weights is known before training."""
 

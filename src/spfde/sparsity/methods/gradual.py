@@ -40,6 +40,8 @@ class GMP(SparsityMethod):
   archivePrefix = {arXiv}
 }"""
 
+    only_prunes: ClassVar[bool] = True
+
     initial_sparsity: Fraction = 0.0
     start_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75

@@ -47,6 +47,7 @@ class STR(SparsityMethod):
 }"""
     groups_units: ClassVar[bool] = False
     changes_every_step: ClassVar[bool] = True
+    only_prunes: ClassVar[bool] = True
     counts_known: ClassVar[bool] = False
 
     init: Literal["magnitude"] = "magnitude"
