@@ -235,16 +235,38 @@ def test_an_unknown_structure_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "rule"),
+    ("method", "refused"),
     [
-        (lambda: spfde.DeepR(sparsity=0.5, structure=Block()), "deepr works on single weights"),
-        (lambda: spfde.MEST(sparsity=0.5, structure=spfde.NM()), "nm keeps the number of active weights fixed"),
-        (lambda: spfde.GMP(sparsity=0.5, structure=spfde.NM()), "nm keeps the number of active weights fixed"),
+        (
+            lambda: spfde.DeepR(sparsity=0.5, structure=Block()),
+            "structure=Block(rows=4, columns=1): must be Unstructured(), for deepr works on single weights. "
+            "Use another method, such as set or rigl.",
+        ),
+        (
+            lambda: spfde.MEST(sparsity=0.5, structure=spfde.NM()),
+            "structure=NM(n=2, m=4): keeps the number of active weights fixed, and mest varies it as it is set here. "
+            "Use soft_bound=False, or another method, such as set or rigl.",
+        ),
+        (
+            lambda: spfde.GMP(sparsity=0.5, structure=spfde.NM()),
+            "structure=NM(n=2, m=4): keeps the number of active weights fixed, and gmp varies it as it is set here. "
+            "Use another method, such as set or rigl.",
+        ),
     ],
+    ids=["deepr", "mest", "gmp"],
 )
-def test_a_structure_that_a_method_cannot_keep_is_refused(method: Callable[[], object], rule: str) -> None:
-    with pytest.raises(InvalidArgument, match=rule):
+def test_a_structure_that_a_method_cannot_keep_is_refused_with_what_can(
+    method: Callable[[], object], refused: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
         method()
+    assert str(caught.value) == refused
+
+
+def test_what_is_wrong_with_a_structure_is_told_beside_what_is_wrong_elsewhere() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        spfde.SET(sparsity=2.0, structure={"kind": "blok"})
+    assert [problem.argument for problem in caught.value.problems] == ["sparsity", "structure.kind"]
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,7 @@ def _remedy_in_options(remedy: str, context: typer.Context) -> str:
             remedy = re.sub(rf"\b{field}\b", f"--{option}", remedy)
     if "exclude" in context.params:
         remedy = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", remedy)
+    remedy = remedy.replace("soft_bound=False", "--no-soft-bound")
     return remedy.replace("raise fraction", "raise fraction in a recipe file")
 
 

@@ -32,8 +32,12 @@ class Technique(BaseModel):
 
 
 def _problems(technique: type[BaseModel], error: ValidationError) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for item in error.errors(include_url=False):
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidArgument):  # a validator that names argument and remedy itself
+            problems.extend(cause.problems)
+            continue
         path = ".".join(str(part) for part in item["loc"]) or technique.__name__
         if item["type"] == "extra_forbidden":
             rule, remedy = f"is no field of {technique.__name__}", nearest(path, technique.model_fields)

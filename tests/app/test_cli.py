@@ -354,6 +354,9 @@ BAD_OPTIONS = [
     ("--recipe mest --sieve-criterion loss", "--sieve-criterion='loss'", "leaves no samples out"),
     ("--recipe rigl --soft-bound", "--soft-bound", "rigl has no soft bound", "Use --recipe mest or spfde"),
     ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),
+    ("--structure 2:4", "--structure=NM(n=2, m=4): ", "mest varies it", "Use --no-soft-bound, or another method, such"),
+    ("--recipe gmp --structure 2:4", "--structure=NM(n=2, m=4): ", "gmp varies it", "Use another method, such as set"),
+    ("--recipe str --structure 4x1", "--structure=Block(rows=4, columns=1): ", "str works", "Use another method"),
 ]
 
 

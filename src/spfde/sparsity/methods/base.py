@@ -92,6 +92,8 @@ class SparsityMethod(Technique):
     """Whether mutations never grow: a layer that has come to its target early, by freezing say, stays there."""
     counts_known: ClassVar[bool] = True
     """Whether each layer's number of active weights is known before training."""
+    keeps_counts_with: ClassVar[str] = ""
+    """The setting under which a method that varies the number of active weights does not, where there is one."""
 
     sparsity: Sparsity = Field(description="a number in [0, 1), the share of inactive weights")
     distribution: Literal["uniform", "erk"] = "uniform"
@@ -125,12 +127,15 @@ class SparsityMethod(Technique):
         if isinstance(self.structure, Unstructured):
             return self
         if not self.groups_units:
-            raise ValueError(f"structure must be Unstructured(): {self.name} works on single weights")
-        if self.structure.fixed_count and self.varies_counts:
-            raise ValueError(
-                f"structure {self.structure.kind} keeps the number of active weights fixed, and {self.name} varies it "
-                "as it is set here"
+            rule = f"must be Unstructured(), for {self.name} works on single weights"
+            raise InvalidArgument(
+                Problem("structure", self.structure, rule, "Use another method, such as set or rigl.")
             )
+        if self.structure.fixed_count and self.varies_counts:
+            rule = f"keeps the number of active weights fixed, and {self.name} varies it as it is set here"
+            setting = f"{self.keeps_counts_with}, or " if self.keeps_counts_with else ""
+            remedy = f"Use {setting}another method, such as set or rigl."
+            raise InvalidArgument(Problem("structure", self.structure, rule, remedy))
         return self
 
     @property

@@ -37,6 +37,7 @@ class MEST(SparsityMethod):
     cost: ClassVar[str] = "3 sparse passes a step, at the soft bound's density"
     citation: ClassVar[str] = sources.MEST.citation
     bibtex: ClassVar[str] = sources.MEST.bibtex
+    keeps_counts_with: ClassVar[str] = "soft_bound=False"
 
     soft_bound: bool = True
     soft_bound_steps: tuple[Fraction, ...] = (0.05, 0.025, 0.0)
