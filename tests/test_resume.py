@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +37,10 @@ METHODS = {
     "set-block": spfde.SET(sparsity=0.8, structure=spfde.Block(rows=2, columns=3)),
     "mest-pattern": spfde.MEST(sparsity=0.8, structure=spfde.Patterns()),
     "rigl-kernel": spfde.RigL(sparsity=0.8, structure=spfde.Kernels()),
+    "grasp": spfde.GraSP(sparsity=0.8),
+    "set-itop": spfde.SETITOP(sparsity=0.8),
+    "rigl-itop": spfde.RigLITOP(sparsity=0.8),
+    "rigl-nm": spfde.RigL(sparsity=0.5, structure=spfde.NM(n=1, m=2)),
 }
 
 
@@ -100,12 +105,16 @@ def resume(
 ) -> tuple[Parts, spfde.Session]:
     parts = make_parts(seed=99, **how)
     session = attach(parts, recipe)
+    load(saved, parts, session)
+    return parts, session
+
+
+def load(saved: bytes, parts: Parts, session: spfde.Session) -> None:
     states = torch.load(io.BytesIO(saved), weights_only=True)
     parts.model.load_state_dict(states["model"])
     parts.optimizer.load_state_dict(states["optimizer"])
     session.load_state_dict(states["spfde"])
     torch.set_rng_state(states["global"])
-    return parts, session
 
 
 def everything(parts: Parts, session: spfde.Session) -> dict[str, Any]:
@@ -183,6 +192,21 @@ def test_a_run_stopped_at_the_top_and_bottom_of_every_epoch_ends_like_one_that_n
     again, resumed = resume(saved[2 * EPOCHS - 5], recipe)
     train(again, resumed)
     assert_equal(everything(again, resumed), expected)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_an_earlier_state_loaded_into_the_session_that_has_gone_on_leads_to_the_same_end(
+    method: spfde.sparsity.SparsityMethod,
+) -> None:
+    recipe = recipe_with(method)
+    parts, saved = make_parts(), []
+    session = attach(parts, recipe)
+    train(parts, session, at_top=lambda _: saved.append(save(parts, session)))
+    expected = copy.deepcopy(everything(parts, session))
+    for state in (saved[2], saved[EPOCHS - 1]):
+        load(state, parts, session)
+        train(parts, session)
+        assert_equal(everything(parts, session), expected)
 
 
 # Workers know nothing of engines, so one stands for both.

@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from by_hand import HandRun
-from spfde.sparsity import TopKAST
+from spfde.errors import StateMismatch
+from spfde.sparsity import StaticSparse, TopKAST
 
 # At sparsity 0.8 set A is the first two of these ten, and with a fifth more set B the first four.
 TEN = [0.9, -0.8, 0.7, -0.6, 0.5, -0.4, 0.3, -0.2, 0.1, -0.05]
@@ -108,3 +109,25 @@ def test_the_bill_charges_the_wider_weight_gradient_but_in_the_last_epoch() -> N
     assert [row.dense_gradient_flops for row in session.cost.rows] == [extra, extra, extra, 0]
     assert [row.training_flops for row in session.cost.rows] == [sparse + extra] * 3 + [sparse]
     assert session.cost.totals.cost == bill.cost
+
+
+def test_a_state_with_damaged_weights_behind_its_mask_is_refused_and_nothing_has_changed() -> None:
+    run = _run()
+    run.step(w=[1.0] * 10)
+    state = run.masker.state_dict()
+    run.step(w=[1.0] * 10)
+    before = _latent(run)
+    state["latents"]["w"].pop("reach")
+    state["generator"] = torch.Generator().manual_seed(7).get_state()
+    with pytest.raises(StateMismatch, match="gradients is missing"):
+        run.masker.load_state_dict(state)
+    assert _latent(run) == before
+    assert run.masker.gradient_densities() == {"w": pytest.approx(0.4)}
+    assert not torch.equal(run.masker.generator.get_state(), state["generator"])
+
+
+def test_weights_behind_masks_are_refused_by_a_method_that_keeps_none() -> None:
+    state = _run().masker.state_dict()
+    other = HandRun(StaticSparse(sparsity=0.8), {"w": [0.0] * 10})
+    with pytest.raises(StateMismatch, match="static keeps none"):
+        other.masker.load_state_dict(state)

@@ -83,7 +83,7 @@ class Latent(ABC):
         if not isinstance(weight, Tensor) or weight.shape != self.weight.shape:
             raise StateMismatch("the state's latent weights are missing, or of another model.")
         self.weight = weight.detach().to(self.weight, copy=True)
-        self.mask = mask.to(self.weight.device)
+        self.mask = torch.empty_like(self.weight, dtype=torch.bool).copy_(mask)
 
 
 class TopKLatent(Latent):

@@ -272,6 +272,7 @@ class Masker:
         bounds = {name: self._bounds(layer) for name, layer in self._layers.items()}
         loaded = check_state(state, bounds=bounds, counts_known=self.method.counts_known)
         check_weights({name: layer.parameter for name, layer in self._layers.items()}, loaded)
+        latents = {name: self._latent_from(state, layer, loaded[name]) for name, layer in self._layers.items()}
         try:
             self.generator.set_state(state["generator"])
         except (RuntimeError, TypeError) as error:
@@ -280,13 +281,7 @@ class Masker:
             layer.target = state["target"][name] // layer.unit_size
             layer.set_mask(loaded[name], int(loaded[name].sum()) // layer.unit_size)
             layer.explored.packed = state["explored"][name].clone()
-            if layer.latent is not None:
-                # A layer that is not in the state has settled by then.
-                kept = state["latents"].get(name)
-                if kept is None:
-                    layer.latent = None
-                else:
-                    layer.latent.load_state_dict(kept, layer.mask)
+            layer.latent = latents[name]
             masking.apply_(layer.parameter, layer.bits)
             layer.clear_idle_state(self.optimizer)
         self._pending = {name: (int(keep), int(final)) for name, (keep, final) in state["pending"].items()}
@@ -413,6 +408,20 @@ class Masker:
         return LayerView(layer.n_units, scores, momentum)
 
     # --- weights behind the masks ------------------------------------------------------------------------------------
+
+    def _latent_from(self, state: Mapping[str, Any], layer: MaskedWeight, mask: Tensor) -> behind.Latent | None:
+        """The latent that a saved state has for a layer, whether or not the layer has one now; None: it has settled."""
+        kept = state["latents"].get(layer.name)
+        if kept is None:
+            return None
+        latent = self.method.latent_of(layer.parameter, target=state["target"][layer.name] // layer.unit_size)
+        if latent is None:
+            raise StateMismatch(
+                f"The state has weights behind the mask of {layer.name}, and {self.method.name} keeps none. "
+                "Attach with the recipe that the state was saved with."
+            )
+        latent.load_state_dict(kept, mask)
+        return latent
 
     def _follow_latent(self, layer: MaskedWeight) -> None:
         """Take over the mask and the sparse weight that the latent gives."""
