@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,13 @@ class Ratio:
     n: int
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1) -> dict[str, Timing]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    around: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
+) -> dict[str, Timing]:
     """Time callables turn by turn.
 
     Each round calls every one once and starts one further than the round before, so that none always runs right after
@@ -75,21 +82,26 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, *, warmup
         calls: what to time, by name.
         rounds: timed rounds.
         warmup: rounds before, not timed.
+        around: what each call of that name is made in, not timed: preparations before it and checks after it.
     """
+    surrounded = around or {}
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: must be at least 1.")
     names = list(calls)
     for _ in range(warmup):
-        for call in calls.values():
-            call()
+        for name, call in calls.items():
+            with surrounded.get(name, nullcontext)():
+                call()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     for number in range(rounds):
         for offset in range(len(names)):
             name = names[(number + offset) % len(names)]
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
+            with surrounded.get(name, nullcontext)():
+                start = time.perf_counter()
+                calls[name]()
+                passed = time.perf_counter() - start
+            seconds[name].append(passed)
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 

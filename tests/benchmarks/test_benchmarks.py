@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
+
+import spfde
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -67,6 +71,26 @@ def test_each_call_is_given_the_time_that_passed_in_it(common: ModuleType, monke
     timings = common.interleave({"short": lasting(1.0), "long": lasting(4.0)}, 2)
     assert timings["short"].seconds == (1.0, 1.0)
     assert timings["long"].seconds == (4.0, 4.0)
+
+
+def test_what_surrounds_a_call_takes_no_time_of_it(common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+
+    def lasting(seconds: float, name: str) -> None:
+        now[0] += seconds
+        order.append(name)
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        lasting(10.0, "before")
+        yield
+        lasting(10.0, "after")
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    calls = {"a": lambda: lasting(1.0, "a"), "b": lambda: lasting(2.0, "b")}
+    timings = common.interleave(calls, 1, around={"a": around})
+    assert order == ["before", "a", "after", "b"] * 2
+    assert (timings["a"].seconds, timings["b"].seconds) == ((1.0,), (2.0,))
 
 
 def test_no_rounds_are_refused(common: ModuleType) -> None:
@@ -190,3 +214,25 @@ def test_the_modelled_figures_meet_their_targets(
     assert [figure.what for figure in result.figures if figure.met is False] == []
     starts = [figure.value for figure in result.figures if figure.unit == "epoch"]
     assert starts == [65, 55]
+
+
+@pytest.fixture
+def mutation(common: ModuleType) -> ModuleType:
+    pytest.importorskip("torchvision")
+    return importlib.import_module("mutation")
+
+
+def three_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+
+
+def test_every_method_changes_its_masks_in_every_round(common: ModuleType, mutation: ModuleType) -> None:
+    for method in mutation.methods().values():
+        mutating = mutation.Mutating(three_layers, method)
+        common.interleave({"mutate": mutating.mutate}, 3, around={"mutate": mutating.checked})
+
+
+def test_a_round_that_changes_no_mask_is_not_timed_silently(common: ModuleType, mutation: ModuleType) -> None:
+    mutating = mutation.Mutating(three_layers, spfde.StaticSparse(sparsity=0.9))
+    with pytest.raises(AssertionError, match="static changed no mask at epoch 10"):
+        common.interleave({"mutate": mutating.mutate}, 1, around={"mutate": mutating.checked})
