@@ -448,14 +448,15 @@ class Session:
 
     def _row(self) -> LedgerRow:
         model_cost, n_frozen = self.blueprint.cost, self._freezer.n_frozen
-        density = model_cost.densities(self._masker.densities() if self._masker is not None else {})
+        of_weights = self._masker.mean_densities() if self._masker is not None else {}
+        density = model_cost.densities(of_weights)
         frozen = self.blueprint.layers_in_first(n_frozen)
         samples = self._samples_seen()
         wide, reach = 0, None
         if self._masker is not None:
             wide = min(samples, self._masker.dense_gradient_steps * self._batch_size)
             if beyond := self._masker.gradient_densities():
-                wide, reach = samples, model_cost.densities({**self._masker.densities(), **beyond})
+                wide, reach = samples, model_cost.densities({**of_weights, **beyond})
         cost = epoch_cost(
             model_cost.forward,
             density,

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
 
+import spfde
 from by_hand import places
 from spfde.sparsity import STR, Masker
 from spfde.sparsity.latent import SoftThresholdLatent, settled_masks
@@ -155,6 +157,29 @@ def test_at_the_stop_fraction_the_largest_margins_stay() -> None:
         masker.begin_epoch(epoch, ())
     kept = torch.cat([masker.masks[name].flatten() for name in SPARSE])
     assert places(kept) == sorted(weights.topk(18 + 30).indices.tolist())
+
+
+def test_the_bill_charges_each_step_at_the_density_that_it_ran_at() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    loader = DataLoader(TensorDataset(torch.randn(40, 6), torch.randint(3, (40,))), batch_size=8)
+    recipe = spfde.Recipe(sparsity=STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.2))
+    session = spfde.attach(model, optimizer, loader, recipe, epochs=6, engine="masked")
+    expected, fell = [], 0
+    for _ in session.epochs():
+        steps = []
+        for x, y in session.loader:
+            # The first layer and the head are dense.
+            steps.append(3 * 8 * 2 * (72 + 30 + int(session.masks["2.weight"].sum())))
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        expected.append(sum(steps))
+        fell += steps[-1] < steps[0]
+    assert fell >= 2
+    assert int(session.masks["2.weight"].sum()) == 48
+    assert [row.training_flops for row in session.cost.rows] == expected
 
 
 def test_settled_masks_by_hand_leave_each_layer_a_weight() -> None:

@@ -25,7 +25,7 @@ class LedgerRow:
         epoch: from 0.
         samples: samples trained on.
         steps: optimizer steps, or batches where that is what the caller counts.
-        density: share of active weights among the masked weights; 1 without any.
+        density: share of active weights among the masked weights at the end of the epoch; 1 without any.
         frozen_blocks: blocks frozen during the epoch.
         partial_samples: size of the partial set.
         training_flops: what the epoch cost.

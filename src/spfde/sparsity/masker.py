@@ -76,6 +76,7 @@ class Masker:
         self._memory: dict[str, float] = {}
         self._snapshots: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self.reset_epoch_counters()
         #: With several processes: replaces tensors by their mean over the ranks.
         self.average: Callable[[Iterable[Tensor]], None] | None = None
         for name, layer in self._layers.items():
@@ -117,7 +118,9 @@ class Masker:
         return sum(layer.explored.count for layer in self._layers.values()) / weights
 
     def reset_epoch_counters(self) -> None:
+        """Count anew: the passes with a dense gradient, and what :meth:`mean_densities` is the mean of."""
         self._dense.passes.clear()
+        self._steps, self._active_over_steps = 0, dict.fromkeys(self._layers, 0)
 
     def n_active(self, name: str) -> int:
         """Number of active weights of a layer."""
@@ -130,6 +133,18 @@ class Masker:
     def densities(self) -> dict[str, float]:
         """Share of active weights by layer."""
         return {name: layer.density for name, layer in self._layers.items()}
+
+    def mean_densities(self) -> dict[str, float]:
+        """Share of active weights by layer over the steps since :meth:`reset_epoch_counters`.
+
+        Where masks change on beats alone, and without steps, it is that of now.
+        """
+        if not self._steps:
+            return self.densities()
+        return {
+            name: self._active_over_steps[name] * layer.unit_size / (self._steps * layer.numel)
+            for name, layer in self._layers.items()
+        }
 
     def gradient_densities(self) -> dict[str, float]:
         """Share of the weights whose gradient each step computes, for layers where that is more than the mask."""
@@ -255,6 +270,8 @@ class Masker:
             "explored": {name: layer.explored.packed.clone() for name, layer in layers.items()},
             "pending": {name: list(turnover) for name, turnover in self._pending.items()},
             "dense_gradient_passes": dict(self._dense.passes),
+            "steps": self._steps,
+            "active_over_steps": dict(self._active_over_steps),
             "latents": {name: layer.latent.state_dict() for name, layer in layers.items() if layer.latent is not None},
             "smoothed": self._smoothed.state_dict(),
             "memory": dict(self._memory),
@@ -289,6 +306,7 @@ class Masker:
         self._smooths, self._rewires = state["running"]["smooths"], state["running"]["rewires"]
         self._dense.clear()
         self._dense.passes = dict(state["dense_gradient_passes"])
+        self._steps, self._active_over_steps = int(state["steps"]), dict(state["active_over_steps"])
         self._smoothed.load_state_dict(state["smoothed"])
         self._snapshots.clear()
         # A state from amid an epoch: what is frozen in it does not step.
@@ -473,6 +491,10 @@ class Masker:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: mask gradients that were set by hand, and note those of a pending mutation."""
+        if self.method.changes_every_step:
+            self._steps += 1
+            for name, layer in self._layers.items():
+                self._active_over_steps[name] += layer.active
         for layer in self._live:
             grad = layer.parameter.grad
             if grad is not None:

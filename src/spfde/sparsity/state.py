@@ -19,6 +19,8 @@ _KEYS = {
     "explored",
     "pending",
     "dense_gradient_passes",
+    "steps",
+    "active_over_steps",
     "latents",
     "smoothed",
     "memory",
@@ -60,7 +62,7 @@ def check_state(state: Mapping[str, Any], *, bounds: Mapping[str, Bounds], count
     if missing := _KEYS - set(state):
         raise StateMismatch(f"The state of the masks lacks {', '.join(sorted(missing))}. It is damaged or not one.")
     masks, saved_shapes = state["masks"], state["shapes"]
-    for part in (masks, saved_shapes, state["target"], state["explored"]):
+    for part in (masks, saved_shapes, state["target"], state["explored"], state["active_over_steps"]):
         if set(part) != set(bounds):
             other = sorted(set(part).symmetric_difference(bounds))
             raise StateMismatch(f"The state masks other layers than this model and recipe do: {_few(other)}.")
