@@ -51,17 +51,22 @@ class MethodEntry(Entry):
         return options.model_copy(update={"model": super().model, "recipe": recipe.to_dict()})
 
 
-def row(runs: Runs, entry: MethodEntry, dense_flops: float, timed: Sequence[int]) -> tuple[str, ...]:
-    """A method's line; seconds are those of the ``timed`` seeds."""
+def undisturbed_seconds(epochs_of_seeds: Sequence[Sequence[float]]) -> float:
+    """Seconds of a run whose every epoch is the shortest of all seeds': what else the machine did only adds."""
+    return sum(min(same_epoch) for same_epoch in zip(*epochs_of_seeds, strict=True))
+
+
+def row(runs: Runs, entry: MethodEntry, dense_flops: float) -> tuple[str, ...]:
+    """A method's line."""
     found = runs.summaries(entry)
-    seconds = [summary["seconds"] for summary, seed in zip(found, runs.seeds, strict=True) if seed in timed]
+    seconds = undisturbed_seconds([[row["seconds"] for row in rows] for rows in runs.rows(entry)])
     flops = mean(found, "training_flops")
     return (
         entry.label,
         with_sd([summary["test_accuracy"] for summary in found], 4),
         f"{flops:.3g}",
         f"{flops / dense_flops:.1%}",
-        with_sd(seconds, 0),
+        f"{seconds:.0f}",
         f"{mean(found, 'final_sparsity'):.1%}",
         f"{statistics.mean(last_explored(runs, entry)):.1%}",
         found[0]["engine"],
@@ -80,7 +85,6 @@ def compared(runs: Runs, epochs: int, options: argparse.Namespace, stamped: dict
     entries = [MethodEntry(name, name, epochs) for name in dict.fromkeys(["dense", *wanted])]
     if options.only is None and not options.quick:
         entries += [MethodEntry(f"mest, {group}", "mest", epochs, structure=group) for group in GROUPS]
-    timed = options.timed_seeds or runs.seeds
     runs.train(entries)
     dense = mean(runs.summaries(entries[0]), "training_flops")
     figures = tuple(replace(accuracy_figure(runs, entry), headline=False) for entry in entries)
@@ -98,13 +102,13 @@ def compared(runs: Runs, epochs: int, options: argparse.Namespace, stamped: dict
             Table(
                 "Each method (mean ± standard deviation over the seeds)",
                 columns,
-                tuple(row(runs, entry, dense, timed) for entry in entries),
+                tuple(row(runs, entry, dense) for entry in entries),
             ),
         ),
         settings=run_settings(runs, epochs),
         notes=(
             "explored: share of the masked weights that have been active at some time (ITOP's rate).",
-            f"Seconds are of seeds {' '.join(map(str, timed))}.",
+            "Seconds: each epoch's shortest of all seeds, added up; what else the machine did meanwhile only adds.",
             "Each run chooses its own engine; methods whose masks change at every step take the masked one.",
         ),
         stamp=stamped,
@@ -115,14 +119,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run it."""
     made = parser(__doc__)
     add_run_options(made, "methods")
-    made.add_argument(
-        "--timed-seeds",
-        type=int,
-        nargs="+",
-        default=None,
-        metavar="SEED",
-        help="seeds whose runs had the machine to themselves, of which seconds are told (all)",
-    )
     made.add_argument("--only", nargs="+", default=None, metavar="NAME", help="some of the methods, and dense")
     options = made.parse_args(argv)
     stamped = begin(options)

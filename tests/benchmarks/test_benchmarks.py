@@ -69,6 +69,14 @@ def test_of_two_runs_of_the_native_benchmark_each_speed_is_the_higher_and_both_a
     assert "higher of each speed" in both.notes[-1]
 
 
+def test_seconds_of_a_method_are_those_of_its_least_disturbed_epochs(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    methods = importlib.import_module("methods")
+    assert methods.undisturbed_seconds([[3.0, 90.0, 2.0], [4.0, 1.0, 2.5]]) == 3.0 + 1.0 + 2.0
+
+
 def test_rounds_call_every_variant_once_and_start_one_further_each_time(common: ModuleType) -> None:
     called: list[str] = []
     calls = {name: (lambda name=name: called.append(name)) for name in "abc"}
