@@ -109,7 +109,7 @@ def compared(runs: Runs, epochs: int, options: argparse.Namespace, stamped: dict
         notes=(
             "explored: share of the masked weights that have been active at some time (ITOP's rate).",
             "Seconds: each epoch's shortest of all seeds, added up; what else the machine did meanwhile only adds.",
-            "Each run chooses its own engine; methods whose masks change at every step take the masked one.",
+            "Each run chooses its own engine (auto).",
         ),
         stamp=stamped,
     )
