@@ -169,7 +169,7 @@ def _freezing(
     technique = recipe.freezing
     if technique is None and share is None:
         asked = {"--freeze-scheme": scheme, "--freeze-criterion": criterion, "--cache-variants": cache_variants}
-        option, value = next((option, value) for option, value in asked.items() if value is not None)
+        option, value = _first_given(asked)
         rule = f"recipe {name} freezes nothing"
         raise InvalidArgument(Problem(option, value, rule, "Use --freeze 0.2 or so with it."))
     given = _fields(technique) if technique is not None else {}
@@ -222,7 +222,7 @@ def _sparsity(
     if method is None:
         if "sparsity" not in given:
             asked = {"--structure": structure, "--soft-bound": soft_bound, "--exclude": exclude or None}
-            option, value = next((option, value) for option, value in asked.items() if value is not None)
+            option, value = _first_given(asked)
             remedy = "Use --recipe mest or spfde, or give --sparsity too."
             raise InvalidArgument(Problem(option, value, f"recipe {name} has no sparsity", remedy))
         method = MEST(sparsity=given["sparsity"])
@@ -292,6 +292,11 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fields(technique: Technique) -> dict[str, Any]:
     return {name: getattr(technique, name) for name in type(technique).model_fields}
+
+
+def _first_given(asked: Mapping[str, Any]) -> tuple[str, Any]:
+    """The first option that has a value, to name it in an error."""
+    return next((option, value) for option, value in asked.items() if value is not None)
 
 
 def _parse_interval(text: str) -> int:
