@@ -1,4 +1,4 @@
-"""The way forward through a program.
+"""The way forward through a program, as it is written on a tape.
 
 Its front, where nothing learns and no norm uses the batch, runs for a few groups of images at a time: what a layer
 writes is then still in the cache when the next one reads it, and only a few groups' worth of buffers is in use.
@@ -6,6 +6,7 @@ writes is then still in the cache when the next one reads it, and only a few gro
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spfde.native.kernels import MEAN, ROWS, VARIANCE
+from spfde.native.kernels import MEAN, VARIANCE, KernelTape
 from spfde.native.layout import Layout
 from spfde.native.steps import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
 from spfde.native.structure import Entries
+from spfde.native.tape import Place
 
 if TYPE_CHECKING:
     from spfde.native.program import Program
@@ -30,14 +32,14 @@ class _Part:
     Attributes:
         start, stop: which images.
         layouts: of the values of these images.
-        values: what has been computed and is still to be read.
+        values: where what has been computed and is still to be read lies.
         left: by value, how often it is still to be read.
     """
 
     start: int
     stop: int
     layouts: Mapping[str, Layout]
-    values: dict[str, Tensor]
+    values: dict[str, Place]
     left: Counter[str]
 
     def drop(self, *names: str) -> None:
@@ -51,56 +53,59 @@ class _Part:
 class Forward:
     """One way forward through a program.
 
+    On the tape are given the region's inputs and outputs, by their names, and the table of its norms [5, channels].
+
+    Args:
+        program: the program.
+        tape: to write on.
+        strides: of the region's inputs.
+
     Attributes:
-        outputs: of the region.
-        table: of the norms, [5, channels].
         kept: values that the backward pass reads.
         choices: winners of the maximum pools that it goes back through.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.kernels, self.pool = program, program.kernels, program.pool
-        self.outputs: dict[str, Tensor] = {}
-        self.table = torch.empty(ROWS, program.n_channels, dtype=self.kernels.dtype)
-        self.kept: dict[str, Tensor] = {}
-        self.choices: dict[str, Tensor] = {}
-        self._whole: dict[str, Tensor] = {}
-        self._weights: dict[str, tuple[Entries, Tensor]] = {}
+    def __init__(self, program: Program, tape: KernelTape, strides: Sequence[tuple[int, ...]]) -> None:
+        self.program, self.tape = program, tape
+        self.kept: dict[str, Place] = {}
+        self.choices: dict[str, Place] = {}
+        self._strides = dict(zip(program.region.inputs, strides, strict=True))
+        self._whole: dict[str, Place] = {}
+        self._weights: dict[str, tuple[Entries, Place]] = {}
 
-    def run(self, inputs: Sequence[Tensor]) -> None:
-        """Compute everything from the region's inputs."""
+    def write(self) -> None:
+        """Write everything down, from the region's inputs on."""
         program, names = self.program, self.program.region.inputs
         batch, front = next(iter(program.layouts.values())).batch, program.front
         if front:
-            self._whole = {name: self.pool.take(program.layouts[name]) for name in program.handed_on}
+            self._whole = {name: self.tape.take(program.layouts[name]) for name in program.handed_on}
             for start in range(0, batch, program.images_at_once):
                 stop = min(start + program.images_at_once, batch)
-                layouts = program.layouts_of(stop - start)
-                part = _Part(start, stop, layouts, {}, Counter(program.uses_in_front))
-                for name, tensor in zip(names, inputs, strict=True):
-                    self._enter(part, name, tensor[start:stop])
+                part = _Part(start, stop, program.layouts_of(stop - start), {}, Counter(program.uses_in_front))
+                for name in names:
+                    self._enter(part, name)
                 self._walk(part, front)
         rest = _Part(0, batch, program.layouts, self._whole, Counter(program.uses_after_front))
         self._whole = {}
         if not front:
-            for name, tensor in zip(names, inputs, strict=True):
-                self._enter(rest, name, tensor)
+            for name in names:
+                self._enter(rest, name)
         self.kept.update((name, rest.values[name]) for name in program.saved_names if name in rest.values)
         self._walk(rest, program.steps[len(front) :])
-        for name, tensor in zip(names, inputs, strict=True):
-            if name in program.region.outputs:  # an input that is passed on
-                self.outputs[name] = tensor.clone()
 
-    def _enter(self, part: _Part, name: str, tensor: Tensor) -> None:
+    def _enter(self, part: _Part, name: str) -> None:
         if part.left[name] or name in self._whole:
-            part.values[name] = self.program.pack(tensor.detach(), self._take(part, name), part.layouts[name])
+            strides = self._strides[name]
+            tensor = self.tape.numbers_after(self.tape.given(name), part.start * strides[0])
+            part.values[name] = buffer = self._take(part, name)
+            self.program.pack(self.tape, tensor, strides, buffer, part.layouts[name])
 
-    def _take(self, part: _Part, name: str) -> Tensor:
+    def _take(self, part: _Part, name: str) -> Place:
         """A buffer for a value of these images: a piece of the whole batch's where the rest reads it too."""
         if name not in self._whole:
-            return self.pool.take(part.layouts[name])
+            return self.tape.take(part.layouts[name])
         layout = part.layouts[name]
-        return self._whole[name][part.start // layout.lanes * layout.group :][: layout.numel]
+        return self.tape.numbers_after(self._whole[name], part.start // layout.lanes * layout.group)
 
     def _walk(self, part: _Part, steps: Sequence[Step]) -> None:
         program = self.program
@@ -129,53 +134,48 @@ class Forward:
         if name in program.saved_names and part.layouts is program.layouts:
             self.kept[name] = part.values[name]
         if name in program.region.outputs:
-            layout = program.layouts[name]
-            if name not in self.outputs:
-                self.outputs[name] = torch.empty(program.shape_of(name), dtype=self.kernels.dtype)
-            out = self.outputs[name]
-            if part.layouts is not program.layouts:
-                out, layout = out[part.start : part.stop], part.layouts[name]
-            program.unpack(part.values[name], layout, out)
+            program.unpack(self.tape, part.values[name], part.layouts[name], self._output(part, name), name)
             part.drop(name)
 
-    def _weight(self, step: ConvStep) -> tuple[Entries, Tensor]:
+    def _output(self, part: _Part, name: str) -> Place:
+        """Where the output of these images begins."""
+        shape = self.program.shape_of(name)
+        return self.tape.numbers_after(self.tape.given(name), part.start * math.prod(shape[1:]))
+
+    def _weight(self, step: ConvStep) -> tuple[Entries, Place]:
         if step.name not in self._weights:
             layouts = self.program.layouts
             entries = self.program.weights.structure(step, layouts[step.x], layouts[step.y]).forward
-            self._weights[step.name] = entries, self.kernels.gather(step.module.weight.detach(), entries)
+            self._weights[step.name] = entries, self.tape.gather(step.module.weight, entries)
         return self._weights[step.name]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
-        kernels, to, reader = self.kernels, part.layouts[step.y], self.program.batch_readers.get(step.y)
-        gathered = None if reader is None else torch.empty(kernels.statistics_size(to), dtype=kernels.dtype)
+        tape, to, reader = self.tape, part.layouts[step.y], self.program.batch_readers.get(step.y)
+        gathered = None if reader is None else tape.take_flat(tape.statistics_size(to))
         out = self._take(part, step.y)
         entries, weight = self._weight(step)
-        bias = step.module.bias
-        kernels.conv(
+        tape.conv(
             part.values[step.x], part.layouts[step.x], out, to, entries, weight, step_x=step.geometry.stride,
-            shift=None if bias is None else bias.detach(), statistics=gathered,
+            shift=step.module.bias, statistics=gathered,
         )  # fmt: skip
         part.values[step.y] = out
         if reader is not None and gathered is not None:
-            where = self.program.slices[reader.z]
-            kernels.statistics(gathered, to, self.table[MEAN, where], self.table[VARIANCE, where])
+            mean, variance = (self.program.in_table(tape, row, reader) for row in (MEAN, VARIANCE))
+            tape.statistics(gathered, to, mean, variance)
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""
         conv = self.program.maker[point.y]
         assert isinstance(conv, ConvStep)
-        bias = conv.module.bias
-        if point.norm is None:
-            scale, shift = None, None if bias is None else bias.detach()
-        else:
-            if conv.name not in self._weights:
-                self._make_constants(point, bias)
-            scale, shift = self.program.constants_of(point, self.table)
+        if point.norm is not None and conv.name not in self._weights:
+            self._make_constants(point, conv.module.bias)
+        scale, shift = self.program.constants_of(self.tape, point)
         entries, weight = self._weight(conv)
         out = self._take(part, point.z)
-        self.kernels.conv(
+        self.tape.conv(
             part.values[conv.x], part.layouts[conv.x], out, part.layouts[point.z], entries, weight,
-            step_x=conv.geometry.stride, scale=scale, shift=shift, activation=point.activation,
+            step_x=conv.geometry.stride, scale=scale, shift=conv.module.bias if shift is None else shift,
+            activation=point.activation,
             residual=None if point.residual is None else part.values[point.residual],
             residual_layout=None if point.residual is None else part.layouts[point.residual],
         )  # fmt: skip
@@ -187,9 +187,9 @@ class Forward:
             self._measure(part, step)
         if step.norm is not None:
             self._make_constants(step)
-        scale, shift = program.constants_of(step, self.table)
+        scale, shift = program.constants_of(self.tape, step)
         out = self._take(part, step.z)
-        self.kernels.apply(
+        self.tape.apply(
             part.values[step.y], part.layouts[step.y], out, part.layouts[step.z], scale=scale, shift=shift,
             residual=None if step.residual is None else part.values[step.residual],
             residual_layout=None if step.residual is None else part.layouts[step.residual],
@@ -197,42 +197,37 @@ class Forward:
         )  # fmt: skip
         part.values[step.z] = out
 
-    def _make_constants(self, step: PointStep, bias: Tensor | None = None) -> None:
-        norm, where = step.norm, self.program.slices[step.z]
+    def _make_constants(self, step: PointStep, before: Tensor | None = None) -> None:
+        norm, given = step.norm, not self.program.uses_batch(step)
         assert norm is not None
-        if not self.program.uses_batch(step):
-            assert norm.running_mean is not None, "without running statistics a norm uses the batch"
-            assert norm.running_var is not None
-            self.table[MEAN, where] = norm.running_mean
-            self.table[VARIANCE, where] = norm.running_var
-        self.kernels.constants(self.table, where, norm.weight, norm.bias, bias, norm.eps)
+        assert not given or norm.running_mean is not None, "without running statistics a norm uses the batch"
+        self.tape.constants(
+            self.program.in_table(self.tape, MEAN, step), self.program.n_channels, norm.num_features,
+            mean=norm.running_mean if given else None, variance=norm.running_var if given else None,
+            weight=norm.weight, bias=norm.bias, before=before, eps=norm.eps,
+        )  # fmt: skip
 
     def _measure(self, part: _Part, step: PointStep) -> None:
         """Mean and biased variance of each channel: in two passes, as the second is taken around the mean."""
-        y, layout, where = part.values[step.y], part.layouts[step.y], self.program.slices[step.z]
-        mean, variance = self.table[MEAN, where], self.table[VARIANCE, where]
+        y, layout = part.values[step.y], part.layouts[step.y]
+        mean, variance = (self.program.in_table(self.tape, row, step) for row in (MEAN, VARIANCE))
         count = layout.batch * layout.height * layout.width
-        self.kernels.channel_sum(y, layout, mean)
-        mean /= count
-        self.kernels.channel_squares(y, layout, mean, variance)
-        variance /= count
+        self.tape.channel_sum(y, layout, mean, divisor=count)
+        self.tape.channel_sum(y, layout, variance, around=mean, divisor=count)
 
     def _pool(self, part: _Part, step: PoolStep) -> None:
         from_, to = part.layouts[step.x], part.layouts[step.y]
         out = self._take(part, step.y)
         if step.kind == "max_pool":
-            choice = self.pool.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
-            self.kernels.max_pool(part.values[step.x], from_, out, to, choice, step.window)
+            choice = self.tape.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
+            self.tape.max_pool(part.values[step.x], from_, out, to, choice, step.window)
             if self.program.needs_grad[step.y]:
                 self.choices[step.y] = choice
         else:
-            self.kernels.avg_pool(part.values[step.x], from_, out, to, step.window, count_padding=step.count_padding)
+            self.tape.avg_pool(part.values[step.x], from_, out, to, step.window, count_padding=step.count_padding)
         part.values[step.y] = out
 
     def _global_pool(self, part: _Part, step: GlobalPoolStep) -> None:
-        whole = self.program.layouts[step.x]
-        if step.y not in self.outputs:
-            made = torch.empty(whole.batch, whole.channels, dtype=self.kernels.dtype)
-            self.outputs[step.y] = made[:, :, None, None] if step.keepdim else made
-        out = self.outputs[step.y].view(whole.batch, whole.channels)[part.start : part.stop]
-        self.kernels.global_pool(part.values[step.x], part.layouts[step.x], out)
+        from_ = part.layouts[step.x]
+        means = self.tape.numbers_after(self.tape.given(step.y), part.start * from_.channels)
+        self.tape.global_pool(part.values[step.x], from_, means)

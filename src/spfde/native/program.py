@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from spfde.native.backward import Backward
 from spfde.native.forward import Forward
 from spfde.native.graph import Region
-from spfde.native.kernels import ROWS, SCALE, SHIFT, Kernels
+from spfde.native.kernels import ROWS, SCALE, SHIFT, Kernels, KernelTape
 from spfde.native.layout import Layout, Pool
 from spfde.native.steps import (
     ConvStep,
@@ -31,10 +34,13 @@ from spfde.native.steps import (
     reads,
     writes,
 )
+from spfde.native.tape import Place
 from spfde.native.weights import Weights
 
 # Of a value, what may be on its way through the front at a time: a few such fit into the caches.
 AT_ONCE_BYTES = 3 << 20
+
+TABLE = "table of norms"  # under which a tape is given it; no value has such a name
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,27 @@ class Mode:
     wants: tuple[bool, ...]
     trains: frozenset[int]
     batch_norms: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tape, and what it was written for.
+
+    Attributes:
+        tape: ready to be played.
+        key: what it depends on besides the masks, and the addresses of parameters and buffers.
+        masks: of the convolutions then.
+        keep: buffers that are wanted afterwards.
+    """
+
+    tape: KernelTape
+    key: tuple[object, ...]
+    masks: Sequence[Tensor | None]
+    keep: Sequence[Place]
+
+    def holds(self, key: tuple[object, ...], masks: Sequence[Tensor | None]) -> bool:
+        """Would it be written the same way now?"""
+        return self.key == key and all(map(operator.is_, self.masks, masks)) and self.tape.is_current
 
 
 class Program:
@@ -87,6 +114,10 @@ class Program:
         made = [*region.inputs, *(writes(step) for step in self.front)]
         self.handed_on = tuple(name for name in made if self.front and self.uses_after_front[name])
         self._layouts_of: dict[int, dict[str, Layout]] = {}
+        self.convolutions = tuple(step.name for step in self.steps if isinstance(step, ConvStep))
+        self._output_shapes = self.output_shapes()
+        self._forward: Written | None = None
+        self._backward: Written | None = None
 
     def _place_statistics(self) -> tuple[dict[str, slice], int]:
         """Where the statistics of each normalising step lie, by its output."""
@@ -200,10 +231,47 @@ class Program:
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The region's outputs, the table of its norms [5, channels], then what the backward pass reads."""
-        walk = Forward(self)
-        walk.run(inputs)
-        saved = [walk.kept[name] for name in self.saved_names]
-        return [*(walk.outputs[name] for name in self.region.outputs), walk.table, *saved, *walk.choices.values()]
+        tensors = [self._as_tokens(tensor.detach()) for tensor in inputs]
+        strides = [tensor.stride() for tensor in tensors]
+        written = self._forward_tape(strides)
+        table = torch.empty(ROWS, self.n_channels, dtype=self.kernels.dtype)
+        given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(self.region.inputs, tensors, strict=True))}
+        outputs = []
+        for name, shape in zip(self.region.outputs, self._output_shapes, strict=False):
+            if name in given:  # an input that is passed on
+                outputs.append(inputs[self.region.inputs.index(name)].clone())
+            else:
+                given[name] = torch.empty(shape, dtype=self.kernels.dtype)
+                outputs.append(given[name])
+        return [*outputs, table, *written.tape.play(given, self.pool, written.keep)]
+
+    def _forward_tape(self, strides: Sequence[tuple[int, ...]]) -> Written:
+        threads = torch.get_num_threads()
+        key, masks = (threads, *strides), self.weights.masks_of(self.convolutions)
+        if self._forward is None or not self._forward.holds(key, masks):
+            tape = self.kernels.tape(threads)
+            walk = Forward(self, tape, strides)
+            walk.write()
+            tape.finish()
+            keep = [walk.kept[name] for name in self.saved_names]
+            keep += [walk.choices[step.y] for step in self.pools_with_choice]
+            self._forward = Written(tape, key, masks, keep)
+        return self._forward
+
+    def _backward_tape(self, strides: Sequence[tuple[int, ...] | None]) -> KernelTape:
+        threads = torch.get_num_threads()
+        key = (threads, self.weights.dense_among(self.convolutions), *strides)
+        masks = self.weights.masks_of(self.convolutions)
+        if self._backward is None or not self._backward.holds(key, masks):
+            tape = self.kernels.tape(threads)
+            Backward(self, tape).write(strides)
+            tape.finish()
+            self._backward = Written(tape, key, masks, ())
+        return self._backward.tape
+
+    def _as_tokens(self, tensor: Tensor) -> Tensor:
+        """Tokens [n, C] in one piece, where the region is one of tokens."""
+        return tensor.reshape(-1, tensor.shape[-1]).contiguous() if self.region.is_tokens else tensor
 
     def layouts_of(self, images: int) -> dict[str, Layout]:
         """The layouts of the values of so many images."""
@@ -213,28 +281,35 @@ class Program:
             }
         return self._layouts_of[images]
 
-    def constants_of(self, step: PointStep, table: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def in_table(self, tape: KernelTape, row: int, step: PointStep) -> Place:
+        """Where a row of the table of norms has the numbers of the step's norm."""
+        return tape.numbers_after(tape.given(TABLE), row * self.n_channels + self.slices[step.z].start)
+
+    def constants_of(self, tape: KernelTape, step: PointStep) -> tuple[Place | None, Place | None]:
         """Scale and shift that the step's norm came to; None for no norm."""
         if step.norm is None:
             return None, None
-        where = self.slices[step.z]
-        return table[SCALE, where], table[SHIFT, where]
+        return self.in_table(tape, SCALE, step), self.in_table(tape, SHIFT, step)
 
-    def pack(self, tensor: Tensor, buffer: Tensor, layout: Layout) -> Tensor:
+    def pack(self, tape: KernelTape, tensor: Place, strides: Sequence[int], buffer: Place, layout: Layout) -> None:
         """Fill a buffer from a tensor."""
         if self.region.is_tokens:
-            self.kernels.pack_tokens(tensor.reshape(-1, layout.channels).contiguous(), buffer, layout)
+            tape.pack_tokens(tensor, self.n_tokens, buffer, layout)
         else:
-            self.kernels.pack(tensor, buffer, layout)
-        return buffer
+            tape.pack(tensor, strides, buffer, layout)
 
-    def unpack(self, buffer: Tensor, layout: Layout, out: Tensor) -> Tensor:
-        """Fill a tensor from a buffer."""
+    def unpack(self, tape: KernelTape, buffer: Place, layout: Layout, tensor: Place, name: str) -> None:
+        """Fill a contiguous tensor, of the value of this name, from a buffer."""
         if self.region.is_tokens:
-            self.kernels.unpack_tokens(buffer, layout, out.view(-1, layout.channels))
+            tape.unpack_tokens(buffer, layout, tensor, self.n_tokens)
         else:
-            self.kernels.unpack(buffer, layout, out)
-        return out
+            _, channels, height, width = self.shape_of(name)
+            tape.unpack(buffer, layout, tensor, (channels * height * width, height * width, width, 1))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a region of tokens."""
+        return math.prod(self.mode.shapes[0][:-1])
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of a value as a tensor."""
@@ -280,24 +355,29 @@ class Program:
             gradients: of the region's outputs.
             saved: what ``forward`` returned after the outputs.
         """
-        n = len(self.saved_names)
-        walk = Backward(self, saved[0], dict(zip(self.saved_names, saved[1 : 1 + n], strict=True)))
-        choices = {s.y: c for s, c in zip(self.pools_with_choice, saved[1 + n :], strict=True)}
-        for name, gradient in zip(self.region.outputs, gradients, strict=True):
-            if gradient is not None and self.needs_grad[name]:
-                walk.enter(name, gradient, self.maker.get(name))
-        for step in reversed(self.steps):
-            if not self.needs_grad[writes(step)]:
-                continue
-            if isinstance(step, ConvStep):
-                walk.conv(step)
-            elif isinstance(step, PointStep):
-                walk.point(step)
-            elif isinstance(step, PoolStep):
-                walk.pool_step(step, choices.get(step.y))
-            else:
-                walk.global_pool(step)
-        into = [
-            walk.leave(name) if wants else None for name, wants in zip(self.region.inputs, self.mode.wants, strict=True)
-        ]
-        return [*into, *(walk.parameters.get(id(parameter)) for parameter in self.parameters)]
+        flowing = [self._flowing(name, d) for name, d in zip(self.region.outputs, gradients, strict=True)]
+        strides = [None if d is None else d.stride() for d in flowing]
+        tape, n = self._backward_tape(strides), 1 + len(self.saved_names)
+        given: dict[Hashable, Tensor] = {TABLE: saved[0]}
+        given.update({("kept", name): kept for name, kept in zip(self.saved_names, saved[1:n], strict=True)})
+        given.update({("choice", step.y): c for step, c in zip(self.pools_with_choice, saved[n:], strict=True)})
+        given.update({("to", name): d for name, d in zip(self.region.outputs, flowing, strict=True) if d is not None})
+        found: list[Tensor | None] = []
+        for name in self.region.inputs:
+            if tape.is_given(("from", name)):
+                given["from", name] = torch.empty(self.shape_of(name), dtype=self.kernels.dtype)
+            found.append(given.get(("from", name)))
+        for parameter in self.parameters:
+            if tape.is_given(("parameter", id(parameter))):
+                given["parameter", id(parameter)] = torch.zeros_like(parameter)
+            found.append(given.get(("parameter", id(parameter))))
+        tape.play(given, self.pool)
+        return found
+
+    def _flowing(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of an output as the tape takes it."""
+        if gradient is None or not self.needs_grad[name]:
+            return None
+        if isinstance(self.maker.get(name), GlobalPoolStep):
+            return gradient.reshape(gradient.shape[0], -1).contiguous()
+        return self._as_tokens(gradient.to(self.kernels.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Weights:
     def refresh(self) -> None:
         """Read the masks again; call it before a forward pass."""
         self._current = self._masks()
+
+    def masks_of(self, convolutions: Sequence[str]) -> list[Tensor | None]:
+        """The current masks of these convolutions; None for one without."""
+        return [self._current.get(f"{name}.weight") for name in convolutions]
+
+    def dense_among(self, convolutions: Sequence[str]) -> frozenset[str]:
+        """Which of them have a weight whose next gradient must be dense."""
+        dense = self._dense_gradients()
+        return frozenset(name for name in convolutions if f"{name}.weight" in dense) if dense else frozenset()
 
     def structure(self, step: ConvStep, source: Layout, target: Layout) -> Structure:
         """The lists of a convolution for its current mask."""

@@ -173,7 +173,8 @@ static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
   });
 }
 
-SPFDE_EXPORT void spfde_conv(const ConvJob* job) {
+SPFDE_EXPORT void spfde_conv(const void* data) {
+  const auto* job = static_cast<const ConvJob*>(data);
   const int64_t units = job->from.groups * job->bands;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(job->threads)
   for (int64_t unit = 0; unit < units; unit++) {
@@ -191,10 +192,21 @@ SPFDE_EXPORT void spfde_conv(const ConvJob* job) {
 }
 
 // Mean and biased variance of each row from the statistics of its bands, put together in double precision.
-SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout, int64_t bands, int64_t band_rows,
-                                   real* mean, real* variance, int64_t threads) {
+struct StatisticsJob {
+  const real* statistics;  // as a convolution wrote them
+  Blocked layout;          // of what it wrote
+  int64_t bands, band_rows;
+  real* mean;      // [rows]
+  real* variance;  // [rows]
+  int64_t threads;
+};
+
+SPFDE_EXPORT void spfde_statistics(const void* data) {
+  const auto* job = static_cast<const StatisticsJob*>(data);
+  const Blocked* layout = &job->layout;
+  const int64_t bands = job->bands, band_rows = job->band_rows;
   const double count = double(layout->height) * double(layout->width) * double(layout->batch);
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t row = 0; row < layout->channels; row++) {
     // Two passes over the parts: the mean of all, then how far each part's own mean is from it.
     double average = 0, squares = 0;
@@ -205,7 +217,7 @@ SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout
         for (int64_t band = 0; band < bands; band++) {
           const int64_t top = band * band_rows;
           const int64_t height = top + band_rows < layout->height ? band_rows : layout->height - top;
-          const real* stat = statistics + ((g * bands + band) * layout->channels + row) * 3 * LANES;
+          const real* stat = job->statistics + ((g * bands + band) * layout->channels + row) * 3 * LANES;
           const double n = double(height) * double(layout->width), share = 1 / n;
           const dvec sum = widen(load(stat + LANES)), here = widen(load(stat)) + sum * share;
           dvec part;
@@ -221,8 +233,8 @@ SPFDE_EXPORT void spfde_statistics(const real* statistics, const Blocked* layout
       (pass == 0 ? average : squares) = sum_lanes(total);
       if (pass == 0) average /= count;
     }
-    mean[row] = real(average);
-    variance[row] = real(squares > 0 || squares != squares ? squares / count : 0);
+    job->mean[row] = real(average);
+    job->variance[row] = real(squares > 0 || squares != squares ? squares / count : 0);
   }
 }
 
@@ -284,7 +296,8 @@ static void weight_unit(const WeightJob& job, int64_t g, int64_t band, real* sum
   }
 }
 
-SPFDE_EXPORT void spfde_conv_weight(const WeightJob* job) {
+SPFDE_EXPORT void spfde_conv_weight(const void* data) {
+  const auto* job = static_cast<const WeightJob*>(data);
   const int64_t units = job->to.groups * job->bands, threads = job->threads;
   const int64_t entries = job->structure.start[job->structure.chunks * job->structure.rows];
 #pragma omp parallel for schedule(static, 1) num_threads(threads)

@@ -2,7 +2,8 @@
 #include "conv.h"
 #include "pixelwise.h"
 #include "pooling.h"
+#include "tape.h"
 
-SPFDE_EXPORT int64_t spfde_abi() { return 1; }
+SPFDE_EXPORT int64_t spfde_abi() { return 2; }
 SPFDE_EXPORT int64_t spfde_lanes() { return LANES; }
 SPFDE_EXPORT int64_t spfde_real_bytes() { return sizeof(real); }

@@ -7,15 +7,31 @@
 #include "lanes.h"
 
 // A table of norms has five rows: mean, variance, 1 / sqrt(variance + eps), and the scale and shift that these and the
-// norm's own weight and bias (each or null) come to; `before` is added to what is normalised.
-SPFDE_EXPORT void spfde_constants(real* table, int64_t row, int64_t start, int64_t n, const real* weight, const real* bias,
-                                  const real* before, double eps) {
-  real* at = table + start;
-  for (int64_t c = 0; c < n; c++) {
-    const double inverse = 1.0 / std::sqrt(double(at[row + c]) + eps), scale = weight ? inverse * double(weight[c]) : inverse;
-    at[2 * row + c] = real(inverse);
-    at[3 * row + c] = real(scale);
-    at[4 * row + c] = real((before ? double(before[c]) : 0.0) * scale - double(at[c]) * scale + (bias ? double(bias[c]) : 0.0));
+// norm's own weight and bias come to.
+struct ConstantsJob {
+  real* table;  // the first row, at the norm's first channel
+  int64_t row, channels;
+  const real* mean;      // what it normalises by, or null: it stands in the table
+  const real* variance;  // likewise
+  const real* weight;    // or null
+  const real* bias;      // or null
+  const real* before;    // added to what is normalised, or null
+  double eps;
+};
+
+SPFDE_EXPORT void spfde_constants(const void* data) {
+  const auto* job = static_cast<const ConstantsJob*>(data);
+  const int64_t row = job->row;
+  for (int64_t c = 0; c < job->channels; c++) {
+    real* at = job->table + c;
+    if (job->mean) at[0] = job->mean[c];
+    if (job->variance) at[row] = job->variance[c];
+    const double inverse = 1.0 / std::sqrt(double(at[row]) + job->eps);
+    const double scale = job->weight ? inverse * double(job->weight[c]) : inverse;
+    at[2 * row] = real(inverse);
+    at[3 * row] = real(scale);
+    at[4 * row] = real((job->before ? double(job->before[c]) : 0.0) * scale - double(at[0]) * scale +
+                       (job->bias ? double(job->bias[c]) : 0.0));
   }
 }
 
@@ -31,7 +47,8 @@ struct ApplyJob {
   int64_t activation, threads;
 };
 
-SPFDE_EXPORT void spfde_apply(const ApplyJob* job) {
+SPFDE_EXPORT void spfde_apply(const void* data) {
+  const auto* job = static_cast<const ApplyJob*>(data);
   const Blocked from = job->from, to = job->to, other = job->residual_layout;
   const int64_t lines = from.groups * from.height, act = job->activation;
 #pragma omp parallel for schedule(static) num_threads(job->threads)
@@ -123,7 +140,8 @@ struct ChannelSums {
   }
 };
 
-SPFDE_EXPORT void spfde_apply_backward(const ApplyBackwardJob* job) {
+SPFDE_EXPORT void spfde_apply_backward(const void* data) {
+  const auto* job = static_cast<const ApplyBackwardJob*>(data);
   const Blocked dl = job->gradient_layout, yl = job->y_layout, zl = job->z_layout, ol = job->out_layout;
   const int64_t channels = yl.channels, width = yl.width * LANES;
   const double count = double(yl.batch) * double(yl.height) * double(yl.width);
@@ -183,46 +201,75 @@ SPFDE_EXPORT void spfde_apply_backward(const ApplyBackwardJob* job) {
 }
 
 // target += source, or = source.
-SPFDE_EXPORT void spfde_add(const real* source, const Blocked* from, real* target, const Blocked* to, int64_t accumulate,
-                            int64_t threads) {
-  const int64_t lines = from->groups * from->height;
-#pragma omp parallel for schedule(static) num_threads(threads)
+struct AddJob {
+  const real* source;
+  real* target;
+  Blocked from, to;
+  int64_t accumulate, threads;
+};
+
+SPFDE_EXPORT void spfde_add(const void* data) {
+  const auto* job = static_cast<const AddJob*>(data);
+  const Blocked from = job->from, to = job->to;
+  const int64_t lines = from.groups * from.height;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t line = 0; line < lines; line++) {
-    const int64_t g = line / from->height, h = line % from->height;
-    for (int64_t c = 0; c < from->channels; c++) {
-      const real* s = source + from->at(g, c, h);
-      real* t = target + to->at(g, c, h);
-      for (int64_t i = 0; i < from->width * LANES; i += LANES) store(t + i, accumulate ? load(t + i) + load(s + i) : load(s + i));
+    const int64_t g = line / from.height, h = line % from.height;
+    for (int64_t c = 0; c < from.channels; c++) {
+      const real* s = job->source + from.at(g, c, h);
+      real* t = job->target + to.at(g, c, h);
+      for (int64_t i = 0; i < from.width * LANES; i += LANES) {
+        store(t + i, job->accumulate ? load(t + i) + load(s + i) : load(s + i));
+      }
     }
   }
 }
 
-// Sum of each channel over images and pixels, or with `around` [channels] of the squared distances from it.
-SPFDE_EXPORT void spfde_channel_sum(const real* source, const Blocked* layout, const real* around, real* out,
-                                    int64_t threads) {
-  ChannelSums sums(*layout, threads);
+// Of each channel the sum over images and pixels, or with `around` that of the squared distances from it; divided.
+struct ChannelSumJob {
+  const real* source;
+  Blocked layout;
+  const real* around;  // [channels] or null
+  real* out;           // [channels]
+  int64_t divisor, threads;
+};
+
+SPFDE_EXPORT void spfde_channel_sum(const void* data) {
+  const auto* job = static_cast<const ChannelSumJob*>(data);
+  const Blocked layout = job->layout;
+  ChannelSums sums(layout, job->threads);
   sums.take([&](int64_t g, int64_t c, int64_t h, vec& sum, vec&) {
-    const vec center = around ? around[c] * layout->valid(g) : vec{};
-    const real* s = source + layout->at(g, c, h);
-    for (int64_t i = 0; i < layout->width * LANES; i += LANES) {
+    const vec center = job->around ? job->around[c] * layout.valid(g) : vec{};
+    const real* s = job->source + layout.at(g, c, h);
+    for (int64_t i = 0; i < layout.width * LANES; i += LANES) {
       const vec v = load(s + i) - center;
-      sum += around ? v * v : v;
+      sum += job->around ? v * v : v;
     }
   });
-  for (int64_t c = 0; c < layout->channels; c++) out[c] = real(sums.sum(0, c));
+  for (int64_t c = 0; c < layout.channels; c++) job->out[c] = real(sums.sum(0, c) / double(job->divisor));
 }
 
 // From a PyTorch tensor (N, C, H, W) with any strides, in elements, and back.
-SPFDE_EXPORT void spfde_pack(const real* source, const int64_t* strides, real* target, const Blocked* to, int64_t threads) {
-  const int64_t planes = to->groups * to->channels;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t index = 0; index < planes; index++) {
-    const int64_t g = index / to->channels, c = index % to->channels;
-    const int64_t lanes = to->is_short(g) ? to->batch - g * LANES : LANES;
-    for (int64_t h = 0; h < to->height; h++) {
-      const real* s = source + g * LANES * strides[0] + c * strides[1] + h * strides[2];
-      real* t = target + to->origin(g, c) + h * to->pitch();
-      for (int64_t w = 0; w < to->width; w++, t += LANES) {
+struct PackJob {
+  real* tensor;
+  int64_t strides[4];
+  real* blocked;
+  Blocked layout;
+  int64_t threads;
+};
+
+SPFDE_EXPORT void spfde_pack(const void* data) {
+  const auto* job = static_cast<const PackJob*>(data);
+  const Blocked to = job->layout;
+  const int64_t* strides = job->strides;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t index = 0; index < to.groups * to.channels; index++) {
+    const int64_t g = index / to.channels, c = index % to.channels;
+    const int64_t lanes = to.is_short(g) ? to.batch - g * LANES : LANES;
+    for (int64_t h = 0; h < to.height; h++) {
+      const real* s = job->tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
+      real* t = job->blocked + to.origin(g, c) + h * to.pitch();
+      for (int64_t w = 0; w < to.width; w++, t += LANES) {
         vec v{};
         for (int64_t lane = 0; lane < lanes; lane++) v[lane] = s[lane * strides[0] + w * strides[3]];
         store(t, v);
@@ -231,16 +278,18 @@ SPFDE_EXPORT void spfde_pack(const real* source, const int64_t* strides, real* t
   }
 }
 
-SPFDE_EXPORT void spfde_unpack(const real* source, const Blocked* from, real* target, const int64_t* strides, int64_t threads) {
-  const int64_t planes = from->groups * from->channels;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t index = 0; index < planes; index++) {
-    const int64_t g = index / from->channels, c = index % from->channels;
-    const int64_t lanes = from->is_short(g) ? from->batch - g * LANES : LANES;
-    for (int64_t h = 0; h < from->height; h++) {
-      const real* s = source + from->origin(g, c) + h * from->pitch();
-      real* t = target + g * LANES * strides[0] + c * strides[1] + h * strides[2];
-      for (int64_t w = 0; w < from->width; w++, s += LANES) {
+SPFDE_EXPORT void spfde_unpack(const void* data) {
+  const auto* job = static_cast<const PackJob*>(data);
+  const Blocked from = job->layout;
+  const int64_t* strides = job->strides;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t index = 0; index < from.groups * from.channels; index++) {
+    const int64_t g = index / from.channels, c = index % from.channels;
+    const int64_t lanes = from.is_short(g) ? from.batch - g * LANES : LANES;
+    for (int64_t h = 0; h < from.height; h++) {
+      const real* s = job->blocked + from.origin(g, c) + h * from.pitch();
+      real* t = job->tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
+      for (int64_t w = 0; w < from.width; w++, s += LANES) {
         for (int64_t lane = 0; lane < lanes; lane++) t[lane * strides[0] + w * strides[3]] = s[lane];
       }
     }
@@ -269,14 +318,24 @@ static inline void turn(vec* rows) {
 
 // Tokens [tokens, channels], contiguous, into groups of width * LANES of them, and back: token t is column
 // t / LANES % width and lane t % LANES of its group. Without a halo a channel's part of a group is one piece.
-SPFDE_EXPORT void spfde_pack_tokens(const real* source, int64_t tokens, real* target, const Blocked* to, int64_t threads) {
-  const int64_t channels = to->channels, each = to->span, square = channels - channels % LANES;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t g = 0; g < to->groups; g++) {
+struct TokensJob {
+  real* tokens;
+  int64_t n;
+  real* blocked;
+  Blocked layout;
+  int64_t threads;
+};
+
+SPFDE_EXPORT void spfde_pack_tokens(const void* data) {
+  const auto* job = static_cast<const TokensJob*>(data);
+  const Blocked to = job->layout;
+  const int64_t channels = to.channels, each = to.span, square = channels - channels % LANES;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t g = 0; g < to.groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
-      const int64_t first = g * each + i, left = tokens - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
-      const real* s = source + first * channels;
-      real* t = target + to->origin(g, 0) + i;
+      const int64_t first = g * each + i, left = job->n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
+      const real* s = job->tokens + first * channels;
+      real* t = job->blocked + to.origin(g, 0) + i;
       int64_t c = 0;
       if (have == LANES) {
         for (; c < square; c += LANES) {
@@ -295,15 +354,16 @@ SPFDE_EXPORT void spfde_pack_tokens(const real* source, int64_t tokens, real* ta
   }
 }
 
-SPFDE_EXPORT void spfde_unpack_tokens(const real* source, const Blocked* from, real* target, int64_t tokens,
-                                      int64_t threads) {
-  const int64_t channels = from->channels, each = from->span, square = channels - channels % LANES;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t g = 0; g < from->groups; g++) {
+SPFDE_EXPORT void spfde_unpack_tokens(const void* data) {
+  const auto* job = static_cast<const TokensJob*>(data);
+  const Blocked from = job->layout;
+  const int64_t channels = from.channels, each = from.span, square = channels - channels % LANES;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t g = 0; g < from.groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
-      const int64_t first = g * each + i, left = tokens - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
-      const real* s = source + from->origin(g, 0) + i;
-      real* t = target + first * channels;
+      const int64_t first = g * each + i, left = job->n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
+      const real* s = job->blocked + from.origin(g, 0) + i;
+      real* t = job->tokens + first * channels;
       int64_t c = 0;
       if (have == LANES) {
         for (; c < square; c += LANES) {
@@ -320,13 +380,38 @@ SPFDE_EXPORT void spfde_unpack_tokens(const real* source, const Blocked* from, r
   }
 }
 
-// values[k] = weights[index[k]], and back.
-SPFDE_EXPORT void spfde_gather(const real* weights, const int32_t* index, int64_t n, real* values, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t k = 0; k < n; k++) values[k] = weights[index[k]];
+// values[k] = weights[index[k]], and back: added, or put there.
+struct IndexJob {
+  real* weights;
+  const int32_t* index;
+  int64_t n;
+  real* values;
+  int64_t accumulate, threads;
+};
+
+SPFDE_EXPORT void spfde_gather(const void* data) {
+  const auto* job = static_cast<const IndexJob*>(data);
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t k = 0; k < job->n; k++) job->values[k] = job->weights[job->index[k]];
 }
 
-SPFDE_EXPORT void spfde_scatter(const real* values, const int32_t* index, int64_t n, real* weights, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t k = 0; k < n; k++) weights[index[k]] = values[k];
+SPFDE_EXPORT void spfde_scatter(const void* data) {
+  const auto* job = static_cast<const IndexJob*>(data);
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t k = 0; k < job->n; k++) {
+    real* at = job->weights + job->index[k];
+    *at = job->accumulate ? *at + job->values[k] : job->values[k];
+  }
+}
+
+// target += source, of n numbers.
+struct AccumulateJob {
+  const real* source;
+  real* target;
+  int64_t n;
+};
+
+SPFDE_EXPORT void spfde_accumulate(const void* data) {
+  const auto* job = static_cast<const AccumulateJob*>(data);
+  for (int64_t k = 0; k < job->n; k++) job->target[k] += job->source[k];
 }

@@ -15,7 +15,8 @@ struct PoolJob {
 static inline int64_t clip_low(int64_t start) { return start < 0 ? 0 : start; }
 static inline int64_t clip_high(int64_t end, int64_t size) { return end < size ? end : size; }
 
-SPFDE_EXPORT void spfde_max_pool(const PoolJob* job) {
+SPFDE_EXPORT void spfde_max_pool(const void* data) {
+  const auto* job = static_cast<const PoolJob*>(data);
   const Blocked in = job->input, out = job->output;
 #pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t index = 0; index < in.groups * in.channels; index++) {
@@ -53,7 +54,8 @@ static void clear_planes(const PoolJob* job, int64_t g, int64_t c) {
   }
 }
 
-SPFDE_EXPORT void spfde_max_pool_backward(const PoolJob* job) {
+SPFDE_EXPORT void spfde_max_pool_backward(const void* data) {
+  const auto* job = static_cast<const PoolJob*>(data);
   const Blocked in = job->input, out = job->output;
 #pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t index = 0; index < in.groups * in.channels; index++) {
@@ -81,7 +83,8 @@ static inline real window_size(const PoolJob* job, int64_t top, int64_t left) {
   return real((clip_high(bottom, job->input.height) - clip_low(top)) * (clip_high(right, job->input.width) - clip_low(left)));
 }
 
-SPFDE_EXPORT void spfde_avg_pool(const PoolJob* job) {
+SPFDE_EXPORT void spfde_avg_pool(const void* data) {
+  const auto* job = static_cast<const PoolJob*>(data);
   const Blocked in = job->input, out = job->output;
 #pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t index = 0; index < in.groups * in.channels; index++) {
@@ -103,7 +106,8 @@ SPFDE_EXPORT void spfde_avg_pool(const PoolJob* job) {
   }
 }
 
-SPFDE_EXPORT void spfde_avg_pool_backward(const PoolJob* job) {
+SPFDE_EXPORT void spfde_avg_pool_backward(const void* data) {
+  const auto* job = static_cast<const PoolJob*>(data);
   const Blocked in = job->input, out = job->output;
 #pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t index = 0; index < in.groups * in.channels; index++) {
@@ -127,34 +131,44 @@ SPFDE_EXPORT void spfde_avg_pool_backward(const PoolJob* job) {
 }
 
 // Mean of each plane, to and from a contiguous (N, C).
-SPFDE_EXPORT void spfde_global_pool(const real* source, const Blocked* layout, real* out, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+struct GlobalPoolJob {
+  real* blocked;  // planes, or their gradient
+  Blocked layout;
+  real* means;  // [images, channels], or their gradient
+  int64_t accumulate, threads;
+};
+
+SPFDE_EXPORT void spfde_global_pool(const void* data) {
+  const auto* job = static_cast<const GlobalPoolJob*>(data);
+  const Blocked* layout = &job->layout;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t index = 0; index < layout->groups * layout->channels; index++) {
     const int64_t g = index / layout->channels, c = index % layout->channels;
     vec sum{};
     for (int64_t h = 0; h < layout->height; h++) {
-      const real* s = source + layout->origin(g, c) + h * layout->pitch();
+      const real* s = job->blocked + layout->origin(g, c) + h * layout->pitch();
       for (int64_t i = 0; i < layout->width * LANES; i += LANES) sum += load(s + i);
     }
     sum /= real(layout->height * layout->width);
     for (int64_t lane = 0; lane < LANES && g * LANES + lane < layout->batch; lane++) {
-      out[(g * LANES + lane) * layout->channels + c] = sum[lane];
+      job->means[(g * LANES + lane) * layout->channels + c] = sum[lane];
     }
   }
 }
 
-SPFDE_EXPORT void spfde_global_pool_backward(const real* gradient, real* target, const Blocked* layout, int64_t accumulate,
-                                             int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+SPFDE_EXPORT void spfde_global_pool_backward(const void* data) {
+  const auto* job = static_cast<const GlobalPoolJob*>(data);
+  const Blocked* layout = &job->layout;
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t index = 0; index < layout->groups * layout->channels; index++) {
     const int64_t g = index / layout->channels, c = index % layout->channels;
     vec d{};
     for (int64_t lane = 0; lane < LANES && g * LANES + lane < layout->batch; lane++) {
-      d[lane] = gradient[(g * LANES + lane) * layout->channels + c] / real(layout->height * layout->width);
+      d[lane] = job->means[(g * LANES + lane) * layout->channels + c] / real(layout->height * layout->width);
     }
     for (int64_t h = 0; h < layout->height; h++) {
-      real* t = target + layout->origin(g, c) + h * layout->pitch();
-      for (int64_t i = 0; i < layout->width * LANES; i += LANES) store(t + i, accumulate ? load(t + i) + d : d);
+      real* t = job->blocked + layout->origin(g, c) + h * layout->pitch();
+      for (int64_t i = 0; i < layout->width * LANES; i += LANES) store(t + i, job->accumulate ? load(t + i) + d : d);
     }
   }
 }

@@ -1,0 +1,31 @@
+// A tape: jobs for kernels, one after another. What lies elsewhere each time is known by slots, until it is played.
+#pragma once
+
+#include "lanes.h"
+
+struct Call {
+  void (*kernel)(const void* job);
+  int64_t job;  // where it lies among the jobs, in bytes
+};
+
+// The pointer at byte `at` of the jobs is to be `offset` bytes behind the address in a slot.
+struct Patch {
+  int64_t at, slot, offset;
+};
+
+struct Tape {
+  char* jobs;
+  const Patch* patches;
+  int64_t n_patches;
+  const Call* calls;
+  int64_t n_calls;
+};
+
+SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
+  for (int64_t i = 0; i < tape->n_patches; i++) {
+    const Patch& patch = tape->patches[i];
+    char* const address = slots[patch.slot] + patch.offset;
+    std::memcpy(tape->jobs + patch.at, &address, sizeof(address));
+  }
+  for (int64_t i = 0; i < tape->n_calls; i++) tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
+}
