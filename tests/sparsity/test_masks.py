@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from spfde.errors import InvalidArgument
 from spfde.sparsity import infer_mask, magnitude_mask, pack, random_mask, unpack
-from spfde.sparsity.masks import apply_, highest, keep_bits
+from spfde.sparsity.masks import apply_, highest
 
 _SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 
@@ -94,7 +94,7 @@ def test_more_non_zeros_than_asked_for_are_refused() -> None:
 def test_applying_a_mask_clears_to_plus_zero_and_leaves_the_rest_alone(dtype: torch.dtype) -> None:
     mask = torch.tensor([[True, False], [False, True]])
     tensor = torch.tensor([[-1.5, -2.0], [3.0, 4.0]]).to(dtype)
-    apply_(tensor, keep_bits(mask))
+    apply_(tensor, mask)
     assert torch.equal(tensor, torch.tensor([[-1.5, 0.0], [0.0, 4.0]]).to(dtype))
     if not dtype.is_complex:
         assert not torch.signbit(tensor[~mask]).any()
@@ -102,7 +102,7 @@ def test_applying_a_mask_clears_to_plus_zero_and_leaves_the_rest_alone(dtype: to
 
 def test_applying_a_mask_clears_what_is_not_finite() -> None:
     tensor = torch.tensor([float("nan"), float("inf"), 1.0])
-    apply_(tensor, keep_bits(torch.tensor([False, False, True])))
+    apply_(tensor, torch.tensor([False, False, True]))
     assert tensor.tolist() == [0.0, 0.0, 1.0]
 
 
@@ -110,5 +110,5 @@ def test_a_mask_applies_to_any_memory_layout() -> None:
     mask = torch.rand(2, 3, 4, 4, generator=_generator()) < 0.5
     tensor = torch.randn(2, 3, 4, 4, generator=_generator()).to(memory_format=torch.channels_last)
     expected = tensor * mask
-    apply_(tensor, keep_bits(mask))
+    apply_(tensor, mask)
     assert torch.equal(tensor, expected)

@@ -8,6 +8,7 @@ normalisation are never both kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -128,7 +129,7 @@ class Program:
                 at += step.norm.num_features
         return slices, at
 
-    @property
+    @functools.cached_property
     def norms(self) -> list[tuple[nn.BatchNorm2d, slice, int]]:
         """Norms that use the batch, where their statistics lie, and of how many numbers a channel they are."""
         found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -93,23 +93,24 @@ class RegionRunner(nn.Module):
 
     def _track(self, program: Program, table: Tensor) -> None:
         """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
-        kept = [
-            (norm, where, count)
-            for norm, where, count in program.norms
-            if norm.training and norm.track_running_stats and norm.running_mean is not None
-        ]
-        if not kept:
-            return
+        alike: dict[tuple[float, int], list[tuple[Tensor, Tensor, slice]]] = defaultdict(list)
         with torch.no_grad():
-            for norm, where, count in kept:
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                assert norm.num_batches_tracked is not None
-                norm.num_batches_tracked.add_(1)
-                share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
-                norm.running_mean.lerp_(table[MEAN, where], share)
+            for norm, where, count in program.norms:
+                mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
+                if norm.training and norm.track_running_stats and mean is not None:
+                    assert variance is not None
+                    assert seen is not None
+                    seen.add_(1)
+                    share = norm.momentum if norm.momentum is not None else 1.0 / float(seen)
+                    alike[share, count].append((mean, variance, where))
+            for (share, count), norms in alike.items():
+                means, variances, at = zip(*norms, strict=True)
+                torch._foreach_lerp_(means, [table[MEAN, where] for where in at], share)
                 # The unbiased variance, as PyTorch keeps it.
-                norm.running_var.mul_(1 - share).add_(table[VARIANCE, where], alpha=share * count / (count - 1))
+                torch._foreach_mul_(variances, 1 - share)
+                torch._foreach_add_(
+                    variances, [table[VARIANCE, where] for where in at], alpha=share * count / (count - 1)
+                )
 
 
 def _check_batches(program: Program) -> None:

@@ -299,7 +299,7 @@ class Masker:
             layer.set_mask(loaded[name], int(loaded[name].sum()) // layer.unit_size)
             layer.explored.packed = state["explored"][name].clone()
             layer.latent = latents[name]
-            masking.apply_(layer.parameter, layer.bits)
+            masking.apply_(layer.parameter, layer.mask)
             layer.clear_idle_state(self.optimizer)
         self._pending = {name: (int(keep), int(final)) for name, (keep, final) in state["pending"].items()}
         self._memory = dict(state["memory"])
@@ -481,7 +481,7 @@ class Masker:
         collects = self._collects(layer)
         if collects:
             self._dense.collect(layer.name, grad, layer.mask)
-        masking.apply_(grad, layer.gradient_bits)
+        masking.apply_(grad, layer.gradient_mask)
         layer.clean = (id(grad), grad._version)
         if collects:
             self._dense.note(layer.name, grad)
@@ -505,7 +505,7 @@ class Masker:
                     self._dense.collect(layer.name, grad, layer.mask)
                 # Nothing has written to the gradient since its backward pass: it is masked already.
                 if layer.clean != (id(grad), grad._version):
-                    masking.apply_(grad, layer.gradient_bits)
+                    masking.apply_(grad, layer.gradient_mask)
             # Nothing moves a weight that has no gradient (a frozen one).
             layer.negative = torch.signbit(layer.parameter.detach()) if self._rewires and grad is not None else None
             if layer.latent is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spfde.errors import InvalidArgument, Problem
 
-# Integer types to reinterpret floats as: clearing bits is exact and several times faster than a product of two types.
+# Integer types to reinterpret floats as: their product with a mask is exact, and faster than that of two types.
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -98,20 +98,15 @@ def _nth_highest(values: Tensor, n: int) -> Tensor:
     return torch.as_tensor(np.partition(array, place)[place]).to(values.dtype)
 
 
-def keep_bits(mask: Tensor) -> Tensor:
-    """The mask as int8 with all bits set where the weight exists: what :func:`apply_` takes."""
-    return mask.view(torch.int8).neg()
-
-
-def apply_(tensor: Tensor, bits: Tensor) -> None:
+def apply_(tensor: Tensor, mask: Tensor) -> None:
     """Set ``tensor`` to +0 in place where the mask is False and leave every bit of the others.
 
-    Unlike a product this also clears NaN and infinity, and makes no negative zeros.
+    Unlike a product of numbers this also clears NaN and infinity, and makes no negative zeros.
     """
     if tensor.is_complex():
-        tensor.detach().mul_(bits.abs())
+        tensor.detach().mul_(mask)
     else:
-        tensor.detach().view(_BITS_OF[tensor.element_size()]).bitwise_and_(bits)
+        tensor.detach().view(_BITS_OF[tensor.element_size()]).mul_(mask)
 
 
 def pack(mask: Tensor) -> Tensor:

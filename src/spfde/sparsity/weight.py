@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spfde.sparsity import mutation
 from spfde.sparsity.explored import Explored
 from spfde.sparsity.latent import Latent
-from spfde.sparsity.masks import apply_, keep_bits
+from spfde.sparsity.masks import apply_
 from spfde.sparsity.structure import Structure
 
 
@@ -51,14 +51,9 @@ class MaskedWeight:
         self.set_mask(torch.ones(shape, dtype=torch.bool), self.n_units)
 
     @property
-    def bits(self) -> Tensor:
-        """The mask as :func:`spfde.sparsity.masks.apply_` takes it; made anew each time, for it takes as much room."""
-        return keep_bits(self.mask)
-
-    @property
-    def gradient_bits(self) -> Tensor:
-        """What of a gradient is kept, as it is applied."""
-        return self.bits if self.latent is None else keep_bits(self.latent.reach)
+    def gradient_mask(self) -> Tensor:
+        """What of a gradient is kept."""
+        return self.mask if self.latent is None else self.latent.reach
 
     @property
     def reach(self) -> float:
@@ -104,26 +99,26 @@ class MaskedWeight:
         """Count the active weights as explored."""
         self.explored.add(self.mask)
 
-    def clear_outside(self, optimizer: torch.optim.Optimizer, bits: Tensor | None = None) -> None:
-        """Zero the weight and its optimizer state where the mask, or ``bits``, has no weight."""
-        bits = self.bits if bits is None else bits
-        apply_(self.parameter, bits)
-        self.clear_state_outside(optimizer, bits)
+    def clear_outside(self, optimizer: torch.optim.Optimizer, mask: Tensor | None = None) -> None:
+        """Zero the weight and its optimizer state where its mask, or the given one, has no weight."""
+        mask = self.mask if mask is None else mask
+        apply_(self.parameter, mask)
+        self.clear_state_outside(optimizer, mask)
 
-    def clear_state_outside(self, optimizer: torch.optim.Optimizer, bits: Tensor) -> None:
-        """Zero the optimizer state of the weight's shape where ``bits`` has no weight."""
+    def clear_state_outside(self, optimizer: torch.optim.Optimizer, mask: Tensor) -> None:
+        """Zero the optimizer state of the weight's shape where ``mask`` has no weight."""
         state = optimizer.state.get(self.parameter)
         if not state:
             return
         for value in state.values():
             # Integer state (a quantised moment) has no zero that could be told from its bits.
             if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
-                apply_(value, bits)
+                apply_(value, mask)
 
     def clear_idle_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Zero the optimizer state of the weights that no step moves."""
         if self.latent is None or self.latent.clears_state:
-            self.clear_state_outside(optimizer, self.gradient_bits)
+            self.clear_state_outside(optimizer, self.gradient_mask)
 
     def unit_scores(self, score: Tensor) -> Tensor:
         """Score of each unit, shape (n_units,), from one of each weight."""
@@ -155,7 +150,7 @@ class MaskedWeight:
             units = structure.drop(units, self.unit_scores(drop_score), keep)
             kept = structure.expand(units, shape, previous=self.mask, score=None, generator=generator)
         # A dropped weight may come back at once, and then starts from zero like any other that is grown.
-        self.clear_outside(optimizer, keep_bits(kept.to(self.mask.device)))
+        self.clear_outside(optimizer, kept.to(self.mask.device))
         if final > keep:
             if grow_score is None:
                 ranks = mutation.random_score((self.n_units,), generator).to(units.device)
