@@ -176,7 +176,7 @@ static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
 SPFDE_EXPORT void spfde_conv(const void* data) {
   const auto* job = static_cast<const ConvJob*>(data);
   const int64_t units = job->from.groups * job->bands;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(job->threads)
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t unit = 0; unit < units; unit++) {
     const int64_t g = unit / job->bands, band = unit % job->bands;
     if (job->step_x == 1 && job->step_y == 1) {
