@@ -24,14 +24,20 @@ Activation = Literal["none", "relu", "relu6", "silu", "gelu"]
 # Where numbers lie: a place, or a tensor that stays where it is.
 At = Place | Tensor
 
+# Units of a convolution that a thread takes, so that some whole rows more or less for one of them are little.
+_UNITS = 4
+# Pixels of a band of rows whose gradient of the weight is summed before the next band comes.
+_WEIGHT_PIXELS = 32
+
 
 class Bands:
-    """How the rows of a target are cut into the units that threads take, whatever the number of threads."""
+    """How the rows of a target are cut into the units that threads take, in order: some for each, of whole images if
+    that comes out even.
+    """
 
-    def __init__(self, layout: Layout, *, rows: int | None = None) -> None:
+    def __init__(self, layout: Layout, threads: int) -> None:
         height = layout.height
-        wanted = rows if rows is not None else -(-height * layout.groups // 32)
-        self.rows = max(1, min(height, wanted))
+        self.rows = max(1, min(height, -(-height * layout.groups // (_UNITS * threads))))
         self.n = -(-height // self.rows)
 
 
@@ -92,7 +98,7 @@ class KernelTape(Tape):
     ) -> None:
         """Convolve; ``step_y`` above 1 writes the rows and columns of the entries' residue only."""
         down, right = entries.origin
-        bands = Bands(to)
+        bands = Bands(to, self.threads)
         height, width = -(-(to.height - down) // step_y), -(-(to.width - right) // step_y)
         if height <= 0 or width <= 0:
             return
@@ -106,11 +112,11 @@ class KernelTape(Tape):
 
     def statistics_size(self, to: Layout) -> int:
         """Numbers that ``conv`` writes as statistics."""
-        return to.groups * Bands(to).n * to.channels * 3 * to.lanes
+        return to.groups * Bands(to, self.threads).n * to.channels * 3 * to.lanes
 
     def statistics(self, statistics: Place, to: Layout, mean: Place, variance: Place) -> None:
         """Mean and biased variance of each channel from what ``conv`` wrote."""
-        bands = Bands(to)
+        bands = Bands(to, self.threads)
         self.call(
             "spfde_statistics", jobs.StatisticsJob, statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
         )
@@ -138,12 +144,12 @@ class KernelTape(Tape):
         self, source: Place, from_: Layout, gradient: Place, to: Layout, entries: Entries, out: Place, *, step: int
     ) -> None:
         """Gradient of each entry's weight, in the entries' order."""
-        bands = Bands(to, rows=max(1, 32 // to.width))
+        rows = min(to.height, max(1, _WEIGHT_PIXELS // to.width))
         room = self.take_flat(self.threads * entries.n * to.lanes)
         self.hold(entries)
         self.call(
-            "spfde_conv_weight", jobs.WeightJob, source, gradient, from_.c, to.c, entries.c, step, out, room, bands.n,
-            bands.rows, self.threads,
+            "spfde_conv_weight", jobs.WeightJob, source, gradient, from_.c, to.c, entries.c, step, out, room,
+            -(-to.height // rows), rows, self.threads,
         )  # fmt: skip
 
     def apply(
