@@ -1,10 +1,10 @@
 """How much faster does the native engine train, on a CPU?
 
 Whole training steps through the public API (model, loss, backward, optimizer, `observe`), interleaved in one process,
-against the faster of PyTorch's dense layouts, contiguous and channels_last; the optimizer is fused SGD for all. ResNet-32 (widths 32-64-128) unless another
-model is named; unstructured uniform masks. Also: an epoch of SpFDE's whole schedule, the peak memory of a step (each in
-a process of its own), what a mutation costs, how long the kernels take to build and to load, and a convolution by
-PyTorch's CSR product.
+against the faster of PyTorch's dense layouts, contiguous and channels_last; all step with the same fused SGD. ResNet-32
+(widths 32-64-128) unless another model is named; unstructured uniform masks. Also: an epoch of SpFDE's whole schedule,
+the peak memory of a step (each in a process of its own), what a mutation costs, how long the kernels take to build and
+to load, and a convolution by PyTorch's CSR product.
 
     python benchmarks/native.py                     # about 20 minutes on two cores
     python benchmarks/native.py --only sparsity models

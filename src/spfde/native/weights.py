@@ -16,7 +16,7 @@ from spfde.native.structure import Entries, Geometry, Structure, build
 # What a tile's part of a chunk of the source may take. The first-level cache (32 KiB or more) should hold it beside the
 # lists themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a
 # row of the weight something to do.
-_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 72_000, 3_600
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 150_000, 3_600
 
 # Name, shape and strides of the convolution, layouts of the input and the output.
 _Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
