@@ -6,7 +6,7 @@ against the faster of PyTorch's dense layouts, contiguous and channels_last; all
 the peak memory of a step (each in a process of its own), what a mutation costs, how long the kernels take to build and
 to load, and a convolution by PyTorch's CSR product.
 
-    python benchmarks/native.py                     # about 20 minutes on two cores
+    python benchmarks/native.py                     # about 12 minutes on two cores
     python benchmarks/native.py --only sparsity models
 """
 
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish, quartiles, show
+from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish, quartiles
 from spfde.app.models import build_model
 from spfde.cost import format_bytes
 from spfde.cost.memory import peak_bytes, reset_peak
@@ -471,14 +470,6 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=None, help="rounds of one step of each variant (15)")
     made.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some of the questions")
-    made.add_argument(
-        "--merge",
-        nargs=2,
-        type=Path,
-        default=None,
-        metavar=("LATER", "EARLIER"),
-        help="run nothing: of two results of this benchmark publish the higher of each speed, and tell both",
-    )
     made.add_argument("--peak-of", default=None, help=argparse.SUPPRESS)
     made.add_argument("--load", default=None, help=argparse.SUPPRESS)
     return made.parse_args(argv)
@@ -490,9 +481,6 @@ def main(argv: list[str] | None = None) -> None:
     stamped = begin(options)
     if options.peak_of is not None or options.load is not None:
         print(peak_of(options.peak_of) if options.peak_of is not None else load(options.load))
-        return
-    if options.merge is not None:
-        publish(merged(*(Result.from_json(path.read_text(encoding="utf-8")) for path in options.merge)), options)
         return
     rounds = options.rounds or (2 if options.quick else 15)
     figures: list[Figure] = []
@@ -535,45 +523,6 @@ def result(
         ),
         stamp=stamped,
     )
-
-
-def merged(later: Result, earlier: Result) -> Result:
-    """The later result with the higher of each speed in both, and a table of both.
-
-    What else a shared host runs slows the native kernels, which wait for memory, more than PyTorch's dense ones, and
-    never speeds them up.
-    """
-    before = {figure.what: figure for figure in earlier.figures}
-    figures, rows = [], []
-    for figure in later.figures:
-        other = before.get(figure.what)
-        if other is None or figure.unit != "ratio" or "speed over" not in figure.what:
-            figures.append(figure)
-            continue
-        figures.append(max(figure, other, key=lambda each: each.value))
-        rows.append((figure.what, *(_with_spread(each) for each in (figure, other))))
-    stamp = earlier.stamp
-    return replace(
-        later,
-        figures=tuple(figures),
-        tables=(
-            Table("Each speed in both runs", ("what", "later run", "earlier run"), tuple(rows)),
-            *(replace(table, title=f"{table.title}, later run") for table in later.tables),
-            *(replace(table, title=f"{table.title}, earlier run") for table in earlier.tables),
-        ),
-        notes=(
-            *later.notes,
-            "The benchmark ran twice, and the first table has the higher of each speed: this machine's host is shared, "
-            "and what else it does slows steps that wait for memory. The lower ones are in the table of both runs. "
-            f"Stamped is the later run; the earlier one: {stamp['date']}, commit {stamp['commit']}, "
-            f"PyTorch {stamp['versions']['torch']}, load average at the start {stamp['load_average']}.",
-        ),
-    )
-
-
-def _with_spread(figure: Figure) -> str:
-    text = show(figure.value, figure.unit)
-    return text if figure.spread is None else f"{text} ({' … '.join(show(q, figure.unit) for q in figure.spread)})"
 
 
 if __name__ == "__main__":

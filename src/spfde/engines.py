@@ -21,7 +21,7 @@ ENGINES = ("auto", "masked", "native")
 # Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero), and how much
 # faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py
 # measures steps against it. A linear layer pays for two changes of layout.
-_LINES = {"conv": (1.1, 0.17), "linear": (1.5, 0.5)}
+_LINES = {"conv": (1.0, 0.12), "linear": (1.3, 0.45)}
 WORTH_IT = 0.9
 # How the time grows with the share of lanes that a small batch leaves empty: less than in proportion, for PyTorch takes
 # longer for an image of a small batch too.

@@ -51,32 +51,6 @@ def a_result(common: ModuleType, **changes: Any) -> Any:
     return common.Result(**{**fields, **changes})
 
 
-def test_of_two_runs_of_the_native_benchmark_each_speed_is_the_higher_and_both_are_told(
-    common: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    native = importlib.import_module("native")
-
-    def run(*values: float) -> Any:
-        told = ("step at 90 %, speed over dense", "step at 98 %, speed over dense", "peak memory over dense")
-        pairs = zip(told, values, strict=True)
-        return a_result(common, figures=tuple(common.Figure(what, value, "ratio") for what, value in pairs))
-
-    both = native.merged(run(3.5, 6.0, 0.8), run(3.0, 6.5, 0.7))
-
-    assert [figure.value for figure in both.figures] == [3.5, 6.5, 0.8]
-    assert [row[1:] for row in both.tables[0].rows] == [("3.5x", "3x"), ("6x", "6.5x")]
-    assert "higher of each speed" in both.notes[-1]
-
-
-def test_seconds_of_a_method_are_those_of_its_least_disturbed_epochs(
-    common: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    methods = importlib.import_module("methods")
-    assert methods.undisturbed_seconds([[3.0, 90.0, 2.0], [4.0, 1.0, 2.5]]) == 3.0 + 1.0 + 2.0
-
-
 def test_rounds_call_every_variant_once_and_start_one_further_each_time(common: ModuleType) -> None:
     called: list[str] = []
     calls = {name: (lambda name=name: called.append(name)) for name in "abc"}

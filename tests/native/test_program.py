@@ -174,7 +174,7 @@ class FrozenFront(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_frozen_front_run_group_by_group_computes_the_same(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
-    monkeypatch.setattr("spfde.native.program.AT_ONCE_BYTES", 0)
+    monkeypatch.setattr("spfde.native.outline.AT_ONCE_BYTES", 0)
     model = shaken(FrozenFront())
     masks = random_masks(model, 0.3)
     for module in (model.a, model.norm, model.b):
@@ -197,13 +197,30 @@ def test_a_frozen_front_run_group_by_group_computes_the_same(monkeypatch: pytest
 def test_a_frozen_front_run_group_by_group_takes_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for at_once in (0, 1 << 30):
-        monkeypatch.setattr("spfde.native.program.AT_ONCE_BYTES", at_once)
+        monkeypatch.setattr("spfde.native.outline.AT_ONCE_BYTES", at_once)
         model = shaken(build_model("resnet8", num_classes=10, in_channels=3, image_size=(16, 16))).eval()
         _, engine = twin(model, random_masks(model, 0.3))
         with torch.no_grad():
             model(torch.randn(4 * kernels().lanes, 3, 16, 16).double())
         taken.append(engine.buffer_bytes)
     assert taken[0] < 0.5 * taken[1]
+
+
+class UnusedPool(nn.Module):
+    """Computes something that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        self.pool(x)
+        return x
+
+
+def test_what_nobody_reads_is_not_missed() -> None:
+    check(UnusedPool(), torch.randn(4, 3, 7, 7))
 
 
 @st.composite
@@ -382,8 +399,8 @@ def test_the_operator_works_on_fake_tensors() -> None:
     model(x)
     handle = max(op._PROGRAMS)
     program: Program = op._PROGRAMS[handle]
-    real = op.region([x], list(program.parameters), handle)
+    real = op.region([x], list(program.outline.parameters), handle)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = op.region([mode.from_tensor(x)], [mode.from_tensor(p) for p in program.parameters], handle)
+        fake = op.region([mode.from_tensor(x)], [mode.from_tensor(p) for p in program.outline.parameters], handle)
     assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
     engine.detach()

@@ -1,35 +1,34 @@
-"""The way back through a program, as it is written on a tape."""
+"""The way back through a region, as it is written on a tape."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from spfde.native.kernels import INVERSE, MEAN, Activation, KernelTape
 from spfde.native.layout import Layout
+from spfde.native.outline import Outline
 from spfde.native.steps import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
 from spfde.native.tape import Place
+from spfde.native.walk import Walk
+from spfde.native.weights import Weights
 
-if TYPE_CHECKING:
-    from spfde.native.program import Program
 
-
-class Backward:
-    """One way back through a program.
+class Backward(Walk):
+    """The way back.
 
     On the tape are given the gradients of the region's outputs, as ("to", name), and of its inputs, as ("from", name);
     values of the forward pass, as ("kept", name), and its winners of maximum pools, as ("choice", name); the gradients
-    of parameters, as ("parameter", id); and the table of its norms.
+    of parameters, as ("parameter", id).
 
     Args:
-        program: the program.
-        tape: to write on.
+        outline, weights, tape: see ``Walk``.
     """
 
-    def __init__(self, program: Program, tape: KernelTape) -> None:
-        self.program, self.tape, self.layouts = program, tape, program.layouts
+    def __init__(self, outline: Outline, weights: Weights, tape: KernelTape) -> None:
+        super().__init__(outline, weights, tape)
+        self.layouts = outline.layouts
         self.flowing: dict[str, Place] = {}
         self.pooled: dict[str, Place] = {}
         self.parameters: dict[int, Place] = {}
@@ -40,12 +39,12 @@ class Backward:
         Args:
             gradients: strides of the gradient of each output; None where there is none.
         """
-        program = self.program
-        for name, strides in zip(program.region.outputs, gradients, strict=True):
-            if strides is not None and program.needs_grad[name]:
-                self._enter(name, strides, program.maker.get(name))
-        for step in reversed(program.steps):
-            if not program.needs_grad[writes(step)]:
+        outline = self.outline
+        for name, strides in zip(outline.region.outputs, gradients, strict=True):
+            if strides is not None and outline.needs_grad[name]:
+                self._enter(name, strides, outline.maker.get(name))
+        for step in reversed(outline.steps):
+            if not outline.needs_grad[writes(step)]:
                 continue
             if isinstance(step, ConvStep):
                 self._conv(step)
@@ -55,10 +54,10 @@ class Backward:
                 self._pool(step)
             else:
                 self._global_pool(step)
-        for name, wants in zip(program.region.inputs, program.mode.wants, strict=True):
+        for name, wants in zip(outline.region.inputs, outline.mode.wants, strict=True):
             buffer = self.flowing.pop(name, None)
             if wants and buffer is not None:
-                program.unpack(self.tape, buffer, self.layouts[name], self.tape.given(("from", name)), name)
+                self.unpack(buffer, self.layouts[name], self.tape.given(("from", name)))
 
     def _enter(self, name: str, strides: tuple[int, ...], maker: Step | None) -> None:
         given = self.tape.given(("to", name))
@@ -67,32 +66,32 @@ class Backward:
             return
         layout = self.layouts[name]
         buffer = self.tape.take(layout)
-        self.program.pack(self.tape, given, strides, buffer, layout)
+        self.pack(given, strides, buffer, layout)
         self._flow(name, buffer)
 
     def _conv(self, step: ConvStep) -> None:
         d = self.flowing.pop(step.y, None)
         if d is None:
             return
-        program, from_, to = self.program, self.layouts[step.x], self.layouts[step.y]
+        outline, from_, to = self.outline, self.layouts[step.x], self.layouts[step.y]
         weight, bias = step.module.weight, step.module.bias
-        if program.trains(weight):
-            entries = program.weights.gradient_entries(step, from_, to)
+        if outline.trains(weight):
+            entries = self.weights.gradient_entries(step, from_, to)
             values = self.tape.take_flat(entries.n)
             self.tape.conv_weight(self._value(step.x), from_, d, to, entries, values, step=step.geometry.stride)
             seen = id(weight) in self.parameters
             self.parameters[id(weight)] = gradient = self.tape.given(("parameter", id(weight)))
             self.tape.scatter(values, entries, gradient, accumulate=seen)
             del values
-        if bias is not None and program.trains(bias):
+        if bias is not None and outline.trains(bias):
             sums = self._sink(bias)
             self.tape.channel_sum(d, to, sums)
             self._settle(bias, sums)
-        if not program.needs_grad[step.x]:
+        if not outline.needs_grad[step.x]:
             return
         accumulate = step.x in self.flowing
         out = self.flowing[step.x] if accumulate else self.tape.take(from_)
-        for part in program.weights.structure(step, from_, to).backward:
+        for part in self.weights.structure(step, from_, to).backward:
             values = self.tape.gather(weight, part)
             self.tape.conv(d, to, out, from_, part, values, step_y=step.geometry.stride, accumulate=accumulate)
         self.flowing[step.x] = out
@@ -101,12 +100,12 @@ class Backward:
         d = self.flowing.pop(step.z, None)
         if d is None:
             return
-        program, here, before = self.program, self.layouts[step.z], self.layouts[step.y]
-        batch, norm = program.uses_batch(step), step.norm
-        scale, shift = program.constants_of(self.tape, step)
+        outline, here, before = self.outline, self.layouts[step.z], self.layouts[step.y]
+        batch, norm = outline.uses_batch(step), step.norm
+        scale, shift = self.constants_of(step)
         mean, inverse = self._normalised_by(step)
-        to_residual = step.residual is not None and program.needs_grad[step.residual]
-        to_source = program.needs_grad[step.y]
+        to_residual = step.residual is not None and outline.needs_grad[step.residual]
+        to_source = outline.needs_grad[step.y]
         residual_is_first = to_residual and step.residual not in self.flowing
         same = here == before
         # d itself goes on to the residual where it can, so the gradient of y then needs a buffer of its own.
@@ -114,7 +113,7 @@ class Backward:
         if to_source:
             out = d if same and not (residual_is_first and step.residual is not None) else self.tape.take(before)
         trained = [] if norm is None else [norm.weight, norm.bias]
-        sums = [self._sink(parameter) if program.trains(parameter) else None for parameter in trained] or [None, None]
+        sums = [self._sink(parameter) if outline.trains(parameter) else None for parameter in trained] or [None, None]
         keep = to_residual
         if to_residual and out is d:
             # Another gradient waits at the residual: add to it first, for d is overwritten after.
@@ -175,12 +174,12 @@ class Backward:
 
     def _value(self, name: str) -> Place:
         """A value of the forward pass, kept or computed anew."""
-        if name in self.program.saved_names:
+        if name in self.outline.saved_names:
             return self._kept(name)
-        step = self.program.maker[name]
+        step = self.outline.maker[name]
         assert isinstance(step, PointStep)
         assert step.residual is None
-        scale, shift = self.program.constants_of(self.tape, step)
+        scale, shift = self.constants_of(step)
         out = self.tape.take(self.layouts[name])
         self.tape.apply(
             self._kept(step.y), self.layouts[step.y], out, self.layouts[name], scale=scale, shift=shift,
@@ -190,7 +189,7 @@ class Backward:
 
     def _source(self, step: PointStep, d: Place) -> tuple[Place, Layout]:
         """The input of the step; where nothing of it is used it was not kept, and the gradient stands in."""
-        if step.y in self.program.saved_names:
+        if step.y in self.outline.saved_names:
             return self._kept(step.y), self.layouts[step.y]
         return d, self.layouts[step.z]
 
@@ -200,7 +199,7 @@ class Backward:
     def _normalised_by(self, step: PointStep) -> tuple[Place | None, Place | None]:
         if step.norm is None:
             return None, None
-        return self.program.in_table(self.tape, MEAN, step), self.program.in_table(self.tape, INVERSE, step)
+        return self.in_table(MEAN, step), self.in_table(INVERSE, step)
 
     def _flow(self, name: str, buffer: Place) -> None:
         if name in self.flowing:

@@ -1,4 +1,4 @@
-"""The way forward through a program, as it is written on a tape.
+"""The way forward through a region, as it is written on a tape.
 
 Its front, where nothing learns and no norm uses the batch, runs for a few groups of images at a time: what a layer
 writes is then still in the cache when the next one reads it, and only a few groups' worth of buffers is in use.
@@ -10,19 +10,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spfde.native.kernels import MEAN, VARIANCE, KernelTape
 from spfde.native.layout import Layout
+from spfde.native.outline import Outline
 from spfde.native.steps import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
 from spfde.native.structure import Entries
 from spfde.native.tape import Place
-
-if TYPE_CHECKING:
-    from spfde.native.program import Program
+from spfde.native.walk import Walk
+from spfde.native.weights import Weights
 
 
 @dataclass
@@ -50,14 +49,13 @@ class _Part:
                 self.values.pop(name, None)
 
 
-class Forward:
-    """One way forward through a program.
+class Forward(Walk):
+    """The way forward.
 
-    On the tape are given the region's inputs and outputs, by their names, and the table of its norms [5, channels].
+    On the tape are given the region's inputs and outputs, by their names.
 
     Args:
-        program: the program.
-        tape: to write on.
+        outline, weights, tape: see ``Walk``.
         strides: of the region's inputs.
 
     Attributes:
@@ -65,40 +63,42 @@ class Forward:
         choices: winners of the maximum pools that it goes back through.
     """
 
-    def __init__(self, program: Program, tape: KernelTape, strides: Sequence[tuple[int, ...]]) -> None:
-        self.program, self.tape = program, tape
+    def __init__(
+        self, outline: Outline, weights: Weights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
+    ) -> None:
+        super().__init__(outline, weights, tape)
         self.kept: dict[str, Place] = {}
         self.choices: dict[str, Place] = {}
-        self._strides = dict(zip(program.region.inputs, strides, strict=True))
+        self._strides = dict(zip(outline.region.inputs, strides, strict=True))
         self._whole: dict[str, Place] = {}
         self._weights: dict[str, tuple[Entries, Place]] = {}
 
     def write(self) -> None:
         """Write everything down, from the region's inputs on."""
-        program, names = self.program, self.program.region.inputs
-        batch, front = next(iter(program.layouts.values())).batch, program.front
+        outline, names = self.outline, self.outline.region.inputs
+        batch, front = next(iter(outline.layouts.values())).batch, outline.front
         if front:
-            self._whole = {name: self.tape.take(program.layouts[name]) for name in program.handed_on}
-            for start in range(0, batch, program.images_at_once):
-                stop = min(start + program.images_at_once, batch)
-                part = _Part(start, stop, program.layouts_of(stop - start), {}, Counter(program.uses_in_front))
+            self._whole = {name: self.tape.take(outline.layouts[name]) for name in outline.handed_on}
+            for start in range(0, batch, outline.images_at_once):
+                stop = min(start + outline.images_at_once, batch)
+                part = _Part(start, stop, outline.layouts_of(stop - start), {}, Counter(outline.uses_in_front))
                 for name in names:
                     self._enter(part, name)
                 self._walk(part, front)
-        rest = _Part(0, batch, program.layouts, self._whole, Counter(program.uses_after_front))
+        rest = _Part(0, batch, outline.layouts, self._whole, Counter(outline.uses_after_front))
         self._whole = {}
         if not front:
             for name in names:
                 self._enter(rest, name)
-        self.kept.update((name, rest.values[name]) for name in program.saved_names if name in rest.values)
-        self._walk(rest, program.steps[len(front) :])
+        self.kept.update((name, rest.values[name]) for name in outline.saved_names if name in rest.values)
+        self._walk(rest, outline.steps[len(front) :])
 
     def _enter(self, part: _Part, name: str) -> None:
         if part.left[name] or name in self._whole:
             strides = self._strides[name]
             tensor = self.tape.numbers_after(self.tape.given(name), part.start * strides[0])
             part.values[name] = buffer = self._take(part, name)
-            self.program.pack(self.tape, tensor, strides, buffer, part.layouts[name])
+            self.pack(tensor, strides, buffer, part.layouts[name])
 
     def _take(self, part: _Part, name: str) -> Place:
         """A buffer for a value of these images: a piece of the whole batch's where the rest reads it too."""
@@ -108,14 +108,14 @@ class Forward:
         return self.tape.numbers_after(self._whole[name], part.start // layout.lanes * layout.group)
 
     def _walk(self, part: _Part, steps: Sequence[Step]) -> None:
-        program = self.program
+        outline = self.outline
         for step in steps:
             if isinstance(step, ConvStep):
-                if step.y in program.fused:
+                if step.y in outline.fused:
                     continue  # its pixelwise step's turn is its own
                 self._conv(part, step)
             elif isinstance(step, PointStep):
-                if step.y in program.fused:
+                if step.y in outline.fused:
                     self._conv_fused(part, step)
                 else:
                     self._point(part, step)
@@ -123,34 +123,34 @@ class Forward:
                 self._pool(part, step)
             else:
                 self._global_pool(part, step)
-            part.drop(*program.reads(step))
+            part.drop(*outline.reads(step))
             self._leave(part, writes(step))
 
     def _leave(self, part: _Part, name: str) -> None:
         """Keep a value that was just computed, hand it over, or both."""
-        program = self.program
+        outline = self.outline
         if name not in part.values:
             return
-        if name in program.saved_names and part.layouts is program.layouts:
+        if name in outline.saved_names and part.layouts is outline.layouts:
             self.kept[name] = part.values[name]
-        if name in program.region.outputs:
-            program.unpack(self.tape, part.values[name], part.layouts[name], self._output(part, name), name)
+        if name in outline.region.outputs:
+            self.unpack(part.values[name], part.layouts[name], self._output(part, name))
             part.drop(name)
 
     def _output(self, part: _Part, name: str) -> Place:
         """Where the output of these images begins."""
-        shape = self.program.shape_of(name)
+        shape = self.outline.shape_of(name)
         return self.tape.numbers_after(self.tape.given(name), part.start * math.prod(shape[1:]))
 
     def _weight(self, step: ConvStep) -> tuple[Entries, Place]:
         if step.name not in self._weights:
-            layouts = self.program.layouts
-            entries = self.program.weights.structure(step, layouts[step.x], layouts[step.y]).forward
+            layouts = self.outline.layouts
+            entries = self.weights.structure(step, layouts[step.x], layouts[step.y]).forward
             self._weights[step.name] = entries, self.tape.gather(step.module.weight, entries)
         return self._weights[step.name]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
-        tape, to, reader = self.tape, part.layouts[step.y], self.program.batch_readers.get(step.y)
+        tape, to, reader = self.tape, part.layouts[step.y], self.outline.batch_readers.get(step.y)
         gathered = None if reader is None else tape.take_flat(tape.statistics_size(to))
         out = self._take(part, step.y)
         entries, weight = self._weight(step)
@@ -160,16 +160,16 @@ class Forward:
         )  # fmt: skip
         part.values[step.y] = out
         if reader is not None and gathered is not None:
-            mean, variance = (self.program.in_table(tape, row, reader) for row in (MEAN, VARIANCE))
+            mean, variance = (self.in_table(row, reader) for row in (MEAN, VARIANCE))
             tape.statistics(gathered, to, mean, variance)
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""
-        conv = self.program.maker[point.y]
+        conv = self.outline.maker[point.y]
         assert isinstance(conv, ConvStep)
         if point.norm is not None and conv.name not in self._weights:
             self._make_constants(point, conv.module.bias)
-        scale, shift = self.program.constants_of(self.tape, point)
+        scale, shift = self.constants_of(point)
         entries, weight = self._weight(conv)
         out = self._take(part, point.z)
         self.tape.conv(
@@ -182,12 +182,12 @@ class Forward:
         part.values[point.z] = out
 
     def _point(self, part: _Part, step: PointStep) -> None:
-        program = self.program
-        if program.uses_batch(step) and not isinstance(program.maker.get(step.y), ConvStep):
+        outline = self.outline
+        if outline.uses_batch(step) and not isinstance(outline.maker.get(step.y), ConvStep):
             self._measure(part, step)
         if step.norm is not None:
             self._make_constants(step)
-        scale, shift = program.constants_of(self.tape, step)
+        scale, shift = self.constants_of(step)
         out = self._take(part, step.z)
         self.tape.apply(
             part.values[step.y], part.layouts[step.y], out, part.layouts[step.z], scale=scale, shift=shift,
@@ -198,11 +198,11 @@ class Forward:
         part.values[step.z] = out
 
     def _make_constants(self, step: PointStep, before: Tensor | None = None) -> None:
-        norm, given = step.norm, not self.program.uses_batch(step)
+        norm, given = step.norm, not self.outline.uses_batch(step)
         assert norm is not None
         assert not given or norm.running_mean is not None, "without running statistics a norm uses the batch"
         self.tape.constants(
-            self.program.in_table(self.tape, MEAN, step), self.program.n_channels, norm.num_features,
+            self.in_table(MEAN, step), self.outline.n_channels, norm.num_features,
             mean=norm.running_mean if given else None, variance=norm.running_var if given else None,
             weight=norm.weight, bias=norm.bias, before=before, eps=norm.eps,
         )  # fmt: skip
@@ -210,7 +210,7 @@ class Forward:
     def _measure(self, part: _Part, step: PointStep) -> None:
         """Mean and biased variance of each channel: in two passes, as the second is taken around the mean."""
         y, layout = part.values[step.y], part.layouts[step.y]
-        mean, variance = (self.program.in_table(self.tape, row, step) for row in (MEAN, VARIANCE))
+        mean, variance = (self.in_table(row, step) for row in (MEAN, VARIANCE))
         count = layout.batch * layout.height * layout.width
         self.tape.channel_sum(y, layout, mean, divisor=count)
         self.tape.channel_sum(y, layout, variance, around=mean, divisor=count)
@@ -221,13 +221,15 @@ class Forward:
         if step.kind == "max_pool":
             choice = self.tape.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
             self.tape.max_pool(part.values[step.x], from_, out, to, choice, step.window)
-            if self.program.needs_grad[step.y]:
+            if self.outline.needs_grad[step.y]:
                 self.choices[step.y] = choice
         else:
             self.tape.avg_pool(part.values[step.x], from_, out, to, step.window, count_padding=step.count_padding)
         part.values[step.y] = out
 
     def _global_pool(self, part: _Part, step: GlobalPoolStep) -> None:
+        if step.y not in self.outline.region.outputs:
+            return  # nobody reads it
         from_ = part.layouts[step.x]
         means = self.tape.numbers_after(self.tape.given(step.y), part.start * from_.channels)
         self.tape.global_pool(part.values[step.x], from_, means)

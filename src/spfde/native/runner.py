@@ -13,7 +13,8 @@ from spfde.native import op
 from spfde.native.graph import Region
 from spfde.native.kernels import MEAN, VARIANCE, Kernels
 from spfde.native.layout import Pool
-from spfde.native.program import Mode, Program
+from spfde.native.outline import Mode, Outline
+from spfde.native.program import Program
 from spfde.native.steps import ConvStep, PointStep, Step, Unsupported
 from spfde.native.weights import Weights
 
@@ -50,9 +51,9 @@ class RegionRunner(nn.Module):
             found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
             return found
         with torch.autocast("cpu", enabled=False):
-            values = op.region(list(inputs), list(program.parameters), handle)
+            values = op.region(list(inputs), list(program.outline.parameters), handle)
         n = len(self._region.outputs)
-        self._track(program, values[n])
+        self._track(program.outline, values[n])
         return values[0] if n == 1 else tuple(values[:n])
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
@@ -66,10 +67,10 @@ class RegionRunner(nn.Module):
     def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
         mode = self._mode(inputs)
         if mode not in self._programs:
-            program = Program(
-                self._region, self._steps, mode, weights=self._weights, kernels=self._kernels, pool=self._pool
-            )
-            _check_batches(program)
+            kernels = self._kernels
+            outline = Outline(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
+            _check_batches(outline)
+            program = Program(outline, weights=self._weights, kernels=kernels, pool=self._pool)
             self._programs[mode] = (program, op.register(program))
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
@@ -91,11 +92,11 @@ class RegionRunner(nn.Module):
             frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
         )
 
-    def _track(self, program: Program, table: Tensor) -> None:
+    def _track(self, outline: Outline, table: Tensor) -> None:
         """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
         alike: dict[tuple[float, int], list[tuple[Tensor, Tensor, slice]]] = defaultdict(list)
         with torch.no_grad():
-            for norm, where, count in program.norms:
+            for norm, where, count in outline.norms:
                 mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
                 if norm.training and norm.track_running_stats and mean is not None:
                     assert variance is not None
@@ -113,7 +114,7 @@ class RegionRunner(nn.Module):
                 )
 
 
-def _check_batches(program: Program) -> None:
-    for norm, _, count in program.norms:
+def _check_batches(outline: Outline) -> None:
+    for norm, _, count in outline.norms:
         if count <= 1 and norm.training:
             raise Unsupported("normalises by a batch of one number")

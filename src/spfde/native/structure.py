@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -151,7 +152,7 @@ def build(
         chunks = max(1, -(-read.channels // most))
         width = max(1, -(-read.channels // chunks))
         key = columns // width * n_rows + rows
-        order = torch.argsort(key, stable=True)
+        order = _sorted(key, chunks * n_rows)
         start = torch.zeros(chunks * n_rows + 1, dtype=torch.int32)
         start[1:] = torch.bincount(key, minlength=chunks * n_rows).cumsum(0)
         where, offset = where[order].to(torch.int32), offset[order].to(torch.int32)
@@ -167,6 +168,12 @@ def build(
             rows = geometry.in_channels
             backward.append(entries(channel, rows, out, down // s, right // s, target, keep, (residue_h, residue_w)))
     return Structure(forward, tuple(backward))
+
+
+def _sorted(keys: Tensor, n: int) -> Tensor:
+    """Positions by their keys, which are below ``n``; equal ones keep their order."""
+    # Of 16 bits NumPy's stable sort is by counting.
+    return torch.from_numpy(keys.numpy().astype(np.uint16 if n <= 1 << 16 else np.int64).argsort(kind="stable"))
 
 
 def _tile_pixels(geometry: Geometry) -> int:
