@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from native_support import assert_same_step, kernels, needs_kernels, random_mask
 from spfde.native.engine import NativeEngine
 from spfde.native.kernels import KernelTape
 from spfde.native.layout import Layout, Pool
+from spfde.native.structure import Entries
 
 pytestmark = needs_kernels
 
@@ -202,6 +204,84 @@ def test_what_is_used_twice_gets_the_sum_of_both_gradients() -> None:
     reference, _ = twin(model, masks)
     for seed in range(2):
         assert_same_step(model, reference, masks, image(3, 4, 6, 6, seed=seed))
+
+
+def test_a_norm_that_is_used_twice_keeps_its_statistics_as_pytorch_does() -> None:
+    for momentum in (0.1, 0.5, None):
+        torch.manual_seed(2)
+        model = Shared().double()
+        model.norm.momentum = momentum
+        masks = random_masks(model, 0.5)
+        reference, _ = twin(model, masks)
+        for seed in range(3):
+            assert_same_step(model, reference, masks, image(3, 4, 6, 6, seed=seed))
+
+
+class Called(nn.Module):
+    """One convolution between two norms, and on images of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.n1, self.n2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n2(self.conv(torch.relu(self.n1(self.conv(x)))))
+        return self.conv(nn.functional.max_pool2d(x, 2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_convolution_that_is_called_again_has_another_norm_and_another_size(training: bool) -> None:
+    torch.manual_seed(2)
+    model = Called().double().train(training)
+    for norm in (model.n1, model.n2):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    masks = random_masks(model, 0.5)
+    reference, _ = twin(model, masks)
+    assert_same_step(model, reference, masks, image(3, 4, 6, 6))
+    with torch.no_grad():
+        assert torch.allclose(model(image(3, 4, 6, 6)), reference(image(3, 4, 6, 6)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_weight_that_lies_another_way_at_the_same_address_is_followed() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 4, 3, bias=False)).double()
+    reference, _ = twin(model, {})
+    x = image(2, 6, 5, 5)
+    model(x)
+    weight = model[0].weight
+    weight.data = weight.data.as_strided(weight.shape, (54, 1, 18, 6))
+    reference[0].weight.data = weight.data.clone()
+    assert torch.allclose(model(x), reference(x), rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The native engine leaves")
+def test_statistics_that_do_not_lie_number_after_number_are_pytorchs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).double().eval()
+    model[1].running_var = torch.full((1,), 2.0).double().expand(6)
+    reference, _ = twin(model, {})
+    assert torch.allclose(model(image(2, 3, 5, 5)), reference(image(2, 3, 5, 5)), rtol=1e-9)
+
+
+def test_lists_of_former_masks_are_not_kept_by_programs_that_are_not_run_any_more() -> None:
+    model, masks = small()
+    twin(model, masks)
+
+    def live() -> int:
+        gc.collect()
+        return sum(isinstance(each, Entries) for each in gc.get_objects())
+
+    def run() -> None:
+        model.train()
+        model(image(4, 3, 8, 8)).sum().backward()
+
+    for size in (2, 3, 4):  # as many programs
+        model(image(size, 3, 8, 8)).sum().backward()
+    run()
+    before = live()
+    for _ in range(4):
+        masks["4.weight"] = masks["4.weight"].clone()
+        run()
+    assert live() <= before
 
 
 def test_threads_that_run_the_model_at_once_do_not_disturb_each_other() -> None:

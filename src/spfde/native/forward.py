@@ -143,11 +143,11 @@ class Forward(Walk):
         return self.tape.numbers_after(self.tape.given(name), part.start * math.prod(shape[1:]))
 
     def _weight(self, step: ConvStep) -> tuple[Entries, Place]:
-        if step.name not in self._weights:
+        if step.y not in self._weights:
             layouts = self.outline.layouts
             entries = self.weights.structure(step, layouts[step.x], layouts[step.y]).forward
-            self._weights[step.name] = entries, self.tape.gather(step.module.weight, entries)
-        return self._weights[step.name]
+            self._weights[step.y] = entries, self.tape.gather(step.module.weight, entries)
+        return self._weights[step.y]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
         tape, to, reader = self.tape, part.layouts[step.y], self.outline.batch_readers.get(step.y)
@@ -167,7 +167,7 @@ class Forward(Walk):
         """A convolution with the pixelwise step that follows it."""
         conv = self.outline.maker[point.y]
         assert isinstance(conv, ConvStep)
-        if point.norm is not None and conv.name not in self._weights:
+        if point.norm is not None and conv.y not in self._weights:
             self._make_constants(point, conv.module.bias)
         scale, shift = self.constants_of(point)
         entries, weight = self._weight(conv)

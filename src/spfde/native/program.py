@@ -104,6 +104,10 @@ class Program:
         tape.play(given, self.pool)
         return found
 
+    def forget(self) -> None:
+        """Give up the tapes; others are written when they are wanted."""
+        self._forward = self._backward = None
+
     def _forward_tape(self, strides: Sequence[tuple[int, ...]]) -> Written:
         outline, threads = self.outline, torch.get_num_threads()
         key, masks = (threads, *strides), self.weights.masks_of(outline.convolutions)

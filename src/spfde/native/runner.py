@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class RegionRunner(nn.Module):
         self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
         owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
         self._own = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
+        self._convolutions = [step.name for step in steps if isinstance(step, ConvStep)]
+        self._masks = weights.masks_of(self._convolutions)
         self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -63,8 +66,23 @@ class RegionRunner(nn.Module):
         for tensor in (*inputs, *self._own):
             if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
                 raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
+        for tensor in self._vectors():
+            if tensor.dtype != self._kernels.dtype or not tensor.is_contiguous():
+                raise Unsupported(
+                    "has a bias, or numbers of a norm, that do not lie one after the other as its weights do"
+                )
+
+    def _vectors(self) -> Iterator[Tensor]:
+        """Biases, and what belongs to norms: the kernels read it from the first number on."""
+        yield from (parameter for parameter in self._own if parameter.dim() == 1)
+        for norm in self._norms:
+            if norm.running_mean is not None:
+                yield norm.running_mean
+            if norm.running_var is not None:
+                yield norm.running_var
 
     def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
+        self._follow_masks()
         mode = self._mode(inputs)
         if mode not in self._programs:
             kernels = self._kernels
@@ -76,6 +94,14 @@ class RegionRunner(nn.Module):
                 self._programs.popitem(last=False)
         self._programs.move_to_end(mode)
         return self._programs[mode]
+
+    def _follow_masks(self) -> None:
+        """Where a mask is another one, what was written for the former goes, in programs that wait for their turn too."""
+        masks = self._weights.masks_of(self._convolutions)
+        if not all(map(operator.is_, masks, self._masks)):
+            self._masks = masks
+            for program, _ in self._programs.values():
+                program.forget()
 
     def _mode(self, inputs: Sequence[Tensor]) -> Mode:
         with_gradients = torch.is_grad_enabled()
@@ -106,12 +132,11 @@ class RegionRunner(nn.Module):
                     alike[share, count].append((mean, variance, where))
             for (share, count), norms in alike.items():
                 means, variances, at = zip(*norms, strict=True)
+                # A norm that is used twice is there twice, so its statistics must move in one go each time.
                 torch._foreach_lerp_(means, [table[MEAN, where] for where in at], share)
                 # The unbiased variance, as PyTorch keeps it.
-                torch._foreach_mul_(variances, 1 - share)
-                torch._foreach_add_(
-                    variances, [table[VARIANCE, where] for where in at], alpha=share * count / (count - 1)
-                )
+                new = torch._foreach_mul([table[VARIANCE, where] for where in at], count / (count - 1))
+                torch._foreach_lerp_(variances, new, share)
 
 
 def _check_batches(outline: Outline) -> None:

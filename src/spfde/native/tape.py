@@ -86,7 +86,7 @@ class Tape:
         self._jobs = bytearray()
         self._patches: list[tuple[int, int, int]] = []
         self._calls: list[tuple[int, int]] = []
-        self._tensors: dict[int, tuple[Tensor, int]] = {}
+        self._tensors: dict[int, tuple[Tensor, int, tuple[int, ...]]] = {}
         self._held: list[object] = []
         self._lock = threading.Lock()
 
@@ -142,7 +142,7 @@ class Tape:
                 fields.append(None)
             elif isinstance(value, Tensor):
                 fields.append(value.data_ptr())
-                self._tensors[id(value)] = (value, value.data_ptr())
+                self._tensors[id(value)] = (value, value.data_ptr(), value.stride())
             else:
                 fields.append(value)
         self._jobs += bytes(job_type(*fields))
@@ -166,8 +166,11 @@ class Tape:
 
     @property
     def is_current(self) -> bool:
-        """Are the tensors that were written down where they were?"""
-        return all(tensor.data_ptr() == address for tensor, address in self._tensors.values())
+        """Do the tensors that were written down lie where they lay, and as they did?"""
+        return all(
+            tensor.data_ptr() == address and tensor.stride() == strides
+            for tensor, address, strides in self._tensors.values()
+        )
 
     def play(self, given: Mapping[Hashable, Tensor], pool: Pool, keep: Sequence[Place] = ()) -> list[Tensor]:
         """Run all jobs.

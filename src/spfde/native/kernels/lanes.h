@@ -8,8 +8,9 @@
 // as many zeros stand before the first group. The pixel left of a part is the end of the one before it, and the row
 // above a group the end of the group before it: one halo serves both sides.
 //
-// Every kernel cuts groups and rows among the threads in the same way, in order. So a thread reads what it wrote itself:
-// two cores need not share a cache, and what travels between their caches costs more than what a step computes.
+// Kernels cut groups and rows among the threads in the same way, in order (pooling and packing: groups and channels). So
+// a thread reads what it wrote itself: two cores need not share a cache, and what travels between their caches costs more
+// than what a step computes.
 #pragma once
 
 #include <cmath>
