@@ -96,7 +96,7 @@ class RegionRunner(nn.Module):
         return self._programs[mode]
 
     def _follow_masks(self) -> None:
-        """Where a mask is another one, what was written for the former goes, in programs that wait for their turn too."""
+        """Where a mask is another one, what was written for the former goes, in waiting programs too."""
         masks = self._weights.masks_of(self._convolutions)
         if not all(map(operator.is_, masks, self._masks)):
             self._masks = masks
