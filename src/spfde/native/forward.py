@@ -167,8 +167,7 @@ class Forward(Walk):
         """A convolution with the pixelwise step that follows it."""
         conv = self.outline.maker[point.y]
         assert isinstance(conv, ConvStep)
-        if point.norm is not None and conv.y not in self._weights:
-            self._make_constants(point, conv.module.bias)
+        self._make_constants(part, point, conv.module.bias)
         scale, shift = self.constants_of(point)
         entries, weight = self._weight(conv)
         out = self._take(part, point.z)
@@ -185,8 +184,7 @@ class Forward(Walk):
         outline = self.outline
         if outline.uses_batch(step) and not isinstance(outline.maker.get(step.y), ConvStep):
             self._measure(part, step)
-        if step.norm is not None:
-            self._make_constants(step)
+        self._make_constants(part, step)
         scale, shift = self.constants_of(step)
         out = self._take(part, step.z)
         self.tape.apply(
@@ -197,9 +195,11 @@ class Forward(Walk):
         )  # fmt: skip
         part.values[step.z] = out
 
-    def _make_constants(self, step: PointStep, before: Tensor | None = None) -> None:
+    def _make_constants(self, part: _Part, step: PointStep, before: Tensor | None = None) -> None:
+        """What the step's norm, if it has one, comes to: once, when its first images come."""
         norm, given = step.norm, not self.outline.uses_batch(step)
-        assert norm is not None
+        if norm is None or part.start:
+            return
         assert not given or norm.running_mean is not None, "without running statistics a norm uses the batch"
         self.tape.constants(
             self.in_table(MEAN, step), self.outline.n_channels, norm.num_features,

@@ -78,11 +78,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, parameters, handle = inputs
     ctx.handle, ctx.program = handle, _PROGRAMS[handle]
-    ctx.n_outputs, ctx.n_inputs, ctx.n_parameters = (
-        len(ctx.program.outline.region.outputs),
-        len(tensors),
-        len(parameters),
-    )
+    ctx.n_outputs = len(ctx.program.outline.region.outputs)
+    ctx.n_inputs, ctx.n_parameters = len(tensors), len(parameters)
     ctx.set_materialize_grads(False)
     # Parameters are saved so that a change in place before the backward pass is an error, as everywhere in PyTorch.
     ctx.save_for_backward(*tensors, *parameters, *output[ctx.n_outputs :])

@@ -5,7 +5,6 @@ It plays the tapes of its two ways, and writes another when one does not hold an
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -29,19 +28,17 @@ class Written:
 
     Attributes:
         tape: ready to be played.
-        key: what it depends on besides the masks, and the addresses of parameters and buffers.
-        masks: of the convolutions then.
+        key: what it depends on besides where parameters and buffers lie.
         keep: buffers that are wanted afterwards.
     """
 
     tape: KernelTape
     key: tuple[object, ...]
-    masks: Sequence[Tensor | None]
-    keep: Sequence[Place]
+    keep: Sequence[Place] = ()
 
-    def holds(self, key: tuple[object, ...], masks: Sequence[Tensor | None]) -> bool:
+    def holds(self, key: tuple[object, ...]) -> bool:
         """Would it be written the same way now?"""
-        return self.key == key and all(map(operator.is_, self.masks, masks)) and self.tape.is_current
+        return self.key == key and self.tape.is_current
 
 
 class Program:
@@ -110,26 +107,25 @@ class Program:
 
     def _forward_tape(self, strides: Sequence[tuple[int, ...]]) -> Written:
         outline, threads = self.outline, torch.get_num_threads()
-        key, masks = (threads, *strides), self.weights.masks_of(outline.convolutions)
-        if self._forward is None or not self._forward.holds(key, masks):
+        key = (threads, self.weights.version, *strides)
+        if self._forward is None or not self._forward.holds(key):
             tape = self.kernels.tape(threads)
             walk = Forward(outline, self.weights, tape, strides)
             walk.write()
             tape.finish()
             keep = [walk.kept[name] for name in outline.saved_names]
             keep += [walk.choices[step.y] for step in outline.pools_with_choice]
-            self._forward = Written(tape, key, masks, keep)
+            self._forward = Written(tape, key, keep)
         return self._forward
 
     def _backward_tape(self, strides: Sequence[tuple[int, ...] | None]) -> KernelTape:
         outline, threads = self.outline, torch.get_num_threads()
-        key = (threads, self.weights.dense_among(outline.convolutions), *strides)
-        masks = self.weights.masks_of(outline.convolutions)
-        if self._backward is None or not self._backward.holds(key, masks):
+        key = (threads, self.weights.version, self.weights.dense_among(outline.convolutions), *strides)
+        if self._backward is None or not self._backward.holds(key):
             tape = self.kernels.tape(threads)
             Backward(outline, self.weights, tape).write(strides)
             tape.finish()
-            self._backward = Written(tape, key, masks, ())
+            self._backward = Written(tape, key)
         return self._backward.tape
 
     def _as_tokens(self, tensor: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,10 @@ class RegionRunner(nn.Module):
         self._kernels, self._pool, self._weights = kernels, pool, weights
         self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
         owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
-        self._own = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
-        self._convolutions = [step.name for step in steps if isinstance(step, ConvStep)]
-        self._masks = weights.masks_of(self._convolutions)
+        self._own: list[Tensor] = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
+        statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
+        self._own += [kept for kept in statistics if kept is not None]
+        self._version = weights.version
         self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -66,20 +66,10 @@ class RegionRunner(nn.Module):
         for tensor in (*inputs, *self._own):
             if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
                 raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
-        for tensor in self._vectors():
-            if tensor.dtype != self._kernels.dtype or not tensor.is_contiguous():
-                raise Unsupported(
-                    "has a bias, or numbers of a norm, that do not lie one after the other as its weights do"
-                )
-
-    def _vectors(self) -> Iterator[Tensor]:
-        """Biases, and what belongs to norms: the kernels read it from the first number on."""
-        yield from (parameter for parameter in self._own if parameter.dim() == 1)
-        for norm in self._norms:
-            if norm.running_mean is not None:
-                yield norm.running_mean
-            if norm.running_var is not None:
-                yield norm.running_var
+        for tensor in self._own:
+            # The kernels read a bias, and what belongs to a norm, from the first number on.
+            if tensor.dim() == 1 and not tensor.is_contiguous():
+                raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
 
     def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
         self._follow_masks()
@@ -97,9 +87,8 @@ class RegionRunner(nn.Module):
 
     def _follow_masks(self) -> None:
         """Where a mask is another one, what was written for the former goes, in waiting programs too."""
-        masks = self._weights.masks_of(self._convolutions)
-        if not all(map(operator.is_, masks, self._masks)):
-            self._masks = masks
+        if self._version != self._weights.version:
+            self._version = self._weights.version
             for program, _ in self._programs.values():
                 program.forget()
 

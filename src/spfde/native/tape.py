@@ -158,9 +158,8 @@ class Tape:
         patches = (_Patch * len(self._patches))(*starmap(_Patch, self._patches))
         calls = (_Call * len(self._calls))(*starmap(_Call, self._calls))
         self._held += [jobs, patches, calls]
-        addresses = (ctypes.addressof(part) for part in (jobs, patches, calls))
-        at_jobs, at_patches, at_calls = addresses
-        self._ready = _Ready(at_jobs, at_patches, len(patches), at_calls, len(calls))
+        at = ctypes.addressof
+        self._ready = _Ready(at(jobs), at(patches), len(patches), at(calls), len(calls))
 
     # --- playing -----------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,9 @@ class Weights:
     Args:
         masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
+
+    Attributes:
+        version: another number whenever a mask is another one.
     """
 
     def __init__(
@@ -37,16 +40,17 @@ class Weights:
         self._built: dict[_Key, tuple[Tensor | None, Structure]] = {}
         self._steps: dict[str, ConvStep] = {}
         self._dense: dict[_Key, Entries] = {}
-        self._current: Mapping[str, Tensor] = {}
+        self._current: dict[str, Tensor] = {}
+        self.version = 0
         self.refresh()
 
     def refresh(self) -> None:
         """Read the masks again; call it before a forward pass."""
-        self._current = self._masks()
-
-    def masks_of(self, convolutions: Sequence[str]) -> list[Tensor | None]:
-        """The current masks of these convolutions; None for one without."""
-        return [self._current.get(f"{name}.weight") for name in convolutions]
+        before, self._current = self._current, dict(self._masks())
+        same = before.keys() == self._current.keys() and all(
+            mask is before[name] for name, mask in self._current.items()
+        )
+        self.version += not same
 
     def dense_among(self, convolutions: Sequence[str]) -> frozenset[str]:
         """Which of them have a weight whose next gradient must be dense."""

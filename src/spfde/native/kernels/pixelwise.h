@@ -258,42 +258,39 @@ struct PackJob {
   int64_t threads;
 };
 
-SPFDE_EXPORT void spfde_pack(const void* data) {
-  const auto* job = static_cast<const PackJob*>(data);
-  const Blocked to = job->layout;
-  const int64_t* strides = job->strides;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < to.groups * to.channels; index++) {
-    const int64_t g = index / to.channels, c = index % to.channels;
-    const int64_t lanes = to.is_short(g) ? to.batch - g * LANES : LANES;
-    for (int64_t h = 0; h < to.height; h++) {
-      const real* s = job->tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
-      real* t = job->blocked + to.origin(g, c) + h * to.pitch();
-      for (int64_t w = 0; w < to.width; w++, t += LANES) {
-        vec v{};
-        for (int64_t lane = 0; lane < lanes; lane++) v[lane] = s[lane * strides[0] + w * strides[3]];
-        store(t, v);
-      }
+// each(s, t, lanes) for every pixel of a group: s is its first image's in the tensor, t its vector.
+template <class Each>
+static inline void each_vector(const PackJob& job, const Each& each) {
+  const Blocked blocked = job.layout;
+  const int64_t* strides = job.strides;
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t index = 0; index < blocked.groups * blocked.channels; index++) {
+    const int64_t g = index / blocked.channels, c = index % blocked.channels;
+    const int64_t lanes = blocked.is_short(g) ? blocked.batch - g * LANES : LANES;
+    for (int64_t h = 0; h < blocked.height; h++) {
+      real* s = job.tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
+      real* t = job.blocked + blocked.origin(g, c) + h * blocked.pitch();
+      for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes);
     }
   }
 }
 
+SPFDE_EXPORT void spfde_pack(const void* data) {
+  const auto* job = static_cast<const PackJob*>(data);
+  const int64_t stride = job->strides[0];
+  each_vector(*job, [stride](const real* s, real* t, int64_t lanes) {
+    vec v{};
+    for (int64_t lane = 0; lane < lanes; lane++) v[lane] = s[lane * stride];
+    store(t, v);
+  });
+}
+
 SPFDE_EXPORT void spfde_unpack(const void* data) {
   const auto* job = static_cast<const PackJob*>(data);
-  const Blocked from = job->layout;
-  const int64_t* strides = job->strides;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < from.groups * from.channels; index++) {
-    const int64_t g = index / from.channels, c = index % from.channels;
-    const int64_t lanes = from.is_short(g) ? from.batch - g * LANES : LANES;
-    for (int64_t h = 0; h < from.height; h++) {
-      const real* s = job->blocked + from.origin(g, c) + h * from.pitch();
-      real* t = job->tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
-      for (int64_t w = 0; w < from.width; w++, s += LANES) {
-        for (int64_t lane = 0; lane < lanes; lane++) t[lane * strides[0] + w * strides[3]] = s[lane];
-      }
-    }
-  }
+  const int64_t stride = job->strides[0];
+  each_vector(*job, [stride](real* s, const real* t, int64_t lanes) {
+    for (int64_t lane = 0; lane < lanes; lane++) s[lane * stride] = t[lane];
+  });
 }
 
 // LANES vectors as the rows of a square matrix, turned: halves of pairs are exchanged at distances 1, 2, 4, …
