@@ -21,9 +21,9 @@ from torch import Tensor
 from _common import Figure, Result, Table, begin, parser, publish, quartiles
 from spfde import presets
 from spfde.analysis import BlockOutputs, batch_grams, minibatch_cka, native_outputs, output_modules
-from spfde.app.models import build_model
-from spfde.native import build
-from spfde.planning import draw
+from spfde.app.train.models import build_model
+from spfde.engines.native import build
+from spfde.planning.bill import draw
 from spfde.sparsity.masks import random_mask
 
 SIZE, BATCH, TARGET = 32, 125, 120.0

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 
 import spfde
 from _common import Figure, Result, Table, begin, parser, publish, quartiles, show
-from spfde.app.augment import normalise
-from spfde.app.images import ImageArray, collate
-from spfde.app.models import build_model
+from spfde.app.data.images import ImageArray, collate
+from spfde.app.train.augment import normalise
+from spfde.app.train.models import build_model
 
 BATCH, SAMPLES, EPOCHS = 64, 50_000, 6
 TARGET = 0.02
@@ -90,7 +90,7 @@ def images(samples: int) -> ImageArray:
 
 
 def measure(samples: int, steps: int) -> tuple[list[dict[str, float]], list[float]]:
-    """Parts of each step (``"step"`` is the whole), and the seconds at the top of each epoch that began with a beat."""
+    """Parts of each step (``"step"`` is the whole), and the seconds at the top of each update epoch."""
     model = build_model("resnet32", num_classes=100, in_channels=3, image_size=32, seed=0)
     model = model.to(memory_format=torch.channels_last)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = [row[part] for row in rows]
         portion = statistics.median(row[part] / row["step"] for row in rows)
         table.append((part, f"{1e3 * statistics.median(seconds):.3f} ms", show(portion, "share")))
-    table.append(("top of an epoch with a beat", f"{1e3 * top:.1f} ms an epoch", show(spread_top, "share")))
+    table.append(("top of an epoch with an update epoch", f"{1e3 * top:.1f} ms an epoch", show(spread_top, "share")))
     table.append(("the whole step", f"{1e3 * step_seconds:.1f} ms", "100%"))
     publish(
         Result(
@@ -180,12 +180,12 @@ def main(argv: list[str] | None = None) -> None:
                     headline=True,
                 ),
                 Figure("of it in every step", within, "share", n=len(rows), spread=(first, third)),
-                Figure("of it at the top of epochs with a beat", spread_top, "share", n=len(tops)),
+                Figure("of it at the top of epochs with an update epoch", spread_top, "share", n=len(tops)),
             ),
             tables=(Table("Where it goes (medians)", ("part", "time", "share of a step"), tuple(table)),),
             settings={"batch": BATCH, "samples": f"{samples:,}", "steps timed": len(rows), "layout": "channels_last"},
             notes=(
-                f"What happens once an epoch is spread over {steps_of_epoch} steps, as if every epoch were a beat.",
+                f"What happens once an epoch is spread over {steps_of_epoch} steps, as if all were update epochs.",
                 "The loader's time holds the fetching of the images, which a plain loader needs as well.",
             ),
             stamp=stamped,

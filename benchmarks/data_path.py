@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
-from spfde.app.augment import BatchAugment, normalise
-from spfde.app.images import ImageArray, collate
+from spfde.app.data.images import ImageArray, collate
+from spfde.app.train.augment import BatchAugment, normalise
 
 BATCH, PADDING, TARGET = 64, 4, 4.0
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish
-from spfde.app.models import build_model
+from spfde.app.train.models import build_model
 from spfde.cost import SavedTensorBytes, format_bytes
 
 BATCH, BLOCKS = 64, 15

@@ -2,8 +2,9 @@
 
 ResNet-8 on fashion-mini by the command line's own trainer, MEST at 90 %: the four schemes of SpFDE's appendix B with
 the same learning rate and seeds, beside no freezing at all; and the two criteria that freeze a block earlier where it
-has converged, which cost less. With three blocks and few beats a scheme can save certain shares only, so the target is
-the periodic scheme's bill, and of each other scheme the plan is run whose bill comes nearest. FLOPs are modelled.
+has converged, which cost less. With three blocks and few update epochs a scheme can save certain shares only, so the
+target is the periodic scheme's bill, and of each other scheme the plan is run whose bill comes nearest. FLOPs are
+modelled.
 
     python benchmarks/freezing_schemes.py           # about half an hour on two cores
     python benchmarks/freezing_schemes.py --epochs 20 --seeds 0 1 2 --freeze 0.2
@@ -34,8 +35,8 @@ from same_budget import (
     run_settings,
     with_sd,
 )
-from spfde.app.options import TrainOptions, choose_recipe
-from spfde.errors import InvalidArgument
+from spfde.app.train.options import TrainOptions, choose_recipe
+from spfde.core.errors import InvalidArgument
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
 CRITERIA = ("structure", "representation")

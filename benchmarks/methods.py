@@ -20,7 +20,7 @@ from typing import Any
 
 from _common import Result, Table, begin, parser, publish
 from same_budget import Entry, Runs, accuracy_figure, add_run_options, mean, opened_runs, run_settings, with_sd
-from spfde.app.options import TrainOptions, choose_recipe
+from spfde.app.train.options import TrainOptions, choose_recipe
 
 METHODS = (
     "dense", "static", "set", "rigl", "mest", "snip", "grasp", "synflow", "deepr", "dsr", "snfs", "set-itop",

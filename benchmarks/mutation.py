@@ -2,9 +2,10 @@
 
 ResNet-50's weights at 90 %: one mutation of all its masks by each method, with weights and gradients that are there
 already, against a dense training step of 8 images of 224 pixels (a small one: a step of 64 takes about eight times as
-long). Rounds are interleaved; each has a beat of its own, after a step with random gradients that is not timed, and is
-checked to have changed the masks. Target: at most 5 steps. Memory is counted in bytes of the tensors: masks packed as
-they are saved, and as they run, against the fp32 weights; what a method keeps beside its masks has a column of its own.
+long). Rounds are interleaved; each has an update epoch of its own, after a step with random gradients that is not
+timed, and is checked to have changed the masks. Target: at most 5 steps. Memory is counted in bytes of the tensors:
+masks packed as they are saved, and as they run, against the fp32 weights; what a method keeps beside its masks has a
+column of its own.
 
     python benchmarks/mutation.py                   # about 10 minutes on two cores
 """
@@ -35,7 +36,7 @@ STRUCTURES: dict[str, SparsityMethod] = {
 
 
 class Mutating:
-    """A model's masks, which mutate by one method at one beat after the other."""
+    """A model's masks, which mutate by one method at one update epoch after the other."""
 
     def __init__(self, make: Callable[[], nn.Module], method: SparsityMethod) -> None:
         torch.manual_seed(0)
@@ -58,7 +59,7 @@ class Mutating:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Before a mutation a step of training and the next beat; after it the check that masks have changed."""
+        """Before a mutation a step and the next update epoch; after it the check that masks have changed."""
         self.gradients = {n: 0.01 * torch.randn(p.shape, generator=self.random) for n, p in self.layers.items()}
         self._step(self.optimizer.step)
         self.epoch += INTERVAL
@@ -68,7 +69,7 @@ class Mutating:
         assert changed, f"{self.masker.method.name} changed no mask at epoch {self.epoch}: ask for fewer rounds"
 
     def mutate(self) -> None:
-        """What a beat does, without the optimizer's own step."""
+        """What an update epoch does, without the optimizer's own step."""
         self.masker.begin_epoch(self.epoch, ())
         if self.masker.pending or self.masker.method.changes_every_step:
             self._step()

@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish, quartiles
-from spfde.app.models import build_model
+from spfde.app.train.models import build_model
 from spfde.cost import format_bytes
 from spfde.cost.memory import peak_bytes, reset_peak
-from spfde.engines import WORTH_IT, estimate_time
-from spfde.native import build
-from spfde.native.engine import NativeEngine
+from spfde.engines.choose import WORTH_IT, estimate_time
+from spfde.engines.native import build
+from spfde.engines.native.engine import NativeEngine
 
 BATCH, CLASSES, EPOCHS = 64, 100, 160
 DENSE = ("dense, contiguous", "dense, channels_last")

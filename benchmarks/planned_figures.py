@@ -12,12 +12,12 @@ import torch
 
 import spfde
 from _common import Figure, Result, Table, begin, parser, publish, show
-from spfde.app.models import build_model
+from spfde.app.train.models import build_model
 
 EPOCHS, SAMPLES, BATCH, SPARSITY = 160, 50_000, 64, 0.9
 CONSTANT = {0.10: 100, 0.15: 85, 0.20: 65, 0.25: 50, 0.30: 30, 0.35: 15}
 SOFT_BOUND = {0.10: 90, 0.15: 75, 0.20: 55, 0.25: 40, 0.30: 25, 0.35: 10}
-TOLERANCE = 5  # one beat: which layers stay dense moves the start by up to one
+TOLERANCE = 5  # one update epoch: which layers stay dense moves the start by up to one
 
 
 def planned(recipe: spfde.Recipe) -> spfde.Plan:

@@ -37,11 +37,11 @@ from torch.optim import SGD
 
 import spfde
 from _common import BENCHMARKS, Figure, Result, Table, begin, compare, interleave, parser, publish
-from spfde.app.data import load_data
-from spfde.app.images import ImageArray
-from spfde.app.loop import train
-from spfde.app.models import MODELS, CifarResNet, ModelEntry
-from spfde.app.options import TrainOptions, choose_recipe
+from spfde.app.data.datasets import load_data
+from spfde.app.data.images import ImageArray
+from spfde.app.train.loop import train
+from spfde.app.train.models import MODELS, CifarResNet, ModelEntry
+from spfde.app.train.options import TrainOptions, choose_recipe
 from spfde.cost import format_seconds
 
 FULL_WIDTH = 16

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 import spfde
 from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
-from spfde.app.augment import BatchAugment, normalise
-from spfde.app.data import load_data
-from spfde.app.images import ImageArray, ImageData, collate
-from spfde.app.models import build_model
+from spfde.app.data.datasets import load_data
+from spfde.app.data.images import ImageArray, ImageData, collate
+from spfde.app.train.augment import BatchAugment, normalise
+from spfde.app.train.models import build_model
 
 BATCH, REMOVED, TARGET = 64, 0.2, 0.82
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from spfde.app.augment import normalise
-from spfde.app.data import ImageArray, load_data
-from spfde.app.models import build_model
+from spfde.app.data.datasets import ImageArray, load_data
+from spfde.app.train.augment import normalise
+from spfde.app.train.models import build_model
 
 RECIPE = spfde.Recipe(
     sparsity=spfde.MEST(sparsity=0.8),

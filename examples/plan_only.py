@@ -13,7 +13,7 @@ import argparse
 import torch
 
 import spfde
-from spfde.app.models import build_model
+from spfde.app.train.models import build_model
 from spfde.cost import format_bytes, format_flops
 
 

@@ -19,9 +19,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from spfde.native import build, program
-from spfde.native.engine import NativeEngine
-from spfde.native.kernels import Kernels
+from spfde.engines.native import build, program
+from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.kernels import Kernels
 
 _CHILD = "SPFDE_FUZZ_CHILD"
 _TOLERANCE = 1e-9

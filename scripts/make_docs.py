@@ -74,7 +74,7 @@ def without_card(techniques: Iterable[str], root: Path) -> list[str]:
 def technique_names() -> list[str]:
     """The techniques that ``import spfde`` offers."""
     import spfde
-    from spfde.technique import Technique
+    from spfde.core.technique import Technique
 
     public = ((name, getattr(spfde, name)) for name in spfde.__all__)
     return [name for name, value in public if isinstance(value, type) and issubclass(value, Technique)]

@@ -8,7 +8,7 @@ import pytest
 import torch.utils.data
 
 import spfde
-from support import Parts, make_parts
+from helpers.training import Parts, make_parts
 
 # Set by a developer's shell or a CI, they make the command line colour what the tests read.
 for _name in ("PY_COLORS", "FORCE_COLOR", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):
@@ -27,7 +27,7 @@ def parts() -> Parts:
 
 @pytest.fixture
 def whole_recipe() -> spfde.Recipe:
-    """All three savings with a beat of two epochs."""
+    """All three savings with an update epoch of two epochs."""
     return spfde.Recipe(
         sparsity=spfde.MEST(sparsity=0.8),
         freezing=spfde.ProgressiveFreezing(flops_reduction=0.15),

@@ -37,19 +37,20 @@ _HOMES = {
     "BlockwiseCosine": "spfde.freezing",
     "DataSieving": "spfde.sieving",
     "OneTimeRemoval": "spfde.sieving",
-    "attach": "spfde.door",
-    "Session": "spfde.session",
+    "attach": "spfde.session.attach",
+    "Session": "spfde.session.session",
+    "register": "spfde.core.registry",
     "plan": "spfde.planning",
     "Plan": "spfde.planning",
-    "SpfdeError": "spfde.errors",
-    "InvalidArgument": "spfde.errors",
-    "StateMismatch": "spfde.errors",
-    "UsageError": "spfde.errors",
-    "TrainingDiverged": "spfde.errors",
-    "DataError": "spfde.errors",
-    "RunFolderError": "spfde.errors",
-    "WeightsFileError": "spfde.errors",
-    "cite": "spfde.citation",
+    "SpfdeError": "spfde.core.errors",
+    "InvalidArgument": "spfde.core.errors",
+    "StateMismatch": "spfde.core.errors",
+    "UsageError": "spfde.core.errors",
+    "TrainingDiverged": "spfde.core.errors",
+    "DataError": "spfde.core.errors",
+    "RunFolderError": "spfde.core.errors",
+    "WeightsFileError": "spfde.core.errors",
+    "cite": "spfde.recipe.citation",
 }
 _ROOMS = ("presets", "errors", "sparsity", "freezing", "sieving", "cost", "export", "analysis")
 
@@ -64,22 +65,23 @@ if TYPE_CHECKING:
     from spfde import presets as presets
     from spfde import sieving as sieving
     from spfde import sparsity as sparsity
-    from spfde.citation import cite as cite
-    from spfde.door import attach as attach
-    from spfde.errors import DataError as DataError
-    from spfde.errors import InvalidArgument as InvalidArgument
-    from spfde.errors import RunFolderError as RunFolderError
-    from spfde.errors import SpfdeError as SpfdeError
-    from spfde.errors import StateMismatch as StateMismatch
-    from spfde.errors import TrainingDiverged as TrainingDiverged
-    from spfde.errors import UsageError as UsageError
-    from spfde.errors import WeightsFileError as WeightsFileError
+    from spfde.core.errors import DataError as DataError
+    from spfde.core.errors import InvalidArgument as InvalidArgument
+    from spfde.core.errors import RunFolderError as RunFolderError
+    from spfde.core.errors import SpfdeError as SpfdeError
+    from spfde.core.errors import StateMismatch as StateMismatch
+    from spfde.core.errors import TrainingDiverged as TrainingDiverged
+    from spfde.core.errors import UsageError as UsageError
+    from spfde.core.errors import WeightsFileError as WeightsFileError
+    from spfde.core.registry import register as register
     from spfde.freezing import BlockwiseCosine as BlockwiseCosine
     from spfde.freezing import ProgressiveFreezing as ProgressiveFreezing
-    from spfde.planning import Plan as Plan
-    from spfde.planning import plan as plan
-    from spfde.recipe import Recipe as Recipe
-    from spfde.session import Session as Session
+    from spfde.planning.bill import Plan as Plan
+    from spfde.planning.bill import plan as plan
+    from spfde.recipe.citation import cite as cite
+    from spfde.recipe.recipe import Recipe as Recipe
+    from spfde.session.attach import attach as attach
+    from spfde.session.session import Session as Session
     from spfde.sieving import DataSieving as DataSieving
     from spfde.sieving import OneTimeRemoval as OneTimeRemoval
     from spfde.sparsity import DSR as DSR

@@ -1,5 +1,5 @@
 """``python -m spfde`` is the ``spfde`` command."""
 
-from spfde.cli import main
+from spfde.app.cli import main
 
 main()

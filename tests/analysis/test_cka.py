@@ -20,7 +20,7 @@ from spfde.analysis import (
     minibatch_cka,
     unbiased_hsic,
 )
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 
 
 def features(n: int, d: int, seed: int) -> Tensor:

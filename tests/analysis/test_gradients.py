@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spfde.analysis import gradient_norms, successive_differences
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 
 X = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(10) % 3

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from spfde.analysis import BlockOutputs, output_graph, output_modules
-from spfde.app.models import build_model
-from spfde.errors import InvalidArgument
+from spfde.app.train.models import build_model
+from spfde.core.errors import InvalidArgument
 from spfde.freezing import find_blocks
-from spfde.tracing import trace
+from spfde.model.trace import trace
 
 
 class Chain(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.analysis import structural_overlap, structural_similarity
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 
 WEIGHT = torch.tensor([[5.0, 0.0, -4.0, 1.0], [0.0, 3.0, 0.0, -2.0]])
 FINAL = torch.tensor([[True, True, False, False], [True, True, False, True]])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import Outcome, Spfde
+from helpers.commands import Outcome, Spfde
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def spfde(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Spfde:
     """Runs the command line in this process, in the folder ``here``."""
-    from spfde.cli import main
+    from spfde.app.cli import main
 
     monkeypatch.setenv("COLUMNS", "80")
 

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-import commands
-from commands import Spfde
-from spfde.app import kept
-from spfde.app.augment import normalise
-from spfde.app.checkpoints import Checkpoints, described
-from spfde.app.data import load_data
-from spfde.app.models import build_model
+from helpers import commands
+from helpers.commands import Spfde
+from spfde.app.data.datasets import load_data
+from spfde.app.runs import kept_checkpoints
+from spfde.app.runs.checkpoints import Checkpoints, described
+from spfde.app.train.augment import normalise
+from spfde.app.train.models import build_model
 
 PLOTS = ("structural-similarity.png", "cka.png", "gradient-norm.png")
 
@@ -63,7 +63,7 @@ class TestKeeping:
         assert {path.name for path in (folder / "epoch-0002").iterdir()} == files
 
     def test_the_last_one_is_the_final_model_with_its_masks(self, kept_run: Path) -> None:
-        state, masks = kept.read(kept_run / "checkpoints" / "kept" / "epoch-0005")
+        state, masks = kept_checkpoints.read(kept_run / "checkpoints" / "kept" / "epoch-0005")
         final = load_file(kept_run / "checkpoints" / "latest" / "model.safetensors")
         assert state.keys() == final.keys()
         assert all(np.array_equal(state[name].numpy(), final[name]) for name in final)
@@ -145,7 +145,7 @@ class TestAnalyze:
     def test_structural_similarity_is_what_the_files_say(self, found: dict[str, Any], kept_run: Path) -> None:
         folder = kept_run / "checkpoints" / "kept"
         weights = load_file(folder / "epoch-0002" / "model.safetensors")
-        _, final = kept.read(folder / "epoch-0005")
+        _, final = kept_checkpoints.read(folder / "epoch-0005")
         counts = []
         block = next(block for block in found["blocks"] if block["name"] == "layer3.0")
         for layer in block["layers"]:
@@ -165,7 +165,7 @@ class TestAnalyze:
         logits = []
         for epoch in (2, 5):
             model = build_model("resnet8", num_classes=3, in_channels=1, image_size=8)
-            model.load_state_dict(kept.read(kept_run / "checkpoints" / "kept" / f"epoch-000{epoch}")[0])
+            model.load_state_dict(kept_checkpoints.read(kept_run / "checkpoints" / "kept" / f"epoch-000{epoch}")[0])
             with torch.no_grad():
                 logits.append(model.eval().double()(x))
         n, ones = len(x), torch.ones(len(x), dtype=torch.float64)
@@ -234,7 +234,7 @@ class TestMistakes:
         checkpoints = Checkpoints(copied / "checkpoints")
         other = build_model("resnet8", num_classes=7, in_channels=1, image_size=8)
         about = described(checkpoints.kept()[5])
-        checkpoints.keep(lambda folder: kept.write(folder, other, {}), epoch=5, about=about)
+        checkpoints.keep(lambda folder: kept_checkpoints.write(folder, other, {}), epoch=5, about=about)
         assert "epoch-0005: does not fit resnet8 (" in self.refused(spfde, copied)
 
     def test_other_data_of_the_same_shape(self, tiny: Path, spfde: Spfde, copied: Path) -> None:

@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 
 import pytest
 
-import commands
-from native_support import needs_kernels
+from helpers import commands
+from helpers.native import needs_kernels
 from spfde import presets
-from spfde.app import models
-from spfde.app.checkpoints import Checkpoints, described
-from spfde.app.loop import train
-from spfde.app.options import TrainOptions
-from spfde.app.runs import CONFIG, RECIPE, RunFolder
-from spfde.errors import RunFolderError, StateMismatch
+from spfde.app.runs.checkpoints import Checkpoints, described
+from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
+from spfde.app.train import models
+from spfde.app.train.loop import train
+from spfde.app.train.options import TrainOptions
+from spfde.core.errors import RunFolderError, StateMismatch
 from spfde.freezing import ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
 

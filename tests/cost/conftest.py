@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spfde.cost import ModelCost, model_cost
-from spfde.tracing import trace
+from spfde.model.trace import trace
 
 
 class Block(nn.Module):

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from spfde.core.errors import InvalidArgument
 from spfde.cost import ModelCost, model_cost
-from spfde.errors import InvalidArgument
-from spfde.tracing import Trace, TracedOp, trace
+from spfde.model.trace import Trace, TracedOp, trace
 
 
 def cost_of(model: nn.Module, *shape: int) -> ModelCost:

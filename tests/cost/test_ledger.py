@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.cost import Ledger, LedgerRow, epoch_cost, format_bytes, format_flops, format_seconds
-from spfde.errors import InvalidArgument, StateMismatch
 
 
 def row(epoch: int = 0, **changes: object) -> LedgerRow:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from spfde.core.errors import InvalidArgument
 from spfde.cost import (
     LayerCost,
     MemoryBytes,
@@ -24,7 +25,6 @@ from spfde.cost import (
     peak_bytes,
     reset_peak,
 )
-from spfde.errors import InvalidArgument
 
 LAYERS = (
     LayerCost("a.weight", "a", 0, 1000, numel=20, activations=50),

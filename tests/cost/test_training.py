@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spfde.core.errors import InvalidArgument
 from spfde.cost import EpochCost, ModelCost, backward_flops, epoch_cost, total_cost
 from spfde.cost.training import share
-from spfde.errors import InvalidArgument
 
 FORWARD = (100, 40, 20)
 ALL_ACTIVE = (False, False, False)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.export import Encoded, WeightBytes, decode, encode, weight_bytes
 from spfde.export.encoding import as_bits, smallest
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spfde
-from spfde.errors import InvalidArgument, UsageError, WeightsFileError
+from helpers.training import SmallNet, make_parts
+from spfde.core.errors import InvalidArgument, UsageError, WeightsFileError
 from spfde.export import load, save_compressed, save_dense, save_onnx
-from support import SmallNet, make_parts
 
 
 def sparse_net() -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from spfde.errors import InvalidArgument, UsageError
+from spfde.core.errors import InvalidArgument, UsageError
 from spfde.export import is_two_four, semi_structured, to_semi_structured
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from freezing.models import SmallResNet, images, partition
-from spfde.errors import InvalidArgument, StateMismatch, UsageError
+from helpers.models import SmallResNet, images, partition
+from spfde.core.errors import InvalidArgument, StateMismatch, UsageError
 from spfde.freezing import Freezer, find_blocks, recompile_warning
-from spfde.tracing import trace
+from spfde.model.trace import trace
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, freezing_saving, solve
 
 EPOCHS, INTERVAL = 160, 5
@@ -92,8 +92,8 @@ def test_start_epochs_of_resnet32_under_the_soft_bound_are_those_of_the_paper(re
 
 
 def test_a_plan_worked_by_hand():
-    # Two blocks of 2 FLOPs an epoch, ten epochs, 60 in all; one beat in two epochs. From epoch 4: 6 + 4 epochs are
-    # saved, 20 FLOPs, a third. From epoch 6 it would be 4 + 2 epochs, 12 FLOPs, a fifth.
+    # Two blocks of 2 FLOPs an epoch, ten epochs, 60 in all; one update epoch in two epochs. From epoch 4: 6 + 4 epochs
+    # are saved, 20 FLOPs, a third. From epoch 6 it would be 4 + 2 epochs, 12 FLOPs, a fifth.
     backward = [[2.0] * 10, [2.0] * 10, [2.0] * 10]
     plan = solve(Savings(backward, 60.0, 0.25, 2, 2))
     assert plan.freeze_epochs == (4, 6, None)

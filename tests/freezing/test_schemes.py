@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, paused, solve
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
@@ -165,17 +165,17 @@ def test_a_block_settles_in_its_last_interval_before_it_is_frozen_for_good():
     assert [plan.last_turn(0, epoch, 2) for epoch in range(10)] == [0, 0, 2, 2, 2, 2, 2, 2, 2, 2]
 
 
-def test_a_block_that_resumes_is_no_longer_held_at_its_target_from_its_first_beat_on():
+def test_a_block_that_resumes_is_no_longer_held_at_its_target_from_its_first_update_epoch_on():
     plan = FreezePlan(2, (0, 0, 0, 0, 1, 1, 1, 0, 0, 0), 0.0)
-    # Thawed in epoch 7, it may mutate at the beat 8.
+    # Thawed in epoch 7, it may mutate at the update epoch 8.
     assert [plan.settles(0, epoch, 2) for epoch in range(10)] == [False] * 2 + [True] * 6 + [False] * 2
     assert plan.last_turn(0, 7, 2) == 2
 
 
-def test_a_block_that_pauses_keeps_its_mask_until_its_last_beat():
+def test_a_block_that_pauses_keeps_its_mask_until_its_last_update_epoch():
     plan = FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True)
-    # A beat every three epochs: the front trains at 0 and never again on a beat before the last epoch; the middle at 0
-    # and 6.
+    # An update epoch every three epochs: the front trains at 0 and never again on an update epoch before the last
+    # epoch; the middle at 0 and 6.
     assert [plan.last_turn(0, epoch, 3) for epoch in range(12)] == [0] * 12
     assert all(plan.settles(0, epoch, 3) for epoch in range(12))
     assert [plan.settles(1, epoch, 3) for epoch in range(12)] == [False] * 6 + [True] * 6
@@ -188,7 +188,7 @@ def test_a_block_that_trains_in_the_last_epoch_is_pruned_there_and_settles_not_b
     assert not any(plan.settles(0, epoch, 3) for epoch in range(9))
 
 
-def test_a_block_frozen_from_the_first_epoch_on_has_no_beat_and_is_at_target():
+def test_a_block_frozen_from_the_first_epoch_on_has_no_update_epoch_and_is_at_target():
     plan = FreezePlan(1, (1, 1, 1, 1), 0.0)
     assert plan.last_turn(0, 3, 2) is None
     assert plan.settles(0, 0, 2)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Subset
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sieving import ClassLabels, DataSieving, OneTimeRemoval, Sieve, find_labels
 from spfde.sieving.balance import largest_remainder, spread, take_evenly
 

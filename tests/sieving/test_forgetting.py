@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spfde.errors import InvalidArgument, StateMismatch
+from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.sieving import ForgettingCounter, correct_from_logits, correct_from_loss
-from spfde.sieving import deferred as deferred_module
+from spfde.sieving import accumulator as deferred_module
 from spfde.sieving import forgetting as forgetting_module
 
 INF = float("inf")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from spfde.errors import InvalidArgument
+from helpers.training import make_images
+from spfde.core.errors import InvalidArgument
 from spfde.sieving import ClassLabels, MeanScore, Observer, SievedBatchSampler, build_loader, label_bounds
-from support import make_images
 
 
 def make_observer(scorer: MeanScore, classes: ClassLabels, gather: Any = None) -> Observer:

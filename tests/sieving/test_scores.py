@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, StateMismatch
+from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.sieving import (
     CRITERIA,
     EVIDENCE,

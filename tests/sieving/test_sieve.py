@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spfde.errors import InvalidArgument, StateMismatch
+from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.sieving import DataSieving, Sieve, check_fraction
 from spfde.sieving.sieve import easiest, turn_queue
 

@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from spfde.errors import UsageError
+from spfde.core.errors import UsageError
 from spfde.sieving import (
     DataSieving,
     Sieve,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sieving import DataSieving, OneTimeRemoval, Sieve, inclusion_probabilities, loss_weights
 
 

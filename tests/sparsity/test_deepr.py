@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from by_hand import HandRun, places
+from helpers.by_hand import HandRun, places
 from spfde.sparsity import DeepR
 from spfde.sparsity.mutation import rewire
 

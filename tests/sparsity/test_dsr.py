@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from by_hand import HandRun
+from helpers.by_hand import HandRun
 from spfde.sparsity import DSR
 from spfde.sparsity.methods.base import LayerView
 from spfde.sparsity.methods.dsr import share_out

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from by_hand import HandRun
-from spfde.errors import InvalidArgument
+from helpers.by_hand import HandRun
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity import GMP
 
 

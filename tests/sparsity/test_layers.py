@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity import StaticSparse, select_layers
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spfde.errors import StateMismatch, UsageError
+from spfde.core.errors import StateMismatch, UsageError
 from spfde.sparsity import (
     DSR,
     GMP,
@@ -148,7 +148,7 @@ def test_the_soft_bound_takes_the_sparsity_from_085_over_0875_to_090() -> None:
     assert seen == pytest.approx([0.85] * 9 + [0.875] * 3 + [0.9] * 4)
 
 
-def test_the_last_epoch_is_at_target_even_when_it_is_no_beat() -> None:
+def test_the_last_epoch_is_at_target_even_when_it_is_no_update_epoch() -> None:
     run = Run(MEST(sparsity=0.8, soft_bound_steps=(0.05,), decay_at=()), epochs=6, interval=4)
     for epoch in range(5):
         run.epoch(epoch)
@@ -184,7 +184,7 @@ def test_a_mutation_by_hand() -> None:
     assert momentum.count_nonzero() == 1
 
 
-def test_nothing_mutates_between_beats() -> None:
+def test_nothing_mutates_between_update_epochs() -> None:
     run = Run(SET(sparsity=0.8), interval=3)
     run.epoch(0)
     before = run.masker.masks

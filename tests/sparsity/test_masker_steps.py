@@ -200,7 +200,7 @@ def test_a_gradient_that_was_changed_after_its_backward_pass_is_masked_again() -
     assert (run.weight.grad[~run.mask] == 0).all()
 
 
-def test_rigl_grows_by_the_dense_gradient_of_the_first_step_of_the_beat() -> None:
+def test_rigl_grows_by_the_dense_gradient_of_the_first_step_of_the_update_epoch() -> None:
     run = Run(RigL(sparsity=0.7, drop_fraction=0.5), interval=2)
     run.masker.begin_epoch(0, ())
     run.step()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity import infer_mask, magnitude_mask, pack, random_mask, unpack
 from spfde.sparsity.masks import apply_, highest
 

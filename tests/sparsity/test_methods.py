@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity import MEST, METHODS, SET, PruningAtInitialisation, RigL, StaticSparse, planned_active
 from spfde.sparsity.methods import planned_keep
 
@@ -12,8 +12,7 @@ def test_methods_are_registered_by_name() -> None:
     assert list(METHODS)[:4] == ["static", "set", "rigl", "mest"]
     for name, method in METHODS.items():
         assert method.name == name
-        assert "arXiv" in method.citation
-        assert method.bibtex.count("{") == method.bibtex.count("}")
+        assert method.references
         assert method.cost
         assert "\n" not in method.summary
 
@@ -79,8 +78,8 @@ def test_the_planned_density_of_the_soft_bound_decays_to_the_target() -> None:
     assert planned == [150, 150, 125, 125, 100, 100]
 
 
-def test_the_soft_bound_changes_at_beats_only() -> None:
-    # 20 epochs, beats every 4: the first decay (11.25) shows at epoch 12, the second (15) at epoch 16.
+def test_the_soft_bound_changes_at_update_epochs_only() -> None:
+    # 20 epochs, update epochs every 4: the first decay (11.25) shows at epoch 12, the second (15) at epoch 16.
     planned = [planned_active(MEST(sparsity=0.9), 100, 1000, epoch=e, interval=4, epochs=20) for e in range(20)]
     assert planned == [150] * 12 + [125] * 4 + [100] * 4
 

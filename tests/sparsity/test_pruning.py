@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity import saliency
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Structure, Unstructured

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity.saliency import (
     choose_units,
     connection_sensitivity,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from by_hand import HandRun
+from helpers.by_hand import HandRun
 from spfde.sparsity import SNFS
 from spfde.sparsity.gradients import SmoothedGradients
 from spfde.sparsity.methods.base import LayerView

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from by_hand import places
+from helpers.by_hand import places
 from spfde.sparsity import STR, Masker
 from spfde.sparsity.latent import SoftThresholdLatent, settled_masks
 
@@ -128,7 +128,7 @@ def test_the_masks_settle_at_the_exact_total_as_soon_as_it_is_reached() -> None:
     assert masker.n_active("0.weight") != round(0.4 * 72)
 
 
-def test_masks_that_have_settled_stay_through_the_beats_that_follow() -> None:
+def test_masks_that_have_settled_stay_through_the_update_epochs_that_follow() -> None:
     x, y = _data()
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)

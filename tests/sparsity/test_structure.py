@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spfde.errors import InvalidArgument
+from spfde.core.errors import InvalidArgument
 from spfde.sparsity.structure import (
     NM,
     STRUCTURES,
@@ -54,8 +54,7 @@ def test_each_structure_is_listed_under_its_kind() -> None:
     for kind, structure in STRUCTURES.items():
         assert structure.kind == kind
         assert structure.summary.endswith(".")
-        assert structure.citation
-        assert structure.bibtex.startswith("@")
+        assert structure.references
 
 
 def test_a_weight_for_itself_is_scored_chosen_and_placed_as_it_lies() -> None:

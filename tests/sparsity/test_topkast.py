@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from by_hand import HandRun
-from spfde.errors import StateMismatch
+from helpers.by_hand import HandRun
+from spfde.core.errors import StateMismatch
 from spfde.sparsity import StaticSparse, TopKAST
 
 # At sparsity 0.8 set A is the first two of these ten, and with a fifth more set B the first four.
@@ -57,7 +57,7 @@ def test_momentum_moves_set_b_and_nothing_else() -> None:
     assert _latent(run)[4:] == TEN[4:]
 
 
-def test_at_a_beat_the_sets_are_chosen_anew_by_magnitude() -> None:
+def test_at_a_update_epoch_the_sets_are_chosen_anew_by_magnitude() -> None:
     run = _run(penalty=0.0)
     run.step(w=[0.0, 0.0, -5.0, 0.0] + [0.0] * 6)  # pushes the third, from B, to 1.19 and past all others
     assert run.active() == [0, 1]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem
 
 LEAST_SAMPLES = 4
 """The unbiased estimator of HSIC divides by the number of samples less three."""

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from spfde.errors import InvalidArgument, Problem
-from spfde.tracing import Sample, call_arguments, unwrap
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.model.sample import Sample, call_arguments, unwrap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch, a scalar, from the model's output and the target."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from spfde.errors import InvalidArgument, Problem, nearest
+from spfde.core.errors import InvalidArgument, Problem, nearest
 from spfde.freezing import Partition
-from spfde.tracing import Sample, call_arguments, global_generators_restored, unwrap
+from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 
 
 def output_modules(model: nn.Module, partition: Partition, sample: Sample) -> list[str | None]:
@@ -163,7 +163,7 @@ def native_outputs(
     Raises:
         InvalidArgument: as :func:`output_graph`.
     """
-    from spfde.native.engine import NativeEngine
+    from spfde.engines.native.engine import NativeEngine
 
     graph = output_graph(model, modules)
     NativeEngine(graph, masks=masks, dense_gradients=frozenset)

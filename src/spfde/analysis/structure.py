@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem
-from spfde.rounding import round_half_up
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.numbers import round_half_up
 from spfde.sparsity.masks import highest
 
 

@@ -24,16 +24,16 @@ from spfde.analysis import (
     structural_overlap,
     successive_differences,
 )
-from spfde.app.checkpoints import check_whole, described
-from spfde.app.data import load_data
-from spfde.app.disk import clear_errors, write_whole
-from spfde.app.images import ImageData, collate
-from spfde.app.options import TrainOptions
-from spfde.app.runs import CONFIG, RunFolder
-from spfde.app.setup import hardware, versions
-from spfde.app.subject import Layers, Subject
-from spfde.errors import DataError, RunFolderError
-from spfde.technique import Technique
+from spfde.app.data.datasets import load_data
+from spfde.app.data.images import ImageData, collate
+from spfde.app.runs.checkpoints import check_whole, described
+from spfde.app.runs.folder import CONFIG, RunFolder
+from spfde.app.runs.kept_model import Layers, Subject
+from spfde.app.train.options import TrainOptions
+from spfde.app.train.setup import hardware, versions
+from spfde.core.errors import DataError, RunFolderError
+from spfde.core.files import clear_errors, write_whole
+from spfde.core.technique import Technique
 
 RESULT = "analysis.json"
 FRACTION = 0.5

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spfde.errors import InvalidArgument, Problem
-from spfde.tracing import Trace, TracedOp, unwrap
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.model.sample import unwrap
+from spfde.model.trace import Trace, TracedOp
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.cost.training import EpochCost, total_cost
-from spfde.errors import InvalidArgument, Problem, StateMismatch
 
 _VERSION = 1
 _DASH = "-"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from spfde.core.errors import Problems, nearest
 from spfde.cost.flops import LayerCost
 from spfde.cost.training import check_layers, share
-from spfde.errors import Problems, nearest
 
 Accounting = Literal["paper", "actual"]
 

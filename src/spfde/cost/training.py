@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from spfde.errors import Problems
+from spfde.core.errors import Problems
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem
 
 Kind = Literal["dense", "mask", "gaps"]
 

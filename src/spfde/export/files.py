@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem, Problems, UsageError, WeightsFileError
+from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError, WeightsFileError
 from spfde.export.encoding import Encoded, as_bits, decode, encode
 
 # Version of the compressed layout, and the keys of the header's metadata.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spfde.errors import InvalidArgument, Problem, UsageError
+from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.export.files import written_whole
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from spfde.errors import InvalidArgument, Problem, Problems, UsageError
+from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 _LEAST_CAPABILITY = (8, 0)

@@ -1,6 +1,5 @@
 """Which layers learn: the blocks of a model, when each is frozen, freezing them, and their learning rates."""
 
-from spfde.freezing.blocks import Block, Partition, find_blocks
 from spfde.freezing.freezer import Freezer, is_held, recompile_warning
 from spfde.freezing.plan import (
     FREEZE_CRITERIA,
@@ -10,8 +9,9 @@ from spfde.freezing.plan import (
     Scheme,
     blocks_to_freeze,
 )
-from spfde.freezing.scheduler import BlockwiseCosine, GroupRates, check_rates, rate
+from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, rate
 from spfde.freezing.schemes import Savings, freezing_saving, paused, solve
+from spfde.model.blocks import Block, Partition, find_blocks
 
 __all__ = [
     "FREEZE_CRITERIA",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from spfde.errors import InvalidArgument, Problem, StateMismatch, UsageError
-from spfde.freezing.blocks import Block
-from spfde.tracing import unwrap
+from spfde.core.errors import InvalidArgument, Problem, StateMismatch, UsageError
+from spfde.model.blocks import Block
+from spfde.model.sample import unwrap
 
 _WANTED_MODE = "_spfde_wanted_mode"
 # Buffers that a forward pass in training mode changes: statistics of norms, the vectors of spectral norm.

@@ -12,10 +12,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spfde import sources
-from spfde.schedules import latest_beat
-from spfde.sources import Source
-from spfde.technique import Technique
+from spfde.core.numbers import latest_update_epoch
+from spfde.core.technique import Technique
 
 Scheme = Literal["single-shot", "single-shot-resume", "periodic", "delayed-periodic"]
 FreezeCriterion = Literal["schedule", "structure", "representation"]
@@ -30,10 +28,13 @@ SCHEMES: Mapping[Scheme, str] = {
 
 FREEZE_CRITERIA: Mapping[FreezeCriterion, tuple[str, str]] = {
     "schedule": ("As planned.", "none"),
-    "structure": ("Earlier, where a block's largest weights stay the same.", "no FLOPs; sorts the weights once a beat"),
+    "structure": (
+        "Earlier, where a block's largest weights stay the same.",
+        "no FLOPs; sorts the weights once an update epoch",
+    ),
     "representation": (
         "Earlier, where CKA of a block's outputs stays the same.",
-        "a forward pass of the probe's samples once a beat",
+        "a forward pass of the probe's samples once an update epoch",
     ),
 }
 """What lets a block be frozen, and what finding it out costs."""
@@ -45,7 +46,7 @@ class ProgressiveFreezing(Technique):
     Source: SpFDE, section 3 (layer freezing) and appendix B (the four schemes). In each of them the frozen blocks are
     a front prefix at every moment, and the same FLOPs reduction is solved for:
 
-    - "single-shot": from the start epoch on, one block more is frozen at each beat, and stays frozen.
+    - "single-shot": from the start epoch on, one block more is frozen at each update epoch, and stays frozen.
     - "single-shot-resume": as before, but ``resume_epochs`` earlier, and everything trains again for that long at the
       end.
     - "periodic": front blocks train one epoch in four, middle blocks one in two, the others always.
@@ -57,8 +58,7 @@ class ProgressiveFreezing(Technique):
     name: ClassVar[str] = "progressive-freezing"
     summary: ClassVar[str] = "Freezes blocks front to back, one per update interval; they need no backward pass."
     cost: ClassVar[str] = "of a frozen block, the forward pass alone"
-    citation: ClassVar[str] = sources.SPFDE.citation
-    bibtex: ClassVar[str] = sources.SPFDE.bibtex
+    references: ClassVar[tuple[str, ...]] = ("yuan2022spfde",)
 
     flops_reduction: float = Field(
         default=0.20, ge=0, lt=1, description="share of the training FLOPs that freezing saves, in [0, 1)"
@@ -91,7 +91,10 @@ class ProgressiveFreezing(Technique):
         "its largest weights, or by CKA of its outputs; at the latest as planned",
     )
     threshold: float = Field(
-        default=0.95, gt=0, le=1, description="similarity to the beat before from which on a block has converged"
+        default=0.95,
+        gt=0,
+        le=1,
+        description="similarity to the update epoch before from which on a block has converged",
     )
     probe_samples: int = Field(default=128, ge=4, description="samples that 'representation' compares outputs on")
     resume_epochs: int | None = Field(
@@ -102,9 +105,10 @@ class ProgressiveFreezing(Technique):
     )
 
     @property
-    def further_sources(self) -> tuple[Source, ...]:
-        """What the criterion measures by."""
-        return (sources.CKA, sources.MINIBATCH_CKA) if self.criterion == "representation" else ()
+    def cited(self) -> tuple[str, ...]:
+        """With what the criterion measures by."""
+        measured = ("kornblith2019similarity", "nguyen2021wide") if self.criterion == "representation" else ()
+        return (*self.references, *measured)
 
     @property
     def thaws(self) -> bool:
@@ -181,17 +185,17 @@ class FreezePlan:
         return self.frozen[min(epoch, len(self.frozen) - 1)]
 
     def last_turn(self, block: int, epoch: int, interval: int) -> int | None:
-        """The latest beat up to ``epoch`` at which the block trains, and so its mask may change; None without one."""
-        beats = range(latest_beat(epoch, interval), -1, -interval)
-        return next((beat for beat in beats if self.n_frozen_at(beat) <= block), None)
+        """The latest update epoch up to ``epoch`` at which the block trains and its mask may change, or None."""
+        update_epochs = range(latest_update_epoch(epoch, interval), -1, -interval)
+        return next((update_epoch for update_epoch in update_epochs if self.n_frozen_at(update_epoch) <= block), None)
 
     def settles(self, block: int, epoch: int, interval: int) -> bool:
         """Is the block at its target during ``epoch``, because it is frozen or about to be?
 
         A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
-        no step left to make up for them. So it is at target from the last beat on at which it trains before it is
-        frozen. Through a pause masks stay as they are; then it is the last beat of all at which the block trains,
-        unless it trains in the last epoch, which prunes anyway. The sources say nothing of this case.
+        no step left to make up for them. So it is at target from the last update epoch on at which it trains before it
+        is frozen. Through a pause masks stay as they are; then it is the last update epoch of all at which the block
+        trains, unless it trains in the last epoch, which prunes anyway. The sources say nothing of this case.
         """
         turn = self.last_turn(block, epoch, interval)
         if turn is None:
@@ -200,7 +204,7 @@ class FreezePlan:
             return self.n_frozen_at(turn + interval) > block
         end = len(self.frozen)
         to_come = (*range(turn + interval, end, interval), end - 1)
-        return turn < end - 1 and all(self.frozen[beat] > block for beat in to_come)
+        return turn < end - 1 and all(self.frozen[update_epoch] > block for update_epoch in to_come)
 
     @property
     def learning_stops(self) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from spfde.errors import InvalidArgument, Problem, Problems
+from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.numbers import round_half_up
 from spfde.freezing.plan import FreezePlan, Scheme
-from spfde.rounding import round_half_up
 
 RESUME_SHARE = 0.1
 """Of a run, what "single-shot-resume" trains everything again at its end; SpFDE gives no number."""
@@ -80,10 +80,11 @@ def solve(
         resume_epochs: with "single-shot-resume": how long everything trains again in the end.
 
     Raises:
-        InvalidArgument: the target cannot be reached (the most possible is named), or the start is no beat of the run.
+        InvalidArgument: the target cannot be reached (the most possible is named), or the start is no update epoch of
+        the run.
     """
     if start_epoch is not None:
-        _check_beat("start_epoch", start_epoch, savings)
+        _check_update_epoch("start_epoch", start_epoch, savings)
     elif savings.flops_reduction == 0:
         return savings.plan((0,) * savings.epochs)
     if scheme == "periodic":
@@ -104,12 +105,12 @@ def single_shot(savings: Savings, *, start_epoch: int | None = None, resume_epoc
     interval, end = savings.interval, savings.epochs - resume_epochs
 
     def staggered(start: int, count: int) -> tuple[int, ...]:
-        at_beat = ((epoch - start) // interval + 1 for epoch in range(end))
-        return (*(max(0, min(count, n)) for n in at_beat), *(0,) * resume_epochs)
+        at_update_epoch = ((epoch - start) // interval + 1 for epoch in range(end))
+        return (*(max(0, min(count, n)) for n in at_update_epoch), *(0,) * resume_epochs)
 
     n_blocks = min(savings.n_blocks, len(savings.backward))
     # Saving grows as the start moves forward: the first one that reaches the target, from the end, is the latest.
-    starts = _beats_from(end - 1, interval) if start_epoch is None else (start_epoch,)
+    starts = _update_epochs_from(end - 1, interval) if start_epoch is None else (start_epoch,)
     start = next((at for at in starts if savings.reaches(staggered(at, n_blocks))), None)
     if start is None:
         earliest = starts[-1] if starts else interval
@@ -149,12 +150,12 @@ def periodic(savings: Savings, *, delay: int = 0) -> FreezePlan:
 def delayed_periodic(savings: Savings, *, start_epoch: int | None = None) -> FreezePlan:
     """Everything trains until the start epoch, then as in ``periodic`` (SpFDE, appendix B).
 
-    The start is the latest beat in the first quarter of the run from which the target can be reached.
+    The start is the latest update epoch in the first quarter of the run from which the target can be reached.
     """
     if start_epoch is not None:
         return periodic(savings, delay=start_epoch)
     n_blocks = min(savings.n_blocks, len(savings.backward))
-    starts = _beats_from(math.floor(DELAY_SHARE * savings.epochs), savings.interval) or (savings.interval,)
+    starts = _update_epochs_from(math.floor(DELAY_SHARE * savings.epochs), savings.interval) or (savings.interval,)
     most = (at for at in starts if savings.reaches(paused(savings.epochs, n_blocks, n_blocks, delay=at)))
     return periodic(savings, delay=next(most, starts[-1]))
 
@@ -177,7 +178,7 @@ def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) ->
     return tuple(frozen(epoch - delay) for epoch in range(epochs))
 
 
-def _beats_from(last: int, interval: int) -> Sequence[int]:
+def _update_epochs_from(last: int, interval: int) -> Sequence[int]:
     """The positive multiples of the interval up to ``last``, the largest first."""
     return range(last // interval * interval, 0, -interval)
 
@@ -185,12 +186,12 @@ def _beats_from(last: int, interval: int) -> Sequence[int]:
 def _resume_epochs(savings: Savings, given: int | None) -> int:
     interval = savings.interval
     if given is not None:
-        _check_beat("resume_epochs", given, savings)
+        _check_update_epoch("resume_epochs", given, savings)
         return given
     return min(savings.epochs, interval * max(1, round_half_up(RESUME_SHARE * savings.epochs / interval)))
 
 
-def _check_beat(name: str, value: int, savings: Savings) -> None:
+def _check_update_epoch(name: str, value: int, savings: Savings) -> None:
     interval, epochs = savings.interval, savings.epochs
     problems = Problems()
     if value % interval:

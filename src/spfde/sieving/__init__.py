@@ -19,7 +19,14 @@ from spfde.sieving.loader import (
     loader_generators,
     population_of,
 )
-from spfde.sieving.methods import SIEVING_METHODS, SOURCES, DataSieving, OneTimeRemoval, SievingMethod, check_fraction
+from spfde.sieving.methods import (
+    CRITERION_REFERENCES,
+    SIEVING_METHODS,
+    DataSieving,
+    OneTimeRemoval,
+    SievingMethod,
+    check_fraction,
+)
 from spfde.sieving.observer import Observer
 from spfde.sieving.scores import CRITERIA, EVIDENCE, MeanScore, RandomScore, Scorer, correct_from, make_scorer
 from spfde.sieving.sieve import Sieve, Turnover
@@ -27,9 +34,9 @@ from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 __all__ = [
     "CRITERIA",
+    "CRITERION_REFERENCES",
     "EVIDENCE",
     "SIEVING_METHODS",
-    "SOURCES",
     "ClassLabels",
     "DataSieving",
     "ForgettingCounter",

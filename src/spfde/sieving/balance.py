@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Subset
 
-from spfde.errors import InvalidArgument, Problem
-from spfde.sieving.deferred import Deferred
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.sieving.accumulator import Deferred
 from spfde.sieving.evidence import labels_kind
 
 UNKNOWN = -1

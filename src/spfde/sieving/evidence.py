@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem
 
 
 def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from spfde.sieving.deferred import Deferred
+from spfde.sieving.accumulator import Deferred
 
 NeverLearned = Literal["hard", "literal"]
 

@@ -26,7 +26,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from spfde.errors import Problem, UsageError
+from spfde.core.errors import Problem, UsageError
 
 
 def check_loader(loader: object) -> list[Problem]:

@@ -8,28 +8,17 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from spfde import sources
-from spfde.errors import InvalidArgument, Problem
-from spfde.rounding import round_half_up
-from spfde.schedules import latest_beat
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.numbers import latest_update_epoch, round_half_up
+from spfde.core.technique import Technique
 from spfde.sieving.forgetting import NeverLearned
 from spfde.sieving.scores import Criterion
-from spfde.sources import Source
-from spfde.technique import Technique
 
-SOURCES: Mapping[Criterion, Source] = {"forgetting": sources.FORGETTING, "el2n": sources.EL2N}
+CRITERION_REFERENCES: Mapping[Criterion, tuple[str, ...]] = {
+    "forgetting": ("toneva2019forgetting",),
+    "el2n": ("paul2021datadiet",),
+}
 """Where a criterion is from; those that are missing are common knowledge."""
-
-
-class _Told:
-    """A text about a technique's sources: the class tells its own, an object also those that its fields call for."""
-
-    def __init__(self, part: str, between: str) -> None:
-        self.part, self.between = part, between
-
-    def __get__(self, technique: SievingMethod | None, kind: type[SievingMethod]) -> str:
-        found = (kind.source,) if technique is None else technique.sources
-        return self.between.join(getattr(source, self.part) for source in found)
 
 
 class SievingMethod(Technique):
@@ -47,9 +36,6 @@ class SievingMethod(Technique):
     name: ClassVar[str]
     summary: ClassVar[str]
     cost: ClassVar[str] = "none; a sample that is left out costs nothing"
-    source: ClassVar[Source]
-    citation: ClassVar[_Told] = _Told("citation", "\n")
-    bibtex: ClassVar[_Told] = _Told("bibtex", "\n\n")
 
     removed_fraction: float = Field(
         default=0.2, ge=0.0, lt=1.0, description="the share of all samples that is left out, in [0, 1)"
@@ -62,10 +48,9 @@ class SievingMethod(Technique):
     balanced: bool = Field(default=False, description="whether the same share of each class leaves")
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        """The papers behind the method as it is configured."""
-        further = SOURCES.get(self.criterion)
-        return (self.source,) if further is None else (self.source, further)
+    def cited(self) -> tuple[str, ...]:
+        """With where the criterion is from."""
+        return (*self.references, *CRITERION_REFERENCES.get(self.criterion, ()))
 
     @property
     def rescales(self) -> bool:
@@ -112,7 +97,7 @@ class DataSieving(SievingMethod):
 
     name: ClassVar[str] = "circular"
     summary: ClassVar[str] = "Leaves out a share of the samples and swaps the easiest for removed ones at every update."
-    source: ClassVar[Source] = sources.SPFDE
+    references: ClassVar[tuple[str, ...]] = ("yuan2022spfde",)
 
     swap_fraction: float | None = Field(
         default=None,
@@ -123,9 +108,9 @@ class DataSieving(SievingMethod):
     rescale_loss: bool = Field(default=False, description="whether losses are weighted by session.loss_weights()")
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        weights = (sources.INFOBATCH, sources.HORVITZ_THOMPSON) if self.rescale_loss else ()
-        return (*super().sources, *weights)
+    def cited(self) -> tuple[str, ...]:
+        weights = ("qin2024infobatch", "horvitz1952generalization") if self.rescale_loss else ()
+        return (*super().cited, *weights)
 
     @property
     def rescales(self) -> bool:
@@ -162,8 +147,8 @@ class OneTimeRemoval(SievingMethod):
     Defaults are those of the released CIFAR-100 script: 12,000 of 50,000 samples are removed at epoch 70 of 160.
     Forgetting events are counted from epoch 0 on, over the whole first phase; samples that were never right stay.
 
-    Departures: the epoch is rounded to a beat, and ties are broken at random (the released code sorts, ties as they
-    fall).
+    Departures: the epoch is rounded to an update epoch, and ties are broken at random (the released code sorts, ties
+    as they fall).
 
     Attributes:
         at_fraction: when samples are removed, as a share of the run, in (0, 1).
@@ -171,7 +156,7 @@ class OneTimeRemoval(SievingMethod):
 
     name: ClassVar[str] = "one-time"
     summary: ClassVar[str] = "Trains on all samples first, then removes the least forgotten once and for all."
-    source: ClassVar[Source] = sources.MEST
+    references: ClassVar[tuple[str, ...]] = ("yuan2021mest",)
 
     removed_fraction: float = Field(
         default=0.24, ge=0.0, lt=1.0, description="the share of all samples that is removed, in [0, 1)"
@@ -181,12 +166,12 @@ class OneTimeRemoval(SievingMethod):
     )
 
     def removal_epoch(self, epochs: int, interval: int) -> int:
-        """The beat nearest to ``at_fraction`` of the run, neither the first epoch nor the last.
+        """The update epoch nearest to ``at_fraction`` of the run, neither the first epoch nor the last.
 
         Raises:
-            InvalidArgument: there is no such beat.
+            InvalidArgument: there is no such update epoch.
         """
-        last = latest_beat(max(epochs - 2, 0), interval)
+        last = latest_update_epoch(max(epochs - 2, 0), interval)
         if last == 0:
             rule = f"finds no update in a run of {epochs} epochs with one every {interval}"
             remedy = "Train longer, or take a shorter update_interval_epochs."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem, UsageError
+from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
 from spfde.sieving.evidence import check_label_bounds, label_bounds
 from spfde.sieving.loader import SievedLoader

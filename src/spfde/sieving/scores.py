@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem
-from spfde.sieving.deferred import Deferred, check_range
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.sieving.accumulator import Deferred, check_range
 from spfde.sieving.evidence import (
     average_loss,
     correct_from_logits,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from spfde.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.sieving.balance import shuffled_evenly, take_evenly
 from spfde.sieving.methods import SievingMethod
 from spfde.sieving.weights import inclusion_probabilities, loss_weights

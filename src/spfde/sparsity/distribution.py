@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from spfde.errors import InvalidArgument, Problem
-from spfde.rounding import round_half_up
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.numbers import round_half_up
 
 
 def active_count(numel: int, sparsity: float) -> int:

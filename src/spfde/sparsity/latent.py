@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spfde.errors import StateMismatch
+from spfde.core.errors import StateMismatch
 from spfde.sparsity.masks import highest
 
 
@@ -67,7 +67,7 @@ class Latent(ABC):
 
     @abstractmethod
     def turn(self, progress: float) -> None:
-        """A beat: choose the mask anew."""
+        """An update epoch: choose the mask anew."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives."""

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from spfde.errors import InvalidArgument, Problem, Problems, nearest
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.sparsity.methods import SparsityMethod
 
 _CONVOLUTIONS = (

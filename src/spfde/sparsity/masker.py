@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from spfde.errors import StateMismatch, UsageError
+from spfde.core.errors import StateMismatch, UsageError
 from spfde.sparsity import latent as behind
 from spfde.sparsity import masks as masking
 from spfde.sparsity import mutation
@@ -31,18 +31,18 @@ from spfde.sparsity.weight import MaskedWeight
 
 
 class Masker:
-    """Keeps the inactive weights of a model at zero, with all optimizer state, and mutates the masks on their beats.
+    """Keeps the inactive weights of a model at zero, with all optimizer state, and mutates masks on update epochs.
 
     A mutation drops to the number that survives and grows to the number that the method plans; what is dropped or
     grown has weight zero and optimizer state zero. Methods that need gradients mutate right after the first step of
-    the beat that has them.
+    the update epoch that has them.
 
     Args:
         layers: weights to mask by name, in order of execution, from :func:`select_layers`.
         optimizer: the user's optimizer; its ``param_groups`` are not touched.
         method: the rules.
         generator: a CPU generator, the only source of randomness.
-        interval: epochs between two beats.
+        interval: epochs between two update epochs.
         epochs: length of the run; in its last epoch the masks are at target and stay.
         masks: the first masks, for methods that choose them from data; they say how many weights each layer has.
 
@@ -137,7 +137,7 @@ class Masker:
     def mean_densities(self) -> dict[str, float]:
         """Share of active weights by layer over the steps since :meth:`reset_epoch_counters`.
 
-        Where masks change on beats alone, and without steps, it is that of now.
+        Where masks change on update epochs alone, and without steps, it is that of now.
         """
         if not self._steps:
             return self.densities()
@@ -181,13 +181,14 @@ class Masker:
     def begin_epoch(self, epoch: int, frozen: Container[str], settling: Container[str] = ()) -> None:
         """Mutate if it is time; call it once at the top of each epoch.
 
-        On a beat every layer that is not frozen mutates, or is set pending when the method needs a gradient for it.
-        The last epoch only prunes to target.
+        On an update epoch every layer that is not frozen mutates, or is set pending when the method needs a gradient
+        for it. The last epoch only prunes to target.
 
         Args:
             epoch: from 0.
             frozen: names of frozen weights; neither their masks nor their values are touched.
-            settling: names of weights that are frozen at the next beat: nothing is grown above their target any more.
+            settling: names of weights that are frozen at the next update epoch: nothing is grown above their target
+            any more.
         """
         self._set_live(frozen)
         self._dense.clear()
@@ -203,7 +204,7 @@ class Masker:
             self.prune_to_target(names)
         elif epoch % self.interval == 0:
             self._pending = {}
-            self._beat(epoch, settling)
+            self._update_epoch(epoch, settling)
         else:
             self._pending = {name: turnover for name, turnover in self._pending.items() if name in names}
         self._smooths = self.method.gradients == "smoothed" and mutates_after(
@@ -334,7 +335,7 @@ class Masker:
         """Note the layers that the steps have to look after: those that are masked at all and not frozen."""
         self._live = [layer for layer in self._layers.values() if not layer.is_dense and layer.name not in frozen]
 
-    def _beat(self, epoch: int, settling: Container[str]) -> None:
+    def _update_epoch(self, epoch: int, settling: Container[str]) -> None:
         progress = epoch / self.epochs
         if self.method.allots:
             if epoch > 0:
@@ -363,10 +364,10 @@ class Masker:
         method, target, n_units = self.method, layer.target, layer.n_units
         if not method.counts_known:
             return n_units * layer.unit_size
-        beats = range(0, self.epochs, self.interval)
+        update_epochs = range(0, self.epochs, self.interval)
         planned = [
-            planned_active(method, target, n_units, epoch=beat, interval=self.interval, epochs=self.epochs)
-            for beat in beats
+            planned_active(method, target, n_units, epoch=update_epoch, interval=self.interval, epochs=self.epochs)
+            for update_epoch in update_epochs
         ]
         return max(*planned, method.start_at(target, n_units)) * layer.unit_size
 

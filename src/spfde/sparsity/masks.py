@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem
 
 # Integer types to reinterpret floats as: their product with a mask is exact, and faster than that of two types.
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -18,10 +18,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from spfde.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.model.sample import Sample, call_arguments, global_generators_restored
 from spfde.sparsity.masks import highest
 from spfde.sparsity.structure import Structure
-from spfde.tracing import Sample, call_arguments, global_generators_restored
 
 ScoreLoss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spfde.errors import InvalidArgument, StateMismatch
+from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.sparsity.masks import unpack
 
 _KEYS = {

@@ -16,11 +16,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from spfde.rounding import round_half_up
+from spfde.core.numbers import round_half_up
+from spfde.core.technique import Technique
 from spfde.sparsity import mutation
 from spfde.sparsity.masks import highest
 from spfde.sparsity.units import PATTERNS, Norm, finite, highest_of_each, pattern_scores, pool
-from spfde.technique import Technique
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -36,8 +36,6 @@ class Structure(Technique):
 
     kind: ClassVar[str]
     summary: ClassVar[str]
-    citation: ClassVar[str]
-    bibtex: ClassVar[str]
     fixed_count: ClassVar[bool] = False
 
     @abstractmethod
@@ -123,18 +121,7 @@ class Unstructured(Structure):
 
     kind: ClassVar[str] = "unstructured"
     summary: ClassVar[str] = "Every weight for itself."
-    citation: ClassVar[str] = (
-        "S. Han, J. Pool, J. Tran, W. J. Dally: Learning both Weights and Connections for Efficient Neural Networks. "
-        "NeurIPS 2015. arXiv 1506.02626"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{han2015learning,
-  title = {Learning both Weights and Connections for Efficient Neural Networks},
-  author = {Han, Song and Pool, Jeff and Tran, John and Dally, William J.},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2015},
-  eprint = {1506.02626},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("han2015learning",)
 
     def n_units(self, shape: Sequence[int]) -> int:
         return math.prod(shape)
@@ -152,16 +139,7 @@ class Block(Structure):
 
     kind: ClassVar[str] = "block"
     summary: ClassVar[str] = "Blocks of consecutive outputs and inputs, such as 4x1."
-    citation: ClassVar[str] = (
-        "S. Narang, E. Undersander, G. Diamos: Block-Sparse Recurrent Neural Networks. 2017. arXiv 1711.02782"
-    )
-    bibtex: ClassVar[str] = """@misc{narang2017block,
-  title = {Block-Sparse Recurrent Neural Networks},
-  author = {Narang, Sharan and Undersander, Eric and Diamos, Gregory},
-  year = {2017},
-  eprint = {1711.02782},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("narang2017block",)
 
     rows: Count = Field(default=4, description="a number of outputs, at least 1")
     columns: Count = Field(default=1, description="a number of columns, at least 1")
@@ -213,19 +191,7 @@ class NM(Structure):
 
     kind: ClassVar[str] = "nm"
     summary: ClassVar[str] = "Exactly n of every m consecutive weights, such as 2:4."
-    citation: ClassVar[str] = (
-        "A. Zhou, Y. Ma, J. Zhu, J. Liu, Z. Zhang, K. Yuan, W. Sun, H. Li: Learning N:M Fine-grained Structured Sparse "
-        "Neural Networks From Scratch. ICLR 2021. arXiv 2102.04010"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{zhou2021nm,
-  title = {Learning {N:M} Fine-grained Structured Sparse Neural Networks From Scratch},
-  author = {Zhou, Aojun and Ma, Yukun and Zhu, Junnan and Liu, Jianbo and Zhang, Zhijie and Yuan, Kun
-            and Sun, Wenxiu and Li, Hongsheng},
-  booktitle = {International Conference on Learning Representations},
-  year = {2021},
-  eprint = {2102.04010},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("zhou2021nm",)
     fixed_count: ClassVar[bool] = True
 
     n: Count = Field(default=2, description="a number of weights, at least 1 and below m")
@@ -273,20 +239,7 @@ class Kernels(Structure):
 
     kind: ClassVar[str] = "kernel"
     summary: ClassVar[str] = "Whole kernels: what an output sees of an input."
-    citation: ClassVar[str] = (
-        "X. Ma, F.-M. Guo, W. Niu, X. Lin, J. Tang, K. Ma, B. Ren, Y. Wang: PCONV: The Missing but Desirable Sparsity "
-        "in DNN Weight Pruning for Real-time Execution on Mobile Devices. AAAI 2020. arXiv 1909.05073"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{ma2020pconv,
-  title = {{PCONV}: The Missing but Desirable Sparsity in {DNN} Weight Pruning for Real-time Execution on
-           Mobile Devices},
-  author = {Ma, Xiaolong and Guo, Fu-Ming and Niu, Wei and Lin, Xue and Tang, Jian and Ma, Kaisheng and Ren, Bin
-            and Wang, Yanzhi},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year = {2020},
-  eprint = {1909.05073},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("ma2020pconv",)
 
     def n_units(self, shape: Sequence[int]) -> int:
         return shape[0] * shape[1]
@@ -305,19 +258,7 @@ class Patterns(Structure):
 
     kind: ClassVar[str] = "pattern"
     summary: ClassVar[str] = "3x3 kernels with one of eight patterns of four weights, or none."
-    citation: ClassVar[str] = (
-        "W. Niu, X. Ma, S. Lin, S. Wang, X. Qian, X. Lin, Y. Wang, B. Ren: PatDNN: Achieving Real-Time DNN Execution "
-        "on Mobile Devices with Pattern-based Weight Pruning. ASPLOS 2020. arXiv 2001.00138"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{niu2020patdnn,
-  title = {{PatDNN}: Achieving Real-Time {DNN} Execution on Mobile Devices with Pattern-based Weight Pruning},
-  author = {Niu, Wei and Ma, Xiaolong and Lin, Sheng and Wang, Shihao and Qian, Xuehai and Lin, Xue
-            and Wang, Yanzhi and Ren, Bin},
-  booktitle = {International Conference on Architectural Support for Programming Languages and Operating Systems},
-  year = {2020},
-  eprint = {2001.00138},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("niu2020patdnn",)
 
     def n_units(self, shape: Sequence[int]) -> int:
         return shape[0] * shape[1]
@@ -367,18 +308,7 @@ class Channels(Structure):
 
     kind: ClassVar[str] = "channel"
     summary: ClassVar[str] = "Whole output channels."
-    citation: ClassVar[str] = (
-        "H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf: Pruning Filters for Efficient ConvNets. ICLR 2017. "
-        "arXiv 1608.08710"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{li2017filters,
-  title = {Pruning Filters for Efficient {ConvNets}},
-  author = {Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter},
-  booktitle = {International Conference on Learning Representations},
-  year = {2017},
-  eprint = {1608.08710},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("li2017filters",)
 
     def n_units(self, shape: Sequence[int]) -> int:
         return shape[0]

@@ -11,15 +11,15 @@ from spfde.sparsity.methods.base import (
 )
 from spfde.sparsity.methods.deepr import DeepR
 from spfde.sparsity.methods.dsr import DSR
-from spfde.sparsity.methods.evolution import SET
-from spfde.sparsity.methods.gradual import GMP
+from spfde.sparsity.methods.gmp import GMP
 from spfde.sparsity.methods.itop import SETITOP, RigLITOP
 from spfde.sparsity.methods.mest import MEST
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.methods.rigl import RigL
+from spfde.sparsity.methods.set import SET
 from spfde.sparsity.methods.snfs import SNFS
-from spfde.sparsity.methods.soft_threshold import STR
 from spfde.sparsity.methods.static import StaticSparse
+from spfde.sparsity.methods.str import STR
 from spfde.sparsity.methods.topkast import TopKAST
 
 METHODS: dict[str, type[SparsityMethod]] = {

@@ -16,15 +16,12 @@ import torch
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
 from torch import Tensor
 
-from spfde import sources
-from spfde.errors import InvalidArgument, Problem, Problems, nearest
-from spfde.rounding import round_half_up
-from spfde.schedules import latest_beat
-from spfde.sources import Source
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
+from spfde.core.numbers import latest_update_epoch, round_half_up
+from spfde.core.technique import Technique
 from spfde.sparsity import mutation
 from spfde.sparsity.distribution import active_count, erk, override_for
 from spfde.sparsity.structure import STRUCTURES, Structure, Unstructured
-from spfde.technique import Technique
 
 if TYPE_CHECKING:
     from spfde.sparsity.latent import Latent
@@ -78,8 +75,6 @@ class SparsityMethod(Technique):
     summary: ClassVar[str]
     cost: ClassVar[str] = "3 sparse passes a step"
     """Training FLOPs of a step, in words: the sparse forward pass, the gradient of the input and of the weight."""
-    citation: ClassVar[str]
-    bibtex: ClassVar[str]
     groups_units: ClassVar[bool] = True
     """Whether the method can treat several weights as one unit."""
     allots: ClassVar[bool] = False
@@ -87,7 +82,7 @@ class SparsityMethod(Technique):
     rewires: ClassVar[bool] = False
     """Whether ``rewire`` changes the masks after every step."""
     changes_every_step: ClassVar[bool] = False
-    """Whether masks change at every step, not at the beats alone."""
+    """Whether masks change at every step, not at the update epochs alone."""
     only_prunes: ClassVar[bool] = False
     """Whether mutations never grow: a layer that has come to its target early, by freezing say, stays there."""
     counts_known: ClassVar[bool] = True
@@ -139,9 +134,9 @@ class SparsityMethod(Technique):
         return self
 
     @property
-    def further_sources(self) -> tuple[Source, ...]:
-        """Where the distribution over the layers is from; uniform is common knowledge."""
-        return (sources.RIGL,) if self.distribution == "erk" else ()
+    def cited(self) -> tuple[str, ...]:
+        """With where the distribution over the layers is from; uniform is common knowledge."""
+        return (*self.references, *(("evci2020rigl",) if self.distribution == "erk" else ()))
 
     @property
     def varies_counts(self) -> bool:
@@ -162,7 +157,7 @@ class SparsityMethod(Technique):
         return 0.0
 
     def active_at(self, target: int, n_units: int, progress: float) -> int:
-        """Active units of a layer from the beat at ``progress`` to the next one."""
+        """Active units of a layer from the update epoch at ``progress`` to the next one."""
         return min(n_units, target + round_half_up(self.excess_at(progress) * n_units))
 
     def keep_at(self, target: int, n_units: int, progress: float) -> int:
@@ -217,7 +212,7 @@ class SparsityMethod(Technique):
         return 0.0
 
     def keeps_latents_at(self, progress: float) -> bool:
-        """Whether inactive weights are still kept alive at the beat at ``progress``."""
+        """Whether inactive weights are still kept alive at the update epoch at ``progress``."""
         return False
 
     def latent_of(self, weight: Tensor, *, target: int) -> Latent | None:
@@ -281,16 +276,16 @@ def planned_active(method: SparsityMethod, target: int, n_units: int, *, epoch: 
     Args:
         target: the layer's units by the distribution.
         n_units: all units of the layer.
-        interval: epochs between two beats.
+        interval: epochs between two update epochs.
         epochs: length of the run; its last epoch is at target.
     """
     if target == n_units or epoch >= epochs - 1:
         return target
-    return method.active_at(target, n_units, latest_beat(epoch, interval) / epochs)
+    return method.active_at(target, n_units, latest_update_epoch(epoch, interval) / epochs)
 
 
 def planned_keep(method: SparsityMethod, target: int, n_units: int, *, epoch: int, epochs: int) -> int:
-    """Number of active units that survive the mutation of the beat ``epoch``, before anything grows.
+    """Number of active units that survive the mutation of the update epoch ``epoch``, before anything grows.
 
     At epoch 0 and in the last epoch nothing below the target is dropped.
     """
@@ -319,11 +314,11 @@ def planned_density(
     active = planned_active(method, units, n_units, epoch=epoch, interval=interval, epochs=epochs)
     reach = active
     if epoch < epochs - 1:
-        reach = max(active, method.gradient_reach_at(units, n_units, latest_beat(epoch, interval) / epochs))
+        reach = max(active, method.gradient_reach_at(units, n_units, latest_update_epoch(epoch, interval) / epochs))
     return active * size / numel, reach * size / numel
 
 
 def mutates_after(method: SparsityMethod, epoch: int, *, interval: int, epochs: int) -> bool:
-    """Is there a mutation that drops weights at a beat after ``epoch``? The last epoch has none."""
-    later = range(latest_beat(epoch, interval) + interval, epochs - 1, interval)
-    return any(method.drop_fraction_at(beat / epochs) > 0.0 for beat in later)
+    """Is there a mutation that drops weights at an update epoch after ``epoch``? The last epoch has none."""
+    later = range(latest_update_epoch(epoch, interval) + interval, epochs - 1, interval)
+    return any(method.drop_fraction_at(update_epoch / epochs) > 0.0 for update_epoch in later)

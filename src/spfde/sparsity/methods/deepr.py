@@ -31,18 +31,7 @@ class DeepR(SparsityMethod):
     name: ClassVar[str] = "deepr"
     summary: ClassVar[str] = "Rewires at every step: a weight that crosses zero gives way to a random one."
     cost: ClassVar[str] = "3 sparse passes a step"
-    citation: ClassVar[str] = (
-        "G. Bellec, D. Kappel, W. Maass, R. Legenstein: Deep Rewiring: Training very sparse deep networks. ICLR 2018. "
-        "arXiv 1711.05136"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{bellec2018deep,
-  title = {Deep Rewiring: Training very sparse deep networks},
-  author = {Bellec, Guillaume and Kappel, David and Maass, Wolfgang and Legenstein, Robert},
-  booktitle = {International Conference on Learning Representations},
-  year = {2018},
-  eprint = {1711.05136},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("bellec2018deep",)
     groups_units: ClassVar[bool] = False
     rewires: ClassVar[bool] = True
     changes_every_step: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from spfde.rounding import round_half_up
+from spfde.core.numbers import round_half_up
 from spfde.sparsity.distribution import apportion
 from spfde.sparsity.methods.base import Fraction, LayerView, SparsityMethod, Turnover
 
@@ -31,18 +31,7 @@ class DSR(SparsityMethod):
     name: ClassVar[str] = "dsr"
     summary: ClassVar[str] = "Drops below one adaptive threshold and grows at random where layers kept more."
     cost: ClassVar[str] = "3 sparse passes a step; density moves between layers"
-    citation: ClassVar[str] = (
-        "H. Mostafa, X. Wang: Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse "
-        "Reparameterization. ICML 2019. arXiv 1902.05967"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{mostafa2019parameter,
-  title = {Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse Reparameterization},
-  author = {Mostafa, Hesham and Wang, Xin},
-  booktitle = {International Conference on Machine Learning},
-  year = {2019},
-  eprint = {1902.05967},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("mostafa2019parameter",)
     allots: ClassVar[bool] = True
     counts_known: ClassVar[bool] = False
 

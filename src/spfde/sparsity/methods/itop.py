@@ -7,21 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from spfde.sparsity.methods.base import Fraction
-from spfde.sparsity.methods.evolution import SET
 from spfde.sparsity.methods.rigl import RigL
-
-_CITATION = (
-    "S. Liu, L. Yin, D. C. Mocanu, M. Pechenizkiy: Do We Actually Need Dense Over-Parameterization? In-Time "
-    "Over-Parameterization in Sparse Training. ICML 2021. arXiv 2102.02887"
-)
-_BIBTEX = """@inproceedings{liu2021itop,
-  title = {Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse Training},
-  author = {Liu, Shiwei and Yin, Lu and Mocanu, Decebal Constantin and Pechenizkiy, Mykola},
-  booktitle = {International Conference on Machine Learning},
-  year = {2021},
-  eprint = {2102.02887},
-  archivePrefix = {arXiv}
-}"""
+from spfde.sparsity.methods.set import SET
 
 
 class SETITOP(SET):
@@ -34,8 +21,7 @@ class SETITOP(SET):
 
     name: ClassVar[str] = "set-itop"
     summary: ClassVar[str] = "SET that tries many weights in its course: half of them change places, layers by ERK."
-    citation: ClassVar[str] = _CITATION
-    bibtex: ClassVar[str] = f"{SET.bibtex}\n\n{_BIBTEX}"
+    references: ClassVar[tuple[str, ...]] = ("mocanu2018set", "liu2021itop")
 
     distribution: Literal["uniform", "erk"] = "erk"
     drop_fraction: Fraction = 0.5
@@ -49,8 +35,7 @@ class RigLITOP(RigL):
 
     name: ClassVar[str] = "rigl-itop"
     summary: ClassVar[str] = "RigL that tries many weights in its course: half of them change places, layers by ERK."
-    citation: ClassVar[str] = _CITATION
-    bibtex: ClassVar[str] = f"{RigL.bibtex}\n\n{_BIBTEX}"
+    references: ClassVar[tuple[str, ...]] = ("evci2020rigl", "liu2021itop")
 
     distribution: Literal["uniform", "erk"] = "erk"
     drop_fraction: Fraction = 0.5

@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from spfde import sources
-from spfde.schedules import steps
+from spfde.core.numbers import steps
 from spfde.sparsity import mutation
 from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
 
@@ -16,8 +15,8 @@ from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
 class MEST(SparsityMethod):
     """Elastic mutation (EM), and with a soft memory bound EM&S.
 
-    With the soft bound a layer trains above its target density and is pruned back to it, then regrown, at each beat;
-    the bound shrinks to nothing. Without it a shrinking share of the weights is dropped and regrown at random.
+    With the soft bound a layer trains above its target density and is pruned back to it, then regrown, at each update
+    epoch; the bound shrinks to nothing. Without it a shrinking share of the weights is dropped and regrown at random.
     Defaults are those of the released CIFAR scripts, as shares of the run; 0.2 and 0.1 of the active weights are 2 and
     1 points of density at 90 % sparsity.
 
@@ -27,7 +26,7 @@ class MEST(SparsityMethod):
     Attributes:
         soft_bound: EM&S when true, EM when false.
         soft_bound_steps: density above the target, by stage.
-        drop_steps: share of the target's active weights dropped at a beat, by stage (EM only).
+        drop_steps: share of the target's active weights dropped at an update epoch, by stage (EM only).
         decay_at: progress at which the next stage starts; one fewer than stages.
         gradient_weight: λ in the importance |w| + λ|g|; 0 in the released code.
     """
@@ -35,8 +34,7 @@ class MEST(SparsityMethod):
     name: ClassVar[str] = "mest"
     summary: ClassVar[str] = "Elastic mutation with a soft memory bound; no dense gradient, ever."
     cost: ClassVar[str] = "3 sparse passes a step, at the soft bound's density"
-    citation: ClassVar[str] = sources.MEST.citation
-    bibtex: ClassVar[str] = sources.MEST.bibtex
+    references: ClassVar[tuple[str, ...]] = ("yuan2021mest",)
     keeps_counts_with: ClassVar[str] = "soft_bound=False"
 
     soft_bound: bool = True

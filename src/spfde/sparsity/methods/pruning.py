@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from spfde.errors import InvalidArgument, Problem, Problems
-from spfde.rounding import round_half_up
+from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.numbers import round_half_up
+from spfde.model.sample import Sample, unwrap
 from spfde.sparsity import saliency
 from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.saliency import ScoreLoss
 from spfde.sparsity.structure import Structure
-from spfde.tracing import Sample, unwrap
 
 
 class PruningAtInitialisation(SparsityMethod):
@@ -138,18 +138,7 @@ class SNIP(PruningAtInitialisation):
 
     name: ClassVar[str] = "snip"
     summary: ClassVar[str] = "Prunes at initialisation what the loss is least sensitive to."
-    citation: ClassVar[str] = (
-        "N. Lee, T. Ajanthan, P. H. S. Torr: SNIP: Single-shot Network Pruning based on Connection Sensitivity. "
-        "ICLR 2019. arXiv 1810.02340"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{lee2019snip,
-  title = {{SNIP}: Single-shot Network Pruning based on Connection Sensitivity},
-  author = {Lee, Namhoon and Ajanthan, Thalaiyasingam and Torr, Philip H. S.},
-  booktitle = {International Conference on Learning Representations},
-  year = {2019},
-  eprint = {1810.02340},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("lee2019snip",)
 
     n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 1
 
@@ -185,18 +174,7 @@ class GraSP(PruningAtInitialisation):
 
     name: ClassVar[str] = "grasp"
     summary: ClassVar[str] = "Prunes at initialisation what the gradient's norm can spare."
-    citation: ClassVar[str] = (
-        "C. Wang, G. Zhang, R. Grosse: Picking Winning Tickets Before Training by Preserving Gradient Flow. "
-        "ICLR 2020. arXiv 2002.07376"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{wang2020grasp,
-  title = {Picking Winning Tickets Before Training by Preserving Gradient Flow},
-  author = {Wang, Chaoqi and Zhang, Guodong and Grosse, Roger},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020},
-  eprint = {2002.07376},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("wang2020grasp",)
 
     cost: ClassVar[str] = "3 sparse passes a step, and 12 dense ones for each sample that is scored"
 
@@ -238,18 +216,7 @@ class SynFlow(PruningAtInitialisation):
 
     name: ClassVar[str] = "synflow"
     summary: ClassVar[str] = "Prunes at initialisation, without data, by the flow through absolute weights."
-    citation: ClassVar[str] = (
-        "H. Tanaka, D. Kunin, D. L. K. Yamins, S. Ganguli: Pruning neural networks without any data by iteratively "
-        "conserving synaptic flow. NeurIPS 2020. arXiv 2006.05467"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{tanaka2020synflow,
-  title = {Pruning neural networks without any data by iteratively conserving synaptic flow},
-  author = {Tanaka, Hidenori and Kunin, Daniel and Yamins, Daniel L. K. and Ganguli, Surya},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2020},
-  eprint = {2006.05467},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("tanaka2020synflow",)
 
     cost: ClassVar[str] = "3 sparse passes a step, and 3 dense ones for one sample a round"
     trains: ClassVar[bool] = False

@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from spfde import sources
-from spfde.schedules import cosine
+from spfde.core.numbers import cosine
 from spfde.sparsity import mutation
 from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
 
@@ -25,9 +24,8 @@ class RigL(SparsityMethod):
 
     name: ClassVar[str] = "rigl"
     summary: ClassVar[str] = "Drops the smallest weights and grows those with the largest dense gradient."
-    cost: ClassVar[str] = "3 sparse passes a step; at a beat one step's weight gradient is dense"
-    citation: ClassVar[str] = sources.RIGL.citation
-    bibtex: ClassVar[str] = sources.RIGL.bibtex
+    cost: ClassVar[str] = "3 sparse passes a step; at an update epoch one step's weight gradient is dense"
+    references: ClassVar[tuple[str, ...]] = ("evci2020rigl",)
 
     drop_fraction: Fraction = 0.3
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from spfde.rounding import round_half_up
-from spfde.schedules import cosine
+from spfde.core.numbers import cosine, round_half_up
 from spfde.sparsity import mutation
 from spfde.sparsity.methods.base import Fraction, Gradients, LayerView, SparsityMethod, Turnover
 from spfde.sparsity.methods.dsr import share_out
@@ -34,16 +33,7 @@ class SNFS(SparsityMethod):
     name: ClassVar[str] = "snfs"
     summary: ClassVar[str] = "Drops the smallest weights; a smoothed dense gradient says where others grow."
     cost: ClassVar[str] = "2 sparse passes and a dense weight gradient a step"
-    citation: ClassVar[str] = (
-        "T. Dettmers, L. Zettlemoyer: Sparse Networks from Scratch: Faster Training without Losing Performance. 2019. "
-        "arXiv 1907.04840"
-    )
-    bibtex: ClassVar[str] = """@article{dettmers2019sparse,
-  title = {Sparse Networks from Scratch: Faster Training without Losing Performance},
-  author = {Dettmers, Tim and Zettlemoyer, Luke},
-  journal = {arXiv preprint arXiv:1907.04840},
-  year = {2019}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("dettmers2019sparse",)
     allots: ClassVar[bool] = True
     counts_known: ClassVar[bool] = False
 

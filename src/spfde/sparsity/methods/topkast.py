@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from spfde.rounding import round_half_up
+from spfde.core.numbers import round_half_up
 from spfde.sparsity.latent import Latent, TopKLatent
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 
@@ -15,13 +15,13 @@ from spfde.sparsity.methods.base import Fraction, SparsityMethod
 class TopKAST(SparsityMethod):
     """The model computes with the largest weights of each layer, and some more receive gradients and may overtake them.
 
-    At each beat the sets are chosen anew by magnitude. The wider set is penalised in inverse proportion to the density
-    where the model does not compute with it, so that a weight comes in only if its gradient insists.
+    At each update epoch the sets are chosen anew by magnitude. The wider set is penalised in inverse proportion to the
+    density where the model does not compute with it, so that a weight comes in only if its gradient insists.
 
     A dense weight is kept beside the sparse one. The last epoch trains the sparse one alone.
 
-    Departures: the sets are chosen at beats, where the paper does it every so many steps; the paper's penalty is part
-    of the loss, here it follows the step (as decoupled weight decay does).
+    Departures: the sets are chosen at update epochs, where the paper does it every so many steps; the paper's penalty
+    is part of the loss, here it follows the step (as decoupled weight decay does).
 
     Attributes:
         exploration: density of the gradient above that of the weights, in share of all weights of the layer.
@@ -32,18 +32,7 @@ class TopKAST(SparsityMethod):
     name: ClassVar[str] = "topkast"
     summary: ClassVar[str] = "Computes with the largest weights while a wider set of them learns."
     cost: ClassVar[str] = "2 sparse passes and a wider weight gradient a step"
-    citation: ClassVar[str] = (
-        "S. M. Jayakumar, R. Pascanu, J. W. Rae, S. Osindero, E. Elsen: Top-KAST: Top-K Always Sparse Training. "
-        "NeurIPS 2020. arXiv 2106.03517"
-    )
-    bibtex: ClassVar[str] = """@inproceedings{jayakumar2020topkast,
-  title = {{Top-KAST}: Top-K Always Sparse Training},
-  author = {Jayakumar, Siddhant M. and Pascanu, Razvan and Rae, Jack W. and Osindero, Simon and Elsen, Erich},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2020},
-  eprint = {2106.03517},
-  archivePrefix = {arXiv}
-}"""
+    references: ClassVar[tuple[str, ...]] = ("jayakumar2020topkast",)
     groups_units: ClassVar[bool] = False
 
     init: Literal["magnitude"] = "magnitude"

@@ -1,0 +1,31 @@
+"""The command ``spfde cite``: what to cite for a run or a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spfde.app.runs.folder import RECIPE
+from spfde.app.train.options import read_recipe
+from spfde.core.errors import InvalidArgument, RunFolderError
+from spfde.recipe.citation import cite
+from spfde.recipe.recipe import Recipe
+
+
+def cite_source(source: str) -> str:
+    """BibTeX for a run folder, a preset or a TOML file.
+
+    Raises:
+        InvalidArgument: it is none of them; the nearest preset is named.
+        RunFolderError: the folder is no run's, or its recipe is damaged.
+    """
+    return cite(_recipe_of_run(Path(source)) if Path(source).is_dir() else read_recipe(source))
+
+
+def _recipe_of_run(folder: Path) -> Recipe:
+    path = folder / RECIPE
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: is no run folder (no {RECIPE}). Pass a run folder, a preset or a TOML file.")
+    try:
+        return Recipe.from_toml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, InvalidArgument) as error:
+        raise RunFolderError(f"{path}: is damaged ({error}). Restore it from a copy.") from error

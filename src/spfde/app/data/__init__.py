@@ -1,0 +1,1 @@
+"""Images from arrays, folders and files, in memory or streamed."""

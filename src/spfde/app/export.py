@@ -1,0 +1,118 @@
+"""The command ``spfde export``: the weights of a run's checkpoint in a file of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spfde.app.runs.checkpoints import check_whole
+from spfde.app.runs.folder import CONFIG, RunFolder
+from spfde.app.train.models import build_model
+from spfde.app.train.options import TrainOptions
+from spfde.core.errors import InvalidArgument, Problem, RunFolderError, nearest
+from spfde.export import save_compressed, save_dense, save_onnx
+
+SUFFIX = {"dense": ".safetensors", "compressed": ".compressed.safetensors", "onnx": ".onnx"}
+_MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        size: its bytes.
+        dense_size: bytes of the weights, dense.
+        checkpoint: where they are from.
+    """
+
+    path: Path
+    size: int
+    dense_size: int
+    checkpoint: Path
+
+
+def export_run(
+    folder: Path, *, kind: str = "compressed", out: Path | None = None, which: Literal["best", "last"] = "best"
+) -> Exported:
+    """Write a run's weights; the run may still be training.
+
+    Args:
+        folder: the run's.
+        kind: dense, compressed or onnx.
+        out: the file; by default in the run's folder, named after the checkpoint.
+        which: the checkpoint with the best test accuracy, or the last one.
+
+    Raises:
+        InvalidArgument: there is no such kind; the nearest is named. Or ``out`` exists, or cannot be in its folder.
+        RunFolderError: the folder is no run's, or it has no whole checkpoint.
+        WeightsFileError: the file cannot be written.
+    """
+    if kind not in SUFFIX:
+        raise InvalidArgument(Problem("--format", kind, "is no format", nearest(kind, SUFFIX)))
+    path = out if out is not None else folder / f"{which}{SUFFIX[kind]}"
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{folder}: is no run folder (no {CONFIG}). Pass the folder of a run.")
+    if path.exists():
+        raise InvalidArgument(Problem("--out", str(path), "exists already", "Remove it, or choose another name."))
+    if not path.parent.is_dir():
+        raise InvalidArgument(Problem("--out", str(path), f"there is no folder {path.parent}", "Make it first."))
+    run = RunFolder(folder)
+    checkpoint = _checkpoint(run, which)
+    config = run.read_json(CONFIG)
+    model, sample = _build(config, folder / CONFIG)
+    _load(model, checkpoint)
+    state = model.state_dict()
+    if kind == "dense":
+        save_dense(state, path)
+    elif kind == "compressed":
+        save_compressed(state, path)
+    else:
+        save_onnx(model, sample, path)
+    return Exported(path, path.stat().st_size, sum(tensor.nbytes for tensor in state.values()), checkpoint)
+
+
+def _checkpoint(run: RunFolder, which: Literal["best", "last"]) -> Path:
+    checkpoints = run.checkpoints
+    if which == "best" and checkpoints.best.is_dir():
+        check_whole(checkpoints.best)
+        return checkpoints.best
+    newest = checkpoints.newest()
+    if newest is None or which == "best":
+        has = "has no checkpoint yet" if newest is None else "has no best checkpoint"
+        remedy = "Wait for its first epoch, or go on with" if newest is None else "Pass --last, or go on with"
+        raise RunFolderError(f"{run.path}: {has}. {remedy} `spfde train --resume {run.path}`.")
+    return newest
+
+
+def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, torch.Tensor]:
+    """The run's model with other weights, and an input for it; its data need not be there."""
+    options = TrainOptions.from_config(config, path)
+    try:
+        data = config["data"]
+        channels, size = int(data["channels"]), (int(data["image_size"][0]), int(data["image_size"][1]))
+        classes = int(data["num_classes"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RunFolderError(
+            f"{path}: does not say the shape of the run's images ({error!r}). Restore it from a copy."
+        ) from error
+    model = build_model(options.model, num_classes=classes, in_channels=channels, image_size=size, seed=0)
+    return model, torch.zeros(2, channels, *size)
+
+
+def _load(model: nn.Module, checkpoint: Path) -> None:
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, checkpoint / _MODEL)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunFolderError(
+            f"checkpoint {checkpoint}: does not hold the weights of the run's model ({reason}). Where the run goes on "
+            "training, try again; export it with the versions that wrote it."
+        ) from error

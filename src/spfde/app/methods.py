@@ -1,0 +1,64 @@
+"""What there is: presets and techniques, with a line and a citation each."""
+
+from __future__ import annotations
+
+import textwrap
+
+from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.recipe import presets
+from spfde.recipe.citation import describe
+from spfde.sieving import CRITERIA, CRITERION_REFERENCES, SIEVING_METHODS
+from spfde.sparsity import METHODS, STRUCTURES
+
+WIDTH = 80
+
+
+def render_catalogue() -> str:
+    """Plain text, for ``spfde methods``."""
+    lines = ["Presets (spfde train --recipe NAME):"]
+    for name, recipe in presets.PRESETS.items():
+        parts = [
+            recipe.sparsity.name if recipe.sparsity is not None else "dense",
+            f"freezing {recipe.freezing.flops_reduction:.0%}" if recipe.freezing is not None else "",
+            f"sieving {recipe.sieving.removed_fraction:.0%}" if recipe.sieving is not None else "",
+            "block-wise cosine" if recipe.learning_rate is not None else "",
+        ]
+        sparsity = f" at {recipe.sparsity.sparsity:.0%}" if recipe.sparsity is not None else ""
+        parts[0] += sparsity
+        lines.append(f"  {name:<10} {', '.join(part for part in parts if part)}")
+    lines += ["", "Sparse training:"]
+    for name, method in METHODS.items():
+        lines += _entry(name, method.summary, f"Cost: {method.cost}.", *map(describe, method.references))
+    lines += ["", "Structures (spfde train --structure NAME; what exists or not as a whole):"]
+    for kind, structure in STRUCTURES.items():
+        lines += _entry(kind, structure.summary, "Cost: the method's.", *map(describe, structure.references))
+    paper = describe(*ProgressiveFreezing.references)
+    lines += ["", "Layer freezing (spfde train --freeze SHARE):"]
+    lines += _entry("freezing", ProgressiveFreezing.summary, f"Cost: {ProgressiveFreezing.cost}.", paper)
+    lines += ["", "Schemes of it (--freeze-scheme NAME; all from the same paper, at equal FLOPs):"]
+    for scheme, summary in SCHEMES.items():
+        lines += _entry(scheme, summary)
+    lines += ["", "What lets a block be frozen (--freeze-criterion NAME):"]
+    for name, (summary, cost) in FREEZE_CRITERIA.items():
+        further = ProgressiveFreezing(criterion=name).cited[1:]
+        lines += _entry(name, summary, f"Cost: {cost}.", *map(describe, further))
+    lines += ["", "Learning rate:"]
+    lines += _entry(BlockwiseCosine.name, BlockwiseCosine.summary, "Cost: none.", paper)
+    lines += ["", "Data sieving (spfde train --sieve SHARE):"]
+    for name, sieving in SIEVING_METHODS.items():
+        lines += _entry(name, sieving.summary, f"Cost: {sieving.cost}.", *map(describe, sieving.references))
+    lines += ["", "Which samples are easy (--sieve-criterion NAME; read off what a step computes):"]
+    for criterion, summary in CRITERIA.items():
+        lines += _entry(criterion, summary, *map(describe, CRITERION_REFERENCES.get(criterion, ())))
+    return "\n".join(lines)
+
+
+def _entry(name: str, summary: str, *more: str) -> list[str]:
+    """A technique's line, and what else there is to say down to its citation, at most 80 columns wide."""
+    indent = " " * 13
+    lines = [f"  {name}"] if len(name) > 10 else []
+    first = indent if lines else f"  {name:<10} "
+    lines += textwrap.wrap(summary, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    for text in more:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return lines

@@ -1,0 +1,129 @@
+"""What every plot of the report shares: colours for a light and a dark page, axes, curves, legends.
+
+Matplotlib's objects alone are used, and no global state. Runs differ by colour, dash and marker, and hatches back up
+the colours of areas: no plot is read by colour alone.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from spfde.app.report.folders import Run
+
+WIDTH, HEIGHT, DPI = 6.4, 3.8, 160
+"""Inches, and dots per inch: 1024 pixels wide, with text that can still be read on a phone."""
+
+_DASHES = ("-", "--", "-.", (0, (1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_FEW_EPOCHS = 40
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page. Every colour of a run or a source has a contrast of at least 3:1 against the background."""
+
+    background: str
+    text: str
+    grid: str
+    runs: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    text="#1d2330",
+    grid="#d5d9e0",
+    runs=("#0072b2", "#c44e00", "#00835f", "#a03a78", "#7a6400", "#444b55"),
+    sources=("#2b3648", "#0072b2", "#c44e00", "#00835f"),
+)
+DARK = Theme(
+    background="#1a1d24",
+    text="#e6e9ef",
+    grid="#3a404c",
+    runs=("#6cb8f5", "#ff9d5c", "#3ecf9e", "#e58ac0", "#d9c24a", "#b8c0cc"),
+    sources=("#dfe4ee", "#6cb8f5", "#ff9d5c", "#3ecf9e"),
+)
+
+
+def picture(draw: Callable[[Any, Theme], None], theme: Theme) -> bytes:
+    """The PNG of a figure that ``draw`` fills; the same bytes for the same input."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=theme.background, layout="constrained")
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # A folder's name may use letters that the font does not have: boxes in a legend are no reason to fail.
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*missing.*")
+        draw(figure, theme)
+        figure.savefig(file, format="png", facecolor=theme.background, metadata={"Software": None})
+    return file.getvalue()
+
+
+def label(name: str, limit: int = 32) -> str:
+    """A run's name as Matplotlib takes it: no mathematics, not hidden from legends, and not too long."""
+    short = name if len(name) <= limit else f"…{name[1 - limit :]}"
+    return (f" {short}" if short.startswith("_") else short).replace("$", r"\$")
+
+
+def add_axes(figure: Any, theme: Theme, *position: Any, x: str, y: str) -> Any:
+    axes = figure.add_subplot(*(position or (1, 1, 1)))
+    axes.set_facecolor(theme.background)
+    axes.set_xlabel(x, color=theme.text)
+    axes.set_ylabel(y, color=theme.text)
+    axes.tick_params(colors=theme.text, which="both")
+    axes.grid(True, color=theme.grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.text)
+    return axes
+
+
+def style_of(index: int, theme: Theme, n_points: int) -> dict[str, Any]:
+    colour = theme.runs[index % len(theme.runs)]
+    marker = _MARKERS[index % len(_MARKERS)]
+    every = 1 if n_points <= _FEW_EPOCHS else n_points // 12
+    dash = _DASHES[index % len(_DASHES)]
+    return {
+        "color": colour,
+        "linestyle": dash,
+        "marker": marker,
+        "markevery": every,
+        "markersize": 4.5,
+        "linewidth": 1.7,
+    }
+
+
+def add_legend(figure: Any, theme: Theme, handles: Sequence[Any], names: Sequence[str]) -> None:
+    columns = 1 if any(len(name) > 20 for name in names) else min(3, len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, labelcolor=theme.text)
+
+
+def name_runs(figure: Any, runs: Sequence[Run], shown: Sequence[int], theme: Theme) -> None:
+    handles = [Line2D([], [], **style_of(index, theme, 1)) for index in shown]
+    add_legend(figure, theme, handles, [label(runs[index].name) for index in shown])
+
+
+def add_curves(axes: Any, runs: Sequence[Run], theme: Theme, points: Callable[[Run], tuple[Any, Any]]) -> list[int]:
+    """Draw one curve a run; the indices of the runs that had any points."""
+    shown = []
+    for index, run in enumerate(runs):
+        x, y = points(run)
+        if x:
+            axes.plot(x, y, **style_of(index, theme, len(x)))
+            shown.append(index)
+    return shown
+
+
+def whole_epochs(axes: Any) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def as_percent(axis: Any) -> None:
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=None))

@@ -1,0 +1,126 @@
+"""One HTML file that needs nothing else: tables, pictures inside it, and where every figure comes from."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from spfde.app.report import figures, tables
+from spfde.app.report.canvas import DARK, LIGHT
+from spfde.app.report.files import write_all
+from spfde.app.report.folders import Run, read_run
+from spfde.app.report.plots import PLOTS, Plot
+from spfde.core.errors import InvalidArgument, Problem
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What one run comes to, for the top of the page."""
+
+    run: Run
+    what: str
+    accuracy: str
+    ratio: str
+    time: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One plot on the page; ``light`` and ``dark`` are PNGs, or None where no run has anything to show."""
+
+    plot: Plot
+    light: bytes | None
+    dark: bytes | None
+
+    @property
+    def light_uri(self) -> str:
+        return _data_uri(self.light)
+
+    @property
+    def dark_uri(self) -> str:
+        return _data_uri(self.dark)
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Write one page about all of ``runs``, and its plots as PNG files beside it.
+
+    Args:
+        runs: run folders, finished or not; one that is given twice counts once.
+        out: the page; its folder is made. The plots are named after it: ``report.html``, ``report-accuracy.png``, ….
+
+    Returns:
+        The files that were written, the page first.
+
+    Raises:
+        InvalidArgument: no run is given, or ``out`` is a folder.
+        RunFolderError: a folder is no run folder or is damaged, or ``out`` cannot be written. Files are written only
+            after everything has been read and drawn.
+    """
+    page = Path(out)
+    if not runs:
+        raise InvalidArgument(Problem("runs", list(runs), "must name at least one run folder", "Pass runs/NAME."))
+    if page.is_dir():
+        rule, remedy = "must be a file, and is a folder", f"Pass a file in it: {page / 'report.html'}."
+        raise InvalidArgument(Problem("out", str(page), rule, remedy))
+    found = told_apart([read_run(path) for path in {Path(path).resolve(): path for path in runs}.values()])
+    pictures = [Picture(plot, plot.png(found, LIGHT), plot.png(found, DARK)) for plot in PLOTS]
+    files = {page: render(found, pictures).encode()}
+    for picture in pictures:
+        if picture.light is not None:
+            files[page.with_name(f"{page.stem}-{picture.plot.key}.png")] = picture.light
+    write_all(files)
+    return list(files)
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with as much of the path before each name as it takes to tell them apart."""
+    parts = [run.path.resolve().parts for run in runs]
+
+    def name(own: tuple[str, ...]) -> str:
+        for length in range(1, len(own)):
+            if sum(other[-length:] == own[-length:] for other in parts) == 1:
+                return "/".join(own[-length:])
+        return "/".join(own)
+
+    return [replace(run, name=name(own)) for run, own in zip(runs, parts, strict=True)]
+
+
+def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
+    """The page as text. Everything that comes from a run folder is escaped."""
+    environment = Environment(
+        loader=PackageLoader("spfde.app.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title="spfde: " + ", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else ""),
+        headlines=[headline(run) for run in runs],
+        tables=[tables.comparison(runs), tables.savings(runs), tables.memory_table(runs)],
+        pictures=pictures,
+        details=[(run, tables.settings(run)) for run in runs],
+        masked=[run.name for run in runs if figures.engine(run) == "masked" and (figures.sparsity(run) or 0) > 0],
+        uncounted=tables.uncounted(runs),
+    )
+
+
+def headline(run: Run) -> Headline:
+    """The three figures that a run is judged by."""
+    return Headline(
+        run=run,
+        what=f"{figures.recipe_name(run)}: {figures.model_name(run)} on {figures.data_name(run)}",
+        accuracy=figures.percent(figures.last_accuracy(run)),
+        ratio=figures.times(figures.flops_ratio(run)),
+        time=figures.duration(figures.seconds(run)),
+        state=figures.state(run),
+    )
+
+
+def _data_uri(png: bytes | None) -> str:
+    return "" if png is None else f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

@@ -1,0 +1,298 @@
+"""The plots of the report: which there are, which runs each is about, and how it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from matplotlib.patches import Patch
+
+from spfde.app.report.canvas import (
+    LIGHT,
+    WIDTH,
+    Theme,
+    add_axes,
+    add_curves,
+    add_legend,
+    as_percent,
+    label,
+    name_runs,
+    picture,
+    style_of,
+    whole_epochs,
+)
+from spfde.app.report.figures import share_of_dense
+from spfde.app.report.folders import Run
+from spfde.app.report.tables import SOURCES
+
+_HATCHES = ("", "//", "\\\\", "..")
+_FEW_RUNS = 3
+_MANY_BLOCKS = 24
+_LOG_FROM = 4.0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: the end of its file's name, what it shows, for which runs, and what to say when there are none."""
+
+    key: str
+    title: str
+    caption: str
+    absent: str
+    wants: Callable[[Run], bool]
+    draw: Callable[[Any, Sequence[Run], Theme], None]
+
+    def png(self, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | None:
+        """The picture of those of ``runs`` that it is about; None if there are none.
+
+        A run keeps its colour, dash and marker in every plot.
+        """
+        if not any(self.wants(run) for run in runs):
+            return None
+        return picture(lambda figure, theme: self.draw(figure, runs, theme), theme)
+
+
+def _accuracy(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    axes = add_axes(figure, theme, x="epoch", y="accuracy (measured)")
+    if len(runs) <= _FEW_RUNS:
+        for index, run in enumerate(runs):
+            epochs, accuracy = run.points("train_accuracy")
+            axes.plot(epochs, accuracy, color=theme.runs[index], linewidth=0.8, alpha=0.6)
+    shown = add_curves(axes, runs, theme, lambda run: run.points("test_accuracy"))
+    whole_epochs(axes)
+    as_percent(axes.yaxis)
+    name_runs(figure, runs, shown, theme)
+
+
+def accuracy_over_flops(run: Run) -> tuple[list[float], list[float]]:
+    """Training FLOPs up to and with each epoch, and the test accuracy after it."""
+    spent = accumulate(epoch.training_flops or 0.0 for epoch in run.epochs)
+    points = [
+        (total, epoch.test_accuracy)
+        for total, epoch in zip(spent, run.epochs, strict=True)
+        if epoch.test_accuracy is not None and total > 0
+    ]
+    return [total for total, _ in points], [accuracy for _, accuracy in points]
+
+
+def _flops(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    axes = add_axes(figure, theme, x="cumulative training FLOPs (modelled)", y="test accuracy (measured)")
+    shown = add_curves(axes, runs, theme, accuracy_over_flops)
+    ends = [accuracy_over_flops(runs[index])[0][-1] for index in shown]
+    if max(ends) > _LOG_FROM * min(ends):
+        axes.set_xscale("log")
+        axes.set_xlabel("cumulative training FLOPs (modelled), logarithmic", color=theme.text)
+    else:
+        axes.set_xlim(left=0)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
+        axes.xaxis.get_offset_text().set_color(theme.text)
+    as_percent(axes.yaxis)
+    name_runs(figure, runs, shown, theme)
+
+
+def _cost(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    shown = [run for run in runs if _has_cost(run)]
+    figure.set_size_inches(WIDTH, 1.7 + 0.42 * len(shown))
+    axes = add_axes(figure, theme, x="share of the dense model's training FLOPs (modelled)", y="")
+    for row, run in enumerate(shown):
+        left = 0.0
+        for (name, _), colour, hatch in zip(SOURCES, theme.sources, _HATCHES, strict=True):
+            share = max(0.0, share_of_dense(run, name) or 0.0)
+            filled = colour if not hatch else theme.background
+            bar = {"color": filled, "edgecolor": colour, "hatch": hatch, "linewidth": 1.0}
+            axes.barh(row, share, left=left, height=0.62, **bar)
+            if share >= 0.07:
+                box = {"facecolor": filled, "edgecolor": "none", "pad": 1.5}
+                ink = theme.background if not hatch else theme.text
+                where = {"ha": "center", "va": "center", "fontsize": 8.5}
+                axes.text(left + share / 2, row, f"{share:.0%}", color=ink, bbox=box, **where)
+            left += share
+    axes.set_yticks(range(len(shown)), [label(run.name, 22) for run in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    as_percent(axes.xaxis)
+    handles = [
+        Patch(facecolor=colour if not hatch else theme.background, edgecolor=colour, hatch=hatch * 2)
+        for colour, hatch in zip(theme.sources, _HATCHES, strict=True)
+    ]
+    add_legend(figure, theme, handles, [title for _, title in SOURCES])
+
+
+def _freezing(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    shown = [run for run in runs if run.freezes]
+    heights = [max(1.1, 0.17 * min(len(run.freeze_epochs()), _MANY_BLOCKS)) for run in shown]
+    figure.set_size_inches(WIDTH, 0.9 + sum(height + 0.75 for height in heights))
+    grid = figure.add_gridspec(len(shown), 1, height_ratios=heights)
+    for row, run in enumerate(shown):
+        axes = add_axes(figure, theme, grid[row], x="epoch" if row == len(shown) - 1 else "", y="")
+        _timeline(axes, run, theme)
+    handles = [
+        Patch(facecolor=theme.runs[0], edgecolor=theme.runs[0]),
+        Patch(facecolor=theme.background, edgecolor=theme.runs[5], hatch="////"),
+    ]
+    add_legend(figure, theme, handles, ["trained", "frozen"])
+
+
+def _timeline(axes: Any, run: Run, theme: Theme) -> None:
+    """One bar a block, front block on top: filled while it learns, hatched while it is frozen."""
+    names, end = run.block_names(), run.planned_epochs
+    hatched = {"color": theme.background, "edgecolor": theme.runs[5], "hatch": "////", "linewidth": 0.5}
+    for block, spans in enumerate(run.frozen_spans()):
+        edges = [0, *(edge for span in spans for edge in span), end]
+        for number, (start, stop) in enumerate(pairwise(edges)):
+            if start < stop:
+                look = hatched if number % 2 else {"color": theme.runs[0]}
+                axes.barh(block, stop - start, left=start, height=0.72, **look)
+    done = run.epochs[-1].epoch + 1 if run.epochs else 0
+    if not run.finished and done < end:
+        axes.axvline(done, color=theme.text, linewidth=1.4)
+        side = {"ha": "right", "xytext": (-4, 2)} if done > end / 2 else {"ha": "left", "xytext": (4, 2)}
+        place = {"xy": (done, 1), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", **side}
+        axes.annotate("planned from here on", **place, color=theme.text, fontsize=8)
+    step = -(-len(names) // _MANY_BLOCKS)
+    ticks = range(0, len(names), step)
+    axes.set_yticks(ticks, [label(names[block], 20) for block in ticks], fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, end)
+    axes.set_title(label(run.name), color=theme.text, fontsize=10, loc="left", pad=14)
+    axes.grid(False, axis="y")
+    whole_epochs(axes)
+
+
+def _sieving(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    figure.set_size_inches(WIDTH, 5.4)
+    swaps = add_axes(figure, theme, 2, 1, 1, x="", y="samples swapped")
+    used = add_axes(figure, theme, 2, 1, 2, x="epoch", y="share of the samples")
+    shown = [index for index, run in enumerate(runs) if run.sieves]
+    for place, index in enumerate(shown):
+        run, style = runs[index], style_of(index, theme, 1)
+        shift = 0.12 * (place - (len(shown) - 1) / 2)  # side by side where runs swap in the same epochs
+        moved = [(epoch + shift, value) for epoch, value in zip(*run.points("sieve_moved"), strict=True) if value]
+        swaps.vlines([at for at, _ in moved], 0, [value for _, value in moved], color=style["color"], linewidth=1.6)
+        marks = {**style, "linestyle": "none"}
+        swaps.plot([at for at, _ in moved], [value for _, value in moved], **marks)
+        epochs, share = _share_of_samples(run, "sieve_ever_used")
+        used.plot(epochs, share, **style_of(index, theme, len(epochs)))
+        epochs, share = _share_of_samples(run, "partial_samples")
+        used.plot(epochs, share, color=style["color"], linewidth=0.9, alpha=0.7)
+    end = max(runs[index].planned_epochs for index in shown)
+    for axes in (swaps, used):
+        axes.set_xlim(-0.5, max(end - 0.5, 0.5))
+        whole_epochs(axes)
+    swaps.set_ylim(bottom=0)
+    used.set_ylim(top=1.03)
+    as_percent(used.yaxis)
+    name_runs(figure, runs, shown, theme)
+
+
+def _share_of_samples(run: Run, name: str) -> tuple[list[int], list[float]]:
+    points = []
+    for epoch in run.epochs:
+        value, population = getattr(epoch, name), (epoch.partial_samples or 0.0) + (epoch.removed_samples or 0.0)
+        if value is not None and population > 0:
+            points.append((epoch.epoch, value / population))
+    return [epoch for epoch, _ in points], [share for _, share in points]
+
+
+def _epochs(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    figure.set_size_inches(WIDTH, 5.4)
+    modelled = add_axes(figure, theme, 2, 1, 1, x="", y="FLOPs vs dense (modelled)")
+    measured = add_axes(figure, theme, 2, 1, 2, x="epoch", y="seconds (measured)")
+    shown = set(add_curves(modelled, runs, theme, _flops_against_dense))
+    shown |= set(add_curves(measured, runs, theme, lambda run: run.points("seconds")))
+    for axes in (modelled, measured):
+        axes.set_ylim(bottom=0)
+        whole_epochs(axes)
+    as_percent(modelled.yaxis)
+    name_runs(figure, runs, sorted(shown), theme)
+
+
+def _flops_against_dense(run: Run) -> tuple[list[int], list[float]]:
+    points = [
+        (epoch.epoch, epoch.training_flops / epoch.dense_training_flops)
+        for epoch in run.epochs
+        if epoch.training_flops is not None and epoch.dense_training_flops
+    ]
+    return [epoch for epoch, _ in points], [ratio for _, ratio in points]
+
+
+def _schedule(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    figure.set_size_inches(WIDTH, 5.4)
+    density = add_axes(figure, theme, 2, 1, 1, x="", y="density (counted)")
+    rate = add_axes(figure, theme, 2, 1, 2, x="epoch", y="learning rate (set)")
+    shown = set(add_curves(density, runs, theme, lambda run: run.points("density")))
+    shown |= set(add_curves(rate, runs, theme, lambda run: run.points("learning_rate")))
+    for axes in (density, rate):
+        axes.set_ylim(bottom=0)
+        whole_epochs(axes)
+    as_percent(density.yaxis)
+    name_runs(figure, runs, sorted(shown), theme)
+
+
+def _has_cost(run: Run) -> bool:
+    return share_of_dense(run, "training_flops") is not None
+
+
+NO_EPOCH = "No run has finished an epoch yet."
+PLOTS = (
+    Plot(
+        key="accuracy",
+        title="Accuracy over epochs",
+        caption="Measured on the test set. Thin, for up to three runs: on the training samples as trained on.",
+        absent=NO_EPOCH,
+        wants=lambda run: run.last("test_accuracy") is not None,
+        draw=_accuracy,
+    ),
+    Plot(
+        key="flops",
+        title="Accuracy over training FLOPs",
+        caption="Test accuracy, measured, against the training FLOPs spent so far, modelled.",
+        absent=NO_EPOCH,
+        wants=lambda run: bool(accuracy_over_flops(run)[0]),
+        draw=_flops,
+    ),
+    Plot(
+        key="cost",
+        title="Where the training FLOPs went",
+        caption="Modelled. All parts together are the dense model's training FLOPs for the same epochs on all samples, "
+        "plus the gradients of inactive weights where a method needs them.",
+        absent=NO_EPOCH,
+        wants=_has_cost,
+        draw=_cost,
+    ),
+    Plot(
+        key="epochs",
+        title="What an epoch costs",
+        caption="Above, what the model of the cost says; below, what the clock says. A saving is real where both fall.",
+        absent=NO_EPOCH,
+        wants=lambda run: bool(_flops_against_dense(run)[0] or run.points("seconds")[0]),
+        draw=_epochs,
+    ),
+    Plot(
+        key="freezing",
+        title="Freeze timeline",
+        caption="Blocks in order of execution, the front on top. What happened is counted; what is to come is planned.",
+        absent="No run freezes a block.",
+        wants=lambda run: run.freezes,
+        draw=_freezing,
+    ),
+    Plot(
+        key="sieving",
+        title="Sieving turnover",
+        caption="Counted. Above, samples swapped at each update, different runs side by side. Below, the share of all "
+        "samples used so far, and (thin) the share in use.",
+        absent="No run leaves samples out.",
+        wants=lambda run: run.sieves,
+        draw=_sieving,
+    ),
+    Plot(
+        key="schedule",
+        title="Density and learning rate",
+        caption="Density of the masked tensors; learning rate of the first group, as set by the schedule.",
+        absent=NO_EPOCH,
+        wants=lambda run: bool(run.points("density")[0] or run.points("learning_rate")[0]),
+        draw=_schedule,
+    ),
+)

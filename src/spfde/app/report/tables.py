@@ -1,0 +1,128 @@
+"""The figures of the report as rows of text, each with its origin: measured, modelled, or set by the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spfde.app.report import figures
+from spfde.app.report.folders import Run
+
+Origin = Literal["measured", "modelled", "set"]
+SOURCES = (
+    ("training_flops", "spent"),
+    ("saved_by_sparsity", "saved by sparsity"),
+    ("saved_by_freezing", "saved by freezing"),
+    ("saved_by_sieving", "saved by sieving"),
+)
+VERSUS_DENSE = "Share of the dense model's training FLOPs, same epochs, all samples"
+TIME_VERSUS_DENSE = (
+    "Seconds over those of a dense run in this report with the same machine and settings; "
+    "≈: over the time of a dense run as extrapolated from dense steps that were timed before the run"
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, where its figures come from, and what they mean."""
+
+    title: str
+    origin: Origin
+    meaning: str
+    cell: Callable[[Run], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, headings, and one row a run: its name, then a cell for each column."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Run, tuple[str, ...]], ...]
+
+
+def shown(words: Callable[[float | None], str], of: Callable[[Run], float | None]) -> Callable[[Run], str]:
+    """A cell: a figure of a run, put into words."""
+    return lambda run: words(of(run))
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """One row a run, everything that matters side by side."""
+    peak = shown(figures.memory, figures.peak_memory)
+    columns = (
+        Column("Recipe", "set", "Name of the recipe", figures.recipe_name),
+        Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", figures.engine),
+        Column("Test accuracy, last / best", "measured", "After the last and after the best epoch", figures.accuracies),
+        Column("Training FLOPs", "modelled", "Over the whole run", shown(figures.flops, figures.training_flops)),
+        Column("FLOPs vs dense", "modelled", VERSUS_DENSE, shown(figures.times, figures.flops_ratio)),
+        Column("Time", "measured", "Wall clock of training", shown(figures.duration, figures.seconds)),
+        Column("Time vs dense", "measured", TIME_VERSUS_DENSE, lambda run: figures.time_against_dense(run, runs)),
+        Column("Peak memory", "measured", "Of the process, or of the GPU", peak),
+        Column("Final sparsity", "measured", "Counted; masked tensors only", shown(figures.percent, figures.sparsity)),
+        Column("Frozen blocks", "measured", "Counted; at the end, of all blocks", figures.frozen_blocks),
+        Column("Samples seen", "measured", "Counted; repeats too", shown(figures.count, figures.samples_seen)),
+        Column("Seed", "set", "Of all random choices", lambda run: figures.setting(run, "seed")),
+        Column("Versions", "set", "Of what it was trained with", figures.versions),
+    )
+    return _table("The runs side by side", columns, runs)
+
+
+def savings(runs: Sequence[Run]) -> Table:
+    """Where the FLOPs went: shares of the dense model's training FLOPs for the same epochs."""
+
+    def share(name: str) -> Callable[[Run], str]:
+        return lambda run: figures.percent(figures.share_of_dense(run, name))
+
+    columns = tuple(Column(title.capitalize(), "modelled", VERSUS_DENSE, share(name)) for name, title in SOURCES)
+    of_spent = "Part of what was spent: gradients of inactive weights"
+    extra = Column("Dense gradients", "modelled", of_spent, share("dense_gradient_flops"))
+    beside = Column("Scores and probes", "modelled", "Computed beside the training steps", share("overhead_flops"))
+    return _table("Where the training FLOPs went", (*columns, extra, beside), runs)
+
+
+def memory_table(runs: Sequence[Run]) -> Table:
+    """Memory: what the model of it says, and what was seen."""
+
+    def span(name: str) -> Callable[[Run], str]:
+        def cell(run: Run) -> str:
+            _, values = run.points(name)
+            return f"{figures.memory(values[0])} → {figures.memory(values[-1])}" if values else figures.MISSING
+
+        return cell
+
+    columns = (
+        Column("Kept for backward", "measured", "By one step; first → last epoch", span("saved_tensor_bytes")),
+        Column("Weights, activations, gradients", "modelled", "First → last epoch", span("modelled_memory_bytes")),
+        Column("Partial set", "measured", "Share of the samples in use, last epoch", figures.partial_share),
+    )
+    return _table("Memory and data in use", columns, runs)
+
+
+def settings(run: Run) -> list[tuple[str, str]]:
+    """Everything in ``config.json``, flattened to names and values."""
+    found: list[tuple[str, str]] = []
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else str(name), inner)
+        elif value is not None and value != {}:
+            found.append((prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+
+    walk("", run.config)
+    return found
+
+
+def uncounted(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Names of runs, and the modules that their modelled FLOPs leave out, with their number, as the plan lists them."""
+    by_modules: dict[str, list[str]] = {}
+    for run in runs:
+        found = run.section("plan").get("uncounted")
+        if isinstance(found, Mapping) and found:
+            by_modules.setdefault(", ".join(f"{name} ({calls})" for name, calls in found.items()), []).append(run.name)
+    return [(", ".join(names), modules) for modules, names in by_modules.items()]
+
+
+def _table(caption: str, columns: tuple[Column, ...], runs: Sequence[Run]) -> Table:
+    return Table(caption, columns, tuple((run, tuple(column.cell(run) for column in columns)) for run in runs))

@@ -1,0 +1,206 @@
+"""A run folder: what it holds, who may write to it, and how it survives a kill at any moment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spfde.app.runs.checkpoints import Checkpoints
+from spfde.core.files import clear_errors, write_whole
+from spfde.core.errors import RunFolderError
+
+CONFIG, METRICS, SUMMARY, RECIPE = "config.json", "metrics.jsonl", "summary.json", "recipe.toml"
+_LOCK = ".lock"
+_DRAFT = ".writing"
+
+_held_locks: set[int] = set()
+
+
+def _forget_locks() -> None:
+    """Loader workers are forks, and would keep the lock alive after this process was killed."""
+    for handle in _held_locks:
+        os.close(handle)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+class RunFolder:
+    """The folder of one run, locked by this process while it is open.
+
+    The lock is an ``flock``: the kernel drops it when the process ends, however it ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._lock: int | None = None
+        self._made: tuple[Path, ...] = ()
+
+    # --- opening ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Raise what ``create`` would raise, as far as that can be told without writing anything."""
+        with clear_errors(path):
+            if path.exists() and not path.is_dir():
+                raise RunFolderError(f"--out={path}: must be a folder, and is a file. Choose another folder.")
+            if path.exists():
+                with cls(path)._locked_for_a_look():
+                    _check_empty(path)
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make a new folder and lock it.
+
+        Raises:
+            RunFolderError: it holds something already, is in use, or cannot be written.
+        """
+        cls.check_free(path)
+        folder = cls(path)
+        folder._made = tuple(parent for parent in (path, *path.parents) if not parent.exists())
+        try:
+            with clear_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+                folder._acquire()
+        except BaseException:
+            folder._remove_made()
+            raise
+        try:
+            # Another process may have come and gone since the first look.
+            _check_empty(path)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Lock the folder of an earlier run, and take away what was half-written.
+
+        Raises:
+            RunFolderError: it is no run folder, is in use, or cannot be written.
+        """
+        if not (path / CONFIG).is_file():
+            raise RunFolderError(f"--resume={path}: is no run folder (no {CONFIG}). Pass the folder of an earlier run.")
+        folder = cls(path)
+        with clear_errors(path):
+            folder._acquire()
+            folder.checkpoints.remove_drafts()
+            for leftover in path.glob(f".*{_DRAFT}"):
+                leftover.unlink()
+        return folder
+
+    def _acquire(self) -> None:
+        handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise RunFolderError(
+                f"{self.path}: is in use by another process. Wait for it to end, or choose another folder."
+            ) from None
+        self._lock = handle
+        _held_locks.add(handle)
+
+    @contextmanager
+    def _locked_for_a_look(self) -> Iterator[None]:
+        """Fail if another process holds the folder; create nothing."""
+        if (self.path / _LOCK).exists():
+            self._acquire()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            _held_locks.discard(self._lock)
+            os.close(self._lock)
+            self._lock = None
+
+    def discard(self) -> None:
+        """Take away all that ``create`` and this process made, when a run comes to nothing."""
+        assert self._lock is not None, "only the folder's holder may empty it"
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        self.close()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        for made in self._made:
+            try:
+                made.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:  # not empty: somebody else is in there
+                break
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        with clear_errors(self.path):
+            write_whole(self.path / name, text, draft=self.path / f".{name}{_DRAFT}")
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One JSON object.
+
+        Raises:
+            RunFolderError: the file cannot be read, or holds something else.
+        """
+        path = self.path / name
+        remedy = "Restore it from a copy, or start a new run."
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path}: is damaged ({error}). {remedy}") from None
+        if not isinstance(content, dict):
+            raise RunFolderError(f"{path}: is damaged (it holds no JSON object). {remedy}")
+        return content
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / SUMMARY).is_file()
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one epoch's line."""
+        with clear_errors(self.path), (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write all lines anew: those of epochs that will be trained again are gone, as is a half-written one."""
+        self.write_text(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def _check_empty(path: Path) -> None:
+    contents = sorted(entry.name for entry in path.iterdir() if not _is_litter(entry.name))
+    if CONFIG in contents:
+        raise RunFolderError(
+            f"--out={path}: holds a run already. Go on with `spfde train --resume {path}`, or choose another folder."
+        )
+    if contents:
+        raise RunFolderError(f"--out={path}: is not empty ({contents[0]}). Choose a new or an empty folder.")
+
+
+def _is_litter(name: str) -> bool:
+    """What a process leaves that was killed while it made the folder: no reason to refuse it."""
+    return name == _LOCK or (name.startswith(".") and name.endswith(_DRAFT))

@@ -1,0 +1,1 @@
+"""The command line's trainer: an ordinary user of the library."""

@@ -1,0 +1,167 @@
+"""Random crop and flip of whole batches, on the batch's device.
+
+One gather moves a batch: every sample gets its own offset and its own flip, as if it had been transformed alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spfde.core.errors import InvalidArgument, Problem, StateMismatch, nearest
+from spfde.core.numbers import mix
+
+AugmentMode = Literal["none", "crop", "crop+flip"]
+MODES: tuple[AugmentMode, ...] = ("none", "crop", "crop+flip")
+DEFAULT_PADDING = 4
+
+
+def resolve_augmentation(choice: str, default: AugmentMode) -> AugmentMode:
+    """Turn a user's choice (``auto`` or a mode) into a mode; ``auto`` is the data set's own default.
+
+    Raises:
+        InvalidArgument: the choice is unknown; the message has the nearest match.
+    """
+    if choice == "auto":
+        return default
+    if choice not in MODES:
+        raise InvalidArgument(
+            Problem("augment", choice, "is no known augmentation", nearest(choice, ["auto", *MODES])),
+        )
+    return choice
+
+
+def padding_for(image_size: tuple[int, int]) -> int:
+    """Padding of the random crop in pixels: the usual 4 up to 32 pixels, an eighth of the shorter side above."""
+    return max(DEFAULT_PADDING, min(image_size) // 8)
+
+
+def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None = None, *, padding: int) -> Tensor:
+    """Crop each image from its zero-padded self at its own offset, then mirror it left to right where asked.
+
+    Args:
+        images: ``(N, C, H, W)``, any dtype and device.
+        top: ``(N,)`` integers in ``[0, 2 * padding]``, on the images' device: first row of the crop.
+        left: likewise, first column.
+        flip: ``(N,)`` booleans on the images' device, or None to flip nothing.
+        padding: zero pixels added on each side before the crop.
+
+    Returns:
+        A new contiguous tensor like ``images``.
+    """
+    n, channels, height, width = images.shape
+    padded = F.pad(images, (padding, padding, padding, padding))
+    columns = torch.arange(width, device=images.device).expand(n, width)
+    if flip is not None:
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = columns + left[:, None]
+    rows = torch.arange(height, device=images.device) + top[:, None]
+    index = (rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]).view(n, 1, height * width)
+    flat = padded.reshape(n, channels, -1).gather(2, index.expand(n, channels, height * width))
+    return flat.view(n, channels, height, width)
+
+
+def normalise(batch: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``(batch - mean) / std`` per channel as float32; uint8 images are taken as the shares of 255 that they stand for.
+
+    Args:
+        batch: ``(N, C, H, W)``, uint8 or floating.
+        mean: ``(C,)`` in the images' own unit (shares in [0, 1] for uint8); moved to the batch's device.
+        std: likewise.
+    """
+    scale = 255.0 if batch.dtype == torch.uint8 else 1.0
+    device, shape = batch.device, (1, -1, 1, 1)
+    factor = (1.0 / (scale * std.to(device=device, dtype=torch.float32))).view(shape)
+    shift = (mean.to(device=device, dtype=torch.float32) * scale).view(shape)
+    return batch.to(torch.float32).sub(shift).mul_(factor)
+
+
+class BatchAugment:
+    """Random crop and flip for one batch at a time.
+
+    The draws come from ``generator`` on the CPU, so that they are the same whatever the device of the batch; a mode
+    that needs no draw takes none.
+
+    Args:
+        mode: ``none``, ``crop`` or ``crop+flip`` (flip with probability one half).
+        generator: a CPU generator, the only source of randomness.
+        padding: pixels of zeros on each side before the crop.
+
+    Raises:
+        InvalidArgument: unknown mode, negative padding or a generator that is not on the CPU.
+    """
+
+    def __init__(self, mode: AugmentMode, generator: torch.Generator, *, padding: int = DEFAULT_PADDING) -> None:
+        if mode not in MODES:
+            raise InvalidArgument(Problem("mode", mode, "is no known augmentation", nearest(str(mode), MODES)))
+        if padding < 0:
+            raise InvalidArgument(Problem("padding", padding, "must not be negative", "Use 4, or 0 for no crop."))
+        if generator.device.type != "cpu":
+            raise InvalidArgument(
+                Problem("generator", str(generator.device), "must be on the CPU", "Use torch.Generator().")
+            )
+        self.mode: AugmentMode = mode
+        self.padding = padding
+        self.generator = generator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augment ``images`` of shape ``(N, C, H, W)``; the input is left as it is."""
+        if self.mode == "none":
+            return images
+        return self._apply(images, *self.draw(images.shape[0]))
+
+    def replay(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Augment each image as its seed, int64 ``(N,)``, says; the generator is left alone."""
+        if self.mode == "none":
+            return images
+        span = 2 * self.padding + 1
+        flip = mix(seeds, 3) % 2 == 1 if self.mode == "crop+flip" else None
+        return self._apply(images, mix(seeds, 1) % span, mix(seeds, 2) % span, flip)
+
+    def _apply(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None) -> Tensor:
+        device = images.device
+        on_device = None if flip is None else flip.to(device, non_blocking=True)
+        return crop_flip(
+            images,
+            top.to(device, non_blocking=True),
+            left.to(device, non_blocking=True),
+            on_device,
+            padding=self.padding,
+        )
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw ``n`` offsets (rows, columns) and, in mode ``crop+flip``, ``n`` flips; all on the CPU."""
+        offsets = torch.randint(0, 2 * self.padding + 1, (2, n), generator=self.generator)
+        flip = None
+        if self.mode == "crop+flip":
+            flip = torch.randint(0, 2, (n,), generator=self.generator).bool()
+        return offsets[0], offsets[1], flip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mode, the padding and the generator's state."""
+        return {"mode": self.mode, "padding": self.padding, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the generator.
+
+        Raises:
+            StateMismatch: the state is of another mode or padding, or is not a state of this class.
+        """
+        for field in ("mode", "padding"):
+            if field not in state or state[field] != getattr(self, field):
+                raise StateMismatch(
+                    f"augmentation: the saved {field} is {state.get(field)!r}, this run's is {getattr(self, field)!r}. "
+                    "Resume with the augmentation that the run was started with."
+                )
+        saved = state.get("generator")
+        if not isinstance(saved, Tensor):
+            raise StateMismatch(
+                "augmentation: the saved state has no generator. The checkpoint is not of this version."
+            )
+        try:
+            self.generator.set_state(saved.cpu())
+        except (RuntimeError, TypeError) as error:
+            raise StateMismatch(f"augmentation: the saved generator cannot be restored: {error}") from error

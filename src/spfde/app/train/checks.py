@@ -1,0 +1,77 @@
+"""What a person names on the command line: is it there? Checked before anything slow is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from spfde.app.data.datasets import describe_data
+from spfde.app.data.images import DataSpec
+from spfde.app.train.models import check_model
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
+from spfde.engines.choose import check_engine
+
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+
+
+def check_named(options: Mapping[str, Any]) -> DataSpec:
+    """Refuse what a person named and is not there, all of it together, and describe the data.
+
+    Args:
+        options: as the fields of ``TrainOptions``, of which others may be wrong.
+
+    Raises:
+        InvalidArgument: an unknown tracker, engine, device, data set or model, or one that this machine lacks.
+        DataError: the data are not what they should be.
+    """
+    problems = Problems()
+    for check, name in (
+        (_check_trackers, "track"),
+        (check_engine, "engine"),
+        (_check_device, "device"),
+        (check_model, "model"),
+    ):
+        with problems.collecting():
+            check(options[name])
+    with problems.collecting():
+        _check_precision(options["precision"], options["device"])
+    spec = None
+    with problems.collecting():
+        spec = describe_data(options["data"])
+    problems.raise_if_any()
+    assert spec is not None, "it raises, or describes the data"
+    return spec
+
+
+def _check_precision(precision: str, device: str) -> None:
+    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if precision == "fp16" and on_cpu:
+        raise InvalidArgument(Problem("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16."))
+
+
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and number.isascii() and number.isdigit()):
+        known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
+        raise InvalidArgument(Problem("device", device, "is no device", nearest(device, known)))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, True):
+        raise InvalidArgument(
+            Problem("device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InvalidArgument(Problem("device", device, f"there are {count} GPUs", f"Use cuda:0 … cuda:{count - 1}."))
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise InvalidArgument(Problem("track", name, "is no tracker", nearest(name, TRACKERS)))
+        if find_spec(name) is None:
+            raise InvalidArgument(
+                Problem("track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
+            )

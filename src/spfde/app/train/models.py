@@ -1,0 +1,245 @@
+"""The models of the command line: CIFAR ResNets, VGG-19, and any of timm's by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
+
+TIMM_PREFIX = "timm:"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A built-in model.
+
+    Attributes:
+        summary: one line for listings.
+        build: called with (num_classes, in_channels, (height, width)).
+        smallest: least height and width of an image that the model can take.
+    """
+
+    summary: str
+    build: Callable[[int, int, tuple[int, int]], nn.Module]
+    smallest: int = 1
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut; a 1x1 convolution with batch norm where the shape changes.
+
+    ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        result: Tensor = self.relu2(out + self.downsample(x))
+        return result
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of He et al. (2016), section 4.2: a 3x3 stem and three stages of ``n`` basic blocks.
+
+    The weighted layers are 6n + 2 without the shortcuts. Departure: shortcuts that change the shape are 1x1
+    convolutions with batch norm (the original's option B; its CIFAR experiments pad with zeros).
+
+    Args:
+        n: basic blocks in each stage.
+        widths: channels of the three stages; the stem has the first.
+        num_classes: outputs.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, n: int, widths: tuple[int, int, int], *, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
+        self.layer1 = _stage(n, widths[0], widths[0], stride=1)
+        self.layer2 = _stage(n, widths[0], widths[1], stride=2)
+        self.layer3 = _stage(n, widths[1], widths[2], stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(widths[2], num_classes)
+        _kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(self.flatten(self.pool(x)))
+        return logits
+
+
+class CifarVGG(nn.Module):
+    """VGG with batch norm for small images: convolutions, global average, one linear layer.
+
+    Departure from Simonyan and Zisserman (2015): no hidden linear layers, as is usual on CIFAR, and no fifth
+    max-pooling, which the global average replaces (so that 28-pixel images pass too).
+
+    Args:
+        stages: for each stage the channels and the number of 3x3 convolutions; 2x2 max-pooling between stages.
+        num_classes: outputs.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, stages: tuple[tuple[int, int], ...], *, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for position, (width, convolutions) in enumerate(stages):
+            if position > 0:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.classifier = nn.Linear(channels, num_classes)
+        _kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.flatten(self.pool(self.features(x))))
+        return logits
+
+
+def _stage(n: int, in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride=stride)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(n - 1)))
+
+
+def _kaiming(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _resnet(n: int, widths: tuple[int, int, int]) -> Callable[[int, int, tuple[int, int]], nn.Module]:
+    return lambda num_classes, in_channels, _: CifarResNet(n, widths, num_classes=num_classes, in_channels=in_channels)
+
+
+_VGG19 = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+
+MODELS: dict[str, ModelEntry] = {
+    "resnet8": ModelEntry("CIFAR ResNet, 8 layers, widths 16-32-64", _resnet(1, (16, 32, 64))),
+    "resnet20": ModelEntry("CIFAR ResNet, 20 layers, widths 16-32-64", _resnet(3, (16, 32, 64))),
+    "resnet32": ModelEntry("CIFAR ResNet, 32 layers, the paper's doubled widths 32-64-128", _resnet(5, (32, 64, 128))),
+    "vgg19": ModelEntry(
+        "VGG-19 with batch norm for small images: 16 convolutions, global average, one linear layer",
+        lambda num_classes, in_channels, _: CifarVGG(_VGG19, num_classes=num_classes, in_channels=in_channels),
+        smallest=16,
+    ),
+}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: int | tuple[int, int],
+    seed: int | None = None,
+) -> nn.Module:
+    """Build a freshly initialised model.
+
+    Args:
+        name: a key of ``MODELS``, or ``timm:NAME``.
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        image_size: height and width of the images, or one number for both.
+        seed: with a seed the initial weights depend on it alone and the global generator is left as it was;
+            without, they are drawn from the global generator, as PyTorch's layers do.
+
+    Raises:
+        InvalidArgument: the name is unknown, timm is missing, or the model does not take such images.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    problems = Problems()
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", min(size))):
+        if value < 1:
+            problems.add(argument, value, "must be at least 1", "Give the data set's own number.")
+    if name in MODELS and 1 <= min(size) < MODELS[name].smallest:
+        rule = f"is too small for {name}, which needs at least {MODELS[name].smallest} pixels each way"
+        problems.add("image_size", image_size, rule, "Choose a ResNet or larger images.")
+    with problems.collecting():
+        check_model(name)
+    problems.raise_if_any()
+    if seed is None:
+        return _build(name, num_classes, in_channels, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _build(name, num_classes, in_channels, size)
+
+
+def check_model(name: str) -> None:
+    """Raise ``InvalidArgument`` for a name that is no model's; those of timm are looked up when they are built."""
+    if name not in MODELS and not name.startswith(TIMM_PREFIX):
+        known = [*MODELS, f"{TIMM_PREFIX}NAME"]
+        raise InvalidArgument(Problem("model", name, "is no known model", nearest(name, known)))
+
+
+def _build(name: str, num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
+    if name in MODELS:
+        return MODELS[name].build(num_classes, in_channels, size)
+    return _build_timm(name, num_classes, in_channels, size)
+
+
+def _build_timm(name: str, num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
+    try:
+        import timm  # seconds to import, and an extra
+    except ImportError as error:
+        raise InvalidArgument(
+            Problem("model", name, "needs the package timm", "Install it: pip install 'spfde[vision]'.")
+        ) from error
+    wanted = name.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(wanted):
+        raise InvalidArgument(Problem("model", name, "is no model of timm", _nearest_timm(wanted, timm.list_models())))
+
+    def create(**size_argument: tuple[int, int]) -> nn.Module:
+        model: nn.Module = timm.create_model(
+            wanted, pretrained=False, num_classes=num_classes, in_chans=in_channels, **size_argument
+        )
+        return model
+
+    try:
+        try:
+            return create(img_size=size)
+        except TypeError as error:
+            # Models whose weights do not depend on the size (most convolutional ones) have no such argument.
+            if "img_size" not in str(error):
+                raise
+            return create()
+    except Exception as error:
+        raise InvalidArgument(
+            Problem(
+                "model",
+                name,
+                f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}",
+                "Choose another model of timm or another image size.",
+            )
+        ) from error
+
+
+def _nearest_timm(wanted: str, names: list[str]) -> str:
+    # timm knows more than a thousand models: the nearest one is useful, the whole list is not.
+    found = nearest(wanted, names).partition(" Known names:")[0]
+    hint = found.replace("Did you mean '", f"Did you mean '{TIMM_PREFIX}") if found.startswith("Did") else ""
+    return f"{hint} See timm.list_models() for all names.".strip()

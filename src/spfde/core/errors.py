@@ -1,0 +1,103 @@
+"""Errors of the library: each names the argument, the value, the rule and the remedy.
+
+Problems with arguments are collected and raised together, so that one run of a script shows all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+class SpfdeError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one argument.
+
+    Attributes:
+        argument: name of the argument, as the caller writes it.
+        value: the offending value.
+        rule: what it breaks, as a clause ("must be in [0, 1)").
+        remedy: what to do instead, as a sentence.
+    """
+
+    argument: str
+    value: object
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.argument}={_shorten(self.value)}: {self.rule}. {self.remedy}"
+
+
+class InvalidArgument(SpfdeError, ValueError):
+    """One or more arguments break a rule; ``problems`` lists them."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class StateMismatch(SpfdeError, ValueError):
+    """A saved state does not fit the model, recipe or version that it is loaded into."""
+
+
+class UsageError(SpfdeError, RuntimeError):
+    """A call at the wrong time: ``observe`` twice, a state taken between two batches, and the like."""
+
+
+class TrainingDiverged(SpfdeError, RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class DataError(SpfdeError, ValueError):
+    """A data set is missing, empty, damaged or does not hold what it should."""
+
+
+class RunFolderError(SpfdeError, RuntimeError):
+    """A run folder or a checkpoint is in use, damaged, read-only or not what it should be."""
+
+
+class WeightsFileError(SpfdeError, RuntimeError):
+    """A file of exported weights is missing, damaged or cannot be written."""
+
+
+@dataclass
+class Problems:
+    """Collects problems so that they are raised together."""
+
+    found: list[Problem] = field(default_factory=list)
+
+    def add(self, argument: str, value: object, rule: str, remedy: str) -> None:
+        self.found.append(Problem(argument, value, rule, remedy))
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the problems of an ``InvalidArgument`` that is raised in the block, instead of letting it through."""
+        try:
+            yield
+        except InvalidArgument as error:
+            self.found.extend(error.problems)
+
+    def raise_if_any(self) -> None:
+        """Raise ``InvalidArgument`` with all problems found so far, if there are any."""
+        if self.found:
+            raise InvalidArgument(*self.found)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest match if there is one, and the known names."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{matches[0]}'? " if matches else ""
+    return f"{hint}Known names: {', '.join(names)}."
+
+
+def _shorten(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,256 @@
+"""Compiling the kernels on the machine that runs them, once, and loading them.
+
+The library is kept in the user's cache folder under a name that says what it was made of: sources, flags, compiler and
+processor. A second process that starts at the same time waits for the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spfde.core.errors import SpfdeError
+
+SOURCES = Path(__file__).parent / "kernels"
+_COMPILERS = ("g++", "c++", "clang++")
+# No -ffast-math: a NaN must stay one.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
+_OPENMP = "-fopenmp"
+_MOST_SECONDS = 300
+
+Real = Literal["float", "double"]
+
+
+class KernelsUnavailable(SpfdeError):
+    """The kernels cannot be had here.
+
+    Attributes:
+        reason: why, in a few words.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f'The native engine has no kernels here: {reason}. Use engine="masked" or "auto".')
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    command: tuple[str, ...]  # with what $CXX says besides the program: a cache's name, flags
+    version: str
+
+
+def available() -> str | None:
+    """Why the kernels cannot be had here, as far as can be told without compiling; None where they can."""
+    try:
+        _check_platform()
+        _compiler()
+    except KernelsUnavailable as error:
+        return error.reason
+    return None
+
+
+def load(
+    *,
+    real: Real = "float",
+    sanitize: bool = False,
+    sources: Path = SOURCES,
+    on_build: Callable[[str], None] | None = None,
+) -> ctypes.CDLL:
+    """The library, built if need be.
+
+    Args:
+        real: the number type of the kernels; double is for tests.
+        sanitize: with AddressSanitizer.
+        sources: folder of the sources.
+        on_build: called with one line before a compilation, which takes seconds.
+
+    Raises:
+        KernelsUnavailable: no compiler, a failed build, or a platform that is not supported.
+    """
+    path = library_path(real=real, sanitize=sanitize, sources=sources, on_build=on_build)
+    return _open(str(path))
+
+
+def library_path(
+    *,
+    real: Real = "float",
+    sanitize: bool = False,
+    sources: Path = SOURCES,
+    on_build: Callable[[str], None] | None = None,
+) -> Path:
+    """Where the built library is; see ``load``."""
+    _check_platform()
+    compiler = _compiler()
+    flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
+    if sanitize:
+        flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
+    name = f"kernels-{_digest(sources, flags, compiler)}.so"
+    for folder in (cache_folder(), _private_folder()):
+        with contextlib.suppress(OSError), _locked(folder, name):
+            target = folder / name
+            if not _is_whole(target, sanitize=sanitize):
+                if on_build is not None:
+                    on_build(f"compiling the kernels with {compiler.version} (once on this machine, some seconds)")
+                _compile(compiler, flags, sources / "kernels.cpp", target)
+            return target
+    raise KernelsUnavailable("neither the cache folder nor a temporary one can be written to")
+
+
+def cache_folder() -> Path:
+    """Folder of built libraries: $SPFDE_CACHE_DIR, or ``spfde`` in the user's cache folder."""
+    own = os.environ.get("SPFDE_CACHE_DIR")
+    if own:
+        return Path(own)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "spfde"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spfde"
+
+
+def _check_platform() -> None:
+    if sys.platform not in ("linux", "darwin"):
+        raise KernelsUnavailable(f"the platform {sys.platform} is not supported")
+
+
+def _compiler() -> _Compiler:
+    own = shlex.split(os.environ.get("CXX", ""))
+    found = next((path for path in map(shutil.which, own[:1] or _COMPILERS) if path), None)
+    if found is None:
+        told = f"$CXX={shlex.join(own)} is no compiler" if own else f"no C++ compiler ({', '.join(_COMPILERS)})"
+        raise KernelsUnavailable(told)
+    command = (found, *own[1:])
+    return _Compiler(command, _version(command))
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    try:
+        ran = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsUnavailable(f"{shlex.join(command)} does not run ({error})") from error
+    return (ran.stdout.strip().splitlines() or [command[0]])[0]
+
+
+def _machine_flag() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _digest(sources: Path, flags: list[str], compiler: _Compiler) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for part in (*flags, *compiler.command, compiler.version, _processor()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+@functools.cache
+def _processor() -> str:
+    """What the compiler's "native" stands for."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        told = [
+            line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features", "CPU part")
+        ]
+        if told:
+            return "\n".join(told)
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _is_whole(path: Path, *, sanitize: bool) -> bool:
+    """Is there a library that can be opened? A file that was cut short is built anew."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    if sanitize:
+        return True  # it opens only where its runtime was loaded before
+    try:
+        return hasattr(_open(str(path)), "spfde_abi")
+    except KernelsUnavailable:
+        return False
+
+
+@functools.cache
+def _open(path: str) -> ctypes.CDLL:
+    # PyTorch first, so that both take one OpenMP runtime: two would each start their threads.
+    import torch  # noqa: F401
+
+    try:
+        return ctypes.CDLL(path)
+    except OSError as error:
+        raise KernelsUnavailable(f"the built library cannot be loaded ({error})") from error
+
+
+def _compile(compiler: _Compiler, flags: list[str], source: Path, target: Path) -> None:
+    handle, made = tempfile.mkstemp(suffix=".so", prefix="building-", dir=target.parent)
+    os.close(handle)
+    try:
+        failed = None
+        for openmp in ([_OPENMP], []):
+            failed = _run([*compiler.command, *flags, *openmp, str(source), "-o", made, *_runtime(openmp)])
+            if failed is None:
+                break
+        if failed is not None:
+            log = target.with_suffix(".log")
+            log.write_text(failed)
+            lines = failed.strip().splitlines()
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            raise KernelsUnavailable(f"the build failed ({first.strip()}; all of it in {log})")
+        os.replace(made, target)
+    finally:
+        Path(made).unlink(missing_ok=True)
+
+
+def _runtime(openmp: list[str]) -> list[str]:
+    """PyTorch's own OpenMP runtime where it brings one under a name of its own."""
+    if not openmp or sys.platform != "linux":
+        return []
+    import torch
+
+    folder = Path(torch.__file__).parent / "lib"
+    own = sorted(folder.glob("libgomp-*.so*"))
+    return [str(own[0]), f"-Wl,-rpath,{folder}"] if own else []
+
+
+def _run(command: list[str]) -> str | None:
+    """Run a compilation; its messages if it failed."""
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None if ran.returncode == 0 else ran.stderr or ran.stdout or f"exit code {ran.returncode}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """A folder of this process, for where the cache cannot be written to; it is gone when the process ends."""
+    # The object must live as long as the process: its end removes the folder.
+    _PRIVATE.append(tempfile.TemporaryDirectory(prefix="spfde-kernels-"))
+    return Path(_PRIVATE[-1].name)
+
+
+_PRIVATE: list[tempfile.TemporaryDirectory[str]] = []

@@ -1,0 +1,101 @@
+"""The weights as the kernels read them, kept in step with the masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spfde.engines.native.fusion import ConvStep
+from spfde.engines.native.layout import Layout
+from spfde.engines.native.lists import Entries, Geometry, Structure, build
+
+# What a tile's part of a chunk of the source may take. The first-level cache (32 KiB or more) should hold it beside the
+# lists themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a
+# row of the weight something to do.
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 150_000, 3_600
+
+# Name, shape and strides of the convolution, layouts of the input and the output.
+_Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
+
+
+class Weights:
+    """Structures by convolution, built anew when the mask of a layer is another.
+
+    Args:
+        masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
+        dense_gradients: gives the names of the parameters whose next gradient must be dense.
+
+    Attributes:
+        version: another number whenever a mask is another one.
+    """
+
+    def __init__(
+        self, masks: Callable[[], Mapping[str, Tensor]], dense_gradients: Callable[[], frozenset[str]]
+    ) -> None:
+        self._masks, self._dense_gradients = masks, dense_gradients
+        self._built: dict[_Key, tuple[Tensor | None, Structure]] = {}
+        self._steps: dict[str, ConvStep] = {}
+        self._dense: dict[_Key, Entries] = {}
+        self._current: dict[str, Tensor] = {}
+        self.version = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the masks again; call it before a forward pass."""
+        before, self._current = self._current, dict(self._masks())
+        same = before.keys() == self._current.keys() and all(
+            mask is before[name] for name, mask in self._current.items()
+        )
+        self.version += not same
+
+    def dense_among(self, convolutions: Sequence[str]) -> frozenset[str]:
+        """Which of them have a weight whose next gradient must be dense."""
+        dense = self._dense_gradients()
+        return frozenset(name for name in convolutions if f"{name}.weight" in dense) if dense else frozenset()
+
+    def structure(self, step: ConvStep, source: Layout, target: Layout) -> Structure:
+        """The lists of a convolution for its current mask."""
+        mask = self._current.get(f"{step.name}.weight")
+        key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
+        have = self._built.get(key)
+        if have is None or have[0] is not mask:
+            active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
+            have = (mask, self._build(step, active, source, target))
+            self._built[key] = have
+            self._steps[step.name] = step
+        return have[1]
+
+    def rebuild(self) -> None:
+        """Make every structure anew that was made so far."""
+        built, self._built = list(self._built), {}
+        for name, _, _, source, target in built:
+            self.structure(self._steps[name], source, target)
+
+    def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
+        """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
+        if f"{step.name}.weight" not in self._dense_gradients():
+            return self.structure(step, source, target).forward
+        key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
+        if key not in self._dense:
+            everything = torch.ones_like(step.module.weight, dtype=torch.bool)
+            self._dense[key] = self._build(step, everything, source, target).forward
+        return self._dense[key]
+
+    def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> Structure:
+        strides = step.module.weight.stride()
+        if active.dim() == 2:
+            active, strides = active[:, :, None, None], (*strides, 0, 0)
+        density = int(active.count_nonzero()) / active.numel()
+        most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
+        chunk_bytes = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
+        return build(step.geometry, active, strides, source, target, chunk_bytes=chunk_bytes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _any_batch(source: Layout, target: Layout) -> tuple[Layout, Layout]:
+    """The lists do not depend on the number of images."""
+    return dataclasses.replace(source, batch=0), dataclasses.replace(target, batch=0)

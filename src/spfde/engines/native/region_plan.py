@@ -1,0 +1,259 @@
+"""What of a region is needed for one shape of input and one state of the model: which values are kept, which steps run
+together, and what needs a gradient.
+
+The forward pass keeps for the backward pass what cannot be had again: the input of each normalisation, and outputs that
+a residual went into. What follows from those in one cheap pass is computed anew, so that the two sides of a
+normalisation are never both kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spfde.engines.native.fusion import (
+    ConvStep,
+    GlobalPoolStep,
+    PointStep,
+    PoolStep,
+    Step,
+    layouts_of,
+    parameters_of,
+    reads,
+    writes,
+)
+from spfde.engines.native.graph import Region
+from spfde.engines.native.kernels import ROWS
+from spfde.engines.native.layout import Layout
+
+# Of a value, what may be on its way through the front at a time: a few such fit into the caches.
+AT_ONCE_BYTES = 3 << 20
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What an outline is of.
+
+    Attributes:
+        shapes: of the region's inputs, each [N, C, H, W].
+        wants: whether each input needs a gradient.
+        trains: parameters that need a gradient, by identity; empty where gradients are off.
+        batch_norms: norms that use the statistics of the batch, by identity.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    wants: tuple[bool, ...]
+    trains: frozenset[int]
+    batch_norms: frozenset[int]
+
+
+class Outline:
+    """What of a region is needed.
+
+    Args:
+        region: what is computed.
+        steps: from ``steps_of``.
+        mode: shapes and flags.
+        lanes: images to a vector.
+        dtype: of the numbers.
+
+    Attributes:
+        layouts: of all values.
+        needs_grad: whether a gradient comes back to a value.
+        parameters: of all steps.
+        maker: the step that writes a value.
+        batch_readers: normalising steps that use the batch, by what they read.
+        fused: pixelwise steps that their convolution does on the fly, by what they read.
+        saved_names: values that the backward pass reads.
+        slices, n_channels: where the statistics of each normalising step lie, by its output, and how many there are.
+        front, images_at_once: leading steps that run for some images at a time, and for how many.
+        handed_on: values of the front that are read behind it.
+        convolutions: names.
+    """
+
+    def __init__(self, region: Region, steps: Sequence[Step], mode: Mode, *, lanes: int, dtype: torch.dtype) -> None:
+        self.region, self.steps, self.mode, self.dtype = region, tuple(steps), mode, dtype
+        self.layouts = layouts_of(region, steps, mode.shapes, lanes)
+        self.needs_grad = self._needs_grad()
+        self.parameters = parameters_of(steps)
+        self._uses = Counter(value for step in self.steps for value in reads(step))
+        self._uses.update(region.outputs)
+        self.maker = {writes(step): step for step in self.steps}
+        self.batch_readers = {step.y: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
+        self.fused = self._find_fused()
+        self.saved_names = self._find_saved()
+        self.slices, self.n_channels = self._place_statistics()
+        self.front, self.images_at_once = self._find_front()
+        self.uses_in_front = self._count_uses(self.front)
+        self.uses_after_front = self._count_uses(self.steps[len(self.front) :])
+        made = [*region.inputs, *(writes(step) for step in self.front)]
+        self.handed_on = tuple(name for name in made if self.front and self.uses_after_front[name])
+        self.convolutions = tuple(step.name for step in self.steps if isinstance(step, ConvStep))
+        self._layouts_of: dict[int, dict[str, Layout]] = {}
+
+    def _place_statistics(self) -> tuple[dict[str, slice], int]:
+        """Where the statistics of each normalising step lie, by its output."""
+        slices, at = {}, 0
+        for step in self.steps:
+            if isinstance(step, PointStep) and step.norm is not None:
+                slices[step.z] = slice(at, at + step.norm.num_features)
+                at += step.norm.num_features
+        return slices, at
+
+    @functools.cached_property
+    def norms(self) -> list[tuple[nn.BatchNorm2d, slice, int]]:
+        """Norms that use the batch, where their statistics lie, and of how many numbers a channel they are."""
+        found = []
+        for step in self.steps:
+            if isinstance(step, PointStep) and step.norm is not None and self.uses_batch(step):
+                layout = self.layouts[step.y]
+                found.append((step.norm, self.slices[step.z], layout.batch * layout.height * layout.width))
+        return found
+
+    # --- what is needed ----------------------------------------------------------------------------------------------
+
+    def trains(self, parameter: Tensor | None) -> bool:
+        return parameter is not None and id(parameter) in self.mode.trains
+
+    def uses_batch(self, step: PointStep) -> bool:
+        return step.norm is not None and id(step.norm) in self.mode.batch_norms
+
+    def _needs_grad(self) -> dict[str, bool]:
+        needs = dict(zip(self.region.inputs, self.mode.wants, strict=True))
+        for step in self.steps:
+            own: tuple[Tensor | None, ...] = ()
+            if isinstance(step, ConvStep):
+                own = (step.module.weight, step.module.bias)
+            elif isinstance(step, PointStep) and step.norm is not None:
+                own = (step.norm.weight, step.norm.bias)
+            needs[writes(step)] = any(needs[value] for value in reads(step)) or any(map(self.trains, own))
+        return needs
+
+    def _find_fused(self) -> dict[str, PointStep]:
+        """Pixelwise steps that their convolution does on the fly, by its output: no gradient comes back there."""
+        fused = {}
+        for step in self.steps:
+            if isinstance(step, PointStep) and not self.needs_grad[step.z] and not self.uses_batch(step):
+                maker = self.maker.get(step.y)
+                if isinstance(maker, ConvStep) and self._uses[step.y] == 1:
+                    fused[step.y] = step
+        # The residual must be there when the convolution runs, so the convolution waits for its pixelwise step's turn.
+        return fused
+
+    def _find_saved(self) -> tuple[str, ...]:
+        """Names of the values that the backward pass reads."""
+        saved: dict[str, None] = {}
+        for step in self.steps:
+            if not self.needs_grad[writes(step)]:
+                continue
+            if isinstance(step, PointStep):
+                scaled = step.norm is not None and (self.uses_batch(step) or self.trains(step.norm.weight))
+                if step.activation != "none" and step.residual is not None:
+                    saved[step.z] = None
+                if scaled or (step.activation != "none" and step.residual is None):
+                    saved[step.y] = None
+            elif isinstance(step, ConvStep) and self.trains(step.module.weight) and not self._can_recompute(step.x):
+                saved[step.x] = None
+        return tuple(saved)
+
+    def _find_front(self) -> tuple[tuple[Step, ...], int]:
+        """The leading steps that can run for some images at a time, and for how many at once; none for few images."""
+        if self.region.is_tokens:
+            return (), 0
+        front = tuple(itertools.takewhile(self._is_free, self.steps))
+        names = {name for step in front for name in (*self.reads(step), writes(step)) if name in self.layouts}
+        largest = max((self.layouts[name] for name in names), key=lambda layout: layout.group, default=None)
+        if largest is None:
+            return (), 0
+        groups = max(1, AT_ONCE_BYTES // (largest.group * self.dtype.itemsize))
+        return (front if groups < largest.groups else ()), groups * largest.lanes
+
+    def _is_free(self, step: Step) -> bool:
+        """Does nothing of the step tie the images of a batch together, or wait for the backward pass?"""
+        if isinstance(step, ConvStep) and step.y in self.batch_readers:
+            return False
+        return not self.needs_grad[writes(step)] and not (isinstance(step, PointStep) and self.uses_batch(step))
+
+    def reads(self, step: Step) -> tuple[str, ...]:
+        """What the step reads when its turn comes: a fused convolution runs at the turn of its pixelwise step."""
+        if isinstance(step, ConvStep) and step.y in self.fused:
+            return ()
+        if isinstance(step, PointStep) and step.y in self.fused:
+            conv = self.maker[step.y]
+            assert isinstance(conv, ConvStep)
+            return (conv.x,) if step.residual is None else (conv.x, step.residual)
+        return reads(step)
+
+    def _count_uses(self, steps: Sequence[Step]) -> Counter[str]:
+        """How often these steps read each value; that one of theirs leaves the region counts too."""
+        made = {writes(step) for step in steps}
+        uses = Counter(value for step in steps for value in self.reads(step))
+        uses.update(name for name in self.region.outputs if name in made)
+        return uses
+
+    def _can_recompute(self, value: str) -> bool:
+        """Is the value one cheap pass from another that is kept?"""
+        maker = self.maker.get(value)
+        if not isinstance(maker, PointStep) or maker.residual is not None or not self.needs_grad[value]:
+            return False
+        scaled = maker.norm is not None and (self.uses_batch(maker) or self.trains(maker.norm.weight))
+        return scaled or maker.activation != "none"
+
+    # --- shapes ------------------------------------------------------------------------------------------------------
+
+    def layouts_of(self, images: int) -> dict[str, Layout]:
+        """The layouts of the values of so many images."""
+        if images not in self._layouts_of:
+            self._layouts_of[images] = {
+                name: dataclasses.replace(layout, batch=images) for name, layout in self.layouts.items()
+            }
+        return self._layouts_of[images]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a region of tokens."""
+        return math.prod(self.mode.shapes[0][:-1])
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a value as a tensor."""
+        layout = self.layouts[name]
+        if self.region.is_tokens:
+            return (*self.mode.shapes[0][:-1], layout.channels)
+        return layout.batch, layout.channels, layout.height, layout.width
+
+    @functools.cached_property
+    def output_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what a forward pass gives: outputs, the table of norms, what is kept."""
+        shapes: list[tuple[int, ...]] = []
+        for name in self.region.outputs:
+            maker = self.maker.get(name)
+            if isinstance(maker, GlobalPoolStep):
+                from_ = self.layouts[maker.x]
+                shapes.append((from_.batch, from_.channels) + ((1, 1) if maker.keepdim else ()))
+            else:
+                shapes.append(self.shape_of(name))
+        shapes.append((ROWS, self.n_channels))
+        shapes += [(self.layouts[name].numel,) for name in self.saved_names]
+        for step in self.pools_with_choice:
+            to = self.layouts[step.y]
+            shapes.append((to.groups * to.channels * to.height * to.width * to.lanes,))
+        return shapes
+
+    @functools.cached_property
+    def wanted(self) -> tuple[bool, ...]:
+        """Which inputs, then which ``parameters``, need a gradient."""
+        return (*self.mode.wants, *(id(parameter) in self.mode.trains for parameter in self.parameters))
+
+    @functools.cached_property
+    def pools_with_choice(self) -> list[PoolStep]:
+        """Maximum pools whose winners the backward pass reads; they come last among what is saved."""
+        pools = [step for step in self.steps if isinstance(step, PoolStep)]
+        return [step for step in pools if step.kind == "max_pool" and self.needs_grad[step.y]]

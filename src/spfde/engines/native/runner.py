@@ -1,0 +1,134 @@
+"""A region of a model as a module: programs by shape and state, PyTorch where the kernels do not take the inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spfde.engines.native import op
+from spfde.engines.native.fusion import ConvStep, PointStep, Step, Unsupported
+from spfde.engines.native.graph import Region
+from spfde.engines.native.kernels import MEAN, VARIANCE, Kernels
+from spfde.engines.native.layout import Pool
+from spfde.engines.native.packed import Weights
+from spfde.engines.native.program import Program
+from spfde.engines.native.region_plan import Mode, Outline
+
+_MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
+
+
+class RegionRunner(nn.Module):
+    """A region in the place of the modules that it computes."""
+
+    def __init__(
+        self, region: Region, steps: Sequence[Step], plain: nn.Module, kernels: Kernels, pool: Pool, weights: Weights
+    ) -> None:
+        super().__init__()
+        self._region, self._steps, self._plain = region, tuple(steps), plain
+        self._kernels, self._pool, self._weights = kernels, pool, weights
+        self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
+        owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
+        self._own: list[Tensor] = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
+        statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
+        self._own += [kept for kept in statistics if kept is not None]
+        self._version = weights.version
+        self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The region's outputs: a tensor, or a tuple for several."""
+        if torch.is_autocast_enabled("cpu"):
+            warnings.warn(
+                "The native engine computes in float32 under autocast: more digits than asked for, and no slower.",
+                stacklevel=2,
+            )
+            inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
+        try:
+            self._check(inputs)
+            program, handle = self._program(inputs)
+        except Unsupported as error:
+            warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
+            found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
+            return found
+        with torch.autocast("cpu", enabled=False):
+            values = op.region(list(inputs), list(program.outline.parameters), handle)
+        n = len(self._region.outputs)
+        self._track(program.outline, values[n])
+        return values[0] if n == 1 else tuple(values[:n])
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        for tensor in inputs:
+            if not (tensor.dim() >= 2 if self._region.is_tokens else tensor.dim() == 4):
+                raise Unsupported(f"got {tensor.dim()} dimensions")
+        for tensor in (*inputs, *self._own):
+            if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
+                raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
+        for tensor in self._own:
+            # The kernels read a bias, and what belongs to a norm, from the first number on.
+            if tensor.dim() == 1 and not tensor.is_contiguous():
+                raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
+
+    def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
+        self._follow_masks()
+        mode = self._mode(inputs)
+        if mode not in self._programs:
+            kernels = self._kernels
+            outline = Outline(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
+            _check_batches(outline)
+            program = Program(outline, weights=self._weights, kernels=kernels, pool=self._pool)
+            self._programs[mode] = (program, op.register(program))
+            if len(self._programs) > _MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(mode)
+        return self._programs[mode]
+
+    def _follow_masks(self) -> None:
+        """Where a mask is another one, what was written for the former goes, in waiting programs too."""
+        if self._version != self._weights.version:
+            self._version = self._weights.version
+            for program, _ in self._programs.values():
+                program.forget()
+
+    def _mode(self, inputs: Sequence[Tensor]) -> Mode:
+        with_gradients = torch.is_grad_enabled()
+        trains: set[int] = set()
+        if with_gradients:
+            for step in self._steps:
+                for module in (getattr(step, "module", None), getattr(step, "norm", None)):
+                    if module is not None:
+                        trains.update(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        return Mode(
+            tuple(tuple(tensor.shape) for tensor in inputs),
+            tuple(with_gradients and tensor.requires_grad for tensor in inputs),
+            frozenset(trains),
+            frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
+        )
+
+    def _track(self, outline: Outline, table: Tensor) -> None:
+        """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
+        alike: dict[tuple[float, int], list[tuple[Tensor, Tensor, slice]]] = defaultdict(list)
+        with torch.no_grad():
+            for norm, where, count in outline.norms:
+                mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
+                if norm.training and norm.track_running_stats and mean is not None:
+                    assert variance is not None
+                    assert seen is not None
+                    seen.add_(1)
+                    share = norm.momentum if norm.momentum is not None else 1.0 / float(seen)
+                    alike[share, count].append((mean, variance, where))
+            for (share, count), norms in alike.items():
+                means, variances, at = zip(*norms, strict=True)
+                # A norm that is used twice is there twice, so its statistics must move in one go each time.
+                torch._foreach_lerp_(means, [table[MEAN, where] for where in at], share)
+                # The unbiased variance, as PyTorch keeps it.
+                new = torch._foreach_mul([table[VARIANCE, where] for where in at], count / (count - 1))
+                torch._foreach_lerp_(variances, new, share)
+
+
+def _check_batches(outline: Outline) -> None:
+    for norm, _, count in outline.norms:
+        if count <= 1 and norm.training:
+            raise Unsupported("normalises by a batch of one number")

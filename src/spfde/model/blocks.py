@@ -1,0 +1,361 @@
+"""The blocks of a model, in order of execution.
+
+A block is the unit that is frozen at once (a residual block, a transformer layer, or one layer of a plain chain).
+Blocks are told from the module tree, and put in the order in which a traced forward pass runs them, not the one in
+which they were defined. Each block ends before the next one starts, so every prefix of the blocks can be frozen: what
+runs before the boundary reads nothing but frozen parameters, hence backpropagation stops there, whatever the skip
+connections. Parts of a model that read the same parameters cannot be separated and become one block; a part that shares
+a parameter with the head is never frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from operator import or_
+
+from torch import nn
+
+from spfde.core.errors import Problems, nearest
+from spfde.model.sample import unwrap
+from spfde.model.trace import Trace
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is frozen at once.
+
+    Attributes:
+        name: name of the module that the block is built on.
+        parameters: qualified names of its parameters.
+        modules: qualified names of the modules inside it.
+        start: position of its first operation in the trace.
+        stop: position after its last one.
+        n_layers: number of weighted layers: weights of convolutions and matrix products.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    start: int
+    stop: int
+    n_layers: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model cut into blocks.
+
+    Attributes:
+        blocks: in order of execution; together with the head they cover the whole trace.
+        head: what follows the last block and is never frozen.
+        reason: why there is no block, where there is none.
+    """
+
+    blocks: tuple[Block, ...]
+    head: Block
+    reason: str | None = None
+
+
+def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None = None) -> Partition:
+    """Cut ``model`` into blocks.
+
+    The stem joins the first block, a down-sampling layer between two blocks joins the one that follows, norms and bare
+    parameters join the block before them. After the last block comes the head: everything behind the last module of
+    several layers; in a plain chain (VGG's features, an MLP), where each weighted layer is a block, the last one.
+
+    Args:
+        model: the traced model.
+        trace: its forward pass.
+        blocks: names of the modules to be frozen at once, in order of execution; what comes after the last one is the
+            head. A name that no module has stands for all modules whose names begin with it, which are one block. None:
+            found from the module tree.
+
+    Raises:
+        InvalidArgument: ``blocks`` is empty, or a name in it is unknown, inside another one, never run, out of order,
+            inseparable from another one (they run interleaved or share a parameter), or leaves no layer for the head.
+    """
+    reader = _Reader(unwrap(model), trace)
+    given: dict[str, str] = {}
+    if blocks is not None:
+        given = _resolved(reader.model, blocks)
+        units = _joined(_merged(reader.units(named=frozenset(given))), given)
+        anchors = _named_anchors(units, blocks, given, reader)
+    else:
+        units = _merged(_trunk_opened(reader))
+        anchors = _anchors(units)
+    cuts = _cuts(units, anchors)
+    ends = [*(units[cut].first for cut in cuts[1:]), len(trace.ops)]
+    found: list[Block] = []
+    for index, (cut, stop) in enumerate(zip(cuts, ends, strict=True)):
+        after = cuts[index + 1] if index + 1 < len(cuts) else len(units)
+        start = found[-1].stop if found else 0
+        is_head = index + 1 == len(cuts)
+        name = (
+            next((u.name for u in reversed(units) if u.layers), "") if is_head else units[anchors[index]].named(given)
+        )
+        found.append(reader.block(name, units[cut:after], start=start, stop=stop, all_units=units))
+    reason = _reason(units, reader) if len(found) == 1 else None
+    return Partition(tuple(found[:-1]), found[-1], reason)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A part of the model that is never cut: a module, a bare parameter, or several of them that cannot be separated.
+
+    Attributes:
+        names: of the modules or bare parameters.
+        parameters: names of its parameters that are used.
+        layers: those of them that are weights of a layer.
+        first: position of the first operation that reads one of them.
+        last: position of the last one.
+        composite: a module of several layers, hence a block; what is not composite joins one.
+    """
+
+    names: tuple[str, ...]
+    parameters: frozenset[str]
+    layers: frozenset[str]
+    first: int
+    last: int
+    composite: bool
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.names) if len(self.names) <= 3 else f"{self.names[0]} … {self.names[-1]}"
+
+    @property
+    def parents(self) -> set[str]:
+        return {name.rpartition(".")[0] for name in self.names}
+
+    def named(self, given: Mapping[str, str]) -> str:
+        """The prefix that was given for it, or its name."""
+        return next((given[name] for name in self.names if given.get(name, name) != name), self.name)
+
+    def __or__(self, other: _Unit) -> _Unit:
+        """The two as one; ``other`` starts later."""
+        return _Unit(
+            self.names + other.names,
+            self.parameters | other.parameters,
+            self.layers | other.layers,
+            self.first,
+            max(self.last, other.last),
+            self.composite or other.composite,
+        )
+
+
+class _Reader:
+    """Reads units off the module tree, with the positions of a trace."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model = model
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.uses: dict[str, tuple[int, int]] = {}
+        for op in trace.ops:
+            for name in op.parameters:
+                self.uses[name] = (self.uses.get(name, (op.position, 0))[0], op.position)
+        self.layers = weighted_layers(model, trace)
+        self._first_run = trace.first_run
+
+    def layers_in(self, module: nn.Module, *, recurse: bool = True) -> set[str]:
+        return {self.names[id(p)] for p in module.parameters(recurse=recurse)} & self.layers
+
+    def units(self, *, opened: Container[str] = (), named: frozenset[str] = frozenset()) -> list[_Unit]:
+        """Containers and modules that hold a list of blocks are opened; every other module is a unit.
+
+        Args:
+            opened: names of further modules to open.
+            named: modules that are units and alone are composite; what holds one is opened.
+        """
+        seen: set[int] = set()
+        claimed: set[str] = set()
+        found = []
+
+        def add(name: str, parameters: Iterable[nn.Parameter]) -> None:
+            # A tied parameter belongs to the first module that holds it; its use elsewhere stretches that unit.
+            mine = frozenset(self.names[id(p)] for p in parameters) & (self.uses.keys() - claimed)
+            if mine:
+                claimed.update(mine)
+                layers = mine & self.layers
+                first, last = min(self.uses[p][0] for p in mine), max(self.uses[p][1] for p in mine)
+                found.append(_Unit((name,), mine, layers, first, last, name in named if named else len(layers) >= 2))
+
+        def walk(name: str, module: nn.Module) -> None:
+            if id(module) in seen:
+                return
+            seen.add(id(module))
+            holds_named = any(other.startswith(f"{name}.") for other in named)
+            is_open = not name or holds_named or name in opened or _is_container(module) or self._holds_blocks(module)
+            if name in named or not is_open:
+                add(name, module.parameters())
+                return
+            for p in module.parameters(recurse=False):
+                add(self.names[id(p)], [p])
+            for key, child in module.named_children():
+                walk(f"{name}.{key}" if name else key, child)
+
+        walk("", self.model)
+        return found
+
+    def _holds_blocks(self, module: nn.Module) -> bool:
+        """Is there, at any depth, a container of two or more modules that hold several layers each?
+
+        A sequence of single layers (convolution, norm, activation) is an item of a block, not a block.
+        """
+
+        def is_block(child: nn.Module) -> bool:
+            is_item = isinstance(child, nn.Sequential) and all(next(part.children(), None) is None for part in child)
+            return not is_item and len(self.layers_in(child)) >= 2
+
+        return any(sum(map(is_block, inner.children())) >= 2 for inner in module.modules() if _is_container(inner))
+
+    def block(self, name: str, units: Sequence[_Unit], *, start: int, stop: int, all_units: Sequence[_Unit]) -> Block:
+        """The block of ``units``, with the modules inside them and those without parameters that ran among them."""
+
+        def inside(module: str, of: Sequence[_Unit]) -> bool:
+            return any(module == n or module.startswith(f"{n}.") for unit in of for n in unit.names)
+
+        def ran_here(module_name: str, module: nn.Module) -> bool:
+            is_leaf = next(module.children(), None) is None
+            if not is_leaf or module_name not in self._first_run or inside(module_name, all_units):
+                return False
+            return start <= max(self._first_run[module_name] - 1, 0) < stop
+
+        modules = [n for n, module in self.model.named_modules() if n and (inside(n, units) or ran_here(n, module))]
+        held = frozenset(p for unit in units for p in unit.parameters)
+        parameters = sorted((p for p in self.names.values() if p in held), key=lambda p: self.uses[p][0])
+        return Block(name, tuple(parameters), tuple(modules), start, stop, sum(len(unit.layers) for unit in units))
+
+
+def weighted_layers(model: nn.Module, trace: Trace) -> frozenset[str]:
+    """Names of the weights of convolutions and matrix products: read by a counted operation, two dimensions or more.
+
+    Of a weight that is computed from several parameters (weight norm) the first one stands for the layer.
+    """
+    dims = {name: p.dim() for name, p in model.named_parameters()}
+    read = ([name for name in op.parameters if dims[name] >= 2] for op in trace.ops if op.flops)
+    return frozenset(names[0] for names in read if names)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def _trunk_opened(reader: _Reader) -> list[_Unit]:
+    """The model's units; a module with more than half of all layers is opened, where that separates layers."""
+    opened: set[str] = set()
+    while True:
+        units = reader.units(opened=opened)
+        trunk = max(units, key=lambda unit: len(unit.layers), default=None)
+        if trunk is None or 2 * len(trunk.layers) <= len(reader.layers) or trunk.names[0] in reader.uses:
+            return units
+        module = reader.model.get_submodule(trunk.names[0])
+        shares = [len(reader.layers_in(child)) for child in module.children()]
+        # Attention has one of its weights in a child: there is nothing to separate.
+        if sum(share > 0 for share in shares) < 2 and max(shares, default=0) < len(trunk.layers):
+            return units
+        opened.add(trunk.names[0])
+
+
+def _merged(units: list[_Unit]) -> list[_Unit]:
+    """Units in order of execution; those that run interleaved, or share a parameter, become one."""
+    merged: list[_Unit] = []
+    for unit in sorted(units, key=lambda unit: unit.first):
+        merged.append(merged.pop() | unit if merged and merged[-1].last >= unit.first else unit)
+    return merged
+
+
+def _joined(units: list[_Unit], given: Mapping[str, str]) -> list[_Unit]:
+    """Units in order of execution; those of one prefix, and what runs between them, become one."""
+    for name in dict.fromkeys(given.values()):
+        of_name = [index for index, unit in enumerate(units) if any(given.get(n) == name for n in unit.names)]
+        if len(of_name) > 1:
+            first, last = of_name[0], of_name[-1]
+            units = [*units[:first], reduce(or_, units[first : last + 1]), *units[last + 1 :]]
+    return units
+
+
+def _anchors(units: list[_Unit]) -> list[int]:
+    """Indices of the units that blocks are built on; the last one starts the head."""
+    weighted = [index for index, unit in enumerate(units) if unit.layers]
+    composite = [index for index in weighted if units[index].composite]
+    if not weighted or composite == weighted[-1:]:
+        return weighted
+    if not composite:
+        return weighted
+    return composite if composite[-1] == weighted[-1] else [*composite, composite[-1] + 1]
+
+
+def _cuts(units: list[_Unit], anchors: list[int]) -> list[int]:
+    """Index of the first unit of each block and of the head."""
+    cuts = [0]
+    for before, anchor in pairwise(anchors):
+        cut = before + 1
+        # A norm between two blocks belongs to the one before, unless it leads a down-sampling branch of its own.
+        while cut < anchor and not units[cut].layers and units[cut].parents & units[before].parents:
+            cut += 1
+        between = units[cut:anchor]
+        cuts.append(cut if any(unit.layers for unit in between) else anchor)
+    return cuts
+
+
+def _reason(units: list[_Unit], reader: _Reader) -> str:
+    """Why nothing can be frozen."""
+    if not reader.layers:
+        return "no convolution or matrix product with a trained weight was found"
+    if len(reader.layers) == 1:
+        return "it has a single layer, which is the head"
+    head = units[-1] if units[-1].layers else max(units, key=lambda unit: len(unit.layers))
+    spans = {name: reader.uses[name][1] - reader.uses[name][0] for name in head.parameters}
+    widest = max(spans, key=lambda name: (spans[name], name in reader.layers))
+    return f"the parameter '{widest}' is read by the front of the model and by its head, which is never frozen"
+
+
+def _resolved(model: nn.Module, blocks: Sequence[str]) -> dict[str, str]:
+    """Names of the modules that ``blocks`` stand for, with the name that was given for each."""
+    problems = Problems()
+    known = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    if not blocks:
+        problems.add("blocks", blocks, "must name at least one module", "Pass None to have the blocks found.")
+    found: dict[str, str] = {}
+    for given in blocks:
+        # A module's own name comes first: layer1 does not stand for layer10.
+        begins = [name for name in known if name.startswith(given)]
+        matching = [given] if given in known else [n for n in begins if n.rpartition(".")[0] not in begins]
+        found |= dict.fromkeys(matching, given)
+        if not matching:
+            rule = "is no module with parameters of the model, and none begins with it"
+            nearby = nearest(given, [n for n in known if n.count(".") <= given.count(".")])
+            problems.add("blocks", given, rule, nearby)
+        for other in blocks:
+            if given != other and given.startswith(f"{other}." if other in known else other):
+                problems.add("blocks", given, f"lies inside the block '{other}'", "Name one of the two.")
+    if len(set(blocks)) < len(blocks):
+        problems.add("blocks", blocks, "must not name a module twice", "Name each module once.")
+    problems.raise_if_any()
+    return found
+
+
+def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str, str], reader: _Reader) -> list[int]:
+    """As ``_anchors``, for blocks that the user named."""
+    problems = Problems()
+    anchors = [index for index, unit in enumerate(units) if unit.composite]
+    order = [list(dict.fromkeys(given[name] for name in units[index].names if name in given)) for index in anchors]
+    for names in order:
+        if len(names) > 1:
+            rule = "run interleaved or share a parameter, so that neither can be frozen before the other"
+            problems.add("blocks", tuple(names), rule, "Name a module that holds both.")
+    flat = [name for names in order for name in names]
+    unused = [name for name in blocks if name not in flat]
+    for name in unused:
+        problems.add("blocks", name, "reads no parameter in the forward pass", "Leave it out.")
+    if flat != [name for name in blocks if name not in unused]:
+        problems.add("blocks", tuple(blocks), "must be in order of execution", f"Pass blocks={tuple(flat)!r}.")
+    if anchors and not any(unit.layers for unit in units[anchors[-1] + 1 :]):
+        rule = "leaves no layer for the head, which is never frozen"
+        shared = [p for p in units[anchors[-1]].parameters if reader.uses[p][1] == units[anchors[-1]].last]
+        hint = f" (it reads '{shared[0]}' last)" if shared else ""
+        problems.add("blocks", flat[-1], rule + hint, "Leave the last block out, or name smaller modules.")
+    problems.raise_if_any()
+    return [*anchors, anchors[-1] + 1]

@@ -1,0 +1,125 @@
+"""What a model is called with: samples from a loader's data set, read so that no generator moves."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spfde.core.errors import InvalidArgument, Problem
+
+Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile``'s or a data-parallel wrapper."""
+    seen = model
+    while True:
+        inner = getattr(seen, "_orig_mod", None)
+        if inner is None and isinstance(seen, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = seen.module
+        if not isinstance(inner, nn.Module):
+            return seen
+        seen = inner
+
+
+def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) -> Sample:
+    """The model's inputs from the first item of a loader's data set, or from others, without iterating the loader.
+
+    Global generators are put back afterwards, so that a random augmentation of these items leaves no trace. Of a
+    tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
+    """
+    with without_traces(loader.dataset):
+        batch = batch_of(loader, indices)
+    if isinstance(batch, Mapping):
+        accepted = inspect.signature(unwrap(model).forward).parameters
+        inputs = {key: value for key, value in batch.items() if key in accepted}
+        if inputs:
+            return inputs
+    elif isinstance(batch, Tensor):
+        return batch
+    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return (batch[0],)
+    raise InvalidArgument(
+        Problem(
+            "sample", None, "the model's inputs cannot be told from a batch of the loader", "Pass sample= to attach."
+        )
+    )
+
+
+def batch_of(loader: Any, indices: Sequence[int]) -> Any:
+    """The batch that the loader's ``collate_fn`` makes of these items; the loader is not iterated."""
+    dataset = loader.dataset
+    together = hasattr(dataset, "__getitems__")
+    return loader.collate_fn(dataset.__getitems__(list(indices)) if together else [dataset[i] for i in indices])
+
+
+@contextlib.contextmanager
+def without_traces(dataset: object) -> Iterator[None]:
+    """Read items of a data set: generators come back, the global ones and those that it holds."""
+    with global_generators_restored(), _own_generators_restored(dataset):
+        yield
+
+
+def call_arguments(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model's call."""
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    if isinstance(sample, (tuple, list)):
+        return tuple(sample), {}
+    return (sample,), {}
+
+
+@contextlib.contextmanager
+def global_generators_restored() -> Iterator[None]:
+    """Put back the global generators of Python, NumPy and torch, those of accelerators in use included."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _own_generators_restored(dataset: object) -> Iterator[None]:
+    """Put back the generators that a data set holds, itself or in the transforms and data sets that it wraps."""
+    found = [vars(owner)[name] for owner, name in _generators_in(dataset, depth=4)]
+    states = [(generator, _state_of(generator)) for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            if isinstance(generator, (torch.Generator, np.random.RandomState)):
+                generator.set_state(state)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            else:
+                generator.setstate(state)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def _generators_in(owner: object, depth: int) -> Iterator[tuple[object, str]]:
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    for name, value in list(getattr(owner, "__dict__", {}).items()):
+        if isinstance(value, kinds):
+            yield owner, name
+        elif depth > 0:
+            inner = value if isinstance(value, (list, tuple)) and len(value) < 100 else (value,)
+            for item in inner:
+                if hasattr(item, "__dict__") and not isinstance(item, (type, Tensor, types.ModuleType)):
+                    yield from _generators_in(item, depth - 1)

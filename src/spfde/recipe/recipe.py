@@ -1,0 +1,191 @@
+"""The recipe: which savings, with which hyper-parameters. Plain data, printable, comparable, kept as TOML."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator
+
+from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.technique import Technique
+from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
+from spfde.sieving import SIEVING_METHODS, DataSieving, OneTimeRemoval
+from spfde.sparsity import METHODS, SparsityMethod
+
+
+class Recipe(Technique):
+    """Three savings under one schedule; each is optional.
+
+    An empty recipe is neutral: the session then trains bit for bit like the plain loop.
+
+    Attributes:
+        sparsity: which weights exist: a sparse training method, or None for a dense model.
+        freezing: which layers learn, or None.
+        sieving: which samples are seen, or None.
+        learning_rate: ``BlockwiseCosine`` lets the session drive the learning rate, each block to zero at its own
+            freeze epoch (SpFDE §3.2); None leaves every learning rate to the caller.
+        update_interval_epochs: Δτ, the one update epoch of mutation, freezing and sieving, in epochs. "auto" is
+            ``min(5, max(1, round(epochs / 32)))``, at least 2 from 4 epochs on: the paper's 5 at 160 epochs.
+    """
+
+    # SerializeAsAny is not needed: ``to_dict`` writes the techniques itself, with their method's name.
+    sparsity: SparsityMethod | None = Field(
+        default=None, description="a sparse training method, such as MEST(sparsity=0.9)"
+    )
+    freezing: ProgressiveFreezing | None = Field(default=None, description="ProgressiveFreezing(flops_reduction=0.2)")
+    sieving: DataSieving | OneTimeRemoval | None = Field(
+        default=None, description="DataSieving(removed_fraction=0.2) or OneTimeRemoval(removed_fraction=0.2)"
+    )
+    learning_rate: BlockwiseCosine | None = Field(default=None, description="BlockwiseCosine()")
+    update_interval_epochs: int | Literal["auto"] = Field(
+        default="auto", description='a whole number of epochs from 1 on, or "auto"'
+    )
+
+    KINDS: ClassVar[Mapping[str, tuple[Mapping[str, type[Technique]], str]]] = {
+        "sparsity": (METHODS, "mest"),
+        "sieving": (SIEVING_METHODS, "circular"),
+    }
+    """Tables that hold one of several techniques: these by their method's name, and the one that is meant without."""
+    TABLES: ClassVar[Mapping[str, type[Technique]]] = {
+        "freezing": ProgressiveFreezing,
+        "learning_rate": BlockwiseCosine,
+    }
+
+    @field_validator("sparsity", "freezing", "sieving", "learning_rate", mode="before")
+    @classmethod
+    def _a_technique(cls, value: object) -> object:
+        if value is None or isinstance(value, (Technique, Mapping)):
+            return value
+        raise ValueError("must be a technique or None")
+
+    @field_validator("update_interval_epochs", mode="before")
+    @classmethod
+    def _whole_epochs(cls, value: object) -> object:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError('must be a whole number of epochs from 1 on, or "auto"')
+
+    @property
+    def is_sparse(self) -> bool:
+        """True when some weights are masked."""
+        method = self.sparsity
+        return method is not None and (method.sparsity > 0 or any(s > 0 for s in method.overrides.values()))
+
+    @property
+    def freezes(self) -> bool:
+        """True when some blocks are frozen at some time."""
+        return self.freezing is not None and (
+            self.freezing.flops_reduction > 0 or self.freezing.start_epoch is not None
+        )
+
+    @property
+    def sieves(self) -> bool:
+        """True when some samples are left out."""
+        return self.sieving is not None and self.sieving.removed_fraction > 0
+
+    @property
+    def is_neutral(self) -> bool:
+        """True when a session under this recipe changes nothing."""
+        return not (self.is_sparse or self.freezes or self.sieves or self.learning_rate is not None)
+
+    def interval(self, epochs: int) -> int:
+        """Δτ in epochs for a run of ``epochs``.
+
+        Raises:
+            InvalidArgument: the interval was given and is longer than the run.
+        """
+        given = self.update_interval_epochs
+        if given == "auto":
+            return max(min(5, max(1, round(epochs / 32))), 2 if epochs >= 4 else 1)
+        if given > epochs:
+            raise InvalidArgument(
+                Problem(
+                    "update_interval_epochs",
+                    given,
+                    f"must not be longer than the run of {epochs} epochs",
+                    'Train longer, or leave it at "auto".',
+                )
+            )
+        return given
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; validated as a new recipe is."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested primitives; of sparsity and sieving ``method`` names the kind. ``from_dict`` is its inverse."""
+        written: dict[str, Any] = {"update_interval_epochs": self.update_interval_epochs}
+        for name, technique in (("sparsity", self.sparsity), ("sieving", self.sieving)):
+            if technique is not None:
+                written[name] = {"method": technique.name, **technique.model_dump(mode="json")}
+        for name in self.TABLES:
+            technique = getattr(self, name)
+            if technique is not None:
+                written[name] = technique.model_dump(mode="json")
+        return written
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Self:
+        """The recipe that ``to_dict`` wrote.
+
+        Raises:
+            InvalidArgument: an unknown key or method (the nearest is named), or a value that breaks a rule.
+        """
+        fields: dict[str, Any] = dict(written)
+        for name in (*cls.KINDS, *cls.TABLES):
+            if name not in fields:
+                continue
+            if not isinstance(fields[name], Mapping):
+                raise InvalidArgument(Problem(name, fields[name], "must be a table", f"Write it as [{name}]."))
+            table = dict(fields[name])
+            if name in cls.KINDS:
+                kinds, default = cls.KINDS[name]
+                method = str(table.pop("method", default))
+                if method not in kinds:
+                    rule = "is no method of this table"
+                    raise InvalidArgument(Problem(f"{name}.method", method, rule, nearest(method, kinds)))
+                fields[name] = kinds[method](**table)
+            else:
+                fields[name] = cls.TABLES[name](**table)
+        return cls(**fields)
+
+    def to_toml(self) -> str:
+        """The recipe as TOML; unset options are left out. ``from_toml`` is its inverse."""
+        written = self.to_dict()
+        lines = [f"{key} = {_toml(value)}" for key, value in written.items() if not isinstance(value, dict)]
+        for key, table in written.items():
+            if isinstance(table, dict):
+                rows = [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+                lines += ["", f"[{key}]", *rows]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """The recipe in a TOML text.
+
+        Raises:
+            InvalidArgument: the text is no TOML, or ``from_dict`` refuses its content.
+        """
+        try:
+            written = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidArgument(
+                Problem("recipe", text, f"is no valid TOML ({error})", "Compare it with a run folder's recipe.toml.")
+            ) from None
+        return cls.from_dict(written)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; TOML alone wants the delete character escaped as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_toml(str(key))} = {_toml(item)}' for key, item in value.items())} }}"
+    return repr(value)

@@ -1,0 +1,312 @@
+"""The door: ``attach``, and everything that can be wrong with what is attached to, found before anything is changed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.engines.choose import Choice, check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.freezing import check_rates, recompile_warning
+from spfde.model.sample import Sample, sample_from, unwrap
+from spfde.planning.bill import Blueprint, check_epochs, check_recipe, draw
+from spfde.recipe.recipe import Recipe
+from spfde.session.distributed import World, check_shared_loader
+from spfde.session.initial_masks import first_masks
+from spfde.session.session import Session
+from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
+from spfde.sparsity import ScoreLoss
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    *,
+    epochs: int,
+    seed: int = 0,
+    engine: str = "auto",
+    sample: Sample | None = None,
+    labels: Tensor | Sequence[int] | None = None,
+    loss: ScoreLoss | None = None,
+    probe: Sample | None = None,
+) -> Session:
+    """Attach a recipe to a training loop.
+
+    The model and the optimizer stay the caller's own: hooks are added, nothing is wrapped. Everything that can be wrong
+    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order.
+
+    Args:
+        model: the model, on the device where it will be trained.
+        optimizer: the optimizer; it must hold exactly the model's trainable parameters.
+        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
+        recipe: what to save, and how.
+        epochs: length of the run.
+        seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU) or "auto": native where it
+            can work and is expected to be faster, which a line on the standard error tells. ``session.engine`` is the
+            choice, ``session.engine_reason`` why.
+        sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
+            default taken from the data set's first item.
+        labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
+            ``targets`` or ``labels``, and where it has none, those that are observed.
+        loss: for methods that prune at initialisation (SNIP, GraSP): the mean loss of a batch, called with the
+            model and a batch of the loader. By default batches are ``(x, y)``, and the loss is cross entropy of
+            ``model(x)`` against ``y``.
+        probe: for freezing with ``criterion="representation"``: what the model is called with to compare its outputs,
+            ``probe_samples`` samples; by default random ones of the data set.
+
+    Raises:
+        InvalidArgument: with every problem that was found, each with its remedy.
+    """
+    _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
+    _check_together(model, optimizer, loader, recipe, epochs)
+    world = World.current()
+    classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
+    sample_given = sample is not None
+    sample = sample_from(loader, model) if sample is None else sample
+    blueprint = draw(model, sample, recipe, epochs)
+    _check_rates(optimizer, recipe, blueprint)
+    _warn_of_recompiles(model, blueprint)
+    choice = choose_engine(
+        engine, model, blueprint, sample=sample, batch_size=loader.batch_size or 1, is_neutral=recipe.is_neutral,
+        on_build=say_on_stderr,
+    )  # fmt: skip
+    _check_cache(unwrap(model), recipe, blueprint, choice, sample)
+    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
+    session = Session(
+        model,
+        optimizer,
+        loader,
+        recipe,
+        blueprint=blueprint,
+        seed=seed,
+        choice=choice,
+        sample=sample,
+        labels=classes,
+        masks=masks,
+        probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
+    )
+    if world.is_shared and not recipe.is_neutral:
+        _check_ranks_agree(session, world)
+    _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    if engine == "auto" and blueprint.target:
+        say_choice(choice.name, choice.reason)
+    return session
+
+
+def _check_kinds(
+    model: object, optimizer: object, loader: object, recipe: object, *, epochs: object, seed: object, engine: str
+) -> None:
+    """Is each argument something of its kind? Without that nothing else can be asked."""
+    problems = Problems()
+    if not isinstance(model, nn.Module):
+        problems.add("model", model, "must be a torch.nn.Module", "Pass the model that is trained.")
+    if not isinstance(optimizer, Optimizer):
+        problems.add("optimizer", optimizer, "must be a torch.optim.Optimizer", "Pass the model's optimizer.")
+    if not isinstance(loader, DataLoader):
+        problems.found.extend(check_loader(loader))
+    with problems.collecting():
+        check_recipe(recipe)
+    with problems.collecting():
+        check_epochs(epochs)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        problems.add("seed", seed, "must be a whole number of 64 bits", "Take a small one, such as 0.")
+    with problems.collecting():
+        check_engine(engine)
+    problems.raise_if_any()
+
+
+def _check_together(
+    model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any], recipe: Recipe, epochs: int
+) -> None:
+    """Do the arguments fit each other? Nothing here is slow, or touches them."""
+    problems = Problems()
+    problems.found.extend(_check_optimizer(unwrap(model), optimizer))
+    problems.found.extend(_check_hooks(optimizer, recipe))
+    problems.found.extend(_check_unattached(unwrap(model), optimizer))
+    if recipe.learning_rate is not None:
+        problems.found.extend(check_rates(optimizer, recipe.learning_rate))
+    interval = None
+    with problems.collecting():
+        interval = recipe.interval(epochs)
+    found = check_loader(loader)
+    problems.found.extend(found)
+    if not found and recipe.sieving is not None:
+        problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
+    if not problems.found and not recipe.is_neutral:
+        problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
+    problems.raise_if_any()
+
+
+def _probe(
+    model: nn.Module, loader: DataLoader[Any], recipe: Recipe, *, seed: int, sample_given: bool, probe: Sample | None
+) -> Sample | None:
+    """The samples that the representation criterion looks at, on the model's device; None where there is none."""
+    technique = recipe.freezing
+    if technique is None or technique.criterion != "representation" or not recipe.freezes or probe is not None:
+        return probe
+    if sample_given:
+        rule = "is needed where sample is given, for the data set's items are not the model's inputs then"
+        raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
+    population = population_of(loader)
+    if len(population) < technique.probe_samples:
+        rule = f"must be at most the number of samples ({len(population)})"
+        raise InvalidArgument(Problem("probe_samples", technique.probe_samples, rule, "Lower it."))
+    order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed))
+    drawn = sample_from(loader, model, population[order[: technique.probe_samples]].tolist())
+    device = next(unwrap(model).parameters()).device
+    moved: Sample = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
+    return moved
+
+
+_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+"""Attached sessions by the identity of their model and of their optimizer."""
+
+
+def _check_unattached(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
+    """Two sessions on one model would undo each other's masks."""
+    for name, target in (("model", model), ("optimizer", optimizer)):
+        session = _SESSIONS.get(id(target))
+        if session is not None and session.holds(target):
+            return [
+                Problem(name, type(target).__name__, "has a session already", "Call detach() on that session first.")
+            ]
+    return []
+
+
+def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
+    """Can the optimizer's steps be hooked, and does freezing keep a parameter from moving?"""
+    name = type(optimizer).__name__
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return [
+            Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
+        ]
+    if (
+        recipe.sparsity is not None
+        and recipe.sparsity.keeps_latents_at(0.0)
+        and isinstance(optimizer, torch.optim.LBFGS)
+    ):
+        rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
+        return [
+            Problem("optimizer", name, rule, "Take an optimizer that steps without a closure, such as SGD or AdamW.")
+        ]
+    if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
+        remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
+        return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
+    return []
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [tuple(p.shape) for p in held if id(p) not in names]
+    in_optimizer = {id(p) for p in held}
+    missing = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in in_optimizer]
+    problems = []
+    if foreign:
+        problems.append(
+            Problem(
+                "optimizer",
+                f"{len(foreign)} parameters of shapes {foreign[:3]}",
+                "holds parameters that are not the model's",
+                "Make the optimizer from model.parameters(), after the model is complete.",
+            )
+        )
+    if missing:
+        problems.append(
+            Problem(
+                "optimizer",
+                ", ".join(missing[:3]) + (" …" if len(missing) > 3 else ""),
+                f"lacks {len(missing)} trainable parameters of the model",
+                "Add them to the optimizer, or set requires_grad=False on them.",
+            )
+        )
+    return problems
+
+
+def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
+    """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
+    assert recipe.sieving is not None
+    assert loader.batch_size is not None
+    counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
+    if recipe.sieves and counts and epochs > 1 and interval == 1:
+        warnings.warn(
+            "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
+            "the sieve chooses at random. Take an interval of 2 or more.",
+            stacklevel=4,
+        )
+    return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
+
+
+def _check_rates(optimizer: Optimizer, recipe: Recipe, blueprint: Blueprint) -> None:
+    """Does every block train beyond the warm-up?"""
+    if recipe.learning_rate is not None:
+        problems = check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)
+        Problems(problems).raise_if_any()
+
+
+def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice, sample: Sample) -> None:
+    """Can the frozen front's outputs be kept?"""
+    if recipe.freezing is None or not recipe.freezing.cache_variants:
+        return
+    value = recipe.freezing.cache_variants
+    if choice.name != "native":
+        remedy = 'Set it to 0, or attach with engine="native" on a CPU.'
+        rule = f"needs the native engine, and this is the {choice.name} one ({choice.reason})"
+        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
+    folder = recipe.freezing.cache_folder
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        remedy = "Make it, or name another one."
+        raise InvalidArgument(Problem("cache_folder", folder, "is no folder that can be written to", remedy))
+    from spfde.engines.native.graph import capture
+
+    freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
+    frozen = {name for block, at in freezes if at is not None for name in block.modules}
+    draws = capture(model, sample, blueprint.target, training=True).draws
+    owner = next((owner for owner in draws.values() if owner in frozen), None)
+    if owner is not None:
+        kind = type(model.get_submodule(owner)).__name__
+        rule = f"keeps what a frozen block makes of a sample, and {owner} ({kind}) makes something else each time"
+        remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
+        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
+
+
+def _check_ranks_agree(session: Session, world: World) -> None:
+    """Equal settings and weights on all ranks, or the masks would drift apart."""
+    weights = dict(session.blueprint.sparse_layers)
+    for argument, item in (
+        ("recipe", session.recipe.to_dict()),
+        ("seed", session.seed),
+        ("epochs", session.blueprint.epochs),
+        ("model", weights),
+    ):
+        if world.disagrees(item):
+            session.detach()
+            raise InvalidArgument(
+                Problem(
+                    argument,
+                    f"that of rank {world.rank}",
+                    f"must be the same on all {world.size} ranks",
+                    "Pass the same values everywhere, and make the model under the same seed or from one checkpoint.",
+                )
+            )
+
+
+def _warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:
+    """Warn where freezing a compiled model would meet torch's limit of recompilations."""
+    warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)

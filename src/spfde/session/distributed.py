@@ -1,0 +1,125 @@
+"""Several processes: the same choices on every rank, and counts that are summed over them.
+
+Each rank runs the same session on the same masks and the same partial set; a batch of the epoch's order belongs to one
+rank. Equal seeds and equal weights make equal masks, so only three things travel: what was observed, the gradients that
+a mutation ranks weights by, and the counts of the bill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+
+from spfde.core.errors import Problem
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Attributes:
+        rank: this process, from 0.
+        size: number of processes; 1 without ``torch.distributed``.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> World:
+        """The processes of ``torch.distributed``'s default group, if there is one."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return cls()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is more than one process."""
+        return self.size > 1
+
+    def gather(self, item: Any) -> list[Any]:
+        """``item`` of every rank, in order of rank. Every rank has to call it."""
+        if not self.is_shared:
+            return [item]
+        items: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(items, item)
+        return items
+
+    def sum(self, value: int) -> int:
+        """The sum over the ranks. Every rank has to call it."""
+        return sum(self.gather(value)) if self.is_shared else value
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks. Every rank has to call it, with tensors of equal shapes."""
+        if self.is_shared:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+                tensor /= self.size
+
+    def disagrees(self, item: Any) -> bool:
+        """Whether ``item`` (primitives and tensors) differs between ranks. Every rank has to call it."""
+        return len(set(self.gather(fingerprint(item)))) > 1
+
+
+def fingerprint(item: Any) -> str:
+    """A short text that is equal for equal primitives and tensors."""
+    digest = hashlib.sha256()
+    _feed(digest, item)
+    return digest.hexdigest()
+
+
+def check_shared_loader(loader: DataLoader[Any], world: World, *, sieves: bool) -> list[Problem]:
+    """What keeps several processes from sharing the loader's epochs; empty with one process.
+
+    The session deals out the batches itself, so the samplers of all ranks must give the same order.
+    """
+    if not world.is_shared:
+        return []
+    if isinstance(loader.sampler, DistributedSampler):
+        if not sieves:
+            return []
+        return [
+            Problem(
+                "loader.sampler",
+                "DistributedSampler",
+                "deals out the whole data set, and the session has to deal out the partial set",
+                "Use shuffle=True with generator=torch.Generator().manual_seed(seed), the same on every rank.",
+            )
+        ]
+    if isinstance(loader.sampler, SequentialSampler):
+        return []
+    generator = getattr(loader.sampler, "generator", None)
+    if generator is None or world.disagrees(generator.get_state()):
+        return [
+            Problem(
+                "loader.generator",
+                generator,
+                f"must be the same on all {world.size} ranks, for the session deals out the batches of one order",
+                "Pass generator=torch.Generator().manual_seed(seed) to the DataLoader, with one seed for all ranks.",
+            )
+        ]
+    return []
+
+
+def deals_out(loader: DataLoader[Any], world: World) -> bool:
+    """Whether the session has to deal out the loader's batches over the ranks."""
+    return world.is_shared and not isinstance(loader.sampler, DistributedSampler)
+
+
+def _feed(digest: Any, item: Any) -> None:
+    if isinstance(item, Tensor):
+        digest.update(str((item.dtype, tuple(item.shape))).encode())
+        digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(item, dict):
+        for key, value in item.items():
+            digest.update(str(key).encode())
+            _feed(digest, value)
+    else:
+        digest.update(pickle.dumps(item))

@@ -1,0 +1,162 @@
+"""Reading run folders: what counts, what does not, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spfde.app.report import read_run
+from spfde.core.errors import RunFolderError
+
+MakeRun = Callable[..., Path]
+
+
+def test_a_finished_run_is_read_as_it_was_written(make_run: MakeRun) -> None:
+    run = read_run(make_run())
+    assert run.finished
+    assert run.name == "a"
+    assert run.summary is not None
+    assert run.summary["seed"] == 7
+    assert [epoch.epoch for epoch in run.epochs] == [0, 1, 2, 3, 4, 5]
+    assert run.epochs[2].training_flops == pytest.approx(1000 * 0.1 * 0.8)
+    assert run.total("saved_by_sparsity") == pytest.approx(6 * 900)
+    assert run.last("frozen_blocks") == 2
+    assert run.freezes
+    assert run.sieves
+
+
+def test_an_unfinished_run_is_allowed_and_marked(make_run: MakeRun) -> None:
+    run = read_run(make_run(done=2))
+    assert not run.finished
+    assert run.summary is None
+    assert len(run.epochs) == 2
+    assert run.planned_epochs == 6
+
+
+def test_a_run_killed_before_its_first_epoch_has_no_epochs(make_run: MakeRun) -> None:
+    folder = make_run(done=0)
+    assert read_run(folder).epochs == ()
+    (folder / "metrics.jsonl").unlink()
+    run = read_run(folder)
+    assert run.epochs == ()
+    assert run.last("test_accuracy") is None
+    assert run.total("seconds") is None
+
+
+@pytest.mark.parametrize(
+    "half", ['{"epoch": 6, "train_l', '{"epoch": 6}\x00\x00', "\x00\x00\x00", '{"train_loss": 1', '"ep"']
+)
+def test_a_half_written_last_line_does_not_count(make_run: MakeRun, half: str) -> None:
+    folder = make_run()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(half)
+    assert [epoch.epoch for epoch in read_run(folder).epochs] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_last_line_without_its_newline_counts_when_it_is_whole(make_run: MakeRun) -> None:
+    folder = make_run()
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.rstrip("\n"))
+    assert len(read_run(folder).epochs) == 6
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(make_run: MakeRun) -> None:
+    folder = make_run()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[2] = lines[2][:20]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl.*line 3 is damaged"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"epoch": -1}', '{"epoch": 1.5}', '{"epoch": true}', '{"epoch": 1, "seconds": "2"}', "[]"]
+)
+def test_a_line_of_something_else_is_an_error(make_run: MakeRun, bad: str) -> None:
+    folder = make_run()
+    (folder / "metrics.jsonl").write_text(f'{bad}\n{{"epoch": 2}}\n')
+    with pytest.raises(RunFolderError, match="line 1 is damaged"):
+        read_run(folder)
+
+
+def test_of_two_lines_about_one_epoch_the_later_counts(make_run: MakeRun) -> None:
+    folder = make_run(done=2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 1, "test_accuracy": 0.99}) + "\n")
+    run = read_run(folder)
+    assert [epoch.test_accuracy for epoch in run.epochs] == [0.4, 0.99]
+
+
+def test_nan_and_missing_fields_are_not_recorded(make_run: MakeRun) -> None:
+    folder = make_run(done=1)
+    (folder / "metrics.jsonl").write_text('{"epoch": 0, "test_loss": NaN, "train_loss": Infinity, "seconds": null}\n')
+    (epoch,) = read_run(folder).epochs
+    assert (epoch.test_loss, epoch.train_loss, epoch.seconds, epoch.samples) == (None, None, None, None)
+
+
+def test_what_happened_wins_over_the_plan_and_the_plan_fills_what_is_to_come(make_run: MakeRun) -> None:
+    finished, unfinished = read_run(make_run("runs/a")), read_run(make_run("runs/b", done=4))
+    assert finished.freeze_epochs() == [3, 5, None]
+    assert unfinished.freeze_epochs() == [3, 5, None]
+    assert [epoch.frozen_blocks for epoch in unfinished.epochs] == [0, 0, 0, 1]
+    assert finished.block_names() == ["stem", "stage1", "stage2"]
+
+
+def test_the_spans_in_which_a_block_is_frozen_are_what_happened_and_then_what_was_planned(make_run: MakeRun) -> None:
+    assert read_run(make_run("runs/a")).frozen_spans() == [[(3, 6)], [(5, 6)], []]
+    folder = make_run("runs/b", done=2, changes={"frozen_blocks": 1})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["plan"]["frozen_blocks"] = [0, 2, 0, 2, 1, 0]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_run(folder).frozen_spans() == [[(0, 2), (3, 5)], [(3, 4)], []]
+    # Frozen before the plan's time, a block stays frozen.
+    settings["plan"]["frozen_blocks"] = [0, 0, 0, 1, 2, 2]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_run(folder).frozen_spans() == [[(0, 6)], [(4, 6)], []]
+
+
+def test_a_block_that_was_planned_to_freeze_and_was_not_is_shown_as_trained(make_run: MakeRun) -> None:
+    run = read_run(make_run(changes={"frozen_blocks": 0}))
+    assert run.freeze_epochs() == [None, None, None]
+    assert not run.freezes
+
+
+def test_a_run_without_a_plan_has_its_blocks_from_its_epochs(make_run: MakeRun) -> None:
+    folder = make_run()
+    settings = json.loads((folder / "config.json").read_text())
+    settings["plan"] = None
+    (folder / "config.json").write_text(json.dumps(settings))
+    run = read_run(folder)
+    assert run.freeze_epochs() == [3, 5, None]
+    assert run.block_names() == ["block 0", "block 1", "block 2"]
+
+
+def test_a_missing_folder_is_refused_with_its_path_and_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no-such.*does not exist.*spfde train --out"):
+        read_run(tmp_path / "no-such")
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    with pytest.raises(RunFolderError, match="is a file, not a run folder"):
+        read_run(path)
+
+
+def test_a_folder_of_runs_is_refused_and_the_runs_in_it_are_named(make_run: MakeRun) -> None:
+    folder = make_run("runs/first")
+    make_run("runs/second")
+    with pytest.raises(RunFolderError, match=r"no config\.json.*inside it: first, second"):
+        read_run(folder.parent)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+@pytest.mark.parametrize("content", ['{"half', "[1, 2]", "", "[" * 100_000])
+def test_a_damaged_file_is_refused_by_name(make_run: MakeRun, name: str, content: str) -> None:
+    folder = make_run()
+    (folder / name).write_text(content)
+    with pytest.raises(RunFolderError, match=name.replace(".", r"\.")):
+        read_run(folder)

@@ -1,0 +1,114 @@
+"""Progress and the cost table: 80 columns, each figure with its kind."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from spfde.app.train.display import CELLS, ConsoleDisplay, cost_table, epoch_line, frozen_bar
+from spfde.app.train.loop import train
+from spfde.app.train.options import TrainOptions
+
+ROW = {
+    "epoch": 0,
+    "test_accuracy": 0.25,
+    "train_accuracy": 0.5,
+    "density": 0.1,
+    "frozen_blocks": 1,
+    "total_blocks": 3,
+    "partial_samples": 8000,
+    "seconds": 1.26,
+}
+SUMMARY = {
+    "test_accuracy": 0.9,
+    "best_test_accuracy": 0.95,
+    "training_flops": 2 * 10**15,
+    "dense_training_flops": 10**16,
+    "flops_ratio": 0.2,
+    "seconds": 30.0,
+    "dense_seconds_extrapolated": 60.0,
+    "peak_memory_bytes": 2**30,
+    "final_sparsity": 0.9,
+    "frozen_blocks": 2,
+    "total_blocks": 3,
+    "engine": "masked",
+}
+MEMORY = {"dense": 1000.0, "average": 700.0, "minimum": 500.0}
+
+
+def table(**changes: Any) -> list[str]:
+    given = {"savings": {"saved by sparsity": -(8 * 10**15), "added by dense gradients": 0}, "memory": MEMORY}
+    given |= {"uncounted": {"ReLU": 3}, "timing_steps": 5}
+    return cost_table(SUMMARY | changes, **given).splitlines()
+
+
+def test_blocks_fill_from_the_front() -> None:
+    assert frozen_bar(0, 3) == "□□□ 0/3"
+    assert frozen_bar(2, 3) == "■■□ 2/3"
+    assert frozen_bar(0, 0) == "–"
+
+
+@given(st.integers(1, 200), st.data())
+def test_a_bar_is_short_and_full_only_when_all_blocks_are_frozen(total: int, data: st.DataObject) -> None:
+    frozen = data.draw(st.integers(0, total))
+    bar = frozen_bar(frozen, total)
+    assert len(bar.split()[0]) == min(total, CELLS)
+    assert ("■" in bar) == (frozen > 0)
+    assert ("□" not in bar) == (frozen == total)
+
+
+def test_a_line_tells_an_epoch() -> None:
+    line = epoch_line(ROW, epochs=20, of_dense=0.129)
+    assert line.split() == ["1/20", "0.2500", "0.5000", "0.100", "■□□", "1/3", "8,000", "12.9%", "1.3", "s"]
+
+
+@given(st.integers(0, 998), st.integers(0, 99), st.integers(0, 9_999_999), st.floats(0, 99_999), st.floats(0, 1))
+def test_a_line_fits_into_eighty_columns(epoch: int, frozen: int, samples: int, seconds: float, share: float) -> None:
+    row = ROW | {"epoch": epoch, "frozen_blocks": frozen, "total_blocks": 99, "partial_samples": samples}
+    assert len(epoch_line(row | {"seconds": seconds}, epochs=999, of_dense=share)) <= 80
+
+
+def test_the_table_says_of_each_figure_what_it_is() -> None:
+    kinds = {line.split("  ")[0]: line.split()[-1] for line in table() if line.endswith(("ed",))}
+    assert kinds["test accuracy"] == "measured"
+    assert kinds["training FLOPs"] == "modelled"
+    assert kinds["training time"] == "measured"
+    assert kinds["memory of a step, average"] == "modelled"
+    assert kinds["peak memory, process"] == "measured"
+
+
+def test_the_table_sets_the_run_against_dense() -> None:
+    rows = {line[:27].strip(): line[27:].split() for line in table()}
+    assert rows["training FLOPs"] == ["2", "PFLOP", "10", "PFLOP", "20.0%", "modelled"]
+    assert rows["saved by sparsity"] == ["-8", "PFLOP", "-80.0%", "modelled"]
+    assert rows["training time"] == ["30.0", "s", "1", "min", "00", "s", "*", "50.0%", "measured"]
+    assert rows["memory of a step, least"] == ["500", "B", "1000", "B", "50.0%", "modelled"]
+    assert "added by dense gradients" not in rows
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    text = "\n".join(table(dense_seconds_extrapolated=None, final_sparsity=0.0))
+    assert "extrapolated" not in text
+    assert "masked engine" not in text
+
+
+def test_the_table_fits_into_eighty_columns() -> None:
+    for changes in ({}, {"seconds": 4e5, "dense_seconds_extrapolated": 9e5}, {"training_flops": 123_456_789_012}):
+        assert max(map(len, table(**changes))) <= 80
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_gets_a_live_bar_and_every_epoch_s_line(is_terminal: bool, tiny: Any, tmp_path: Any) -> None:
+    stream = io.StringIO()
+    display = ConsoleDisplay(Console(file=stream, force_terminal=is_terminal, width=80))
+    options = TrainOptions(data=str(tiny), recipe={}, epochs=2, dense_timing_steps=0)
+    train(options, tmp_path / "run", display)
+    printed = stream.getvalue()
+    assert ("\x1b[" in printed) == is_terminal
+    assert ("loss" in printed) == is_terminal
+    assert all(f"  {epoch}/2  " in printed for epoch in (1, 2))

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spfde.engines.native import build
+
+WHOLE = 'extern "C" __attribute__((visibility("default"))) long spfde_abi() { return 1; }\n'
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SPFDE_CACHE_DIR", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A source that compiles in no time."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "kernels.cpp").write_text(WHOLE)
+    return folder
+
+
+@needs_compiler
+def test_a_library_is_built_once_and_says_so_before(cache: Path, sources: Path) -> None:
+    said: list[str] = []
+    first = build.library_path(sources=sources, on_build=said.append)
+    again = build.library_path(sources=sources, on_build=said.append)
+    assert first == again
+    assert first.parent == cache
+    assert len(said) == 1
+    assert "compiling the kernels" in said[0]
+    assert build.load(sources=sources).spfde_abi() == 1
+
+
+@needs_compiler
+def test_another_source_or_number_type_is_another_library(cache: Path, sources: Path) -> None:
+    first = build.library_path(sources=sources)
+    assert build.library_path(sources=sources, real="double") != first
+    (sources / "extra.h").write_text("// new\n")
+    assert build.library_path(sources=sources) != first
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_anew(cache: Path, sources: Path) -> None:
+    path = build.library_path(sources=sources)
+    path.unlink()
+    path.write_bytes(b"not a library")
+    build._open.cache_clear()
+    said: list[str] = []
+    assert build.library_path(sources=sources, on_build=said.append) == path
+    assert said
+    assert build.load(sources=sources).spfde_abi() == 1
+
+
+@needs_compiler
+def test_a_failing_build_gives_the_compilers_words_and_keeps_the_log(cache: Path, sources: Path) -> None:
+    (sources / "kernels.cpp").write_text("int main( {")
+    with pytest.raises(build.KernelsUnavailable, match="the build failed") as caught:
+        build.library_path(sources=sources)
+    assert "error" in caught.value.reason
+    assert 'engine="masked"' in str(caught.value)
+    [log] = cache.glob("*.log")
+    assert "error" in log.read_text()
+    assert not list(cache.glob("*.so")), "nothing half-built is left"
+
+
+@needs_compiler
+def test_two_processes_at_once_build_one_library(cache: Path, sources: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from spfde.native import build; said = [];"
+        "path = build.library_path(sources=Path(sys.argv[1]), on_build=said.append); print(len(said), path)"
+    )
+    command = [sys.executable, "-c", code, str(sources)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=120)[0].split() for process in running]
+    assert sorted(count for count, _ in told) == ["0", "1"]
+    assert told[0][1] == told[1][1]
+
+
+@needs_compiler
+def test_where_the_cache_cannot_be_written_to_a_temporary_folder_serves(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("in the way")
+    monkeypatch.setenv("SPFDE_CACHE_DIR", str(occupied / "cache"))
+    path = build.library_path(sources=sources)
+    assert path.is_file()
+    assert "spfde-kernels-" in str(path)
+
+
+def test_without_a_compiler_the_reason_is_given(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    reason = build.available()
+    assert reason is not None
+    assert "no C++ compiler" in reason
+
+
+def test_a_compiler_that_was_named_and_is_none_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.available() == "$CXX=no-such-compiler is no compiler"
+
+
+@needs_compiler
+def test_the_named_compiler_is_used(
+    cache: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))))
+    mine = tmp_path / "my-compiler"
+    mine.write_text(f'#!/bin/sh\ntouch {tmp_path}/was-used\nexec {real} "$@"\n')
+    mine.chmod(0o755)
+    monkeypatch.setenv("CXX", str(mine))
+    build.library_path(sources=sources)
+    assert (tmp_path / "was-used").exists()
+
+
+def test_the_named_compiler_may_come_with_arguments(
+    cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "g++ -DSPFDE_NOTHING")
+    assert build.available() is None
+    first = build.library_path(sources=sources)
+    monkeypatch.setenv("CXX", "g++")
+    assert build.library_path(sources=sources) != first
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert build.available() == "$CXX=no-such-compiler -O2 is no compiler"
+
+
+def test_an_unknown_platform_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert build.available() == "the platform win32 is not supported"
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_kernels_and_pytorch_share_one_openmp_runtime(tmp_path: Path) -> None:
+    code = (
+        "import ctypes, torch; from spfde.native import build; build.load();"
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert ran.stdout.strip() == "1"

@@ -1,0 +1,83 @@
+"""Helpers for the tests of the native engine: kernels of both number types, and a model beside its masked twin."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spfde.engines.native import build
+from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.kernels import Kernels
+
+needs_kernels = pytest.mark.skipif(build.available() is not None, reason=f"no kernels: {build.available()}")
+
+
+@functools.cache
+def kernels(dtype: torch.dtype = torch.float64) -> Kernels:
+    """The kernels built for ``dtype``."""
+    return Kernels(build.load(real="double" if dtype == torch.float64 else "float"), dtype)
+
+
+def random_masks(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:
+    """Masks for all convolutions and linear layers of the model, whose weights are zeroed outside."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() in (2, 4):
+            masks[name] = torch.rand(parameter.shape, generator=generator) < density
+            parameter.data.mul_(masks[name])
+    return masks
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """L2 distance over L2 norm."""
+    distance = (found.detach().double() - expected.detach().double()).norm()
+    return float(distance / expected.detach().double().norm().clamp_min(1e-30))
+
+
+def twin(
+    model: nn.Module, masks: Mapping[str, Tensor], dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, NativeEngine]:
+    """A copy of ``model`` that computes as before, and the engine that was put on ``model``."""
+    reference = copy.deepcopy(model)
+    engine = NativeEngine(model, kernels(dtype), masks=lambda: masks, dense_gradients=lambda: frozenset())
+    return reference, engine
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers after one pass forward and back with a fixed random gradient of the output."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (out * weights.to(out.dtype)).sum().backward()
+    found = {"output": out.detach()}
+    if x.grad is not None:
+        found["input's gradient"] = x.grad
+    found.update({f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None})
+    found.update({name: buffer.detach().clone() for name, buffer in model.named_buffers()})
+    return found
+
+
+def assert_same_step(
+    model: nn.Module, reference: nn.Module, masks: Mapping[str, Tensor], x: Tensor, *, tolerance: float = 1e-10
+) -> None:
+    """Both give the same output, gradients (of active weights) and statistics."""
+    ours, expected = step(model, x), step(reference, x)
+    assert ours.keys() == expected.keys()
+    largest = max(float(value.double().norm()) for value in expected.values())
+    for name, value in expected.items():
+        mask = masks.get(name.removesuffix(".grad"))
+        if mask is not None:
+            value = value * mask
+            assert not bool((ours[name] * ~mask).any()), f"{name} has a gradient where there is no weight"
+        # A gradient that cancels out to nothing has no digits of its own.
+        if float(value.double().norm()) < 1e-9 * largest:
+            assert float(ours[name].double().norm()) < max(1e-9, tolerance) * largest, name
+        else:
+            assert relative_error(ours[name], value) < tolerance, name
