@@ -14,7 +14,7 @@ from helpers.native import needs_kernels
 from helpers.resuming import assert_equal, everything
 from helpers.training import BATCH, EPOCHS, SAMPLES, make_parts, train
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.freezing import Block
+from spfde.model.blocks import Block
 from spfde.session.convergence import Convergence, StructureCriterion
 
 

@@ -15,7 +15,7 @@ from spfde.core.errors import InvalidArgument, Problem, nearest
 from spfde.model.sample import Sample, unwrap
 
 if TYPE_CHECKING:
-    from spfde.planning.bill import Blueprint
+    from spfde.planning import Blueprint
 
 ENGINES = ("auto", "masked", "native")
 # Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero), and how much
@@ -144,7 +144,7 @@ def estimate_time(model: nn.Module, blueprint: Blueprint, sample: Sample, batch_
         first = next(iter(blueprint.target))
         return 1.0, next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)
     ours, all_of_it = 0.0, 0.0
-    for layer, density in zip(blueprint.cost.layers, blueprint.scheduled_density(0), strict=True):
+    for layer, density in zip(blueprint.cost.layers, blueprint.density(blueprint.first_row), strict=True):
         all_of_it += layer.forward_flops
         if layer.name not in taken:
             ours += layer.forward_flops
