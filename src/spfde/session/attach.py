@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -15,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
-from spfde.engines.choose import Choice, check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.engines.base import Job
+from spfde.engines.choose import check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.model.sample import Sample, sample_from, unwrap
 from spfde.planning.bill import Blueprint, check_epochs, check_recipe, draw
@@ -36,6 +37,7 @@ def attach(
     epochs: int,
     seed: int = 0,
     engine: str = "auto",
+    cache: PrefixCache | None = None,
     sample: Sample | None = None,
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
@@ -53,9 +55,10 @@ def attach(
         recipe: what to save, and how.
         epochs: length of the run.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
-        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU) or "auto": native where it
-            can work and is expected to be faster, which a line on the standard error tells. ``session.engine`` is the
-            choice, ``session.engine_reason`` why.
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
+            "auto": the one that is expected to be the fastest, which a line on the standard error tells.
+            ``session.engine`` is the choice, ``session.engine_reason`` why.
+        cache: what to keep of frozen blocks' outputs; None: nothing. It is no part of the session's state.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
             default taken from the data set's first item.
         labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
@@ -70,7 +73,7 @@ def attach(
         InvalidArgument: with every problem that was found, each with its remedy.
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
-    _check_together(model, optimizer, loader, recipe, epochs)
+    _check_together(model, optimizer, loader, recipe, epochs, cache)
     world = World.current()
     classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
     sample_given = sample is not None
@@ -78,11 +81,9 @@ def attach(
     blueprint = draw(model, sample, recipe, epochs)
     _check_rates(optimizer, recipe, blueprint)
     _warn_of_recompiles(model, blueprint)
-    choice = choose_engine(
-        engine, model, blueprint, sample=sample, batch_size=loader.batch_size or 1, is_neutral=recipe.is_neutral,
-        on_build=say_on_stderr,
-    )  # fmt: skip
-    _check_cache(unwrap(model), recipe, blueprint, choice, sample)
+    n_samples = int(population_of(loader).max()) + 1
+    job = Job(model, blueprint, sample, batch_size=loader.batch_size or 1, n_samples=n_samples, cache=cache)
+    choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
     masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
     session = Session(
         model,
@@ -92,7 +93,7 @@ def attach(
         blueprint=blueprint,
         seed=seed,
         choice=choice,
-        sample=sample,
+        job=job,
         labels=classes,
         masks=masks,
         probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
@@ -128,13 +129,19 @@ def _check_kinds(
 
 
 def _check_together(
-    model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any], recipe: Recipe, epochs: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    epochs: int,
+    cache: PrefixCache | None,
 ) -> None:
     """Do the arguments fit each other? Nothing here is slow, or touches them."""
     problems = Problems()
     problems.found.extend(_check_optimizer(unwrap(model), optimizer))
     problems.found.extend(_check_hooks(optimizer, recipe))
     problems.found.extend(_check_unattached(unwrap(model), optimizer))
+    problems.found.extend(find_cache_problems(cache, recipe))
     if recipe.learning_rate is not None:
         problems.found.extend(check_rates(optimizer, recipe.learning_rate))
     interval = None
@@ -256,32 +263,6 @@ def _check_rates(optimizer: Optimizer, recipe: Recipe, blueprint: Blueprint) -> 
     if recipe.learning_rate is not None:
         problems = check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)
         Problems(problems).raise_if_any()
-
-
-def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice, sample: Sample) -> None:
-    """Can the frozen front's outputs be kept?"""
-    if recipe.freezing is None or not recipe.freezing.cache_variants:
-        return
-    value = recipe.freezing.cache_variants
-    if choice.name != "native":
-        remedy = 'Set it to 0, or attach with engine="native" on a CPU.'
-        rule = f"needs the native engine, and this is the {choice.name} one ({choice.reason})"
-        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
-    folder = recipe.freezing.cache_folder
-    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
-        remedy = "Make it, or name another one."
-        raise InvalidArgument(Problem("cache_folder", folder, "is no folder that can be written to", remedy))
-    from spfde.engines.native.graph import capture
-
-    freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
-    frozen = {name for block, at in freezes if at is not None for name in block.modules}
-    draws = capture(model, sample, blueprint.target, training=True).draws
-    owner = next((owner for owner in draws.values() if owner in frozen), None)
-    if owner is not None:
-        kind = type(model.get_submodule(owner)).__name__
-        rule = f"keeps what a frozen block makes of a sample, and {owner} ({kind}) makes something else each time"
-        remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
-        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
 
 
 def _check_ranks_agree(session: Session, world: World) -> None:

@@ -10,8 +10,6 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +21,8 @@ from spfde.core.clock import Clock
 from spfde.core.errors import InvalidArgument, UsageError
 from spfde.core.numbers import mix, round_half_up
 from spfde.cost import Ledger, LedgerRow, epoch_cost, memory_of, peak_bytes
-from spfde.engines.choose import Choice, choose_engine, say_choice, say_on_stderr
+from spfde.engines.base import Job, Parts
+from spfde.engines.choose import Choice, choose_engine, make_engine, say_choice, say_on_stderr
 from spfde.export.encoding import weight_bytes
 from spfde.freezing import Freezer, GroupRates, is_held
 from spfde.model.sample import Sample, unwrap
@@ -47,8 +46,6 @@ from spfde.sieving import (
 from spfde.sparsity import Masker
 
 if TYPE_CHECKING:
-    from spfde.engines.native.engine import NativeEngine
-    from spfde.engines.native.prefix import CachedPrefix
     from spfde.session.convergence import Convergence
 
 
@@ -72,16 +69,15 @@ class Session:
         blueprint: Blueprint,
         seed: int,
         choice: Choice,
-        sample: Sample,
+        job: Job,
         labels: Tensor | None = None,
         masks: Mapping[str, Tensor] | None = None,
         probe: Sample | None = None,
     ) -> None:
         self.recipe, self.seed, self.blueprint = recipe, seed, blueprint
         self.engine, self.engine_reason, self._asked_engine = choice.name, choice.reason, choice.asked
-        self._given, self._sample = model, sample
+        self._job, self._engine = job, make_engine(choice.name)
         self._asked_for_seeds = self._asked_for_weights = False
-        self._native: NativeEngine | None = None
         self._model, self._optimizer = unwrap(model), optimizer
         self._clock = Clock()
         self._world = World.current()
@@ -112,7 +108,7 @@ class Session:
         ]
         if self._masker is not None:
             self._masker.install()
-        self._start_engine()
+        self._engine.attach(job, self._read_by_engine())
         self._convergence = self._make_convergence(probe)
 
     # --- the clock -------------------------------------------------------------------------------------------------
@@ -309,13 +305,12 @@ class Session:
     @property
     def caches_prefix(self) -> bool:
         """Whether outputs of the frozen front are kept; then all augmentation must come from ``augmentation_seeds``."""
-        freezing = self.recipe.freezing
-        return freezing is not None and freezing.cache_variants > 0
+        return self._job.cache is not None
 
     def augmentation_seeds(self, indices: Tensor | None = None) -> Tensor:
         """Seeds from which to augment a batch: equal seeds must give a sample the same augmentation.
 
-        With ``freezing.cache_variants``, and once blocks are frozen, each sample comes in so many variants, drawn anew
+        With ``attach(cache=...)``, and once blocks are frozen, each sample comes in so many variants, drawn anew
         whenever another block is frozen, and the next forward pass in training mode reads the frozen front's outputs
         for them from the cache. Otherwise every epoch has seeds of its own.
 
@@ -333,20 +328,19 @@ class Session:
         samples = self._samples_of("augmentation_seeds", indices)
         self._asked_for_seeds = True
         freezings = [at for at in self.blueprint.freeze_plan.freeze_epochs if at is not None and at <= self.epoch]
-        if self.caches_prefix and self._native is not None and self.frozen_blocks:
-            variants = self._native.cached_variants(self._sample)
-            if variants:
-                since = max(freezings)
-                variant = (self.epoch - since) % variants
-                self._native.use_cache(samples, variant)
-                return mix(samples, self.seed, since, 1 + variant)
+        variants = self._engine.prefix_variants() if self.caches_prefix and self.frozen_blocks else 0
+        if variants:
+            since = max(freezings)
+            variant = (self.epoch - since) % variants
+            self._engine.announce(samples, variant)
+            return mix(samples, self.seed, since, 1 + variant)
         return mix(samples, self.seed, self.epoch, 0)
 
     def _check_seeds(self) -> None:
         if self.caches_prefix and self.frozen_blocks and self._clock.steps and not self._asked_for_seeds:
             raise UsageError(
-                "cache_variants is set and blocks are frozen, but nothing was cached: augment each batch from "
-                "session.augmentation_seeds(), called once before its forward pass, or set cache_variants=0."
+                "a cache was asked for and blocks are frozen, but nothing was cached: augment each batch from "
+                "session.augmentation_seeds(), called once before its forward pass, or attach without cache=."
             )
 
     def _check_observed(self) -> None:
@@ -380,8 +374,7 @@ class Session:
             return
         if self._observer is not None:
             self._observer.await_report()
-        if self._native is not None:
-            self._native.use_cache(None)
+        self._engine.on_batch()
         clock.phase = "running"
         clock.samples_drawn = self._drawn_before + self.loader.samples_handed
 
@@ -510,13 +503,8 @@ class Session:
             f"  learning rate: {'the caller’s' if self._rates is None else repr(self.recipe.learning_rate)}",
         ]
         lines.insert(1, f"  engine: {self.engine} ({self.engine_reason})")
-        if self._native is not None and self._attached:
-            regions, left = self._native.taken, self._native.left
-            lines.append(
-                f"  replaced: the model's forward; {sum(len(region.nodes) for region in regions)} operations in "
-                f"{len(regions)} native regions, in PyTorch: {', '.join(left) or 'nothing'}"
-            )
         if self._attached:
+            lines += [f"  {line}" for line in self._engine.describe()]
             lines.append("  hooked: the optimizer's steps (clock)")
             lines.append("  made: session.loader, whose batches drive the clock; your loader stays as it is")
             if masked:
@@ -579,37 +567,13 @@ class Session:
             masker.average = self._world.average_
         return masker
 
-    def _start_engine(self) -> None:
-        """Make the model compute as ``engine`` says."""
-        if self._native is not None:
-            self._native.detach()
-            self._native = None
-        if self.engine == "native":
-            from spfde.engines.native.engine import NativeEngine
-
-            assert self._masker is not None, "only what is sparse has a native engine"
-            masker, freezer = self._masker, self._freezer
-            self._native = NativeEngine(
-                self._model,
-                masks=lambda: masker.masks,
-                dense_gradients=lambda: masker.wants_dense_gradients,
-                frozen=lambda: freezer.frozen_parameters,
-                cached=self._make_cache(),
-                sample=self._sample,
-            )
-
-    def _make_cache(self) -> CachedPrefix | None:
-        freezing = self.recipe.freezing
-        if freezing is None or not freezing.cache_variants:
-            return None
-        from spfde.engines.native.prefix import CachedPrefix
-
-        return CachedPrefix(
-            int(self._population.max()) + 1,
-            freezing.cache_variants,
-            freezing.cache_precision,
-            int(freezing.cache_limit_gib * 2**30),
-            None if freezing.cache_folder is None else Path(freezing.cache_folder),
+    def _read_by_engine(self) -> Parts:
+        """What the engine reads before each pass; nothing of the session itself, which would stay alive with it."""
+        masker, freezer = self._masker, self._freezer
+        return Parts(
+            masks=lambda: masker.masks if masker is not None else {},
+            dense_gradients=lambda: masker.wants_dense_gradients if masker is not None else frozenset(),
+            frozen=lambda: freezer.frozen_parameters,
         )
 
     def _make_convergence(self, probe: Sample | None) -> Convergence | None:
@@ -625,7 +589,9 @@ class Session:
         else:
             assert probe is not None, "the door draws the probe samples"
             samples = technique.probe_samples
-            criterion = RepresentationCriterion(self._model, blueprint.partition, probe, samples, self._in_pytorch)
+            criterion = RepresentationCriterion(
+                self._model, blueprint.partition, probe, samples, lambda: self._engine.bypass()
+            )
         return Convergence(
             criterion,
             blueprint.partition.blocks[: max(blueprint.freeze_plan.frozen)],
@@ -640,16 +606,6 @@ class Session:
         cost = self.blueprint.cost
         density = cost.densities(self._masker.densities() if self._masker is not None else {})
         return sum(round_half_up(samples * flops * share) for flops, share in zip(cost.forward, density, strict=True))
-
-    @contextmanager
-    def _in_pytorch(self) -> Iterator[None]:
-        """The model computes through its own modules, whatever the engine."""
-        patched = vars(self._model).pop("forward", None) if self._native is not None else None
-        try:
-            yield
-        finally:
-            if patched is not None:
-                self._model.forward = patched
 
     def _make_rates(self) -> GroupRates | None:
         technique, blueprint = self.recipe.learning_rate, self.blueprint
@@ -703,8 +659,7 @@ class Session:
             handle.remove()
         if self._masker is not None:
             self._masker.remove()
-        if self._native is not None:
-            self._native.detach()
+        self._engine.detach()
         self._freezer.unfreeze_all()
         if self._rates is not None:
             self._rates.join()
@@ -791,16 +746,16 @@ class Session:
             )
             return
         try:
-            choice = choose_engine(
-                engine, self._given, self.blueprint, sample=self._sample, batch_size=self._batch_size,
-                is_neutral=self.recipe.is_neutral, on_build=say_on_stderr,
-            )  # fmt: skip
+            choice = choose_engine(engine, self._job, is_neutral=self.recipe.is_neutral, tell=say_on_stderr)
         except InvalidArgument as error:
-            self.engine_reason = f"the state was saved with the {engine} engine, which {error.problems[0].rule}"
+            why = f"{error.problems[0].argument} {error.problems[0].rule}"
+            self.engine_reason = f"the state was saved with the {engine} engine: {why}"
             say_choice(self.engine, self.engine_reason)
             return
         self.engine, self.engine_reason = choice.name, "as the state was saved with"
-        self._start_engine()
+        self._engine.detach()
+        self._engine = make_engine(choice.name)
+        self._engine.attach(self._job, self._read_by_engine())
 
     def _parts(self) -> dict[str, Any]:
         """The parts that remember something, by name, in the order in which they are loaded."""
