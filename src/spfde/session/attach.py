@@ -86,7 +86,16 @@ def attach(
     _warn_of_recompiles(model, blueprint)
     population = population_of(loader)
     n_ids = int(population.max()) + 1
-    job = Job(model, blueprint, sample, batch_size=loader.batch_size or 1, n_samples=n_ids, cache=cache)
+    timeline = Timeline(blueprint, recipe, len(population))
+    job = Job(
+        given=model,
+        blueprint=blueprint,
+        sample=sample,
+        batch_size=loader.batch_size or 1,
+        density=blueprint.density(timeline[0]),
+        n_samples=n_ids,
+        cache=cache,
+    )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
     masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
     setting = Setting(
@@ -95,7 +104,7 @@ def attach(
         optimizer=optimizer,
         recipe=recipe,
         blueprint=blueprint,
-        timeline=Timeline(blueprint, recipe, len(population)),
+        timeline=timeline,
         seed=seed,
         sample=sample,
         world=world,

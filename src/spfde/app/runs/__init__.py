@@ -1,1 +1,1 @@
-"""Run folders: what a run leaves behind, and what it goes on from."""
+"""The folder of a run: what is in it, and checkpoints that are whole or not there."""
