@@ -39,6 +39,7 @@ class Latent(ABC):
     weight: Tensor
     mask: Tensor
     clears_state: ClassVar[bool] = True
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor}
 
     @property
     def wider(self) -> Tensor | None:
@@ -86,10 +87,12 @@ class Latent(ABC):
         Raises:
             StateMismatch: the state is of another weight.
         """
-        weight = state.get("weight")
-        if not isinstance(weight, Tensor) or weight.shape != self.weight.shape:
-            raise StateMismatch("the state's latent weights are missing, or of another model.")
-        self.weight = weight.detach().to(self.weight, copy=True)
+        check_entries(state, "the latent weights", self._ENTRIES)
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape != self.weight.shape:
+                found, own = tuple(value.shape), tuple(self.weight.shape)
+                raise StateMismatch(f"{name} of the latent weights in the state has shape {found}, and here {own}.")
+        self.weight = state["weight"].detach().to(self.weight, copy=True)
         self.mask = torch.empty_like(self.weight, dtype=torch.bool).copy_(mask)
 
 
@@ -103,6 +106,8 @@ class TopKLatent(Latent):
         penalty: L2 penalty on B's weights; those outside A are penalised by ``penalty / density``, so that they
             have to earn their place.
     """
+
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor, "reach": Tensor}
 
     def __init__(self, weight: Tensor, *, target: int, reach: int, penalty: float) -> None:
         self.weight = weight.detach().clone()
@@ -138,10 +143,7 @@ class TopKLatent(Latent):
 
     def load_state_dict(self, state: Mapping[str, Any], mask: Tensor) -> None:
         super().load_state_dict(state, mask)
-        reach = state.get("reach")
-        if not isinstance(reach, Tensor) or reach.shape != self.weight.shape or reach.dtype != torch.bool:
-            raise StateMismatch("the state's set of weights with gradients is missing, or of another model.")
-        self._reach = reach.to(self.weight.device, copy=True)
+        self._reach = state["reach"].to(self.mask, copy=True)
 
 
 class SoftThresholdLatent(Latent):
@@ -154,6 +156,7 @@ class SoftThresholdLatent(Latent):
     """
 
     clears_state: ClassVar[bool] = False
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor, "s": float}
 
     def __init__(self, weight: Tensor, *, start: float, decay: float) -> None:
         self.weight = weight.detach().clone()
@@ -191,8 +194,6 @@ class SoftThresholdLatent(Latent):
 
     def load_state_dict(self, state: Mapping[str, Any], mask: Tensor) -> None:
         super().load_state_dict(state, mask)
-        if not isinstance(state.get("s"), float):
-            raise StateMismatch("the state's threshold is missing.")
         self._s = state["s"]
 
     def _derive(self) -> None:
