@@ -32,7 +32,6 @@ from spfde.recipe.recipe import Recipe
 from spfde.session.distributed import World, deals_out
 from spfde.session.state import STATE_FORMAT, check_fit
 from spfde.sieving import (
-    EVIDENCE,
     ClassLabels,
     Observer,
     Scorer,
@@ -41,7 +40,6 @@ from spfde.sieving import (
     SievedLoader,
     build_loader,
     loader_generators,
-    make_scorer,
     population_of,
 )
 from spfde.sparsity import Masker
@@ -257,9 +255,9 @@ class Session:
         """
         self._check_attached()
         self._begin_epoch()
-        if self._sieve is not None and self._observer is not None:
+        if self._scorer is not None and self._observer is not None:
             self._observer.check_labels(logits, y)
-            values = EVIDENCE[self._sieve.technique.criterion](logits, y, correct=correct, loss=loss)
+            values = self._scorer.criterion.evidence(logits, y, correct=correct, loss=loss)
             labels = self._classes.from_report(logits, y) if self._classes is not None else None
             self._observer.report(values, indices, labels)
 
@@ -550,16 +548,14 @@ class Session:
         return Sieve(self._population, technique, generator=self._generator, labels=labels)
 
     def _make_observer(self, sieve: Sieve) -> Observer:
-        technique = sieve.technique
-        self._scorer = make_scorer(
-            technique.criterion, int(self._population.max()) + 1, never_learned=technique.never_learned
-        )
+        criterion = sieve.technique.make_criterion()
+        self._scorer = criterion.scorer(int(self._population.max()) + 1)
         return Observer(
             self._scorer,
             self.loader,
             self._world.gather if self._world.is_shared else None,
             classes=self._classes,
-            is_needed=technique.criterion != "random" or (self._classes is not None and self._classes.collects),
+            is_needed=criterion.needs_every_batch or (self._classes is not None and self._classes.collects),
         )
 
     def _make_masker(self, masks: Mapping[str, Tensor] | None) -> Masker | None:
