@@ -28,42 +28,46 @@ class Computing(Part):
         job: what the engine computes.
         choice: the engine, and why.
         parts: what it reads before each pass; nothing of the session itself, which would stay alive with it.
+
+    Attributes:
+        engine: the engine.
+        choice: its name, and why it was taken.
     """
 
     name = "engine"
 
     def __init__(self, setting: Setting, job: Job, choice: Choice, parts: Parts) -> None:
-        self._setting, self._job, self._parts = setting, job, parts
+        self._setting, self.job, self._parts = setting, job, parts
         self.choice = choice
-        self._engine = make_engine(choice.name)
-        self._engine.attach(job, parts)
+        self.engine = make_engine(choice.name)
+        self.engine.attach(job, parts)
         self._asked_for_seeds = False
 
     @property
     def caches_prefix(self) -> bool:
         """Whether outputs of the frozen front are kept."""
-        return self._job.cache is not None
+        return self.job.cache is not None
 
     def bypass(self) -> AbstractContextManager[None]:
         """A context in which the model runs through its own modules."""
-        return self._engine.bypass()
+        return self.engine.bypass()
 
     def on_batch(self) -> None:
         """A batch is handed out."""
-        self._engine.on_batch()
+        self.engine.on_batch()
 
     def augmentation_seeds(self, samples: Tensor) -> Tensor:
         """See ``Session.augmentation_seeds``."""
         self._asked_for_seeds = True
         setting, epoch = self._setting, self._setting.clock.epoch
         row = setting.timeline[epoch]
-        variants = self._engine.prefix_variants() if self.caches_prefix and row.frozen_blocks else 0
+        variants = self.engine.prefix_variants() if self.caches_prefix and row.frozen_blocks else 0
         if not variants:
             return mix(samples, setting.seed, epoch, 0)
         frozen = setting.timeline.frozen
         since = next(at for at in range(epoch, -1, -1) if at == 0 or frozen[at - 1] != row.frozen_blocks)
         variant = (epoch - since) % variants
-        self._engine.announce(samples, variant)
+        self.engine.announce(samples, variant)
         return mix(samples, setting.seed, since, 1 + variant)
 
     def begin_epoch(self, row: Row) -> None:
@@ -103,25 +107,25 @@ class Computing(Part):
             )
         is_neutral = self._setting.recipe.is_neutral
         try:
-            choice = choose_engine(saved, self._job, is_neutral=is_neutral, tell=say_on_stderr)
+            choice = choose_engine(saved, self.job, is_neutral=is_neutral, tell=say_on_stderr)
         except InvalidArgument as error:
             reason = f"the state was saved with the {saved} engine, which {error.problems[0].rule}"
             self.choice = Choice(self.choice.name, reason, asked)
             say_choice(self.choice.name, reason)
             return
-        self._engine.detach()
+        self.engine.detach()
         self.choice = Choice(choice.name, "as the state was saved with", asked)
-        self._engine = make_engine(choice.name)
-        self._engine.attach(self._job, self._parts)
+        self.engine = make_engine(choice.name)
+        self.engine.attach(self.job, self._parts)
 
     def detach(self) -> None:
-        self._engine.detach()
+        self.engine.detach()
 
     def summarise(self) -> list[str]:
         return [f"engine: {self.choice.name} ({self.choice.reason})"]
 
     def describe(self) -> list[str]:
-        return self._engine.describe()
+        return self.engine.describe()
 
 
 def what_engines_read(masks: WholeModel, freezing: Freezing) -> Parts:

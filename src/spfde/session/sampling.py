@@ -17,14 +17,12 @@ from spfde.planning import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.sieving import (
-    EVIDENCE,
     ClassLabels,
     Observer,
     Sieve,
     SievedBatchSampler,
     SievedLoader,
     build_loader,
-    make_scorer,
     population_of,
 )
 
@@ -35,6 +33,7 @@ class Sampling(Part):
     Args:
         setting: the session's.
         loader: the user's.
+        keep: which ids are in the partial set; it must not hold the session, which the loader may outlive.
 
     Attributes:
         population: ids of all samples, ascending.
@@ -44,7 +43,9 @@ class Sampling(Part):
 
     name = "sampling"
 
-    def __init__(self, setting: Setting, loader: DataLoader[Any]) -> None:
+    def __init__(
+        self, setting: Setting, loader: DataLoader[Any], keep: Callable[[], Tensor | None] = lambda: None
+    ) -> None:
         assert loader.batch_size is not None, "attach lets no such loader in"
         self._setting = setting
         self.population = population_of(loader)
@@ -56,13 +57,9 @@ class Sampling(Part):
                 share = (world.rank, world.size)
             else:
                 self.dense_samples *= world.size
-        sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=self.keep, share=share)
+        sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep, share=share)
         self.loader: SievedLoader = build_loader(loader, sampler)
         self._drawn_before = 0
-
-    def keep(self) -> Tensor | None:
-        """Which ids are in the partial set, for the loader; None while nothing is removed."""
-        return None
 
     @property
     def partial_set(self) -> Tensor:
@@ -177,20 +174,18 @@ class SievedSampling(Sampling):
         self._classes = ClassLabels(n_ids, labels) if technique.balanced else None
         known = self._classes.labels[population] if self._classes is not None and not self._classes.collects else None
         self._sieve = Sieve(population, technique, generator=setting.generator, labels=known)
-        super().__init__(setting, loader)
-        self._scorer = make_scorer(technique.criterion, n_ids, never_learned=technique.never_learned)
+        super().__init__(setting, loader, self._sieve.keep)
+        criterion = technique.make_criterion()
+        self._scorer = criterion.scorer(n_ids)
         collects = self._classes is not None and self._classes.collects
         self._observer = Observer(
             self._scorer,
             self.loader,
             setting.world.gather if setting.world.is_shared else None,
             classes=self._classes,
-            is_needed=technique.criterion != "random" or collects,
+            is_needed=criterion.needs_every_batch or collects,
         )
         self._asked_for_weights = False
-
-    def keep(self) -> Tensor | None:
-        return self._sieve.keep()
 
     @property
     def partial_set(self) -> Tensor:
@@ -238,7 +233,7 @@ class SievedSampling(Sampling):
         loss: Tensor | None,
     ) -> None:
         self._observer.check_labels(logits, y)
-        values = EVIDENCE[self._technique.criterion](logits, y, correct=correct, loss=loss)
+        values = self._scorer.criterion.evidence(logits, y, correct=correct, loss=loss)
         labels = self._classes.from_report(logits, y) if self._classes is not None else None
         self._observer.report(values, indices, labels)
 
