@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import doctest
+import re
+from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spfde
+from helpers.registering import forgetting_names
+from helpers.training import EPOCHS, SAMPLES, train
+from spfde.app.methods import render_catalogue
+from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, paused, solve
+from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, schemes, solve
+from spfde.freezing.schemes import paused
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
 
@@ -20,6 +29,12 @@ def saved(backward: Sequence[Sequence[float]], plan: FreezePlan) -> float:
     for index, flops in enumerate(backward):
         total += sum(flop for flop, count in zip(flops, plan.frozen, strict=True) if count > index)
     return total
+
+
+def most_possible(error: InvalidArgument) -> float:
+    found = re.search(r"most possible is (\d\.\d{3})", str(error))
+    assert found is not None
+    return float(found[1])
 
 
 def equal(n_blocks: int, epochs: int, flops: float = 2.0) -> list[list[float]]:
@@ -154,6 +169,121 @@ def test_fields_that_do_not_go_together_are_refused_by_name(fields, named):
         ProgressiveFreezing(**fields)
 
 
+def test_an_unknown_scheme_is_refused_with_the_nearest():
+    for refuse in (lambda: ProgressiveFreezing(scheme="periodik"), lambda: solve(savings(), scheme="periodik")):
+        with pytest.raises(InvalidArgument, match="Did you mean 'periodic'") as caught:
+            refuse()
+        assert caught.value.problems[0].argument == "scheme"
+
+
+def test_the_examples_in_the_docstrings_run():
+    assert doctest.testmod(schemes) == doctest.TestResults(failed=0, attempted=2)
+
+
+# --- as far as possible ----------------------------------------------------------------------------------------------
+
+
+def savings(reduction: float = 0.9, *, epochs: int = 10, interval: int = 2) -> Savings:
+    """Of 6 FLOPs an epoch, two blocks of 2 each may be frozen."""
+    return Savings(equal(2, epochs), 6.0 * epochs, reduction, interval, 2)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "frozen"),
+    [
+        ("single-shot", {}, (0, 0, 1, 1, 2, 2, 2, 2, 2, 2)),
+        ("single-shot", {"start_epoch": 4}, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2)),
+        ("single-shot-resume", {"resume_epochs": 2}, (0, 0, 1, 1, 2, 2, 2, 2, 0, 0)),
+        ("periodic", {}, (0, 2, 2, 2, 0, 2, 2, 2, 0, 2)),
+        ("delayed-periodic", {}, (0, 0, 0, 2, 2, 2, 0, 2, 2, 2)),
+    ],
+)
+def test_what_can_be_reached_is_planned_where_the_target_cannot_by_hand(scheme, options, frozen):
+    plan = solve(savings(), scheme=scheme, as_far_as_possible=True, **options)
+    assert plan.frozen == frozen
+    assert plan.asked == 0.9
+    assert plan.reduction == pytest.approx(2 * sum(frozen) / 60)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_in_a_run_of_any_length_the_most_is_planned_be_it_nothing(scheme, epochs, interval):
+    plan = solve(savings(epochs=epochs, interval=interval), scheme=scheme, as_far_as_possible=True)
+    assert len(plan.frozen) == epochs
+    with pytest.raises(InvalidArgument) as caught:
+        solve(savings(epochs=epochs, interval=interval), scheme=scheme)
+    most = most_possible(caught.value)
+    assert most <= plan.reduction < most + 0.001
+    assert (plan.reduction == 0) == (plan.start_epoch is None)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_target_in_reach_is_planned_the_same_whether_or_not_less_would_do(scheme):
+    assert solve(savings(0.2), scheme=scheme, as_far_as_possible=True) == solve(savings(0.2), scheme=scheme)
+    assert solve(savings(0.2), scheme=scheme).asked == 0.2
+
+
+def test_a_start_that_was_given_is_checked_in_any_case():
+    with pytest.raises(InvalidArgument, match="start_epoch=3"):
+        solve(savings(), start_epoch=3, as_far_as_possible=True)
+
+
+# --- a stranger's ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once() -> Iterator[type[FreezingScheme]]:
+    with forgetting_names("freezing-scheme"):
+
+        @spfde.register("freezing-scheme")
+        class AtOnce(spfde.freezing.FreezingScheme):
+            name = "at-once"
+            summary = "All blocks are frozen at the same time, as late as can be."
+            references = ("@misc{mine,\n  title = {Mine}\n}",)
+
+            def timelines(self, savings: Savings) -> Iterator[tuple[int, ...]]:
+                for start in savings.update_epochs(savings.epochs - 1):
+                    yield (0,) * start + (savings.n_blocks,) * (savings.epochs - start)
+
+        yield AtOnce
+
+
+def test_a_stranger_s_scheme_is_solved_for_by_hand(at_once):
+    # From epoch 8 on two blocks save 2 epochs each, 8 FLOPs of 60; from epoch 6 on 16, and from epoch 2 on 32.
+    assert solve(savings(0.2), scheme="at-once").frozen == (0,) * 6 + (2,) * 4
+    assert solve(savings(), scheme="at-once", as_far_as_possible=True).frozen == (0,) * 2 + (2,) * 8
+    with pytest.raises(InvalidArgument, match=r"most possible is 0\.533"):
+        solve(savings(), scheme="at-once")
+
+
+def test_a_stranger_s_scheme_works_in_recipes_toml_options_the_catalogue_and_citations(at_once):
+    recipe = spfde.Recipe(freezing=ProgressiveFreezing(scheme="at-once"))
+    assert spfde.Recipe.from_toml(recipe.to_toml()) == recipe
+    assert choose_recipe("dense", freeze=0.2, freeze_scheme="at-once") == recipe
+    assert "at-once" in render_catalogue()
+    assert "title = {Mine}" in spfde.cite(recipe)
+    with pytest.raises(InvalidArgument, match=r"start_epoch.*single-shot"):
+        ProgressiveFreezing(scheme="at-once", start_epoch=2)
+
+
+def test_a_run_freezes_by_a_stranger_s_scheme_and_the_plan_says_so(at_once, parts):
+    recipe = spfde.Recipe(freezing=ProgressiveFreezing(flops_reduction=0.1, scheme="at-once"), update_interval_epochs=2)
+    bill = spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), recipe, EPOCHS, SAMPLES)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS)
+    train(parts, session)
+    assert tuple(row.frozen_blocks for row in session.cost.rows) == bill.blueprint.freeze_plan.frozen
+    assert len({0, *bill.blueprint.freeze_plan.frozen}) == 2
+    assert "at-once" in str(bill)
+
+
+@pytest.mark.parametrize("wrong", [(0, 0, 0), (0, 0, 0, 3), (0, 0, -1, 0), (0, 1, 1, 0)])
+def test_a_timeline_that_cannot_be_is_refused_by_the_scheme_s_name(at_once, wrong):
+    at_once.timelines = lambda self, savings: [wrong]
+    with pytest.raises(InvalidArgument, match=r"AtOnce\.timelines"):
+        solve(savings(epochs=4), scheme="at-once")
+
+
 # --- at target in time -----------------------------------------------------------------------------------------------
 
 
@@ -194,6 +324,29 @@ def test_a_block_frozen_from_the_first_epoch_on_has_no_update_epoch_and_is_at_ta
     assert plan.settles(0, 0, 2)
 
 
+@pytest.mark.parametrize(
+    ("plan", "interval", "block", "last_updates"),
+    [
+        # Frozen for good at 4 and 6: pruned at 2 and 4. The third block is never frozen.
+        (FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0), 2, 0, [2]),
+        (FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0), 2, 1, [4]),
+        (FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0), 2, 2, []),
+        # Thawed in epoch 7, it trains to the end.
+        (FreezePlan(2, (0, 0, 0, 0, 1, 1, 1, 0, 0, 0), 0.0), 2, 0, [2]),
+        # Pauses, an update every three epochs: the front trains at 0 and, of update epochs, never again; the middle at
+        # 0 and 6; the back always.
+        (FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True), 3, 0, [0]),
+        (FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True), 3, 1, [6]),
+        (FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True), 3, 2, []),
+        # It trains in the last epoch, where all is pruned.
+        (FreezePlan(2, paused(9, 1, 1), 0.0, pauses=True), 3, 0, []),
+    ],
+)
+def test_a_block_is_pruned_at_the_last_update_before_it_is_frozen_by_hand(plan, interval, block, last_updates):
+    trains = [epoch for epoch in range(0, len(plan.frozen), interval) if plan.n_frozen_at(epoch) <= block]
+    assert [epoch for epoch in trains if plan.prunes_before(block, epoch, interval)] == last_updates
+
+
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +368,7 @@ def test_the_target_is_met_by_a_front_of_allowed_blocks_or_refused(cost, scheme,
     try:
         plan = solve(Savings(backward, total, reduction, interval, n_blocks), scheme=scheme)
     except InvalidArgument as error:
-        most = float(str(error).split("most possible is ")[1].split(",")[0])
+        most = most_possible(error)
         assert most < reduction
         if most > 0:
             solve(Savings(backward, total, most, interval, n_blocks), scheme=scheme)
@@ -260,3 +413,12 @@ def test_what_is_at_target_is_a_front_and_holds_all_that_is_frozen_in_the_end(co
         if not plan.pauses:
             assert all(settles[: plan.frozen[epoch]])
     assert all(settles[: plan.frozen[-1]])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+def test_the_paper_s_preset_trains_for_any_number_of_epochs_as_it_is_planned(parts, epochs):
+    bill = spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), spfde.presets.spfde, epochs, SAMPLES)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, spfde.presets.spfde, epochs=epochs)
+    train(parts, session)
+    assert [row.frozen_blocks for row in session.cost.rows] == list(bill.blueprint.freeze_plan.frozen)
+    assert bill.blueprint.freeze_plan.asked == 0.2

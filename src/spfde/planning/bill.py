@@ -206,6 +206,7 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
         scheme=technique.scheme,
         start_epoch=technique.start_epoch,
         resume_epochs=technique.resume_epochs,
+        as_far_as_possible=technique.as_far_as_possible,
     )
     return replace(blueprint, freeze_plan=solved)
 
@@ -340,13 +341,9 @@ class Plan:
         technique, freeze_plan = self.recipe.freezing, self.blueprint.freeze_plan
         if technique is None or self.start_epoch is None:
             return "freezing: none"
-        how = {
-            "single-shot": f"one block each {self.blueprint.interval} epochs",
-            "single-shot-resume": f"one block each {self.blueprint.interval} epochs, all trained again from epoch "
-            f"{freeze_plan.resume_epoch}",
-            "periodic": "some blocks in three epochs of four, some in one of two",
-            "delayed-periodic": "some blocks in three epochs of four, some in one of two",
-        }[technique.scheme]
+        how = technique.scheme
+        if freeze_plan.resume_epoch is not None:
+            how += f", all trained again from epoch {freeze_plan.resume_epoch}"
         lines = [
             f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
         ]
