@@ -107,8 +107,8 @@ def test_delayed_periodic_by_hand():
     assert plan.start_epoch == 5
     assert plan.reduction == pytest.approx(42 / 192)
     # More blocks pause than without the delay.
-    at_once = solve(Savings(equal(4, 16), 192.0, 0.2, 2, 4), scheme="periodic")
-    assert max(at_once.frozen) < max(plan.frozen)
+    together = solve(Savings(equal(4, 16), 192.0, 0.2, 2, 4), scheme="periodic")
+    assert max(together.frozen) < max(plan.frozen)
 
 
 def test_the_delay_is_shorter_where_the_target_asks_for_it_and_can_be_given():
@@ -233,12 +233,12 @@ def test_a_start_that_was_given_is_checked_in_any_case():
 
 
 @pytest.fixture
-def at_once() -> Iterator[type[FreezingScheme]]:
+def together() -> Iterator[type[FreezingScheme]]:
     with forgetting_names("freezing-scheme"):
 
         @spfde.register("freezing-scheme")
-        class AtOnce(spfde.freezing.FreezingScheme):
-            name = "at-once"
+        class Together(spfde.freezing.FreezingScheme):
+            name = "together"
             summary = "All blocks are frozen at the same time, as late as can be."
             references = ("@misc{mine,\n  title = {Mine}\n}",)
 
@@ -246,42 +246,44 @@ def at_once() -> Iterator[type[FreezingScheme]]:
                 for start in savings.update_epochs(savings.epochs - 1):
                     yield (0,) * start + (savings.n_blocks,) * (savings.epochs - start)
 
-        yield AtOnce
+        yield Together
 
 
-def test_a_stranger_s_scheme_is_solved_for_by_hand(at_once):
+def test_a_stranger_s_scheme_is_solved_for_by_hand(together):
     # From epoch 8 on two blocks save 2 epochs each, 8 FLOPs of 60; from epoch 6 on 16, and from epoch 2 on 32.
-    assert solve(savings(0.2), scheme="at-once").frozen == (0,) * 6 + (2,) * 4
-    assert solve(savings(), scheme="at-once", as_far_as_possible=True).frozen == (0,) * 2 + (2,) * 8
+    assert solve(savings(0.2), scheme="together").frozen == (0,) * 6 + (2,) * 4
+    assert solve(savings(), scheme="together", as_far_as_possible=True).frozen == (0,) * 2 + (2,) * 8
     with pytest.raises(InvalidArgument, match=r"most possible is 0\.533"):
-        solve(savings(), scheme="at-once")
+        solve(savings(), scheme="together")
 
 
-def test_a_stranger_s_scheme_works_in_recipes_toml_options_the_catalogue_and_citations(at_once):
-    recipe = spfde.Recipe(freezing=ProgressiveFreezing(scheme="at-once"))
+def test_a_stranger_s_scheme_works_in_recipes_toml_options_the_catalogue_and_citations(together):
+    recipe = spfde.Recipe(freezing=ProgressiveFreezing(scheme="together"))
     assert spfde.Recipe.from_toml(recipe.to_toml()) == recipe
-    assert choose_recipe("dense", freeze=0.2, freeze_scheme="at-once") == recipe
-    assert "at-once" in render_catalogue()
+    assert choose_recipe("dense", freeze=0.2, freeze_scheme="together") == recipe
+    assert "together" in render_catalogue()
     assert "title = {Mine}" in spfde.cite(recipe)
     with pytest.raises(InvalidArgument, match=r"start_epoch.*single-shot"):
-        ProgressiveFreezing(scheme="at-once", start_epoch=2)
+        ProgressiveFreezing(scheme="together", start_epoch=2)
 
 
-def test_a_run_freezes_by_a_stranger_s_scheme_and_the_plan_says_so(at_once, parts):
-    recipe = spfde.Recipe(freezing=ProgressiveFreezing(flops_reduction=0.1, scheme="at-once"), update_interval_epochs=2)
+def test_a_run_freezes_by_a_stranger_s_scheme_and_the_plan_says_so(together, parts):
+    recipe = spfde.Recipe(
+        freezing=ProgressiveFreezing(flops_reduction=0.1, scheme="together"), update_interval_epochs=2
+    )
     bill = spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), recipe, EPOCHS, SAMPLES)
     session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS)
     train(parts, session)
     assert tuple(row.frozen_blocks for row in session.cost.rows) == bill.blueprint.freeze_plan.frozen
     assert len({0, *bill.blueprint.freeze_plan.frozen}) == 2
-    assert "at-once" in str(bill)
+    assert "together" in str(bill)
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 0), (0, 0, 0, 3), (0, 0, -1, 0), (0, 1, 1, 0)])
-def test_a_timeline_that_cannot_be_is_refused_by_the_scheme_s_name(at_once, wrong):
-    at_once.timelines = lambda self, savings: [wrong]
-    with pytest.raises(InvalidArgument, match=r"AtOnce\.timelines"):
-        solve(savings(epochs=4), scheme="at-once")
+def test_a_timeline_that_cannot_be_is_refused_by_the_scheme_s_name(together, wrong):
+    together.timelines = lambda self, savings: [wrong]
+    with pytest.raises(InvalidArgument, match=r"Together\.timelines"):
+        solve(savings(epochs=4), scheme="together")
 
 
 # --- at target in time -----------------------------------------------------------------------------------------------
