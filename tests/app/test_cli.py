@@ -27,7 +27,7 @@ from spfde.app.data.datasets import DATASETS, load_data
 from spfde.app.train import models, setup
 from spfde.core.registry import registered
 from spfde.engines.native import build
-from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe.citation import describe
 from spfde.sieving import DataSieving
 from spfde.sparsity import METHODS, STRUCTURES
@@ -279,7 +279,7 @@ class TestOtherCommands:
         listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
             assert f"\n  {name} " in printed
-        for name in [*STRUCTURES, *SCHEMES, *FREEZE_CRITERIA, BlockwiseCosine.name]:
+        for name in [*STRUCTURES, *registered("freezing-scheme"), *FREEZE_CRITERIA, BlockwiseCosine.name]:
             assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
         for technique in [*METHODS.values(), ProgressiveFreezing, *registered("sieving-method").values()]:
             assert technique.summary in listed
@@ -381,14 +381,20 @@ class TestBadInput:
             ),
         ],
     )
-    def test_a_run_too_short_for_the_recipe_is_refused_with_options_as_the_remedy(
+    def test_a_run_too_short_for_the_share_asked_for_is_refused_with_options_as_the_remedy(
         self, epochs: int, remedy: str, tiny: Path, spfde: Spfde, here: Path
     ) -> None:
         for command in ("plan", "train"):
-            ended = spfde(command, "--epochs", epochs)
-            assert_refused(ended, "flops_reduction=0.2: cannot be reached", remedy)
+            ended = spfde(command, "--freeze", 0.2, "--epochs", epochs)
+            assert_refused(ended, "--freeze=0.2: cannot be reached", remedy)
             assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
+
+    @pytest.mark.parametrize("epochs", [1, 2, 4, 5])
+    def test_what_a_preset_brings_along_is_no_reason_to_refuse_a_short_run(self, epochs: int, spfde: Spfde) -> None:
+        planned = spfde("plan", "--epochs", epochs, "--json")
+        assert planned.code == 0
+        assert json.loads(planned.out)["freezing_reduction"] < 0.2
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)
