@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import DataSpec, ImageData, collate
+from spfde.app.data.images import ImageData, collate
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.checks import check_named
-from spfde.app.train.models import build_model
+from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
@@ -146,7 +146,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
         )
     set_seed(options.seed)
     recipe = options.load_recipe()
-    model = _build(options, spec).to(accelerator.device).to(memory_format=torch.channels_last)
+    model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
     check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
@@ -301,7 +301,7 @@ def time_dense_step(run: TrainingRun) -> float:
     """
     device, options, spec = run.accelerator.device, run.options, run.data.spec
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        twin = _build(options, spec).to(device).to(memory_format=torch.channels_last).train()
+        twin = build_for(options.model, spec).to(device).to(memory_format=torch.channels_last).train()
         shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
         x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         y = torch.zeros(len(x), dtype=torch.int64, device=device)
@@ -318,12 +318,6 @@ def time_dense_step(run: TrainingRun) -> float:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
-
-
-def _build(options: TrainOptions, spec: DataSpec) -> nn.Module:
-    return build_model(
-        options.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
-    )
 
 
 def versions() -> dict[str, str]:
