@@ -269,6 +269,7 @@ def _describe(run: TrainingRun) -> None:
             "recipe": options.recipe,
             "engine": run.session.engine,
             "plan": bill.to_dict() | {"block_names": [block.name for block in bill.blueprint.partition.blocks]},
+            **({"timeline": bill.timeline.to_dict()} if hasattr(bill, "timeline") else {}),
             "versions": versions(),
             "hardware": hardware(run.accelerator.device),
         },
