@@ -118,8 +118,8 @@ def readme_region(results: Sequence[Result]) -> str:
     chosen = [(label, *found[name, what]) for label, name, what in README_ROWS if (name, what) in found]
     parts = [f"![{PICTURE_SAYS}]({PICTURE})"] if chosen else ["Nothing has been measured yet: run `make bench`."]
     if chosen:
-        rows = [(label, _with_spread(figure), _n(figure)) for label, _, figure in chosen]
-        parts.append(markdown_table(("result", "value", "n"), rows))
+        rows = [(label, _with_spread(figure), _quartiles(figure), _n(figure)) for label, _, figure in chosen]
+        parts.append(markdown_table(("result", "value", "quartiles", "n"), rows))
         stamps = [result.stamp for _, result, _ in chosen if result.stamp]
         machines = sorted({f"{s['cpu']}, {s['threads']} threads, PyTorch {s['versions']['torch']}" for s in stamps})
         parts.append(f"Taken on {'; '.join(machines)}; n is rounds or seeds.")
@@ -151,6 +151,12 @@ def _with_spread(figure: Figure) -> str:
     if figure.spread is not None and figure.spread_is == "sd":
         return f"{value} ± {show((figure.spread[1] - figure.spread[0]) / 2, figure.unit)}"
     return value
+
+
+def _quartiles(figure: Figure) -> str:
+    if figure.spread is None or figure.spread_is != "quartiles":
+        return "–"
+    return " … ".join(show(value, figure.unit) for value in figure.spread)
 
 
 def _n(figure: Figure) -> str:

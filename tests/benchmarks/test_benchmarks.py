@@ -198,7 +198,7 @@ def test_rendering_replaces_the_readme_region_alone_and_check_finds_drift(
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- results:start -->\n![")
     assert text.endswith("<!-- results:end -->\nafter\n")
-    assert f"| {label} | 4.5x | 3 |" in text
+    assert f"| {label} | 4.5x | – | 3 |" in text
     assert "old" not in text
     assert "minor" not in text
     assert "## Freezing" in (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
