@@ -25,10 +25,11 @@ from spfde import presets
 from spfde.app.data import folders
 from spfde.app.data.datasets import DATASETS, load_data
 from spfde.app.train import models, setup
+from spfde.core.registry import registered
 from spfde.engines.native import build
 from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe.citation import describe
-from spfde.sieving import CRITERIA, SIEVING_METHODS, DataSieving
+from spfde.sieving import DataSieving
 from spfde.sparsity import METHODS, STRUCTURES
 
 METRICS = (
@@ -280,15 +281,14 @@ class TestOtherCommands:
             assert f"\n  {name} " in printed
         for name in [*STRUCTURES, *SCHEMES, *FREEZE_CRITERIA, BlockwiseCosine.name]:
             assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
-        for technique in [*METHODS.values(), ProgressiveFreezing, *SIEVING_METHODS.values()]:
+        for technique in [*METHODS.values(), ProgressiveFreezing, *registered("sieving-method").values()]:
             assert technique.summary in listed
             assert f"Cost: {technique.cost}." in listed
             assert all(describe(key).split(".")[0] in listed for key in technique.references)
         for summary, cost in FREEZE_CRITERIA.values():
             assert f"{summary} Cost: {cost}." in listed
-        for criterion, summary in CRITERIA.items():
-            assert f"{criterion} " in listed
-            assert summary in listed
+        for criterion, kind in registered("sieving-criterion").items():
+            assert f"{criterion} {kind.summary}" in listed
 
     def test_the_version_is_printed(self, spfde: Spfde) -> None:
         assert spfde("--version").out == f"{package.__version__}\n"

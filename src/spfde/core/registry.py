@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
 
@@ -69,12 +69,12 @@ def register(kind: str) -> Callable[[C], C]:
     return note
 
 
-def registered(kind: str) -> Mapping[str, type]:
+def registered(kind: str) -> Mapping[str, type[Any]]:
     """The classes of a kind by name, in the order in which they were registered; a view that follows."""
     return MappingProxyType(_CLASSES[kind])
 
 
-def find(kind: str, name: object, *, argument: str) -> type:
+def find(kind: str, name: object, *, argument: str) -> type[Any]:
     """The class of that name.
 
     Raises:

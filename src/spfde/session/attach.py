@@ -284,14 +284,16 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
 
 
 def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
-    """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
+    """Does the partial set fill a batch? Warns where the criterion can say nothing of a sample."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
-    if recipe.sieves and counts and epochs > 1 and interval == 1:
+    needed = recipe.sieving.make_criterion().presentations_needed
+    circular = recipe.sieves and isinstance(recipe.sieving, DataSieving)
+    if circular and epochs > 1 and interval is not None and interval < needed:
         warnings.warn(
-            "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
-            "the sieve chooses at random. Take an interval of 2 or more.",
+            f"update_interval_epochs is {interval}, and {recipe.sieving.criterion} can say nothing of a sample that is "
+            f"seen less than {needed} times an interval: the sieve chooses at random. Take an interval of {needed} or "
+            "more.",
             stacklevel=4,
         )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)

@@ -11,11 +11,12 @@ from pydantic import Field
 
 from spfde.app.data.datasets import DATASETS
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
+from spfde.core.registry import find
 from spfde.core.technique import Technique
 from spfde.freezing import FREEZE_CRITERIA, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
-from spfde.sieving import CRITERIA, DataSieving, OneTimeRemoval, check_fraction
+from spfde.sieving import DataSieving, SievingMethod, check_fraction
 from spfde.sparsity import MEST, NM, STRUCTURES, Block, SparsityMethod, Structure
 
 
@@ -189,7 +190,7 @@ def _freezing(
     return ProgressiveFreezing(**given)
 
 
-def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> DataSieving | OneTimeRemoval:
+def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> SievingMethod:
     """The recipe's sieving with the command line's changes."""
     method = recipe.sieving
     if method is None and sieve is None:
@@ -197,10 +198,7 @@ def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | No
         raise InvalidArgument(Problem("--sieve-criterion", criterion, rule, "Use --sieve 0.2 or so with it."))
     given: dict[str, Any] = {} if sieve is None else {"removed_fraction": sieve}
     if criterion is not None:
-        if criterion not in CRITERIA:
-            raise InvalidArgument(
-                Problem("--sieve-criterion", criterion, "is no criterion", nearest(criterion, CRITERIA))
-            )
+        find("sieving-criterion", criterion, argument="--sieve-criterion")
         given["criterion"] = criterion
     return DataSieving(**given) if method is None else type(method)(**{**_fields(method), **given})
 

@@ -45,6 +45,7 @@ class DropGrow(SparsityMethod):
 
     name: ClassVar[str] = "drop-grow"
     summary: ClassVar[str] = "Drops weights by one criterion and grows as many by another."
+    references: ClassVar[tuple[str, ...]] = ("mocanu2018set",)
 
     drop: SerializeAsAny[Criterion] = Field(default=Magnitude(), description="a criterion, such as Magnitude()")
     grow: SerializeAsAny[Criterion] = Field(default=Random(), description="a criterion, such as Random()")

@@ -82,4 +82,4 @@ class MEST(DropGrow):
         return steps(progress, self.soft_bound_steps, self.decay_at) if self.soft_bound else 0.0
 
     def _fixed_counts_remedy(self) -> str:
-        return f"Use soft_bound=False, or another method. {super()._fixed_counts_remedy()}"
+        return "Use soft_bound=False, or another method, such as set or rigl."
