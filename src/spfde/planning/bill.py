@@ -78,6 +78,13 @@ class Plan:
             "actual" (what the masked engine and autograd really hold).
         samples: size of the whole training set.
         batch_size: samples in a step.
+
+    Example:
+        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
+        >>> bill.start_epoch, bill.freeze_epochs
+        (80, (80, 85, 90))
+        >>> f"{bill.flops_ratio:.0%} of the dense net's FLOPs"
+        "25% of the dense net's FLOPs"
     """
 
     recipe: Recipe
@@ -253,6 +260,11 @@ def plan(
 
     Raises:
         InvalidArgument: see ``draw``; also a count below 1.
+
+    Example:
+        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
+        >>> bill.training_flops < bill.dense_training_flops
+        True
     """
     check_recipe(recipe)
     problems = Problems()

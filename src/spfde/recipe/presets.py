@@ -116,6 +116,10 @@ def get(name: str) -> Recipe:
 
     Raises:
         InvalidArgument: there is none; the nearest name is given.
+
+    Example:
+        >>> spfde.presets.get("mest").sparsity.soft_bound
+        True
     """
     if name not in PRESETS:
         raise InvalidArgument(Problem("recipe", name, "is no preset", nearest(name, PRESETS)))

@@ -74,6 +74,18 @@ def attach(
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.mest, epochs=2)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         logits = model(x)
+        ...         torch.nn.functional.cross_entropy(logits, y).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         session.observe(logits, y)
+        >>> round(session.density, 1)
+        0.1
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
     _check_together(model, optimizer, loader, recipe, epochs, cache)
