@@ -36,9 +36,11 @@ from _common import Figure, Result, Table, Timing, begin, compare, interleave, p
 from spfde.app.train.models import build_model
 from spfde.cost import format_bytes
 from spfde.cost.memory import peak_bytes, reset_peak
-from spfde.engines.choose import WORTH_IT, estimate_time
+from spfde.engines.base import Job
+from spfde.engines.choose import WORTH_IT
 from spfde.engines.native import build
 from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.model import NativeModel
 
 BATCH, CLASSES, EPOCHS = 64, 100, 160
 DENSE = ("dense, contiguous", "dense, channels_last")
@@ -109,7 +111,7 @@ class Trainer:
         self.optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
         self.session: spfde.Session | None = None
         self.ids: Tensor | None = None
-        self.engine: NativeEngine | None = None
+        self.engine: NativeModel | None = None
         self.epochs: Iterator[int] | None = None  # dropped, it would end the epoch
 
     def step(self) -> None:
@@ -124,10 +126,13 @@ class Trainer:
             self.session.observe(logits, self.y)
 
     @property
-    def native(self) -> NativeEngine:
-        found = self.engine if self.session is None else self.session._native
-        assert found is not None, "made by sparse() or control()"
-        return found
+    def native(self) -> NativeModel:
+        if self.engine is not None:
+            return self.engine
+        assert self.session is not None, "made by sparse() or control()"
+        engine = self.session._engine
+        assert isinstance(engine, NativeEngine)
+        return engine.computes
 
 
 def dense(model: nn.Module, layout: str, x: Tensor, y: Tensor) -> Trainer:
@@ -150,14 +155,13 @@ def sparse(
     """A session at a constant sparsity that has frozen its first ``frozen`` blocks, and keeps their output."""
     made = Trainer(model, x, y)
     made.ids = torch.arange(len(x))
-    freezing = None
-    if frozen:
-        freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=1, cache_variants=int(cached))
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=1) if frozen else None
+    cache = spfde.PrefixCache(1) if frozen and cached else None
     recipe = spfde.Recipe(
         sparsity=spfde.MEST(sparsity=sparsity, soft_bound=False), freezing=freezing, update_interval_epochs=1
     )
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
-    made.session = spfde.attach(model, made.optimizer, loader, recipe, epochs=40, engine=engine)
+    made.session = spfde.attach(model, made.optimizer, loader, recipe, epochs=40, engine=engine, cache=cache)
     epochs = made.session.epochs()
     while next(epochs) < frozen:
         made.session.augmentation_seeds(made.ids)
@@ -169,7 +173,7 @@ def sparse(
 def control(model: nn.Module, x: Tensor, y: Tensor) -> Trainer:
     """The native engine with every weight active."""
     made = Trainer(model, x, y)
-    made.engine = NativeEngine(model, masks=dict, dense_gradients=frozenset)
+    made.engine = NativeModel(model, masks=dict, dense_gradients=frozenset)
     return made
 
 
@@ -345,7 +349,8 @@ def by_estimate(rounds: int) -> Found:
         timings = interleave({engine: trainer.step for engine, trainer in trainers.items()}, rounds, warmup=2)
         session = trainers["masked"].session
         assert session is not None
-        expected, _ = estimate_time(made(), session.blueprint, x[:1], size)
+        job = Job(made(), session.blueprint, x[:1], size)
+        expected = 1.0 if NativeEngine.supports(job) is not None else NativeEngine.expected_speed(job)
         measured = compare(timings["native"], timings["masked"]).paired
         chosen = "native" if expected <= WORTH_IT else "masked"
         loses = measured if chosen == "native" else 1 / measured
@@ -433,7 +438,7 @@ def csr(rounds: int) -> Found:
     conv.weight.data.mul_(mask)
     ours = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False))
     ours.load_state_dict({"0.weight": conv.weight})
-    NativeEngine(ours, masks=lambda: {"0.weight": mask}, dense_gradients=frozenset)
+    NativeModel(ours, masks=lambda: {"0.weight": mask}, dense_gradients=frozenset)
     matrix = conv.weight.detach().view(64, -1).to_sparse_csr()
 
     def by_csr() -> Tensor:

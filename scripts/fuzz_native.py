@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from spfde.engines.native import build, program
-from spfde.engines.native.engine import NativeEngine
 from spfde.engines.native.kernels import Kernels
+from spfde.engines.native.model import NativeModel
 
 _CHILD = "SPFDE_FUZZ_CHILD"
 _TOLERANCE = 1e-9
@@ -76,7 +76,7 @@ def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     for layer in model[:frozen]:
         layer.requires_grad_(False).eval()
     reference = copy.deepcopy(model)
-    engine = NativeEngine(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
+    engine = NativeModel(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
     try:
         for _ in range(2):
             ours, expected = _step(model, x, to_input=not frozen), _step(reference, x, to_input=not frozen)

@@ -269,7 +269,7 @@ class TestOtherCommands:
 
     def test_report_refuses_what_is_no_run_folder(self, spfde: Spfde, here: Path) -> None:
         ended = spfde("report", "nothing")
-        assert_refused(ended, "run folder='nothing'", "does not exist")
+        assert_refused(ended, "nothing: is no run folder")
         assert list(here.iterdir()) == []
 
     def test_methods_lists_all_there_is_with_its_cost_and_its_citation(self, spfde: Spfde) -> None:
@@ -559,7 +559,7 @@ class TestBadFolders:
 
     def test_resuming_what_is_no_run_folder_is_refused(self, spfde: Spfde, here: Path) -> None:
         for folder in ("nothing", "."):
-            assert_refused(spfde("train", "--resume", folder), f"--resume={folder}: is no run folder")
+            assert_refused(spfde("train", "--resume", folder), f"{folder}: is no run folder")
         assert list(here.iterdir()) == []
 
     def test_resuming_takes_no_other_options(self, run_folder: Path, spfde: Spfde) -> None:

@@ -145,8 +145,6 @@ def test_no_reduction_freezes_nothing(scheme):
         ({"resume_epochs": 4}, "single-shot-resume"),
         ({"scheme": "single-shot-resume", "resume_epochs": 0}, "resume_epochs"),
         ({"scheme": "delayed-periodic", "start_epoch": 4, "flops_reduction": 0.0}, "flops_reduction"),
-        ({"scheme": "periodic", "cache_variants": 1}, "cache_variants"),
-        ({"scheme": "single-shot-resume", "cache_variants": 1}, "cache_variants"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused_by_name(fields, named):

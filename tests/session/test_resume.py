@@ -16,7 +16,7 @@ from helpers.resuming import METHODS, assert_equal, everything, load, recipe_wit
 from helpers.resuming import resume as resume_with
 from helpers.training import EPOCHS, Parts, make_parts, step, train
 from spfde.model.trace import Trace, trace
-from spfde.planning import bill as planning
+from spfde.planning import blueprint as planning
 
 
 @pytest.fixture(autouse=True, params=["masked", pytest.param("native", marks=needs_kernels)])

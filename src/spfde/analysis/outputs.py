@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
-from spfde.freezing import Partition
+from spfde.model.blocks import Partition
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 
 
@@ -163,10 +163,10 @@ def native_outputs(
     Raises:
         InvalidArgument: as :func:`output_graph`.
     """
-    from spfde.engines.native.engine import NativeEngine
+    from spfde.engines.native.model import NativeModel
 
     graph = output_graph(model, modules)
-    NativeEngine(graph, masks=masks, dense_gradients=frozenset)
+    NativeModel(graph, masks=masks, dense_gradients=frozenset)
 
     def outputs(batch: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -32,7 +32,7 @@ from spfde.app.runs.kept_model import Layers, Subject
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
-from spfde.core.files import clear_errors, write_whole
+from spfde.core.files import clear_errors, written_whole
 from spfde.core.technique import Technique
 
 RESULT = "analysis.json"
@@ -93,12 +93,8 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
         "versions": versions(),
         "hardware": hardware(subject.device),
     }
-    with clear_errors(out):
-        write_whole(
-            out / RESULT,
-            json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n",
-            draft=out / f".{RESULT}.writing",
-        )
+    with clear_errors(out), written_whole(out / RESULT) as (draft,):
+        draft.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return out / RESULT
 
 
@@ -106,9 +102,7 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], TrainOptions, dict[int, Path]]:
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{folder}: is no run folder (no {CONFIG}). Pass the folder of a run.")
-    run = RunFolder(folder)
+    run = RunFolder.existing(folder)
     config = run.read_json(CONFIG)
     trained = TrainOptions.from_config(config, folder / CONFIG)
     checkpoints = run.checkpoints.kept()

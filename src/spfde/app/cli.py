@@ -404,11 +404,8 @@ def methods() -> None:
 def _resume(folder: Path, *, engine: str | None, quiet: bool) -> None:
     from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder
     from spfde.app.train.options import TrainOptions
-    from spfde.core.errors import RunFolderError
 
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"--resume={folder}: is no run folder (no {CONFIG}). Pass the folder of an earlier run.")
-    look = RunFolder(folder)
+    look = RunFolder.existing(folder)
     if look.is_finished:
         if not quiet:
             accuracy = look.read_json(SUMMARY).get("test_accuracy")

@@ -56,13 +56,11 @@ def export_run(
     if kind not in SUFFIX:
         raise InvalidArgument(Problem("--format", kind, "is no format", nearest(kind, SUFFIX)))
     path = out if out is not None else folder / f"{which}{SUFFIX[kind]}"
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{folder}: is no run folder (no {CONFIG}). Pass the folder of a run.")
+    run = RunFolder.existing(folder)
     if path.exists():
         raise InvalidArgument(Problem("--out", str(path), "exists already", "Remove it, or choose another name."))
     if not path.parent.is_dir():
         raise InvalidArgument(Problem("--out", str(path), f"there is no folder {path.parent}", "Make it first."))
-    run = RunFolder(folder)
     checkpoint = _checkpoint(run, which)
     config = run.read_json(CONFIG)
     model, sample = _build(config, folder / CONFIG)

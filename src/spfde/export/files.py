@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError, WeightsFileError
+from spfde.core.files import clear_errors, written_whole
 from spfde.export.encoding import Encoded, as_bits, decode, encode
 
 # Version of the compressed layout, and the keys of the header's metadata.
 _VERSION = "1"
 _LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.checksum"
-_DRAFT = ".writing"
 _REMEDY = "Export it again, or restore it from a copy."
 
 
@@ -111,28 +111,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise WeightsFileError(f"{path}: is damaged ({error}). {_REMEDY}") from error
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A draft beside ``path`` that takes its name in the end; removed when something goes wrong.
-
-    Raises:
-        WeightsFileError: it cannot be written.
-    """
-    draft = path.with_name(f".{path.name}{_DRAFT}")
-    try:
-        yield draft
-        draft.replace(path)
-    except OSError as error:
-        raise WeightsFileError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        draft.unlink(missing_ok=True)
+def weights_errors(path: Path) -> AbstractContextManager[None]:
+    """Turn the system's errors into ``WeightsFileError``."""
+    return clear_errors(path, kind=WeightsFileError, again="export it again")
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     safetensors = _safetensors()
     from safetensors.torch import save_file
 
-    with written_whole(path) as draft:
+    with weights_errors(path), written_whole(path) as (draft,):
         try:
             save_file(dict(tensors), draft, metadata=metadata)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem, UsageError
-from spfde.export.files import written_whole
+from spfde.core.files import written_whole
+from spfde.export.files import weights_errors
 
 
 def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) -> None:
@@ -58,5 +59,5 @@ def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) ->
             Problem("model", type(model).__name__, rule, "Export the weights instead, dense or compressed.")
         ) from error
     assert program is not None
-    with written_whole(Path(path)) as draft:
+    with weights_errors(Path(path)), written_whole(Path(path)) as (draft,):
         program.save(str(draft))

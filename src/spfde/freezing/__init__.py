@@ -9,27 +9,24 @@ from spfde.freezing.plan import (
     Scheme,
     blocks_to_freeze,
 )
-from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, rate
+from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, learning_rate_factor, rate
 from spfde.freezing.schemes import Savings, freezing_saving, paused, solve
-from spfde.model.blocks import Block, Partition, find_blocks
 
 __all__ = [
     "FREEZE_CRITERIA",
     "SCHEMES",
-    "Block",
     "BlockwiseCosine",
     "FreezePlan",
     "Freezer",
     "GroupRates",
-    "Partition",
     "ProgressiveFreezing",
     "Savings",
     "Scheme",
     "blocks_to_freeze",
     "check_rates",
-    "find_blocks",
     "freezing_saving",
     "is_held",
+    "learning_rate_factor",
     "paused",
     "rate",
     "recompile_warning",

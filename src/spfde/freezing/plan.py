@@ -73,15 +73,6 @@ class ProgressiveFreezing(Technique):
     blocks: tuple[str, ...] | None = Field(
         default=None, description="names of the modules to freeze at once, in order of execution; None: found"
     )
-    cache_variants: int = Field(
-        default=0,
-        ge=0,
-        description="augmented variants of each sample whose output of the frozen front is kept, so that its forward "
-        "pass is not done again; 0: none. Native engine; see session.augmentation_seeds",
-    )
-    cache_precision: Literal["fp16", "int8"] = Field(default="fp16", description="of what is kept: 'fp16' or 'int8'")
-    cache_limit_gib: float = Field(default=8.0, gt=0, description="room for what is kept, in GiB; fewer variants fit")
-    cache_folder: str | None = Field(default=None, description="folder for a memory-mapped file; None: in memory")
     scheme: Scheme = Field(
         default="single-shot", description="'single-shot', 'single-shot-resume', 'periodic' or 'delayed-periodic'"
     )
@@ -130,13 +121,6 @@ class ProgressiveFreezing(Technique):
             raise ValueError("scheme='delayed-periodic' needs a flops_reduction above 0: it says how many blocks pause")
         if self.adapts and self.thaws:
             raise ValueError("criterion freezes blocks for good, earlier than planned: it needs scheme='single-shot'")
-        if self.cache_variants and self.adapts:
-            raise ValueError("cache_variants needs freeze epochs that are known beforehand: criterion='schedule'")
-        if self.cache_variants and self.thaws:
-            raise ValueError(
-                "cache_variants keeps what blocks make of a sample while they are frozen for good: it "
-                "needs scheme='single-shot'"
-            )
         return self
 
 

@@ -20,26 +20,6 @@ def active_count(numel: int, sparsity: float) -> int:
     return max(1, round_half_up((1.0 - sparsity) * numel))
 
 
-def uniform(
-    shapes: Mapping[str, Sequence[int]], sparsity: float, *, overrides: Mapping[str, float] | None = None
-) -> dict[str, int]:
-    """Active weights per layer when every layer has the same sparsity.
-
-    Args:
-        shapes: shape of each layer's weight, by name.
-        sparsity: share of inactive weights, in [0, 1).
-        overrides: sparsity by name pattern (``fnmatch``); the last pattern that matches wins.
-
-    Returns:
-        The count of active weights of each layer, in the order of ``shapes``.
-    """
-    counts = {}
-    for name, shape in shapes.items():
-        own = override_for(name, overrides or {})
-        counts[name] = active_count(math.prod(shape), sparsity if own is None else own)
-    return counts
-
-
 def erk(
     shapes: Mapping[str, Sequence[int]], sparsity: float, *, overrides: Mapping[str, float] | None = None
 ) -> dict[str, int]:

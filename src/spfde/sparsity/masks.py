@@ -18,18 +18,6 @@ from spfde.core.errors import InvalidArgument, Problem
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def random_mask(shape: Sequence[int], n_active: int, generator: torch.Generator) -> Tensor:
-    """A mask with exactly ``n_active`` weights chosen uniformly at random, on the CPU."""
-    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
-    mask[torch.randperm(mask.numel(), generator=generator)[:n_active]] = True
-    return mask.view(*shape)
-
-
-def magnitude_mask(weight: Tensor, n_active: int) -> Tensor:
-    """A mask of the ``n_active`` largest weights by magnitude; of equal ones the lower flat index is kept."""
-    return highest(weight.detach().abs(), n_active)
-
-
 def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """The mask of a weight that is already sparse: its non-zeros.
 

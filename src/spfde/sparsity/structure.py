@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from spfde.core.numbers import round_half_up
+from spfde.core.registry import register
 from spfde.core.technique import Technique
 from spfde.sparsity import mutation
 from spfde.sparsity.masks import highest
@@ -29,12 +30,11 @@ class Structure(Technique):
     """How a weight is cut into units; the base is a row-major cut into units of equal size.
 
     Attributes:
-        kind: name in recipes.
+        name: what it is called in recipes, as its ``kind``.
         fixed_count: whether the sparsity fixes the number of units at every moment, so that a method cannot hold more
             for a while.
     """
 
-    kind: ClassVar[str]
     summary: ClassVar[str]
     fixed_count: ClassVar[bool] = False
 
@@ -116,10 +116,11 @@ class Structure(Technique):
         return values.reshape(self.n_units(values.shape), -1)
 
 
+@register("structure")
 class Unstructured(Structure):
     """Every weight for itself."""
 
-    kind: ClassVar[str] = "unstructured"
+    name: ClassVar[str] = "unstructured"
     summary: ClassVar[str] = "Every weight for itself."
     references: ClassVar[tuple[str, ...]] = ("han2015learning",)
 
@@ -127,6 +128,7 @@ class Unstructured(Structure):
         return math.prod(shape)
 
 
+@register("structure")
 class Block(Structure):
     """Blocks of ``rows`` consecutive outputs by ``columns`` consecutive inputs of the (out, in * kernel) matrix.
 
@@ -137,7 +139,7 @@ class Block(Structure):
         columns: columns in a block; they run over the kernel first, then over the inputs.
     """
 
-    kind: ClassVar[str] = "block"
+    name: ClassVar[str] = "block"
     summary: ClassVar[str] = "Blocks of consecutive outputs and inputs, such as 4x1."
     references: ClassVar[tuple[str, ...]] = ("narang2017block",)
 
@@ -177,6 +179,7 @@ class Block(Structure):
         return blocks.reshape(down * across, self.rows * self.columns)
 
 
+@register("structure")
 class NM(Structure):
     """N:M: of every ``m`` consecutive weights of an output exactly ``n`` exist.
 
@@ -189,7 +192,7 @@ class NM(Structure):
         m: weights in a group.
     """
 
-    kind: ClassVar[str] = "nm"
+    name: ClassVar[str] = "nm"
     summary: ClassVar[str] = "Exactly n of every m consecutive weights, such as 2:4."
     references: ClassVar[tuple[str, ...]] = ("zhou2021nm",)
     fixed_count: ClassVar[bool] = True
@@ -234,10 +237,11 @@ class NM(Structure):
         return grown
 
 
+@register("structure")
 class Kernels(Structure):
     """Whole kernels: what one output sees of one input. A 1x1 kernel, and one of ``nn.Linear``, is a single weight."""
 
-    kind: ClassVar[str] = "kernel"
+    name: ClassVar[str] = "kernel"
     summary: ClassVar[str] = "Whole kernels: what an output sees of an input."
     references: ClassVar[tuple[str, ...]] = ("ma2020pconv",)
 
@@ -245,6 +249,7 @@ class Kernels(Structure):
         return shape[0] * shape[1]
 
 
+@register("structure")
 class Patterns(Structure):
     """3x3 kernels of which each has one of eight patterns, or does not exist at all.
 
@@ -256,7 +261,7 @@ class Patterns(Structure):
     every filter, where here the layer's kernels compete.
     """
 
-    kind: ClassVar[str] = "pattern"
+    name: ClassVar[str] = "pattern"
     summary: ClassVar[str] = "3x3 kernels with one of eight patterns of four weights, or none."
     references: ClassVar[tuple[str, ...]] = ("niu2020patdnn",)
 
@@ -303,17 +308,13 @@ class Patterns(Structure):
         return kernels.view(*shape)
 
 
+@register("structure")
 class Channels(Structure):
     """Whole output channels: filters of a convolution, rows of ``nn.Linear``."""
 
-    kind: ClassVar[str] = "channel"
+    name: ClassVar[str] = "channel"
     summary: ClassVar[str] = "Whole output channels."
     references: ClassVar[tuple[str, ...]] = ("li2017filters",)
 
     def n_units(self, shape: Sequence[int]) -> int:
         return shape[0]
-
-
-STRUCTURES: dict[str, type[Structure]] = {
-    structure.kind: structure for structure in (Unstructured, Block, NM, Kernels, Patterns, Channels)
-}

@@ -56,7 +56,8 @@ class TestNamedSets:
 
     def test_describing_named_sets_needs_neither_torchvision_nor_pillow_nor_timm(self) -> None:
         script = (
-            "import sys; from spfde.app import data, models; [data.describe_data(n) for n in data.DATASETS]; "
+            "import sys; from spfde.app.data import datasets; from spfde.app.train import models; "
+            "[datasets.describe_data(n) for n in datasets.DATASETS]; "
             "models.build_model('resnet8', num_classes=2, in_channels=1, image_size=8); "
             "sys.exit(any(m in sys.modules for m in ('torchvision', 'PIL', 'timm')))"
         )

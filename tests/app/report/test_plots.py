@@ -144,6 +144,6 @@ def test_odd_names_are_drawn(make_run: MakeRun) -> None:
 
 def test_pyplot_and_its_global_state_stay_out() -> None:
     names = ("torch", "matplotlib.pyplot", "spfde.session")
-    code = f"import sys, spfde.report; print(*[name for name in {names} if name in sys.modules])"
+    code = f"import sys, spfde.app.report; print(*[name for name in {names} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

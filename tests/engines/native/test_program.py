@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.native import assert_same_step, kernels, needs_kernels, random_masks, step, twin
 from spfde.app.train.models import build_model
-from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.model import NativeModel
 
 pytestmark = needs_kernels
 
@@ -276,7 +276,7 @@ def test_in_single_precision_the_error_is_that_of_rounding(density: float, batch
 def test_the_variance_of_a_channel_far_from_zero_keeps_its_digits() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, momentum=1.0))
     model[0].weight.data.fill_(1.0)
-    NativeEngine(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset)
+    NativeModel(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset)
     x = 10_000 + torch.randn(16, 1, 12, 12)
     model(x)
     assert float(model[1].running_var) == pytest.approx(float(x.double().var()), rel=1e-3)
@@ -307,7 +307,7 @@ def test_gradcheck_of_a_block_with_everything_fused() -> None:
         nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU(), nn.Conv2d(3, 2, 3), nn.SiLU())
     )
     random_masks(model, 0.6)
-    NativeEngine(model, kernels(), masks=dict, dense_gradients=frozenset)
+    NativeModel(model, kernels(), masks=dict, dense_gradients=frozenset)
     x = torch.randn(3, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model, (x,), atol=1e-6)
 

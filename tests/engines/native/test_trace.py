@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 import spfde
 from helpers.native import kernels, needs_kernels, relative_error, twin
-from spfde.engines.native.engine import NativeEngine
 from spfde.engines.native.graph import capture
+from spfde.engines.native.model import NativeModel
 
 pytestmark = needs_kernels
 
@@ -314,7 +314,7 @@ def test_a_forward_that_was_put_on_the_instance_is_not_passed_over() -> None:
     model = Net(lambda net, x: net.b(net.a(x)))
     model.forward = types.MethodType(lambda self, x: type(self).forward(self, x) + 100.0, model)  # type: ignore[method-assign]
     with pytest.raises(spfde.InvalidArgument, match="the instance has a forward of its own"):
-        NativeEngine(model, kernels(), masks=dict, dense_gradients=frozenset)
+        NativeModel(model, kernels(), masks=dict, dense_gradients=frozenset)
 
 
 def test_a_copy_of_an_attached_model_can_be_attached_itself() -> None:

@@ -10,9 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from spfde.core.errors import Problem, RunFolderError
-
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+from spfde.app.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
+from spfde.core.errors import RunFolderError
 
 
 @dataclass(frozen=True)
@@ -190,34 +189,22 @@ def read_run(path: str | Path) -> Run:
     Raises:
         RunFolderError: it is no run folder, or a file in it is damaged.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        rule = "is a file, not a run folder" if folder.exists() else "does not exist"
-        raise _error(folder, rule, "Pass the folder that `spfde train --out` made.")
-    if not (folder / CONFIG).is_file():
-        raise _error(folder, f"is no run folder (it has no {CONFIG})", _remedy_for(folder))
-    config = _read_object(folder / CONFIG)
-    summary = _read_object(folder / SUMMARY) if (folder / SUMMARY).is_file() else None
-    epochs = _read_epochs(folder / METRICS) if (folder / METRICS).is_file() else ()
-    return Run(path=folder, name=folder.resolve().name, config=config, epochs=epochs, summary=summary)
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    remedy = "Restore the file, go on with `spfde train --resume`, or leave this run out."
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _error(path, f"cannot be read ({error})", remedy) from None
-    if not isinstance(content, dict):
-        raise _error(path, "must hold one JSON object", remedy)
-    return content
+    folder = RunFolder.existing(Path(path))
+    metrics = folder.path / METRICS
+    return Run(
+        path=folder.path,
+        name=folder.path.resolve().name,
+        config=folder.read_json(CONFIG),
+        epochs=_read_epochs(metrics) if metrics.is_file() else (),
+        summary=folder.read_json(SUMMARY) if folder.is_finished else None,
+    )
 
 
 def _read_epochs(path: Path) -> tuple[Epoch, ...]:
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
-        raise _error(path, f"cannot be read ({error})", "Make it readable, or leave this run out.") from None
+        raise RunFolderError(f"{path}: cannot be read ({error}). Make it readable, or leave this run out.") from None
     lines = [(at, line) for at, line in enumerate(text.split("\n"), start=1) if line.strip()]
     by_epoch: dict[int, Epoch] = {}
     for at, line in lines:
@@ -226,7 +213,8 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
         except (ValueError, RecursionError) as error:
             if at == lines[-1][0]:
                 break
-            raise _error(path, f"line {at} is damaged ({error})", "Restore the file, or leave this run out.") from None
+            remedy = "Restore the file, or leave this run out."
+            raise RunFolderError(f"{path}: line {at} is damaged ({error}). {remedy}") from None
         by_epoch[epoch.epoch] = epoch
     return tuple(by_epoch[at] for at in sorted(by_epoch))
 
@@ -241,19 +229,3 @@ def _parse_epoch(row: object) -> Epoch:
         if not isinstance(row.get(name), (int, float, type(None))) or isinstance(row.get(name), bool):
             raise ValueError(f"{name}={row[name]!r} is no number")
     return Epoch(epoch=at, **{name: number(row.get(name)) for name in _FIELDS})
-
-
-def _remedy_for(folder: Path) -> str:
-    """Name the run folders inside, if somebody passed the folder that holds them."""
-    try:
-        inside = sorted(entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
-    except OSError:
-        inside = []
-    if inside:
-        more = ", …" if len(inside) > 5 else ""
-        return f"Pass a run folder inside it: {', '.join(inside[:5])}{more}."
-    return "Pass the folder that `spfde train --out` made."
-
-
-def _error(path: Path, rule: str, remedy: str) -> RunFolderError:
-    return RunFolderError(str(Problem("run folder", str(path), rule, remedy)))

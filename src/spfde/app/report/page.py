@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spfde.app.report import figures, tables
 from spfde.app.report.canvas import DARK, LIGHT
-from spfde.app.report.files import write_all
 from spfde.app.report.folders import Run, read_run
 from spfde.app.report.plots import PLOTS, Plot
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.files import clear_errors, written_whole
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     for picture in pictures:
         if picture.light is not None:
             files[page.with_name(f"{page.stem}-{picture.plot.key}.png")] = picture.light
-    write_all(files)
+    with clear_errors(page.parent, again="make the report again"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(*files) as drafts:
+            for draft, content in zip(drafts, files.values(), strict=True):
+                draft.write_bytes(content)
     return list(files)
 
 

@@ -6,11 +6,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from spfde.core.registry import register
 from spfde.sparsity.methods.base import Fraction
 from spfde.sparsity.methods.rigl import RigL
 from spfde.sparsity.methods.set import SET
 
 
+@register("method")
 class SETITOP(SET):
     """SET as ITOP sets it: half of the active weights change places at first, layers by ERK.
 
@@ -27,6 +29,7 @@ class SETITOP(SET):
     drop_fraction: Fraction = 0.5
 
 
+@register("method")
 class RigLITOP(RigL):
     """RigL as ITOP sets it: half of the active weights change places at first, layers by ERK, to the end of the run.
 
