@@ -43,6 +43,12 @@ class SparsityMethod(Technique):
         dense_head: the classifier head stays dense.
         init: "random" (uniform per layer, SpFDE's random sparse structure) or "magnitude" (the largest initial
             weights, as MEST's released code; the choice for a pretrained model).
+
+    Example:
+        >>> isinstance(spfde.SET(sparsity=0.9), spfde.sparsity.SparsityMethod)
+        True
+        >>> spfde.SET(sparsity=0.9, overrides={"head*": 0.5}).overrides
+        {'head*': 0.5}
     """
 
     summary: ClassVar[str]

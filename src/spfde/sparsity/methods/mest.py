@@ -31,6 +31,12 @@ class MEST(DropGrow):
         drop_steps: share of the target's active weights dropped at an update epoch, by stage (EM only).
         decay_at: progress at which the next stage starts; one fewer than stages.
         gradient_weight: λ in the importance |w| + λ|g|; 0 in the released code.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.9, soft_bound=False))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "mest"
