@@ -215,7 +215,7 @@ class Session:
         assert self._scorer is not None
         labels = None if self._classes is None else self._classes.labels[self._population]
         difficulty = self._scorer.difficulty()[self._population]
-        self._clock.sieve_moved = sieve.update(difficulty, labels).moved
+        self._clock.sieve_moved = sieve.update(difficulty, labels)
         self._scorer.reset()
 
     def _freeze_to(self, n_blocks: int) -> None:
@@ -440,7 +440,7 @@ class Session:
     @property
     def sieve_turnover(self) -> Mapping[str, int]:
         """Samples moved at the top of this epoch, and distinct samples used so far."""
-        used = self._sieve.turnover.ever_used if self._sieve is not None else len(self._population)
+        used = self._sieve.ever_used if self._sieve is not None else len(self._population)
         return {"moved": self._clock.sieve_moved, "ever_used": used}
 
     def _row(self) -> LedgerRow:

@@ -26,7 +26,7 @@ from spfde.sieving.methods import (
     check_fraction,
 )
 from spfde.sieving.observer import Observer
-from spfde.sieving.sieve import Sieve, Turnover
+from spfde.sieving.sieve import Sieve
 from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "SievedLoader",
     "SievingCriterion",
     "SievingMethod",
-    "Turnover",
     "build_loader",
     "check_fraction",
     "check_loader",
