@@ -38,7 +38,6 @@ from spfde.sieving import (
     Sieve,
     SievedBatchSampler,
     SievedLoader,
-    build_loader,
     loader_generators,
     population_of,
 )
@@ -669,7 +668,7 @@ class Session:
                 self._baseline_samples *= self._world.size
         keep: Callable[[], Tensor | None] = self._sieve.keep if self._sieve is not None else _keep_all
         sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep, share=share)
-        built = build_loader(loader, sampler)
+        built = SievedLoader(loader, sampler)
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
         session = weakref.ref(self)
 

@@ -14,7 +14,6 @@ from spfde.sieving.evidence import (
 from spfde.sieving.loader import (
     SievedBatchSampler,
     SievedLoader,
-    build_loader,
     check_loader,
     loader_generators,
     population_of,
@@ -40,7 +39,6 @@ __all__ = [
     "SievedLoader",
     "SievingCriterion",
     "SievingMethod",
-    "build_loader",
     "check_fraction",
     "check_loader",
     "correct_from_logits",
