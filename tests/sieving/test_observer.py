@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, SievedLoader, label_bounds
+from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, SievedLoader
 from spfde.sieving.criteria import Loss
+from spfde.sieving.evidence import label_bounds
 
 
 def make_observer(scorer: Scorer, classes: ClassLabels, gather: Any = None) -> Observer:

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from spfde.sieving.balance import ClassLabels, find_labels
 from spfde.sieving.criteria import Scorer, SievingCriterion
-from spfde.sieving.evidence import (
-    correct_from_logits,
-    correct_from_loss,
-    el2n_from_logits,
-    label_bounds,
-    loss_from_logits,
-)
 from spfde.sieving.loader import (
     SievedBatchSampler,
     SievedLoader,
@@ -26,7 +19,6 @@ from spfde.sieving.methods import (
 )
 from spfde.sieving.observer import Observer
 from spfde.sieving.sieve import Sieve
-from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 __all__ = [
     "ClassLabels",
@@ -41,14 +33,7 @@ __all__ = [
     "SievingMethod",
     "check_fraction",
     "check_loader",
-    "correct_from_logits",
-    "correct_from_loss",
-    "el2n_from_logits",
     "find_labels",
-    "inclusion_probabilities",
-    "label_bounds",
     "loader_generators",
-    "loss_from_logits",
-    "loss_weights",
     "population_of",
 ]
