@@ -90,9 +90,7 @@ class Checkpoints:
         return dict(sorted((int(number), path) for number, path in found if number.isdecimal() and path.is_dir()))
 
     @contextmanager
-    def _sealed(
-        self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any] | None
-    ) -> Iterator[Path]:
+    def _sealed(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any] | None) -> Iterator[Path]:
         """A whole checkpoint that has no name yet; it is taken away when writing or naming it fails."""
         draft = self.path / f"{_DRAFT}latest"
         try:

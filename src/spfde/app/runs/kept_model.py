@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from spfde.analysis import BlockOutputs, native_outputs, output_modules
+from spfde.app.data.images import ImageData
 from spfde.app.runs import kept_checkpoints
 from spfde.app.train.augment import normalise
-from spfde.app.data.images import ImageData
 from spfde.app.train.models import build_model
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, RunFolderError

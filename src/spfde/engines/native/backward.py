@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
+from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
 from spfde.engines.native.kernels import INVERSE, MEAN, Activation, KernelTape
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.packed import Weights
-from spfde.engines.native.region_plan import Outline
-from spfde.engines.native.schedule import Walk
+from spfde.engines.native.packed import PackedWeights
+from spfde.engines.native.region_plan import RegionPlan
+from spfde.engines.native.schedule import Schedule
 from spfde.engines.native.tape import Place
 
 
-class Backward(Walk):
+class Backward(Schedule):
     """The way back.
 
     On the tape are given the gradients of the region's outputs, as ("to", name), and of its inputs, as ("from", name);
@@ -23,12 +23,12 @@ class Backward(Walk):
     of parameters, as ("parameter", id).
 
     Args:
-        outline, weights, tape: see ``Walk``.
+        plan, weights, tape: see ``Schedule``.
     """
 
-    def __init__(self, outline: Outline, weights: Weights, tape: KernelTape) -> None:
-        super().__init__(outline, weights, tape)
-        self.layouts = outline.layouts
+    def __init__(self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape) -> None:
+        super().__init__(plan, weights, tape)
+        self.layouts = plan.layouts
         self.flowing: dict[str, Place] = {}
         self.pooled: dict[str, Place] = {}
         self.parameters: dict[int, Place] = {}
@@ -39,12 +39,12 @@ class Backward(Walk):
         Args:
             gradients: strides of the gradient of each output; None where there is none.
         """
-        outline = self.outline
-        for name, strides in zip(outline.region.outputs, gradients, strict=True):
-            if strides is not None and outline.needs_grad[name]:
-                self._enter(name, strides, outline.maker.get(name))
-        for step in reversed(outline.steps):
-            if not outline.needs_grad[writes(step)]:
+        plan = self.plan
+        for name, strides in zip(plan.region.outputs, gradients, strict=True):
+            if strides is not None and plan.needs_grad[name]:
+                self._enter(name, strides, plan.maker.get(name))
+        for step in reversed(plan.steps):
+            if not plan.needs_grad[step.writes]:
                 continue
             if isinstance(step, ConvStep):
                 self._conv(step)
@@ -54,12 +54,12 @@ class Backward(Walk):
                 self._pool(step)
             else:
                 self._global_pool(step)
-        for name, wants in zip(outline.region.inputs, outline.mode.wants, strict=True):
+        for name, wants in zip(plan.region.inputs, plan.mode.wants, strict=True):
             buffer = self.flowing.pop(name, None)
             if wants and buffer is not None:
                 self.unpack(buffer, self.layouts[name], self.tape.given(("from", name)))
 
-    def _enter(self, name: str, strides: tuple[int, ...], maker: Step | None) -> None:
+    def _enter(self, name: str, strides: tuple[int, ...], maker: FusedStep | None) -> None:
         given = self.tape.given(("to", name))
         if isinstance(maker, GlobalPoolStep):
             self.pooled[name] = given
@@ -73,9 +73,9 @@ class Backward(Walk):
         d = self.flowing.pop(step.y, None)
         if d is None:
             return
-        outline, from_, to = self.outline, self.layouts[step.x], self.layouts[step.y]
+        plan, from_, to = self.plan, self.layouts[step.x], self.layouts[step.y]
         weight, bias = step.module.weight, step.module.bias
-        if outline.trains(weight):
+        if plan.trains(weight):
             entries = self.weights.gradient_entries(step, from_, to)
             values = self.tape.take_flat(entries.n)
             self.tape.conv_weight(self._value(step.x), from_, d, to, entries, values, step=step.geometry.stride)
@@ -83,15 +83,15 @@ class Backward(Walk):
             self.parameters[id(weight)] = gradient = self.tape.given(("parameter", id(weight)))
             self.tape.scatter(values, entries, gradient, accumulate=seen)
             del values
-        if bias is not None and outline.trains(bias):
+        if bias is not None and plan.trains(bias):
             sums = self._sink(bias)
             self.tape.channel_sum(d, to, sums)
             self._settle(bias, sums)
-        if not outline.needs_grad[step.x]:
+        if not plan.needs_grad[step.x]:
             return
         accumulate = step.x in self.flowing
         out = self.flowing[step.x] if accumulate else self.tape.take(from_)
-        for part in self.weights.structure(step, from_, to).backward:
+        for part in self.weights.lists_of(step, from_, to).backward:
             values = self.tape.gather(weight, part)
             self.tape.conv(d, to, out, from_, part, values, step_y=step.geometry.stride, accumulate=accumulate)
         self.flowing[step.x] = out
@@ -100,12 +100,12 @@ class Backward(Walk):
         d = self.flowing.pop(step.z, None)
         if d is None:
             return
-        outline, here, before = self.outline, self.layouts[step.z], self.layouts[step.y]
-        batch, norm = outline.uses_batch(step), step.norm
+        plan, here, before = self.plan, self.layouts[step.z], self.layouts[step.y]
+        batch, norm = plan.uses_batch(step), step.norm
         scale, shift = self.constants_of(step)
         mean, inverse = self._normalised_by(step)
-        to_residual = step.residual is not None and outline.needs_grad[step.residual]
-        to_source = outline.needs_grad[step.y]
+        to_residual = step.residual is not None and plan.needs_grad[step.residual]
+        to_source = plan.needs_grad[step.y]
         residual_is_first = to_residual and step.residual not in self.flowing
         same = here == before
         # d itself goes on to the residual where it can, so the gradient of y then needs a buffer of its own.
@@ -113,7 +113,7 @@ class Backward(Walk):
         if to_source:
             out = d if same and not (residual_is_first and step.residual is not None) else self.tape.take(before)
         trained = [] if norm is None else [norm.weight, norm.bias]
-        sums = [self._sink(parameter) if outline.trains(parameter) else None for parameter in trained] or [None, None]
+        sums = [self._sink(parameter) if plan.trains(parameter) else None for parameter in trained] or [None, None]
         keep = to_residual
         if to_residual and out is d:
             # Another gradient waits at the residual: add to it first, for d is overwritten after.
@@ -174,9 +174,9 @@ class Backward(Walk):
 
     def _value(self, name: str) -> Place:
         """A value of the forward pass, kept or computed anew."""
-        if name in self.outline.saved_names:
+        if name in self.plan.saved_names:
             return self._kept(name)
-        step = self.outline.maker[name]
+        step = self.plan.maker[name]
         assert isinstance(step, PointStep)
         assert step.residual is None
         scale, shift = self.constants_of(step)
@@ -189,7 +189,7 @@ class Backward(Walk):
 
     def _source(self, step: PointStep, d: Place) -> tuple[Place, Layout]:
         """The input of the step; where nothing of it is used it was not kept, and the gradient stands in."""
-        if step.y in self.outline.saved_names:
+        if step.y in self.plan.saved_names:
             return self._kept(step.y), self.layouts[step.y]
         return d, self.layouts[step.z]
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
+from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
 from spfde.engines.native.kernels import MEAN, VARIANCE, KernelTape
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
-from spfde.engines.native.packed import Weights
-from spfde.engines.native.region_plan import Outline
-from spfde.engines.native.schedule import Walk
+from spfde.engines.native.packed import PackedWeights
+from spfde.engines.native.region_plan import RegionPlan
+from spfde.engines.native.schedule import Schedule
 from spfde.engines.native.tape import Place
 
 
@@ -49,13 +49,13 @@ class _Part:
                 self.values.pop(name, None)
 
 
-class Forward(Walk):
+class Forward(Schedule):
     """The way forward.
 
     On the tape are given the region's inputs and outputs, by their names.
 
     Args:
-        outline, weights, tape: see ``Walk``.
+        plan, weights, tape: see ``Schedule``.
         strides: of the region's inputs.
 
     Attributes:
@@ -64,34 +64,34 @@ class Forward(Walk):
     """
 
     def __init__(
-        self, outline: Outline, weights: Weights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
+        self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
     ) -> None:
-        super().__init__(outline, weights, tape)
+        super().__init__(plan, weights, tape)
         self.kept: dict[str, Place] = {}
         self.choices: dict[str, Place] = {}
-        self._strides = dict(zip(outline.region.inputs, strides, strict=True))
+        self._strides = dict(zip(plan.region.inputs, strides, strict=True))
         self._whole: dict[str, Place] = {}
         self._weights: dict[str, tuple[Entries, Place]] = {}
 
     def write(self) -> None:
         """Write everything down, from the region's inputs on."""
-        outline, names = self.outline, self.outline.region.inputs
-        batch, front = next(iter(outline.layouts.values())).batch, outline.front
+        plan, names = self.plan, self.plan.region.inputs
+        batch, front = next(iter(plan.layouts.values())).batch, plan.front
         if front:
-            self._whole = {name: self.tape.take(outline.layouts[name]) for name in outline.handed_on}
-            for start in range(0, batch, outline.images_at_once):
-                stop = min(start + outline.images_at_once, batch)
-                part = _Part(start, stop, outline.layouts_of(stop - start), {}, Counter(outline.uses_in_front))
+            self._whole = {name: self.tape.take(plan.layouts[name]) for name in plan.handed_on}
+            for start in range(0, batch, plan.images_at_once):
+                stop = min(start + plan.images_at_once, batch)
+                part = _Part(start, stop, plan.layouts_of(stop - start), {}, Counter(plan.uses_in_front))
                 for name in names:
                     self._enter(part, name)
-                self._walk(part, front)
-        rest = _Part(0, batch, outline.layouts, self._whole, Counter(outline.uses_after_front))
+                self._run(part, front)
+        rest = _Part(0, batch, plan.layouts, self._whole, Counter(plan.uses_after_front))
         self._whole = {}
         if not front:
             for name in names:
                 self._enter(rest, name)
-        self.kept.update((name, rest.values[name]) for name in outline.saved_names if name in rest.values)
-        self._walk(rest, outline.steps[len(front) :])
+        self.kept.update((name, rest.values[name]) for name in plan.saved_names if name in rest.values)
+        self._run(rest, plan.steps[len(front) :])
 
     def _enter(self, part: _Part, name: str) -> None:
         if part.left[name] or name in self._whole:
@@ -107,15 +107,15 @@ class Forward(Walk):
         layout = part.layouts[name]
         return self.tape.numbers_after(self._whole[name], part.start // layout.lanes * layout.group)
 
-    def _walk(self, part: _Part, steps: Sequence[Step]) -> None:
-        outline = self.outline
+    def _run(self, part: _Part, steps: Sequence[FusedStep]) -> None:
+        plan = self.plan
         for step in steps:
             if isinstance(step, ConvStep):
-                if step.y in outline.fused:
+                if step.y in plan.fused:
                     continue  # its pixelwise step's turn is its own
                 self._conv(part, step)
             elif isinstance(step, PointStep):
-                if step.y in outline.fused:
+                if step.y in plan.fused:
                     self._conv_fused(part, step)
                 else:
                     self._point(part, step)
@@ -123,34 +123,34 @@ class Forward(Walk):
                 self._pool(part, step)
             else:
                 self._global_pool(part, step)
-            part.drop(*outline.reads(step))
-            self._leave(part, writes(step))
+            part.drop(*plan.reads(step))
+            self._leave(part, step.writes)
 
     def _leave(self, part: _Part, name: str) -> None:
         """Keep a value that was just computed, hand it over, or both."""
-        outline = self.outline
+        plan = self.plan
         if name not in part.values:
             return
-        if name in outline.saved_names and part.layouts is outline.layouts:
+        if name in plan.saved_names and part.layouts is plan.layouts:
             self.kept[name] = part.values[name]
-        if name in outline.region.outputs:
+        if name in plan.region.outputs:
             self.unpack(part.values[name], part.layouts[name], self._output(part, name))
             part.drop(name)
 
     def _output(self, part: _Part, name: str) -> Place:
         """Where the output of these images begins."""
-        shape = self.outline.shape_of(name)
+        shape = self.plan.shape_of(name)
         return self.tape.numbers_after(self.tape.given(name), part.start * math.prod(shape[1:]))
 
     def _weight(self, step: ConvStep) -> tuple[Entries, Place]:
         if step.y not in self._weights:
-            layouts = self.outline.layouts
-            entries = self.weights.structure(step, layouts[step.x], layouts[step.y]).forward
+            layouts = self.plan.layouts
+            entries = self.weights.lists_of(step, layouts[step.x], layouts[step.y]).forward
             self._weights[step.y] = entries, self.tape.gather(step.module.weight, entries)
         return self._weights[step.y]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
-        tape, to, reader = self.tape, part.layouts[step.y], self.outline.batch_readers.get(step.y)
+        tape, to, reader = self.tape, part.layouts[step.y], self.plan.batch_readers.get(step.y)
         gathered = None if reader is None else tape.take_flat(tape.statistics_size(to))
         out = self._take(part, step.y)
         entries, weight = self._weight(step)
@@ -165,7 +165,7 @@ class Forward(Walk):
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""
-        conv = self.outline.maker[point.y]
+        conv = self.plan.maker[point.y]
         assert isinstance(conv, ConvStep)
         self._make_constants(part, point, conv.module.bias)
         scale, shift = self.constants_of(point)
@@ -181,8 +181,8 @@ class Forward(Walk):
         part.values[point.z] = out
 
     def _point(self, part: _Part, step: PointStep) -> None:
-        outline = self.outline
-        if outline.uses_batch(step) and not isinstance(outline.maker.get(step.y), ConvStep):
+        plan = self.plan
+        if plan.uses_batch(step) and not isinstance(plan.maker.get(step.y), ConvStep):
             self._measure(part, step)
         self._make_constants(part, step)
         scale, shift = self.constants_of(step)
@@ -197,12 +197,12 @@ class Forward(Walk):
 
     def _make_constants(self, part: _Part, step: PointStep, before: Tensor | None = None) -> None:
         """What the step's norm, if it has one, comes to: once, when its first images come."""
-        norm, given = step.norm, not self.outline.uses_batch(step)
+        norm, given = step.norm, not self.plan.uses_batch(step)
         if norm is None or part.start:
             return
         assert not given or norm.running_mean is not None, "without running statistics a norm uses the batch"
         self.tape.constants(
-            self.in_table(MEAN, step), self.outline.n_channels, norm.num_features,
+            self.in_table(MEAN, step), self.plan.n_channels, norm.num_features,
             mean=norm.running_mean if given else None, variance=norm.running_var if given else None,
             weight=norm.weight, bias=norm.bias, before=before, eps=norm.eps,
         )  # fmt: skip
@@ -221,14 +221,14 @@ class Forward(Walk):
         if step.kind == "max_pool":
             choice = self.tape.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
             self.tape.max_pool(part.values[step.x], from_, out, to, choice, step.window)
-            if self.outline.needs_grad[step.y]:
+            if self.plan.needs_grad[step.y]:
                 self.choices[step.y] = choice
         else:
             self.tape.avg_pool(part.values[step.x], from_, out, to, step.window, count_padding=step.count_padding)
         part.values[step.y] = out
 
     def _global_pool(self, part: _Part, step: GlobalPoolStep) -> None:
-        if step.y not in self.outline.region.outputs:
+        if step.y not in self.plan.region.outputs:
             return  # nobody reads it
         from_ = part.layouts[step.x]
         means = self.tape.numbers_after(self.tape.given(step.y), part.start * from_.channels)

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spfde.engines.native import jobs
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.tape import Place, Tape
@@ -105,7 +104,7 @@ class KernelTape(Tape):
         rows = bands.rows if step_y == 1 else -(-bands.rows // step_y)
         self.hold(entries)
         self.call(
-            "spfde_conv", jobs.ConvJob, source, target, from_.c, to.c, entries.c, values, step_x, step_y, down, right,
+            "spfde_conv", "ConvJob", source, target, from_.c, to.c, entries.c, values, step_x, step_y, down, right,
             height, width, accumulate, scale, shift, residual, (residual_layout or to).c, ACTIVATIONS[activation],
             statistics, -(-height // rows), rows, self.threads,
         )  # fmt: skip
@@ -118,7 +117,15 @@ class KernelTape(Tape):
         """Mean and biased variance of each channel from what ``conv`` wrote."""
         bands = Bands(to, self.threads)
         self.call(
-            "spfde_statistics", jobs.StatisticsJob, statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
+            "spfde_statistics",
+            "StatisticsJob",
+            statistics,
+            to.c,
+            bands.n,
+            bands.rows,
+            mean,
+            variance,
+            self.threads,
         )
 
     def constants(
@@ -137,7 +144,7 @@ class KernelTape(Tape):
             eps: of the norm.
         """
         self.call(
-            "spfde_constants", jobs.ConstantsJob, table, row, channels, mean, variance, weight, bias, before, eps
+            "spfde_constants", "ConstantsJob", table, row, channels, mean, variance, weight, bias, before, eps
         )  # fmt: skip
 
     def conv_weight(
@@ -148,7 +155,7 @@ class KernelTape(Tape):
         room = self.take_flat(self.threads * entries.n * to.lanes)
         self.hold(entries)
         self.call(
-            "spfde_conv_weight", jobs.WeightJob, source, gradient, from_.c, to.c, entries.c, step, out, room,
+            "spfde_conv_weight", "WeightJob", source, gradient, from_.c, to.c, entries.c, step, out, room,
             -(-to.height // rows), rows, self.threads,
         )  # fmt: skip
 
@@ -167,7 +174,7 @@ class KernelTape(Tape):
     ) -> None:
         """target = activation(source * scale + shift + residual)."""
         self.call(
-            "spfde_apply", jobs.ApplyJob, source, target, from_.c, to.c, scale, shift, residual,
+            "spfde_apply", "ApplyJob", source, target, from_.c, to.c, scale, shift, residual,
             (residual_layout or to).c, ACTIVATIONS[activation], self.threads,
         )  # fmt: skip
 
@@ -193,7 +200,7 @@ class KernelTape(Tape):
     ) -> None:
         """The way back through ``apply``; see ``ApplyBackwardJob``. z has the layout of the gradient."""
         self.call(
-            "spfde_apply_backward", jobs.ApplyBackwardJob, gradient, y, z, out,
+            "spfde_apply_backward", "ApplyBackwardJob", gradient, y, z, out,
             gradient_layout.c, y_layout.c, gradient_layout.c, out_layout.c,
             scale, shift, mean, inverse, scale_gradient, shift_gradient,
             ACTIVATIONS[activation], batch, keep, self.threads,
@@ -201,13 +208,13 @@ class KernelTape(Tape):
 
     def add(self, source: Place, from_: Layout, target: Place, to: Layout, *, accumulate: bool = True) -> None:
         """target += source, or a copy."""
-        self.call("spfde_add", jobs.AddJob, source, target, from_.c, to.c, accumulate, self.threads)
+        self.call("spfde_add", "AddJob", source, target, from_.c, to.c, accumulate, self.threads)
 
     def channel_sum(
         self, source: Place, layout: Layout, out: Place, *, around: Place | None = None, divisor: int = 1
     ) -> None:
         """Sum of each channel, or of its squared distances from ``around`` [channels]; divided by a number."""
-        self.call("spfde_channel_sum", jobs.ChannelSumJob, source, layout.c, around, out, divisor, self.threads)
+        self.call("spfde_channel_sum", "ChannelSumJob", source, layout.c, around, out, divisor, self.threads)
 
     def pack(self, tensor: Place, strides: Sequence[int], target: Place, to: Layout) -> None:
         """From a tensor [N, C, H, W] of any strides."""
@@ -219,15 +226,15 @@ class KernelTape(Tape):
 
     def _pack(self, kernel: str, tensor: Place, strides: Sequence[int], blocked: Place, layout: Layout) -> None:
         four = (ctypes.c_int64 * 4)(*strides)
-        self.call(kernel, jobs.PackJob, tensor, four, blocked, layout.c, self.threads)
+        self.call(kernel, "PackJob", tensor, four, blocked, layout.c, self.threads)
 
     def pack_tokens(self, tokens: Place, n: int, target: Place, to: Layout) -> None:
         """From contiguous tokens [n, C]; what the layout holds beyond them becomes zero."""
-        self.call("spfde_pack_tokens", jobs.TokensJob, tokens, n, target, to.c, self.threads)
+        self.call("spfde_pack_tokens", "TokensJob", tokens, n, target, to.c, self.threads)
 
     def unpack_tokens(self, source: Place, from_: Layout, tokens: Place, n: int) -> None:
         """Into contiguous tokens [n, C]."""
-        self.call("spfde_unpack_tokens", jobs.TokensJob, tokens, n, source, from_.c, self.threads)
+        self.call("spfde_unpack_tokens", "TokensJob", tokens, n, source, from_.c, self.threads)
 
     def gather(self, weight: Tensor, entries: Entries) -> Place:
         """The entries' weights, in their order."""
@@ -242,11 +249,11 @@ class KernelTape(Tape):
     def _index(self, kernel: str, weight: At, entries: Entries, values: Place, *, accumulate: bool = False) -> None:
         self.hold(entries)
         at = entries.index.data_ptr()
-        self.call(kernel, jobs.IndexJob, weight, at, entries.n, values, accumulate, self.threads)
+        self.call(kernel, "IndexJob", weight, at, entries.n, values, accumulate, self.threads)
 
     def accumulate(self, source: Place, target: Place, n: int) -> None:
         """target += source, n numbers."""
-        self.call("spfde_accumulate", jobs.AccumulateJob, source, target, n)
+        self.call("spfde_accumulate", "AccumulateJob", source, target, n)
 
     def max_pool(
         self, source: Place, from_: Layout, target: Place, to: Layout, choice: Place, window: Sequence[Sequence[int]]
@@ -282,16 +289,14 @@ class KernelTape(Tape):
     ) -> None:  # fmt: skip
         sizes = ((ctypes.c_int64 * 2)(*pair) for pair in window)
         self.call(
-            kernel, jobs.PoolJob, source, target, input_.c, output.c, *sizes, choice, count_padding, accumulate,
+            kernel, "PoolJob", source, target, input_.c, output.c, *sizes, choice, count_padding, accumulate,
             self.threads,
         )  # fmt: skip
 
     def global_pool(self, source: Place, layout: Layout, means: Place) -> None:
         """Mean of each plane into a contiguous [N, C]."""
-        self.call("spfde_global_pool", jobs.GlobalPoolJob, source, layout.c, means, False, self.threads)
+        self.call("spfde_global_pool", "GlobalPoolJob", source, layout.c, means, False, self.threads)
 
     def global_pool_backward(self, gradient: Place, target: Place, layout: Layout, *, accumulate: bool) -> None:
         """From a contiguous [N, C]."""
-        self.call(
-            "spfde_global_pool_backward", jobs.GlobalPoolJob, target, layout.c, gradient, accumulate, self.threads
-        )
+        self.call("spfde_global_pool_backward", "GlobalPoolJob", target, layout.c, gradient, accumulate, self.threads)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spfde.engines.native.layout import Layout, Pool
+from spfde.engines.native.structs import struct
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -126,15 +127,15 @@ class Tape:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def call(self, kernel: str, job_type: type[ctypes.Structure], *values: object) -> None:
+    def call(self, kernel: str, job: str, *values: object) -> None:
         """One more job.
 
         Args:
             kernel: its name in the library.
-            job_type: what it is told.
+            job: name of the structure that it is told.
             values: of the fields. In the place of a pointer a Place, or a tensor that stays where it is.
         """
-        at = len(self._jobs)
+        at, job_type = len(self._jobs), struct(job)
         fields: list[object] = []
         for (name, *_), value in zip(job_type._fields_, values, strict=True):
             if isinstance(value, Place):
