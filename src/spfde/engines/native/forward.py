@@ -1,4 +1,4 @@
-"""The way forward through a region, as it is written on a tape.
+"""The schedule of the forward pass through a region.
 
 Its front, where nothing learns and no norm uses the batch, runs for a few groups of images at a time: what a layer
 writes is then still in the cache when the next one reads it, and only a few groups' worth of buffers is in use.
@@ -21,7 +21,7 @@ from spfde.engines.native.lists import Entries
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
 from spfde.engines.native.schedule import Schedule
-from spfde.engines.native.tape import Place
+from spfde.engines.native.tape import Buffer, Place
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Part:
     start: int
     stop: int
     layouts: Mapping[str, Layout]
-    values: dict[str, Place]
+    values: dict[str, Buffer]
     left: Counter[str]
 
     def drop(self, *names: str) -> None:
@@ -50,7 +50,7 @@ class _Part:
 
 
 class Forward(Schedule):
-    """The way forward.
+    """The schedule of the forward pass.
 
     On the tape are given the region's inputs and outputs, by their names.
 
@@ -67,10 +67,10 @@ class Forward(Schedule):
         self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
     ) -> None:
         super().__init__(plan, weights, tape)
-        self.kept: dict[str, Place] = {}
+        self.kept: dict[str, Buffer] = {}
         self.choices: dict[str, Place] = {}
         self._strides = dict(zip(plan.region.inputs, strides, strict=True))
-        self._whole: dict[str, Place] = {}
+        self._whole: dict[str, Buffer] = {}
         self._weights: dict[str, tuple[Entries, Place]] = {}
 
     def write(self) -> None:
@@ -98,14 +98,14 @@ class Forward(Schedule):
             strides = self._strides[name]
             tensor = self.tape.numbers_after(self.tape.given(name), part.start * strides[0])
             part.values[name] = buffer = self._take(part, name)
-            self.pack(tensor, strides, buffer, part.layouts[name])
+            self.pack(tensor, strides, buffer)
 
-    def _take(self, part: _Part, name: str) -> Place:
+    def _take(self, part: _Part, name: str) -> Buffer:
         """A buffer for a value of these images: a piece of the whole batch's where the rest reads it too."""
-        if name not in self._whole:
-            return self.tape.take(part.layouts[name])
         layout = part.layouts[name]
-        return self.tape.numbers_after(self._whole[name], part.start // layout.lanes * layout.group)
+        if name not in self._whole:
+            return self.tape.take(layout)
+        return self.tape.groups_of(self._whole[name], part.start, layout)
 
     def _run(self, part: _Part, steps: Sequence[FusedStep]) -> None:
         plan = self.plan
@@ -134,7 +134,7 @@ class Forward(Schedule):
         if name in plan.saved_names and part.layouts is plan.layouts:
             self.kept[name] = part.values[name]
         if name in plan.region.outputs:
-            self.unpack(part.values[name], part.layouts[name], self._output(part, name))
+            self.unpack(part.values[name], self._output(part, name))
             part.drop(name)
 
     def _output(self, part: _Part, name: str) -> Place:
@@ -150,18 +150,18 @@ class Forward(Schedule):
         return self._weights[step.y]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
-        tape, to, reader = self.tape, part.layouts[step.y], self.plan.batch_readers.get(step.y)
-        gathered = None if reader is None else tape.take_flat(tape.statistics_size(to))
+        tape, reader = self.tape, self.plan.batch_readers.get(step.y)
         out = self._take(part, step.y)
+        gathered = None if reader is None else tape.take_flat(tape.statistics_size(out.layout))
         entries, weight = self._weight(step)
         tape.conv(
-            part.values[step.x], part.layouts[step.x], out, to, entries, weight, step_x=step.geometry.stride,
-            shift=step.module.bias, statistics=gathered,
+            part.values[step.x], out, entries, weight, step_x=step.geometry.stride, shift=step.module.bias,
+            statistics=gathered,
         )  # fmt: skip
         part.values[step.y] = out
         if reader is not None and gathered is not None:
             mean, variance = (self.in_table(row, reader) for row in (MEAN, VARIANCE))
-            tape.statistics(gathered, to, mean, variance)
+            tape.statistics(gathered, out.layout, mean, variance)
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""
@@ -172,11 +172,9 @@ class Forward(Schedule):
         entries, weight = self._weight(conv)
         out = self._take(part, point.z)
         self.tape.conv(
-            part.values[conv.x], part.layouts[conv.x], out, part.layouts[point.z], entries, weight,
-            step_x=conv.geometry.stride, scale=scale, shift=conv.module.bias if shift is None else shift,
-            activation=point.activation,
+            part.values[conv.x], out, entries, weight, step_x=conv.geometry.stride, scale=scale,
+            shift=conv.module.bias if shift is None else shift, activation=point.activation,
             residual=None if point.residual is None else part.values[point.residual],
-            residual_layout=None if point.residual is None else part.layouts[point.residual],
         )  # fmt: skip
         part.values[point.z] = out
 
@@ -187,11 +185,9 @@ class Forward(Schedule):
         self._make_constants(part, step)
         scale, shift = self.constants_of(step)
         out = self._take(part, step.z)
+        residual = None if step.residual is None else part.values[step.residual]
         self.tape.apply(
-            part.values[step.y], part.layouts[step.y], out, part.layouts[step.z], scale=scale, shift=shift,
-            residual=None if step.residual is None else part.values[step.residual],
-            residual_layout=None if step.residual is None else part.layouts[step.residual],
-            activation=step.activation,
+            part.values[step.y], out, scale=scale, shift=shift, residual=residual, activation=step.activation
         )  # fmt: skip
         part.values[step.z] = out
 
@@ -209,27 +205,27 @@ class Forward(Schedule):
 
     def _measure(self, part: _Part, step: PointStep) -> None:
         """Mean and biased variance of each channel: in two passes, as the second is taken around the mean."""
-        y, layout = part.values[step.y], part.layouts[step.y]
+        y = part.values[step.y]
         mean, variance = (self.in_table(row, step) for row in (MEAN, VARIANCE))
-        count = layout.batch * layout.height * layout.width
-        self.tape.channel_sum(y, layout, mean, divisor=count)
-        self.tape.channel_sum(y, layout, variance, around=mean, divisor=count)
+        count = y.layout.batch * y.layout.height * y.layout.width
+        self.tape.channel_sum(y, mean, divisor=count)
+        self.tape.channel_sum(y, variance, around=mean, divisor=count)
 
     def _pool(self, part: _Part, step: PoolStep) -> None:
-        from_, to = part.layouts[step.x], part.layouts[step.y]
-        out = self._take(part, step.y)
+        out, choice = self._take(part, step.y), None
         if step.kind == "max_pool":
+            to = out.layout
             choice = self.tape.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
-            self.tape.max_pool(part.values[step.x], from_, out, to, choice, step.window)
             if self.plan.needs_grad[step.y]:
                 self.choices[step.y] = choice
-        else:
-            self.tape.avg_pool(part.values[step.x], from_, out, to, step.window, count_padding=step.count_padding)
+        self.tape.pool(
+            step.kind, part.values[step.x], out, step.window, choice=choice, count_padding=step.count_padding
+        )  # fmt: skip
         part.values[step.y] = out
 
     def _global_pool(self, part: _Part, step: GlobalPoolStep) -> None:
         if step.y not in self.plan.region.outputs:
             return  # nobody reads it
-        from_ = part.layouts[step.x]
-        means = self.tape.numbers_after(self.tape.given(step.y), part.start * from_.channels)
-        self.tape.global_pool(part.values[step.x], from_, means)
+        source = part.values[step.x]
+        means = self.tape.numbers_after(self.tape.given(step.y), part.start * source.layout.channels)
+        self.tape.global_pool(source, means)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
@@ -92,7 +93,7 @@ class PoolStep(_Step):
 
     x: str
     y: str
-    kind: str
+    kind: Literal["max_pool", "avg_pool"]
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     count_padding: bool = False
     size: tuple[int, int] | None = None

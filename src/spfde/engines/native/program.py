@@ -1,6 +1,6 @@
 """A region made ready for one shape of input and one state of the model.
 
-It plays the tapes of its two ways, and writes another when one does not hold any more.
+It plays the tapes of its two passes, and writes another when one does not hold any more.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Program:
             schedule = Forward(plan, self.weights, tape, strides)
             schedule.write()
             tape.finish()
-            keep = [schedule.kept[name] for name in plan.saved_names]
+            keep: list[Place] = [schedule.kept[name] for name in plan.saved_names]
             keep += [schedule.choices[step.y] for step in plan.pools_with_choice]
             self._forward = Written(tape, key, keep)
         return self._forward

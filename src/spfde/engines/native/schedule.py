@@ -1,4 +1,4 @@
-"""What the ways forward and back have in common."""
+"""What the schedules of the forward and of the backward pass have in common."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 from spfde.engines.native.fusion import PointStep
 from spfde.engines.native.kernels import SCALE, SHIFT, KernelTape
-from spfde.engines.native.layout import Layout
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
-from spfde.engines.native.tape import Place
+from spfde.engines.native.tape import Buffer, Place
 
 TABLE = "table of norms"  # under which a tape is given it; no value has such a name
 
 
 class Schedule:
-    """A way through the steps of a region, written down as jobs for kernels.
+    """The kernels that one pass through a region runs, in their order, as they are written on a tape.
 
     Args:
         plan: of the region.
@@ -36,17 +35,17 @@ class Schedule:
         """Scale and shift that the step's norm came to; None for no norm."""
         return (None, None) if step.norm is None else (self.in_table(SCALE, step), self.in_table(SHIFT, step))
 
-    def pack(self, tensor: Place, strides: Sequence[int], buffer: Place, layout: Layout) -> None:
+    def pack(self, tensor: Place, strides: Sequence[int], buffer: Buffer) -> None:
         """Fill a buffer from a tensor."""
         if self.plan.region.is_tokens:
-            self.tape.pack_tokens(tensor, self.plan.n_tokens, buffer, layout)
+            self.tape.pack_tokens(tensor, self.plan.n_tokens, buffer)
         else:
-            self.tape.pack(tensor, strides, buffer, layout)
+            self.tape.pack(tensor, strides, buffer)
 
-    def unpack(self, buffer: Place, layout: Layout, tensor: Place) -> None:
+    def unpack(self, buffer: Buffer, tensor: Place) -> None:
         """Fill a contiguous tensor from a buffer."""
         if self.plan.region.is_tokens:
-            self.tape.unpack_tokens(buffer, layout, tensor, self.plan.n_tokens)
+            self.tape.unpack_tokens(buffer, tensor, self.plan.n_tokens)
         else:
-            channels, plane = layout.channels, layout.height * layout.width
-            self.tape.unpack(buffer, layout, tensor, (channels * plane, plane, layout.width, 1))
+            channels, plane = buffer.layout.channels, buffer.layout.height * buffer.layout.width
+            self.tape.unpack(buffer, tensor, (channels * plane, plane, buffer.layout.width, 1))

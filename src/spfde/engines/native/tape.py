@@ -39,6 +39,18 @@ class Place:
         return Place(self.slot, self.offset + n_bytes, self._lease)
 
 
+class Buffer(Place):
+    """A place where a value lies, blocked as its layout says."""
+
+    def __init__(self, slot: int, offset: int, layout: Layout, lease: object = None) -> None:
+        super().__init__(slot, offset, lease)
+        self.layout = layout
+
+    def part(self, layout: Layout, n_bytes: int) -> Buffer:
+        """What lies so many bytes further on, blocked in another way."""
+        return Buffer(self.slot, self.offset + n_bytes, layout, self._lease)
+
+
 class _Lease:
     """A piece in use; it goes back to its shelf when nothing refers to the lease any more."""
 
@@ -99,27 +111,33 @@ class Tape:
             self._given[key] = self._new_slot()
         return Place(self._given[key], 0)
 
+    def given_buffer(self, key: Hashable, layout: Layout) -> Buffer:
+        """The same, of what is blocked like that."""
+        return Buffer(self.given(key).slot, 0, layout)
+
     def is_given(self, key: Hashable) -> bool:
         """Does anything read or write what would be given under this key?"""
         return key in self._given
 
-    def take(self, layout: Layout) -> Place:
+    def take(self, layout: Layout) -> Buffer:
         """A buffer of this layout; pixels hold anything, all else is zero."""
-        return self._take(layout, layout)
+        slot, lease = self._take(layout, layout)
+        return Buffer(slot, 0, layout, lease)
 
     def take_flat(self, numel: int, dtype: torch.dtype | None = None) -> Place:
         """Room for so many numbers that holds anything; sizes of the usual type are rounded up, to be shared."""
         key = (1 << max(0, numel - 1).bit_length(), self.dtype) if dtype is None else (numel, dtype)
-        return self._take(key, key)
+        slot, lease = self._take(key, key)
+        return Place(slot, 0, lease)
 
-    def _take(self, key: Hashable, piece: Layout | tuple[int, torch.dtype]) -> Place:
+    def _take(self, key: Hashable, piece: Layout | tuple[int, torch.dtype]) -> tuple[int, _Lease]:
         shelf = self._shelves[key]
         if shelf:
             slot = shelf.pop()
         else:
             slot = self._new_slot()
             self._pieces[slot] = piece
-        return Place(slot, 0, _Lease(slot, shelf))
+        return slot, _Lease(slot, shelf)
 
     def _new_slot(self) -> int:
         self._n_slots += 1
