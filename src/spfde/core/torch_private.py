@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.modules.module as modules
 import torch.nn.modules.transformer as transformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase as NormBase
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,7 +29,7 @@ __all__ = [
     "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
     "TorchDispatchMode",  # sees every operator that runs
     "compiled_inside",
-    "has_global_hooks",  # hooks on every module, which a graph would not call
+    "has_global_hooks",
     "hooks_to_copy",
     "least_two_four_shape",
     "lerp_each_",
@@ -54,6 +54,16 @@ def compiled_inside(model: nn.Module) -> nn.Module | None:
     """The module that ``torch.compile`` wrapped; None for one that is not compiled. Its wrapper has no public name."""
     inside = getattr(model, "_orig_mod", None)
     return inside if isinstance(inside, nn.Module) else None
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on every module, which a graph would not call. Only the tables themselves tell."""
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 def version_of(tensor: Tensor) -> int:

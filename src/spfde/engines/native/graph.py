@@ -40,7 +40,7 @@ class Region:
     @property
     def is_tokens(self) -> bool:
         """Whether its values are tokens, for linear layers, and not images."""
-        return any(node.kind == "linear" for node in self.ops)
+        return any(op.kind == "linear" for op in self.ops)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _fixed(traced: Traced, model: nn.Module, frozen: Collection[str]) -> set[fx.
             own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
             varies = varies or (isinstance(module, NormBase) and module.training)
         elif node.op == "get_attr":
-            own = [str(node.target)] if isinstance(_attribute(model, str(node.target)), nn.Parameter) else []
+            own = [str(node.target)] if isinstance(operator.attrgetter(str(node.target))(model), nn.Parameter) else []
         if node.op != "output" and not varies and set(own) <= set(frozen) and fixed.issuperset(node.all_input_nodes):
             fixed.add(node)
     return fixed
@@ -314,7 +314,7 @@ def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             name = str(node.target)
-            targets[name] = nn.Identity() if name.startswith(_REGION) else _attribute(model, name)
+            targets[name] = nn.Identity() if name.startswith(_REGION) else operator.attrgetter(name)(model)
     return fx.GraphModule(targets, graph)
 
 
@@ -368,13 +368,6 @@ def _region(group: list[fx.Node], known: Mapping[fx.Node, Op]) -> Region:
     inputs = _unique(source.name for node in group for source in node.all_input_nodes if source not in inside)
     outputs = tuple(node.name for node in group if any(user not in inside for user in node.users))
     return Region(inputs, tuple(known[node] for node in group), outputs)
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _left(

@@ -137,8 +137,7 @@ class NativeModel:
         if self._sample is None:
             self._sample = kwargs if kwargs and not args else args
         captured = self._known()
-        watched = has_global_hooks()  # type: ignore[no-untyped-call]
-        if watched or (captured is None and _has_stand_ins(self._model)):
+        if has_global_hooks() or (captured is None and _has_stand_ins(self._model)):
             return type(self._model).forward(self._model, *args, **kwargs)
         self._pool.begin_pass()
         self._weights.refresh()

@@ -1,6 +1,6 @@
 """Calls of kernels, written down once and played in one call as often as nothing about them changes.
 
-A way through a region is some hundred kernels of a few hundred microseconds each; asking Python about each of them, in
+A pass through a region is some hundred kernels of a few hundred microseconds each; asking Python about each of them, in
 every pass, took a tenth of a step. What is another memory in each pass (inputs, outputs, buffers) is written down as a
 place: so many bytes into whatever a slot holds then.
 """
