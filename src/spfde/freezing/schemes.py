@@ -32,6 +32,13 @@ class Savings:
         flops_reduction: share of ``total`` to save.
         interval: Δτ in epochs.
         n_blocks: number of blocks that may be frozen.
+
+    Example:
+        >>> savings = spfde.freezing.Savings(
+        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
+        ... )
+        >>> savings.reduction([0, 0, 1, 1, 2, 2, 2, 2])
+        0.25
     """
 
     backward: Sequence[Sequence[float]]
@@ -59,7 +66,12 @@ class Savings:
 
 
 def freezing_saving(backward: Sequence[Sequence[float]], frozen: Sequence[int]) -> float:
-    """FLOPs of backpropagation that are not done when the first ``frozen[e]`` blocks are frozen in epoch ``e``."""
+    """FLOPs of backpropagation that are not done when the first ``frozen[e]`` blocks are frozen in epoch ``e``.
+
+    Example:
+        >>> spfde.freezing.freezing_saving([[10.0, 10.0], [5.0, 5.0]], [1, 2])
+        25.0
+    """
     return math.fsum(backward[block][epoch] for epoch, count in enumerate(frozen) for block in range(count))
 
 
@@ -82,6 +94,13 @@ def solve(
     Raises:
         InvalidArgument: the target cannot be reached (the most possible is named), or the start is no update epoch of
         the run.
+
+    Example:
+        >>> savings = spfde.freezing.Savings(
+        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
+        ... )
+        >>> spfde.freezing.solve(savings).frozen
+        (0, 0, 1, 1, 2, 2, 2, 2)
     """
     if start_epoch is not None:
         _check_update_epoch("start_epoch", start_epoch, savings)
@@ -169,6 +188,10 @@ def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) ->
         n_front: number of front blocks.
         n_up_to_middle: number of front and middle blocks.
         delay: epochs before the first period.
+
+    Example:
+        >>> spfde.freezing.paused(8, n_front=1, n_up_to_middle=2)
+        (0, 2, 1, 2, 0, 2, 1, 2)
     """
     front, middle = PERIODS
 

@@ -28,6 +28,10 @@ def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: the shapes are none of the above.
+
+    Example:
+        >>> spfde.sieving.correct_from_logits(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        tensor([ True, False])
     """
     logits, y = logits.detach(), y.detach()
     kind = labels_kind(logits, y)
@@ -51,6 +55,10 @@ def correct_from_loss(loss: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: ``loss`` is a scalar, or the batch is empty.
+
+    Example:
+        >>> spfde.sieving.correct_from_loss(torch.tensor([0.1, 2.0, 0.3]))
+        tensor([ True, False,  True])
     """
     per_sample = average_loss(loss)
     return per_sample <= per_sample.nanmedian()
@@ -81,7 +89,14 @@ def average_loss(loss: Tensor) -> Tensor:
 
 
 def loss_from_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross entropy of each sample; shapes as in ``correct_from_logits``, float32 [N]."""
+    """Cross entropy of each sample; shapes as in ``correct_from_logits``, float32 [N].
+
+    Example:
+        >>> spfde.sieving.loss_from_logits(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])).round(
+        ...     decimals=1
+        ... )
+        tensor([0., 9.])
+    """
     logits, y = logits.detach().float(), y.detach()
     kind = labels_kind(logits, y)
     if kind == "binary":
@@ -101,6 +116,12 @@ def el2n_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: the shapes are none of those.
+
+    Example:
+        >>> spfde.sieving.el2n_from_logits(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])).round(
+        ...     decimals=1
+        ... )
+        tensor([0.0000, 1.4000])
     """
     logits, y = logits.detach().float(), y.detach()
     kind = labels_kind(logits, y)
@@ -150,6 +171,10 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
+
+    Example:
+        >>> spfde.sieving.label_bounds(torch.zeros(2, 10), torch.tensor([3, 7]))
+        (tensor([3, 7]), 10)
     """
     kind = labels_kind(logits, y)
     if kind == "soft" or not y.numel():

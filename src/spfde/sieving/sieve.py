@@ -58,6 +58,12 @@ class Turnover:
         ever_used: samples that have been in the partial set at least once.
         partial: size of the partial set.
         population: number of all samples.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> sieve = spfde.sieving.Sieve(torch.arange(10), spfde.DataSieving(removed_fraction=0.2), generator)
+        >>> sieve.turnover.partial, sieve.turnover.ever_used
+        (8, 8)
     """
 
     updates: int
@@ -76,6 +82,14 @@ class Sieve:
         partial: ids that are trained on, long, ascending.
         removed: ids that are left out, long; the head of the queue comes first.
         n_swap: samples that leave at each update; as many come back, but for a one-time removal.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> sieve = spfde.sieving.Sieve(torch.arange(10), spfde.DataSieving(removed_fraction=0.2), generator)
+        >>> len(sieve.partial), len(sieve.removed)
+        (8, 2)
+        >>> sieve.update(torch.rand(10)).moved
+        2
     """
 
     def __init__(
