@@ -46,6 +46,8 @@ freezings = st.builds(
     ProgressiveFreezing,
     flops_reduction=shares,
     fraction=st.floats(0.01, 1),
+    scheme=st.sampled_from(["single-shot", "single-shot-resume", "periodic", "delayed-periodic"]),
+    as_far_as_possible=st.booleans(),
     blocks=st.none() | st.lists(patterns, min_size=1, max_size=3, unique=True).map(tuple),
 )
 kinds_of_sieving: dict[str, Any] = {
@@ -123,6 +125,7 @@ class TestPresets:
         assert recipe.freezing is not None
         assert recipe.sieving is not None
         assert (recipe.freezing.flops_reduction, recipe.sieving.removed_fraction) == (0.2, 0.2)
+        assert recipe.freezing.as_far_as_possible
         assert recipe.learning_rate == BlockwiseCosine()
 
     def test_only_the_dense_one_is_neutral(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from spfde.core.registry import registered
-from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.citation import describe
 from spfde.sparsity import METHODS, STRUCTURES
@@ -36,8 +36,8 @@ def render_catalogue() -> str:
     lines += ["", "Layer freezing (spfde train --freeze SHARE):"]
     lines += _entry("freezing", ProgressiveFreezing.summary, f"Cost: {ProgressiveFreezing.cost}.", paper)
     lines += ["", "Schemes of it (--freeze-scheme NAME; all from the same paper, at equal FLOPs):"]
-    for scheme, summary in SCHEMES.items():
-        lines += _entry(scheme, summary)
+    for name, scheme in registered("freezing-scheme").items():
+        lines += _entry(name, scheme.summary, *map(describe, scheme.references))
     lines += ["", "What lets a block be frozen (--freeze-criterion NAME):"]
     for name, (summary, cost) in FREEZE_CRITERIA.items():
         further = ProgressiveFreezing(criterion=name).cited[1:]

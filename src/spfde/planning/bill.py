@@ -206,17 +206,15 @@ class Plan:
     def _freezing(self) -> str:
         technique, freeze_plan = self.recipe.freezing, self.blueprint.freeze_plan
         if technique is None or self.start_epoch is None:
-            return "freezing: none"
-        how = {
-            "single-shot": f"one block each {self.blueprint.interval} epochs",
-            "single-shot-resume": f"one block each {self.blueprint.interval} epochs, all trained again from epoch "
-            f"{freeze_plan.resume_epoch}",
-            "periodic": "some blocks in three epochs of four, some in one of two",
-            "delayed-periodic": "some blocks in three epochs of four, some in one of two",
-        }[technique.scheme]
+            return self.blueprint.shortfall or "freezing: none"
+        how = technique.scheme
+        if freeze_plan.resume_epoch is not None:
+            how += f", all trained again from epoch {freeze_plan.resume_epoch}"
         lines = [
             f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
         ]
+        if self.blueprint.shortfall is not None:
+            lines.append(f"  {self.blueprint.shortfall}")
         if technique.adapts:
             lines.append(f"  at the latest: a block is frozen earlier where its {technique.criterion} has converged")
         for index, (block, at) in enumerate(zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True)):

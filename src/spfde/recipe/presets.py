@@ -82,7 +82,7 @@ mest_de = Recipe(sparsity=MEST(sparsity=0.9, soft_bound=True), sieving=OneTimeRe
 
 spfde = Recipe(
     sparsity=MEST(sparsity=0.9, soft_bound=True),
-    freezing=ProgressiveFreezing(flops_reduction=0.20),
+    freezing=ProgressiveFreezing(flops_reduction=0.20, as_far_as_possible=True),
     sieving=DataSieving(removed_fraction=0.20),
     learning_rate=BlockwiseCosine(),
 )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.engines.base import Job
-from spfde.engines.choose import check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.engines.choose import check_engine, choose_engine, say, say_on_stderr
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.model.sample import Sample, sample_from, unwrap
@@ -133,8 +133,10 @@ def attach(
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    if blueprint.shortfall is not None:
+        say(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
-        say_choice(choice.name, choice.reason)
+        say(f"engine {choice.name}: {choice.reason}")
     return session
 
 

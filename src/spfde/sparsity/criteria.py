@@ -46,9 +46,13 @@ class Criterion(Technique):
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
         """Score of each weight, of the weight's shape; the highest stay, or grow. NaN ranks lowest.
 
+        Where a structure groups weights, a group's score is the L2 norm of its weights' scores, which must then not be
+        negative.
+
         Args:
-            weight: the masked weight; not to be changed.
-            gradient: of its shape, where :attr:`needs_gradient`; else None.
+            weight: the masked weight, before anything is dropped; not to be changed.
+            gradient: of its shape, where :attr:`needs_gradient`; else None. The one for growing may still have a loss
+                scale in it, the same for all weights.
 
         Returns:
             None where nothing speaks for one weight or another: chance decides.

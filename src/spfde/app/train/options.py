@@ -175,7 +175,8 @@ def _freezing(
         raise InvalidArgument(Problem(option, value, rule, "Use --freeze 0.2 or so with it."))
     given = _fields(technique) if technique is not None else {}
     if share is not None:
-        given |= {"flops_reduction": share, "start_epoch": None}
+        # Asked for by number, it is to be reached.
+        given |= {"flops_reduction": share, "start_epoch": None, "as_far_as_possible": False}
     if scheme is not None:
         # Of another scheme, the two would be in the way.
         given |= {"scheme": scheme, "start_epoch": None, "resume_epochs": None}

@@ -43,6 +43,7 @@ class MEST(DropGrow):
     summary: ClassVar[str] = "Elastic mutation with a soft memory bound; no dense gradient, ever."
     cost: ClassVar[str] = "3 sparse passes a step, at the soft bound's density"
     references: ClassVar[tuple[str, ...]] = ("yuan2021mest",)
+    _count_remedy: ClassVar[str] = "Use soft_bound=False, or another method, such as set or rigl."
 
     drop: ClassVar[Criterion] = Magnitude()  # type: ignore[misc]  # no field: fixed
     grow: ClassVar[Criterion] = Random()  # type: ignore[misc]  # no field: fixed
@@ -80,6 +81,3 @@ class MEST(DropGrow):
 
     def excess_at(self, progress: float) -> float:
         return steps(progress, self.soft_bound_steps, self.decay_at) if self.soft_bound else 0.0
-
-    def _fixed_counts_remedy(self) -> str:
-        return "Use soft_bound=False, or another method, such as set or rigl."
