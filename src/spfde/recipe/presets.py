@@ -109,6 +109,7 @@ PRESETS: Mapping[str, Recipe] = {
     "str": soft_threshold,
     "spfde": spfde,
 }
+"""The presets by the name that the command line takes."""
 
 
 def get(name: str) -> Recipe:
