@@ -22,6 +22,7 @@ from spfde.cost.flops import LayerCost
 from spfde.cost.training import check_layers, share
 
 Accounting = Literal["paper", "actual"]
+"""How memory is counted: as the paper does, or as PyTorch under a mask stores it."""
 
 _BYTES = 4  # the paper's accounting is in fp32, and so are the masked engine's weights
 
