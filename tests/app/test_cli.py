@@ -25,10 +25,11 @@ from spfde import presets
 from spfde.app.data import folders
 from spfde.app.data.datasets import DATASETS, load_data
 from spfde.app.train import models, setup
+from spfde.core.registry import registered
 from spfde.engines.native import build
-from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe.citation import describe
-from spfde.sieving import CRITERIA, SIEVING_METHODS, DataSieving
+from spfde.sieving import DataSieving
 from spfde.sparsity import METHODS, STRUCTURES
 
 METRICS = (
@@ -139,9 +140,10 @@ class TestTrain:
         lines = ended.out.splitlines()
         assert max(map(len, lines)) <= 80
         assert sum(line.lstrip().startswith(f"{epoch}/8 ") for line in lines for epoch in range(1, 9)) == 8
-        kinds = {line.split()[-1] for line in lines if line.startswith(("test acc", "training", "memory", "peak"))}
-        assert kinds == {"measured", "modelled"}
-        assert "* extrapolated" in ended.out
+        [heading] = [line.split() for line in lines if line.split()[:1] == ["modelled"]]
+        assert heading == ["modelled", "measured", "dense", "of", "dense"]
+        assert "(measured)" in next(line for line in lines if line.startswith("test accuracy"))
+        assert "extrapolated" in ended.out
 
     def test_resuming_a_finished_run_does_nothing_and_is_no_error(self, run_folder: Path, spfde: Spfde) -> None:
         before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
@@ -278,17 +280,16 @@ class TestOtherCommands:
         listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
             assert f"\n  {name} " in printed
-        for name in [*STRUCTURES, *SCHEMES, *FREEZE_CRITERIA, BlockwiseCosine.name]:
+        for name in [*STRUCTURES, *registered("freezing-scheme"), *FREEZE_CRITERIA, BlockwiseCosine.name]:
             assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
-        for technique in [*METHODS.values(), ProgressiveFreezing, *SIEVING_METHODS.values()]:
+        for technique in [*METHODS.values(), ProgressiveFreezing, *registered("sieving-method").values()]:
             assert technique.summary in listed
             assert f"Cost: {technique.cost}." in listed
             assert all(describe(key).split(".")[0] in listed for key in technique.references)
         for summary, cost in FREEZE_CRITERIA.values():
             assert f"{summary} Cost: {cost}." in listed
-        for criterion, summary in CRITERIA.items():
-            assert f"{criterion} " in listed
-            assert summary in listed
+        for criterion, kind in registered("sieving-criterion").items():
+            assert f"{criterion} {kind.summary}" in listed
 
     def test_the_version_is_printed(self, spfde: Spfde) -> None:
         assert spfde("--version").out == f"{package.__version__}\n"
@@ -381,14 +382,20 @@ class TestBadInput:
             ),
         ],
     )
-    def test_a_run_too_short_for_the_recipe_is_refused_with_options_as_the_remedy(
+    def test_a_run_too_short_for_the_share_asked_for_is_refused_with_options_as_the_remedy(
         self, epochs: int, remedy: str, tiny: Path, spfde: Spfde, here: Path
     ) -> None:
         for command in ("plan", "train"):
-            ended = spfde(command, "--epochs", epochs)
-            assert_refused(ended, "flops_reduction=0.2: cannot be reached", remedy)
+            ended = spfde(command, "--freeze", 0.2, "--epochs", epochs)
+            assert_refused(ended, "--freeze=0.2: cannot be reached", remedy)
             assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
+
+    @pytest.mark.parametrize("epochs", [1, 2, 4, 5])
+    def test_what_a_preset_brings_along_is_no_reason_to_refuse_a_short_run(self, epochs: int, spfde: Spfde) -> None:
+        planned = spfde("plan", "--epochs", epochs, "--json")
+        assert planned.code == 0
+        assert json.loads(planned.out)["freezing_reduction"] < 0.2
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)
@@ -590,13 +597,13 @@ class TestDivergence:
     def test_the_last_good_checkpoint_is_named(
         self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        usual = setup.Run.batch
+        usual = setup.TrainingRun.batch
 
         def batch(run: Any, images: Any, labels: Any, *, augmented: bool) -> Any:
             x, y = usual(run, images, labels, augmented=augmented)
             return (x * float("nan") if run.session.epoch == 2 else x), y
 
-        monkeypatch.setattr(setup.Run, "batch", batch)
+        monkeypatch.setattr(setup.TrainingRun, "batch", batch)
         ended = spfde("train", "--data", tiny, "--recipe", "dense", "--out", "run", "--quiet")
         assert_refused(ended, "in epoch 2. The last good checkpoint is run/checkpoints/latest. ")
         assert read(here / "run" / "checkpoints" / "latest" / "manifest.json")["epoch"] == 2

@@ -131,4 +131,4 @@ def test_a_name_that_no_engine_has_is_refused_with_the_nearest(theirs: Any) -> N
 
 def test_the_same_job_gives_the_same_choice(theirs: Any) -> None:
     session = attach(make_parts(), "auto")
-    assert {choose_engine("auto", session._job, is_neutral=False).name for _ in range(3)} == {"quick"}
+    assert {choose_engine("auto", session._computing.job, is_neutral=False).name for _ in range(3)} == {"quick"}

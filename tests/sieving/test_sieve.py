@@ -67,7 +67,7 @@ def test_several_wrong_fields_are_named_together():
 def test_counts_are_the_shares_rounded_half_up(n, removed, swap, n_removed, n_swap):
     technique = DataSieving(removed_fraction=removed, swap_fraction=swap)
     assert technique.n_removed(n) == n_removed
-    assert technique.n_swap(n) == n_swap
+    assert technique.moves(n) == (n_swap, n_swap)
 
 
 def test_a_removed_fraction_that_leaves_no_full_batch_is_reported_with_what_would_do():
@@ -227,7 +227,7 @@ def test_every_sample_is_used_once_the_run_is_long_enough(n, removed, swap, seed
         return
     sieve = Sieve(torch.arange(n), technique, seeded(seed))
     used = set(sieve.partial.tolist())
-    needed = -(-technique.n_removed(n) // technique.n_swap(n))
+    needed = -(-technique.n_removed(n) // technique.moves(n)[0])
     for update in range(needed):
         assert not sieve.all_retrieved
         assert sieve.turnover.ever_used == len(used) < n

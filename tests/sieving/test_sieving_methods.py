@@ -55,11 +55,6 @@ def test_the_removal_is_within_the_run(at):
         OneTimeRemoval(at_fraction=at)
 
 
-def test_an_unknown_criterion_is_refused_with_those_that_there_are():
-    with pytest.raises(InvalidArgument, match=r'criterion=.*"el2n"'):
-        DataSieving(criterion="gradient")  # type: ignore[arg-type]
-
-
 # --- the sieve under a one-time removal ------------------------------------------------------------------------------
 
 

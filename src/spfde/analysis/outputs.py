@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
 from spfde.core.torch_private import tree_leaves
-from spfde.freezing import Partition
+from spfde.model.blocks import Partition
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.core.registry import registered
+from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.citation import describe
-from spfde.sieving import CRITERIA, CRITERION_REFERENCES, SIEVING_METHODS
 from spfde.sparsity import METHODS, STRUCTURES
 
 WIDTH = 80
@@ -36,8 +36,8 @@ def render_catalogue() -> str:
     lines += ["", "Layer freezing (spfde train --freeze SHARE):"]
     lines += _entry("freezing", ProgressiveFreezing.summary, f"Cost: {ProgressiveFreezing.cost}.", paper)
     lines += ["", "Schemes of it (--freeze-scheme NAME; all from the same paper, at equal FLOPs):"]
-    for scheme, summary in SCHEMES.items():
-        lines += _entry(scheme, summary)
+    for name, scheme in registered("freezing-scheme").items():
+        lines += _entry(name, scheme.summary, *map(describe, scheme.references))
     lines += ["", "What lets a block be frozen (--freeze-criterion NAME):"]
     for name, (summary, cost) in FREEZE_CRITERIA.items():
         further = ProgressiveFreezing(criterion=name).cited[1:]
@@ -45,11 +45,11 @@ def render_catalogue() -> str:
     lines += ["", "Learning rate:"]
     lines += _entry(BlockwiseCosine.name, BlockwiseCosine.summary, "Cost: none.", paper)
     lines += ["", "Data sieving (spfde train --sieve SHARE):"]
-    for name, sieving in SIEVING_METHODS.items():
+    for name, sieving in registered("sieving-method").items():
         lines += _entry(name, sieving.summary, f"Cost: {sieving.cost}.", *map(describe, sieving.references))
     lines += ["", "Which samples are easy (--sieve-criterion NAME; read off what a step computes):"]
-    for criterion, summary in CRITERIA.items():
-        lines += _entry(criterion, summary, *map(describe, CRITERION_REFERENCES.get(criterion, ())))
+    for name, criterion in registered("sieving-criterion").items():
+        lines += _entry(name, criterion.summary, *map(describe, criterion.references))
     return "\n".join(lines)
 
 

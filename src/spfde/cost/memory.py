@@ -28,7 +28,14 @@ _BYTES = 4  # the paper's accounting is in fp32, and so are the masked engine's 
 
 @dataclass(frozen=True)
 class MemoryBytes:
-    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper."""
+    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper.
+
+    Example:
+        >>> spfde.cost.MemoryBytes(
+        ...     weights=400, masks=0, activations=800, weight_gradients=400, activation_gradients=800
+        ... ).total
+        2400
+    """
 
     weights: int
     masks: int
@@ -50,6 +57,11 @@ class MemoryTimeline:
         per_epoch: one entry an epoch.
         dense: the dense model without freezing.
         sparse: the sparse model at its target density without freezing, "DST methods Min." in the paper's Fig. 4.
+
+    Example:
+        >>> run = spfde.cost.MemoryTimeline(per_epoch=(800, 400), dense=1000, sparse=800)
+        >>> run.minimum, run.average_of_dense
+        (400, 0.6)
     """
 
     per_epoch: tuple[int, ...]
@@ -116,6 +128,11 @@ def memory_of(
 
     Raises:
         InvalidArgument: lengths differ, a density is outside [0, 1], or another argument breaks its rule.
+
+    Example:
+        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
+        >>> spfde.cost.memory_of([layer], [0.1], [False], batch_size=8, accounting="paper").weights
+        204
     """
     problems = Problems()
     check_layers(problems, len(layers), density, frozen)
@@ -163,6 +180,13 @@ def memory_timeline(
 
     Raises:
         InvalidArgument: the schedule is empty, or an argument breaks a rule of ``memory_of``.
+
+    Example:
+        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
+        >>> epochs = [([0.1], [False]), ([0.1], [True])]
+        >>> run = spfde.cost.memory_timeline([layer], epochs, target_density=[0.1], batch_size=8, accounting="actual")
+        >>> run.per_epoch[1] < run.per_epoch[0]
+        True
     """
     problems = Problems()
     if not schedule:
@@ -191,6 +215,12 @@ class SavedTensorBytes:
     add up.
 
     While the context is open autograd does not notice in-place changes of saved tensors.
+
+    Example:
+        >>> with spfde.cost.SavedTensorBytes(model) as saved:
+        ...     loss = model(torch.zeros(8, 4)).sum()
+        >>> saved.bytes > 0
+        True
     """
 
     def __init__(self, model: nn.Module | None = None, *, exclude: Iterable[Tensor] = ()) -> None:
@@ -238,6 +268,11 @@ def peak_bytes(device: torch.device | str = "cpu") -> int | None:
 
     On an accelerator what PyTorch's allocator had in use; on the CPU the resident set of the process, with everything
     that else lives in it (the interpreter, libraries, data). None where the platform tells neither.
+
+    Example:
+        >>> peak = spfde.cost.peak_bytes("cpu")  # None where the system does not tell
+        >>> peak is None or peak > 0
+        True
     """
     device = torch.device(device)
     if device.type != "cpu":
@@ -256,6 +291,10 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     Returns:
         Whether the peak was reset. Where it cannot be (macOS, a locked ``/proc``), ``peak_bytes`` goes on counting from
         the start of the process.
+
+    Example:
+        >>> spfde.cost.reset_peak("cpu") in (True, False)  # whether it could be reset
+        True
     """
     device = torch.device(device)
     if device.type != "cpu":

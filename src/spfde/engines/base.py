@@ -8,7 +8,7 @@ none of them: it calls what stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,7 @@ from spfde.model.sample import Sample, unwrap
 
 if TYPE_CHECKING:
     from spfde.engines.prefix_cache import PrefixCache
-    from spfde.planning.bill import Blueprint
+    from spfde.planning import Blueprint
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Job:
         blueprint: which parameters are masked, which layers there are, and how dense each is in the first epoch.
         sample: what the model is called with.
         batch_size: samples of a training batch.
+        density: of each layer in ``blueprint.cost.layers``, in the first epoch.
         n_samples: of the data set: indices of samples are below it.
         cache: what is to be kept of a frozen front's outputs; None: nothing.
         found: what engines found out about the job, each under its own name, so that nothing is traced twice.
@@ -40,6 +41,7 @@ class Job:
     blueprint: Blueprint
     sample: Sample
     batch_size: int
+    density: Sequence[float] = ()
     n_samples: int = 0
     cache: PrefixCache | None = None
     found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)

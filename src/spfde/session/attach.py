@@ -1,4 +1,4 @@
-"""The door: ``attach``, and everything that can be wrong with what is attached to, found before anything is changed."""
+"""``attach``, and everything that can be wrong with what is attached to, found before anything is changed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.engines.base import Job
-from spfde.engines.choose import check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.engines.choose import check_engine, choose_engine, say, say_on_stderr
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.model.sample import Sample, sample_from, unwrap
-from spfde.planning.bill import Blueprint, check_epochs, check_recipe, draw
+from spfde.planning import Blueprint, Plan, Timeline, check_epochs, check_recipe, draw
 from spfde.recipe.recipe import Recipe
 from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
+from spfde.session.part import Setting
 from spfde.session.session import Session
 from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
 from spfde.sparsity import ScoreLoss
@@ -38,6 +39,7 @@ def attach(
     seed: int = 0,
     engine: str = "auto",
     cache: PrefixCache | None = None,
+    plan: Plan | None = None,
     sample: Sample | None = None,
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
@@ -59,6 +61,7 @@ def attach(
             "auto": the one that is expected to be the fastest, which a line on the standard error tells.
             ``session.engine`` is the choice, ``session.engine_reason`` why.
         cache: what to keep of frozen blocks' outputs; None: nothing. It is no part of the session's state.
+        plan: what ``spfde.plan`` gave for this model, recipe and length, so that the model is not traced again.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
             default taken from the data set's first item.
         labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
@@ -71,6 +74,18 @@ def attach(
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.mest, epochs=2)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         logits = model(x)
+        ...         torch.nn.functional.cross_entropy(logits, y).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         session.observe(logits, y)
+        >>> round(session.density, 1)
+        0.1
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
     _check_together(model, optimizer, loader, recipe, epochs, cache)
@@ -78,22 +93,39 @@ def attach(
     classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
     sample_given = sample is not None
     sample = sample_from(loader, model) if sample is None else sample
-    blueprint = draw(model, sample, recipe, epochs)
+    blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     _check_rates(optimizer, recipe, blueprint)
     _warn_of_recompiles(model, blueprint)
-    n_samples = int(population_of(loader).max()) + 1
-    job = Job(model, blueprint, sample, batch_size=loader.batch_size or 1, n_samples=n_samples, cache=cache)
+    population = population_of(loader)
+    n_ids = int(population.max()) + 1
+    timeline = Timeline(blueprint, recipe, len(population))
+    job = Job(
+        given=model,
+        blueprint=blueprint,
+        sample=sample,
+        batch_size=loader.batch_size or 1,
+        density=blueprint.density(timeline[0]),
+        n_samples=n_ids,
+        cache=cache,
+    )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
     masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
-    session = Session(
-        model,
-        optimizer,
-        loader,
-        recipe,
+    setting = Setting(
+        given=model,
+        model=unwrap(model),
+        optimizer=optimizer,
+        recipe=recipe,
         blueprint=blueprint,
+        timeline=timeline,
         seed=seed,
-        choice=choice,
+        sample=sample,
+        world=world,
+    )
+    session = Session(
+        setting,
+        loader,
         job=job,
+        choice=choice,
         labels=classes,
         masks=masks,
         probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
@@ -101,9 +133,23 @@ def attach(
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    if blueprint.shortfall is not None:
+        say(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
-        say_choice(choice.name, choice.reason)
+        say(f"engine {choice.name}: {choice.reason}")
     return session
+
+
+def _planned(plan: Plan, model: nn.Module, recipe: Recipe, epochs: int) -> Blueprint:
+    """The plan's blueprint, if it is one of this model, recipe and length."""
+    blueprint, own = plan.blueprint, dict(unwrap(model).named_parameters())
+    problems = Problems()
+    if plan.recipe != recipe or blueprint.epochs != epochs:
+        problems.add("plan", f"{blueprint.epochs} epochs", "is of another recipe or run length", "Leave it out.")
+    if any(own.get(name) is not weight for name, weight in blueprint.sparse_layers.items()):
+        problems.add("plan", type(model).__name__, "is of another model", "Plan for this very model, or leave it out.")
+    problems.raise_if_any()
+    return blueprint
 
 
 def _check_kinds(
@@ -201,15 +247,10 @@ def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
         return [
             Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
         ]
-    if (
-        recipe.sparsity is not None
-        and recipe.sparsity.keeps_latents_at(0.0)
-        and isinstance(optimizer, torch.optim.LBFGS)
-    ):
+    if recipe.sparsity is not None and recipe.sparsity.refuses_closures and isinstance(optimizer, torch.optim.LBFGS):
         rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
-        return [
-            Problem("optimizer", name, rule, "Take an optimizer that steps without a closure, such as SGD or AdamW.")
-        ]
+        remedy = "Take an optimizer that steps without a closure, such as SGD or AdamW."
+        return [Problem("optimizer", name, rule, remedy)]
     if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
         remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
         return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
@@ -245,14 +286,16 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
 
 
 def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
-    """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
+    """Does the partial set fill a batch? Warns where the criterion can say nothing of a sample."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
-    if recipe.sieves and counts and epochs > 1 and interval == 1:
+    needed = recipe.sieving.make_criterion().presentations_needed
+    circular = recipe.sieves and isinstance(recipe.sieving, DataSieving)
+    if circular and epochs > 1 and interval is not None and interval < needed:
         warnings.warn(
-            "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
-            "the sieve chooses at random. Take an interval of 2 or more.",
+            f"update_interval_epochs is {interval}, and {recipe.sieving.criterion} can say nothing of a sample that is "
+            f"seen less than {needed} times an interval: the sieve chooses at random. Take an interval of {needed} or "
+            "more.",
             stacklevel=4,
         )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spfde.sieving.balance import ClassLabels, find_labels
+from spfde.sieving.criteria import Scorer, SievingCriterion
 from spfde.sieving.evidence import (
     correct_from_logits,
     correct_from_loss,
@@ -10,7 +11,6 @@ from spfde.sieving.evidence import (
     label_bounds,
     loss_from_logits,
 )
-from spfde.sieving.forgetting import ForgettingCounter
 from spfde.sieving.loader import (
     SievedBatchSampler,
     SievedLoader,
@@ -20,40 +20,30 @@ from spfde.sieving.loader import (
     population_of,
 )
 from spfde.sieving.methods import (
-    CRITERION_REFERENCES,
-    SIEVING_METHODS,
     DataSieving,
     OneTimeRemoval,
     SievingMethod,
     check_fraction,
 )
 from spfde.sieving.observer import Observer
-from spfde.sieving.scores import CRITERIA, EVIDENCE, MeanScore, RandomScore, Scorer, correct_from, make_scorer
 from spfde.sieving.sieve import Sieve, Turnover
 from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 __all__ = [
-    "CRITERIA",
-    "CRITERION_REFERENCES",
-    "EVIDENCE",
-    "SIEVING_METHODS",
     "ClassLabels",
     "DataSieving",
-    "ForgettingCounter",
-    "MeanScore",
     "Observer",
     "OneTimeRemoval",
-    "RandomScore",
     "Scorer",
     "Sieve",
     "SievedBatchSampler",
     "SievedLoader",
+    "SievingCriterion",
     "SievingMethod",
     "Turnover",
     "build_loader",
     "check_fraction",
     "check_loader",
-    "correct_from",
     "correct_from_logits",
     "correct_from_loss",
     "el2n_from_logits",
@@ -63,6 +53,5 @@ __all__ = [
     "loader_generators",
     "loss_from_logits",
     "loss_weights",
-    "make_scorer",
     "population_of",
 ]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
+from spfde.sieving.criteria import Scorer
 from spfde.sieving.evidence import check_label_bounds, label_bounds
 from spfde.sieving.loader import SievedLoader
-from spfde.sieving.scores import Scorer
 
 Gather = Callable[[Any], list[Any]]
 

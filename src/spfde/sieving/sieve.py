@@ -262,7 +262,7 @@ class Sieve:
 
     def _weigh(self) -> Tensor:
         """The weight of each sample of the partial set, shape (m,), float32."""
-        if self.technique.criterion == "random":
+        if self.technique.make_criterion().chooses_at_random:
             return torch.ones(self.partial.numel())  # all samples are treated alike: the probabilities are equal
         included = self._included[torch.searchsorted(self.population, self.partial)]
         share = self.partial.numel() / self.population.numel()

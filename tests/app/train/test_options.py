@@ -87,7 +87,9 @@ class TestChooseRecipe:
 
     def test_a_freezing_scheme_keeps_the_share_and_drops_what_only_another_scheme_knows(self, tmp_path: Path) -> None:
         changed = choose_recipe("spfde", freeze_scheme="periodic")
-        assert changed == presets.spfde.replace(freezing=ProgressiveFreezing(scheme="periodic"))
+        assert changed == presets.spfde.replace(
+            freezing=ProgressiveFreezing(scheme="periodic", as_far_as_possible=True)
+        )
         both = choose_recipe("dense", freeze=0.1, freeze_scheme="single-shot-resume")
         assert both.freezing == ProgressiveFreezing(flops_reduction=0.1, scheme="single-shot-resume")
         path = tmp_path / "mine.toml"

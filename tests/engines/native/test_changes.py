@@ -256,7 +256,7 @@ def test_a_session_that_was_never_detached_goes_with_its_model(engine: str) -> N
     for _ in range(2):
         F.cross_entropy(model(X), torch.zeros(4, dtype=torch.long)).backward()
         optimizer.step()
-    left = [weakref.ref(thing) for thing in (model, session, optimizer, session._engine)]
+    left = [weakref.ref(thing) for thing in (model, session, optimizer, session._computing.engine)]
     del model, session, optimizer
     gc.collect()
     assert [ref() for ref in left] == [None] * 4

@@ -65,8 +65,7 @@ def test_rigl_gets_dense_gradients_at_its_mutation_steps_and_sparse_ones_else() 
     seen = []
 
     def note(epoch: int) -> None:
-        assert session._masker is not None
-        wanted.append(bool(session._masker.wants_dense_gradients))
+        wanted.append(bool(session._masks.masker.wants_dense_gradients))
 
     original = torch.Tensor.register_post_accumulate_grad_hook
     assert original is not None
@@ -191,7 +190,7 @@ def test_a_native_state_goes_on_masked_where_there_is_no_compiler_and_says_so(
     assert session.engine == "masked"
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert "saved with the native engine: engine cannot work here: no C++ compiler" in told
+    assert "saved with the native engine, which cannot work here: no C++ compiler" in told
 
 
 def test_auto_says_in_one_line_what_it_chose_and_why(capsys: pytest.CaptureFixture[str]) -> None:

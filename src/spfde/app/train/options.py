@@ -11,11 +11,12 @@ from pydantic import Field
 
 from spfde.app.data.datasets import DATASETS
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
+from spfde.core.registry import find
 from spfde.core.technique import Technique
 from spfde.freezing import FREEZE_CRITERIA, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
-from spfde.sieving import CRITERIA, DataSieving, OneTimeRemoval, check_fraction
+from spfde.sieving import DataSieving, SievingMethod, check_fraction
 from spfde.sparsity import MEST, NM, STRUCTURES, Block, SparsityMethod, Structure
 
 
@@ -40,7 +41,7 @@ class TrainOptions(Technique):
     data_root: str = "data"
     model: str = "resnet8"
     recipe_name: str = "spfde"
-    recipe: dict[str, Any] = Field(default_factory=lambda: presets.spfde.to_dict())
+    recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
     epochs: int = Field(default=20, ge=1, description="a whole number of epochs from 1 on")
     batch_size: int = Field(default=64, ge=1, description="a whole number of samples from 1 on")
     lr: float = Field(default=0.1, gt=0, description="a learning rate above 0")
@@ -174,7 +175,8 @@ def _freezing(
         raise InvalidArgument(Problem(option, value, rule, "Use --freeze 0.2 or so with it."))
     given = _fields(technique) if technique is not None else {}
     if share is not None:
-        given |= {"flops_reduction": share, "start_epoch": None}
+        # Asked for by number, it is to be reached.
+        given |= {"flops_reduction": share, "start_epoch": None, "as_far_as_possible": False}
     if scheme is not None:
         # Of another scheme, the two would be in the way.
         given |= {"scheme": scheme, "start_epoch": None, "resume_epochs": None}
@@ -189,7 +191,7 @@ def _freezing(
     return ProgressiveFreezing(**given)
 
 
-def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> DataSieving | OneTimeRemoval:
+def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> SievingMethod:
     """The recipe's sieving with the command line's changes."""
     method = recipe.sieving
     if method is None and sieve is None:
@@ -197,10 +199,7 @@ def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | No
         raise InvalidArgument(Problem("--sieve-criterion", criterion, rule, "Use --sieve 0.2 or so with it."))
     given: dict[str, Any] = {} if sieve is None else {"removed_fraction": sieve}
     if criterion is not None:
-        if criterion not in CRITERIA:
-            raise InvalidArgument(
-                Problem("--sieve-criterion", criterion, "is no criterion", nearest(criterion, CRITERIA))
-            )
+        find("sieving-criterion", criterion, argument="--sieve-criterion")
         given["criterion"] = criterion
     return DataSieving(**given) if method is None else type(method)(**{**_fields(method), **given})
 

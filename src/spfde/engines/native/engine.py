@@ -65,7 +65,7 @@ class NativeEngine(Engine):
     def expected_speed(cls, job: Job) -> float:
         taken, blueprint = _layers(job), job.blueprint
         ours = dense = 0.0
-        for layer, density in zip(blueprint.cost.layers, blueprint.scheduled_density(0), strict=True):
+        for layer, density in zip(blueprint.cost.layers, job.density, strict=True):
             dense += layer.forward_flops
             if layer.name not in taken:
                 ours += layer.forward_flops
