@@ -10,16 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spfde.core.errors import Problems, nearest
 from spfde.cost.flops import LayerCost
-from spfde.cost.training import check_layers, share
+from spfde.cost.training import share
 
 Accounting = Literal["paper", "actual"]
 
@@ -113,18 +112,7 @@ def memory_of(
         frozen: whether the layer is frozen, per layer.
         batch_size: samples in a step.
         accounting: which of the two.
-
-    Raises:
-        InvalidArgument: lengths differ, a density is outside [0, 1], or another argument breaks its rule.
     """
-    problems = Problems()
-    check_layers(problems, len(layers), density, frozen)
-    if batch_size < 1:
-        problems.add("batch_size", batch_size, "must be at least 1", "Pass the samples in a step.")
-    if accounting not in get_args(Accounting):
-        problems.add("accounting", accounting, "is unknown", nearest(str(accounting), get_args(Accounting)))
-    problems.raise_if_any()
-
     as_paper = accounting == "paper"
     weights = masks = weight_gradients = activations = activation_gradients = 0
     for layer, d, is_frozen in zip(layers, density, frozen, strict=True):
@@ -160,9 +148,6 @@ def memory_timeline(
         target_density: density of each layer at the target, without a soft bound: the sparse baseline's.
         batch_size: samples in a step.
         accounting: see ``memory_of``.
-
-    Raises:
-        InvalidArgument: an argument breaks a rule of ``memory_of``.
     """
 
     def total(density: Sequence[float], frozen: Sequence[bool]) -> int:

@@ -700,7 +700,7 @@ class Session:
             self._masker.remove()
         if self._native is not None:
             self._native.detach()
-        self._freezer.unfreeze_all()
+        self._freezer.freeze_to(0)
         if self._rates is not None:
             self._rates.join()
 
