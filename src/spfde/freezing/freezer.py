@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spfde.core.errors import InvalidArgument, Problem, StateMismatch, UsageError
+from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
@@ -48,9 +48,6 @@ class Freezer:
         optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
             checkpoints go on fitting.
 
-    Raises:
-        InvalidArgument: a block names a parameter that the model does not have.
-
     Example:
         >>> from spfde.model.blocks import find_blocks
         >>> from spfde.model.trace import trace
@@ -65,11 +62,6 @@ class Freezer:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        unknown = [name for block in blocks for name in block.parameters if name not in parameters]
-        if unknown:
-            raise InvalidArgument(
-                Problem("blocks", unknown[0], "is no parameter of the model", "Find the blocks of this very model.")
-            )
         self._optimizer = optimizer
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
@@ -93,20 +85,12 @@ class Freezer:
         """Freeze the first ``n_blocks`` blocks and no others; those that are frozen already stay so.
 
         A block that thaws trains on from its weights; optimizer state, which was freed, begins anew.
-
-        Raises:
-            UsageError: a number below 0, or more blocks than there are.
+        What freezing changed is put back: ``requires_grad`` as each parameter had it, and the modes of the norms.
         """
-        if not 0 <= n_blocks <= len(self._blocks):
-            raise UsageError(f"n_blocks={n_blocks}: must be between 0 and {len(self._blocks)} (all blocks).")
         while self.n_frozen > n_blocks:
             self._thaw(self._frozen.pop())
         for index in range(self.n_frozen, n_blocks):
             self._frozen.append(self._freeze(index))
-
-    def unfreeze_all(self) -> None:
-        """Put back what freezing changed: ``requires_grad`` as each parameter had it, and the modes of the norms."""
-        self.freeze_to(0)
 
     def _freeze(self, index: int) -> _Frozen:
         trained = [parameter for parameter in self._parameters[index] if parameter.requires_grad]
