@@ -193,12 +193,14 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
     )
     if not compiled:
         return None
-    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_fronts + 1)
+    settings, needed = torch._dynamo.config, 2 * (n_fronts + 1)
+    setting = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # as torch 2.6 calls it
+    limit = int(getattr(settings, setting))
     if needed <= limit:
         return None
     return (
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
-        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} torch runs it uncompiled: set the limit to "
+        f"evaluation. Beyond torch._dynamo.config.{setting}={limit} torch runs it uncompiled: set the limit to "
         f"{needed}."
     )
 
