@@ -127,13 +127,6 @@ def test_densities_follow_the_weights_and_products_stay_dense() -> None:
     assert cost.densities({"attention.in_proj_weight": 0.25, "unused.weight": 0.5}) == (0.25, 1.0, 1.0, 1.0)
 
 
-def test_a_frozen_front_holds_the_layers_before_a_position() -> None:
-    cost = cost_of(small_net(), 2, 3, 6, 6)
-    assert cost.frozen_before(0) == (False, False, False)
-    assert cost.frozen_before(cost.layers[1].position) == (True, False, False)
-    assert cost.frozen_before(cost.layers[-1].position + 1) == (True, True, True)
-
-
 @pytest.mark.parametrize("model_and_shape", [(small_net, (2, 3, 6, 6)), (SelfAttention, (3, 5, 8))])
 @pytest.mark.parametrize("input_needs_gradient", [True, False])
 def test_three_forward_passes_equal_what_autograd_executes_but_for_the_first_input_gradient(

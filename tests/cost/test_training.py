@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.cost import EpochCost, ModelCost, backward_flops, epoch_cost, total_cost
+from spfde.cost import EpochCost, ModelCost, epoch_cost, total_cost
 from spfde.cost.training import share
 
 FORWARD = (100, 40, 20)
@@ -44,14 +44,11 @@ def test_samples_beyond_the_population_are_a_negative_saving() -> None:
     check_bill(cost)
 
 
-def test_the_backward_pass_is_twice_the_sparse_forward_pass() -> None:
-    assert backward_flops(FORWARD, (1.0, 0.25, 0.5), samples=10) == (2000, 200, 200)
-
-
 def test_freezing_saves_exactly_the_backward_pass_of_the_frozen_layers() -> None:
     density = (0.31, 0.77, 0.13)
     cost = epoch_cost(FORWARD, density, (True, True, False), samples=9, population=9)
-    assert cost.saved_by_freezing == sum(backward_flops(FORWARD, density, samples=9)[:2])
+    # Twice the sparse forward pass: 9 x 100 x 0.31 and 9 x 40 x 0.77, rounded.
+    assert cost.saved_by_freezing == 2 * 279 + 2 * 277
 
 
 def test_a_share_is_exact_beyond_the_precision_of_floats() -> None:

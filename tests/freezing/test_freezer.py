@@ -217,12 +217,23 @@ def test_the_state_freezes_another_freezer_as_far_and_survives_weights_only_load
     assert other_model.stage1[1].conv1.weight.requires_grad
 
 
-@pytest.mark.parametrize("change", [{"n_frozen": 9}, {"n_frozen": "1"}, {"n_frozen": True}, {"blocks": ["a"]}])
-def test_a_state_of_another_model_is_refused(change):
+@pytest.mark.parametrize(
+    "change",
+    [{"n_frozen": 9}, {"n_frozen": -1}, {"n_frozen": "1"}, {"n_frozen": True}, {"blocks": ["a"]}, {"blocks": 4}],
+)
+def test_a_state_of_another_model_or_of_another_kind_is_refused(change):
     _, _, freezer = make()
-    with pytest.raises(StateMismatch, match="freezing state"):
+    with pytest.raises(StateMismatch, match=next(iter(change)).removeprefix("n_")):
         freezer.load_state_dict({**freezer.state_dict(), **change})
     assert freezer.n_frozen == 0
+
+
+@pytest.mark.parametrize("name", ["n_frozen", "blocks"])
+def test_a_state_that_lacks_an_entry_is_refused(name):
+    _, _, freezer = make()
+    state = {key: value for key, value in freezer.state_dict().items() if key != name}
+    with pytest.raises(StateMismatch, match=name):
+        freezer.load_state_dict(state)
 
 
 def test_blocks_of_another_model_are_refused():

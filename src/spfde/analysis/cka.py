@@ -46,34 +46,6 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return _ratio(float((k * l).sum()), float((k * k).sum()), float((l * l).sum()))
 
 
-def unbiased_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    """Unbiased estimate of HSIC, which may be negative.
-
-    Args:
-        k: Gram matrix ``(n, n)`` of one representation; a constant shift of the features does not matter.
-        l: likewise of the other.
-
-    Raises:
-        InvalidArgument: the numbers of samples differ, or there are fewer than four.
-
-    Source: Song et al. 2012, equation 5, in the equivalent form of a product of U-centred matrices.
-
-    Example:
-        >>> x = torch.randn(16, 8)
-        >>> gram = x @ x.T
-        >>> spfde.analysis.unbiased_hsic(gram, gram) > 0
-        True
-    """
-    _check_samples(k, l, least=LEAST_SAMPLES)
-    return _hsic(_u_centred(k), _u_centred(l))
-
-
-def linear_hsic(x: Tensor, y: Tensor) -> float:
-    """:func:`unbiased_hsic` of features ``(n, …)`` and ``(n, …)`` under the linear kernel."""
-    _check_samples(x, y, least=LEAST_SAMPLES)
-    return _hsic(centred_gram(x), centred_gram(y))
-
-
 def centred_gram(features: Tensor) -> Tensor:
     """The U-centred Gram matrix of a minibatch's features: all that CKA needs to know of them.
 
@@ -93,6 +65,24 @@ def centred_gram(features: Tensor) -> Tensor:
     """
     _check_samples(features, features, least=LEAST_SAMPLES)
     return _u_centred(_gram(features))
+
+
+def unbiased_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
+    """Unbiased estimate of HSIC, which may be negative.
+
+    Args:
+        k: :func:`centred_gram` matrix ``(n, n)`` of one representation.
+        l: likewise of the other, of the same samples.
+
+    Source: Song et al. 2012, equation 5, in the equivalent form of a product of U-centred matrices.
+
+    Example:
+        >>> gram = spfde.analysis.centred_gram(torch.randn(16, 8))
+        >>> spfde.analysis.unbiased_hsic(gram, gram) > 0
+        True
+    """
+    n = len(k)
+    return float(torch.dot(k.flatten(), l.flatten())) / (n * (n - 3))
 
 
 class MinibatchCKA:
@@ -123,9 +113,9 @@ class MinibatchCKA:
 
     def add(self, k: Tensor, l: Tensor) -> None:  # noqa: E741
         """Add a minibatch by its :func:`centred_gram` matrices."""
-        self._xy += _hsic(k, l)
-        self._xx += _hsic(k, k)
-        self._yy += _hsic(l, l)
+        self._xy += unbiased_hsic(k, l)
+        self._xx += unbiased_hsic(k, k)
+        self._yy += unbiased_hsic(l, l)
 
     @property
     def value(self) -> float:
@@ -196,11 +186,6 @@ def _u_centred(gram: Tensor) -> Tensor:
     rows = k.sum(1) / (n - 2)
     k -= rows[:, None] + rows[None, :] - rows.sum() / (n - 1)
     return k.fill_diagonal_(0.0)
-
-
-def _hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    n = len(k)
-    return float(torch.dot(k.flatten(), l.flatten())) / (n * (n - 3))
 
 
 def _ratio(xy: float, xx: float, yy: float) -> float:

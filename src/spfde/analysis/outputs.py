@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.torch_private import tree_leaves
 from spfde.model.blocks import Partition
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 

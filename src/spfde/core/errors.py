@@ -10,6 +10,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+__all__ = [
+    "DataError",
+    "InvalidArgument",
+    "Problem",
+    "RunFolderError",
+    "SpfdeError",
+    "StateMismatch",
+    "TrainingDiverged",
+    "UsageError",
+    "WeightsFileError",
+]
+
 
 class SpfdeError(Exception):
     """Base of every error that this package raises on purpose.

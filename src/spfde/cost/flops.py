@@ -82,10 +82,6 @@ class ModelCost:
         """
         return tuple(of_weights.get(layer.name, 1.0) for layer in self.layers)
 
-    def frozen_before(self, position: int) -> tuple[bool, ...]:
-        """Which layers a frozen front holds that ends before ``position`` in the trace (0: nothing is frozen)."""
-        return tuple(layer.position < position for layer in self.layers)
-
 
 def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     """Gather the operations of a trace into layers.

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -180,7 +180,7 @@ def memory_timeline(
         accounting: see ``memory_of``.
 
     Raises:
-        InvalidArgument: the schedule is empty, or an argument breaks a rule of ``memory_of``.
+        InvalidArgument: an argument breaks a rule of ``memory_of``.
 
     Example:
         >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
@@ -189,10 +189,6 @@ def memory_timeline(
         >>> run.per_epoch[1] < run.per_epoch[0]
         True
     """
-    problems = Problems()
-    if not schedule:
-        problems.add("schedule", schedule, "must hold at least one epoch", "Pass (density, frozen) for each epoch.")
-    problems.raise_if_any()
 
     def total(density: Sequence[float], frozen: Sequence[bool]) -> int:
         return memory_of(layers, density, frozen, batch_size=batch_size, accounting=accounting).total
@@ -209,8 +205,7 @@ class SavedTensorBytes:
     """Measures what autograd saves for the backward pass while the context is open.
 
     ``with SavedTensorBytes(model) as saved: loss = model(x).sum()`` and then ``saved.bytes``. Each storage counts once
-    and whole, however many saved tensors are views of it. Parameters and buffers of ``model`` do not count, nor do the
-    tensors in ``exclude`` (an input batch that is a slice of a data set held in memory keeps the whole set's storage).
+    and whole, however many saved tensors are views of it. Parameters and buffers of ``model`` do not count.
     The copies in low precision that autocast makes of weights do count: they take memory. Storages are followed by weak
     references: measuring holds no memory and mistakes no reused address for an old tensor. Several steps in one context
     add up.
@@ -224,9 +219,8 @@ class SavedTensorBytes:
         True
     """
 
-    def __init__(self, model: nn.Module | None = None, *, exclude: Iterable[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
-        self._exclude = tuple(exclude)
         self._left_out: set[StorageWeakRef] = set()
         self._seen: dict[StorageWeakRef, int] = {}
         self._hooks: saved_tensors_hooks | None = None
@@ -237,9 +231,7 @@ class SavedTensorBytes:
         return sum(self._seen.values())
 
     def __enter__(self) -> SavedTensorBytes:
-        held = list(self._exclude)
-        if self._model is not None:
-            held += [*self._model.parameters(), *self._model.buffers()]
+        held = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
         self._left_out = {_key(part.untyped_storage()) for tensor in held for part in _parts(tensor)}
         self._seen = {}
         self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)

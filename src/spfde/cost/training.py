@@ -127,20 +127,6 @@ def epoch_cost(
     )
 
 
-def backward_flops(forward: Sequence[int], density: Sequence[float], *, samples: int) -> tuple[int, ...]:
-    """Sparse backward FLOPs of each layer over ``samples``: what freezing it saves (BpFlops of SpFDE's Algorithm 1).
-
-    Raises:
-        InvalidArgument: lengths differ, a density is outside [0, 1], or ``samples`` is negative.
-    """
-    problems = Problems()
-    check_layers(problems, len(forward), density, (False,) * len(forward))
-    if samples < 0:
-        problems.add("samples", samples, "must not be negative", "Pass a number of samples.")
-    problems.raise_if_any()
-    return tuple(2 * share(samples * f, d) for f, d in zip(forward, density, strict=True))
-
-
 def share(amount: int, density: float) -> int:
     """``density * amount`` in integers, rounded half up; exact for any size of ``amount``."""
     numerator, denominator = density.as_integer_ratio()
@@ -151,12 +137,8 @@ def check_layers(problems: Problems, n_layers: int, density: Sequence[float], fr
     """Note unequal lengths and densities outside [0, 1]."""
     for name, values in (("density", density), ("frozen", frozen)):
         if len(values) != n_layers:
-            problems.add(
-                name,
-                len(values),
-                f"must have one entry per layer ({n_layers})",
-                "Use ModelCost.densities, .frozen_before.",
-            )
+            rule = f"must have one entry per layer ({n_layers})"
+            problems.add(name, len(values), rule, "Pass one for each of ModelCost.layers.")
     outside = [d for d in density if not 0 <= d <= 1]
     if outside:
         problems.add("density", outside[0], "must be in [0, 1]", "Pass the share of active weights of each layer.")

@@ -21,7 +21,7 @@ from spfde.core.files import clear_errors, written_whole
 from spfde.export.encoding import Encoded, as_bits, decode, encode
 
 # Version of the compressed layout, and the keys of the header's metadata.
-_VERSION = "1"
+_VERSION = "2"
 _LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.checksum"
 _REMEDY = "Export it again, or restore it from a copy."
 
@@ -56,8 +56,8 @@ def save_compressed(
 ) -> None:
     """Write the tensors without their zeros; ``load`` restores them bit for bit.
 
-    The file is a safetensors file with entries ``dense/NAME``, or ``values/NAME`` and ``gaps/NAME`` or ``mask/NAME``
-    (see ``encode``), and a checksum.
+    The file is a safetensors file with entries ``dense/NAME``, or ``values/NAME`` and ``mask/NAME`` (see ``encode``),
+    and a checksum.
 
     Args:
         state_dict: tensors by name.
@@ -89,7 +89,7 @@ def save_compressed(
         if encoded.kind == "dense":
             stored[f"dense/{name}"] = encoded.values.clone()
         else:
-            stored |= {f"values/{name}": encoded.values, f"{encoded.kind}/{name}": encoded.positions}
+            stored |= {f"values/{name}": encoded.values, f"mask/{name}": encoded.positions}
     _save(stored, Path(path), {_LAYOUT: _VERSION, _TENSORS: json.dumps(tensors), _CHECKSUM: _checksum(stored)})
 
 

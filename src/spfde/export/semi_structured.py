@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
+from spfde.core.torch_private import least_two_four_shape
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 _LEAST_CAPABILITY = (8, 0)
@@ -80,13 +81,10 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
 
 def _misfit(name: str, weight: Tensor) -> Problem | None:
     """What of a weight's shape PyTorch's kernel refuses; None where nothing, or where this version does not say."""
-    tensors = torch.sparse
-    forced = getattr(tensors.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
-    kernel = tensors.SparseSemiStructuredTensorCUTLASS if forced else tensors.SparseSemiStructuredTensorCUSPARSELT
-    least = getattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS", {}).get(weight.dtype)
+    least = least_two_four_shape(weight.dtype)
     if least is None:
         return None
-    (out, inputs), rows, columns = weight.shape, least.sparse_min_rows, least.sparse_min_cols
+    (out, inputs), (rows, columns) = weight.shape, least
     if out % rows == 0 and inputs % columns == 0:
         return None
     rule = f"PyTorch's kernel takes multiples of {rows} outputs and {columns} inputs of {weight.dtype}"

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch, UsageError
+from spfde.core.state import check_entries
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
 _WANTED_MODE = "_spfde_wanted_mode"
-# Buffers that a forward pass in training mode changes: statistics of norms, the vectors of spectral norm.
-_UPDATED_IN_TRAINING = ("running_", "num_batches_tracked", "_u", "weight_u")
+# Buffers that a forward pass in training mode changes, beside "running_…": of norms, the vectors of spectral norm.
+_UPDATED_IN_TRAINING = ("num_batches_tracked", "_u", "weight_u")
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,14 @@ class Freezer:
         Raises:
             StateMismatch: the state was taken with other blocks, or is none of ours.
         """
-        names, n_frozen = state.get("blocks"), state.get("n_frozen")
+        check_entries(state, "freezing", {"n_frozen": int, "blocks": list})
         mine = [block.name for block in self._blocks]
-        if names != mine or type(n_frozen) is not int or not 0 <= n_frozen <= len(mine):
+        if state["blocks"] != mine or not 0 <= state["n_frozen"] <= len(mine):
             raise StateMismatch(
-                f"The freezing state has n_frozen={n_frozen!r} of the blocks {names!r}, but the model has the blocks "
-                f"{mine!r}. Load it into the model and the recipe that it was saved with."
+                f"the state of freezing has {state['n_frozen']} frozen of the blocks {state['blocks']}, and the model "
+                f"has the blocks {mine}. Load it into the model and the recipe that it was saved with."
             )
-        self.freeze_to(n_frozen)
+        self.freeze_to(state["n_frozen"])
 
 
 def hold_in_eval(module: nn.Module) -> None:
@@ -201,6 +202,7 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         >>> spfde.freezing.recompile_warning(model, n_fronts=3) is None  # the model is not compiled
         True
     """
+    # torch has a public name neither for a module that is compiled nor for the limit. Tested with 2.14.
     compiled = any(
         getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
@@ -218,5 +220,5 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
 
 
 def _changes_in_training(module: nn.Module) -> bool:
-    names = [name for name, buffer in module._buffers.items() if buffer is not None]
-    return any(name.startswith(_UPDATED_IN_TRAINING[0]) or name in _UPDATED_IN_TRAINING for name in names)
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    return any(name.startswith("running_") or name in _UPDATED_IN_TRAINING for name in names)

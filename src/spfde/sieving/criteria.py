@@ -18,7 +18,6 @@ from spfde.sieving.accumulator import Accumulator
 from spfde.sieving.evidence import (
     average_loss,
     correct_from_logits,
-    correct_from_loss,
     el2n_from_logits,
     loss_from_logits,
 )
@@ -201,7 +200,13 @@ class Forgetting(SievingCriterion):
         return correct
 
     def from_loss(self, loss: Tensor) -> Tensor:
-        return correct_from_loss(loss)
+        """Call the better half of a batch "learned", for tasks that have no right and wrong.
+
+        A sample counts as learned when its loss is at most the (lower) median of its batch; NaN counts as not learned.
+        This keeps the idea of a forgetting event (a sample falls back behind the others) and needs no threshold in the
+        units of the loss. It is ours: the paper speaks of classification alone.
+        """
+        return loss <= loss.nanmedian()
 
     def start(self, n: int) -> dict[str, Tensor]:
         return {

@@ -215,9 +215,8 @@ class SievedBatchSampler(BatchSampler):
 class _Tally:
     """What one iteration of a loader has handed out."""
 
-    handed: int = 0
-    samples_handed: int = 0
-    drained: bool = False
+    samples: int = 0
+    ended: bool = False
 
 
 class SievedLoader(DataLoader[Any]):
@@ -242,7 +241,12 @@ class SievedLoader(DataLoader[Any]):
     on_end: Callable[[], None] | None
 
     def __init__(self, loader: DataLoader[Any], batch_sampler: SievedBatchSampler) -> None:
-        """Build a loader with the arguments of ``loader``; see ``build_loader``."""
+        """Build a loader with the arguments of another one that takes its batches from ``batch_sampler``.
+
+        Args:
+            loader: the user's loader, without problems according to ``check_loader``.
+            batch_sampler: made from the loader's own sampler, batch size and ``drop_last``.
+        """
         # Not every version of PyTorch has these two.
         by_presence: dict[str, Any] = {}
         if hasattr(loader, "in_order"):
@@ -308,19 +312,9 @@ class SievedLoader(DataLoader[Any]):
         return _as_ids(self._handed_out)
 
     @property
-    def handed(self) -> int:
-        """Batches handed out in the newest iteration."""
-        return self._tally.handed
-
-    @property
     def samples_handed(self) -> int:
         """Samples handed out in the newest iteration."""
-        return self._tally.samples_handed
-
-    @property
-    def drained(self) -> bool:
-        """Whether the newest iteration has come to its end."""
-        return self._tally.drained
+        return self._tally.samples
 
 
 class _Iteration(Iterator[Any]):
@@ -350,8 +344,8 @@ class _Iteration(Iterator[Any]):
         try:
             batch = next(self._inner)
         except StopIteration:
-            if not self._tally.drained:
-                self._tally.drained = True
+            if not self._tally.ended:
+                self._tally.ended = True
                 if loader.on_end is not None:
                     loader.on_end()
             raise
@@ -359,8 +353,7 @@ class _Iteration(Iterator[Any]):
             self._lose_track()
             raise
         indices = self._queue.popleft() if self._queue else []
-        self._tally.handed += 1
-        self._tally.samples_handed += len(indices)
+        self._tally.samples += len(indices)
         loader._handed_out = indices if self._in_order else None
         if loader.on_batch is not None:
             loader.on_batch(loader.current_indices)
@@ -373,21 +366,6 @@ class _Iteration(Iterator[Any]):
             self._queue.clear()
         else:
             self._in_order = False
-
-
-def build_loader(loader: DataLoader[Any], batch_sampler: SievedBatchSampler) -> SievedLoader:
-    """Build a loader with the same arguments as ``loader`` that takes its batches from ``batch_sampler``.
-
-    Args:
-        loader: the user's loader, without problems according to ``check_loader``.
-        batch_sampler: made from the loader's own sampler, batch size and ``drop_last``.
-
-    Example:
-        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=lambda: None)
-        >>> len(spfde.sieving.build_loader(loader, sampler))
-        3
-    """
-    return SievedLoader(loader, batch_sampler)
 
 
 def _divide(n: int, size: int, *, drop_rest: bool) -> int:

@@ -27,7 +27,7 @@ class Observer:
         >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=lambda: None)
         >>> from spfde.sieving.criteria import Loss
         >>> scorer = Loss().scorer(20)
-        >>> observer = spfde.sieving.Observer(scorer, spfde.sieving.build_loader(loader, sampler))
+        >>> observer = spfde.sieving.Observer(scorer, spfde.sieving.SievedLoader(loader, sampler))
         >>> observer.samples
         0
     """
