@@ -76,10 +76,11 @@ class Entry:
             data=data,
             model=self.model,
             recipe_name=self.recipe,
-            recipe=choose_recipe(self.recipe, cache_variants=self.cache_variants or None).to_dict(),
+            recipe=choose_recipe(self.recipe).to_dict(),
             epochs=self.epochs,
             seed=seed,
             engine=self.engine,
+            cache_variants=self.cache_variants,
             dense_timing_steps=0,
         )
 

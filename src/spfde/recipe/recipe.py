@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -140,7 +141,7 @@ class Recipe(Technique):
                 continue
             if not isinstance(fields[name], Mapping):
                 raise InvalidArgument(Problem(name, fields[name], "must be a table", f"Write it as [{name}]."))
-            table = dict(fields[name])
+            table = _without_moved(dict(fields[name])) if name == "freezing" else dict(fields[name])
             if name in cls.KINDS:
                 kinds, default = cls.KINDS[name]
                 method = str(table.pop("method", default))
@@ -176,6 +177,18 @@ class Recipe(Technique):
                 Problem("recipe", text, f"is no valid TOML ({error})", "Compare it with a run folder's recipe.toml.")
             ) from None
         return cls.from_dict(written)
+
+
+def _without_moved(freezing: dict[str, Any]) -> dict[str, Any]:
+    """The table without what earlier versions kept in it and is a setting of the machine; a line says where it went."""
+    moved = [name for name in freezing if name.startswith("cache_") and name not in ProgressiveFreezing.model_fields]
+    if moved:
+        warnings.warn(
+            f"freezing: {', '.join(moved)} left out, for what is kept of the frozen front is a setting of the machine: "
+            "pass --cache-variants and the like to spfde train, or cache=spfde.PrefixCache(...) to attach.",
+            stacklevel=1,  # said once, wherever the recipe is read again
+        )
+    return {name: value for name, value in freezing.items() if name not in moved}
 
 
 def _toml(value: Any) -> str:
