@@ -19,7 +19,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from spfde.engines.native import build, program
+from spfde.engines.native import build, region_plan
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.model import NativeModel
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     """One model; what is wrong with it, or None."""
-    program.AT_ONCE_BYTES = chosen.choice([0, 3 << 20])
+    region_plan.AT_ONCE_BYTES = chosen.choice([0, 3 << 20])
     tokens = chosen.random() < 0.25
     model, x = _tokens(chosen) if tokens else _images(chosen)
     model = model.double().train(chosen.random() < 0.7)

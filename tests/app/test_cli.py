@@ -24,6 +24,7 @@ from helpers.commands import Spfde
 from spfde import presets
 from spfde.app.data import folders
 from spfde.app.data.datasets import DATASETS, load_data
+from spfde.app.methods import known
 from spfde.app.train import models, setup
 from spfde.engines.native import build
 from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
@@ -139,9 +140,10 @@ class TestTrain:
         lines = ended.out.splitlines()
         assert max(map(len, lines)) <= 80
         assert sum(line.lstrip().startswith(f"{epoch}/8 ") for line in lines for epoch in range(1, 9)) == 8
-        kinds = {line.split()[-1] for line in lines if line.startswith(("test acc", "training", "memory", "peak"))}
-        assert kinds == {"measured", "modelled"}
-        assert "* extrapolated" in ended.out
+        [heading] = [line.split() for line in lines if line.split()[:1] == ["modelled"]]
+        assert heading == ["modelled", "measured", "dense", "of", "dense"]
+        assert "(measured)" in next(line for line in lines if line.startswith("test accuracy"))
+        assert "extrapolated" in ended.out
 
     def test_resuming_a_finished_run_does_nothing_and_is_no_error(self, run_folder: Path, spfde: Spfde) -> None:
         before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
@@ -302,10 +304,12 @@ class TestOtherCommands:
         assert ended.returncode == 0
         assert "--no-soft-bound" in ended.stdout
 
-    def test_help_names_every_model_and_the_embedded_set(self, spfde: Spfde) -> None:
-        words = spfde("train", "--help").out
-        assert all(name in words for name in models.MODELS)
-        assert "fashion-mini" in words
+    def test_help_names_all_that_an_option_may_be(self, spfde: Spfde) -> None:
+        words = spfde("train", "--help").out.replace("│", " ").split()
+        named = [*models.MODELS, "fashion-mini", "4x1", "2:4", *FREEZE_CRITERIA]
+        for kind in ("structure", "freezing-scheme", "sieving-criterion"):
+            named += [name for name in known(kind) if name not in ("block", "nm")]
+        assert {word.strip(",:;()") for word in words} >= set(named)
 
 
 def assert_refused(ended: commands.Outcome, *told: str) -> None:
@@ -327,12 +331,14 @@ BAD_OPTIONS = [
     ("--freeze 1", "--freeze=1.0: ", "[0, 1)"),
     ("--engine masked --cache-variants 2", "--cache-variants=2: needs the native engine", "Set it to 0"),
     ("--recipe mest --cache-variants 2", "--cache-variants=2: recipe mest freezes nothing", "--freeze 0.2"),
+    ("--cache-limit 0", "--cache-limit=0.0: ", "greater than 0", "GiB"),
+    ("--cache-precision fp8", "--cache-precision='fp8': ", "'int8'"),
     ("--cache-variants -1", "--cache-variants=-1: ", "greater than or equal to 0"),
     ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples, no full batch of 16", "can be removed"),
     ("--sieve 1.5", "--sieve=1.5: ", "[0, 1)"),
     ("--interval 30", "--interval=30: must not be longer than the run of 8 epochs", "auto"),
-    ("--interval 0", "--interval='0': ", "from 1 on"),
-    ("--interval often", "--interval='often': ", 'must be "auto" or a whole number'),
+    ("--interval 0", "--interval=0: ", "from 1 on"),
+    ("--interval often", "--interval='often': ", "whole number", "auto"),
     ("--epochs 0", "--epochs=0: ", "from 1 on"),
     ("--batch-size 0", "--batch-size=0: ", "from 1 on"),
     ("--lr 0", "--lr=0.0: ", "above 0"),
@@ -381,14 +387,25 @@ class TestBadInput:
             ),
         ],
     )
-    def test_a_run_too_short_for_the_recipe_is_refused_with_options_as_the_remedy(
+    def test_a_run_too_short_for_a_share_that_was_asked_for_is_refused_with_options_as_the_remedy(
         self, epochs: int, remedy: str, tiny: Path, spfde: Spfde, here: Path
     ) -> None:
         for command in ("plan", "train"):
-            ended = spfde(command, "--epochs", epochs)
-            assert_refused(ended, "flops_reduction=0.2: cannot be reached", remedy)
+            ended = spfde(command, "--epochs", epochs, "--freeze", 0.2)
+            assert_refused(ended, "--freeze=0.2: cannot be reached", remedy)
             assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
+
+    @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+    def test_a_preset_freezes_what_a_short_run_allows_and_says_so_in_a_line(
+        self, epochs: int, tiny: Path, spfde: Spfde
+    ) -> None:
+        for command in (["plan"], ["train", "--quiet", "--out", "run"]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                ended = spfde(*command, "--data", tiny, "--batch-size", 16, "--epochs", epochs)
+            assert ended.code == 0, ended.err
+            assert len([line for line in ended.err.splitlines() if "freez" in line]) == 1
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)
@@ -590,13 +607,13 @@ class TestDivergence:
     def test_the_last_good_checkpoint_is_named(
         self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        usual = setup.Run.batch
+        usual = setup.TrainingRun.batch
 
         def batch(run: Any, images: Any, labels: Any, *, augmented: bool) -> Any:
             x, y = usual(run, images, labels, augmented=augmented)
             return (x * float("nan") if run.session.epoch == 2 else x), y
 
-        monkeypatch.setattr(setup.Run, "batch", batch)
+        monkeypatch.setattr(setup.TrainingRun, "batch", batch)
         ended = spfde("train", "--data", tiny, "--recipe", "dense", "--out", "run", "--quiet")
         assert_refused(ended, "in epoch 2. The last good checkpoint is run/checkpoints/latest. ")
         assert read(here / "run" / "checkpoints" / "latest" / "manifest.json")["epoch"] == 2

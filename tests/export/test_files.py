@@ -179,7 +179,7 @@ def test_a_header_that_lies_is_refused(compressed: Path) -> None:
         None,
         "{",
         [],
-        {name: ["gaps", [6, 6]]},
+        {name: ["dense", [6, 6]]},
         {name: ["rle", [6, 6, 3, 3]]},
         {"v": ["dense", [1]]},
         {name: 1},
@@ -193,8 +193,8 @@ def test_a_header_that_lies_is_refused(compressed: Path) -> None:
 
 def test_a_newer_layout_is_refused(compressed: Path) -> None:
     stored = {name: value.clone() for name, value in load_file(compressed).items()}
-    save_file(stored, compressed, metadata={"spfde.compressed": "2"})
-    with pytest.raises(WeightsFileError, match="layout 2"):
+    save_file(stored, compressed, metadata={"spfde.compressed": "3"})
+    with pytest.raises(WeightsFileError, match="layout 3"):
         load(compressed)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, freezing_saving, solve
+from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, solve
 
 EPOCHS, INTERVAL = 160, 5
 
@@ -116,8 +116,8 @@ def test_a_target_that_is_met_exactly_is_met():
 
 
 def test_costs_that_change_over_time_are_taken_at_their_epoch():
-    assert freezing_saving([[1.0, 2.0, 4.0, 8.0]], [0, 0, 1, 1]) == 12.0
-    assert freezing_saving([[1.0, 2.0], [5.0, 7.0]], [2, 1]) == 1.0 + 5.0 + 2.0
+    assert Savings([[1.0, 2.0, 4.0, 8.0]], 48.0, 0.1, 1, 1).reduction((0, 0, 1, 1)) == 12 / 48
+    assert Savings([[1.0, 2.0], [5.0, 7.0]], 32.0, 0.1, 1, 2).reduction((2, 1)) == (1 + 5 + 2) / 32
 
 
 def test_no_reduction_freezes_nothing():

@@ -57,14 +57,25 @@ def blueprint_of(
 
 
 def _block(*names: str) -> Block:
-    return Block(names[0], parameters=names, modules=(), start=0, stop=0, n_layers=len(names))
+    return Block("".join(names[:1]), parameters=names, modules=(), start=0, stop=0, n_layers=len(names))
 
 
 def timeline_of(
-    layers: Mapping[str, nn.Parameter], method: SparsityMethod | None, *, samples: int = 100, **blueprint: Any
+    layers: Mapping[str, nn.Parameter],
+    method: SparsityMethod | None,
+    *,
+    samples: int = 100,
+    sieving: Any = None,
+    learning_rate: spfde.freezing.BlockwiseCosine | None = None,
+    **blueprint: Any,
 ) -> Timeline:
-    """The timeline of a run with these masks alone; see ``blueprint_of``."""
-    recipe = spfde.Recipe(sparsity=method, update_interval_epochs=blueprint.get("interval", 1))
+    """The timeline of a run with these masks; see ``blueprint_of``."""
+    recipe = spfde.Recipe(
+        sparsity=method,
+        sieving=sieving,
+        learning_rate=learning_rate,
+        update_interval_epochs=blueprint.get("interval", 1),
+    )
     return Timeline(blueprint_of(layers, method, **blueprint), recipe, samples)
 
 

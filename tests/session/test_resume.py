@@ -239,7 +239,7 @@ def test_a_state_from_another_model_length_or_version_is_refused(parts: Parts, w
     with pytest.raises(spfde.StateMismatch, match="format"):
         session.load_state_dict({**state, "format": 99})
     with pytest.raises(spfde.StateMismatch, match="epochs"):
-        session.load_state_dict({**state, "fit": {**state["fit"], "epochs": 9}})
-    shapes = {**state["fit"]["parameters"], "fc.weight": [5, 6]}
+        session.load_state_dict({**state, "run": {**state["run"], "epochs": 9}})
+    shapes = {**state["run"]["parameters"], "fc.weight": [5, 6]}
     with pytest.raises(spfde.StateMismatch, match=r"fc\.weight"):
-        session.load_state_dict({**state, "fit": {**state["fit"], "parameters": shapes}})
+        session.load_state_dict({**state, "run": {**state["run"], "parameters": shapes}})

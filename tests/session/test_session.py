@@ -385,7 +385,7 @@ def test_an_explicit_interval_longer_than_the_run_is_refused(parts: Parts, whole
 
 def test_an_interval_of_one_epoch_warns_that_forgetting_cannot_be_counted(parts: Parts) -> None:
     recipe = spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25), update_interval_epochs=1)
-    with pytest.warns(UserWarning, match="no forgetting can be counted"):
+    with pytest.warns(UserWarning, match="update_interval_epochs"):
         attach(parts, recipe)
 
 

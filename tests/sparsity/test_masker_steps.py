@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from helpers.masking import MaskedRun
-from spfde.sparsity import MEST, SET, RigL, SparsityMethod, StaticSparse, select_layers
+from spfde.sparsity import (
+    MEST,
+    SET,
+    DropGrow,
+    Gradient,
+    MagnitudePlusGradient,
+    RigL,
+    SparsityMethod,
+    StaticSparse,
+    select_layers,
+)
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -420,8 +430,15 @@ def test_a_gradient_that_is_not_finite_puts_the_mutation_off_by_a_step() -> None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-fused"])
-def test_the_loss_scale_does_not_enter_the_importance(optimizer: str) -> None:
-    method = MEST(sparsity=0.7, soft_bound=False, drop_steps=(0.5,), decay_at=(), gradient_weight=0.02)
+@pytest.mark.parametrize(
+    "method",
+    [
+        MEST(sparsity=0.7, soft_bound=False, drop_steps=(0.5,), decay_at=(), gradient_weight=0.02),
+        DropGrow(sparsity=0.7, drop_fraction=0.5, drop=MagnitudePlusGradient(gradient_weight=0.02), grow=Gradient()),
+    ],
+    ids=["random growth", "growth by gradient"],
+)
+def test_the_loss_scale_does_not_enter_the_importance(method: SparsityMethod, optimizer: str) -> None:
     plain, scaled = Run(method, optimizer), Run(method, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for epoch in range(3):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,9 +25,10 @@ from spfde.analysis import (
 )
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, collate
+from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder
-from spfde.app.runs.kept_model import Layers, Subject
+from spfde.app.runs.kept_model import BlockLayers, CheckpointedModel
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
@@ -40,20 +40,9 @@ FRACTION = 0.5
 """Share of the non-zeros that structural similarity looks at, as in the paper."""
 
 
-class AnalyzeOptions(Technique):
-    """What to measure on.
-
-    Attributes:
-        samples: test images for CKA, at most.
-        batch_size: images per minibatch, at most; the minibatches are of equal size, give or take one.
-        gradient_samples: training images for gradient norms, at most; 0 leaves them out.
-        data_root: where torchvision's sets lie; None: where they lay when the run was trained.
-    """
-
-    samples: int = Field(default=2000, ge=4, description="a whole number of images from 4 on")
-    batch_size: int = Field(default=128, ge=4, description="a whole number of images from 4 on")
-    gradient_samples: int = Field(default=256, ge=0, description="a whole number of images, 0 or more")
-    data_root: str | None = None
+@with_words
+class AnalyzeOptions(Technique, AnalysisOptions):
+    """What to measure on, as ``spfde analyze`` takes it."""
 
 
 def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Callable[[str], None]) -> Path:
@@ -78,8 +67,8 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
     _check_data(data, config, folder)
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    subject = Subject(trained, data, native=config.get("engine") == "native")
-    found = _measure(subject, checkpoints, options, tell)
+    model = CheckpointedModel(trained, data, native=config.get("engine") == "native")
+    found = _measure(model, checkpoints, options, tell)
     content = {
         "run": str(folder),
         "model": trained.model,
@@ -91,10 +80,12 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
         "fraction": FRACTION,
         **found,
         "versions": versions(),
-        "hardware": hardware(subject.device),
+        "hardware": hardware(model.device),
     }
+    # What is no number at a checkpoint (an output that is the same for all samples, say) is null in the file.
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with clear_errors(out), written_whole(out / RESULT) as (draft,):
-        draft.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return out / RESULT
 
 
@@ -123,15 +114,8 @@ def _check_data(data: ImageData, config: Mapping[str, Any], folder: Path) -> Non
     if not isinstance(then, Mapping):
         raise RunFolderError(f'{folder / CONFIG}: lacks the run\'s data ("data"). Restore the file from a copy.')
     spec = data.spec
-    now = {
-        "num_classes": spec.num_classes,
-        "channels": spec.channels,
-        "image_size": list(spec.image_size),
-        "train_samples": spec.train_samples,
-        "test_samples": spec.test_samples,
-        "mean": data.mean.tolist(),
-        "std": data.std.tolist(),
-    }
+    now = {**vars(spec), "image_size": list(spec.image_size), "mean": data.mean.tolist(), "std": data.std.tolist()}
+    del now["name"]
     for name, value in now.items():
         if not _agrees(value, then.get(name)):
             raise DataError(
@@ -152,41 +136,41 @@ def _agrees(now: Any, then: Any) -> bool:
 
 
 def _measure(
-    subject: Subject, checkpoints: Mapping[int, Path], options: AnalyzeOptions, tell: Callable[[str], None]
+    model: CheckpointedModel, checkpoints: Mapping[int, Path], options: AnalyzeOptions, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Figures of every checkpoint, by block and by layer, in the form of ``analysis.json``."""
-    generator = torch.Generator().manual_seed(subject.seed)
-    images, _ = _draw_images(subject.data.test, options.samples, generator)
-    train = _draw_images(subject.data.train, options.gradient_samples, generator) if options.gradient_samples else None
+    generator = torch.Generator().manual_seed(model.seed)
+    images, _ = _draw_images(model.data.test, options.samples, generator)
+    train = _draw_images(model.data.train, options.gradient_samples, generator) if options.gradient_samples else None
     if len(images) < 4:
-        raise DataError(f"{subject.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
+        raise DataError(f"{model.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
     n_batches = min(math.ceil(len(images) / options.batch_size), len(images) // 4)
     watch = _Stopwatch()
     columns = []
-    subject.load(checkpoints[max(checkpoints)])
-    final_masks = subject.masks
-    with subject.outputs() as outputs:
+    model.load(checkpoints[max(checkpoints)])
+    final_masks = model.masks
+    with model.outputs() as outputs:
         with watch("cka"):
-            reference = list(batch_grams(outputs, subject.batches(images, n_batches)))
+            reference = list(batch_grams(outputs, model.batches(images, n_batches)))
         for number, (epoch, path) in enumerate(checkpoints.items(), start=1):
             tell(f"checkpoint {number}/{len(checkpoints)}: after {epoch} epochs")
-            subject.load(path)
+            model.load(path)
             with watch("structural_similarity"):
-                overlaps = _overlaps(subject, final_masks)
+                overlaps = _overlaps(model, final_masks)
             with watch("cka"):
                 is_reference = epoch == max(checkpoints)
-                grams = reference if is_reference else batch_grams(outputs, subject.batches(images, n_batches))
+                grams = reference if is_reference else batch_grams(outputs, model.batches(images, n_batches))
                 alignment = minibatch_cka(grams, reference)
             with watch("gradient_norm"):
-                norms = _norms(subject, train, options.batch_size) if train is not None else {}
+                norms = _norms(model, train, options.batch_size) if train is not None else {}
             columns.append(Column(overlaps, alignment, norms))
     return {
         "samples": len(images),
         "batch_size": math.ceil(len(images) / n_batches),
         "gradient_samples": 0 if train is None else len(train[0]),
-        "engine": subject.engine,
+        "engine": model.engine,
         "seconds": watch.seconds,
-        "blocks": [_block(block, columns) for block in subject.blocks],
+        "blocks": [_block(block, columns) for block in model.blocks],
     }
 
 
@@ -199,7 +183,7 @@ class Column:
     norms: Mapping[str, float]
 
 
-def _block(block: Layers, columns: Sequence[Column]) -> dict[str, Any]:
+def _block(block: BlockLayers, columns: Sequence[Column]) -> dict[str, Any]:
     """One block over all checkpoints; null where there is nothing to tell."""
     masked = [name for name in block.weights if name in columns[0].overlaps]
     pooled = [[sum(counts) for counts in zip(*(c.overlaps[name] for name in masked), strict=True)] for c in columns]
@@ -227,21 +211,21 @@ def _share(common: int, chosen: int) -> float | None:
     return common / chosen if chosen else None
 
 
-def _overlaps(subject: Subject, final_masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    weights = dict(subject.model.named_parameters())
+def _overlaps(model: CheckpointedModel, final_masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    weights = dict(model.module.named_parameters())
     return {name: structural_overlap(weights[name], mask, fraction=FRACTION) for name, mask in final_masks.items()}
 
 
-def _norms(subject: Subject, train: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
+def _norms(model: CheckpointedModel, train: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
     images, labels = train
     n_batches = math.ceil(len(images) / batch_size)
-    targets = (part.to(subject.device) for part in labels.tensor_split(n_batches))
+    targets = (part.to(model.device) for part in labels.tensor_split(n_batches))
     return gradient_norms(
-        subject.model,
-        zip(subject.batches(images, n_batches), targets, strict=True),
+        model.module,
+        zip(model.batches(images, n_batches), targets, strict=True),
         F.cross_entropy,
-        parameters=[name for block in subject.blocks for name in block.weights],
-        masks=subject.masks,
+        parameters=[name for block in model.blocks for name in block.weights],
+        masks=model.masks,
     )
 
 
@@ -267,11 +251,3 @@ class _Stopwatch:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -114,7 +114,7 @@ def say_on_stderr(line: str) -> None:
     print(f"spfde: {line}", file=sys.stderr, flush=True)
 
 
-def say_choice(engine: str, reason: str) -> None:
-    """Tell which engine was chosen and why; silent where the logger "spfde" is set to WARNING or above."""
+def say(line: str) -> None:
+    """Tell the user what was chosen and why; silent where the logger "spfde" is set to WARNING or above."""
     if logging.getLogger("spfde").level <= logging.INFO:
-        say_on_stderr(f"engine {engine}: {reason}")
+        say_on_stderr(line)

@@ -23,7 +23,7 @@ class PrefixCache(Technique):
     It belongs to the machine and not to the recipe: a saved run goes on under another cache. Each sample then comes in
     so many augmented variants, and the augmentation must follow ``session.augmentation_seeds()``.
 
-    Args:
+    Attributes:
         variants: of each sample, from 1 on.
         precision: "fp16", or "int8" with a scale for each sample and output.
         limit_gib: room for what is kept, in GiB; where it is too small, fewer variants are kept, or none.

@@ -78,6 +78,13 @@ class Plan:
             "actual" (what the masked engine and autograd really hold).
         samples: size of the whole training set.
         batch_size: samples in a step.
+
+    Example:
+        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
+        >>> bill.start_epoch, bill.freeze_epochs
+        (80, (80, 85, 90))
+        >>> f"{bill.flops_ratio:.0%} of the dense net's FLOPs"
+        "25% of the dense net's FLOPs"
     """
 
     recipe: Recipe
@@ -199,17 +206,15 @@ class Plan:
     def _freezing(self) -> str:
         technique, freeze_plan = self.recipe.freezing, self.blueprint.freeze_plan
         if technique is None or self.start_epoch is None:
-            return "freezing: none"
-        how = {
-            "single-shot": f"one block each {self.blueprint.interval} epochs",
-            "single-shot-resume": f"one block each {self.blueprint.interval} epochs, all trained again from epoch "
-            f"{freeze_plan.resume_epoch}",
-            "periodic": "some blocks in three epochs of four, some in one of two",
-            "delayed-periodic": "some blocks in three epochs of four, some in one of two",
-        }[technique.scheme]
+            return self.blueprint.shortfall or "freezing: none"
+        how = technique.scheme
+        if freeze_plan.resume_epoch is not None:
+            how += f", all trained again from epoch {freeze_plan.resume_epoch}"
         lines = [
             f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
         ]
+        if self.blueprint.shortfall is not None:
+            lines.append(f"  {self.blueprint.shortfall}")
         if technique.adapts:
             lines.append(f"  at the latest: a block is frozen earlier where its {technique.criterion} has converged")
         for index, (block, at) in enumerate(zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True)):
@@ -255,6 +260,11 @@ def plan(
 
     Raises:
         InvalidArgument: see ``draw``; also a count below 1.
+
+    Example:
+        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
+        >>> bill.training_flops < bill.dense_training_flops
+        True
     """
     check_recipe(recipe)
     problems = Problems()

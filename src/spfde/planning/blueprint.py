@@ -75,6 +75,16 @@ class Blueprint:
         return sizes
 
     @property
+    def shortfall(self) -> str | None:
+        """A line where less is frozen than the recipe's preset asks for; None where the reduction is met."""
+        plan = self.freeze_plan
+        if plan.reduction >= plan.asked - 1e-9:
+            return None
+        found = f"{plan.reduction:.1%} is frozen" if any(plan.frozen) else "nothing is frozen"
+        reason = f" ({self.partition.reason})" if not self.partition.blocks else f" in {self.epochs} epochs"
+        return f"freezing saves {plan.asked:.0%} of the training FLOPs where that can be reached; here{reason} {found}"
+
+    @property
     def learning_stops(self) -> tuple[int, ...]:
         """For each block, and at last the head, the epoch in which its learning rate has come to its end."""
         return (*self.freeze_plan.learning_stops, self.epochs)
@@ -145,6 +155,8 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
 def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
     assert recipe.freezing is not None
     technique, blocks, epochs = recipe.freezing, blueprint.partition.blocks, blueprint.epochs
+    if not blocks and technique.as_far_as_possible:
+        return replace(blueprint, freeze_plan=replace(blueprint.freeze_plan, asked=technique.flops_reduction))
     if not blocks:
         raise InvalidArgument(
             Problem(
@@ -174,6 +186,7 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
         scheme=technique.scheme,
         start_epoch=technique.start_epoch,
         resume_epochs=technique.resume_epochs,
+        as_far_as_possible=technique.as_far_as_possible,
     )
     return replace(blueprint, freeze_plan=solved)
 

@@ -9,7 +9,7 @@ amends it as the run goes on; the epochs to come then follow from what was amend
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ class Timeline:
         self._blueprint, self._recipe, self._samples = blueprint, recipe, samples
         self._epochs, self._interval = blueprint.epochs, blueprint.interval
         self._frozen = list(blueprint.freeze_plan.frozen)
+        self._stops, self._resume_epoch = blueprint.learning_stops, blueprint.freeze_plan.resume_epoch
         self._layers: list[Layers] = []
         self._amended: tuple[int, Layers] | None = None
 
@@ -137,11 +138,13 @@ class Timeline:
         return tuple(self._frozen)
 
     def most_active(self) -> dict[str, int]:
-        """The most active weights that each layer has in any epoch."""
-        sizes = self._blueprint.masked
+        """The most active weights that each layer may have in any epoch."""
+        method, sizes = self._blueprint.method, self._blueprint.masked
+        if method is None or not method.counts_known:
+            return {name: layer.n_units * layer.unit_size for name, layer in sizes.items()}
+        planned = [row.layers for row in self]
         return {
-            name: int(max(layers[name].active for layers in (row.layers for row in self))) * sizes[name].unit_size
-            for name in sizes
+            name: max(int(layers[name].active) for layers in planned) * layer.unit_size for name, layer in sizes.items()
         }
 
     # --- what data decide --------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ class Timeline:
         method, layer = self._blueprint.method, self._blueprint.masked[name]
         assert method is not None, "only sparse recipes have masked layers"
         is_frozen = layer.block < self._frozen[epoch]
-        unchanged = replace(was, survive=int(was.active), frozen=is_frozen, mutates=False)
+        unchanged = replace(was, survive=int(was.active), frozen=is_frozen, mutates=False, to_target=False)
         if layer.target == layer.n_units:
             return unchanged
         if is_frozen:
@@ -228,11 +231,10 @@ class Timeline:
         survive, final = method.mutation_counts(was.target, layer.n_units, int(was.active), progress)
         # What has come down to its active weights for good receives no wider gradient any more.
         gradient = method.gradient_count(layer.n_units, final, progress) if was.gradient > was.active else final
-        mutates = method.mutates_at(progress)
         if to_target := self._is_last_update(layer.block, epoch):
-            final, mutates = min(final, was.target), False
+            final = min(final, was.target)
             survive, gradient = min(survive, final), final
-        mutates = mutates or survive < was.active or final > survive
+        mutates = method.mutates_at(progress) or survive < was.active or final > survive
         return LayerPlan(was.target, survive, final, gradient, mutates=mutates, to_target=to_target)
 
     @staticmethod
@@ -279,11 +281,10 @@ class Timeline:
         return max((at for at in updates if method is not None and method.mutates_at(at / self._epochs)), default=0)
 
     def _rates(self, epoch: int) -> tuple[float, ...]:
-        technique, plan = self._recipe.learning_rate, self._blueprint.freeze_plan
+        technique, stops = self._recipe.learning_rate, self._stops
         if technique is None:
             return ()
-        stops = self._blueprint.learning_stops
-        if plan.resume_epoch is not None and epoch >= plan.resume_epoch:
+        if self._resume_epoch is not None and epoch >= self._resume_epoch:
             stops = (stops[-1],) * len(stops)
         return tuple(learning_rate_factor(epoch, stop=stop, warmup=technique.warmup_epochs) for stop in stops)
 
@@ -299,7 +300,7 @@ class Timeline:
             "epochs": self._epochs,
             "interval": self._interval,
             "blocks": blocks,
-            "layer_fields": [field.name for field in fields(LayerPlan)],
+            "layer_fields": list(_FIELDS),
             "rows": _run_lengths([_written(row) for row in self]),
             "rates": [list(row.rates) for row in self] if self._recipe.learning_rate is not None else [],
         }
@@ -322,30 +323,44 @@ class Timeline:
         frozen, n_blocks = state["frozen"], len(self._blueprint.partition.blocks)
         if len(frozen) != self._epochs or not all(type(n) is int and 0 <= n <= n_blocks for n in frozen):
             raise StateMismatch("the state's timeline has other epochs or blocks. Use the run's own recipe and length.")
+        layers: list[Layers] = []
         try:
-            layers = [self._read(numbers) for count, numbers in state["layers"] for numbers in [numbers] * count]
-            after = None if state["after"] is None else (int(state["after"][0]), self._read(state["after"][1]))
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            for count, numbers in state["layers"]:
+                if type(count) is not int or not 0 < count <= self._epochs - len(layers):
+                    raise ValueError(f"{len(layers)} epochs, and {count!r} more")
+                layers += [self._read(numbers)] * count
+            amended = None if state["after"] is None else self._read_amended(*state["after"], known=len(layers))
+        except (TypeError, ValueError, AttributeError) as error:
             raise StateMismatch(f"the state's timeline is damaged ({error}).") from error
-        if len(layers) > self._epochs:
-            raise StateMismatch("the state's timeline is longer than the run.")
         self.__dict__.pop("_last_training_updates", None)
-        self._frozen, self._layers, self._amended = list(frozen), layers, after
+        self._frozen, self._layers, self._amended = list(frozen), layers, amended
+
+    def _read_amended(self, epoch: Any, numbers: Any, *, known: int) -> tuple[int, Layers]:
+        if type(epoch) is not int or not 0 <= epoch < known:
+            raise ValueError(f"epoch {epoch!r} of {known} is amended")
+        return epoch, self._read(numbers)
 
     def _read(self, numbers: Mapping[str, Sequence[Any]]) -> Layers:
-        if set(numbers) != set(self._blueprint.masked):
+        masked = self._blueprint.masked
+        if set(numbers) != set(masked):
             raise ValueError("it masks other layers")
-        layers = {name: LayerPlan(*values) for name, values in numbers.items()}
-        for name, own in layers.items():
-            counts = (own.target, own.survive, own.active, own.gradient)
-            most = self._blueprint.masked[name].n_units
-            if any(isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n <= most for n in counts):
-                raise ValueError(f"{name} has impossible counts {counts}")
-        return layers
+        return {name: _layer_plan(values, most=masked[name].n_units) for name, values in numbers.items()}
+
+
+_FIELDS = tuple(field.name for field in fields(LayerPlan))
+_N_COUNTS = _FIELDS.index("frozen")
+
+
+def _layer_plan(values: Sequence[Any], *, most: int) -> LayerPlan:
+    """The inverse of ``_numbers``, for one layer of ``most`` units."""
+    plan, flags = LayerPlan(**dict(zip(_FIELDS, values, strict=True))), values[_N_COUNTS:]
+    if not all(type(n) in (int, float) and 0 <= n <= most for n in values[:_N_COUNTS]) or {*map(type, flags)} != {bool}:
+        raise ValueError(f"a layer has {plan}")
+    return plan
 
 
 def _numbers(layers: Layers) -> dict[str, list[Any]]:
-    return {name: list(astuple(own)) for name, own in layers.items()}
+    return {name: list(vars(own).values()) for name, own in layers.items()}
 
 
 def _written(row: Row) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
-from spfde.engines.choose import check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.engines.choose import check_engine, choose_engine, say, say_on_stderr
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.model.sample import Sample, sample_from, unwrap
@@ -74,6 +74,18 @@ def attach(
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.mest, epochs=2)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         logits = model(x)
+        ...         torch.nn.functional.cross_entropy(logits, y).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         session.observe(logits, y)
+        >>> round(session.density, 1)
+        0.1
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
     _check_together(model, optimizer, loader, recipe, epochs, cache)
@@ -121,8 +133,10 @@ def attach(
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    if blueprint.shortfall is not None:
+        say(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
-        say_choice(choice.name, choice.reason)
+        say(f"engine {choice.name}: {choice.reason}")
     return session
 
 
@@ -272,14 +286,16 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
 
 
 def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
-    """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
+    """Does the partial set fill a batch? Warns where the criterion can say nothing of a sample."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
-    if recipe.sieves and counts and epochs > 1 and interval == 1:
+    needed = recipe.sieving.make_criterion().presentations_needed
+    circular = recipe.sieves and isinstance(recipe.sieving, DataSieving)
+    if circular and epochs > 1 and interval is not None and interval < needed:
         warnings.warn(
-            "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
-            "the sieve chooses at random. Take an interval of 2 or more.",
+            f"update_interval_epochs is {interval}, and {recipe.sieving.criterion} can say nothing of a sample that is "
+            f"seen less than {needed} times an interval: the sieve chooses at random. Take an interval of {needed} or "
+            "more.",
             stacklevel=4,
         )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)

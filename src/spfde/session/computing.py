@@ -13,7 +13,7 @@ from spfde.core.errors import InvalidArgument, StateMismatch, UsageError
 from spfde.core.numbers import mix
 from spfde.core.state import check_entries
 from spfde.engines.base import Job, Parts
-from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine, say_choice, say_on_stderr
+from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine, say, say_on_stderr
 from spfde.planning import Row
 from spfde.session.freezing import Freezing
 from spfde.session.masks import Masks
@@ -111,7 +111,7 @@ class Computing(Part):
         except InvalidArgument as error:
             reason = f"the state was saved with the {saved} engine, which {error.problems[0].rule}"
             self.choice = Choice(self.choice.name, reason, asked)
-            say_choice(self.choice.name, reason)
+            say(f"engine {self.choice.name}: {reason}")
             return
         self.engine.detach()
         self.choice = Choice(choice.name, "as the state was saved with", asked)

@@ -17,14 +17,11 @@ from spfde.planning import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.sieving import (
-    EVIDENCE,
     ClassLabels,
     Observer,
     Sieve,
     SievedBatchSampler,
     SievedLoader,
-    build_loader,
-    make_scorer,
     population_of,
 )
 
@@ -60,7 +57,7 @@ class Sampling(Part):
             else:
                 self.dense_samples *= world.size
         sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep, share=share)
-        self.loader: SievedLoader = build_loader(loader, sampler)
+        self.loader = SievedLoader(loader, sampler)
         self._drawn_before = 0
 
     @property
@@ -177,14 +174,15 @@ class SievedSampling(Sampling):
         known = self._classes.labels[population] if self._classes is not None and not self._classes.collects else None
         self._sieve = Sieve(population, technique, generator=setting.generator, labels=known)
         super().__init__(setting, loader, self._sieve.keep)
-        self._scorer = make_scorer(technique.criterion, n_ids, never_learned=technique.never_learned)
+        criterion = technique.make_criterion()
+        self._scorer = criterion.scorer(n_ids)
         collects = self._classes is not None and self._classes.collects
         self._observer = Observer(
             self._scorer,
             self.loader,
             setting.world.gather if setting.world.is_shared else None,
             classes=self._classes,
-            is_needed=technique.criterion != "random" or collects,
+            is_needed=criterion.needs_every_batch or collects,
         )
         self._asked_for_weights = False
 
@@ -198,7 +196,7 @@ class SievedSampling(Sampling):
 
     @property
     def n_used(self) -> int:
-        return self._sieve.turnover.ever_used
+        return self._sieve.ever_used
 
     @property
     def samples_observed(self) -> int:
@@ -210,7 +208,7 @@ class SievedSampling(Sampling):
         if row.sieve_update:
             labels = None if self._classes is None else self._classes.labels[self.population]
             difficulty = self._scorer.difficulty()[self.population]
-            self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels).moved
+            self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels)
             self._scorer.reset()
 
     def end_epoch(self) -> None:
@@ -234,7 +232,7 @@ class SievedSampling(Sampling):
         loss: Tensor | None,
     ) -> None:
         self._observer.check_labels(logits, y)
-        values = EVIDENCE[self._technique.criterion](logits, y, correct=correct, loss=loss)
+        values = self._scorer.criterion.evidence(logits, y, correct=correct, loss=loss)
         labels = self._classes.from_report(logits, y) if self._classes is not None else None
         self._observer.report(values, indices, labels)
 

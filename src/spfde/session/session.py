@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
-from spfde.cost import Ledger
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
@@ -27,9 +26,10 @@ from spfde.session.masks import make_masks
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import drive, make_sampling
 from spfde.session.state import load_state, save_state
+from spfde.session.view import SessionView
 
 
-class Session:
+class Session(SessionView):
     """A recipe attached to a training loop; made by ``spfde.attach``.
 
     Attributes:
@@ -40,21 +40,14 @@ class Session:
         cost: the bill so far, one row per finished epoch: modelled FLOPs, measured seconds and memory.
 
     Example:
-        >>> import torch, spfde
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-        >>> data = torch.utils.data.TensorDataset(torch.randn(32, 8), torch.randint(2, (32,)))
-        >>> loader = torch.utils.data.DataLoader(data, batch_size=8)
-        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> session = spfde.attach(net, optimizer, loader, spfde.presets.set, epochs=2, engine="masked")
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
-        ...         logits = net(x)
-        ...         torch.nn.functional.cross_entropy(logits, y).backward()
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
         ...         optimizer.step()
         ...         optimizer.zero_grad()
-        ...         session.observe(logits, y)
-        >>> [row.samples for row in session.cost.rows]
-        [32, 32]
+        >>> [row.epoch for row in session.cost.rows]
+        [0, 1]
     """
 
     def __init__(
@@ -97,16 +90,6 @@ class Session:
         self._listen_to_loader()
 
     # --- the clock -------------------------------------------------------------------------------------------------
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that runs now or comes next, from 0."""
-        return self._clock.epoch
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps so far."""
-        return self._clock.step
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each begun; a loaded state goes on where it was taken.
@@ -261,67 +244,6 @@ class Session:
             clock.phase = "running"
         clock.step += 1
         clock.steps += 1
-
-    # --- what there is to see ----------------------------------------------------------------------------------------
-
-    @property
-    def engine(self) -> str:
-        """Name of the engine that computes the model."""
-        return self._computing.choice.name
-
-    @property
-    def engine_reason(self) -> str:
-        """Why it was taken, in a few words."""
-        return self._computing.choice.reason
-
-    @property
-    def cost(self) -> Ledger:
-        """The bill so far."""
-        return self._bill.ledger
-
-    @property
-    def frozen_blocks(self) -> int:
-        """Number of frozen blocks."""
-        return self._freezing.n_frozen
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """Masks by parameter name; True where the weight exists."""
-        return dict(self._masks.masks)
-
-    @property
-    def density(self) -> float:
-        """Active share of the masked tensors; 1.0 where none is masked."""
-        return self._masks.density
-
-    @property
-    def explored(self) -> float:
-        """Share of the masked weights that have been active at some time (ITOP's rate); 1.0 where none is masked."""
-        return self._masks.explored
-
-    @property
-    def partial_set(self) -> Tensor:
-        """Indices of the samples in use, ascending."""
-        return self._sampling.partial_set
-
-    @property
-    def removed_set(self) -> Tensor:
-        """Indices of the samples that are out, the queue's head first."""
-        return self._sampling.removed_set
-
-    @property
-    def sieve_turnover(self) -> Mapping[str, int]:
-        """Samples moved at the top of this epoch, and distinct samples used so far."""
-        return {"moved": self._clock.sieve_moved, "ever_used": self._sampling.n_used}
-
-    def __repr__(self) -> str:
-        state = "attached" if self._attached else "detached"
-        what = f"engine={self.engine}, epoch {self.epoch} of {len(self.timeline)}, step {self.step}"
-        lines = [f"Session({state}, {what})", *(f"  {line}" for part in self._parts for line in part.summarise())]
-        if self._attached:
-            lines.append("  hooked: the optimizer's steps (clock)")
-            lines += [f"  {line}" for part in self._parts for line in part.describe()]
-        return "\n".join(lines)
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
 

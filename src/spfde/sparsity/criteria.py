@@ -21,6 +21,16 @@ class Criterion(Technique):
 
     Attributes:
         summary: what it does, in a line.
+
+    Example:
+        >>> class Smallest(spfde.sparsity.Criterion):
+        ...     name = "smallest"
+        ...     summary = "The smallest weights stay."
+        ...
+        ...     def score(self, weight, gradient):
+        ...         return -weight.abs()
+        >>> Smallest().score(torch.tensor([1.0, -2.0]), None)
+        tensor([-1., -2.])
     """
 
     summary: ClassVar[str]
@@ -36,9 +46,13 @@ class Criterion(Technique):
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
         """Score of each weight, of the weight's shape; the highest stay, or grow. NaN ranks lowest.
 
+        Where a structure groups weights, a group's score is the L2 norm of its weights' scores, which must then not be
+        negative.
+
         Args:
-            weight: the masked weight; not to be changed.
-            gradient: of its shape, where :attr:`needs_gradient`; else None.
+            weight: the masked weight, before anything is dropped; not to be changed.
+            gradient: of its shape, where :attr:`needs_gradient`; else None. The one for growing may still have a loss
+                scale in it, the same for all weights.
 
         Returns:
             None where nothing speaks for one weight or another: chance decides.
@@ -48,7 +62,12 @@ class Criterion(Technique):
 
 @register("drop")
 class Magnitude(Criterion):
-    """The largest weights stay: ``|w|``."""
+    """The largest weights stay: ``|w|``.
+
+    Example:
+        >>> spfde.sparsity.Magnitude().score(torch.tensor([1.0, -2.0]), None)
+        tensor([1., 2.])
+    """
 
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "The largest weights stay."
@@ -63,6 +82,11 @@ class MagnitudePlusGradient(Criterion):
 
     Attributes:
         gradient_weight: λ.
+
+    Example:
+        >>> criterion = spfde.sparsity.MagnitudePlusGradient(gradient_weight=0.5)
+        >>> criterion.score(torch.tensor([1.0, -2.0]), torch.tensor([4.0, 0.0]))
+        tensor([3., 2.])
     """
 
     name: ClassVar[str] = "magnitude-plus-gradient"
@@ -84,7 +108,12 @@ class MagnitudePlusGradient(Criterion):
 @register("drop")
 @register("grow")
 class Random(Criterion):
-    """Chance decides, uniformly."""
+    """Chance decides, uniformly.
+
+    Example:
+        >>> spfde.sparsity.Random().score(torch.tensor([1.0, -2.0]), None) is None
+        True
+    """
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "Chance decides."
@@ -96,7 +125,12 @@ class Random(Criterion):
 @register("drop")
 @register("grow")
 class Gradient(Criterion):
-    """The largest gradients ``|g|``; for growing that of all weights, which is dense (RigL, arXiv 1911.11134)."""
+    """The largest gradients ``|g|``; for growing that of all weights, which is dense (RigL, arXiv 1911.11134).
+
+    Example:
+        >>> spfde.sparsity.Gradient().score(torch.tensor([1.0, -2.0]), torch.tensor([-4.0, 0.0]))
+        tensor([4., 0.])
+    """
 
     name: ClassVar[str] = "gradient"
     summary: ClassVar[str] = "The largest gradients."

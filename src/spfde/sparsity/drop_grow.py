@@ -23,7 +23,7 @@ class Mutation(Strategy):
     """Carries out the planned mutations by two criteria.
 
     Where a criterion needs a gradient, the mutation of a layer waits for the first step that has one: of the active
-    weights for dropping, of all for growing.
+    weights for dropping, of all for growing. Each is given its own.
 
     Args:
         masker: see ``Strategy``.
@@ -55,20 +55,27 @@ class Mutation(Strategy):
         return self._grow.needs_gradient and layer.name in self.pending
 
     def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
-        if gradient is not None and layer.name in self.pending and not self._grow.needs_gradient:
+        if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
             self._snapshots[layer.name] = unscaled(gradient, self.masker.optimizer)
 
     def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
         if not self.pending:
             return
-        gradients = self._take_gradients(has_closure=has_closure)
-        self.masker.average_over_ranks(gradients)
-        if was_skipped or not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        active = self._take_snapshots(has_closure=has_closure)
+        dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
+        self.masker.average_over_ranks(active)
+        self.masker.average_over_ranks(dense)
+        gradients = (*active.values(), *dense.values())
+        if was_skipped or not all(bool(gradient.isfinite().all()) for gradient in gradients):
             return
         # In the order of the layers, so that the generator's draws do not depend on the backward pass.
         for layer in self.masker.live:
-            if layer.name in self.pending and layer.name in gradients:
-                self._mutate(layer, *self.pending.pop(layer.name), gradients[layer.name])
+            needed = [of for of, by in ((active, self._drop), (dense, self._grow)) if by.needs_gradient]
+            if layer.name in self.pending and all(layer.name in of for of in needed):
+                self._mutate(layer, *self.pending.pop(layer.name), active.get(layer.name), dense.get(layer.name))
+
+    def adopt(self, layer: MaskedWeight) -> None:
+        self.pending.pop(layer.name, None)
 
     def clear(self) -> None:
         self._snapshots.clear()
@@ -100,35 +107,48 @@ class Mutation(Strategy):
         if (drops and self._drop.needs_gradient) or (grows and self._grow.needs_gradient):
             self.pending[layer.name] = (survive, final)
         else:
-            self._mutate(layer, survive, final, None)
+            self._mutate(layer, survive, final, None, None)
 
-    def _mutate(self, layer: MaskedWeight, survive: int, final: int, gradient: Tensor | None) -> None:
-        weight = layer.parameter.detach()
+    def _mutate(
+        self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None
+    ) -> None:
         self.mutate(
             layer,
             survive,
             final,
-            drop_score=_checked(self._drop, weight, gradient) if survive < layer.active else None,
-            grow_score=_checked(self._grow, weight, gradient) if final > survive else None,
+            drop_score=_score(self._drop, layer, active) if survive < layer.active else None,
+            grow_score=_score(self._grow, layer, dense) if final > survive else None,
         )
 
-    def _take_gradients(self, *, has_closure: bool) -> dict[str, Tensor]:
-        if self._grow.needs_gradient:
-            return self.masker.take_dense_gradients()
+    def _take_snapshots(self, *, has_closure: bool) -> dict[str, Tensor]:
+        """The gradients of active weights, for dropping; without the loss scale, which dense ones still have."""
         taken, self._snapshots = self._snapshots, {}
-        if has_closure:
+        if has_closure and self._drop.needs_gradient:
             # The step itself ran the backward pass: what was there before it is stale.
             waiting = [layer for layer in self.masker.live if layer.name in self.pending]
             taken = {layer.name: layer.parameter.grad for layer in waiting if layer.parameter.grad is not None}
         return taken
 
 
-def _checked(criterion: Criterion, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """The criterion's score, which anybody may have written."""
+def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:
+    """The criterion's score, which anybody may have written.
+
+    Raises:
+        UsageError: it is no score for each weight.
+    """
+    weight = layer.parameter.detach()
     score = criterion.score(weight, gradient)
-    if score is not None and score.shape != weight.shape:
+    if score is None:
+        return None
+    found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    if found != tuple(weight.shape):
         raise UsageError(
-            f"criterion {criterion.name} scored a weight of shape {tuple(weight.shape)} with a tensor of shape "
-            f"{tuple(score.shape)}. Return one score for each weight, or None for chance."
+            f"criterion {criterion.name} scored a weight of shape {tuple(weight.shape)} with {found}. Return a tensor "
+            "with one score for each weight, or None for chance."
+        )
+    if layer.unit_size > 1 and bool((score < 0).any()):
+        raise UsageError(
+            f"criterion {criterion.name} gives negative scores, and of a group of weights the norm of their scores "
+            "counts. Return scores from 0 on, or use it without a structure."
         )
     return score

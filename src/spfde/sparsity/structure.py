@@ -33,6 +33,10 @@ class Structure(Technique):
         name: what it is called in recipes, as its ``kind``.
         fixed_count: whether the sparsity fixes the number of units at every moment, so that a method cannot hold more
             for a while.
+
+    Example:
+        >>> spfde.Block(rows=4).n_units((8, 3)), spfde.Block(rows=4).unit_size((8, 3))
+        (6, 4)
     """
 
     summary: ClassVar[str]
@@ -118,7 +122,12 @@ class Structure(Technique):
 
 @register("structure")
 class Unstructured(Structure):
-    """Every weight for itself."""
+    """Every weight for itself.
+
+    Example:
+        >>> spfde.Unstructured().target_units((8, 4), sparsity=0.9)
+        3
+    """
 
     name: ClassVar[str] = "unstructured"
     summary: ClassVar[str] = "Every weight for itself."
@@ -137,6 +146,13 @@ class Block(Structure):
     Attributes:
         rows: outputs in a block.
         columns: columns in a block; they run over the kernel first, then over the inputs.
+
+    Example:
+        >>> blocks = spfde.Block(rows=4, columns=1)
+        >>> spfde.SET(sparsity=0.9, structure=blocks).structure == blocks
+        True
+        >>> blocks.expand(torch.tensor([True, False]), (8, 1)).flatten().int()
+        tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.int32)
     """
 
     name: ClassVar[str] = "block"
@@ -190,6 +206,10 @@ class NM(Structure):
     Attributes:
         n: active weights in a group.
         m: weights in a group.
+
+    Example:
+        >>> spfde.NM(n=2, m=4).problem((8, 6), sparsity=0.5)
+        'must have a number of weights per output that 4 divides; it has 6'
     """
 
     name: ClassVar[str] = "nm"
@@ -239,7 +259,12 @@ class NM(Structure):
 
 @register("structure")
 class Kernels(Structure):
-    """Whole kernels: what one output sees of one input. A 1x1 kernel, and one of ``nn.Linear``, is a single weight."""
+    """Whole kernels: what one output sees of one input. A 1x1 kernel, and one of ``nn.Linear``, is a single weight.
+
+    Example:
+        >>> spfde.Kernels().n_units((16, 8, 3, 3)), spfde.Kernels().unit_size((16, 8, 3, 3))
+        (128, 9)
+    """
 
     name: ClassVar[str] = "kernel"
     summary: ClassVar[str] = "Whole kernels: what an output sees of an input."
@@ -259,6 +284,10 @@ class Patterns(Structure):
     Departures, from the code of MEST as its fork neu-spiral/SparCL has it: one of its eight patterns leaves the centre
     out, in place of which the upward T completes four squares and four Ts; and it keeps the same number of kernels in
     every filter, where here the layer's kernels compete.
+
+    Example:
+        >>> spfde.Patterns().unit_size((16, 8, 3, 3))  # of the nine weights of a kernel that exists
+        4
     """
 
     name: ClassVar[str] = "pattern"
@@ -310,7 +339,12 @@ class Patterns(Structure):
 
 @register("structure")
 class Channels(Structure):
-    """Whole output channels: filters of a convolution, rows of ``nn.Linear``."""
+    """Whole output channels: filters of a convolution, rows of ``nn.Linear``.
+
+    Example:
+        >>> spfde.Channels().target_units((16, 8, 3, 3), sparsity=0.75)
+        4
+    """
 
     name: ClassVar[str] = "channel"
     summary: ClassVar[str] = "Whole output channels."

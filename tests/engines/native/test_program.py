@@ -263,13 +263,15 @@ def test_in_single_precision_the_error_is_that_of_rounding(density: float, batch
     model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 3, 3, stride=2))
     masks = random_masks(model, density)
     reference, engine = twin(model, masks, torch.float32)
-    reference = reference.double()
     x = torch.randn(batch, 4, 5, width + 2)
-    ours, expected = step(model, x), step(reference, x.double())
+    ours, theirs, expected = step(model, x), step(reference, x), step(reference.double(), x.double())
     for name, value in expected.items():
         mask = masks.get(name.removesuffix(".grad"))
         value = value if mask is None else value * mask
-        assert float((ours[name].double() - value).norm()) < 1e-5 * max(float(value.norm()), 1e-3), name
+        # Sums that cancel out keep few digits, in PyTorch too.
+        rounding = float((theirs[name].double() - expected[name]).norm())
+        allowed = max(1e-5 * float(value.norm()), 1e-8, 3 * rounding)
+        assert float((ours[name].double() - value).norm()) < allowed, name
     engine.detach()
 
 
@@ -399,8 +401,8 @@ def test_the_operator_works_on_fake_tensors() -> None:
     model(x)
     handle = max(op._PROGRAMS)
     program: Program = op._PROGRAMS[handle]
-    real = op.region([x], list(program.outline.parameters), handle)
+    real = op.region([x], list(program.plan.parameters), handle)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = op.region([mode.from_tensor(x)], [mode.from_tensor(p) for p in program.outline.parameters], handle)
+        fake = op.region([mode.from_tensor(x)], [mode.from_tensor(p) for p in program.plan.parameters], handle)
     assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
     engine.detach()

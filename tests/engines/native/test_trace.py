@@ -247,7 +247,7 @@ def test_a_block_that_counts_stays_in_pytorch_and_goes_on_counting(kind: str) ->
     inner, theirs = model[1], reference[1]
     assert (inner.n, len(inner.log), float(inner.count)) == (theirs.n, len(theirs.log), float(theirs.count))
     assert engine._n_captures == 1, "its counters are its own affair"
-    assert [node.kind for region in engine.taken for node in region.nodes] == ["conv", "conv", "act"]
+    assert [node.kind for region in engine.taken for node in region.ops] == ["conv", "conv", "act"]
     assert any(text.startswith("1 (Net; ") for text in engine.left)
 
 
@@ -290,7 +290,7 @@ def test_norms_with_a_forward_of_their_own_stay_in_pytorch_and_take_one_trace_to
 def test_statistics_of_a_single_value_stop_no_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchMoments(), nn.Conv2d(4, 2, 1))
     captured = capture(model, torch.zeros(1, 3, 3, 3))  # one value a channel: a batch has more
-    assert [node.kind for region in captured.regions for node in region.nodes] == ["conv", "conv"]
+    assert [node.kind for region in captured.regions for node in region.ops] == ["conv", "conv"]
     assert captured.left == ("batch_norm",)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.zeros(1, 3, 3, 3))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
+from spfde.core.torch_private import compiled_inside
 from spfde.engines.base import Engine, Job, Parts
 from spfde.engines.native import build
 from spfde.engines.native.graph import capture
@@ -40,7 +41,7 @@ class NativeEngine(Engine):
 
     @classmethod
     def supports(cls, job: Job) -> str | None:
-        if isinstance(job.given, torch._dynamo.OptimizedModule):
+        if compiled_inside(job.given) is not None:
             return "the model is compiled by torch.compile"
         target = job.blueprint.target
         for name, parameter in job.model.named_parameters():
@@ -123,7 +124,7 @@ class NativeEngine(Engine):
     def describe(self) -> list[str]:
         regions, left = self.computes.taken, self.computes.left
         return [
-            f"replaced: the model's forward; {sum(len(region.nodes) for region in regions)} operations in "
+            f"replaced: the model's forward; {sum(len(region.ops) for region in regions)} operations in "
             f"{len(regions)} native regions, in PyTorch: {', '.join(left) or 'nothing'}"
         ]
 
@@ -161,5 +162,5 @@ def _captured(job: Job) -> GuardedCapture:
 
 def _layers(job: Job) -> dict[str, str]:
     """The weights that the kernels take, with the kind of each one's layer."""
-    nodes = [node for region in _captured(job).captured.regions for node in region.nodes]
-    return {f"{node.module}.weight": node.kind for node in nodes if node.kind in _LINES}
+    ops = [op for region in _captured(job).captured.regions for op in region.ops]
+    return {f"{op.module}.weight": op.kind for op in ops if op.kind in _LINES}

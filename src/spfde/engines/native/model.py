@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, UsageError
+from spfde.core.torch_private import has_global_hooks
 from spfde.engines.native import build
-from spfde.engines.native.fusion import steps_of
+from spfde.engines.native.fusion import fuse
 from spfde.engines.native.graph import Capture, Region, capture, region_name, whole
-from spfde.engines.native.guards import FORWARD, HELD, is_same, signature
+from spfde.engines.native.guards import FORWARD, HELD, guards_of, is_same
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
-from spfde.engines.native.packed import Weights
+from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.prefix import CachedPrefix
 from spfde.engines.native.runner import RegionRunner
 from spfde.engines.native.trace import check_forward
@@ -62,7 +63,7 @@ class NativeModel:
         self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
-        self._masks, self._weights = masks, Weights(masks, dense_gradients)
+        self._masks, self._weights = masks, PackedWeights(masks, dense_gradients)
         self._sample = sample
         self._captures: list[GuardedCapture] = []  # the last used first
         self._n_captures = 0
@@ -136,7 +137,7 @@ class NativeModel:
         if self._sample is None:
             self._sample = kwargs if kwargs and not args else args
         captured = self._known()
-        if _has_global_hooks() or (captured is None and _has_stand_ins(self._model)):
+        if has_global_hooks() or (captured is None and _has_stand_ins(self._model)):
             return type(self._model).forward(self._model, *args, **kwargs)
         self._pool.begin_pass()
         self._weights.refresh()
@@ -226,7 +227,7 @@ class NativeModel:
         modules = dict(self._model.named_modules(remove_duplicate=False))
         for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
             runner = RegionRunner(
-                region, steps_of(region, modules), plain, self._kernels, self._pool, self._weights
+                region, fuse(region, modules), plain, self._kernels, self._pool, self._weights
             )  # fmt: skip
             for made in (captured.graph_module, *(captured.halves or ())):
                 if hasattr(made, region_name(index)):
@@ -239,10 +240,10 @@ class GuardedCapture:
     def __init__(self, model: nn.Module, captured: Capture) -> None:
         self.captured = captured
         self._opaque = {model.get_submodule(name) for name in captured.opaque}
-        self._signature = signature(model, self._opaque)
+        self._guards = guards_of(model, self._opaque)
 
     def is_current(self, model: nn.Module) -> bool:
-        return is_same(self._signature, signature(model, self._opaque))
+        return is_same(self._guards, guards_of(model, self._opaque))
 
 
 class _Held:
@@ -282,17 +283,3 @@ def _tensors(values: Any) -> list[Tensor]:
             "Attach without cache=."
         )
     return list(values)
-
-
-def _has_global_hooks() -> bool:
-    """Whether there are hooks on every module, which the engine's graph would not call.
-
-    PyTorch tells it in no public way, and in no private one from 2.6 on to this day: tested with 2.6.0 and 2.14.1.
-    """
-    module = nn.modules.module
-    return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-    )

@@ -43,6 +43,12 @@ class SparsityMethod(Technique):
         dense_head: the classifier head stays dense.
         init: "random" (uniform per layer, SpFDE's random sparse structure) or "magnitude" (the largest initial
             weights, as MEST's released code; the choice for a pretrained model).
+
+    Example:
+        >>> isinstance(spfde.SET(sparsity=0.9), spfde.sparsity.SparsityMethod)
+        True
+        >>> spfde.SET(sparsity=0.9, overrides={"head*": 0.5}).overrides
+        {'head*': 0.5}
     """
 
     summary: ClassVar[str]
@@ -54,6 +60,8 @@ class SparsityMethod(Technique):
     """Whether the optimizer must step without a closure."""
     counts_known: ClassVar[bool] = True
     """Whether each layer's number of active weights is known before training."""
+    _count_remedy: ClassVar[str] = "Use another method, such as set or rigl."
+    """What to do where the number of active weights varies and the structure fixes it."""
 
     sparsity: Sparsity = Field(description="a number in [0, 1), the share of inactive weights")
     distribution: Literal["uniform", "erk"] = "uniform"
@@ -82,16 +90,12 @@ class SparsityMethod(Technique):
             return self
         if not self.structured:
             rule = f"must be Unstructured(), for {self.name} works on single weights"
-            raise InvalidArgument(
-                Problem("structure", self.structure, rule, "Use another method, such as set or rigl.")
-            )
+            remedy = "Use another method, such as set or rigl."
+            raise InvalidArgument(Problem("structure", self.structure, rule, remedy))
         if self.structure.fixed_count and self.varies_counts:
             rule = f"keeps the number of active weights fixed, and {self.name} varies it as it is set here"
-            raise InvalidArgument(Problem("structure", self.structure, rule, self._fixed_counts_remedy()))
+            raise InvalidArgument(Problem("structure", self.structure, rule, self._count_remedy))
         return self
-
-    def _fixed_counts_remedy(self) -> str:
-        return "Use another method, such as set or rigl."
 
     @property
     def cited(self) -> tuple[str, ...]:

@@ -36,6 +36,12 @@ class DeepR(SparsityMethod):
         l1: penalty on the magnitude of active weights, per unit of learning rate.
         noise: standard deviation of the noise, per unit of learning rate. The paper's temperature is
             ``learning_rate * noise**2 / 2``. Both defaults are those of the authors' MNIST script.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.DeepR(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "deepr"

@@ -45,6 +45,8 @@ class DropGrow(SparsityMethod):
 
     name: ClassVar[str] = "drop-grow"
     summary: ClassVar[str] = "Drops weights by one criterion and grows as many by another."
+    references: ClassVar[tuple[str, ...]] = ("mocanu2018set",)
+    _count_remedy: ClassVar[str] = "Use soft_bound=0, or another method, such as set or rigl."
 
     drop: SerializeAsAny[Criterion] = Field(default=Magnitude(), description="a criterion, such as Magnitude()")
     grow: SerializeAsAny[Criterion] = Field(default=Random(), description="a criterion, such as Random()")

@@ -32,6 +32,12 @@ class DSR(SparsityMethod):
         tolerance: how far from it the number may lie before the threshold adapts, in share of it.
         threshold: magnitude below which weights are dropped at the first mutation.
         stop_fraction: share of the run after which the masks stay, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.DSR(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "dsr"

@@ -29,6 +29,12 @@ class GMP(SparsityMethod):
         initial_sparsity: before the first pruning, in [0, 1), and at most the layer's target.
         start_fraction: share of the run after which pruning starts, in [0, 1).
         stop_fraction: share of the run at which the target is reached, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.GMP(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        1.0
     """
 
     name: ClassVar[str] = "gmp"

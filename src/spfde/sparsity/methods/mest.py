@@ -31,12 +31,19 @@ class MEST(DropGrow):
         drop_steps: share of the target's active weights dropped at an update epoch, by stage (EM only).
         decay_at: progress at which the next stage starts; one fewer than stages.
         gradient_weight: λ in the importance |w| + λ|g|; 0 in the released code.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.9, soft_bound=False))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "mest"
     summary: ClassVar[str] = "Elastic mutation with a soft memory bound; no dense gradient, ever."
     cost: ClassVar[str] = "3 sparse passes a step, at the soft bound's density"
     references: ClassVar[tuple[str, ...]] = ("yuan2021mest",)
+    _count_remedy: ClassVar[str] = "Use soft_bound=False, or another method, such as set or rigl."
 
     drop: ClassVar[Criterion] = Magnitude()  # type: ignore[misc]  # no field: fixed
     grow: ClassVar[Criterion] = Random()  # type: ignore[misc]  # no field: fixed
@@ -74,6 +81,3 @@ class MEST(DropGrow):
 
     def excess_at(self, progress: float) -> float:
         return steps(progress, self.soft_bound_steps, self.decay_at) if self.soft_bound else 0.0
-
-    def _fixed_counts_remedy(self) -> str:
-        return f"Use soft_bound=False, or another method. {super()._fixed_counts_remedy()}"

@@ -28,6 +28,10 @@ class PruningAtInitialisation(SparsityMethod):
 
     Attributes:
         n_batches: batches of the loader that are scored.
+
+    Example:
+        >>> isinstance(spfde.SNIP(sparsity=0.9), spfde.sparsity.PruningAtInitialisation)
+        True
     """
 
     cost: ClassVar[str] = "3 sparse passes a step, and 3 dense ones for each sample that is scored"
@@ -136,6 +140,12 @@ class SNIP(PruningAtInitialisation):
 
     Attributes:
         n_batches: batches of the loader whose gradients are added up; one in the paper.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SNIP(sparsity=0.9, n_batches=4))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "snip"
@@ -173,6 +183,12 @@ class GraSP(PruningAtInitialisation):
     Attributes:
         n_batches: batches of the loader that are scored, about 10 samples a class of CIFAR-10 or more.
         temperature: divides the model's output, which makes the softmax flat; 1 leaves it alone.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.GraSP(sparsity=0.9, n_batches=4))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "grasp"
@@ -216,6 +232,12 @@ class SynFlow(PruningAtInitialisation):
     Attributes:
         n_batches: no data: 0.
         iterations: rounds of scoring and pruning.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SynFlow(sparsity=0.9, iterations=20))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "synflow"

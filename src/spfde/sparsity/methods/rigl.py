@@ -20,6 +20,12 @@ class RigL(DropGrow):
     Attributes:
         drop_fraction: share of the active weights dropped at the first mutation, in [0, 1).
         stop_fraction: share of the run after which the mask stays, in (0, 1]; the cosine ends there.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.RigL(sparsity=0.9, stop_fraction=0.5))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "rigl"

@@ -20,6 +20,12 @@ class SET(DropGrow):
         drop_fraction: share of the active weights dropped at the first mutation, in [0, 1).
         decay: "cosine" to zero at ``stop_fraction``, or "constant" until then.
         stop_fraction: share of the run after which the mask stays, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.9, drop_fraction=0.2))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "set"

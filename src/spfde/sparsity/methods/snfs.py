@@ -33,6 +33,12 @@ class SNFS(SparsityMethod):
         drop_fraction: share of the active weights dropped at the first mutation, in [0, 1).
         final_drop_fraction: the same at the end of the run; a cosine leads there.
         momentum: of the smoothed gradient, in [0, 1).
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SNFS(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "snfs"

@@ -11,7 +11,14 @@ from spfde.sparsity.methods.drop_grow import DropGrow
 
 @register("method")
 class StaticSparse(DropGrow):
-    """A fixed random mask: the baseline of dynamic sparse training."""
+    """A fixed random mask: the baseline of dynamic sparse training.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.StaticSparse(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
+    """
 
     name: ClassVar[str] = "static"
     summary: ClassVar[str] = "A fixed random mask, never changed."

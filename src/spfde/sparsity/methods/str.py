@@ -32,6 +32,12 @@ class STR(SparsityMethod):
         threshold_start: ``s`` at first; ``sigmoid(-10)`` is 4.5e-5.
         threshold_decay: weight decay of ``s``, per unit of learning rate.
         stop_fraction: share of the run after which the masks stay, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.STR(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        1.0
     """
 
     name: ClassVar[str] = "str"

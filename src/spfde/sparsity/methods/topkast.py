@@ -32,6 +32,12 @@ class TopKAST(SparsityMethod):
         exploration: density of the gradient above that of the weights, in share of all weights of the layer.
         penalty: L2 penalty on the weights that learn, per unit of learning rate.
         stop_fraction: share of the run after which only the sparse weights learn, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.TopKAST(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "topkast"
