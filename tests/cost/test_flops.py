@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from spfde.core.errors import InvalidArgument
 from spfde.cost import ModelCost, model_cost
-from spfde.model.trace import Trace, TracedOp, trace
+from spfde.model.trace import trace
 
 
 def cost_of(model: nn.Module, *shape: int) -> ModelCost:
@@ -114,12 +113,6 @@ def test_a_parameter_that_is_the_input_of_a_product_is_not_its_weight() -> None:
     assert [layer.name for layer in cost.layers] == ["project.weight", ":mm"]
     # The projection does not depend on the batch: 240 FLOPs once, spread over three samples.
     assert [layer.forward_flops for layer in cost.layers] == [80, 2 * 4 * 5]
-
-
-def test_a_trace_of_another_model_is_refused() -> None:
-    foreign = Trace(1, (TracedOp(0, "conv", ("conv.weight",), 10, 1, "aten.convolution"),), {}, ())
-    with pytest.raises(InvalidArgument, match=r"conv\.weight.*Trace the model"):
-        model_cost(foreign, small_net())
 
 
 def test_densities_follow_the_weights_and_products_stay_dense() -> None:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spfde.core.errors import InvalidArgument
 from spfde.cost import (
     LayerCost,
     MemoryBytes,
@@ -99,13 +98,6 @@ def test_freezing_never_adds_memory(density: list[float], frozen: list[bool]) ->
     for accounting in ("paper", "actual"):
         active = memory_of(LAYERS, density, (False,) * 3, batch_size=3, accounting=accounting)
         assert memory_of(LAYERS, density, frozen, batch_size=3, accounting=accounting).total <= active.total
-
-
-def test_bad_arguments_are_named_together() -> None:
-    with pytest.raises(InvalidArgument) as raised:
-        memory_of(LAYERS, (1.0, 2.0, 1.0), (False,), batch_size=0, accounting="papre")  # type: ignore[arg-type]
-    assert [p.argument for p in raised.value.problems] == ["frozen", "density", "batch_size", "accounting"]
-    assert "Did you mean 'paper'?" in str(raised.value)
 
 
 def test_a_tensor_saved_several_times_counts_once() -> None:

@@ -10,16 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spfde.core.errors import Problems, nearest
 from spfde.cost.flops import LayerCost
-from spfde.cost.training import check_layers, share
+from spfde.cost.training import share
 
 Accounting = Literal["paper", "actual"]
 """How memory is counted: as the paper does, or as PyTorch under a mask stores it."""
@@ -127,22 +126,11 @@ def memory_of(
         batch_size: samples in a step.
         accounting: which of the two.
 
-    Raises:
-        InvalidArgument: lengths differ, a density is outside [0, 1], or another argument breaks its rule.
-
     Example:
         >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
         >>> spfde.cost.memory_of([layer], [0.1], [False], batch_size=8, accounting="paper").weights
         204
     """
-    problems = Problems()
-    check_layers(problems, len(layers), density, frozen)
-    if batch_size < 1:
-        problems.add("batch_size", batch_size, "must be at least 1", "Pass the samples in a step.")
-    if accounting not in get_args(Accounting):
-        problems.add("accounting", accounting, "is unknown", nearest(str(accounting), get_args(Accounting)))
-    problems.raise_if_any()
-
     as_paper = accounting == "paper"
     weights = masks = weight_gradients = activations = activation_gradients = 0
     for layer, d, is_frozen in zip(layers, density, frozen, strict=True):
@@ -178,9 +166,6 @@ def memory_timeline(
         target_density: density of each layer at the target, without a soft bound: the sparse baseline's.
         batch_size: samples in a step.
         accounting: see ``memory_of``.
-
-    Raises:
-        InvalidArgument: an argument breaks a rule of ``memory_of``.
 
     Example:
         >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from spfde.core.errors import InvalidArgument, Problem, StateMismatch, UsageError
+from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
+from spfde.core.torch_private import is_compiled, recompile_limit
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
@@ -48,9 +49,6 @@ class Freezer:
         optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
             checkpoints go on fitting.
 
-    Raises:
-        InvalidArgument: a block names a parameter that the model does not have.
-
     Example:
         >>> from spfde.model.blocks import find_blocks
         >>> from spfde.model.trace import trace
@@ -65,11 +63,6 @@ class Freezer:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        unknown = [name for block in blocks for name in block.parameters if name not in parameters]
-        if unknown:
-            raise InvalidArgument(
-                Problem("blocks", unknown[0], "is no parameter of the model", "Find the blocks of this very model.")
-            )
         self._optimizer = optimizer
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
@@ -93,20 +86,12 @@ class Freezer:
         """Freeze the first ``n_blocks`` blocks and no others; those that are frozen already stay so.
 
         A block that thaws trains on from its weights; optimizer state, which was freed, begins anew.
-
-        Raises:
-            UsageError: a number below 0, or more blocks than there are.
+        What freezing changed is put back: ``requires_grad`` as each parameter had it, and the modes of the norms.
         """
-        if not 0 <= n_blocks <= len(self._blocks):
-            raise UsageError(f"n_blocks={n_blocks}: must be between 0 and {len(self._blocks)} (all blocks).")
         while self.n_frozen > n_blocks:
             self._thaw(self._frozen.pop())
         for index in range(self.n_frozen, n_blocks):
             self._frozen.append(self._freeze(index))
-
-    def unfreeze_all(self) -> None:
-        """Put back what freezing changed: ``requires_grad`` as each parameter had it, and the modes of the norms."""
-        self.freeze_to(0)
 
     def _freeze(self, index: int) -> _Frozen:
         trained = [parameter for parameter in self._parameters[index] if parameter.requires_grad]
@@ -202,19 +187,15 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         >>> spfde.freezing.recompile_warning(model, n_fronts=3) is None  # the model is not compiled
         True
     """
-    # torch has a public name neither for a module that is compiled nor for the limit. Tested with 2.14.
-    compiled = any(
-        getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    if not compiled:
+    if not is_compiled(model):
         return None
-    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_fronts + 1)
+    setting, limit = recompile_limit()
+    needed = 2 * (n_fronts + 1)
     if needed <= limit:
         return None
     return (
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
-        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} torch runs it uncompiled: set the limit to "
+        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to "
         f"{needed}."
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spfde.core.errors import Problem, Problems, StateMismatch, UsageError
 from spfde.core.numbers import cosine
+from spfde.core.state import check_entries
 from spfde.core.technique import Technique
 
 
@@ -174,15 +175,16 @@ class GroupRates:
         """Take over the base rates.
 
         Raises:
-            StateMismatch: the state is of another number of groups, or is none of ours.
+            StateMismatch: the state is of another number of groups, or damaged.
         """
-        bases = state.get("base_rates")
-        if not isinstance(bases, list) or len(bases) != len(self._bases):
+        check_entries(state, "the learning rates", {"base_rates": list})
+        bases = state["base_rates"]
+        if len(bases) != len(self._bases) or not all(isinstance(base, float) for base in bases):
             raise StateMismatch(
-                f"The learning-rate state has base_rates={bases!r}, but the optimizer has {len(self._bases)} parameter "
-                "groups. Load it with the optimizer that it was saved with."
+                f"the state of the learning rates has base_rates={bases!r}, and the optimizer has {len(self._bases)} "
+                "parameter groups. Load it with the optimizer that it was saved with."
             )
-        self._bases = [float(base) for base in bases]
+        self._bases = list(bases)
 
 
 _PER_PARAMETER = {"params", "param_names"}
