@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("errors", "presets", "sparsity", "freezing", "sieving", "cost", "analysis", "export")
 """Modules with public names beside those of ``spfde`` itself."""
+INTRODUCTION = """Made from the docstrings. Every name below is public; what is not here may change.
+
+The examples run in the tests. They take for granted that `torch` and `spfde` are imported, and that there are a `model`
+(an MLP of four linear layers), its `optimizer` (SGD with momentum) and a `loader` (20 samples, in batches of 8)."""
 
 _CODE = re.compile(r"^ {0,3}(```|~~~).*?^ {0,3}\1|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\(\s*<?|^\s*\[[^\]]+\]:\s*|<(?:img|a)\b[^>]*(?:src|href)=\")([^)\s>\"]+)", re.MULTILINE)
@@ -101,7 +105,8 @@ def package() -> griffe.Module:
     """The package as its source says, with its docstrings."""
     import griffe
 
-    loader = griffe.GriffeLoader(search_paths=[ROOT / "src"], extensions=griffe.load_extensions("griffe_pydantic"))
+    extensions = griffe.load_extensions("griffe_pydantic", ROOT / "scripts" / "docs_griffe.py")
+    loader = griffe.GriffeLoader(search_paths=[ROOT / "src"], extensions=extensions)
     loaded = loader.load("spfde")
     loader.resolve_aliases(implicit=True)
     assert isinstance(loaded, griffe.Module)
@@ -137,7 +142,7 @@ def reference() -> dict[str, str]:
     pages: dict[str, list[str]] = {}
     for name, home in public_names().items():
         pages.setdefault(page_of(name, home), []).append(name)
-    index = ["# Reference", "Made from the docstrings. Every name below is public; what is not here may change."]
+    index = ["# Reference", INTRODUCTION]
     written = {}
     for page, names in pages.items():
         about = _first_line(package()[page]) if page in package().members else ""

@@ -212,7 +212,7 @@ def test_an_optimizer_of_one_group_only_is_refused():
         GroupRates(torch.optim.LBFGS(ps), by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
 
 
-@pytest.mark.parametrize("state", [{}, {"base_rates": [0.1, 0.2]}, {"base_rates": "0.1"}])
+@pytest.mark.parametrize("state", [{}, {"base_rates": [0.1, 0.2]}, {"base_rates": "0.1"}, {"base_rates": ["0.1"]}])
 def test_a_state_of_another_optimizer_is_refused(state):
     ps = parameters(2)
     rates = GroupRates(torch.optim.SGD(ps, lr=0.1), by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +16,7 @@ from helpers.training import EPOCHS, SAMPLES, train
 from spfde.app.methods import render_catalogue
 from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, schemes, solve
+from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, solve
 from spfde.freezing.schemes import paused
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
@@ -172,10 +171,6 @@ def test_an_unknown_scheme_is_refused_with_the_nearest():
         with pytest.raises(InvalidArgument, match="Did you mean 'periodic'") as caught:
             refuse()
         assert caught.value.problems[0].argument == "scheme"
-
-
-def test_the_examples_in_the_docstrings_run():
-    assert doctest.testmod(schemes) == doctest.TestResults(failed=0, attempted=2)
 
 
 # --- as far as possible ----------------------------------------------------------------------------------------------

@@ -79,24 +79,18 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(root: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8", check=False)
-
-
-def test_the_site_is_built_and_a_broken_link_or_an_undocumented_name_ends_it(copied: Path) -> None:
-    done = build(copied)
-    assert done.returncode == 0, done.stderr
-    assert 'id="spfde.attach"' in (copied / "site" / "reference" / "session.html").read_text(encoding="utf-8")
-    assert not list((copied / "site").rglob("*.md"))
-
+def test_the_site_has_the_reference_and_a_broken_link_or_an_undocumented_name_ends_its_building(copied: Path) -> None:
     with (copied / "docs" / "faq.md").open("a", encoding="utf-8") as page:
         page.write("\n[a](gone.md) [b](cost.md#nowhere)\n")
     errors = copied / "src" / "spfde" / "core" / "errors.py"
     text = errors.read_text(encoding="utf-8")
     errors.write_text(text.replace('"""The loss became NaN or infinite.', '_ = """', 1), encoding="utf-8")
-    done = build(copied)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    done = subprocess.run(command, cwd=copied, capture_output=True, text=True, encoding="utf-8", check=False)
+
     assert done.returncode != 0
-    assert "gone.md" in done.stderr
-    assert "#nowhere" in done.stderr
-    assert "spfde.TrainingDiverged" in done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    for fault in ("spfde.TrainingDiverged", "gone.md", "#nowhere"):
+        assert any(fault in line for line in warnings)
+    assert len(warnings) == 3, done.stderr  # nothing else is wrong with it
+    assert 'id="spfde.attach"' in (copied / "site" / "reference" / "session.html").read_text(encoding="utf-8")

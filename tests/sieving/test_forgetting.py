@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spfde.core.errors import InvalidArgument
 from spfde.sieving import Scorer
 from spfde.sieving.criteria import Forgetting
 
@@ -98,3 +100,42 @@ def test_reading_or_saving_in_between_changes_nothing(stream, data):
             interrupted = resumed
     state, other = whole.state_dict(), interrupted.state_dict()
     assert all(torch.equal(state[key], other[key]) for key in ("forgotten", "last", "learned"))
+
+
+# --- without right and wrong -----------------------------------------------------------------------------------------
+
+
+def learned(loss: torch.Tensor) -> torch.Tensor:
+    return Forgetting().evidence(None, None, loss=loss)
+
+
+def test_the_half_of_a_batch_with_the_lower_loss_counts_as_learned():
+    assert learned(torch.tensor([3.0, 1.0, 2.0, 9.0])).tolist() == [False, True, True, False]
+    assert learned(torch.tensor([3.0, 1.0, 2.0])).tolist() == [False, True, True]
+
+
+def test_a_loss_counts_the_same_in_any_unit():
+    loss = torch.tensor([0.3, 0.1, 0.7, 0.2, 0.6], requires_grad=True)
+    assert torch.equal(learned(loss), learned(loss * 1024))
+
+
+def test_further_dimensions_of_a_loss_are_averaged():
+    loss = torch.tensor([[1.0, 5.0], [2.0, 2.0], [9.0, 9.0]])
+    assert learned(loss).tolist() == [True, True, False]
+
+
+def test_a_sample_with_a_nan_loss_is_not_learned_and_does_not_spoil_the_others():
+    assert learned(torch.tensor([float("nan"), 1.0, 2.0])).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(1.0), torch.zeros(0)])
+def test_a_mean_loss_is_refused_with_the_remedy(loss):
+    with pytest.raises(InvalidArgument, match="reduction="):
+        learned(loss)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.integers(0, 2**31))
+def test_at_least_half_of_a_batch_is_learned_by_loss(n, seed):
+    loss = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    assert learned(loss).sum() >= (n + 1) // 2

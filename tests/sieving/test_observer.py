@@ -10,14 +10,15 @@ from torch.utils.data import DataLoader
 
 from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, build_loader, label_bounds
+from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, SievedLoader
 from spfde.sieving.criteria import Loss
+from spfde.sieving.evidence import label_bounds
 
 
 def make_observer(scorer: Scorer, classes: ClassLabels, gather: Any = None) -> Observer:
     loader = DataLoader(make_images(), batch_size=2)
     sampler = SievedBatchSampler(loader.sampler, 2, False, keep=lambda: None)
-    return Observer(scorer, build_loader(loader, sampler), gather, classes=classes)
+    return Observer(scorer, SievedLoader(loader, sampler), gather, classes=classes)
 
 
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:

@@ -82,7 +82,6 @@ def find(kind: str, name: object, *, argument: str) -> type[Any]:
     """
     classes = _CLASSES[kind]
     if not isinstance(name, str) or name not in classes:
-        raise InvalidArgument(
-            Problem(argument, name, f"is not {KINDS[kind]} that is known", nearest(str(name), classes))
-        )
+        rule = f"names no {kind.replace('-', ' ')} that is known"
+        raise InvalidArgument(Problem(argument, name, rule, nearest(str(name), classes)))
     return classes[name]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spfde.core.errors import InvalidArgument, Problem
 from spfde.model.sample import unwrap
 from spfde.model.trace import Trace, TracedOp
 
@@ -82,10 +81,6 @@ class ModelCost:
         """
         return tuple(of_weights.get(layer.name, 1.0) for layer in self.layers)
 
-    def frozen_before(self, position: int) -> tuple[bool, ...]:
-        """Which layers a frozen front holds that ends before ``position`` in the trace (0: nothing is frozen)."""
-        return tuple(layer.position < position for layer in self.layers)
-
 
 def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     """Gather the operations of a trace into layers.
@@ -98,9 +93,6 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     Args:
         trace: what the model computes for one batch.
         model: the model that was traced; wrappers are looked through.
-
-    Raises:
-        InvalidArgument: the trace names a parameter that the model does not have.
 
     Example:
         >>> from spfde.model.trace import trace
@@ -133,13 +125,6 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
 
 
 def _weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    for name in op.parameters:
-        if name not in parameters:
-            raise InvalidArgument(
-                Problem(
-                    "trace", name, "reads a parameter that the model does not have", "Trace the model that you cost."
-                )
-            )
     matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
     return matrices[-1] if matrices else None
 

@@ -36,6 +36,11 @@ class Encoded:
         shape: of the tensor.
         values: what is kept, one-dimensional, of the tensor's own type; with ``dense`` all of it.
         positions: a packed mask (uint8); empty with ``dense``.
+
+    Example:
+        >>> encoded = spfde.export.encode(torch.eye(8))
+        >>> encoded.shape, encoded.values.numel()
+        ((8, 8), 8)
     """
 
     kind: Kind
@@ -50,7 +55,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's tensors, dense and as ``encode`` stores them; file headers not counted."""
+    """Bytes of a model's tensors, dense and as ``encode`` stores them; file headers not counted.
+
+    Example:
+        >>> spfde.export.weight_bytes({"weight": torch.eye(8)}, {"weight": torch.eye(8) > 0})
+        WeightBytes(dense=256, compressed=40)
+    """
 
     dense: int
     compressed: int
@@ -73,6 +83,12 @@ def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
     Args:
         tensors: by name (``model.state_dict()``); their values are not read.
         masks: by name; True where the weight exists.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> taken = spfde.export.weight_bytes(model.state_dict(), session.masks)
+        >>> taken.compressed < taken.dense
+        True
     """
     dense = compressed = 0
     for name, tensor in tensors.items():
@@ -95,6 +111,12 @@ def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
 
     Raises:
         InvalidArgument: a value outside the mask is not zero, or the mask has another shape.
+
+    Example:
+        >>> weight = torch.zeros(100)
+        >>> weight[7] = 1.0
+        >>> spfde.export.encode(weight).kind
+        'mask'
     """
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     shape, nothing = tuple(tensor.shape), torch.empty(0, dtype=torch.uint8)
@@ -118,6 +140,11 @@ def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
 
     Raises:
         InvalidArgument: positions do not fit the shape or the values; the data are damaged.
+
+    Example:
+        >>> encoded = {"weight": spfde.export.encode(torch.eye(8))}
+        >>> torch.equal(spfde.export.decode(encoded)["weight"], torch.eye(8))
+        True
     """
     sizes = {name: math.prod(item.shape) * item.values.element_size() for name, item in encoded.items()}
     starts, total = {}, 0

@@ -37,6 +37,11 @@ def save_dense(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         InvalidArgument: an entry is no tensor that can be stored.
         UsageError: safetensors is not installed.
         WeightsFileError: the file cannot be written.
+
+    Example:
+        >>> spfde.export.save_dense(model.state_dict(), "weights.safetensors")
+        >>> torch.equal(spfde.export.load("weights.safetensors")["0.weight"], model[0].weight)
+        True
     """
     _check_tensors(state_dict)
     # Clones: safetensors refuses tensors that share memory.
@@ -64,6 +69,13 @@ def save_compressed(
         InvalidArgument: an entry is no tensor that can be stored, or a mask does not fit its tensor.
         UsageError: safetensors is not installed.
         WeightsFileError: the file cannot be written.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> spfde.export.save_compressed(model.state_dict(), "weights.safetensors", masks=session.masks)
+        >>> loaded = spfde.export.load("weights.safetensors")
+        >>> torch.equal(loaded["2.weight"], model[2].weight)
+        True
     """
     _check_tensors(state_dict)
     if unknown := sorted(set(masks or {}) - set(state_dict)):
@@ -87,6 +99,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UsageError: safetensors is not installed.
         WeightsFileError: the file is missing, damaged, no safetensors file, or of a newer layout.
+
+    Example:
+        >>> spfde.export.save_dense(model.state_dict(), "weights.safetensors")
+        >>> spfde.export.load("weights.safetensors")["5.bias"].shape
+        torch.Size([3])
     """
     safetensors, path = _safetensors(), Path(path)
     if not path.is_file():

@@ -21,6 +21,10 @@ def is_two_four(mask: Tensor) -> bool:
 
     Args:
         mask: of a linear layer, [out, in]; True where the weight exists.
+
+    Example:
+        >>> spfde.export.is_two_four(torch.tensor([[True, False, True, False]]))
+        True
     """
     if mask.dim() != 2 or mask.numel() == 0 or mask.shape[1] % 4:
         return False
@@ -41,6 +45,12 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
         InvalidArgument: no linear layer has a 2:4 mask, a weight outside its mask is not zero, or a type or shape does
             not fit.
         UsageError: the hardware has no sparse tensor cores.
+
+    Example:
+        >>> two_four = spfde.SET(sparsity=0.5, structure=spfde.NM(n=2, m=4))
+        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sparsity=two_four), epochs=2)
+        >>> if torch.cuda.is_available():
+        ...     sparse = spfde.export.to_semi_structured(model.cuda().half(), session.masks)
     """
     layers = [
         f"{name}.weight" if name else "weight" for name, module in model.named_modules() if type(module) is nn.Linear

@@ -47,6 +47,11 @@ class ProgressiveFreezing(Technique):
     - "delayed-periodic": everything trains until the start epoch, and then as in "periodic".
 
     Departures: the appendix names no default for ``resume_epochs`` and for the delay; ours are below.
+
+    Example:
+        >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.3, scheme="single-shot"))
+        >>> spfde.plan(model, torch.zeros(1, 4), recipe, epochs=40, samples=20).freeze_epochs
+        (16, 18, 20)
     """
 
     name: ClassVar[str] = "progressive-freezing"
@@ -145,6 +150,11 @@ class FreezePlan:
         pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
             is at its target before it is frozen.
         asked: the share that was asked for; more than ``reduction`` where no more could be reached.
+
+    Example:
+        >>> plan = spfde.freezing.FreezePlan(n_blocks=3, frozen=(0, 0, 1, 2), reduction=0.2)
+        >>> plan.freeze_epochs
+        (2, 3, None)
     """
 
     n_blocks: int
@@ -197,6 +207,10 @@ def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float
         n_layers: number of weighted layers of each block, front to back.
         total_layers: of the whole model, the head included.
         fraction: share of the layers to freeze. Source: two thirds, SpFDE section 3; whole blocks are ours.
+
+    Example:
+        >>> spfde.freezing.blocks_to_freeze([2, 2, 2], total_layers=7, fraction=2 / 3)
+        2
     """
     wanted, frozen, distances = fraction * total_layers, 0, []
     for count in n_layers:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spfde.core.errors import Problem, Problems, StateMismatch, UsageError
 from spfde.core.numbers import cosine
+from spfde.core.state import check_entries
 from spfde.core.technique import Technique
 
 
@@ -21,6 +22,12 @@ class BlockwiseCosine(Technique):
     Source: SpFDE, section 3, "according to the total active training epoch of each layer/block"; the formula is ours,
     the usual cosine with the block's freeze epoch for its length. What is never frozen, or pauses periodically, has the
     length of the run. What trains again at the end of the run takes the small rate that the never frozen have by then.
+
+    Example:
+        >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(), learning_rate=spfde.BlockwiseCosine())
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=40)
+        >>> len(optimizer.param_groups)  # one for each block, and the head's
+        4
     """
 
     name: ClassVar[str] = "blockwise-cosine"
@@ -38,6 +45,10 @@ def learning_rate_factor(epoch: int, *, stop: int, warmup: int) -> float:
         epoch: from 0.
         stop: the block's freeze epoch, or the length of the run; from there on it is 0.
         warmup: epochs of linear warm-up; in epoch ``e`` of them the factor is ``(e + 1) / warmup``.
+
+    Example:
+        >>> [round(spfde.freezing.learning_rate_factor(epoch, stop=10, warmup=0), 2) for epoch in (0, 5, 9)]
+        [1.0, 0.5, 0.02]
     """
     if epoch >= stop:
         return 0.0
@@ -54,6 +65,10 @@ def rate(base: float, factor: float, *, warms_up: bool, final: float) -> float:
         factor: of ``learning_rate_factor``.
         warms_up: whether the epoch is one of the warm-up.
         final: the rate that the cosine ends with.
+
+    Example:
+        >>> spfde.freezing.rate(0.1, 0.5, warms_up=False, final=0.0)
+        0.05
     """
     return base * factor if warms_up else final + (base - final) * factor
 
@@ -83,6 +98,15 @@ class GroupRates:
         InvalidArgument: the optimizer has a learning-rate scheduler (``initial_lr``) or supports one group only,
             ``final`` exceeds a group's rate, or a block would be frozen before its warm-up ends. Nothing has been
             changed then.
+
+    Example:
+        >>> block_of = {id(p): 0 for p in model[0].parameters()}
+        >>> rates = spfde.freezing.GroupRates(optimizer, block_of, stops=[5, 10], technique=spfde.BlockwiseCosine())
+        >>> len(optimizer.param_groups)
+        2
+        >>> rates.join()
+        >>> len(optimizer.param_groups)
+        1
     """
 
     def __init__(
@@ -151,15 +175,16 @@ class GroupRates:
         """Take over the base rates.
 
         Raises:
-            StateMismatch: the state is of another number of groups, or is none of ours.
+            StateMismatch: the state is of another number of groups, or damaged.
         """
-        bases = state.get("base_rates")
-        if not isinstance(bases, list) or len(bases) != len(self._bases):
+        check_entries(state, "the learning rates", {"base_rates": list})
+        bases = state["base_rates"]
+        if len(bases) != len(self._bases) or not all(isinstance(base, float) for base in bases):
             raise StateMismatch(
-                f"The learning-rate state has base_rates={bases!r}, but the optimizer has {len(self._bases)} parameter "
-                "groups. Load it with the optimizer that it was saved with."
+                f"the state of the learning rates has base_rates={bases!r}, and the optimizer has {len(self._bases)} "
+                "parameter groups. Load it with the optimizer that it was saved with."
             )
-        self._bases = [float(base) for base in bases]
+        self._bases = list(bases)
 
 
 _PER_PARAMETER = {"params", "param_names"}
@@ -192,6 +217,10 @@ def check_rates(
         optimizer: as it was given.
         technique: the shape of the cosine.
         stops: as ``GroupRates`` takes them; without them only the optimizer is looked at.
+
+    Example:
+        >>> spfde.freezing.check_rates(optimizer, spfde.BlockwiseCosine(final=1.0))[0].argument
+        'final'
     """
     problems = Problems()
     if isinstance(optimizer, torch.optim.LBFGS):

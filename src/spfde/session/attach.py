@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
 from spfde.engines.choose import check_engine, choose_engine, say, say_on_stderr
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems

@@ -39,7 +39,7 @@ class Freezing(Part):
         self.freezer.load_state_dict(state)
 
     def detach(self) -> None:
-        self.freezer.unfreeze_all()
+        self.freezer.freeze_to(0)
 
     def summarise(self) -> list[str]:
         blueprint = self._setting.blueprint

@@ -22,7 +22,6 @@ from spfde.sieving import (
     Sieve,
     SievedBatchSampler,
     SievedLoader,
-    build_loader,
     population_of,
 )
 
@@ -58,7 +57,7 @@ class Sampling(Part):
             else:
                 self.dense_samples *= world.size
         sampler = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=keep, share=share)
-        self.loader: SievedLoader = build_loader(loader, sampler)
+        self.loader = SievedLoader(loader, sampler)
         self._drawn_before = 0
 
     @property
@@ -197,7 +196,7 @@ class SievedSampling(Sampling):
 
     @property
     def n_used(self) -> int:
-        return self._sieve.turnover.ever_used
+        return self._sieve.ever_used
 
     @property
     def samples_observed(self) -> int:
@@ -209,7 +208,7 @@ class SievedSampling(Sampling):
         if row.sieve_update:
             labels = None if self._classes is None else self._classes.labels[self.population]
             difficulty = self._scorer.difficulty()[self.population]
-            self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels).moved
+            self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels)
             self._scorer.reset()
 
     def end_epoch(self) -> None:

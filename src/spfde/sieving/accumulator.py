@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,8 +29,6 @@ class Accumulator(ABC):
             n: number of sample ids (the length of the data set, also where only a subset is drawn from it).
             what: what is added up, for messages.
         """
-        if n < 1:
-            raise InvalidArgument(Problem("n", n, "must be at least 1", "Count over a data set with samples in it."))
         self.n, self._what = n, what
         self.reset()
 
@@ -51,26 +49,15 @@ class Accumulator(ABC):
         """Note one batch; a sample that occurs twice in it is taken in order.
 
         Args:
-            indices: sample ids, shape (batch,), integers in [0, n).
+            indices: sample ids, shape (batch,), long, on the CPU.
             values: one for each, shape (batch,); any device.
 
         Raises:
-            InvalidArgument: the shapes differ, or an id is outside the range. Ids that live on an accelerator are
-                checked when a result is read, as looking at them would make the step wait.
+            InvalidArgument: an id is outside [0, n).
         """
-        if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
-            found = f"{indices.dtype} of shape {tuple(indices.shape)}"
-            rule = "must be integers of shape (batch,)"
-            raise InvalidArgument(Problem("indices", found, rule, "Pass the sample ids of the batch."))
-        if values.shape != indices.shape:
-            rule = f"must hold one value for each of the {indices.numel()} samples of the batch"
-            remedy = "Observe the whole batch that the loader handed out, once, in its order."
-            raise InvalidArgument(Problem("values", tuple(values.shape), rule, remedy))
-        if indices.device.type == "cpu":
-            self.check_range(indices)
+        self.check_range(indices)
         # Copies: a caller may reuse its buffers before the values are added up.
-        self._pending_indices.append(indices.detach().to(torch.long, copy=True))
-        self._pending_values.append(values.detach().clone())
+        self._pending.append((indices.clone(), values.detach().clone()))
         self._n_pending += indices.numel()
         if self._n_pending >= max(self.n, ADD_UP_AT_LEAST):
             self._add_up()
@@ -109,20 +96,14 @@ class Accumulator(ABC):
             raise InvalidArgument(Problem("indices", wrong, f"must be in [0, {self.n})", remedy))
 
     def _drop_pending(self) -> None:
-        self._pending_indices: list[Tensor] = []
-        self._pending_values: list[Tensor] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._n_pending = 0
 
     def _add_up(self) -> None:
-        if not self._pending_indices:
+        if not self._pending:
             return
-        indices, values = _gather(self._pending_indices), _gather(self._pending_values)
+        indices, values = zip(*self._pending, strict=True)
         self._drop_pending()
-        self.check_range(indices)
-        self._add(indices, values)
-
-
-def _gather(pieces: Sequence[Tensor]) -> Tensor:
-    if len({piece.device for piece in pieces}) > 1:
-        pieces = [piece.cpu() for piece in pieces]
-    return torch.cat(list(pieces)).cpu()  # one transfer, not one per step
+        if len({value.device for value in values}) > 1:
+            values = tuple(value.cpu() for value in values)
+        self._add(torch.cat(indices), torch.cat(values).cpu())  # one transfer, not one per step

@@ -18,7 +18,6 @@ from spfde.sieving.accumulator import Accumulator
 from spfde.sieving.evidence import (
     average_loss,
     correct_from_logits,
-    correct_from_loss,
     el2n_from_logits,
     loss_from_logits,
 )
@@ -45,7 +44,7 @@ class SievingCriterion:
         chooses_at_random: whether all samples are alike to it, so that each leaves with the same probability.
 
     Example:
-        >>> class Margin(SievingCriterion):
+        >>> class Margin(spfde.sieving.SievingCriterion):
         ...     name = "margin"
         ...     summary = "The largest lead of the most probable class is easiest."
         ...
@@ -151,6 +150,13 @@ class Scorer(Accumulator):
 
     Attributes:
         criterion: the criterion.
+
+    Example:
+        >>> from spfde.sieving.criteria import Loss
+        >>> scorer = Loss().scorer(3)
+        >>> scorer.observe(torch.tensor([0, 1]), torch.tensor([0.5, 2.0]))
+        >>> scorer.difficulty()
+        tensor([0.5000, 2.0000,    inf], dtype=torch.float64)
     """
 
     def __init__(self, criterion: SievingCriterion, n: int) -> None:
@@ -194,7 +200,13 @@ class Forgetting(SievingCriterion):
         return correct
 
     def from_loss(self, loss: Tensor) -> Tensor:
-        return correct_from_loss(loss)
+        """Call the better half of a batch "learned", for tasks that have no right and wrong.
+
+        A sample counts as learned when its loss is at most the (lower) median of its batch; NaN counts as not learned.
+        This keeps the idea of a forgetting event (a sample falls back behind the others) and needs no threshold in the
+        units of the loss. It is ours: the paper speaks of classification alone.
+        """
+        return loss <= loss.nanmedian()
 
     def start(self, n: int) -> dict[str, Tensor]:
         return {

@@ -74,6 +74,9 @@ class Mutation(Strategy):
             if layer.name in self.pending and all(layer.name in of for of in needed):
                 self._mutate(layer, *self.pending.pop(layer.name), active.get(layer.name), dense.get(layer.name))
 
+    def adopt(self, layer: MaskedWeight) -> None:
+        self.pending.pop(layer.name, None)
+
     def clear(self) -> None:
         self._snapshots.clear()
 

@@ -8,4 +8,6 @@ from spfde.sparsity.methods import SparsityMethod
 from spfde.sparsity.structure import Structure
 
 METHODS = cast("Mapping[str, type[SparsityMethod]]", registered("method"))
+"""Sparse training methods by name."""
 STRUCTURES = cast("Mapping[str, type[Structure]]", registered("structure"))
+"""Structures by name."""
