@@ -232,7 +232,7 @@ class TestKilledRuns:
         assert second.code == 2
         assert second.err.startswith("spfde: busy: is in use by another process. ")
         with pytest.raises(RunFolderError, match="is in use by another process"):
-            RunFolder.check_free(place / "busy")
+            RunFolder.create(place / "busy")
         running.send(signal.SIGKILL)
         # At once, though the loader's worker looks for its parent only every five seconds.
         deadline = time.monotonic() + 3

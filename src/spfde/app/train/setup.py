@@ -91,21 +91,18 @@ class TrainingRun:
 @contextmanager
 def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[TrainingRun]:
     """The run in its locked folder; a new folder of which nothing came is removed again."""
-    folder = RunFolder.reopen(out) if resume else None
-    checkpoint: Path | None = None
+    folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
     is_ready = False
     try:
-        if folder is None:
-            RunFolder.check_free(out)
-        elif (checkpoint := folder.checkpoints.newest()) is not None:
+        checkpoint = folder.checkpoints.newest()
+        if checkpoint is not None:
             options.check_identity(described(checkpoint), checkpoint)
-        run = _prepare(options, folder or RunFolder(out))
-        if folder is None:
-            folder = run.folder = RunFolder.create(out)
+        run = _prepare(options, folder)
+        run.is_resumed = resume
+        if not resume:
             _describe(run)
         elif checkpoint is not None:
             _load(run, checkpoint)
-        run.is_resumed = resume
         folder.write_metrics(run.progress.rows)
         _start_trackers(run)
         if run.session.epoch == 0 and options.dense_timing_steps:
@@ -113,12 +110,11 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
         is_ready = True
         yield run
     except BaseException as error:
-        if folder is not None and not resume and _came_to_nothing(folder, error, is_ready=is_ready):
+        if not resume and _came_to_nothing(folder, error, is_ready=is_ready):
             folder.discard()
         raise
     finally:
-        if folder is not None:
-            folder.close()
+        folder.close()
         # Accelerate keeps its state for the whole process, and would refuse a second run with other settings.
         AcceleratorState._reset_state(reset_partial_state=True)
 
