@@ -210,9 +210,7 @@ class TestMistakes:
         return ended.err
 
     def test_a_folder_that_is_no_run(self, spfde: Spfde, here: Path) -> None:
-        assert self.refused(spfde, here).startswith(
-            f"spfde: {here}: is no run folder (no config.json). Pass the folder"
-        )
+        assert self.refused(spfde, here).startswith(f"spfde: {here}: is no run folder (it has no config.json)")
 
     def test_one_kept_checkpoint_is_too_few(self, spfde: Spfde, copied: Path) -> None:
         for epoch in (2, 4):
@@ -254,4 +252,4 @@ class TestMistakes:
     def test_a_place_that_cannot_be_written(self, spfde: Spfde, copied: Path, here: Path) -> None:
         (here / "taken").write_text("")
         said = self.refused(spfde, copied, "--out", "taken", "--gradient-samples", 0)
-        assert said.startswith("spfde: taken: it cannot be used (File exists). Choose another folder.")
+        assert said.startswith("spfde: taken: it cannot be written (File exists).")

@@ -162,6 +162,6 @@ class TestCite:
 
     def test_what_is_neither_a_run_nor_a_recipe_is_refused(self, spfde: Spfde, here: Path) -> None:
         assert_refused(spfde("cite", "riggl"), "riggl", "Did you mean 'rigl'?")
-        assert_refused(spfde("cite", here), "is no run folder (no recipe.toml)")
+        assert_refused(spfde("cite", here), "is no run folder (it has no recipe.toml)")
         (here / "recipe.toml").write_text("[sparsity]\nsparsity = 2\n")
         assert_refused(spfde("cite", here), "recipe.toml: is damaged (sparsity=2")

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from helpers.models import SmallResNet, images, partition
 from spfde.core.errors import StateMismatch
-from spfde.freezing import Freezer, find_blocks, recompile_warning
+from spfde.freezing import Freezer, recompile_warning
+from spfde.model.blocks import find_blocks
 from spfde.model.trace import trace
 
 OPTIMIZERS = {

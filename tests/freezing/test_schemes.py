@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +16,7 @@ from helpers.training import EPOCHS, SAMPLES, train
 from spfde.app.methods import render_catalogue
 from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, schemes, solve
+from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, solve
 from spfde.freezing.schemes import paused
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
@@ -160,8 +159,6 @@ def test_no_reduction_freezes_nothing(scheme):
         ({"resume_epochs": 4}, "single-shot-resume"),
         ({"scheme": "single-shot-resume", "resume_epochs": 0}, "resume_epochs"),
         ({"scheme": "delayed-periodic", "start_epoch": 4, "flops_reduction": 0.0}, "flops_reduction"),
-        ({"scheme": "periodic", "cache_variants": 1}, "cache_variants"),
-        ({"scheme": "single-shot-resume", "cache_variants": 1}, "cache_variants"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused_by_name(fields, named):
@@ -174,10 +171,6 @@ def test_an_unknown_scheme_is_refused_with_the_nearest():
         with pytest.raises(InvalidArgument, match="Did you mean 'periodic'") as caught:
             refuse()
         assert caught.value.problems[0].argument == "scheme"
-
-
-def test_the_examples_in_the_docstrings_run():
-    assert doctest.testmod(schemes) == doctest.TestResults(failed=0, attempted=2)
 
 
 # --- as far as possible ----------------------------------------------------------------------------------------------
@@ -286,69 +279,6 @@ def test_a_timeline_that_cannot_be_is_refused_by_the_scheme_s_name(together, wro
         solve(savings(epochs=4), scheme="together")
 
 
-# --- at target in time -----------------------------------------------------------------------------------------------
-
-
-def test_a_block_settles_in_its_last_interval_before_it_is_frozen_for_good():
-    plan = FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0)
-    assert [plan.settles(0, epoch, 2) for epoch in range(10)] == [False] * 2 + [True] * 8
-    assert [plan.settles(1, epoch, 2) for epoch in range(10)] == [False] * 4 + [True] * 6
-    assert not any(plan.settles(2, epoch, 2) for epoch in range(10))
-    assert [plan.last_turn(0, epoch, 2) for epoch in range(10)] == [0, 0, 2, 2, 2, 2, 2, 2, 2, 2]
-
-
-def test_a_block_that_resumes_is_no_longer_held_at_its_target_from_its_first_update_epoch_on():
-    plan = FreezePlan(2, (0, 0, 0, 0, 1, 1, 1, 0, 0, 0), 0.0)
-    # Thawed in epoch 7, it may mutate at the update epoch 8.
-    assert [plan.settles(0, epoch, 2) for epoch in range(10)] == [False] * 2 + [True] * 6 + [False] * 2
-    assert plan.last_turn(0, 7, 2) == 2
-
-
-def test_a_block_that_pauses_keeps_its_mask_until_its_last_update_epoch():
-    plan = FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True)
-    # An update epoch every three epochs: the front trains at 0 and never again on an update epoch before the last
-    # epoch; the middle at 0 and 6.
-    assert [plan.last_turn(0, epoch, 3) for epoch in range(12)] == [0] * 12
-    assert all(plan.settles(0, epoch, 3) for epoch in range(12))
-    assert [plan.settles(1, epoch, 3) for epoch in range(12)] == [False] * 6 + [True] * 6
-    assert not any(plan.settles(2, epoch, 3) for epoch in range(12))
-
-
-def test_a_block_that_trains_in_the_last_epoch_is_pruned_there_and_settles_not_before():
-    plan = FreezePlan(2, paused(9, 1, 1), 0.0, pauses=True)
-    assert plan.frozen[-1] == 0
-    assert not any(plan.settles(0, epoch, 3) for epoch in range(9))
-
-
-def test_a_block_frozen_from_the_first_epoch_on_has_no_update_epoch_and_is_at_target():
-    plan = FreezePlan(1, (1, 1, 1, 1), 0.0)
-    assert plan.last_turn(0, 3, 2) is None
-    assert plan.settles(0, 0, 2)
-
-
-@pytest.mark.parametrize(
-    ("plan", "interval", "block", "last_updates"),
-    [
-        # Frozen for good at 4 and 6: pruned at 2 and 4. The third block is never frozen.
-        (FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0), 2, 0, [2]),
-        (FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0), 2, 1, [4]),
-        (FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0), 2, 2, []),
-        # Thawed in epoch 7, it trains to the end.
-        (FreezePlan(2, (0, 0, 0, 0, 1, 1, 1, 0, 0, 0), 0.0), 2, 0, [2]),
-        # Pauses, an update every three epochs: the front trains at 0 and, of update epochs, never again; the middle at
-        # 0 and 6; the back always.
-        (FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True), 3, 0, [0]),
-        (FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True), 3, 1, [6]),
-        (FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True), 3, 2, []),
-        # It trains in the last epoch, where all is pruned.
-        (FreezePlan(2, paused(9, 1, 1), 0.0, pauses=True), 3, 0, []),
-    ],
-)
-def test_a_block_is_pruned_at_the_last_update_before_it_is_frozen_by_hand(plan, interval, block, last_updates):
-    trains = [epoch for epoch in range(0, len(plan.frozen), interval) if plan.n_frozen_at(epoch) <= block]
-    assert [epoch for epoch in trains if plan.prunes_before(block, epoch, interval)] == last_updates
-
-
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
@@ -399,22 +329,6 @@ def test_the_pair_of_front_and_middle_overshoots_least_up_to_a_point(cost, reduc
     savings = [saved(backward, FreezePlan(len(backward), paused(epochs, *pair), 0.0)) / total for pair in pairs]
     assert plan.reduction <= min(value for value in savings if value >= reduction - 1e-12) + 0.01
     assert plan.frozen in [paused(epochs, *pair) for pair in pairs]
-
-
-@settings(max_examples=100, deadline=None)
-@given(costs(), st.sampled_from(SCHEMES), st.floats(0.01, 0.4))
-def test_what_is_at_target_is_a_front_and_holds_all_that_is_frozen_in_the_end(cost, scheme, reduction):
-    backward, total, interval, n_blocks = cost
-    try:
-        plan = solve(Savings(backward, total, reduction, interval, n_blocks), scheme=scheme)
-    except InvalidArgument:
-        return
-    for epoch in range(len(plan.frozen)):
-        settles = [plan.settles(block, epoch, interval) for block in range(plan.n_blocks)]
-        assert settles == sorted(settles, reverse=True)
-        if not plan.pauses:
-            assert all(settles[: plan.frozen[epoch]])
-    assert all(settles[: plan.frozen[-1]])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers.models import Residual, SmallResNet, TextModel, UNet, Unit, Wrapped, images, mlp, partition
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import Partition
+from spfde.model.blocks import Partition
 from spfde.model.trace import trace
 
 

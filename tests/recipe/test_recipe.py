@@ -37,7 +37,7 @@ def methods(draw: st.DrawFn) -> SparsityMethod:
         del fields["distribution"], fields["overrides"]
     if method.model_fields["init"].annotation == Literal["magnitude"] or issubclass(method, PruningAtInitialisation):
         del fields["init"]
-    if method.groups_units:
+    if method.structured:
         fields["structure"] = draw(st.sampled_from([Unstructured(), Block(rows=2, columns=3), Patterns()]))
     return method(**fields)
 

@@ -15,6 +15,7 @@ from helpers.native import needs_kernels
 from helpers.resuming import METHODS, assert_equal, everything, save
 from helpers.resuming import resume as resume_with
 from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
+from spfde.freezing import learning_rate_factor
 
 EPOCHS = 12
 SCHEMES = {
@@ -139,7 +140,7 @@ def test_a_dense_run_saves_exactly_what_the_scheme_says(scheme: str) -> None:
     expected = 0
     for epoch, count in enumerate(bill.blueprint.freeze_plan.frozen):
         frozen = [block < count for block in bill.blueprint.block_of_layer]
-        assert frozen == bill.blueprint.frozen_layers(epoch)
+        assert frozen == bill.blueprint.frozen_layers(bill.timeline[epoch])
         expected += 2 * SAMPLES * sum(f.forward_flops for f, is_frozen in zip(layers, frozen, strict=True) if is_frozen)
     assert bill.savings["freezing"] == expected
     assert expected / bill.dense_training_flops == pytest.approx(bill.blueprint.freeze_plan.reduction)
@@ -183,14 +184,14 @@ def test_learning_rates_fall_to_zero_before_a_block_is_frozen_for_long_and_are_t
         rates.append([group_of[id(weight)]["lr"] for weight in convolutions])
 
     train(parts, session, at_top=look)
-    whole = [spfde.freezing.rate(0.05, epoch, stop=EPOCHS, warmup=0, final=0.0) for epoch in range(EPOCHS)]
+    whole = [0.05 * learning_rate_factor(epoch, stop=EPOCHS, warmup=0) for epoch in range(EPOCHS)]
     assert [last for *_, last in rates] == whole
     first = [front for front, *_ in rates]
     if "periodic" in scheme:
         assert first == whole
         return
     stop = FROZEN[scheme].index(1)
-    assert first[:10] == [spfde.freezing.rate(0.05, epoch, stop=stop, warmup=0, final=0.0) for epoch in range(10)]
+    assert first[:10] == [0.05 * learning_rate_factor(epoch, stop=stop, warmup=0) for epoch in range(10)]
     assert first[10:] == (whole[10:] if scheme == "single-shot-resume" else [0.0, 0.0])
 
 

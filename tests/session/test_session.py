@@ -741,7 +741,7 @@ def test_a_data_sets_own_generators_are_put_back_after_the_first_item_was_looked
     assert torch.equal(data.torch_rng.get_state(), before[1])
 
 
-@pytest.mark.parametrize("missing", ["clock", "parts", "fit", "generator"])
+@pytest.mark.parametrize("missing", ["clock", "parts", "run", "generator"])
 def test_a_state_with_a_missing_part_is_refused(parts: Parts, whole_recipe: spfde.Recipe, missing: str) -> None:
     session = attach(parts, whole_recipe)
     state = session.state_dict()
@@ -753,8 +753,8 @@ def test_a_state_with_a_missing_part_is_refused(parts: Parts, whole_recipe: spfd
 def test_a_state_with_a_missing_sieve_is_refused(parts: Parts, whole_recipe: spfde.Recipe) -> None:
     session = attach(parts, whole_recipe)
     state = session.state_dict()
-    del state["parts"]["sieve"]
-    with pytest.raises(spfde.StateMismatch, match="incomplete"):
+    del state["parts"]["sampling"]["sieve"]
+    with pytest.raises(spfde.StateMismatch, match="lacks sieve"):
         session.load_state_dict(state)
 
 

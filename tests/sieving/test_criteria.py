@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from spfde.app.methods import render_catalogue
 from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import find, registered
-from spfde.sieving import DataSieving, OneTimeRemoval, SievingCriterion, criteria
+from spfde.sieving import DataSieving, OneTimeRemoval, SievingCriterion
 from spfde.sieving.criteria import Forgetting, Loss, Random
 
 INF = float("inf")
@@ -131,10 +130,6 @@ def test_an_unknown_criterion_is_refused_with_the_nearest() -> None:
     with pytest.raises(InvalidArgument, match="Did you mean 'el2n'") as caught:
         DataSieving(criterion="el2m")
     assert [problem.argument for problem in caught.value.problems] == ["criterion"]
-
-
-def test_the_examples_in_the_docstrings_run() -> None:
-    assert doctest.testmod(criteria) == doctest.TestResults(failed=0, attempted=2)
 
 
 # --- a stranger's ----------------------------------------------------------------------------------------------------

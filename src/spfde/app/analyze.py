@@ -28,11 +28,11 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, collate
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder
-from spfde.app.runs.kept_model import Layers, Subject
+from spfde.app.runs.kept_model import BlockLayers, CheckpointedModel
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
-from spfde.core.files import clear_errors, write_whole
+from spfde.core.files import clear_errors, written_whole
 from spfde.core.technique import Technique
 
 RESULT = "analysis.json"
@@ -78,8 +78,8 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
     _check_data(data, config, folder)
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    subject = Subject(trained, data, native=config.get("engine") == "native")
-    found = _measure(subject, checkpoints, options, tell)
+    model = CheckpointedModel(trained, data, native=config.get("engine") == "native")
+    found = _measure(model, checkpoints, options, tell)
     content = {
         "run": str(folder),
         "model": trained.model,
@@ -91,14 +91,12 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
         "fraction": FRACTION,
         **found,
         "versions": versions(),
-        "hardware": hardware(subject.device),
+        "hardware": hardware(model.device),
     }
-    with clear_errors(out):
-        write_whole(
-            out / RESULT,
-            json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n",
-            draft=out / f".{RESULT}.writing",
-        )
+    # What is no number at a checkpoint (an output that is the same for all samples, say) is null in the file.
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    with clear_errors(out), written_whole(out / RESULT) as (draft,):
+        draft.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return out / RESULT
 
 
@@ -106,9 +104,7 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], TrainOptions, dict[int, Path]]:
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{folder}: is no run folder (no {CONFIG}). Pass the folder of a run.")
-    run = RunFolder(folder)
+    run = RunFolder.existing(folder)
     config = run.read_json(CONFIG)
     trained = TrainOptions.from_config(config, folder / CONFIG)
     checkpoints = run.checkpoints.kept()
@@ -129,15 +125,8 @@ def _check_data(data: ImageData, config: Mapping[str, Any], folder: Path) -> Non
     if not isinstance(then, Mapping):
         raise RunFolderError(f'{folder / CONFIG}: lacks the run\'s data ("data"). Restore the file from a copy.')
     spec = data.spec
-    now = {
-        "num_classes": spec.num_classes,
-        "channels": spec.channels,
-        "image_size": list(spec.image_size),
-        "train_samples": spec.train_samples,
-        "test_samples": spec.test_samples,
-        "mean": data.mean.tolist(),
-        "std": data.std.tolist(),
-    }
+    now = {**vars(spec), "image_size": list(spec.image_size), "mean": data.mean.tolist(), "std": data.std.tolist()}
+    del now["name"]
     for name, value in now.items():
         if not _agrees(value, then.get(name)):
             raise DataError(
@@ -158,41 +147,41 @@ def _agrees(now: Any, then: Any) -> bool:
 
 
 def _measure(
-    subject: Subject, checkpoints: Mapping[int, Path], options: AnalyzeOptions, tell: Callable[[str], None]
+    model: CheckpointedModel, checkpoints: Mapping[int, Path], options: AnalyzeOptions, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Figures of every checkpoint, by block and by layer, in the form of ``analysis.json``."""
-    generator = torch.Generator().manual_seed(subject.seed)
-    images, _ = _draw_images(subject.data.test, options.samples, generator)
-    train = _draw_images(subject.data.train, options.gradient_samples, generator) if options.gradient_samples else None
+    generator = torch.Generator().manual_seed(model.seed)
+    images, _ = _draw_images(model.data.test, options.samples, generator)
+    train = _draw_images(model.data.train, options.gradient_samples, generator) if options.gradient_samples else None
     if len(images) < 4:
-        raise DataError(f"{subject.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
+        raise DataError(f"{model.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
     n_batches = min(math.ceil(len(images) / options.batch_size), len(images) // 4)
     watch = _Stopwatch()
     columns = []
-    subject.load(checkpoints[max(checkpoints)])
-    final_masks = subject.masks
-    with subject.outputs() as outputs:
+    model.load(checkpoints[max(checkpoints)])
+    final_masks = model.masks
+    with model.outputs() as outputs:
         with watch("cka"):
-            reference = list(batch_grams(outputs, subject.batches(images, n_batches)))
+            reference = list(batch_grams(outputs, model.batches(images, n_batches)))
         for number, (epoch, path) in enumerate(checkpoints.items(), start=1):
             tell(f"checkpoint {number}/{len(checkpoints)}: after {epoch} epochs")
-            subject.load(path)
+            model.load(path)
             with watch("structural_similarity"):
-                overlaps = _overlaps(subject, final_masks)
+                overlaps = _overlaps(model, final_masks)
             with watch("cka"):
                 is_reference = epoch == max(checkpoints)
-                grams = reference if is_reference else batch_grams(outputs, subject.batches(images, n_batches))
+                grams = reference if is_reference else batch_grams(outputs, model.batches(images, n_batches))
                 alignment = minibatch_cka(grams, reference)
             with watch("gradient_norm"):
-                norms = _norms(subject, train, options.batch_size) if train is not None else {}
+                norms = _norms(model, train, options.batch_size) if train is not None else {}
             columns.append(Column(overlaps, alignment, norms))
     return {
         "samples": len(images),
         "batch_size": math.ceil(len(images) / n_batches),
         "gradient_samples": 0 if train is None else len(train[0]),
-        "engine": subject.engine,
+        "engine": model.engine,
         "seconds": watch.seconds,
-        "blocks": [_block(block, columns) for block in subject.blocks],
+        "blocks": [_block(block, columns) for block in model.blocks],
     }
 
 
@@ -205,7 +194,7 @@ class Column:
     norms: Mapping[str, float]
 
 
-def _block(block: Layers, columns: Sequence[Column]) -> dict[str, Any]:
+def _block(block: BlockLayers, columns: Sequence[Column]) -> dict[str, Any]:
     """One block over all checkpoints; null where there is nothing to tell."""
     masked = [name for name in block.weights if name in columns[0].overlaps]
     pooled = [[sum(counts) for counts in zip(*(c.overlaps[name] for name in masked), strict=True)] for c in columns]
@@ -233,21 +222,21 @@ def _share(common: int, chosen: int) -> float | None:
     return common / chosen if chosen else None
 
 
-def _overlaps(subject: Subject, final_masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    weights = dict(subject.model.named_parameters())
+def _overlaps(model: CheckpointedModel, final_masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    weights = dict(model.module.named_parameters())
     return {name: structural_overlap(weights[name], mask, fraction=FRACTION) for name, mask in final_masks.items()}
 
 
-def _norms(subject: Subject, train: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
+def _norms(model: CheckpointedModel, train: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
     images, labels = train
     n_batches = math.ceil(len(images) / batch_size)
-    targets = (part.to(subject.device) for part in labels.tensor_split(n_batches))
+    targets = (part.to(model.device) for part in labels.tensor_split(n_batches))
     return gradient_norms(
-        subject.model,
-        zip(subject.batches(images, n_batches), targets, strict=True),
+        model.module,
+        zip(model.batches(images, n_batches), targets, strict=True),
         F.cross_entropy,
-        parameters=[name for block in subject.blocks for name in block.weights],
-        masks=subject.masks,
+        parameters=[name for block in model.blocks for name in block.weights],
+        masks=model.masks,
     )
 
 
@@ -273,11 +262,3 @@ class _Stopwatch:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

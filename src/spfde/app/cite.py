@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spfde.app.runs.folder import RECIPE
+from spfde.app.runs.folder import RECIPE, RunFolder
 from spfde.app.train.options import read_recipe
 from spfde.core.errors import InvalidArgument, RunFolderError
 from spfde.recipe.citation import cite
@@ -22,9 +22,7 @@ def cite_source(source: str) -> str:
 
 
 def _recipe_of_run(folder: Path) -> Recipe:
-    path = folder / RECIPE
-    if not path.is_file():
-        raise RunFolderError(f"{folder}: is no run folder (no {RECIPE}). Pass a run folder, a preset or a TOML file.")
+    path = RunFolder.existing(folder, needs=RECIPE).path / RECIPE
     try:
         return Recipe.from_toml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, InvalidArgument) as error:

@@ -288,7 +288,7 @@ def plan(
 
         from spfde import plan as draw_plan
         from spfde.app.data.datasets import describe_data
-        from spfde.app.train.models import build_model
+        from spfde.app.train.models import build_for
         from spfde.app.train.options import check_full_batch, choose_recipe
 
         chosen = choose_recipe(
@@ -305,7 +305,7 @@ def plan(
         )
         spec = describe_data(data)
         check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
-        built = build_model(model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
+        built = build_for(model, spec)
         sample = torch.zeros(1, *spec.sample_shape)
         bill = draw_plan(built, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
         typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
@@ -404,11 +404,8 @@ def methods() -> None:
 def _resume(folder: Path, *, engine: str | None, quiet: bool) -> None:
     from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder
     from spfde.app.train.options import TrainOptions
-    from spfde.core.errors import RunFolderError
 
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"--resume={folder}: is no run folder (no {CONFIG}). Pass the folder of an earlier run.")
-    look = RunFolder(folder)
+    look = RunFolder.existing(folder)
     if look.is_finished:
         if not quiet:
             accuracy = look.read_json(SUMMARY).get("test_accuracy")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from spfde.app.data.images import DataSpec
 from spfde.app.runs.checkpoints import check_whole
 from spfde.app.runs.folder import CONFIG, RunFolder
-from spfde.app.train.models import build_model
+from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, Problem, RunFolderError, nearest
 from spfde.export import save_compressed, save_dense, save_onnx
@@ -56,13 +57,11 @@ def export_run(
     if kind not in SUFFIX:
         raise InvalidArgument(Problem("--format", kind, "is no format", nearest(kind, SUFFIX)))
     path = out if out is not None else folder / f"{which}{SUFFIX[kind]}"
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{folder}: is no run folder (no {CONFIG}). Pass the folder of a run.")
+    run = RunFolder.existing(folder)
     if path.exists():
         raise InvalidArgument(Problem("--out", str(path), "exists already", "Remove it, or choose another name."))
     if not path.parent.is_dir():
         raise InvalidArgument(Problem("--out", str(path), f"there is no folder {path.parent}", "Make it first."))
-    run = RunFolder(folder)
     checkpoint = _checkpoint(run, which)
     config = run.read_json(CONFIG)
     model, sample = _build(config, folder / CONFIG)
@@ -94,15 +93,13 @@ def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, torch.Tensor]
     """The run's model with other weights, and an input for it; its data need not be there."""
     options = TrainOptions.from_config(config, path)
     try:
-        data = config["data"]
-        channels, size = int(data["channels"]), (int(data["image_size"][0]), int(data["image_size"][1]))
-        classes = int(data["num_classes"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        spec = DataSpec(**{item.name: config["data"][item.name] for item in fields(DataSpec)})
+        sample = torch.zeros(2, *spec.sample_shape)
+    except (KeyError, TypeError, RuntimeError) as error:
         raise RunFolderError(
             f"{path}: does not say the shape of the run's images ({error!r}). Restore it from a copy."
         ) from error
-    model = build_model(options.model, num_classes=classes, in_channels=channels, image_size=size, seed=0)
-    return model, torch.zeros(2, channels, *size)
+    return build_for(options.model, spec, seed=0), sample
 
 
 def _load(model: nn.Module, checkpoint: Path) -> None:

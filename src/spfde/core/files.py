@@ -5,45 +5,58 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from spfde.core.errors import RunFolderError
+from spfde.core.errors import RunFolderError, SpfdeError
 
-_FREE = "Free some space and go on with --resume."
-_ELSEWHERE = "Choose a folder that can be written."
-_REASONS = {
-    errno.ENOSPC: ("the disk is full", _FREE),
-    errno.EDQUOT: ("the disk quota is used up", _FREE),
-    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
-    errno.EACCES: ("it cannot be written", _ELSEWHERE),
-    errno.EPERM: ("it cannot be written", _ELSEWHERE),
-    errno.EIO: ("writing failed", "Check the disk, and go on with --resume."),
-}
+DRAFT = ".writing"
+"""How the name of what is being written ends; it begins with a dot."""
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_REASONS = _FULL | {errno.EROFS: "the file system is read-only", errno.EIO: "writing failed"}
 
 
 @contextmanager
-def clear_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors into a ``RunFolderError`` that names ``path``, the reason and the remedy."""
+def clear_errors(
+    path: Path, *, kind: type[SpfdeError] = RunFolderError, again: str = "go on with --resume"
+) -> Iterator[None]:
+    """Turn the system's errors into one that names ``path``, the reason and the remedy.
+
+    Args:
+        path: what is being written, or the folder of it.
+        kind: the error that is raised.
+        again: what to do once there is room on the disk.
+    """
     try:
         yield
     except OSError as error:
-        reason, remedy = _REASONS.get(error.errno or 0, ("it cannot be used", "Choose another folder."))
-        raise RunFolderError(f"{path}: {reason} ({error.strerror or error}). {remedy}") from error
+        code = error.errno or 0
+        remedy = f"Free some space and {again}." if code in _FULL else "Choose another folder."
+        reason = _REASONS.get(code, "it cannot be written")
+        raise kind(f"{path}: {reason} ({error.strerror or error}). {remedy}") from error
 
 
-def write_whole(path: Path, text: str, *, draft: Path) -> None:
-    """Write a file whole or not at all, by way of ``draft`` in the same folder."""
+@contextmanager
+def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Passing names beside ``paths`` to write to: all files are there in the end, or none of them.
+
+    When the block ends, what was written is put on disk and takes its name, the first file last; when it fails, the
+    drafts are taken away, and what was there before is as it was.
+    """
+    drafts = tuple(path.with_name(f".{path.name}.{os.getpid()}{DRAFT}") for path in paths)
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        yield drafts
+        for draft in drafts:
+            sync_file(draft)
+        for draft, path in zip(reversed(drafts), reversed(paths), strict=True):
+            draft.replace(path)
+    finally:
+        for draft in drafts:
+            with suppress(OSError):
+                draft.unlink()
+    for folder in {path.parent for path in paths}:
+        sync_folder(folder)
 
 
 def sync_file(path: Path) -> None:

@@ -39,6 +39,16 @@ def register(kind: str) -> Callable[[C], C]:
     Raises:
         InvalidArgument: an unknown kind, a class without a name in small letters, or a name that another class has.
 
+    Example:
+        >>> @spfde.register("drop")
+        ... class LargestFirst(spfde.sparsity.Criterion):
+        ...     name = "largest-first"
+        ...     summary = "The smallest weights stay."
+        ...
+        ...     def score(self, weight, gradient):
+        ...         return -weight.abs()
+        >>> spfde.sparsity.DropGrow(sparsity=0.9, drop="largest-first").drop
+        LargestFirst()
     """
     if kind not in KINDS:
         raise InvalidArgument(Problem("kind", kind, "is no kind of technique", nearest(kind, KINDS)))

@@ -42,6 +42,15 @@ class LedgerRow:
         lr: learning rate of the first group; None if unknown.
         dense_weight_bytes: what the model's tensors take at the end of the epoch, dense; None if not modelled.
         compressed_weight_bytes: what they take without what the masks cut off (``spfde.export``).
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         optimizer.step()
+        >>> row = session.cost.rows[0]
+        >>> row.samples, row.steps
+        (20, 3)
     """
 
     epoch: int
@@ -72,7 +81,16 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class LedgerTotals:
-    """Sums over the rows; the largest peak; modelled memory averaged and least; the weights' bytes in the last row."""
+    """Sums over the rows; the largest peak; modelled memory averaged and least; the weights' bytes in the last row.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         optimizer.step()
+        >>> session.cost.totals.epochs, session.cost.totals.cost.saved_by_freezing
+        (2, 0)
+    """
 
     epochs: int
     samples: int
@@ -98,6 +116,14 @@ class Ledger:
     Args:
         uncounted: modules that the modelled FLOPs leave out, by type name, with their calls (``ModelCost.uncounted``).
         dense_memory_bytes: modelled memory of the dense model, to hold the rows' against.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         optimizer.step()
+        >>> session.cost.totals.samples
+        20
     """
 
     def __init__(self, *, uncounted: Mapping[str, int] | None = None, dense_memory_bytes: int | None = None) -> None:
@@ -234,17 +260,32 @@ def _render(totals: LedgerTotals, uncounted: Mapping[str, int] | None, dense_mem
 
 
 def format_flops(flops: float | None) -> str:
-    """``13.23 PFLOP``: a number of operations, not a rate."""
+    """``13.23 PFLOP``: a number of operations, not a rate.
+
+    Example:
+        >>> spfde.cost.format_flops(1.323e16)
+        '13.23 PFLOP'
+    """
     return _scaled(flops, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"), "FLOP")
 
 
 def format_bytes(size: float | None) -> str:
-    """``312.4 MiB``."""
+    """``312.4 MiB``.
+
+    Example:
+        >>> spfde.cost.format_bytes(327_600_000)
+        '312.4 MiB'
+    """
     return _scaled(size, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi"), "B")
 
 
 def format_seconds(seconds: float | None) -> str:
-    """``12.3 s``, ``5 min 12 s``, ``3 h 05 min``."""
+    """``12.3 s``, ``5 min 12 s``, ``3 h 05 min``.
+
+    Example:
+        >>> spfde.cost.format_seconds(312)
+        '5 min 12 s'
+    """
     if seconds is None:
         return _DASH
     if seconds < 60:

@@ -21,13 +21,21 @@ from spfde.cost.flops import LayerCost
 from spfde.cost.training import share
 
 Accounting = Literal["paper", "actual"]
+"""How memory is counted: as the paper does, or as PyTorch under a mask stores it."""
 
 _BYTES = 4  # the paper's accounting is in fp32, and so are the masked engine's weights
 
 
 @dataclass(frozen=True)
 class MemoryBytes:
-    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper."""
+    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper.
+
+    Example:
+        >>> spfde.cost.MemoryBytes(
+        ...     weights=400, masks=0, activations=800, weight_gradients=400, activation_gradients=800
+        ... ).total
+        2400
+    """
 
     weights: int
     masks: int
@@ -49,6 +57,11 @@ class MemoryTimeline:
         per_epoch: one entry an epoch.
         dense: the dense model without freezing.
         sparse: the sparse model at its target density without freezing, "DST methods Min." in the paper's Fig. 4.
+
+    Example:
+        >>> run = spfde.cost.MemoryTimeline(per_epoch=(800, 400), dense=1000, sparse=800)
+        >>> run.minimum, run.average_of_dense
+        (400, 0.6)
     """
 
     per_epoch: tuple[int, ...]
@@ -112,6 +125,11 @@ def memory_of(
         frozen: whether the layer is frozen, per layer.
         batch_size: samples in a step.
         accounting: which of the two.
+
+    Example:
+        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
+        >>> spfde.cost.memory_of([layer], [0.1], [False], batch_size=8, accounting="paper").weights
+        204
     """
     as_paper = accounting == "paper"
     weights = masks = weight_gradients = activations = activation_gradients = 0
@@ -148,6 +166,13 @@ def memory_timeline(
         target_density: density of each layer at the target, without a soft bound: the sparse baseline's.
         batch_size: samples in a step.
         accounting: see ``memory_of``.
+
+    Example:
+        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
+        >>> epochs = [([0.1], [False]), ([0.1], [True])]
+        >>> run = spfde.cost.memory_timeline([layer], epochs, target_density=[0.1], batch_size=8, accounting="actual")
+        >>> run.per_epoch[1] < run.per_epoch[0]
+        True
     """
 
     def total(density: Sequence[float], frozen: Sequence[bool]) -> int:
@@ -171,6 +196,12 @@ class SavedTensorBytes:
     add up.
 
     While the context is open autograd does not notice in-place changes of saved tensors.
+
+    Example:
+        >>> with spfde.cost.SavedTensorBytes(model) as saved:
+        ...     loss = model(torch.zeros(8, 4)).sum()
+        >>> saved.bytes > 0
+        True
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -215,6 +246,11 @@ def peak_bytes(device: torch.device | str = "cpu") -> int | None:
 
     On an accelerator what PyTorch's allocator had in use; on the CPU the resident set of the process, with everything
     that else lives in it (the interpreter, libraries, data). None where the platform tells neither.
+
+    Example:
+        >>> peak = spfde.cost.peak_bytes("cpu")  # None where the system does not tell
+        >>> peak is None or peak > 0
+        True
     """
     device = torch.device(device)
     if device.type != "cpu":
@@ -233,6 +269,10 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     Returns:
         Whether the peak was reset. Where it cannot be (macOS, a locked ``/proc``), ``peak_bytes`` goes on counting from
         the start of the process.
+
+    Example:
+        >>> spfde.cost.reset_peak("cpu") in (True, False)  # whether it could be reset
+        True
     """
     device = torch.device(device)
     if device.type != "cpu":

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem, UsageError
-from spfde.export.files import written_whole
+from spfde.core.files import written_whole
+from spfde.export.files import weights_errors
 
 
 def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) -> None:
@@ -29,6 +30,12 @@ def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) ->
         InvalidArgument: PyTorch cannot export the model.
         UsageError: onnx or onnxscript is not installed.
         WeightsFileError: the file cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> spfde.export.save_onnx(model, torch.zeros(1, 4), "model.onnx")
+        >>> Path("model.onnx").stat().st_size > 0
+        True
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -58,5 +65,5 @@ def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) ->
             Problem("model", type(model).__name__, rule, "Export the weights instead, dense or compressed.")
         ) from error
     assert program is not None
-    with written_whole(Path(path)) as draft:
+    with weights_errors(Path(path)), written_whole(Path(path)) as (draft,):
         program.save(str(draft))

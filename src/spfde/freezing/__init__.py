@@ -7,25 +7,22 @@ from spfde.freezing.plan import (
     ProgressiveFreezing,
     blocks_to_freeze,
 )
-from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, rate
+from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, learning_rate_factor, rate
 from spfde.freezing.schemes import FreezingScheme, Savings, solve
-from spfde.model.blocks import Block, Partition, find_blocks
 
 __all__ = [
     "FREEZE_CRITERIA",
-    "Block",
     "BlockwiseCosine",
     "FreezePlan",
     "Freezer",
     "FreezingScheme",
     "GroupRates",
-    "Partition",
     "ProgressiveFreezing",
     "Savings",
     "blocks_to_freeze",
     "check_rates",
-    "find_blocks",
     "is_held",
+    "learning_rate_factor",
     "rate",
     "recompile_warning",
     "solve",

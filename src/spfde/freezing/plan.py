@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from spfde.core.numbers import latest_update_epoch
 from spfde.core.registry import find, registered
 from spfde.core.technique import Technique
 
@@ -48,6 +47,11 @@ class ProgressiveFreezing(Technique):
     - "delayed-periodic": everything trains until the start epoch, and then as in "periodic".
 
     Departures: the appendix names no default for ``resume_epochs`` and for the delay; ours are below.
+
+    Example:
+        >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.3, scheme="single-shot"))
+        >>> spfde.plan(model, torch.zeros(1, 4), recipe, epochs=40, samples=20).freeze_epochs
+        (16, 18, 20)
     """
 
     name: ClassVar[str] = "progressive-freezing"
@@ -68,15 +72,6 @@ class ProgressiveFreezing(Technique):
     blocks: tuple[str, ...] | None = Field(
         default=None, description="names of the modules to freeze at once, in order of execution; None: found"
     )
-    cache_variants: int = Field(
-        default=0,
-        ge=0,
-        description="augmented variants of each sample whose output of the frozen front is kept, so that its forward "
-        "pass is not done again; 0: none. Native engine; see session.augmentation_seeds",
-    )
-    cache_precision: Literal["fp16", "int8"] = Field(default="fp16", description="of what is kept: 'fp16' or 'int8'")
-    cache_limit_gib: float = Field(default=8.0, gt=0, description="room for what is kept, in GiB; fewer variants fit")
-    cache_folder: str | None = Field(default=None, description="folder for a memory-mapped file; None: in memory")
     scheme: str = Field(
         default="single-shot",
         description="'single-shot', 'single-shot-resume', 'periodic', 'delayed-periodic' or a registered scheme",
@@ -141,13 +136,6 @@ class ProgressiveFreezing(Technique):
             raise ValueError(f"scheme={self.scheme!r} needs a flops_reduction above 0: it says how many blocks pause")
         if self.adapts and self.thaws:
             raise ValueError("criterion freezes blocks for good, earlier than planned: it needs scheme='single-shot'")
-        if self.cache_variants and self.adapts:
-            raise ValueError("cache_variants needs freeze epochs that are known beforehand: criterion='schedule'")
-        if self.cache_variants and self.thaws:
-            raise ValueError(
-                "cache_variants keeps what blocks make of a sample while they are frozen for good: it "
-                "needs scheme='single-shot'"
-            )
         return self
 
 
@@ -162,6 +150,11 @@ class FreezePlan:
         pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
             is at its target before it is frozen.
         asked: the share that was asked for; more than ``reduction`` where no more could be reached.
+
+    Example:
+        >>> plan = spfde.freezing.FreezePlan(n_blocks=3, frozen=(0, 0, 1, 2), reduction=0.2)
+        >>> plan.freeze_epochs
+        (2, 3, None)
     """
 
     n_blocks: int
@@ -197,36 +190,6 @@ class FreezePlan:
         """Number of blocks that are frozen during ``epoch``; they are the first ones. After the run as in its end."""
         return self.frozen[min(epoch, len(self.frozen) - 1)]
 
-    def prunes_before(self, block: int, epoch: int, interval: int) -> bool:
-        """Is an update epoch, at which the block trains, the last one at which it does before it is frozen?
-
-        A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
-        no step left to make up for them: so it is pruned to its target one update earlier. Through a pause masks wait
-        as they are; then it is the last update of all at which the block trains, unless it trains in the last epoch, in
-        which all are pruned anyway. The sources say nothing of this case.
-
-        Args:
-            block: index of the block.
-            epoch: the update epoch.
-            interval: Δτ in epochs.
-        """
-        if not self.pauses:
-            return self.n_frozen_at(epoch + interval) > block
-        end = len(self.frozen) - 1
-        to_come = (*range(epoch + interval, end, interval), end)
-        return epoch < end and all(self.frozen[update_epoch] > block for update_epoch in to_come)
-
-    # The next two go as soon as the timeline asks prunes_before, epoch by epoch.
-    def last_turn(self, block: int, epoch: int, interval: int) -> int | None:
-        """The latest update epoch up to ``epoch`` at which the block trains and its mask may change, or None."""
-        update_epochs = range(latest_update_epoch(epoch, interval), -1, -interval)
-        return next((update_epoch for update_epoch in update_epochs if self.n_frozen_at(update_epoch) <= block), None)
-
-    def settles(self, block: int, epoch: int, interval: int) -> bool:
-        """Is the block at its target during ``epoch``, because it is frozen or about to be?"""
-        turn = self.last_turn(block, epoch, interval)
-        return turn is None or self.prunes_before(block, turn, interval)
-
     @property
     def learning_stops(self) -> tuple[int, ...]:
         """For each block the epoch at which its learning rate reaches its end: its freeze epoch, or the run's length.
@@ -244,6 +207,10 @@ def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float
         n_layers: number of weighted layers of each block, front to back.
         total_layers: of the whole model, the head included.
         fraction: share of the layers to freeze. Source: two thirds, SpFDE section 3; whole blocks are ours.
+
+    Example:
+        >>> spfde.freezing.blocks_to_freeze([2, 2, 2], total_layers=7, fraction=2 / 3)
+        2
     """
     wanted, frozen, distances = fraction * total_layers, 0, []
     for count in n_layers:

@@ -38,6 +38,13 @@ class Savings:
         flops_reduction: share of ``total`` to save.
         interval: Δτ in epochs.
         n_blocks: number of blocks that may be frozen.
+
+    Example:
+        >>> savings = spfde.freezing.Savings(
+        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
+        ... )
+        >>> savings.reduction([0, 0, 1, 1, 2, 2, 2, 2])
+        0.25
     """
 
     backward: Sequence[Sequence[float]]
@@ -83,6 +90,7 @@ class FreezingScheme(ABC):
         takes: which of ``start_epoch`` and ``resume_epochs`` it heeds.
 
     Example:
+        >>> from spfde.freezing import FreezingScheme, Savings
         >>> class AtOnce(FreezingScheme):
         ...     name = "at-once"
         ...     summary = "All blocks are frozen at the same time."
@@ -133,6 +141,13 @@ def solve(
     Raises:
         InvalidArgument: the target cannot be reached (the most possible is named), a given epoch is no update epoch of
             the run, or there is no such scheme.
+
+    Example:
+        >>> savings = spfde.freezing.Savings(
+        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
+        ... )
+        >>> spfde.freezing.solve(savings).frozen
+        (0, 0, 1, 1, 2, 2, 2, 2)
     """
     kind: type[FreezingScheme] = find("freezing-scheme", scheme, argument="scheme")
     problems = Problems()

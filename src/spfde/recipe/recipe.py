@@ -30,6 +30,15 @@ class Recipe(Technique):
             freeze epoch (SpFDE §3.2); None leaves every learning rate to the caller.
         update_interval_epochs: Δτ, the one update epoch of mutation, freezing and sieving, in epochs. "auto" is
             ``min(5, max(1, round(epochs / 32)))``, at least 2 from 4 epochs on: the paper's 5 at 160 epochs.
+
+    Example:
+        >>> recipe = spfde.Recipe(
+        ...     sparsity=spfde.MEST(sparsity=0.9), freezing=spfde.ProgressiveFreezing(flops_reduction=0.2)
+        ... )
+        >>> recipe.replace(update_interval_epochs=2).update_interval_epochs
+        2
+        >>> spfde.Recipe.from_toml(recipe.to_toml()) == recipe
+        True
     """
 
     # SerializeAsAny is not needed: ``to_dict`` writes the techniques itself, with their method's name.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.model.sample import Sample, batch_of, unwrap, without_traces
-from spfde.planning.bill import Blueprint
+from spfde.planning import Blueprint
 from spfde.sieving import population_of
 from spfde.sparsity import PruningAtInitialisation, ScoreLoss
 

@@ -44,7 +44,7 @@ class SievingCriterion:
         chooses_at_random: whether all samples are alike to it, so that each leaves with the same probability.
 
     Example:
-        >>> class Margin(SievingCriterion):
+        >>> class Margin(spfde.sieving.SievingCriterion):
         ...     name = "margin"
         ...     summary = "The largest lead of the most probable class is easiest."
         ...
@@ -150,6 +150,13 @@ class Scorer(Accumulator):
 
     Attributes:
         criterion: the criterion.
+
+    Example:
+        >>> from spfde.sieving.criteria import Loss
+        >>> scorer = Loss().scorer(3)
+        >>> scorer.observe(torch.tensor([0, 1]), torch.tensor([0.5, 2.0]))
+        >>> scorer.difficulty()
+        tensor([0.5000, 2.0000,    inf], dtype=torch.float64)
     """
 
     def __init__(self, criterion: SievingCriterion, n: int) -> None:

@@ -28,6 +28,10 @@ def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: the shapes are none of the above.
+
+    Example:
+        >>> spfde.sieving.correct_from_logits(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        tensor([ True, False])
     """
     kind = labels_kind(logits, y)
     if kind == "binary":
@@ -80,6 +84,12 @@ def el2n_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: the shapes are none of those.
+
+    Example:
+        >>> spfde.sieving.el2n_from_logits(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])).round(
+        ...     decimals=1
+        ... )
+        tensor([0.0000, 1.4000])
     """
     logits = logits.float()
     kind = labels_kind(logits, y)
@@ -129,6 +139,10 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
+
+    Example:
+        >>> spfde.sieving.label_bounds(torch.zeros(2, 10), torch.tensor([3, 7]))
+        (tensor([3, 7]), 10)
     """
     kind = labels_kind(logits, y)
     if kind == "soft" or not y.numel():

@@ -30,7 +30,14 @@ from spfde.core.errors import Problem, UsageError
 
 
 def check_loader(loader: object) -> list[Problem]:
-    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing."""
+    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing.
+
+    Example:
+        >>> spfde.sieving.check_loader(loader)
+        []
+        >>> spfde.sieving.check_loader([1, 2])[0].rule
+        'must be a DataLoader'
+    """
     if isinstance(loader, SievedLoader):
         remedy = "Pass the DataLoader that it was made from, or detach the other session first."
         return [Problem("loader", _kind(loader), "is already the loader of a session", remedy)]
@@ -88,6 +95,10 @@ def population_of(loader: DataLoader[Any]) -> Tensor:
 
     The indices of a ``SubsetRandomSampler``; what ``RandomSampler`` and ``SequentialSampler`` run over; for any other
     sampler the whole data set.
+
+    Example:
+        >>> len(spfde.sieving.population_of(loader))
+        20
     """
     sampler: Any = loader.sampler
     if _iterates_as(sampler, SubsetRandomSampler):
@@ -103,6 +114,10 @@ def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
     """The generators that a loader and its sampler own, each once, in this order; the global one is not among them.
 
     A sampler of the user's own is asked for an attribute ``generator``.
+
+    Example:
+        >>> spfde.sieving.loader_generators(loader)
+        []
     """
     found: list[Generator] = []
     for owner in (loader, loader.sampler):
@@ -118,6 +133,13 @@ class SievedBatchSampler(BatchSampler):
     Laziness is kept: nothing is drawn from the sampler before the first batch is asked for, and no index before it is
     needed. ``DataLoader`` draws its base seed between the two and makes the iterator twice when it has workers, so this
     is what keeps the draws in the plain loader's order.
+
+    Example:
+        >>> def keep():
+        ...     return torch.arange(20) < 16  # samples 16 to 19 are left out
+        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=keep)
+        >>> sorted(index for batch in sampler for index in batch) == list(range(16))
+        True
     """
 
     def __init__(
@@ -207,6 +229,11 @@ class SievedLoader(DataLoader[Any]):
         on_batch: called with ``current_indices`` just before a batch is handed out.
         on_end: called when an iteration has come to its end; not where it was left early.
         had_workers: a run goes on whose persistent workers had been started before.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sieving=spfde.DataSieving()), epochs=10)
+        >>> isinstance(session.loader, spfde.sieving.SievedLoader), len(session.loader)
+        (True, 2)
     """
 
     on_start: Callable[[], None] | None

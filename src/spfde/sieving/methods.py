@@ -25,6 +25,11 @@ class SievingMethod(Technique, ABC):
         never_learned: samples that were never right are hard, or ("literal") as easy as their count of 0; for
             "forgetting" alone.
         balanced: the same share of each class leaves.
+
+    Example:
+        >>> method = spfde.DataSieving(removed_fraction=0.2)
+        >>> isinstance(method, spfde.sieving.SievingMethod), method.n_removed(50_000)
+        (True, 10000)
     """
 
     name: ClassVar[str]
@@ -101,6 +106,11 @@ class DataSieving(SievingMethod):
     Attributes:
         swap_fraction: share of the partial set swapped at each update; None takes ``removed_fraction``.
         rescale_loss: ``session.loss_weights`` gives weights that keep the gradient unbiased; the loop has to use them.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sieving=spfde.DataSieving()), epochs=10)
+        >>> len(session.partial_set), len(session.removed_set)
+        (16, 4)
     """
 
     name: ClassVar[str] = "circular"
@@ -159,6 +169,11 @@ class OneTimeRemoval(SievingMethod):
 
     Attributes:
         at_fraction: when samples are removed, as a share of the run, in (0, 1).
+
+    Example:
+        >>> removal = spfde.OneTimeRemoval(removed_fraction=0.24, at_fraction=70 / 160)
+        >>> removal.removal_epoch(epochs=160, interval=5), removal.n_removed(50_000)
+        (70, 12000)
     """
 
     name: ClassVar[str] = "one-time"
@@ -208,6 +223,10 @@ def check_fraction(technique: SievingMethod, n: int, batch_size: int) -> list[Pr
     """Find out whether the partial set of ``n`` samples still fills a batch; empty when all is well.
 
     Nothing is wrong while nothing is removed: a data set smaller than a batch is then the user's own choice.
+
+    Example:
+        >>> spfde.sieving.check_fraction(spfde.DataSieving(removed_fraction=0.9), n=20, batch_size=8)[0].rule
+        'leaves 2 of 20 samples, no full batch of 8'
     """
     removed = technique.n_removed(n)
     if removed == 0 or n - removed >= batch_size:

@@ -24,6 +24,7 @@ from spfde.sparsity.masks import highest
 from spfde.sparsity.structure import Structure
 
 ScoreLoss = Callable[[nn.Module, Any], Tensor]
+"""The mean loss of a batch, called with the model and a batch of the loader."""
 Weights = Mapping[str, nn.Parameter]
 Scores = dict[str, Tensor]
 

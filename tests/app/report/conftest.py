@@ -53,7 +53,7 @@ def epoch_row(
     }
 
 
-def config(*, epochs: int = 6, freeze_epochs: list[int | None] | None = None, recipe: str = "spfde") -> dict[str, Any]:
+def config(*, epochs: int = 6, frozen: list[int] | None = None, recipe: str = "spfde") -> dict[str, Any]:
     return {
         "command": {
             "data": "fashion-mini",
@@ -67,11 +67,8 @@ def config(*, epochs: int = 6, freeze_epochs: list[int | None] | None = None, re
         "model": "resnet8",
         "recipe": {"update_interval_epochs": 2},
         "engine": "masked",
-        "plan": {
-            "start_epoch": 2,
-            "freeze_epochs": freeze_epochs or [None] * 3,
-            "block_names": ["stem", "stage1", "stage2"],
-        },
+        "plan": {"block_names": ["stem", "stage1", "stage2"]},
+        "timeline": {"epochs": epochs, "rows": [[1, {"frozen_blocks": count}] for count in frozen or [0] * epochs]},
         "versions": {"spfde": "0.1.0", "torch": "2.6.0"},
         "hardware": {"device": "cpu", "name": "A processor", "threads": 2},
     }
@@ -118,12 +115,11 @@ def make_run(tmp_path: Path) -> MakeRun:
         folder.mkdir(parents=True)
         done = epochs if done is None else done
         frozen = [min(2, max(0, epoch - 1) // 2) if freeze else 0 for epoch in range(epochs)]
-        starts = [next((e for e, n in enumerate(frozen) if n > block), None) for block in range(3)]
         rows = [
             epoch_row(epoch, epochs=epochs, frozen=frozen[epoch], removed=removed, sparsity=sparsity) | (changes or {})
             for epoch in range(done)
         ]
-        settings = config(epochs=epochs, freeze_epochs=starts, recipe=recipe)
+        settings = config(epochs=epochs, frozen=frozen, recipe=recipe)
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if done == epochs:

@@ -20,8 +20,8 @@ def test_a_finished_run_is_read_as_it_was_written(make_run: MakeRun) -> None:
     assert run.name == "a"
     assert run.summary is not None
     assert run.summary["seed"] == 7
-    assert [epoch.epoch for epoch in run.epochs] == [0, 1, 2, 3, 4, 5]
-    assert run.epochs[2].training_flops == pytest.approx(1000 * 0.1 * 0.8)
+    assert list(run.epochs) == [0, 1, 2, 3, 4, 5]
+    assert run.epochs[2]["training_flops"] == pytest.approx(1000 * 0.1 * 0.8)
     assert run.total("saved_by_sparsity") == pytest.approx(6 * 900)
     assert run.last("frozen_blocks") == 2
     assert run.freezes
@@ -38,10 +38,10 @@ def test_an_unfinished_run_is_allowed_and_marked(make_run: MakeRun) -> None:
 
 def test_a_run_killed_before_its_first_epoch_has_no_epochs(make_run: MakeRun) -> None:
     folder = make_run(done=0)
-    assert read_run(folder).epochs == ()
+    assert read_run(folder).epochs == {}
     (folder / "metrics.jsonl").unlink()
     run = read_run(folder)
-    assert run.epochs == ()
+    assert run.epochs == {}
     assert run.last("test_accuracy") is None
     assert run.total("seconds") is None
 
@@ -53,7 +53,7 @@ def test_a_half_written_last_line_does_not_count(make_run: MakeRun, half: str) -
     folder = make_run()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(half)
-    assert [epoch.epoch for epoch in read_run(folder).epochs] == [0, 1, 2, 3, 4, 5]
+    assert list(read_run(folder).epochs) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_last_line_without_its_newline_counts_when_it_is_whole(make_run: MakeRun) -> None:
@@ -87,62 +87,58 @@ def test_of_two_lines_about_one_epoch_the_later_counts(make_run: MakeRun) -> Non
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": 1, "test_accuracy": 0.99}) + "\n")
     run = read_run(folder)
-    assert [epoch.test_accuracy for epoch in run.epochs] == [0.4, 0.99]
+    assert [row["test_accuracy"] for row in run.epochs.values()] == [0.4, 0.99]
 
 
 def test_nan_and_missing_fields_are_not_recorded(make_run: MakeRun) -> None:
     folder = make_run(done=1)
     (folder / "metrics.jsonl").write_text('{"epoch": 0, "test_loss": NaN, "train_loss": Infinity, "seconds": null}\n')
-    (epoch,) = read_run(folder).epochs
-    assert (epoch.test_loss, epoch.train_loss, epoch.seconds, epoch.samples) == (None, None, None, None)
+    run = read_run(folder)
+    assert run.epochs == {0: {}}
+    assert run.last("seconds") is None
 
 
-def test_what_happened_wins_over_the_plan_and_the_plan_fills_what_is_to_come(make_run: MakeRun) -> None:
-    finished, unfinished = read_run(make_run("runs/a")), read_run(make_run("runs/b", done=4))
-    assert finished.freeze_epochs() == [3, 5, None]
-    assert unfinished.freeze_epochs() == [3, 5, None]
-    assert [epoch.frozen_blocks for epoch in unfinished.epochs] == [0, 0, 0, 1]
-    assert finished.block_names() == ["stem", "stage1", "stage2"]
+def test_the_freezing_of_a_run_is_the_timeline_that_it_was_planned_with(make_run: MakeRun) -> None:
+    for run in (read_run(make_run("runs/a")), read_run(make_run("runs/b", done=2))):
+        assert run.planned_freezing() == [0, 0, 0, 1, 1, 2]
+        assert run.frozen_spans() == [[(3, 6)], [(5, 6)], []]
+        assert run.block_names() == ["stem", "stage1", "stage2"]
+        assert run.freezes
 
 
-def test_the_spans_in_which_a_block_is_frozen_are_what_happened_and_then_what_was_planned(make_run: MakeRun) -> None:
-    assert read_run(make_run("runs/a")).frozen_spans() == [[(3, 6)], [(5, 6)], []]
-    folder = make_run("runs/b", done=2, changes={"frozen_blocks": 1})
+def test_a_timeline_is_coded_by_run_lengths_and_blocks_may_thaw(make_run: MakeRun) -> None:
+    folder = make_run(changes={"frozen_blocks": 0})
     settings = json.loads((folder / "config.json").read_text())
-    settings["plan"]["frozen_blocks"] = [0, 2, 0, 2, 1, 0]
+    settings["timeline"]["rows"] = [[1, {"frozen_blocks": 0}], [2, {"frozen_blocks": 2}], [3, {"frozen_blocks": 1}]]
     (folder / "config.json").write_text(json.dumps(settings))
-    assert read_run(folder).frozen_spans() == [[(0, 2), (3, 5)], [(3, 4)], []]
-    # Frozen before the plan's time, a block stays frozen.
-    settings["plan"]["frozen_blocks"] = [0, 0, 0, 1, 2, 2]
+    assert read_run(folder).frozen_spans() == [[(1, 6)], [(1, 3)], []]
+    settings["timeline"]["rows"][1][1]["frozen_blocks"] = 0
     (folder / "config.json").write_text(json.dumps(settings))
-    assert read_run(folder).frozen_spans() == [[(0, 6)], [(4, 6)], []]
+    assert read_run(folder).frozen_spans() == [[(3, 6)], [], []]
 
 
-def test_a_block_that_was_planned_to_freeze_and_was_not_is_shown_as_trained(make_run: MakeRun) -> None:
-    run = read_run(make_run(changes={"frozen_blocks": 0}))
-    assert run.freeze_epochs() == [None, None, None]
-    assert not run.freezes
-
-
-def test_a_run_without_a_plan_has_its_blocks_from_its_epochs(make_run: MakeRun) -> None:
-    folder = make_run()
-    settings = json.loads((folder / "config.json").read_text())
-    settings["plan"] = None
+@pytest.mark.parametrize(
+    "timeline", [None, {}, {"rows": 3}, {"rows": [[1, {}]]}, {"rows": [["x", {"frozen_blocks": 1}]]}]
+)
+def test_without_a_timeline_the_freezing_is_what_was_counted(make_run: MakeRun, timeline: object) -> None:
+    folder = make_run(done=5)
+    settings = json.loads((folder / "config.json").read_text()) | {"timeline": timeline, "plan": None}
     (folder / "config.json").write_text(json.dumps(settings))
     run = read_run(folder)
-    assert run.freeze_epochs() == [3, 5, None]
+    assert run.planned_freezing() == []
+    assert run.frozen_spans() == [[(3, 5)], [], []]
     assert run.block_names() == ["block 0", "block 1", "block 2"]
 
 
 def test_a_missing_folder_is_refused_with_its_path_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"no-such.*does not exist.*spfde train --out"):
+    with pytest.raises(RunFolderError, match=r"no-such: .*no such folder.*spfde train"):
         read_run(tmp_path / "no-such")
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("")
-    with pytest.raises(RunFolderError, match="is a file, not a run folder"):
+    with pytest.raises(RunFolderError, match="is no run folder"):
         read_run(path)
 
 

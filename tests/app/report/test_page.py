@@ -161,7 +161,7 @@ def test_one_bad_folder_among_good_ones_leaves_nothing_behind(make_run: MakeRun,
 @pytest.mark.usefixtures("few_plots")
 def test_a_place_that_cannot_be_written_is_named(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match=r"report\.html.*cannot be written"):
+    with pytest.raises(RunFolderError, match=f"{tmp_path}.*cannot be written"):
         write_report([make_run()], tmp_path / "file" / "report.html")
 
 
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_former_report_and_no_drafts(
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RunFolderError, match=r"report-sieving\.png.*No space left"):
+    with pytest.raises(RunFolderError, match=f"{out.parent}: .*No space left"):
         write_report([make_run()], out)
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
     assert out.read_text() == "former"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from PIL import Image
 
 from spfde.app.report import read_run
 from spfde.app.report.canvas import DARK, LIGHT, Theme, label
-from spfde.app.report.folders import Epoch, Run
+from spfde.app.report.folders import RecordedRun
 from spfde.app.report.plots import PLOTS, Plot, accuracy_over_flops
 
 MakeRun = Callable[..., Path]
@@ -24,7 +25,7 @@ MakeRun = Callable[..., Path]
 BY_KEY = {plot.key: plot for plot in PLOTS}
 
 
-def drawn(key: str, *runs: Run) -> Any:
+def drawn(key: str, *runs: RecordedRun) -> Any:
     """The figure of a plot, to look at its axes."""
     figure = Figure(layout="constrained")
     BY_KEY[key].draw(figure, runs, LIGHT)
@@ -77,11 +78,9 @@ def test_a_dense_run_has_no_freeze_timeline_and_no_turnover(dense_run: Path) -> 
 
 
 def test_accuracy_is_drawn_over_the_flops_spent_up_to_then() -> None:
-    epochs = tuple(
-        Epoch(epoch=at, training_flops=spent, test_accuracy=accuracy)
-        for at, (spent, accuracy) in enumerate([(10.0, 0.1), (5.0, None), (None, 0.2), (1.0, 0.3)])
-    )
-    run = Run(path=Path("x"), name="x", config={}, epochs=epochs)
+    spent, accuracy = "training_flops", "test_accuracy"
+    rows = [{spent: 10.0, accuracy: 0.1}, {spent: 5.0}, {accuracy: 0.2}, {spent: 1.0, accuracy: 0.3}]
+    run = RecordedRun(path=Path("x"), name="x", config={}, epochs=dict(enumerate(rows)))
     assert accuracy_over_flops(run) == ([10.0, 15.0, 16.0], [0.1, 0.2, 0.3])
 
 
@@ -95,10 +94,27 @@ def test_bars_of_the_cost_end_where_the_dense_run_does(make_run: MakeRun) -> Non
 
 def test_a_block_of_the_timeline_is_trained_until_it_is_frozen(make_run: MakeRun) -> None:
     (axes,) = drawn("freezing", read_run(make_run())).axes
-    bars = [(round(bar.get_y() + bar.get_height() / 2), bar.get_x(), bar.get_width()) for bar in axes.patches]
+    *found, counted = axes.patches
+    bars = [(round(bar.get_y() + bar.get_height() / 2), bar.get_x(), bar.get_width()) for bar in found]
     assert bars == [(0, 0, 3), (0, 3, 3), (1, 0, 5), (1, 5, 1), (2, 0, 6)]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["stem", "stage1", "stage2"]
     assert axes.yaxis_inverted()
+    assert list(counted.get_data().values) == [count - 0.5 for count in (0, 0, 0, 1, 1, 2)]
+
+
+def test_what_was_frozen_is_shown_over_the_plan_up_to_where_the_run_is(make_run: MakeRun) -> None:
+    run = read_run(make_run(done=4, changes={"frozen_blocks": 3}))
+    counted = drawn("freezing", run).axes[0].patches[-1].get_data()
+    assert (list(counted.values), list(counted.edges)) == ([2.5] * 4, [0, 1, 2, 3, 4])
+
+
+def test_a_folder_without_a_plan_says_that_its_timeline_is_counted(make_run: MakeRun) -> None:
+    planned, folder = make_run("runs/a"), make_run("runs/b")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["timeline"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    titles = [axes.get_title(loc="left") for axes in drawn("freezing", read_run(planned), read_run(folder)).axes]
+    assert titles == ["a (planned)", "b (as counted: the folder has no plan)"]
 
 
 def test_turnover_shows_swaps_where_they_happened_and_shares_of_all_samples(make_run: MakeRun) -> None:
@@ -123,7 +139,7 @@ def test_the_same_runs_give_the_same_bytes(make_run: MakeRun) -> None:
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_colours_stand_out_from_the_page(theme: Theme) -> None:
     page = luminance(theme.background)
-    for colour in (*theme.runs, *theme.sources, theme.text):
+    for colour in (*theme.runs, *theme.parts, theme.text):
         lighter, darker = sorted([page, luminance(colour)], reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) >= 3.0, colour
 
@@ -144,6 +160,6 @@ def test_odd_names_are_drawn(make_run: MakeRun) -> None:
 
 def test_pyplot_and_its_global_state_stay_out() -> None:
     names = ("torch", "matplotlib.pyplot", "spfde.session")
-    code = f"import sys, spfde.report; print(*[name for name in {names} if name in sys.modules])"
+    code = f"import sys, spfde.app.report; print(*[name for name in {names} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

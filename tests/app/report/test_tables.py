@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.app.report import figures, read_run, tables
-from spfde.app.report.folders import Run
+from spfde.app.report.folders import RecordedRun
 
 MakeRun = Callable[..., Path]
 
@@ -99,7 +99,7 @@ def test_best_accuracy_is_the_largest_and_last_is_the_last(make_run: MakeRun) ->
 
 def test_savings_and_what_was_spent_add_up_to_the_dense_run(make_run: MakeRun) -> None:
     run = read_run(make_run())
-    shares = [figures.share_of_dense(run, name) or 0.0 for name, _ in tables.SOURCES]
+    shares = [figures.share_of_dense(run, name) or 0.0 for name, _ in tables.PARTS_OF_DENSE]
     assert sum(shares) == pytest.approx(1.0)
     cells = row(tables.savings([run]))
     assert cells["Saved by sparsity"] == "90.0 %"
@@ -141,7 +141,7 @@ def test_every_column_says_where_its_figures_come_from(make_run: MakeRun) -> Non
 
 
 def test_a_run_of_which_nothing_is_known_has_dashes(tmp_path: Path) -> None:
-    run = Run(path=tmp_path, name="x", config={})
+    run = RecordedRun(path=tmp_path, name="x", config={})
     for table in (tables.comparison([run]), tables.savings([run]), tables.memory_table([run])):
         assert set(row(table).values()) <= {"–", "– / –"}
 
@@ -152,11 +152,11 @@ def test_settings_are_flattened(tmp_path: Path) -> None:
         "plan": {"freeze_epochs": [1, None]},
         "model": "resnet8",
     }
-    found = dict(tables.settings(Run(path=tmp_path, name="x", config=config)))
+    found = dict(tables.settings(RecordedRun(path=tmp_path, name="x", config=config)))
     assert found == {"command.lr": "0.1", "command.track": "", "plan.freeze_epochs": "1, None", "model": "resnet8"}
 
 
 def test_modules_that_are_not_counted_are_named_once_for_all_their_runs(tmp_path: Path) -> None:
     plans = {"a": {"ReLU": 7}, "b": {"ReLU": 7}, "c": {}, "d": {"Odd": 1, "ReLU": 2}}
-    runs = [Run(path=tmp_path, name=name, config={"plan": {"uncounted": plan}}) for name, plan in plans.items()]
+    runs = [RecordedRun(path=tmp_path, name=name, config={"plan": {"uncounted": plan}}) for name, plan in plans.items()]
     assert tables.uncounted(runs) == [("a, b", "ReLU (7)"), ("d", "Odd (1), ReLU (2)")]

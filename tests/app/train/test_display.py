@@ -1,4 +1,4 @@
-"""Progress and the cost table: 80 columns, each figure with its kind."""
+"""Progress and what came out: 80 columns, each figure with its kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from spfde.app.train.display import CELLS, ConsoleDisplay, cost_table, epoch_line, frozen_bar
+from spfde.app.train.display import CELLS, ConsoleDisplay, epoch_line, frozen_bar, results
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 
@@ -27,24 +27,10 @@ ROW = {
 SUMMARY = {
     "test_accuracy": 0.9,
     "best_test_accuracy": 0.95,
-    "training_flops": 2 * 10**15,
-    "dense_training_flops": 10**16,
-    "flops_ratio": 0.2,
-    "seconds": 30.0,
-    "dense_seconds_extrapolated": 60.0,
-    "peak_memory_bytes": 2**30,
     "final_sparsity": 0.9,
     "frozen_blocks": 2,
     "total_blocks": 3,
-    "engine": "masked",
 }
-MEMORY = {"dense": 1000.0, "average": 700.0, "minimum": 500.0}
-
-
-def table(**changes: Any) -> list[str]:
-    given = {"savings": {"saved by sparsity": -(8 * 10**15), "added by dense gradients": 0}, "memory": MEMORY}
-    given |= {"uncounted": {"ReLU": 3}, "timing_steps": 5}
-    return cost_table(SUMMARY | changes, **given).splitlines()
 
 
 def test_blocks_fill_from_the_front() -> None:
@@ -73,33 +59,16 @@ def test_a_line_fits_into_eighty_columns(epoch: int, frozen: int, samples: int, 
     assert len(epoch_line(row | {"seconds": seconds}, epochs=999, of_dense=share)) <= 80
 
 
-def test_the_table_says_of_each_figure_what_it_is() -> None:
-    kinds = {line.split("  ")[0]: line.split()[-1] for line in table() if line.endswith(("ed",))}
-    assert kinds["test accuracy"] == "measured"
-    assert kinds["training FLOPs"] == "modelled"
-    assert kinds["training time"] == "measured"
-    assert kinds["memory of a step, average"] == "modelled"
-    assert kinds["peak memory, process"] == "measured"
+def test_results_say_of_each_figure_what_it_is() -> None:
+    assert results(SUMMARY) == [
+        "test accuracy 0.9000, in the best epoch 0.9500 (measured)",
+        "sparsity of masked layers 90.0% (counted)",
+        "frozen blocks 2 of 3 (counted)",
+    ]
 
 
-def test_the_table_sets_the_run_against_dense() -> None:
-    rows = {line[:27].strip(): line[27:].split() for line in table()}
-    assert rows["training FLOPs"] == ["2", "PFLOP", "10", "PFLOP", "20.0%", "modelled"]
-    assert rows["saved by sparsity"] == ["-8", "PFLOP", "-80.0%", "modelled"]
-    assert rows["training time"] == ["30.0", "s", "1", "min", "00", "s", "*", "50.0%", "measured"]
-    assert rows["memory of a step, least"] == ["500", "B", "1000", "B", "50.0%", "modelled"]
-    assert "added by dense gradients" not in rows
-
-
-def test_what_was_not_measured_is_not_shown() -> None:
-    text = "\n".join(table(dense_seconds_extrapolated=None, final_sparsity=0.0))
-    assert "extrapolated" not in text
-    assert "masked engine" not in text
-
-
-def test_the_table_fits_into_eighty_columns() -> None:
-    for changes in ({}, {"seconds": 4e5, "dense_seconds_extrapolated": 9e5}, {"training_flops": 123_456_789_012}):
-        assert max(map(len, table(**changes))) <= 80
+def test_what_there_is_none_of_is_not_shown() -> None:
+    assert len(results(SUMMARY | {"final_sparsity": 0.0, "total_blocks": 0})) == 1
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

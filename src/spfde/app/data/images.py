@@ -48,20 +48,9 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
     Args:
         images: ``(N, C, H, W)``, uint8 or float32.
         labels: ``(N,)``, int64.
-
-    Raises:
-        DataError: the shapes, types or lengths are not as above, or there are no images.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32):
-            raise DataError(
-                f"images must be (N, C, H, W) of uint8 or float32, not {tuple(images.shape)} {images.dtype}"
-            )
-        if labels.shape != (len(images),) or labels.dtype != torch.int64:
-            raise DataError(f"labels must be ({len(images)},) of int64, not {tuple(labels.shape)} {labels.dtype}")
-        if images.numel() == 0:
-            raise DataError(f"the data set is empty: images have shape {tuple(images.shape)}")
         self.images = images.contiguous()
         self.labels = labels.contiguous()
 

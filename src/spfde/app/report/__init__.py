@@ -3,7 +3,7 @@
 It reads run folders only: no PyTorch, no session, so that a report can be made where nothing can be trained.
 """
 
-from spfde.app.report.folders import Epoch, Run, read_run
+from spfde.app.report.folders import RecordedRun, read_run
 from spfde.app.report.page import write_report
 
-__all__ = ["Epoch", "Run", "read_run", "write_report"]
+__all__ = ["RecordedRun", "read_run", "write_report"]

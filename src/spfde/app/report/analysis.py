@@ -21,8 +21,8 @@ from spfde.app.report.canvas import (
     style_of,
     whole_epochs,
 )
-from spfde.app.report.files import write_all
 from spfde.core.errors import RunFolderError
+from spfde.core.files import clear_errors, written_whole
 
 _NAMED = 6  # curves that the legend names; the others are thin lines among them
 
@@ -66,8 +66,9 @@ def draw_analysis(path: str | Path) -> list[Path]:
             files[source.with_name(f"{name}.png")] = picture(partial(_shares, epochs, title, curves), LIGHT)
     if norms:
         files[source.with_name("gradient-norm.png")] = picture(partial(_trend, epochs, norms, differences), LIGHT)
-    if files:
-        write_all(files)
+    with clear_errors(source.parent, again="run `spfde analyze` again"), written_whole(*files) as drafts:
+        for draft, content in zip(drafts, files.values(), strict=True):
+            draft.write_bytes(content)
     return list(files)
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from spfde.app.report.folders import Run
+from spfde.app.report.folders import RecordedRun
 
 WIDTH, HEIGHT, DPI = 6.4, 3.8, 160
 """Inches, and dots per inch: 1024 pixels wide, with text that can still be read on a phone."""
@@ -28,13 +28,13 @@ _FEW_EPOCHS = 40
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page. Every colour of a run or a source has a contrast of at least 3:1 against the background."""
+    """Colours of a page. Those of runs and of parts of the cost have a contrast of at least 3:1 with the background."""
 
     background: str
     text: str
     grid: str
     runs: tuple[str, ...]
-    sources: tuple[str, ...]
+    parts: tuple[str, ...]
 
 
 LIGHT = Theme(
@@ -42,14 +42,14 @@ LIGHT = Theme(
     text="#1d2330",
     grid="#d5d9e0",
     runs=("#0072b2", "#c44e00", "#00835f", "#a03a78", "#7a6400", "#444b55"),
-    sources=("#2b3648", "#0072b2", "#c44e00", "#00835f"),
+    parts=("#2b3648", "#0072b2", "#c44e00", "#00835f"),
 )
 DARK = Theme(
     background="#1a1d24",
     text="#e6e9ef",
     grid="#3a404c",
     runs=("#6cb8f5", "#ff9d5c", "#3ecf9e", "#e58ac0", "#d9c24a", "#b8c0cc"),
-    sources=("#dfe4ee", "#6cb8f5", "#ff9d5c", "#3ecf9e"),
+    parts=("#dfe4ee", "#6cb8f5", "#ff9d5c", "#3ecf9e"),
 )
 
 
@@ -105,12 +105,14 @@ def add_legend(figure: Any, theme: Theme, handles: Sequence[Any], names: Sequenc
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, labelcolor=theme.text)
 
 
-def name_runs(figure: Any, runs: Sequence[Run], shown: Sequence[int], theme: Theme) -> None:
+def name_runs(figure: Any, runs: Sequence[RecordedRun], shown: Sequence[int], theme: Theme) -> None:
     handles = [Line2D([], [], **style_of(index, theme, 1)) for index in shown]
     add_legend(figure, theme, handles, [label(runs[index].name) for index in shown])
 
 
-def add_curves(axes: Any, runs: Sequence[Run], theme: Theme, points: Callable[[Run], tuple[Any, Any]]) -> list[int]:
+def add_curves(
+    axes: Any, runs: Sequence[RecordedRun], theme: Theme, points: Callable[[RecordedRun], tuple[Any, Any]]
+) -> list[int]:
     """Draw one curve a run; the indices of the runs that had any points."""
     shown = []
     for index, run in enumerate(runs):

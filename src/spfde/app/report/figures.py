@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spfde.app.report.folders import Run, number
+from spfde.app.report.folders import RecordedRun, number
 
 MISSING = "–"
 NBSP = "\N{NO-BREAK SPACE}"
@@ -64,48 +64,48 @@ def count(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}".replace(",", "\u202f")
 
 
-def figure(run: Run, name: str, otherwise: float | None) -> float | None:
+def figure(run: RecordedRun, name: str, otherwise: float | None) -> float | None:
     """A number of the summary; for an unfinished run, or where the summary has none, ``otherwise``."""
     value = number(run.summary.get(name)) if run.summary is not None else None
     return otherwise if value is None else value
 
 
-def last_accuracy(run: Run) -> float | None:
+def last_accuracy(run: RecordedRun) -> float | None:
     return figure(run, "test_accuracy", run.last("test_accuracy"))
 
 
-def best_accuracy(run: Run) -> float | None:
+def best_accuracy(run: RecordedRun) -> float | None:
     return figure(run, "best_test_accuracy", run.largest("test_accuracy"))
 
 
-def training_flops(run: Run) -> float | None:
+def training_flops(run: RecordedRun) -> float | None:
     return figure(run, "training_flops", run.total("training_flops"))
 
 
-def flops_ratio(run: Run) -> float | None:
+def flops_ratio(run: RecordedRun) -> float | None:
     """Training FLOPs over those of the dense model for the same epochs on all samples."""
     spent, dense = run.total("training_flops"), run.total("dense_training_flops")
     return figure(run, "flops_ratio", spent / dense if spent is not None and dense else None)
 
 
-def seconds(run: Run) -> float | None:
+def seconds(run: RecordedRun) -> float | None:
     return figure(run, "seconds", run.total("seconds"))
 
 
-def peak_memory(run: Run) -> float | None:
+def peak_memory(run: RecordedRun) -> float | None:
     return figure(run, "peak_memory_bytes", run.largest("peak_memory_bytes")) or None
 
 
-def sparsity(run: Run) -> float | None:
+def sparsity(run: RecordedRun) -> float | None:
     density = run.last("density")
     return figure(run, "final_sparsity", None if density is None else 1 - density)
 
 
-def samples_seen(run: Run) -> float | None:
+def samples_seen(run: RecordedRun) -> float | None:
     return figure(run, "samples_seen", run.total("samples"))
 
 
-def setting(run: Run, name: str) -> str:
+def setting(run: RecordedRun, name: str) -> str:
     """A setting by the summary, by the command line, or by ``config.json`` itself."""
     command = run.section("command")
     for value in ((run.summary or {}).get(name), command.get(f"{name}_name"), command.get(name), run.config.get(name)):
@@ -114,20 +114,12 @@ def setting(run: Run, name: str) -> str:
     return MISSING
 
 
-def recipe_name(run: Run) -> str:
-    return setting(run, "recipe")
-
-
-def model_name(run: Run) -> str:
-    return setting(run, "model")
-
-
-def data_name(run: Run) -> str:
+def data_name(run: RecordedRun) -> str:
     name = run.section("data").get("name") or run.section("command").get("data")
     return str(name) if name else MISSING
 
 
-def engine(run: Run) -> str:
+def engine(run: RecordedRun) -> str:
     """The engine that ran; it is resolved in the summary and in ``config.json``, not in the command ("auto")."""
     for value in ((run.summary or {}).get("engine"), run.config.get("engine"), run.section("command").get("engine")):
         if isinstance(value, str):
@@ -135,40 +127,38 @@ def engine(run: Run) -> str:
     return MISSING
 
 
-def versions(run: Run) -> str:
+def versions(run: RecordedRun) -> str:
     found = {**run.section("versions"), **_mapping((run.summary or {}).get("versions"))}
     shown = [f"{name}{NBSP}{found[name]}" for name in ("spfde", "torch") if found.get(name)]
     return ", ".join(shown) or MISSING
 
 
-def hardware(run: Run) -> str:
+def hardware(run: RecordedRun) -> str:
     parts = [
         str(value) for value in (run.section("hardware").get("name"), run.section("hardware").get("device")) if value
     ]
     return ", ".join(dict.fromkeys(parts)) or MISSING
 
 
-def state(run: Run) -> str:
-    """How far an unfinished run has come; empty for a finished one."""
-    if run.finished:
-        return ""
+def state(run: RecordedRun) -> str:
+    """How far an unfinished run has come."""
     return f"unfinished: {len(run.epochs)} of {run.planned_epochs or '?'} epochs"
 
 
-def frozen_blocks(run: Run) -> str:
+def frozen_blocks(run: RecordedRun) -> str:
     frozen = figure(run, "frozen_blocks", run.last("frozen_blocks"))
     total = figure(run, "total_blocks", run.largest("total_blocks"))
     return MISSING if frozen is None else f"{frozen:.0f} / {MISSING if total is None else f'{total:.0f}'}"
 
 
-def partial_share(run: Run) -> str:
+def partial_share(run: RecordedRun) -> str:
     partial, removed = run.last("partial_samples"), run.last("removed_samples")
     if partial is None:
         return MISSING
     return percent(partial / (partial + removed), 0) if removed else percent(1.0, 0)
 
 
-def accuracies(run: Run) -> str:
+def accuracies(run: RecordedRun) -> str:
     return f"{percent(last_accuracy(run))} / {percent(best_accuracy(run))}"
 
 
@@ -176,13 +166,13 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def dense_run(run: Run, runs: Sequence[Run]) -> Run | None:
+def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | None:
     """The dense run among ``runs`` that ``run`` can be timed against: same model, data, epochs, batch and machine."""
 
-    def setup(of: Run) -> tuple[object, ...]:
+    def setup(of: RecordedRun) -> tuple[object, ...]:
         command, machine = of.section("command"), of.section("hardware")
         shared = tuple(str(command.get(name)) for name in ("batch_size", "precision", "workers"))
-        return (model_name(of), data_name(of), of.planned_epochs, str(dict(machine)), *shared)
+        return (setting(of, "model"), data_name(of), of.planned_epochs, str(dict(machine)), *shared)
 
     for other in runs:
         ratio = flops_ratio(other)
@@ -191,7 +181,7 @@ def dense_run(run: Run, runs: Sequence[Run]) -> Run | None:
     return None
 
 
-def time_against_dense(run: Run, runs: Sequence[Run]) -> str:
+def time_against_dense(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
     """Seconds over those of a dense run: one of ``runs``, or an estimate from dense steps that the run itself timed."""
     spent, dense = seconds(run), dense_run(run, runs)
     if spent is None or not run.finished:
@@ -202,7 +192,7 @@ def time_against_dense(run: Run, runs: Sequence[Run]) -> str:
     return f"≈ {times(spent / estimate)}" if estimate else MISSING
 
 
-def share_of_dense(run: Run, name: str) -> float | None:
+def share_of_dense(run: RecordedRun, name: str) -> float | None:
     """A FLOPs field, summed over the run, over the dense model's."""
     part, dense = run.total(name), run.total("dense_training_flops")
     return None if part is None or not dense else part / dense

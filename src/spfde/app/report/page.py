@@ -11,22 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spfde.app.report import figures, tables
 from spfde.app.report.canvas import DARK, LIGHT
-from spfde.app.report.files import write_all
-from spfde.app.report.folders import Run, read_run
+from spfde.app.report.folders import RecordedRun, read_run
 from spfde.app.report.plots import PLOTS, Plot
 from spfde.core.errors import InvalidArgument, Problem
-
-
-@dataclass(frozen=True)
-class Headline:
-    """What one run comes to, for the top of the page."""
-
-    run: Run
-    what: str
-    accuracy: str
-    ratio: str
-    time: str
-    state: str
+from spfde.core.files import clear_errors, written_whole
 
 
 @dataclass(frozen=True)
@@ -36,14 +24,6 @@ class Picture:
     plot: Plot
     light: bytes | None
     dark: bytes | None
-
-    @property
-    def light_uri(self) -> str:
-        return _data_uri(self.light)
-
-    @property
-    def dark_uri(self) -> str:
-        return _data_uri(self.dark)
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
@@ -73,11 +53,15 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     for picture in pictures:
         if picture.light is not None:
             files[page.with_name(f"{page.stem}-{picture.plot.key}.png")] = picture.light
-    write_all(files)
+    with clear_errors(page.parent, again="make the report again"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(*files) as drafts:
+            for draft, content in zip(drafts, files.values(), strict=True):
+                draft.write_bytes(content)
     return list(files)
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
+def told_apart(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     """The runs, with as much of the path before each name as it takes to tell them apart."""
     parts = [run.path.resolve().parts for run in runs]
 
@@ -90,7 +74,7 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name=name(own)) for run, own in zip(runs, parts, strict=True)]
 
 
-def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
+def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
     """The page as text. Everything that comes from a run folder is escaped."""
     environment = Environment(
         loader=PackageLoader("spfde.app.report"),
@@ -99,26 +83,16 @@ def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["data_uri"] = _data_uri
     return environment.get_template("report.html.j2").render(
         title="spfde: " + ", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else ""),
-        headlines=[headline(run) for run in runs],
+        runs=runs,
+        figures=figures,
         tables=[tables.comparison(runs), tables.savings(runs), tables.memory_table(runs)],
         pictures=pictures,
         details=[(run, tables.settings(run)) for run in runs],
         masked=[run.name for run in runs if figures.engine(run) == "masked" and (figures.sparsity(run) or 0) > 0],
         uncounted=tables.uncounted(runs),
-    )
-
-
-def headline(run: Run) -> Headline:
-    """The three figures that a run is judged by."""
-    return Headline(
-        run=run,
-        what=f"{figures.recipe_name(run)}: {figures.model_name(run)} on {figures.data_name(run)}",
-        accuracy=figures.percent(figures.last_accuracy(run)),
-        ratio=figures.times(figures.flops_ratio(run)),
-        time=figures.duration(figures.seconds(run)),
-        state=figures.state(run),
     )
 
 

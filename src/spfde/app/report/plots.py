@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from spfde.app.report.canvas import (
@@ -24,8 +25,8 @@ from spfde.app.report.canvas import (
     whole_epochs,
 )
 from spfde.app.report.figures import share_of_dense
-from spfde.app.report.folders import Run
-from spfde.app.report.tables import SOURCES
+from spfde.app.report.folders import RecordedRun
+from spfde.app.report.tables import PARTS_OF_DENSE
 
 _HATCHES = ("", "//", "\\\\", "..")
 _FEW_RUNS = 3
@@ -41,10 +42,10 @@ class Plot:
     title: str
     caption: str
     absent: str
-    wants: Callable[[Run], bool]
-    draw: Callable[[Any, Sequence[Run], Theme], None]
+    wants: Callable[[RecordedRun], bool]
+    draw: Callable[[Any, Sequence[RecordedRun], Theme], None]
 
-    def png(self, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | None:
+    def png(self, runs: Sequence[RecordedRun], theme: Theme = LIGHT) -> bytes | None:
         """The picture of those of ``runs`` that it is about; None if there are none.
 
         A run keeps its colour, dash and marker in every plot.
@@ -54,7 +55,7 @@ class Plot:
         return picture(lambda figure, theme: self.draw(figure, runs, theme), theme)
 
 
-def _accuracy(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+def _accuracy(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     axes = add_axes(figure, theme, x="epoch", y="accuracy (measured)")
     if len(runs) <= _FEW_RUNS:
         for index, run in enumerate(runs):
@@ -66,18 +67,18 @@ def _accuracy(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
     name_runs(figure, runs, shown, theme)
 
 
-def accuracy_over_flops(run: Run) -> tuple[list[float], list[float]]:
+def accuracy_over_flops(run: RecordedRun) -> tuple[list[float], list[float]]:
     """Training FLOPs up to and with each epoch, and the test accuracy after it."""
-    spent = accumulate(epoch.training_flops or 0.0 for epoch in run.epochs)
+    spent = accumulate(row.get("training_flops", 0.0) for row in run.epochs.values())
     points = [
-        (total, epoch.test_accuracy)
-        for total, epoch in zip(spent, run.epochs, strict=True)
-        if epoch.test_accuracy is not None and total > 0
+        (total, row["test_accuracy"])
+        for total, row in zip(spent, run.epochs.values(), strict=True)
+        if "test_accuracy" in row and total > 0
     ]
     return [total for total, _ in points], [accuracy for _, accuracy in points]
 
 
-def _flops(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+def _flops(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     axes = add_axes(figure, theme, x="cumulative training FLOPs (modelled)", y="test accuracy (measured)")
     shown = add_curves(axes, runs, theme, accuracy_over_flops)
     ends = [accuracy_over_flops(runs[index])[0][-1] for index in shown]
@@ -92,13 +93,13 @@ def _flops(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
     name_runs(figure, runs, shown, theme)
 
 
-def _cost(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+def _cost(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     shown = [run for run in runs if _has_cost(run)]
     figure.set_size_inches(WIDTH, 1.7 + 0.42 * len(shown))
     axes = add_axes(figure, theme, x="share of the dense model's training FLOPs (modelled)", y="")
     for row, run in enumerate(shown):
         left = 0.0
-        for (name, _), colour, hatch in zip(SOURCES, theme.sources, _HATCHES, strict=True):
+        for (name, _), colour, hatch in zip(PARTS_OF_DENSE, theme.parts, _HATCHES, strict=True):
             share = max(0.0, share_of_dense(run, name) or 0.0)
             filled = colour if not hatch else theme.background
             bar = {"color": filled, "edgecolor": colour, "hatch": hatch, "linewidth": 1.0}
@@ -115,14 +116,14 @@ def _cost(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
     as_percent(axes.xaxis)
     handles = [
         Patch(facecolor=colour if not hatch else theme.background, edgecolor=colour, hatch=hatch * 2)
-        for colour, hatch in zip(theme.sources, _HATCHES, strict=True)
+        for colour, hatch in zip(theme.parts, _HATCHES, strict=True)
     ]
-    add_legend(figure, theme, handles, [title for _, title in SOURCES])
+    add_legend(figure, theme, handles, [title for _, title in PARTS_OF_DENSE])
 
 
-def _freezing(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+def _freezing(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     shown = [run for run in runs if run.freezes]
-    heights = [max(1.1, 0.17 * min(len(run.freeze_epochs()), _MANY_BLOCKS)) for run in shown]
+    heights = [max(1.1, 0.17 * min(len(run.block_names()), _MANY_BLOCKS)) for run in shown]
     figure.set_size_inches(WIDTH, 0.9 + sum(height + 0.75 for height in heights))
     grid = figure.add_gridspec(len(shown), 1, height_ratios=heights)
     for row, run in enumerate(shown):
@@ -131,12 +132,13 @@ def _freezing(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
     handles = [
         Patch(facecolor=theme.runs[0], edgecolor=theme.runs[0]),
         Patch(facecolor=theme.background, edgecolor=theme.runs[5], hatch="////"),
+        Line2D([], [], color=theme.runs[1], linewidth=2.2),
     ]
-    add_legend(figure, theme, handles, ["trained", "frozen"])
+    add_legend(figure, theme, handles, ["trained", "frozen", "counted: frozen above"])
 
 
-def _timeline(axes: Any, run: Run, theme: Theme) -> None:
-    """One bar a block, front block on top: filled while it learns, hatched while it is frozen."""
+def _timeline(axes: Any, run: RecordedRun, theme: Theme) -> None:
+    """One bar a block, front block on top, hatched while it is frozen; over them the number that was counted."""
     names, end = run.block_names(), run.planned_epochs
     hatched = {"color": theme.background, "edgecolor": theme.runs[5], "hatch": "////", "linewidth": 0.5}
     for block, spans in enumerate(run.frozen_spans()):
@@ -145,23 +147,27 @@ def _timeline(axes: Any, run: Run, theme: Theme) -> None:
             if start < stop:
                 look = hatched if number % 2 else {"color": theme.runs[0]}
                 axes.barh(block, stop - start, left=start, height=0.72, **look)
-    done = run.epochs[-1].epoch + 1 if run.epochs else 0
-    if not run.finished and done < end:
-        axes.axvline(done, color=theme.text, linewidth=1.4)
-        side = {"ha": "right", "xytext": (-4, 2)} if done > end / 2 else {"ha": "left", "xytext": (4, 2)}
-        place = {"xy": (done, 1), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", **side}
-        axes.annotate("planned from here on", **place, color=theme.text, fontsize=8)
+    epochs, counted = run.points("frozen_blocks")
+    if epochs and run.planned_freezing():
+        axes.stairs(
+            [count - 0.5 for count in counted],
+            [*epochs, epochs[-1] + 1],
+            baseline=None,
+            color=theme.runs[1],
+            linewidth=2.2,
+        )
     step = -(-len(names) // _MANY_BLOCKS)
     ticks = range(0, len(names), step)
     axes.set_yticks(ticks, [label(names[block], 20) for block in ticks], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, end)
-    axes.set_title(label(run.name), color=theme.text, fontsize=10, loc="left", pad=14)
+    origin = "planned" if run.planned_freezing() else "as counted: the folder has no plan"
+    axes.set_title(f"{label(run.name)} ({origin})", color=theme.text, fontsize=10, loc="left", pad=14)
     axes.grid(False, axis="y")
     whole_epochs(axes)
 
 
-def _sieving(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+def _sieving(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     figure.set_size_inches(WIDTH, 5.4)
     swaps = add_axes(figure, theme, 2, 1, 1, x="", y="samples swapped")
     used = add_axes(figure, theme, 2, 1, 2, x="epoch", y="share of the samples")
@@ -187,53 +193,64 @@ def _sieving(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
     name_runs(figure, runs, shown, theme)
 
 
-def _share_of_samples(run: Run, name: str) -> tuple[list[int], list[float]]:
-    points = []
-    for epoch in run.epochs:
-        value, population = getattr(epoch, name), (epoch.partial_samples or 0.0) + (epoch.removed_samples or 0.0)
-        if value is not None and population > 0:
-            points.append((epoch.epoch, value / population))
-    return [epoch for epoch, _ in points], [share for _, share in points]
+def _share_of_samples(run: RecordedRun, name: str) -> tuple[list[int], list[float]]:
+    found = {}
+    for epoch, row in run.epochs.items():
+        population = row.get("partial_samples", 0.0) + row.get("removed_samples", 0.0)
+        if name in row and population > 0:
+            found[epoch] = row[name] / population
+    return list(found), list(found.values())
 
 
-def _epochs(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
-    figure.set_size_inches(WIDTH, 5.4)
-    modelled = add_axes(figure, theme, 2, 1, 1, x="", y="FLOPs vs dense (modelled)")
-    measured = add_axes(figure, theme, 2, 1, 2, x="epoch", y="seconds (measured)")
-    shown = set(add_curves(modelled, runs, theme, _flops_against_dense))
-    shown |= set(add_curves(measured, runs, theme, lambda run: run.points("seconds")))
-    for axes in (modelled, measured):
-        axes.set_ylim(bottom=0)
-        whole_epochs(axes)
-    as_percent(modelled.yaxis)
-    name_runs(figure, runs, sorted(shown), theme)
+def _flops_against_dense(run: RecordedRun) -> tuple[list[int], list[float]]:
+    found = {
+        epoch: row["training_flops"] / row["dense_training_flops"]
+        for epoch, row in run.epochs.items()
+        if "training_flops" in row and row.get("dense_training_flops")
+    }
+    return list(found), list(found.values())
 
 
-def _flops_against_dense(run: Run) -> tuple[list[int], list[float]]:
-    points = [
-        (epoch.epoch, epoch.training_flops / epoch.dense_training_flops)
-        for epoch in run.epochs
-        if epoch.training_flops is not None and epoch.dense_training_flops
-    ]
-    return [epoch for epoch, _ in points], [ratio for _, ratio in points]
+Points = Callable[[RecordedRun], tuple[list[int], list[float]]]
 
 
-def _schedule(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
-    figure.set_size_inches(WIDTH, 5.4)
-    density = add_axes(figure, theme, 2, 1, 1, x="", y="density (counted)")
-    rate = add_axes(figure, theme, 2, 1, 2, x="epoch", y="learning rate (set)")
-    shown = set(add_curves(density, runs, theme, lambda run: run.points("density")))
-    shown |= set(add_curves(rate, runs, theme, lambda run: run.points("learning_rate")))
-    for axes in (density, rate):
-        axes.set_ylim(bottom=0)
-        whole_epochs(axes)
-    as_percent(density.yaxis)
-    name_runs(figure, runs, sorted(shown), theme)
+def recorded(name: str) -> Points:
+    """One figure of each epoch."""
+    return lambda run: run.points(name)
 
 
-def _has_cost(run: Run) -> bool:
+@dataclass(frozen=True)
+class Pair:
+    """Two plots over epochs, one above the other; the upper one's figures are shares."""
+
+    above: tuple[str, Points]
+    below: tuple[str, Points]
+
+    def __call__(self, figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
+        figure.set_size_inches(WIDTH, 5.4)
+        shown: set[int] = set()
+        for place, (title, points) in enumerate((self.above, self.below), start=1):
+            axes = add_axes(figure, theme, 2, 1, place, x="epoch" if place == 2 else "", y=title)
+            shown |= set(add_curves(axes, runs, theme, points))
+            axes.set_ylim(bottom=0)
+            whole_epochs(axes)
+            if place == 1:
+                as_percent(axes.yaxis)
+        name_runs(figure, runs, sorted(shown), theme)
+
+    def wants(self, run: RecordedRun) -> bool:
+        """Has the run anything to show?"""
+        return any(points(run)[0] for _, points in (self.above, self.below))
+
+
+def _has_cost(run: RecordedRun) -> bool:
     return share_of_dense(run, "training_flops") is not None
 
+
+COST_OF_AN_EPOCH = Pair(
+    ("FLOPs vs dense (modelled)", _flops_against_dense), ("seconds (measured)", recorded("seconds"))
+)
+SCHEDULE = Pair(("density (counted)", recorded("density")), ("learning rate (set)", recorded("learning_rate")))
 
 NO_EPOCH = "No run has finished an epoch yet."
 PLOTS = (
@@ -267,13 +284,13 @@ PLOTS = (
         title="What an epoch costs",
         caption="Above, what the model of the cost says; below, what the clock says. A saving is real where both fall.",
         absent=NO_EPOCH,
-        wants=lambda run: bool(_flops_against_dense(run)[0] or run.points("seconds")[0]),
-        draw=_epochs,
+        wants=COST_OF_AN_EPOCH.wants,
+        draw=COST_OF_AN_EPOCH,
     ),
     Plot(
         key="freezing",
         title="Freeze timeline",
-        caption="Blocks in order of execution, the front on top. What happened is counted; what is to come is planned.",
+        caption="Blocks in their order, the front on top, as planned; what was frozen (counted) is above the line.",
         absent="No run freezes a block.",
         wants=lambda run: run.freezes,
         draw=_freezing,
@@ -292,7 +309,7 @@ PLOTS = (
         title="Density and learning rate",
         caption="Density of the masked tensors; learning rate of the first group, as set by the schedule.",
         absent=NO_EPOCH,
-        wants=lambda run: bool(run.points("density")[0] or run.points("learning_rate")[0]),
-        draw=_schedule,
+        wants=SCHEDULE.wants,
+        draw=SCHEDULE,
     ),
 )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spfde.app.report import figures
-from spfde.app.report.folders import Run
+from spfde.app.report.folders import RecordedRun
 
 Origin = Literal["measured", "modelled", "set"]
-SOURCES = (
+PARTS_OF_DENSE = (
     ("training_flops", "spent"),
     ("saved_by_sparsity", "saved by sparsity"),
     ("saved_by_freezing", "saved by freezing"),
@@ -30,7 +30,7 @@ class Column:
     title: str
     origin: Origin
     meaning: str
-    cell: Callable[[Run], str]
+    cell: Callable[[RecordedRun], str]
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,21 @@ class Table:
 
     caption: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Run, tuple[str, ...]], ...]
+    rows: tuple[tuple[RecordedRun, tuple[str, ...]], ...]
 
 
-def shown(words: Callable[[float | None], str], of: Callable[[Run], float | None]) -> Callable[[Run], str]:
+def shown(
+    words: Callable[[float | None], str], of: Callable[[RecordedRun], float | None]
+) -> Callable[[RecordedRun], str]:
     """A cell: a figure of a run, put into words."""
     return lambda run: words(of(run))
 
 
-def comparison(runs: Sequence[Run]) -> Table:
+def comparison(runs: Sequence[RecordedRun]) -> Table:
     """One row a run, everything that matters side by side."""
     peak = shown(figures.memory, figures.peak_memory)
     columns = (
-        Column("Recipe", "set", "Name of the recipe", figures.recipe_name),
+        Column("Recipe", "set", "Name of the recipe", lambda run: figures.setting(run, "recipe")),
         Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", figures.engine),
         Column("Test accuracy, last / best", "measured", "After the last and after the best epoch", figures.accuracies),
         Column("Training FLOPs", "modelled", "Over the whole run", shown(figures.flops, figures.training_flops)),
@@ -68,24 +70,24 @@ def comparison(runs: Sequence[Run]) -> Table:
     return _table("The runs side by side", columns, runs)
 
 
-def savings(runs: Sequence[Run]) -> Table:
+def savings(runs: Sequence[RecordedRun]) -> Table:
     """Where the FLOPs went: shares of the dense model's training FLOPs for the same epochs."""
 
-    def share(name: str) -> Callable[[Run], str]:
+    def share(name: str) -> Callable[[RecordedRun], str]:
         return lambda run: figures.percent(figures.share_of_dense(run, name))
 
-    columns = tuple(Column(title.capitalize(), "modelled", VERSUS_DENSE, share(name)) for name, title in SOURCES)
+    columns = tuple(Column(title.capitalize(), "modelled", VERSUS_DENSE, share(name)) for name, title in PARTS_OF_DENSE)
     of_spent = "Part of what was spent: gradients of inactive weights"
     extra = Column("Dense gradients", "modelled", of_spent, share("dense_gradient_flops"))
     beside = Column("Scores and probes", "modelled", "Computed beside the training steps", share("overhead_flops"))
     return _table("Where the training FLOPs went", (*columns, extra, beside), runs)
 
 
-def memory_table(runs: Sequence[Run]) -> Table:
+def memory_table(runs: Sequence[RecordedRun]) -> Table:
     """Memory: what the model of it says, and what was seen."""
 
-    def span(name: str) -> Callable[[Run], str]:
-        def cell(run: Run) -> str:
+    def span(name: str) -> Callable[[RecordedRun], str]:
+        def cell(run: RecordedRun) -> str:
             _, values = run.points(name)
             return f"{figures.memory(values[0])} → {figures.memory(values[-1])}" if values else figures.MISSING
 
@@ -99,7 +101,7 @@ def memory_table(runs: Sequence[Run]) -> Table:
     return _table("Memory and data in use", columns, runs)
 
 
-def settings(run: Run) -> list[tuple[str, str]]:
+def settings(run: RecordedRun) -> list[tuple[str, str]]:
     """Everything in ``config.json``, flattened to names and values."""
     found: list[tuple[str, str]] = []
 
@@ -114,7 +116,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def uncounted(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def uncounted(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
     """Names of runs, and the modules that their modelled FLOPs leave out, with their number, as the plan lists them."""
     by_modules: dict[str, list[str]] = {}
     for run in runs:
@@ -124,5 +126,5 @@ def uncounted(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(", ".join(names), modules) for modules, names in by_modules.items()]
 
 
-def _table(caption: str, columns: tuple[Column, ...], runs: Sequence[Run]) -> Table:
+def _table(caption: str, columns: tuple[Column, ...], runs: Sequence[RecordedRun]) -> Table:
     return Table(caption, columns, tuple((run, tuple(column.cell(run) for column in columns)) for run in runs))

@@ -9,15 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spfde.core.files import clear_errors, sync_file, sync_folder
 from spfde.core.errors import RunFolderError
+from spfde.core.files import clear_errors, sync_file, sync_folder
 
 MANIFEST = "manifest.json"
 _DRAFT = ".writing-"
@@ -61,9 +60,7 @@ class Checkpoints:
         Raises:
             RunFolderError: it could not be written; the checkpoint before it is still there.
         """
-        with self._drafted("latest") as draft:
-            _write(write, draft)
-            _seal(draft, {"epoch": epoch, "about": dict(about or {})})
+        with self._sealed(write, epoch=epoch, about=about) as draft:
             if best:
                 # Before ``latest`` takes its name: a kill between the two only trains this epoch again.
                 self._copy_best(draft)
@@ -80,9 +77,7 @@ class Checkpoints:
         Args, Raises: as ``save``.
         """
         place = self.path / "kept" / f"{_KEPT}{epoch:04d}"
-        with self._drafted("kept") as draft:
-            _write(write, draft)
-            _seal(draft, {"epoch": epoch, "about": dict(about or {})})
+        with self._sealed(write, epoch=epoch, about=about) as draft:
             place.parent.mkdir(exist_ok=True)
             shutil.rmtree(place, ignore_errors=True)
             draft.rename(place)
@@ -95,13 +90,15 @@ class Checkpoints:
         return dict(sorted((int(number), path) for number, path in found if number.isdecimal() and path.is_dir()))
 
     @contextmanager
-    def _drafted(self, name: str) -> Iterator[Path]:
-        """An empty folder to write into; what is left of it when writing fails is taken away."""
-        draft = self.path / f"{_DRAFT}{name}"
+    def _sealed(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any] | None) -> Iterator[Path]:
+        """A whole checkpoint that has no name yet; it is taken away when writing or naming it fails."""
+        draft = self.path / f"{_DRAFT}latest"
         try:
             with clear_errors(self.path):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
+                _write(write, draft)
+                _seal(draft, {"epoch": epoch, "about": dict(about or {})})
                 yield draft
         except Exception:
             # On a full disk the unfinished files are in the way of everything else.
@@ -178,14 +175,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    files = _files(folder)
-    sums = {str(path.relative_to(folder)): _checksum(path) for path in files}
-    for path in files:
+    sums = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": sums}, indent=2), encoding="utf-8")
+    for path in _files(folder):
         sync_file(path)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**manifest, "sha256": sums}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
     sync_folder(folder)
 
 

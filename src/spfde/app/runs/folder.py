@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from spfde.app.runs.checkpoints import Checkpoints
-from spfde.core.files import clear_errors, write_whole
 from spfde.core.errors import RunFolderError
+from spfde.core.files import DRAFT, clear_errors, written_whole
 
 CONFIG, METRICS, SUMMARY, RECIPE = "config.json", "metrics.jsonl", "summary.json", "recipe.toml"
 _LOCK = ".lock"
-_DRAFT = ".writing"
 
 _held_locks: set[int] = set()
 
@@ -82,19 +81,31 @@ class RunFolder:
         return folder
 
     @classmethod
+    def existing(cls, path: Path, *, needs: str = CONFIG) -> RunFolder:
+        """The folder of an earlier run, to read from.
+
+        Raises:
+            RunFolderError: it is no run folder, for it lacks the file that is needed; those inside it are named.
+        """
+        if (path / needs).is_file():
+            return cls(path)
+        lacks = f"it has no {needs}" if path.is_dir() else "there is no such folder"
+        inside = sorted(found.parent.name for found in path.glob(f"*/{needs}"))[:5]
+        remedy = f"a run folder inside it: {', '.join(inside)}" if inside else "the folder that `spfde train` made"
+        raise RunFolderError(f"{path}: is no run folder ({lacks}). Pass {remedy}.")
+
+    @classmethod
     def reopen(cls, path: Path) -> RunFolder:
         """Lock the folder of an earlier run, and take away what was half-written.
 
         Raises:
             RunFolderError: it is no run folder, is in use, or cannot be written.
         """
-        if not (path / CONFIG).is_file():
-            raise RunFolderError(f"--resume={path}: is no run folder (no {CONFIG}). Pass the folder of an earlier run.")
-        folder = cls(path)
+        folder = cls.existing(path)
         with clear_errors(path):
             folder._acquire()
             folder.checkpoints.remove_drafts()
-            for leftover in path.glob(f".*{_DRAFT}"):
+            for leftover in path.glob(f".*{DRAFT}"):
                 leftover.unlink()
         return folder
 
@@ -153,8 +164,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
-        with clear_errors(self.path):
-            write_whole(self.path / name, text, draft=self.path / f".{name}{_DRAFT}")
+        with clear_errors(self.path), written_whole(self.path / name) as (draft,):
+            draft.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -169,7 +180,7 @@ class RunFolder:
         remedy = "Restore it from a copy, or start a new run."
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path}: is damaged ({error}). {remedy}") from None
         if not isinstance(content, dict):
             raise RunFolderError(f"{path}: is damaged (it holds no JSON object). {remedy}")
@@ -203,4 +214,4 @@ def _check_empty(path: Path) -> None:
 
 def _is_litter(name: str) -> bool:
     """What a process leaves that was killed while it made the folder: no reason to refuse it."""
-    return name == _LOCK or (name.startswith(".") and name.endswith(_DRAFT))
+    return name == _LOCK or (name.startswith(".") and name.endswith(DRAFT))

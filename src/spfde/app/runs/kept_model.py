@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from spfde.analysis import BlockOutputs, native_outputs, output_modules
+from spfde.app.data.images import ImageData
 from spfde.app.runs import kept_checkpoints
 from spfde.app.train.augment import normalise
-from spfde.app.data.images import ImageData
-from spfde.app.train.models import build_model
+from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, RunFolderError
 from spfde.engines.native import build
-from spfde.planning.bill import draw
+from spfde.planning import draw
 
 
 @dataclass(frozen=True)
-class Layers:
+class BlockLayers:
     """A block: its name, the module whose output is compared (None where there is none), its layers' weights."""
 
     name: str
@@ -30,7 +30,7 @@ class Layers:
     weights: tuple[str, ...]
 
 
-class Subject:
+class CheckpointedModel:
     """A run's model, into which one checkpoint after the other is loaded."""
 
     def __init__(self, trained: TrainOptions, data: ImageData, *, native: bool) -> None:
@@ -42,19 +42,18 @@ class Subject:
         self.data = data
         self.seed = trained.seed
         self.name = trained.model
-        model = build_model(
-            trained.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
-        )
-        self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()
+        module = build_for(trained.model, spec)
+        self.module = module.to(self.device).to(memory_format=torch.channels_last).eval()
         sample = torch.zeros(1, *spec.sample_shape, device=self.device)
-        blueprint = draw(self.model, sample, trained.load_recipe(), trained.epochs)
+        blueprint = draw(self.module, sample, trained.load_recipe(), trained.epochs)
         parts = (*blueprint.partition.blocks, blueprint.partition.head)
         weights: list[list[str]] = [[] for _ in parts]
         for layer, block in zip(blueprint.cost.layers, blueprint.block_of_layer, strict=True):
             weights[block].append(layer.name)
-        modules = output_modules(self.model, blueprint.partition, sample)
+        modules = output_modules(self.module, blueprint.partition, sample)
         self.blocks = [
-            Layers(part.name, module, tuple(names)) for part, module, names in zip(parts, modules, weights, strict=True)
+            BlockLayers(part.name, module, tuple(names))
+            for part, module, names in zip(parts, modules, weights, strict=True)
         ]
         self.masks: dict[str, Tensor] = {}
 
@@ -67,7 +66,7 @@ class Subject:
         remedy = "Restore the run's config.json and checkpoints from a copy."
         try:
             state, masks = kept_checkpoints.read(checkpoint)
-            self.model.load_state_dict(state)
+            self.module.load_state_dict(state)
         except (OSError, RuntimeError, KeyError, InvalidArgument) as error:
             reason = " ".join(str(error).split())[:200]
             raise RunFolderError(f"checkpoint {checkpoint}: does not fit {self.name} ({reason}). {remedy}") from error
@@ -78,8 +77,8 @@ class Subject:
         modules = list(dict.fromkeys(block.module for block in self.blocks if block.module is not None))
         if self.engine == "native":
             with suppress(InvalidArgument):  # it cannot be traced whole: the run had parts of it computed natively
-                return nullcontext(native_outputs(self.model, modules, masks=lambda: self.masks))
-        return BlockOutputs(self.model, modules)
+                return nullcontext(native_outputs(self.module, modules, masks=lambda: self.masks))
+        return BlockOutputs(self.module, modules)
 
     def batches(self, images: Tensor, n_batches: int) -> Iterator[Tensor]:
         """Normalised images in batches of about equal size."""

@@ -11,27 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spfde.core.errors import InvalidArgument, Problem, StateMismatch, nearest
+from spfde.core.errors import StateMismatch
 from spfde.core.numbers import mix
+from spfde.core.state import check_entries
 
 AugmentMode = Literal["none", "crop", "crop+flip"]
-MODES: tuple[AugmentMode, ...] = ("none", "crop", "crop+flip")
 DEFAULT_PADDING = 4
-
-
-def resolve_augmentation(choice: str, default: AugmentMode) -> AugmentMode:
-    """Turn a user's choice (``auto`` or a mode) into a mode; ``auto`` is the data set's own default.
-
-    Raises:
-        InvalidArgument: the choice is unknown; the message has the nearest match.
-    """
-    if choice == "auto":
-        return default
-    if choice not in MODES:
-        raise InvalidArgument(
-            Problem("augment", choice, "is no known augmentation", nearest(choice, ["auto", *MODES])),
-        )
-    return choice
 
 
 def padding_for(image_size: tuple[int, int]) -> int:
@@ -89,20 +74,9 @@ class BatchAugment:
         mode: ``none``, ``crop`` or ``crop+flip`` (flip with probability one half).
         generator: a CPU generator, the only source of randomness.
         padding: pixels of zeros on each side before the crop.
-
-    Raises:
-        InvalidArgument: unknown mode, negative padding or a generator that is not on the CPU.
     """
 
     def __init__(self, mode: AugmentMode, generator: torch.Generator, *, padding: int = DEFAULT_PADDING) -> None:
-        if mode not in MODES:
-            raise InvalidArgument(Problem("mode", mode, "is no known augmentation", nearest(str(mode), MODES)))
-        if padding < 0:
-            raise InvalidArgument(Problem("padding", padding, "must not be negative", "Use 4, or 0 for no crop."))
-        if generator.device.type != "cpu":
-            raise InvalidArgument(
-                Problem("generator", str(generator.device), "must be on the CPU", "Use torch.Generator().")
-            )
         self.mode: AugmentMode = mode
         self.padding = padding
         self.generator = generator
@@ -150,18 +124,14 @@ class BatchAugment:
         Raises:
             StateMismatch: the state is of another mode or padding, or is not a state of this class.
         """
+        check_entries(state, "the augmentation", {"mode": str, "padding": int, "generator": Tensor})
         for field in ("mode", "padding"):
-            if field not in state or state[field] != getattr(self, field):
+            if state[field] != getattr(self, field):
                 raise StateMismatch(
-                    f"augmentation: the saved {field} is {state.get(field)!r}, this run's is {getattr(self, field)!r}. "
+                    f"augmentation: the saved {field} is {state[field]!r}, this run's is {getattr(self, field)!r}. "
                     "Resume with the augmentation that the run was started with."
                 )
-        saved = state.get("generator")
-        if not isinstance(saved, Tensor):
-            raise StateMismatch(
-                "augmentation: the saved state has no generator. The checkpoint is not of this version."
-            )
         try:
-            self.generator.set_state(saved.cpu())
+            self.generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError) as error:
             raise StateMismatch(f"augmentation: the saved generator cannot be restored: {error}") from error

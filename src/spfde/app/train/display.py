@@ -1,4 +1,4 @@
-"""Progress for a person: a line an epoch, under it a live bar in a terminal, and a cost table at the end.
+"""Progress for a person: a line an epoch, under it a live bar in a terminal, and the bill at the end.
 
 Everything fits into 80 columns, and into a file.
 """
@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from spfde.app.train.setup import Run
-from spfde.cost import format_bytes, format_flops, format_seconds
+from spfde.app.train.setup import TrainingRun
+from spfde.cost import format_flops, format_seconds
 
 WIDTH = 80
 CELLS = 10
@@ -69,9 +69,8 @@ class ConsoleDisplay:
         self._console = console
         self._shown = 0
         self._bar: Progress | None = None
-        self._spent, self._dense = 0, 0
 
-    def started(self, run: Run) -> None:
+    def started(self, run: TrainingRun) -> None:
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
         images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
         self._print(
@@ -90,8 +89,6 @@ class ConsoleDisplay:
             self._print(f"going on after {session.epoch} of {options.epochs} epochs from {run.resumed_from}")
         elif run.is_resumed:
             self._print("no epoch had been finished: starting over")
-        totals = session.cost.totals
-        self._spent, self._dense = totals.cost.training_flops, totals.cost.dense_training_flops
         self._print(_LEGEND)
         if self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
@@ -106,43 +103,32 @@ class ConsoleDisplay:
             self._bar.add_task("epoch", total=len(session.loader), loss="–")
             self._bar.start()
 
-    def batch_done(self, run: Run, done: int, total: int, loss: float) -> None:
+    def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
         if self._bar is not None:
             description = f"epoch {run.session.epoch + 1}/{run.options.epochs}"
             self._bar.update(
                 self._bar.task_ids[0], description=description, completed=done, total=total, loss=f"{loss:.3f}"
             )
 
-    def epoch_done(self, run: Run, row: dict[str, Any]) -> None:
-        self._spent += row["training_flops"]
-        self._dense += row["dense_training_flops"]
+    def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
         if self._shown % HEADER_EVERY == 0:
             self._line(_HEADER)
         self._shown += 1
-        self._line(
-            epoch_line(row, epochs=run.options.epochs, of_dense=self._spent / self._dense if self._dense else 1.0)
-        )
+        self._line(epoch_line(row, epochs=run.options.epochs, of_dense=run.session.cost.totals.flops_ratio))
 
-    def finished(self, run: Run, summary: dict[str, Any]) -> None:
+    def finished(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         self.stop()
-        totals = run.session.cost.totals.cost
-        savings = {
-            "saved by sparsity": -totals.saved_by_sparsity,
-            "saved by freezing": -totals.saved_by_freezing,
-            "saved by sieving": -totals.saved_by_sieving,
-            "added by dense gradients": totals.dense_gradient_flops,
-            "added by scores and probes": totals.overhead_flops,
-        }
-        self._line("")
-        self._line(
-            cost_table(
-                summary,
-                savings=savings,
-                memory=run.plan.to_dict()["memory"]["actual"],
-                uncounted=run.session.blueprint.cost.uncounted,
-                timing_steps=run.options.dense_timing_steps,
+        for line in ("", *results(summary), "", *str(run.session.cost).splitlines()):
+            self._print(line)
+        if dense := summary["dense_seconds_extrapolated"]:
+            self._print(
+                f"A dense run would take {format_seconds(dense)}, extrapolated from {run.options.dense_timing_steps} "
+                f"steps that were timed before training; this one took {summary['seconds'] / dense:.1%} of that."
             )
-        )
+        if summary["engine"] == "masked" and summary["final_sparsity"] > 0:
+            self._print(
+                "The masked engine computes densely: sparsity saves modelled FLOPs, freezing and sieving save time."
+            )
 
     def stop(self) -> None:
         """Leave the terminal as it was; call it however the run ends."""
@@ -151,7 +137,7 @@ class ConsoleDisplay:
             self._bar = None
 
     def _print(self, text: str) -> None:
-        for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False):
+        for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False) or [""]:
             self._line(line)
 
     def _line(self, text: str) -> None:
@@ -163,81 +149,16 @@ def short_name(source: str) -> str:
     return Path(source).name or source
 
 
-def cost_table(
-    summary: Mapping[str, Any],
-    *,
-    savings: Mapping[str, int],
-    memory: Mapping[str, float],
-    uncounted: Mapping[str, int],
-    timing_steps: int,
-) -> str:
-    """What came out and what it cost against dense, each figure with its kind; at most 80 columns.
+def results(summary: Mapping[str, Any]) -> list[str]:
+    """What came out, each figure with its kind.
 
     Args:
         summary: as in ``summary.json``.
-        savings: signed FLOPs by source; zeros are left out.
-        memory: modelled bytes of a step: dense, average, minimum.
-        uncounted: modules without FLOPs, by type.
-        timing_steps: dense steps that were timed.
     """
-    dense_flops, dense_time = summary["dense_training_flops"], summary["dense_seconds_extrapolated"]
-    rows = [
-        ("test accuracy", f"{summary['test_accuracy']:.4f}", "", "", "measured"),
-        ("  best epoch's", f"{summary['best_test_accuracy']:.4f}", "", "", "measured"),
-        (
-            "training FLOPs",
-            format_flops(summary["training_flops"]),
-            format_flops(dense_flops),
-            f"{summary['flops_ratio']:.1%}",
-            "modelled",
-        ),
-    ]
-    rows += [
-        (f"  {name}", format_flops(flops), "", f"{flops / dense_flops:+.1%}", "modelled")
-        for name, flops in savings.items()
-        if flops
-    ]
-    rows.append(
-        (
-            "training time",
-            format_seconds(summary["seconds"]),
-            f"{format_seconds(dense_time)} *" if dense_time else "",
-            f"{summary['seconds'] / dense_time:.1%}" if dense_time else "",
-            "measured",
-        )
-    )
-    rows += [
-        (
-            f"memory of a step, {name}",
-            format_bytes(memory[key]),
-            format_bytes(memory["dense"]),
-            f"{memory[key] / memory['dense']:.1%}",
-            "modelled",
-        )
-        for name, key in (("average", "average"), ("least", "minimum"))
-    ]
-    rows.append(("peak memory, process", format_bytes(summary["peak_memory_bytes"]), "", "", "measured"))
+    last, best = summary["test_accuracy"], summary["best_test_accuracy"]
+    lines = [f"test accuracy {last:.4f}, in the best epoch {best:.4f} (measured)"]
     if summary["final_sparsity"] > 0:
-        rows.append(("sparsity of masked layers", f"{summary['final_sparsity']:.1%}", "", "", "counted"))
+        lines.append(f"sparsity of masked layers {summary['final_sparsity']:.1%} (counted)")
     if summary["total_blocks"]:
-        rows.append(("frozen blocks", f"{summary['frozen_blocks']} of {summary['total_blocks']}", "", "", "counted"))
-    head = ("", "this run", "dense run", "of dense", "")
-    lines = [_table_row(head), "─" * WIDTH, *map(_table_row, rows), "─" * WIDTH]
-    notes = []
-    if dense_time:
-        notes.append(f"* extrapolated: {timing_steps} dense steps, timed before training, times the dense run's steps.")
-    if summary["engine"] == "masked" and summary["final_sparsity"] > 0:
-        notes.append(
-            "The masked engine computes densely: sparsity saves modelled FLOPs only; freezing and sieving save time."
-        )
-    if uncounted:
-        listed = ", ".join(f"{name} x{count}" for name, count in sorted(uncounted.items()))
-        notes.append(f"The model of FLOPs leaves out {listed}.")
-    for note in notes:
-        lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ")
-    return "\n".join(lines)
-
-
-def _table_row(cells: tuple[str, str, str, str, str]) -> str:
-    name, here, dense, share, kind = cells
-    return f"{name:<27}{here:>13}  {dense:>14}  {share:>8}  {kind}".rstrip()
+        lines.append(f"frozen blocks {summary['frozen_blocks']} of {summary['total_blocks']} (counted)")
+    return lines

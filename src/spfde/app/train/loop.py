@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.folder import SUMMARY
 from spfde.app.train.options import TrainOptions
-from spfde.app.train.setup import Run, opened, versions
+from spfde.app.train.setup import TrainingRun, opened, versions
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
-from spfde.freezing import rate
+from spfde.freezing import learning_rate_factor
 
 PULSE = 20
 """Steps between two looks at the loss: each look waits for the device."""
@@ -28,16 +28,16 @@ PULSE = 20
 class Display(Protocol):
     """Where progress is shown."""
 
-    def started(self, run: Run) -> None:
+    def started(self, run: TrainingRun) -> None:
         """The run is ready, before its first epoch."""
 
-    def batch_done(self, run: Run, done: int, total: int, loss: float) -> None:
+    def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
         """Some batches are through; ``loss`` is the mean of the epoch so far."""
 
-    def epoch_done(self, run: Run, row: dict[str, Any]) -> None:
+    def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
         """An epoch is through and safe on disk; ``row`` is its line in ``metrics.jsonl``."""
 
-    def finished(self, run: Run, summary: dict[str, Any]) -> None:
+    def finished(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """The run is through."""
 
 
@@ -86,12 +86,12 @@ def train(options: TrainOptions, out: Path, display: Display, *, resume: bool = 
         return summary
 
 
-def train_epoch(run: Run, epoch: int, display: Display) -> Pass:
+def train_epoch(run: TrainingRun, epoch: int, display: Display) -> Pass:
     """One pass over the partial set."""
     session, optimizer, device = run.session, run.optimizer, run.accelerator.device
     if session.recipe.learning_rate is None:
         for group in optimizer.param_groups:
-            group["lr"] = rate(run.options.lr, epoch, stop=run.options.epochs, warmup=0, final=0.0)
+            group["lr"] = run.options.lr * learning_rate_factor(epoch, stop=run.options.epochs, warmup=0)
     weighted = session.recipe.sieves and session.recipe.sieving is not None and session.recipe.sieving.rescales
     run.model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
@@ -122,7 +122,7 @@ def train_epoch(run: Run, epoch: int, display: Display) -> Pass:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> Pass:
+def evaluate(run: TrainingRun) -> Pass:
     """One pass over the test set."""
     run.model.eval()
     loss_sum, n_correct, seen = 0.0, 0, 0
@@ -135,7 +135,7 @@ def evaluate(run: Run) -> Pass:
     return Pass(loss_sum / seen, n_correct / seen)
 
 
-def _stop_if_diverged(run: Run, loss: float, epoch: int) -> None:
+def _stop_if_diverged(run: TrainingRun, loss: float, epoch: int) -> None:
     if math.isfinite(loss):
         return
     checkpoints = run.folder.checkpoints
@@ -146,49 +146,31 @@ def _stop_if_diverged(run: Run, loss: float, epoch: int) -> None:
     )
 
 
-def _metrics(run: Run, trained: Pass, tested: Pass) -> dict[str, Any]:
+def _metrics(run: TrainingRun, trained: Pass, tested: Pass) -> dict[str, Any]:
     """The epoch's line: the ledger's row, and how the model did."""
     session = run.session
-    row = session.cost.rows[-1]
-    cost = row.cost
+    row = asdict(session.cost.rows[-1])
     return {
-        "epoch": row.epoch,
+        "epoch": row.pop("epoch"),
         "train_loss": trained.loss,
         "train_accuracy": trained.accuracy,
         "test_loss": tested.loss if math.isfinite(tested.loss) else None,
         "test_accuracy": tested.accuracy,
-        "learning_rate": row.lr,
-        "density": row.density,
+        "learning_rate": row.pop("lr"),
         "explored": session.explored,
-        "frozen_blocks": row.frozen_blocks,
         "total_blocks": len(session.blueprint.partition.blocks),
-        "partial_samples": row.partial_samples,
         "removed_samples": len(session.removed_set),
-        "samples": row.samples,
-        "steps": row.steps,
-        "training_flops": cost.training_flops,
-        "dense_training_flops": cost.dense_training_flops,
-        "saved_by_sparsity": cost.saved_by_sparsity,
-        "saved_by_freezing": cost.saved_by_freezing,
-        "saved_by_sieving": cost.saved_by_sieving,
-        "dense_gradient_flops": cost.dense_gradient_flops,
-        "overhead_flops": cost.overhead_flops,
-        "seconds": row.seconds,
-        "peak_memory_bytes": row.peak_memory_bytes,
+        **row,
         "saved_tensor_bytes": trained.saved_tensor_bytes,
-        "modelled_memory_bytes": row.modelled_memory_bytes,
         "sieve_moved": session.sieve_turnover["moved"],
         "sieve_ever_used": session.sieve_turnover["ever_used"],
     }
 
 
-def _keep(run: Run, row: dict[str, Any]) -> None:
+def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
     """Put the epoch on disk; from here on a kill loses nothing of it."""
     progress = run.progress
-    is_best = row["epoch"] == 0 or row["test_accuracy"] > progress.best_test_accuracy
-    progress.best_test_accuracy = row["test_accuracy"] if is_best else progress.best_test_accuracy
-    progress.samples_seen += row["samples"]
-    progress.peak_memory_bytes = max(progress.peak_memory_bytes, row["peak_memory_bytes"] or 0)
+    is_best = all(row["test_accuracy"] > before["test_accuracy"] for before in progress.rows)
     progress.rows.append(row)
     run.folder.append_metrics(row)
     run.accelerator.log(
@@ -209,12 +191,12 @@ def _keep(run: Run, row: dict[str, Any]) -> None:
     )
 
 
-def _summary(run: Run) -> dict[str, Any]:
+def _summary(run: TrainingRun) -> dict[str, Any]:
     session, totals, progress = run.session, run.session.cost.totals, run.progress
     dense_steps = math.ceil(run.data.spec.train_samples / run.options.batch_size) * run.options.epochs
     return {
         "test_accuracy": progress.rows[-1]["test_accuracy"],
-        "best_test_accuracy": progress.best_test_accuracy,
+        "best_test_accuracy": max(row["test_accuracy"] for row in progress.rows),
         "epochs": session.epoch,
         "training_flops": totals.cost.training_flops,
         "dense_training_flops": totals.cost.dense_training_flops,
@@ -222,8 +204,8 @@ def _summary(run: Run) -> dict[str, Any]:
         "seconds": totals.seconds,
         "dense_step_seconds": progress.dense_step_seconds,
         "dense_seconds_extrapolated": progress.dense_step_seconds and progress.dense_step_seconds * dense_steps,
-        "samples_seen": progress.samples_seen,
-        "peak_memory_bytes": progress.peak_memory_bytes,
+        "samples_seen": totals.samples,
+        "peak_memory_bytes": totals.peak_memory_bytes or 0,
         "dense_weight_bytes": totals.dense_weight_bytes,
         "compressed_weight_bytes": totals.compressed_weight_bytes,
         "final_sparsity": 1.0 - session.density,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
+from spfde.app.data.images import DataSpec
+from spfde.core.errors import InvalidArgument, Problem, nearest
 
 TIMM_PREFIX = "timm:"
 
@@ -172,21 +175,22 @@ def build_model(
         InvalidArgument: the name is unknown, timm is missing, or the model does not take such images.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-    problems = Problems()
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", min(size))):
-        if value < 1:
-            problems.add(argument, value, "must be at least 1", "Give the data set's own number.")
-    if name in MODELS and 1 <= min(size) < MODELS[name].smallest:
+    check_model(name)
+    if name in MODELS and min(size) < MODELS[name].smallest:
         rule = f"is too small for {name}, which needs at least {MODELS[name].smallest} pixels each way"
-        problems.add("image_size", image_size, rule, "Choose a ResNet or larger images.")
-    with problems.collecting():
-        check_model(name)
-    problems.raise_if_any()
-    if seed is None:
-        return _build(name, num_classes, in_channels, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return _build(name, num_classes, in_channels, size)
+        raise InvalidArgument(Problem("image_size", image_size, rule, "Choose a ResNet or larger images."))
+    build = MODELS[name].build if name in MODELS else partial(_build_timm, name)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        return build(num_classes, in_channels, size)
+
+
+def build_for(name: str, spec: DataSpec, *, seed: int | None = None) -> nn.Module:
+    """The model of that name for such data, see ``build_model``."""
+    return build_model(
+        name, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size, seed=seed
+    )
 
 
 def check_model(name: str) -> None:
@@ -194,12 +198,6 @@ def check_model(name: str) -> None:
     if name not in MODELS and not name.startswith(TIMM_PREFIX):
         known = [*MODELS, f"{TIMM_PREFIX}NAME"]
         raise InvalidArgument(Problem("model", name, "is no known model", nearest(name, known)))
-
-
-def _build(name: str, num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
-    if name in MODELS:
-        return MODELS[name].build(num_classes, in_channels, size)
-    return _build_timm(name, num_classes, in_channels, size)
 
 
 def _build_timm(name: str, num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
@@ -211,7 +209,11 @@ def _build_timm(name: str, num_classes: int, in_channels: int, size: tuple[int, 
         ) from error
     wanted = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(wanted):
-        raise InvalidArgument(Problem("model", name, "is no model of timm", _nearest_timm(wanted, timm.list_models())))
+        # timm knows more than a thousand models: the nearest one is useful, the whole list is not.
+        near = difflib.get_close_matches(wanted.lower(), timm.list_models(), n=1, cutoff=0.5)
+        hint = f"Did you mean '{TIMM_PREFIX}{near[0]}'? " if near else ""
+        remedy = f"{hint}See timm.list_models() for all names."
+        raise InvalidArgument(Problem("model", name, "is no model of timm", remedy))
 
     def create(**size_argument: tuple[int, int]) -> nn.Module:
         model: nn.Module = timm.create_model(
@@ -236,10 +238,3 @@ def _build_timm(name: str, num_classes: int, in_channels: int, size: tuple[int, 
                 "Choose another model of timm or another image size.",
             )
         ) from error
-
-
-def _nearest_timm(wanted: str, names: list[str]) -> str:
-    # timm knows more than a thousand models: the nearest one is useful, the whole list is not.
-    found = nearest(wanted, names).partition(" Known names:")[0]
-    hint = found.replace("Did you mean '", f"Did you mean '{TIMM_PREFIX}") if found.startswith("Did") else ""
-    return f"{hint} See timm.list_models() for all names.".strip()

@@ -41,7 +41,7 @@ class TrainOptions(Technique):
     data_root: str = "data"
     model: str = "resnet8"
     recipe_name: str = "spfde"
-    recipe: dict[str, Any] = Field(default_factory=lambda: presets.spfde.to_dict())
+    recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
     epochs: int = Field(default=20, ge=1, description="a whole number of epochs from 1 on")
     batch_size: int = Field(default=64, ge=1, description="a whole number of samples from 1 on")
     lr: float = Field(default=0.1, gt=0, description="a learning rate above 0")

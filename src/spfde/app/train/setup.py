@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import statistics
@@ -28,11 +27,12 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, collate
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
-from spfde.app.train.augment import BatchAugment, normalise, resolve_augmentation
+from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.checks import check_named
-from spfde.app.train.models import build_model
+from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
+from spfde.core.state import check_entries
 from spfde.planning.bill import Plan, plan
 from spfde.recipe.recipe import Recipe
 from spfde.session.session import Session
@@ -45,21 +45,18 @@ class Progress:
     """What the loop itself remembers from epoch to epoch; ``rows`` are the lines of ``metrics.jsonl``."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    best_test_accuracy: float = 0.0
-    samples_seen: int = 0
-    peak_memory_bytes: int = 0
     dense_step_seconds: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in vars(self):
-            setattr(self, name, state[name])
+        check_entries(state, "the run's progress", {"rows": list, "dense_step_seconds": (float, type(None))})
+        self.rows, self.dense_step_seconds = state["rows"], state["dense_step_seconds"]
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything that a run has in hand."""
 
     options: TrainOptions
@@ -90,7 +87,7 @@ class Run:
 
 
 @contextmanager
-def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Run]:
+def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[TrainingRun]:
     """The run in its locked folder; a new folder of which nothing came is removed again."""
     folder = RunFolder.reopen(out) if resume else None
     checkpoint: Path | None = None
@@ -134,7 +131,7 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
     return isinstance(error, (TrainingDiverged, DataError))
 
 
-def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
+def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     spec = check_named(options.model_dump())
     accelerator = _accelerator(options, folder.path)
@@ -149,10 +146,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
         )
     set_seed(options.seed)
     recipe = options.load_recipe()
-    model = build_model(
-        options.model, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size
-    )
-    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
     check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
@@ -172,14 +166,14 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> Run:
         probe=_probe(options, recipe, data, device=accelerator.device),
     )
     augment = BatchAugment(
-        resolve_augmentation(options.augment, data.default_augmentation),
+        data.default_augmentation if options.augment == "auto" else options.augment,
         torch.Generator().manual_seed(options.seed + 1),
         padding=data.padding,
     )
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(session, augment, progress)
-    return Run(
+    return TrainingRun(
         options=options,
         folder=folder,
         accelerator=accelerator,
@@ -248,7 +242,7 @@ def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
     )
 
 
-def _start_trackers(run: Run) -> None:
+def _start_trackers(run: TrainingRun) -> None:
     if run.options.track:
         options = run.options.model_dump(mode="json")
         flat = {name: value for name, value in options.items() if isinstance(value, (str, int, float, bool))}
@@ -257,7 +251,7 @@ def _start_trackers(run: Run) -> None:
         run.accelerator.init_trackers("spfde", config=flat, init_kwargs=places)
 
 
-def _describe(run: Run) -> None:
+def _describe(run: TrainingRun) -> None:
     """Write down everything that is needed to run again."""
     options, bill, spec = run.options, run.plan, run.data.spec
     # config.json first: it is what a resumed run needs.
@@ -275,6 +269,7 @@ def _describe(run: Run) -> None:
             "recipe": options.recipe,
             "engine": run.session.engine,
             "plan": bill.to_dict() | {"block_names": [block.name for block in bill.blueprint.partition.blocks]},
+            **({"timeline": bill.timeline.to_dict()} if hasattr(bill, "timeline") else {}),
             "versions": versions(),
             "hardware": hardware(run.accelerator.device),
         },
@@ -282,7 +277,7 @@ def _describe(run: Run) -> None:
     run.folder.write_text(RECIPE, options.load_recipe().to_toml())
 
 
-def _load(run: Run, checkpoint: Path) -> None:
+def _load(run: TrainingRun, checkpoint: Path) -> None:
     try:
         run.accelerator.load_state(str(checkpoint))
     except StateMismatch as error:
@@ -299,37 +294,30 @@ def _load(run: Run, checkpoint: Path) -> None:
     run.resumed_from = checkpoint
 
 
-def time_dense_step(run: Run) -> float:
-    """Median seconds of a dense training step, unfrozen, timed on a copy before training.
+def time_dense_step(run: TrainingRun) -> float:
+    """Median seconds of a dense training step, unfrozen, timed on a model of its own before training.
 
     It is the measured part of "what the dense run would have taken": this time, times the dense run's steps. The
     global generators are put back, so that the run does not depend on it.
     """
-    device = run.accelerator.device
+    device, options, spec = run.accelerator.device, run.options, run.data.spec
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return _median_dense_step(run, device)
-
-
-def _median_dense_step(run: Run, device: torch.device) -> float:
-    twin = copy.deepcopy(run.accelerator.unwrap_model(run.model))
-    for module in twin.modules():
-        module._forward_hooks.clear()
-    optimizer = SGD(twin.parameters(), lr=1e-6, momentum=run.options.momentum)
-    count = min(run.options.batch_size, run.data.spec.train_samples)
-    x = torch.randn(count, *run.data.spec.sample_shape, device=device).contiguous(memory_format=torch.channels_last)
-    y = torch.zeros(count, dtype=torch.int64, device=device)
-    twin.train()
-    seconds = []
-    for _ in range(2 + run.options.dense_timing_steps):
-        start = time.perf_counter()
-        with run.accelerator.autocast():
-            loss = F.cross_entropy(twin(x), y)
-        torch.autograd.backward([loss])
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        twin = build_for(options.model, spec).to(device).to(memory_format=torch.channels_last).train()
+        shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
+        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        y = torch.zeros(len(x), dtype=torch.int64, device=device)
+        optimizer = SGD(twin.parameters(), lr=1e-6, momentum=options.momentum)
+        seconds = []
+        for _ in range(2 + options.dense_timing_steps):
+            start = time.perf_counter()
+            with run.accelerator.autocast():
+                loss = F.cross_entropy(twin(x), y)
+            torch.autograd.backward([loss])
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
 

@@ -148,20 +148,13 @@ def test_the_rounds_of_synflow_fall_exponentially_to_the_target() -> None:
     assert rounds[-1] == 123
 
 
-def test_pruning_at_initialisation_never_mutates() -> None:
-    for method in _METHODS:
-        assert method.drop_fraction_at(0.0) == 0.0
-        assert method.excess_at(0.0) == 0.0
-        assert method.gradients == "none"
-
-
 @pytest.mark.parametrize("method", _METHODS, ids=_named)
 def test_a_tied_weight_cannot_have_two_masks(method: PruningAtInitialisation) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     weights = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: weights[name] for name in ("0.weight", "1.weight")}
-    with pytest.raises(InvalidArgument, match=r"same tensor as 0\.weight"):
+    with pytest.raises(InvalidArgument, match=r"1\.weight.*0\.weight"):
         method.select(
             model, weights, units=4, structure=Unstructured(), batches=[torch.ones(1, 4)],
             loss=lambda m, batch: m(batch).square().sum(), sample=torch.ones(1, 4),
@@ -170,14 +163,14 @@ def test_a_tied_weight_cannot_have_two_masks(method: PruningAtInitialisation) ->
 
 def test_scoring_by_data_needs_data() -> None:
     model = _net()
-    with pytest.raises(InvalidArgument, match=r"batches.*is empty, and SNIP scores by data"):
+    with pytest.raises(InvalidArgument, match="batches"):
         SNIP(sparsity=0.9).select(
             model, _weights(model), units=9, structure=Unstructured(), batches=[], loss=_loss, sample=torch.ones(1)
         )
 
 
 @pytest.mark.parametrize("method", _METHODS, ids=_named)
-@pytest.mark.parametrize(("value", "rule"), [(float("nan"), "not finite"), (0.0, "scores every weight 0")])
+@pytest.mark.parametrize(("value", "rule"), [(float("nan"), "finite"), (0.0, "every weight 0")])
 def test_weights_that_say_nothing_are_an_error(method: PruningAtInitialisation, value: float, rule: str) -> None:
     model = _net()
     with torch.no_grad():
@@ -199,21 +192,21 @@ def test_fields_that_synflow_cannot_have_are_refused(fields: dict[str, int]) -> 
     ("field", "value"), [("distribution", "erk"), ("overrides", {"*": 0.5}), ("init", "magnitude")]
 )
 def test_what_the_scores_decide_cannot_be_asked_for(field: str, value: Any) -> None:
-    with pytest.raises(InvalidArgument, match=f"{field} must keep its default"):
+    with pytest.raises(InvalidArgument, match=field):
         SNIP(**{"sparsity": 0.9, field: value})
 
 
 @pytest.mark.parametrize("method", _METHODS, ids=_named)
 def test_the_modelled_flops_of_scoring_are_those_that_are_counted(method: PruningAtInitialisation) -> None:
     model = nn.Sequential(*[module for _ in range(30) for module in (nn.Linear(8, 8), nn.Tanh())])
-    batches = [torch.randn(5, 8), torch.randn(5, 8)] if method.n_batches else []
+    batches = [torch.randn(5, 8) for _ in range(method.n_batches)]
     counter = FlopCounterMode(display=False)
     with counter:
         method.select(
             model, _weights(model), units=100, structure=Unstructured(), batches=batches,
             loss=lambda m, batch: m(batch).square().mean(), sample=torch.ones(1, 8),
         )  # fmt: skip
-    modelled = method.scoring_flops(30 * 2 * 8 * 8, 10)
+    modelled = method.scoring_flops(30 * 2 * 8 * 8, samples=10, batch_size=5)
     # The first layer's input needs no gradient, which the model leaves out.
     assert 0.9 * modelled < counter.get_total_flops() <= modelled
 

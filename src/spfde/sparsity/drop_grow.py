@@ -1,0 +1,151 @@
+"""Drop, then grow: the strategy of most methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from spfde.core.errors import StateMismatch, UsageError
+from spfde.core.state import check_all, check_entries
+from spfde.sparsity.criteria import Criterion
+from spfde.sparsity.gradients import unscaled
+from spfde.sparsity.schedule import MaskPlan
+from spfde.sparsity.strategy import Strategy
+from spfde.sparsity.weight import MaskedWeight
+
+if TYPE_CHECKING:
+    from spfde.sparsity.masker import Masker
+
+
+class Mutation(Strategy):
+    """Carries out the planned mutations by two criteria.
+
+    Where a criterion needs a gradient, the mutation of a layer waits for the first step that has one: of the active
+    weights for dropping, of all for growing. Each is given its own.
+
+    Args:
+        masker: see ``Strategy``.
+        drop: by which weights are kept.
+        grow: by which weights grow.
+    """
+
+    def __init__(self, masker: Masker, *, drop: Criterion, grow: Criterion) -> None:
+        super().__init__(masker)
+        self._drop, self._grow = drop, grow
+        self.pending: dict[str, tuple[int, int]] = {}
+        self._snapshots: dict[str, Tensor] = {}
+
+    def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
+        names = {layer.name for layer in live}
+        self.pending = {} if plan.update else {name: each for name, each in self.pending.items() if name in names}
+        for layer in live:
+            own = plan.layers[layer.name]
+            if own.mutates and not plan.last:
+                self._mutate_or_wait(layer, own.survive, int(own.active))
+
+    def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
+        layers = list(layers)
+        for layer in layers:
+            self.pending.pop(layer.name, None)
+        super().prune_to_target(layers)
+
+    def wants_dense(self, layer: MaskedWeight) -> bool:
+        return self._grow.needs_gradient and layer.name in self.pending
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+        if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
+            self._snapshots[layer.name] = unscaled(gradient, self.masker.optimizer)
+
+    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
+        if not self.pending:
+            return
+        active = self._take_snapshots(has_closure=has_closure)
+        dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
+        self.masker.average_over_ranks(active)
+        self.masker.average_over_ranks(dense)
+        gradients = (*active.values(), *dense.values())
+        if was_skipped or not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return
+        # In the order of the layers, so that the generator's draws do not depend on the backward pass.
+        for layer in self.masker.live:
+            needed = [of for of, by in ((active, self._drop), (dense, self._grow)) if by.needs_gradient]
+            if layer.name in self.pending and all(layer.name in of for of in needed):
+                self._mutate(layer, *self.pending.pop(layer.name), active.get(layer.name), dense.get(layer.name))
+
+    def clear(self) -> None:
+        self._snapshots.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": {name: list(each) for name, each in self.pending.items()}}
+
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        check_entries(state, "the sparse training method", {"pending": dict})
+        check_all(state["pending"], "the pending mutations", list)
+        for name, counts in state["pending"].items():
+            layer = self.masker.layers.get(name)
+            fits = len(counts) == 2 and all(type(count) is int for count in counts) and layer is not None
+            if fits and layer is not None:
+                survive, final = counts
+                active = int(masks[name].sum()) // layer.unit_size
+                fits = 0 < survive <= min(final, active) and final <= layer.n_units
+            if not fits:
+                raise StateMismatch(f"the pending mutation of {name} in the state does not fit: {counts}.")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.pending = {name: (survive, final) for name, (survive, final) in state["pending"].items()}
+
+    def _mutate_or_wait(self, layer: MaskedWeight, survive: int, final: int) -> None:
+        survive = min(survive, layer.active)
+        if survive == final == layer.active:
+            return
+        drops, grows = survive < layer.active, final > survive
+        if (drops and self._drop.needs_gradient) or (grows and self._grow.needs_gradient):
+            self.pending[layer.name] = (survive, final)
+        else:
+            self._mutate(layer, survive, final, None, None)
+
+    def _mutate(
+        self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None
+    ) -> None:
+        self.mutate(
+            layer,
+            survive,
+            final,
+            drop_score=_score(self._drop, layer, active) if survive < layer.active else None,
+            grow_score=_score(self._grow, layer, dense) if final > survive else None,
+        )
+
+    def _take_snapshots(self, *, has_closure: bool) -> dict[str, Tensor]:
+        """The gradients of active weights, for dropping; without the loss scale, which dense ones still have."""
+        taken, self._snapshots = self._snapshots, {}
+        if has_closure and self._drop.needs_gradient:
+            # The step itself ran the backward pass: what was there before it is stale.
+            waiting = [layer for layer in self.masker.live if layer.name in self.pending]
+            taken = {layer.name: layer.parameter.grad for layer in waiting if layer.parameter.grad is not None}
+        return taken
+
+
+def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:
+    """The criterion's score, which anybody may have written.
+
+    Raises:
+        UsageError: it is no score for each weight.
+    """
+    weight = layer.parameter.detach()
+    score = criterion.score(weight, gradient)
+    if score is None:
+        return None
+    found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    if found != tuple(weight.shape):
+        raise UsageError(
+            f"criterion {criterion.name} scored a weight of shape {tuple(weight.shape)} with {found}. Return a tensor "
+            "with one score for each weight, or None for chance."
+        )
+    if layer.unit_size > 1 and bool((score < 0).any()):
+        raise UsageError(
+            f"criterion {criterion.name} gives negative scores, and of a group of weights the norm of their scores "
+            "counts. Return scores from 0 on, or use it without a structure."
+        )
+    return score
