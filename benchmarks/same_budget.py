@@ -77,10 +77,10 @@ class Entry:
             model=self.model,
             recipe_name=self.recipe,
             recipe=choose_recipe(self.recipe).to_dict(),
-            cache_variants=self.cache_variants,
             epochs=self.epochs,
             seed=seed,
             engine=self.engine,
+            cache_variants=self.cache_variants,
             dense_timing_steps=0,
         )
 

@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows, one ``name==version`` a line: constraints for test-oldest.
+"""Print the lowest versions that pyproject.toml allows, one ``name==version`` a line, as constraints for pip.
 
 Usage: python scripts/lowest_versions.py [PYPROJECT]    (by default the one of the repository that holds this script)
 

@@ -24,8 +24,8 @@ from helpers.commands import Spfde
 from spfde import presets
 from spfde.app.data import folders
 from spfde.app.data.datasets import DATASETS, load_data
+from spfde.app.methods import known
 from spfde.app.train import models, setup
-from spfde.core.registry import registered
 from spfde.engines.native import build
 from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe.citation import describe
@@ -280,16 +280,25 @@ class TestOtherCommands:
         listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
             assert f"\n  {name} " in printed
-        for name in [*STRUCTURES, *registered("freezing-scheme"), *FREEZE_CRITERIA, BlockwiseCosine.name]:
+        for name in [
+            *STRUCTURES,
+            *known("freezing-scheme"),
+            *known("drop"),
+            *known("grow"),
+            *known("engine"),
+            *FREEZE_CRITERIA,
+            BlockwiseCosine.name,
+        ]:
             assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
-        for technique in [*METHODS.values(), ProgressiveFreezing, *registered("sieving-method").values()]:
+        for technique in [*METHODS.values(), ProgressiveFreezing, *known("sieving-method").values()]:
             assert technique.summary in listed
             assert f"Cost: {technique.cost}." in listed
             assert all(describe(key).split(".")[0] in listed for key in technique.references)
         for summary, cost in FREEZE_CRITERIA.values():
             assert f"{summary} Cost: {cost}." in listed
-        for criterion, kind in registered("sieving-criterion").items():
-            assert f"{criterion} {kind.summary}" in listed
+        for criterion, summary in ((name, each.summary) for name, each in known("sieving-criterion").items()):
+            assert f"{criterion} " in listed
+            assert summary in listed
 
     def test_the_version_is_printed(self, spfde: Spfde) -> None:
         assert spfde("--version").out == f"{package.__version__}\n"
@@ -303,10 +312,12 @@ class TestOtherCommands:
         assert ended.returncode == 0
         assert "--no-soft-bound" in ended.stdout
 
-    def test_help_names_every_model_and_the_embedded_set(self, spfde: Spfde) -> None:
-        words = spfde("train", "--help").out
-        assert all(name in words for name in models.MODELS)
-        assert "fashion-mini" in words
+    def test_help_names_all_that_an_option_may_be(self, spfde: Spfde) -> None:
+        words = spfde("train", "--help").out.replace("│", " ").split()
+        named = [*models.MODELS, "fashion-mini", "4x1", "2:4", *FREEZE_CRITERIA]
+        for kind in ("structure", "freezing-scheme", "sieving-criterion"):
+            named += [name for name in known(kind) if name not in ("block", "nm")]
+        assert {word.strip(",:;()") for word in words} >= set(named)
 
 
 def assert_refused(ended: commands.Outcome, *told: str) -> None:
@@ -328,12 +339,14 @@ BAD_OPTIONS = [
     ("--freeze 1", "--freeze=1.0: ", "[0, 1)"),
     ("--engine masked --cache-variants 2", "--cache-variants=2: needs the native engine", "Set it to 0"),
     ("--recipe mest --cache-variants 2", "--cache-variants=2: recipe mest freezes nothing", "--freeze 0.2"),
+    ("--cache-limit 0", "--cache-limit=0.0: ", "greater than 0", "GiB"),
+    ("--cache-precision fp8", "--cache-precision='fp8': ", "'int8'"),
     ("--cache-variants -1", "--cache-variants=-1: ", "greater than or equal to 0"),
     ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples, no full batch of 16", "can be removed"),
     ("--sieve 1.5", "--sieve=1.5: ", "[0, 1)"),
     ("--interval 30", "--interval=30: must not be longer than the run of 8 epochs", "auto"),
-    ("--interval 0", "--interval='0': ", "from 1 on"),
-    ("--interval often", "--interval='often': ", 'must be "auto" or a whole number'),
+    ("--interval 0", "--interval=0: ", "from 1 on"),
+    ("--interval often", "--interval='often': ", "whole number", "auto"),
     ("--epochs 0", "--epochs=0: ", "from 1 on"),
     ("--batch-size 0", "--batch-size=0: ", "from 1 on"),
     ("--lr 0", "--lr=0.0: ", "above 0"),
@@ -382,20 +395,25 @@ class TestBadInput:
             ),
         ],
     )
-    def test_a_run_too_short_for_the_share_asked_for_is_refused_with_options_as_the_remedy(
+    def test_a_run_too_short_for_a_share_that_was_asked_for_is_refused_with_options_as_the_remedy(
         self, epochs: int, remedy: str, tiny: Path, spfde: Spfde, here: Path
     ) -> None:
         for command in ("plan", "train"):
-            ended = spfde(command, "--freeze", 0.2, "--epochs", epochs)
+            ended = spfde(command, "--epochs", epochs, "--freeze", 0.2)
             assert_refused(ended, "--freeze=0.2: cannot be reached", remedy)
             assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
 
-    @pytest.mark.parametrize("epochs", [1, 2, 4, 5])
-    def test_what_a_preset_brings_along_is_no_reason_to_refuse_a_short_run(self, epochs: int, spfde: Spfde) -> None:
-        planned = spfde("plan", "--epochs", epochs, "--json")
-        assert planned.code == 0
-        assert json.loads(planned.out)["freezing_reduction"] < 0.2
+    @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+    def test_a_preset_freezes_what_a_short_run_allows_and_says_so_in_a_line(
+        self, epochs: int, tiny: Path, spfde: Spfde
+    ) -> None:
+        for command in (["plan"], ["train", "--quiet", "--out", "run"]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                ended = spfde(*command, "--data", tiny, "--batch-size", 16, "--epochs", epochs)
+            assert ended.code == 0, ended.err
+            assert len([line for line in ended.err.splitlines() if "freez" in line]) == 1
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)

@@ -177,7 +177,7 @@ class TestKilledRuns:
         cached = ["--cache-variants", "1", "--engine", "native"]
         ended = commands.start(arguments(tiny, "cached") + cached, log=place / "cached", cwd=place).end()
         assert ended.code == 0, ended.err
-        assert read(place / "cached" / "config.json")["command"]["recipe"]["freezing"]["cache_variants"] == 1
+        assert read(place / "cached" / "config.json")["command"]["cache_variants"] == 1
         argv = arguments(tiny, "cached-killed") + cached
         running = commands.start(argv, log=place / "cached-killed", cwd=place, wait_at="before a checkpoint")
         running.reach()
@@ -185,6 +185,19 @@ class TestKilledRuns:
         ended = commands.start(["train", "--resume", "cached-killed"], log=place / "again", cwd=place).end()
         assert ended.code == 0, ended.err
         assert_same_run(place / "cached-killed", place / "cached")
+
+    @needs_kernels
+    def test_a_run_goes_on_with_another_cache_folder(self, tiny: Path, place: Path) -> None:
+        for name in ("one", "two"):
+            (place / name).mkdir()
+        argv = [*arguments(tiny, "moved"), "--cache-variants", "1", "--engine", "native", "--cache-folder", "one"]
+        running = commands.start(argv, log=place / "moved", cwd=place, wait_at="before a checkpoint")
+        running.reach()
+        running.kill(signal.SIGKILL)
+        argv = ["train", "--resume", "moved", "--cache-folder", "two"]
+        ended = commands.start(argv, log=place / "moved-again", cwd=place).end()
+        assert ended.code == 0, ended.err
+        assert read(place / "moved" / "summary.json")["epochs"] == EPOCHS
 
     def test_a_stopped_run_goes_on_from_anywhere(self, tiny: Path, place: Path, uninterrupted: Path) -> None:
         running = commands.start(arguments(tiny, "term"), log=place / "term", cwd=place, wait_at="among later batches")
@@ -219,7 +232,7 @@ class TestKilledRuns:
         assert second.code == 2
         assert second.err.startswith("spfde: busy: is in use by another process. ")
         with pytest.raises(RunFolderError, match="is in use by another process"):
-            RunFolder.check_free(place / "busy")
+            RunFolder.create(place / "busy")
         running.send(signal.SIGKILL)
         # At once, though the loader's worker looks for its parent only every five seconds.
         deadline = time.monotonic() + 3

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import spfde
+from helpers.compiling import recompile_limit
 from helpers.native import needs_kernels
 from helpers.resuming import METHODS, assert_equal, everything, save
 from helpers.resuming import resume as resume_with
@@ -257,8 +258,8 @@ def test_the_plan_says_in_words_when_each_block_is_frozen(scheme: str) -> None:
 def test_a_compiled_model_is_warned_of_the_fronts_that_it_will_have_and_not_of_each_freezing(scheme: str) -> None:
     parts = make_parts()
     parts.model = torch.compile(parts.model, backend="eager")
-    with torch._dynamo.config.patch(recompile_limit=6), warnings.catch_warnings():
+    with recompile_limit(6), warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(parts, recipe(scheme, sieving=None)).detach()
-    with torch._dynamo.config.patch(recompile_limit=5), pytest.warns(UserWarning, match="2 frozen fronts"):
+    with recompile_limit(5), pytest.warns(UserWarning, match="2 frozen fronts"):
         attach(parts, recipe(scheme, sieving=None)).detach()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import spfde
+from helpers.compiling import RECOMPILE_LIMIT, recompile_limit
 from helpers.training import BATCH, EPOCHS, SAMPLES, Parts, SmallNet, make_images, make_parts, step, train
 from spfde.model.trace import trace
 from spfde.session import attach as door
@@ -278,8 +279,7 @@ def test_a_model_in_torch_compile_freezes_with_a_bounded_number_of_compilations(
 
 def test_a_compiled_model_that_would_meet_the_recompile_limit_warns(parts: Parts, whole_recipe: spfde.Recipe) -> None:
     compiled = torch.compile(parts.model, backend="eager")
-    # Not monkeypatch: what it puts back, torch takes for a deleted setting.
-    with torch._dynamo.config.patch(recompile_limit=3), pytest.warns(UserWarning, match="recompile_limit"):
+    with recompile_limit(3), pytest.warns(UserWarning, match=RECOMPILE_LIMIT):
         spfde.attach(compiled, parts.optimizer, parts.loader, whole_recipe, epochs=EPOCHS)
 
 

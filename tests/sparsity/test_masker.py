@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -413,10 +414,51 @@ def test_states_that_do_not_fit_are_refused() -> None:
         ({**state, "strategy": {"pending": {"2.weight": [1000, 1000]}}}, r"2\.weight.*1000"),
         ({**state, "strategy": {"pending": {"2.weight": [60]}}}, r"2\.weight"),
         ({**state, "strategy": {"latents": {}}}, "pending"),
+        ({**state, "strategy": {"pending": {}}, "explored": {**state["explored"], "2.weight": packed[:-1]}}, "damaged"),
     ]
     for wrong, message in cases:
         with pytest.raises(StateMismatch, match=message):
             run.masker.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("target", [0, -5, 301, 2**70])
+def test_a_target_that_no_layer_can_have_is_refused_where_data_decide_it(target: int) -> None:
+    run = Run(DSR(sparsity=0.8))
+    state = run.masker.state_dict()
+    with pytest.raises(StateMismatch, match=r"2\.weight"):
+        run.masker.load_state_dict({**state, "target": {**state["target"], "2.weight": target}})
+
+
+def _every_entry(state: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in state.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from _every_entry(value, (*path, key))
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=IDS)
+def test_every_entry_of_a_state_that_is_missing_or_of_another_kind_is_refused(method: SparsityMethod) -> None:
+    run = Run(method)
+    run.epoch(0)
+    run.begin_epoch(2)
+    state = run.masker.state_dict()
+    for path in _every_entry(state):
+        for damage in ("missing", "text", None, [], torch.zeros(3, dtype=torch.int8)):
+            damaged = copy.deepcopy(state)
+            inside = damaged
+            for key in path[:-1]:
+                inside = inside[key]
+            # What a state need not have of every layer, and counts that are a mean: gone, they are not missed.
+            if damage == "missing":
+                if path[-1] in ("2.weight", "3.weight") and path[0] not in ("masks", "target", "explored"):
+                    continue
+                if path[:2] == ("strategy", "memory") and len(path) > 2:
+                    continue
+                del inside[path[-1]]
+            else:
+                inside[path[-1]] = damage
+            with pytest.raises(StateMismatch):
+                run.masker.load_state_dict(damaged)
 
 
 def test_masks_are_inferred_from_a_sparse_checkpoint() -> None:
@@ -443,6 +485,23 @@ def test_a_checkpoint_under_the_soft_bound_keeps_it_until_it_is_pruned() -> None
     assert run.counts["2.weight"] == trained.model[2].weight.count_nonzero()
     run.begin_epoch(7)
     assert run.counts["2.weight"] == 60
+
+
+def test_inferred_masks_have_no_mutation_that_waits() -> None:
+    run = Run(RigL(sparsity=0.8))
+    run.epoch(0)
+    run.begin_epoch(2)
+    assert run.pending
+    run.infer_masks()
+    assert not run.pending
+
+
+def test_where_data_decide_a_checkpoint_may_have_more_weights_in_a_layer_than_planned() -> None:
+    run = Run(DSR(sparsity=0.8))
+    with torch.no_grad():
+        run.model[2].weight.flatten()[:100] = 1.0
+    run.infer_masks()
+    assert run.counts["2.weight"] >= 100
 
 
 def test_a_dense_checkpoint_has_no_masks_to_infer() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,6 +25,7 @@ from spfde.analysis import (
 )
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, collate
+from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.runs.kept_model import BlockLayers, CheckpointedModel
@@ -40,20 +40,9 @@ FRACTION = 0.5
 """Share of the non-zeros that structural similarity looks at, as in the paper."""
 
 
-class AnalyzeOptions(Technique):
-    """What to measure on.
-
-    Attributes:
-        samples: test images for CKA, at most.
-        batch_size: images per minibatch, at most; the minibatches are of equal size, give or take one.
-        gradient_samples: training images for gradient norms, at most; 0 leaves them out.
-        data_root: where torchvision's sets lie; None: where they lay when the run was trained.
-    """
-
-    samples: int = Field(default=2000, ge=4, description="a whole number of images from 4 on")
-    batch_size: int = Field(default=128, ge=4, description="a whole number of images from 4 on")
-    gradient_samples: int = Field(default=256, ge=0, description="a whole number of images, 0 or more")
-    data_root: str | None = None
+@with_words
+class AnalyzeOptions(Technique, AnalysisOptions):
+    """What to measure on, as ``spfde analyze`` takes it."""
 
 
 def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Callable[[str], None]) -> Path:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
+import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.registry import registered
 from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.citation import describe
-from spfde.sparsity import METHODS, STRUCTURES
 
 WIDTH = 80
+
+
+def known(kind: str) -> Mapping[str, Any]:
+    """What may be named, by its name: this package's own, and what others registered under the kind."""
+    return registered(kind)
 
 
 def render_catalogue() -> str:
@@ -26,31 +33,37 @@ def render_catalogue() -> str:
         sparsity = f" at {recipe.sparsity.sparsity:.0%}" if recipe.sparsity is not None else ""
         parts[0] += sparsity
         lines.append(f"  {name:<10} {', '.join(part for part in parts if part)}")
-    lines += ["", "Sparse training:"]
-    for name, method in METHODS.items():
-        lines += _entry(name, method.summary, f"Cost: {method.cost}.", *map(describe, method.references))
-    lines += ["", "Structures (spfde train --structure NAME; what exists or not as a whole):"]
-    for kind, structure in STRUCTURES.items():
-        lines += _entry(kind, structure.summary, "Cost: the method's.", *map(describe, structure.references))
+    lines += ["", "Sparse training:", *_listed("method")]
+    lines += ["", "Of drop-grow, by which weights are dropped (drop = NAME in a recipe):", *_listed("drop")]
+    lines += ["", "and by which others grow (grow = NAME):", *_listed("grow")]
+    lines += ["", "Structures (--structure NAME; what exists or not as a whole, at no cost):"]
+    lines += _listed("structure")
     paper = describe(*ProgressiveFreezing.references)
     lines += ["", "Layer freezing (spfde train --freeze SHARE):"]
     lines += _entry("freezing", ProgressiveFreezing.summary, f"Cost: {ProgressiveFreezing.cost}.", paper)
     lines += ["", "Schemes of it (--freeze-scheme NAME; all from the same paper, at equal FLOPs):"]
-    for name, scheme in registered("freezing-scheme").items():
-        lines += _entry(name, scheme.summary, *map(describe, scheme.references))
+    lines += _listed("freezing-scheme")
     lines += ["", "What lets a block be frozen (--freeze-criterion NAME):"]
     for name, (summary, cost) in FREEZE_CRITERIA.items():
         further = ProgressiveFreezing(criterion=name).cited[1:]
         lines += _entry(name, summary, f"Cost: {cost}.", *map(describe, further))
     lines += ["", "Learning rate:"]
     lines += _entry(BlockwiseCosine.name, BlockwiseCosine.summary, "Cost: none.", paper)
-    lines += ["", "Data sieving (spfde train --sieve SHARE):"]
-    for name, sieving in registered("sieving-method").items():
-        lines += _entry(name, sieving.summary, f"Cost: {sieving.cost}.", *map(describe, sieving.references))
+    lines += ["", "Data sieving (spfde train --sieve SHARE):", *_listed("sieving-method")]
     lines += ["", "Which samples are easy (--sieve-criterion NAME; read off what a step computes):"]
-    for name, criterion in registered("sieving-criterion").items():
-        lines += _entry(name, criterion.summary, *map(describe, criterion.references))
+    lines += _listed("sieving-criterion")
+    lines += ["", "Engines (--engine NAME):", *_listed("engine")]
     return "\n".join(lines)
+
+
+def _listed(kind: str) -> list[str]:
+    """All of a kind, each with its line, its cost where it has one of its own, and its citation."""
+    lines = []
+    for name, found in known(kind).items():
+        cost = [f"Cost: {found.cost}."] if hasattr(found, "cost") else []
+        references = getattr(found, "references", ())
+        lines += _entry(name, getattr(found, "summary", ""), *cost, *map(describe, references))
+    return lines
 
 
 def _entry(name: str, summary: str, *more: str) -> list[str]:

@@ -31,11 +31,13 @@ __all__ = [
     "compiled_inside",
     "has_global_hooks",
     "hooks_to_copy",
+    "is_compiled",
     "least_two_four_shape",
     "lerp_each_",
     "multiply_each",
     "overloads_of",
     "plain_kernels",
+    "recompile_limit",
     "storage_id",
     "tree_leaves",  # the tensors in nested arguments and results
     "tree_map_only",
@@ -54,6 +56,19 @@ def compiled_inside(model: nn.Module) -> nn.Module | None:
     """The module that ``torch.compile`` wrapped; None for one that is not compiled. Its wrapper has no public name."""
     inside = getattr(model, "_orig_mod", None)
     return inside if isinstance(inside, nn.Module) else None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is compiled by ``torch.compile``."""
+    parts = model.modules()
+    return any(compiled_inside(part) is not None or getattr(part, "_compiled_call_impl", None) for part in parts)
+
+
+def recompile_limit() -> tuple[str, int]:
+    """The setting that says how often code is compiled anew, by the name that this torch gives it, and its value."""
+    settings = torch._dynamo.config
+    name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # as torch 2.6 calls it
+    return f"torch._dynamo.config.{name}", int(getattr(settings, name))
 
 
 def has_global_hooks() -> bool:

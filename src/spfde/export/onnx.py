@@ -49,6 +49,8 @@ def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Where nothing else works torch 2.6 traces the model: a branch on values would be the one that zeros take.
+            warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             program = torch.onnx.export(
                 twin,
                 (example,),

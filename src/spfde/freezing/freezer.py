@@ -18,6 +18,7 @@ from torch import nn
 
 from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
+from spfde.core.torch_private import is_compiled, recompile_limit
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
@@ -186,19 +187,15 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         >>> spfde.freezing.recompile_warning(model, n_fronts=3) is None  # the model is not compiled
         True
     """
-    # torch has a public name neither for a module that is compiled nor for the limit. Tested with 2.14.
-    compiled = any(
-        getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    if not compiled:
+    if not is_compiled(model):
         return None
-    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_fronts + 1)
+    setting, limit = recompile_limit()
+    needed = 2 * (n_fronts + 1)
     if needed <= limit:
         return None
     return (
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
-        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} torch runs it uncompiled: set the limit to "
+        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to "
         f"{needed}."
     )
 

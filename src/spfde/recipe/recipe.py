@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -162,7 +163,10 @@ class Recipe(Technique):
         for name in (*cls.KINDS, *cls.TABLES):
             if name in written and not isinstance(written[name], Mapping):
                 raise InvalidArgument(Problem(name, written[name], "must be a table", f"Write it as [{name}]."))
-        return cls(**written)
+        fields = dict(written)
+        if "freezing" in fields:
+            fields["freezing"] = _without_moved(dict(fields["freezing"]))
+        return cls(**fields)
 
     def to_toml(self) -> str:
         """The recipe as TOML; unset options are left out. ``from_toml`` is its inverse."""
@@ -188,6 +192,18 @@ class Recipe(Technique):
                 Problem("recipe", text, f"is no valid TOML ({error})", "Compare it with a run folder's recipe.toml.")
             ) from None
         return cls.from_dict(written)
+
+
+def _without_moved(freezing: dict[str, Any]) -> dict[str, Any]:
+    """The table without what earlier versions kept in it and is a setting of the machine; a line says where it went."""
+    moved = [name for name in freezing if name.startswith("cache_") and name not in ProgressiveFreezing.model_fields]
+    if moved:
+        warnings.warn(
+            f"freezing: {', '.join(moved)} left out, for what is kept of the frozen front is a setting of the machine: "
+            "pass --cache-variants and the like to spfde train, or cache=spfde.PrefixCache(...) to attach.",
+            stacklevel=1,  # said once, wherever the recipe is read again
+        )
+    return {name: value for name, value in freezing.items() if name not in moved}
 
 
 def _toml(value: Any) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import tree_map_only
 from spfde.model.sample import Sample, batch_of, unwrap, without_traces
 from spfde.planning import Blueprint
 from spfde.sieving import population_of

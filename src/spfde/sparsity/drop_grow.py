@@ -52,7 +52,7 @@ class Mutation(Strategy):
         super().prune_to_target(layers)
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
-        return self._grow.needs_gradient and layer.name in self.pending
+        return layer.name in self.pending and self._waits_for(layer, *self.pending[layer.name])[1]
 
     def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
         if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
@@ -70,9 +70,15 @@ class Mutation(Strategy):
             return
         # In the order of the layers, so that the generator's draws do not depend on the backward pass.
         for layer in self.masker.live:
-            needed = [of for of, by in ((active, self._drop), (dense, self._grow)) if by.needs_gradient]
-            if layer.name in self.pending and all(layer.name in of for of in needed):
-                self._mutate(layer, *self.pending.pop(layer.name), active.get(layer.name), dense.get(layer.name))
+            name = layer.name
+            if name not in self.pending:
+                continue
+            for_dropping, for_growing = self._waits_for(layer, *self.pending[name])
+            if (name in active or not for_dropping) and (name in dense or not for_growing):
+                self._mutate(layer, *self.pending.pop(name), active.get(name), dense.get(name))
+
+    def adopt(self, layer: MaskedWeight) -> None:
+        self.pending.pop(layer.name, None)
 
     def clear(self) -> None:
         self._snapshots.clear()
@@ -100,11 +106,14 @@ class Mutation(Strategy):
         survive = min(survive, layer.active)
         if survive == final == layer.active:
             return
-        drops, grows = survive < layer.active, final > survive
-        if (drops and self._drop.needs_gradient) or (grows and self._grow.needs_gradient):
+        if any(self._waits_for(layer, survive, final)):
             self.pending[layer.name] = (survive, final)
         else:
             self._mutate(layer, survive, final, None, None)
+
+    def _waits_for(self, layer: MaskedWeight, survive: int, final: int) -> tuple[bool, bool]:
+        """Whether a mutation needs the gradients of the active weights, and those of all."""
+        return self._drop.needs_gradient and survive < layer.active, self._grow.needs_gradient and final > survive
 
     def _mutate(
         self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None

@@ -267,7 +267,7 @@ class Masker:
             layer.note_explored()
             return
         if given is not None:
-            layer.target = int(given.sum()) // layer.unit_size
+            layer.target, layer.is_dense = int(given.sum()) // layer.unit_size, False
             layer.set_mask(given, layer.target)
         elif not self.strategy.start(layer):
             first = self.method.first_count(layer.target, layer.n_units)

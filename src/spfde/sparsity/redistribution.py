@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from spfde.core.errors import StateMismatch
 from spfde.core.state import check_all, check_entries
 from spfde.sparsity.criteria import Criterion, Magnitude
 from spfde.sparsity.distribution import apportion
@@ -94,6 +95,9 @@ class Redistribution(Strategy):
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         check_entries(state, "the redistribution", {"smoothed": dict, "memory": dict, "smooths": bool})
         check_entries(state["smoothed"], "the smoothed gradients", {n: Tensor for n in masks if n in state["smoothed"]})
+        for name, gradient in state["smoothed"].items():
+            if gradient.shape != masks[name].shape:
+                raise StateMismatch(f"the smoothed gradient of {name} in the state has shape {tuple(gradient.shape)}.")
         check_all(state["memory"], "the redistribution's memory", (int, float))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

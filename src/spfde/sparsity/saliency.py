@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import tree_leaves, tree_map_only
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
 from spfde.sparsity.masks import highest
 from spfde.sparsity.structure import Structure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +76,16 @@ def _checked_mask(state: Mapping[str, Any], name: str, bound: Bounds) -> Tensor:
     target = state["target"][name]
     if bound.target is not None and target != bound.target:
         raise StateMismatch(f"{name} keeps {bound.target} weights by this recipe, and {target} by the state's.")
+    if not bound.unit_size <= target <= math.prod(bound.shape) or target % bound.unit_size:
+        raise StateMismatch(
+            f"{name} keeps {target} weights by the state, which is none of the numbers that it can have."
+        )
     try:
         mask = unpack(state["masks"][name], bound.shape)
         unpack(state["explored"][name], bound.shape)
     except InvalidArgument as error:
         raise StateMismatch(f"The mask of {name} in the state is damaged: {error}") from error
-    count, least = int(mask.sum()), min(target, mask.numel()) if bound.target is not None else bound.unit_size
+    count, least = int(mask.sum()), target if bound.target is not None else bound.unit_size
     if count < least or count % bound.unit_size:
         rule = f"it has {count} active weights, and this recipe keeps {least} or more, in units of {bound.unit_size}"
         raise StateMismatch(f"The mask of {name} in the state does not fit: {rule}.")

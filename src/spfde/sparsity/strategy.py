@@ -80,7 +80,7 @@ class Strategy:
         layer.clear_state_outside(self.masker.optimizer, layer.gradient_mask)
 
     def adopt(self, layer: MaskedWeight) -> None:
-        """A mask was taken from the weight's zeros: what is kept beside it begins anew."""
+        """A mask was taken from the weight's zeros: what is kept beside it begins anew, and nothing waits any more."""
 
     def clear(self) -> None:
         """Forget gradients that were collected for a mutation."""

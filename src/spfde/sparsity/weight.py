@@ -27,7 +27,7 @@ class MaskedWeight:
         target: active units by the distribution; methods that move weights between layers change it.
         active: active units now.
         mask: boolean, of the weight's shape, device and memory layout; replaced, never changed.
-        is_dense: whether the layer is meant to have all its weights; then nobody looks after it.
+        is_dense: whether the layer has all its weights whatever happens; then nobody looks after it.
         wider: mask of the weights whose gradient is kept, where these are more than the active ones; else None.
         explored: which weights have ever been active.
         arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.

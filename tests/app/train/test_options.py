@@ -18,6 +18,9 @@ from spfde.core.errors import InvalidArgument, RunFolderError, StateMismatch
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
 
+OF_PRESET = presets.spfde.freezing
+assert OF_PRESET is not None
+
 
 class TestWorkers:
     @pytest.mark.parametrize(
@@ -87,9 +90,7 @@ class TestChooseRecipe:
 
     def test_a_freezing_scheme_keeps_the_share_and_drops_what_only_another_scheme_knows(self, tmp_path: Path) -> None:
         changed = choose_recipe("spfde", freeze_scheme="periodic")
-        assert changed == presets.spfde.replace(
-            freezing=ProgressiveFreezing(scheme="periodic", as_far_as_possible=True)
-        )
+        assert changed == presets.spfde.replace(freezing=OF_PRESET.model_copy(update={"scheme": "periodic"}))
         both = choose_recipe("dense", freeze=0.1, freeze_scheme="single-shot-resume")
         assert both.freezing == ProgressiveFreezing(flops_reduction=0.1, scheme="single-shot-resume")
         path = tmp_path / "mine.toml"
@@ -102,6 +103,16 @@ class TestChooseRecipe:
         with pytest.raises(InvalidArgument, match=r"--freeze-scheme='periodic'.*freezes nothing"):
             choose_recipe("dense", freeze_scheme="periodic")
 
+    def test_a_share_is_met_or_refused_where_it_was_asked_for_by_number_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.toml"
+        path.write_text("[freezing]\nflops_reduction = 0.2\n")
+        by_number = [choose_recipe("spfde", freeze=0.2), choose_recipe("dense", freeze=0.2), choose_recipe(str(path))]
+        (tmp_path / "preset.toml").write_text(presets.spfde.to_toml())
+        as_can_be = [choose_recipe("spfde"), choose_recipe("spfde", freeze_scheme="periodic", sieve=0)]
+        as_can_be.append(choose_recipe(str(tmp_path / "preset.toml")))
+        assert [recipe.freezing.as_far_as_possible for recipe in by_number] == [False] * 3
+        assert [recipe.freezing.as_far_as_possible for recipe in as_can_be] == [True] * 3
+
     def test_the_interval_auto_leaves_the_recipe_s_own(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.toml"
         path.write_text("update_interval_epochs = 3\n")
@@ -110,7 +121,7 @@ class TestChooseRecipe:
 
     @pytest.mark.parametrize("text", ["", "0", "-1", "2.5", "two", "²"])
     def test_another_interval_is_refused(self, text: str) -> None:
-        with pytest.raises(InvalidArgument, match=r"must be \"auto\" or a whole number of epochs from 1 on"):
+        with pytest.raises(InvalidArgument, match=r"^update_interval_epochs="):
             choose_recipe("spfde", interval=text)
 
     def test_a_preset_wins_over_a_file_of_that_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import saliency
+from spfde.sparsity import Masker, saliency
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Structure, Unstructured
 
@@ -220,3 +220,16 @@ def test_a_wrapped_model_is_scored_as_the_module_inside() -> None:
         sample=torch.ones(1, 4, 8, 8),
     )  # fmt: skip
     assert all(torch.equal(masks[name], plain[name]) for name in plain)
+
+
+def test_a_small_layer_that_loses_weights_to_the_others_is_masked_too() -> None:
+    # At 10 % the small layer's own share would be all of its four weights; the scores take two of them.
+    layers = {"small": nn.Parameter(torch.tensor([[1.0, 2.0, 0.1, 0.2]])), "large": nn.Parameter(torch.ones(1, 16))}
+    masks = {"small": torch.tensor([[True, True, False, False]]), "large": torch.ones(1, 16, dtype=torch.bool)}
+    optimizer = torch.optim.SGD(layers.values(), lr=0.1)
+    masker = Masker(layers, optimizer, SNIP(sparsity=0.1), generator=torch.Generator(), masks=masks)
+    masker.install()
+    sum(p.sum() for p in layers.values()).backward()
+    optimizer.step()
+    assert layers["small"].tolist() == [[pytest.approx(0.9), pytest.approx(1.9), 0.0, 0.0]]
+    assert masker.densities() == {"small": 0.5, "large": 1.0}

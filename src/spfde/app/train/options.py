@@ -3,65 +3,75 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import Field
+from annotated_types import Ge
+from pydantic import ConfigDict, Field, field_validator
 
 from spfde.app.data.datasets import DATASETS
+from spfde.app.methods import known
+from spfde.app.options import (
+    CacheOptions,
+    DataOptions,
+    MachineOptions,
+    PluginOptions,
+    RecipeOptions,
+    TrainingOptions,
+    names_of,
+    with_words,
+)
+from spfde.app.plugins import missing_plugins
+from spfde.app.train.checks import check_named
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
-from spfde.core.registry import find
 from spfde.core.technique import Technique
 from spfde.freezing import FREEZE_CRITERIA, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
 from spfde.sieving import DataSieving, SievingMethod, check_fraction
-from spfde.sparsity import MEST, NM, STRUCTURES, Block, SparsityMethod, Structure
+from spfde.sparsity import MEST, NM, Block, SparsityMethod, Structure
 
 
-class TrainOptions(Technique):
-    """Everything that is needed to run again.
+@with_words
+class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, DataOptions, PluginOptions):
+    """Everything that is needed to run again: what the command line takes, and the recipe that it came to.
 
     Attributes:
-        data: the embedded set's name, a torchvision name, an image folder or an .npz file.
-        model: a built-in model's name, or ``timm:NAME``.
         recipe: the recipe as nested primitives (``Recipe.to_dict``).
         recipe_name: the preset or file that it came from.
-        keep_every: keep the model and its masks whenever so many epochs are done, and at the end; None keeps none.
         dense_timing_steps: dense steps that are timed before training, for the bill; 0 for none.
     """
 
+    model_config = ConfigDict(validate_default=True)
+
     # What may differ between a checkpoint and the run that goes on from it: where things are, and who is told.
     MOVABLE: ClassVar[frozenset[str]] = frozenset(
-        {"data", "data_root", "recipe_name", "engine", "device", "workers", "track", "keep_every", "dense_timing_steps"}
-    )
+        {
+            *names_of(MachineOptions),
+            *names_of(CacheOptions),
+            "data",
+            "plugin",
+            "recipe_name",
+            "keep_every",
+            "dense_timing_steps",
+        }
+    ) - {"precision"}
 
-    data: str = "fashion-mini"
-    data_root: str = "data"
-    model: str = "resnet8"
     recipe_name: str = "spfde"
     recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
-    epochs: int = Field(default=20, ge=1, description="a whole number of epochs from 1 on")
-    batch_size: int = Field(default=64, ge=1, description="a whole number of samples from 1 on")
-    lr: float = Field(default=0.1, gt=0, description="a learning rate above 0")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="in [0, 1)")
-    weight_decay: float = Field(default=1e-4, ge=0, description="0 or more")
-    augment: Literal["auto", "none", "crop", "crop+flip"] = Field(
-        default="auto", description="crop+flip for photos, crop for .npz and digits, or what is named"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="a whole number from 0 to 2^32 - 1")
-    engine: str = "auto"
-    device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="bf16 halves memory, fp16 needs a GPU, fp32 always works"
-    )
-    workers: int | None = Field(
-        default=None, ge=0, description="a number of processes, 0 or more; None: what the data need"
-    )
-    track: tuple[str, ...] = ()
-    keep_every: int | None = Field(default=None, ge=1, description="a whole number of epochs from 1 on")
-    dense_timing_steps: int = Field(default=5, ge=0, description="a number of steps, 0 or more")
+    dense_timing_steps: Annotated[int, Ge(0)] = 5
+
+    @field_validator("data")
+    @classmethod
+    def _absolute_source(cls, data: str) -> str:
+        """A path becomes absolute, so that the run can be resumed from anywhere; a data set's name stays as it is."""
+        return absolute_source(data)
+
+    @field_validator("data_root", "cache_folder")
+    @classmethod
+    def _absolute_path(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
 
     def load_recipe(self) -> Recipe:
         """The recipe as an object."""
@@ -78,6 +88,9 @@ class TrainOptions(Technique):
         remedy = "Restore the file from a copy, or start a new run."
         if not isinstance(command, dict):
             raise RunFolderError(f'{path}: lacks the run\'s options ("command"). {remedy}')
+        if missing := missing_plugins(command.get("plugin") or ()):
+            again = " ".join(f"--plugin {name}" for name in missing)
+            raise RunFolderError(f"{path}: the run was trained with {again}. Pass that again, or install the package.")
         try:
             options = cls(**command)
             options.load_recipe()
@@ -104,135 +117,152 @@ class TrainOptions(Technique):
                 )
 
 
-def choose_recipe(
-    name: str,
-    *,
-    sparsity: float | None = None,
-    structure: str | None = None,
-    exclude: Sequence[str] = (),
-    freeze: float | None = None,
-    freeze_scheme: str | None = None,
-    freeze_criterion: str | None = None,
-    cache_variants: int | None = None,
-    sieve: float | None = None,
-    sieve_criterion: str | None = None,
-    soft_bound: bool | None = None,
-    interval: str = "auto",
-) -> Recipe:
+def options_from(asked: Mapping[str, Any]) -> TrainOptions:
+    """The options of a run, as they were asked for on the command line; all that is wrong is told together.
+
+    Args:
+        asked: options of ``TrainOptions`` and ``RecipeOptions`` by name.
+
+    Raises:
+        InvalidArgument: an option breaks a rule, or names what there is not.
+    """
+    problems = Problems()
+    written = presets.PRESETS["spfde"].to_dict()
+    with problems.collecting():
+        written = recipe_from(asked).to_dict()
+    options = None
+    with problems.collecting():
+        settings = {name: value for name, value in asked.items() if name in TrainOptions.model_fields}
+        options = TrainOptions(**(settings | {"recipe_name": asked["recipe"], "recipe": written}))
+        if options.cache_variants and not options.load_recipe().freezes:
+            rule = f"recipe {asked['recipe']} freezes nothing"
+            problems.add("cache_variants", options.cache_variants, rule, "Use --freeze 0.2 or so with it.")
+    if options is None or problems.found:
+        # What is named is checked where it is used; told together with the rest, it must be now.
+        with problems.collecting():
+            check_named(asked)
+        raise InvalidArgument(*problems.found)
+    return options
+
+
+def recipe_from(asked: Mapping[str, Any]) -> Recipe:
+    """The recipe that was asked for, see ``choose_recipe``."""
+    changes = {name: asked[name] for name in names_of(RecipeOptions)}
+    return choose_recipe(changes.pop("recipe"), **changes)
+
+
+def choose_recipe(name: str, **changes: Any) -> Recipe:
     """A preset or a TOML file, with the command line's changes.
 
     Args:
         name: a preset's name, or the path of a TOML file.
-        sparsity: target sparsity; a dense recipe becomes MEST at that sparsity.
-        structure: a kind of structure, "4x1" and the like for blocks, "2:4" and the like for N:M, which brings its
-            sparsity along.
-        exclude: name patterns of weights that stay dense; none leaves the recipe's own.
-        freeze: FLOPs reduction by freezing; 0 freezes nothing.
-        freeze_scheme: which blocks are frozen when, see ``ProgressiveFreezing``.
-        freeze_criterion: what lets a block be frozen earlier than planned, see ``ProgressiveFreezing``.
-        cache_variants: variants of each sample whose output of the frozen front is kept; 0 keeps none.
-        sieve: share of the samples that is left out; 0 leaves out none.
-        sieve_criterion: which samples count as easy.
-        soft_bound: MEST's soft bound on or off.
-        interval: "auto" or a number of epochs; "auto" leaves the recipe's own.
+        changes: the other options of ``RecipeOptions``. A sparsity makes a dense recipe MEST at that sparsity, and
+            "2:4" and the like bring theirs along; 0 to freeze or to sieve switches that off.
 
     Raises:
         InvalidArgument: an unknown preset, an unreadable file, or a value that breaks a rule.
     """
-    recipe = read_recipe(name)
-    changes: dict[str, Any] = {}
+    asked, recipe = RecipeOptions(recipe=name, **changes), read_recipe(name)
+    changed: dict[str, Any] = {}
     problems = Problems()
-    if sparsity is not None or soft_bound is not None or structure is not None or exclude:
+    for field, change in (
+        ("sparsity", _sparsity),
+        ("freezing", _freezing),
+        ("sieving", _sieving),
+        ("update_interval_epochs", _interval),
+    ):
         with problems.collecting():
-            changes["sparsity"] = _sparsity(name, recipe.sparsity, sparsity, soft_bound, structure, tuple(exclude))
-    if any(given is not None for given in (freeze, freeze_scheme, freeze_criterion, cache_variants)):
-        with problems.collecting():
-            changes["freezing"] = _freezing(name, recipe, freeze, freeze_scheme, freeze_criterion, cache_variants)
-    if sieve is not None or sieve_criterion is not None:
-        with problems.collecting():
-            changes["sieving"] = _sieving(name, recipe, sieve, sieve_criterion)
-    if interval != "auto":
-        with problems.collecting():
-            changes["update_interval_epochs"] = _parse_interval(interval)
+            changed[field] = change(asked, recipe)
     problems.raise_if_any()
-    return recipe.replace(**changes) if changes else recipe
+    return recipe.replace(**changed)
 
 
-def _freezing(
-    name: str,
-    recipe: Recipe,
-    share: float | None,
-    scheme: str | None,
-    criterion: str | None,
-    cache_variants: int | None,
-) -> ProgressiveFreezing:
-    """The recipe's freezing with the command line's changes; a share freezes where the recipe does not."""
-    technique = recipe.freezing
-    if technique is None and share is None:
-        asked = {"--freeze-scheme": scheme, "--freeze-criterion": criterion, "--cache-variants": cache_variants}
-        option, value = _first_given(asked)
-        rule = f"recipe {name} freezes nothing"
-        raise InvalidArgument(Problem(option, value, rule, "Use --freeze 0.2 or so with it."))
-    given = _fields(technique) if technique is not None else {}
-    if share is not None:
-        # Asked for by number, it is to be reached.
-        given |= {"flops_reduction": share, "start_epoch": None, "as_far_as_possible": False}
-    if scheme is not None:
-        # Of another scheme, the two would be in the way.
-        given |= {"scheme": scheme, "start_epoch": None, "resume_epochs": None}
-    if criterion is not None:
-        if criterion not in FREEZE_CRITERIA:
-            raise InvalidArgument(
-                Problem("--freeze-criterion", criterion, "is no criterion", nearest(criterion, FREEZE_CRITERIA))
-            )
-        given["criterion"] = criterion
-    if cache_variants is not None:
-        given["cache_variants"] = cache_variants
-    return ProgressiveFreezing(**given)
-
-
-def _sieving(name: str, recipe: Recipe, sieve: float | None, criterion: str | None) -> SievingMethod:
-    """The recipe's sieving with the command line's changes."""
-    method = recipe.sieving
-    if method is None and sieve is None:
-        rule = f"recipe {name} leaves no samples out"
-        raise InvalidArgument(Problem("--sieve-criterion", criterion, rule, "Use --sieve 0.2 or so with it."))
-    given: dict[str, Any] = {} if sieve is None else {"removed_fraction": sieve}
-    if criterion is not None:
-        find("sieving-criterion", criterion, argument="--sieve-criterion")
-        given["criterion"] = criterion
-    return DataSieving(**given) if method is None else type(method)(**{**_fields(method), **given})
-
-
-def _sparsity(
-    name: str,
-    method: SparsityMethod | None,
-    sparsity: float | None,
-    soft_bound: bool | None,
-    structure: str | None,
-    exclude: tuple[str, ...],
-) -> SparsityMethod:
+def _sparsity(asked: RecipeOptions, recipe: Recipe) -> SparsityMethod | None:
     """The recipe's method with the command line's changes; MEST where the recipe has none."""
-    given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
-    if structure is not None:
-        given["structure"] = read_structure(structure)
-        if isinstance(given["structure"], NM) and sparsity is None:
-            given["sparsity"] = 1.0 - given["structure"].n / given["structure"].m
-    if method is None:
+    structure = None if asked.structure is None else read_structure(asked.structure)
+    given = _given(
+        sparsity=asked.sparsity, structure=structure, soft_bound=asked.soft_bound, exclude=asked.exclude or None
+    )
+    if isinstance(structure, NM):
+        given.setdefault("sparsity", 1.0 - structure.n / structure.m)
+    method = recipe.sparsity
+    if method is None and given:
         if "sparsity" not in given:
-            asked = {"--structure": structure, "--soft-bound": soft_bound, "--exclude": exclude or None}
-            option, value = _first_given(asked)
             remedy = "Use --recipe mest or spfde, or give --sparsity too."
-            raise InvalidArgument(Problem(option, value, f"recipe {name} has no sparsity", remedy))
+            raise _lacking(asked, ("structure", "soft_bound", "exclude"), "has no sparsity", remedy)
         method = MEST(sparsity=given["sparsity"])
-    if soft_bound is not None:
-        if not isinstance(method, MEST):
-            rule = f"{method.name} has no soft bound"
-            raise InvalidArgument(Problem("--soft-bound", soft_bound, rule, "Use --recipe mest or spfde."))
-        given["soft_bound"] = soft_bound
-    if exclude:
-        given["exclude"] = exclude
-    return type(method)(**{**_fields(method), **given})
+    if method is not None and "soft_bound" in given and "soft_bound" not in type(method).model_fields:
+        rule = f"{method.name} has no soft bound"
+        raise InvalidArgument(Problem("--soft-bound", asked.soft_bound, rule, "Use --recipe mest or spfde."))
+    return _changed(method, given)
+
+
+def _freezing(asked: RecipeOptions, recipe: Recipe) -> ProgressiveFreezing | None:
+    """The recipe's freezing with the command line's changes; a share freezes where the recipe does not."""
+    given = _given(
+        flops_reduction=asked.freeze,
+        scheme=asked.freeze_scheme,
+        criterion=_known("--freeze-criterion", asked.freeze_criterion, FREEZE_CRITERIA),
+    )
+    if recipe.freezing is None and asked.freeze is None and given:
+        remedy = "Use --freeze 0.2 or so with it."
+        raise _lacking(asked, ("freeze_scheme", "freeze_criterion"), "freezes nothing", remedy)
+    if asked.freeze is not None:
+        # Asked for by number it is met or refused; a preset's is met as far as can be.
+        given |= {"start_epoch": None, "as_far_as_possible": False}
+    if asked.freeze_scheme is not None:
+        # Of another scheme, the two would be in the way.
+        given |= {"start_epoch": None, "resume_epochs": None}
+    return _changed(recipe.freezing or (ProgressiveFreezing() if given else None), given)
+
+
+def _sieving(asked: RecipeOptions, recipe: Recipe) -> SievingMethod | None:
+    """The recipe's sieving with the command line's changes."""
+    given = _given(
+        removed_fraction=asked.sieve,
+        criterion=_known("--sieve-criterion", asked.sieve_criterion, known("sieving-criterion")),
+    )
+    if recipe.sieving is None and asked.sieve is None and given:
+        remedy = "Use --sieve 0.2 or so with it."
+        raise _lacking(asked, ("sieve_criterion",), "leaves no samples out", remedy)
+    return _changed(recipe.sieving or (DataSieving() if given else None), given)
+
+
+def _interval(asked: RecipeOptions, recipe: Recipe) -> Any:
+    """The recipe's interval, or another one, which the recipe checks."""
+    text = asked.interval
+    if text == "auto":
+        return recipe.update_interval_epochs
+    return Recipe(update_interval_epochs=int(text) if text.isdecimal() else text).update_interval_epochs
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Fields that were asked for."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+T = TypeVar("T", bound=Technique)
+
+
+def _changed(technique: T | None, given: Mapping[str, Any]) -> T | None:
+    """A technique with other fields, checked as a new one is."""
+    if technique is None or not given:
+        return technique
+    own = {name: getattr(technique, name) for name in type(technique).model_fields}
+    return type(technique)(**(own | dict(given)))
+
+
+def _known(option: str, name: str | None, names: Collection[str]) -> str | None:
+    if name is not None and name not in names:
+        raise InvalidArgument(Problem(option, name, "is not known", nearest(name, names)))
+    return name
+
+
+def _lacking(asked: RecipeOptions, options: Sequence[str], lack: str, remedy: str) -> InvalidArgument:
+    """What was asked for needs something that the recipe does not have; the first such option is named."""
+    option = next(name for name in options if getattr(asked, name) not in (None, ()))
+    flag = "--" + option.replace("_", "-")
+    return InvalidArgument(Problem(flag, getattr(asked, option), f"recipe {asked.recipe} {lack}", remedy))
 
 
 def read_structure(text: str) -> Structure:
@@ -245,10 +275,12 @@ def read_structure(text: str) -> Structure:
         return Block(rows=int(match[1]), columns=int(match[2]))
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(n=int(match[1]), m=int(match[2]))
-    if text not in STRUCTURES:
-        known = [*STRUCTURES, "4x1", "2:4"]
-        raise InvalidArgument(Problem("--structure", text, "is no structure", nearest(text, known)))
-    return STRUCTURES[text]()
+    structures = known("structure")
+    if text not in structures:
+        names = [*structures, "4x1", "2:4"]
+        raise InvalidArgument(Problem("--structure", text, "is no structure", nearest(text, names)))
+    found: Structure = structures[text]()
+    return found
 
 
 def read_recipe(name: str) -> Recipe:
@@ -287,20 +319,3 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in nested.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
-
-
-def _fields(technique: Technique) -> dict[str, Any]:
-    return {name: getattr(technique, name) for name in type(technique).model_fields}
-
-
-def _first_given(asked: Mapping[str, Any]) -> tuple[str, Any]:
-    """The first option that has a value, to name it in an error."""
-    return next((option, value) for option, value in asked.items() if value is not None)
-
-
-def _parse_interval(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise InvalidArgument(
-            Problem("--interval", text, 'must be "auto" or a whole number of epochs from 1 on', "Try --interval 2.")
-        )
-    return int(text)

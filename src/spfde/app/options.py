@@ -1,0 +1,192 @@
+"""The options of the command line, each declared once: its type, its default, its range and its words.
+
+Typer makes parameters of them (``takes``), and what checks them inherits them (``with_words``). Nothing here loads
+PyTorch: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+from annotated_types import Ge, Gt, Lt
+from typer.models import OptionInfo
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+_SAVINGS, _TRAINING, _MACHINE = "What to save", "How to train", "Where to run"
+
+
+def _option(words: str, panel: str | None = None, *, shown: bool | str = True, flag: str | None = None) -> Any:
+    return typer.Option(*([flag] if flag else []), help=words, rich_help_panel=panel, show_default=shown)
+
+
+def _save(words: str, *, flag: str | None = None) -> Any:
+    return _option(words, _SAVINGS, shown="recipe", flag=flag)
+
+
+class PluginOptions:
+    """What is imported before a name is looked up."""
+
+    plugin: Annotated[
+        tuple[str, ...],
+        _option("module to import, which registers methods, criteria, … of its own; may be repeated", shown=False),
+    ] = ()
+
+
+class DataOptions:
+    """What is trained, and on what."""
+
+    data: Annotated[
+        str, _option("fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz")
+    ] = "fashion-mini"
+    model: Annotated[str, _option("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """A recipe by its name, and what is changed about it: None, or nothing, leaves what the recipe says."""
+
+    recipe: Annotated[str, _option("a preset (see `spfde methods`) or a TOML file", _SAVINGS)] = "spfde"
+    sparsity: Annotated[float | None, _save("share of the weights to do without, in [0, 1)")] = None
+    structure: Annotated[
+        str | None,
+        _save("what exists or not as a whole: unstructured, 4x1 (blocks), 2:4 (N:M), kernel, pattern or channel"),
+    ] = None
+    exclude: Annotated[
+        tuple[str, ...], _save("name pattern of weights that stay dense, such as `*downsample*`; may be repeated")
+    ] = ()
+    freeze: Annotated[float | None, _save("share of the training FLOPs to save by freezing, in [0, 1)")] = None
+    freeze_scheme: Annotated[str | None, _save("single-shot, single-shot-resume, periodic or delayed-periodic")] = None
+    freeze_criterion: Annotated[
+        str | None, _save("schedule, or earlier where a block has converged: structure or representation")
+    ] = None
+    sieve: Annotated[float | None, _save("share of the samples to leave out, in [0, 1)")] = None
+    sieve_criterion: Annotated[str | None, _save("which samples are easy: forgetting, loss, el2n or random")] = None
+    soft_bound: Annotated[
+        bool | None, _save("MEST's soft memory bound (EM&S)", flag="--soft-bound/--no-soft-bound")
+    ] = None
+    interval: Annotated[str, _option("epochs between two updates of the structure, or auto", _SAVINGS)] = "auto"
+
+
+class LengthOptions:
+    """How long the run is."""
+
+    epochs: Annotated[int, Ge(1), _option("length of the run in epochs, from 1 on", _TRAINING)] = 20
+    batch_size: Annotated[int, Ge(1), _option("samples per step, from 1 on", _TRAINING)] = 64
+
+
+class TrainingOptions(LengthOptions):
+    """How the model is trained."""
+
+    lr: Annotated[float, Gt(0), _option("initial learning rate (cosine decay), above 0", _TRAINING)] = 0.1
+    momentum: Annotated[float, Ge(0), Lt(1), _option("SGD momentum, in [0, 1)", _TRAINING)] = 0.9
+    weight_decay: Annotated[float, Ge(0), _option("L2 penalty, 0 or more", _TRAINING)] = 1e-4
+    augment: Annotated[
+        Literal["auto", "none", "crop", "crop+flip"],
+        _option("auto (as the data allow), none, crop or crop+flip", _TRAINING),
+    ] = "auto"
+    seed: Annotated[
+        int, Ge(0), Lt(2**32), _option("seed of weights, masks, sieving and batches, from 0 to 2^32 - 1", _TRAINING)
+    ] = 0
+    keep_every: Annotated[
+        Annotated[int, Ge(1)] | None,
+        _option("keep weights and masks every so many epochs, for `spfde analyze`", _TRAINING, shown="none"),
+    ] = None
+
+
+class MachineOptions:
+    """Where the run computes, and who is told."""
+
+    engine: Annotated[str, _option("auto, masked or native", _MACHINE)] = "auto"
+    device: Annotated[str, _option("auto, cpu, cuda, cuda:N or mps", _MACHINE)] = "auto"
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], _option("fp32, bf16 or fp16 (on a GPU)", _MACHINE)] = "fp32"
+    workers: Annotated[
+        Annotated[int, Ge(0)] | None,
+        _option("loader processes, 0 or more", _MACHINE, shown="none for images in memory, else one a core"),
+    ] = None
+    data_root: Annotated[Path, _option("where torchvision's sets lie or are put", _MACHINE)] = Path("data")
+    track: Annotated[tuple[str, ...], _option("tensorboard, wandb, …; may be repeated", _MACHINE, shown=False)] = ()
+
+
+class CacheOptions:
+    """What is kept of the outputs of the frozen front; a setting of the machine, like the engine."""
+
+    cache_variants: Annotated[
+        int,
+        Ge(0),
+        _option(
+            "variants of each sample whose output of the frozen front is kept, 0 or more (native engine)", _MACHINE
+        ),
+    ] = 0
+    cache_precision: Annotated[Literal["fp16", "int8"], _option("of what is kept: fp16 or int8", _MACHINE)] = "fp16"
+    cache_limit: Annotated[float, Gt(0), _option("room for what is kept, in GiB, above 0", _MACHINE)] = 8.0
+    cache_folder: Annotated[
+        Path | None, _option("folder of a memory-mapped file for it", _MACHINE, shown="in memory")
+    ] = None
+
+
+class AnalysisOptions:
+    """What is measured by ``spfde analyze``."""
+
+    samples: Annotated[int, Ge(4), _option("test images that CKA is measured on, at most; from 4 on")] = 2000
+    batch_size: Annotated[int, Ge(4), _option("images per minibatch of CKA, at most; from 4 on")] = 128
+    gradient_samples: Annotated[
+        int, Ge(0), _option("training images that gradient norms are measured on, at most; 0 for none")
+    ] = 256
+    data_root: Annotated[Path | None, _option("where torchvision's sets lie", shown="the run's")] = None
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+Model = TypeVar("Model", bound="BaseModel")
+
+
+def takes(*groups: type) -> Callable[[Command], Command]:
+    """Give a command the options that the groups declare, as keyword arguments; what it declares itself comes first."""
+
+    def give(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        first = [each for each in own if each.default is each.empty]
+        rest = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
+        rest |= {each.name: each.replace(kind=each.KEYWORD_ONLY) for each in own if each not in first}
+        command.__signature__ = signature.replace(parameters=[*first, *rest.values()])  # type: ignore[attr-defined]
+        return command
+
+    return give
+
+
+def names_of(group: type) -> list[str]:
+    """Names of the options in a group."""
+    return list(get_type_hints(group))
+
+
+def with_words(model: type[Model]) -> type[Model]:
+    """Let a pydantic model that inherits options say in its errors what ``--help`` says of them."""
+    for field in model.model_fields.values():
+        field.description = next((note.help for note in field.metadata if isinstance(note, OptionInfo)), None)
+    return model
+
+
+def _parameters(group: type) -> dict[str, inspect.Parameter]:
+    """As Typer takes them: names of a set are text that is checked later, with all else, and tuples are lists."""
+    parameters = {}
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        kind, *notes = get_args(hint)
+        default = getattr(group, name)
+        if get_origin(kind) is Literal:
+            kind = str
+        elif get_origin(kind) is tuple:
+            kind, default = list[str], list(default)
+        else:
+            kind = get_type_hints(group)[name]  # without ranges inside
+        option = next(note for note in notes if isinstance(note, OptionInfo))
+        parameters[name] = inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+    return parameters
