@@ -147,7 +147,7 @@ class Trainer:
         if self.engine is not None:
             return self.engine
         assert self.session is not None, "made by sparse() or control()"
-        engine = self.session._engine
+        engine = self.session._computing.engine
         assert isinstance(engine, NativeEngine)
         return engine.computes
 
@@ -402,7 +402,8 @@ def by_estimate(rounds: int) -> Found:
         timings = interleave({engine: trainer.step for engine, trainer in trainers.items()}, rounds, warmup=2)
         session = trainers["masked"].session
         assert session is not None
-        job = Job(made(), session.blueprint, x[:1], size)
+        blueprint = session.blueprint
+        job = Job(made(), blueprint, x[:1], size, density=blueprint.density(session.timeline[0]))
         expected = 1.0 if NativeEngine.supports(job) is not None else NativeEngine.expected_speed(job)
         measured = compare(timings["native"], timings["masked"]).paired
         chosen = "native" if expected <= WORTH_IT else "masked"

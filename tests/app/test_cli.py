@@ -27,9 +27,9 @@ from spfde.app.data.datasets import DATASETS, load_data
 from spfde.app.methods import known
 from spfde.app.train import models, setup
 from spfde.engines.native import build
-from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe.citation import describe
-from spfde.sieving import CRITERIA, SIEVING_METHODS, DataSieving
+from spfde.sieving import DataSieving
 from spfde.sparsity import METHODS, STRUCTURES
 
 METRICS = (
@@ -280,15 +280,23 @@ class TestOtherCommands:
         listed = " ".join(printed.split())
         for name in [*presets.PRESETS, *METHODS]:
             assert f"\n  {name} " in printed
-        for name in [*STRUCTURES, *SCHEMES, *FREEZE_CRITERIA, BlockwiseCosine.name]:
+        for name in [
+            *STRUCTURES,
+            *known("freezing-scheme"),
+            *known("drop"),
+            *known("grow"),
+            *known("engine"),
+            *FREEZE_CRITERIA,
+            BlockwiseCosine.name,
+        ]:
             assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
-        for technique in [*METHODS.values(), ProgressiveFreezing, *SIEVING_METHODS.values()]:
+        for technique in [*METHODS.values(), ProgressiveFreezing, *known("sieving-method").values()]:
             assert technique.summary in listed
             assert f"Cost: {technique.cost}." in listed
             assert all(describe(key).split(".")[0] in listed for key in technique.references)
         for summary, cost in FREEZE_CRITERIA.values():
             assert f"{summary} Cost: {cost}." in listed
-        for criterion, summary in CRITERIA.items():
+        for criterion, summary in ((name, each.summary) for name, each in known("sieving-criterion").items()):
             assert f"{criterion} " in listed
             assert summary in listed
 

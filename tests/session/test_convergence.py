@@ -133,8 +133,8 @@ def test_blocks_that_converge_at_once_are_frozen_earlier_than_planned_and_at_the
     train(parts, session, at_top=look)
     most = max(planned.frozen)
     # Looked at from epoch 0 on, alike at epoch 1, frozen at epoch 2, and one more at each epoch after that.
-    assert frozen == [max(planned.n_frozen_at(e), min(most, max(0, e - 1))) for e in range(EPOCHS)]
-    assert frozen != [planned.n_frozen_at(e) for e in range(EPOCHS)]
+    assert frozen == [max(planned.frozen[e], min(most, max(0, e - 1))) for e in range(EPOCHS)]
+    assert frozen != [planned.frozen[e] for e in range(EPOCHS)]
     target = round(0.2 * 324)
     assert density[0] > target
     assert density[1:] == [target] * (EPOCHS - 1)

@@ -151,14 +151,11 @@ def takes(*groups: type) -> Callable[[Command], Command]:
 
     def give(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        context, *own = signature.parameters.values()
-        parameters = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
-        parameters |= {
-            parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in own
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        }
-        command.__signature__ = signature.replace(parameters=[context, *parameters.values()])  # type: ignore[attr-defined]
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        first = [each for each in own if each.default is each.empty]
+        rest = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
+        rest |= {each.name: each.replace(kind=each.KEYWORD_ONLY) for each in own if each not in first}
+        command.__signature__ = signature.replace(parameters=[*first, *rest.values()])  # type: ignore[attr-defined]
         return command
 
     return give
