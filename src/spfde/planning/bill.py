@@ -47,15 +47,16 @@ def price(
         overhead_flops: computed beside the training steps.
     """
     density, reach = blueprint.density(row), blueprint.gradient_density(row)
-    wider = {} if reach == density else {"dense_gradient_samples": samples, "gradient_density": reach}
+    is_wider = reach != density
     return epoch_cost(
         blueprint.cost.forward,
         density,
         blueprint.frozen_layers(row),
         samples=samples,
         population=population,
+        dense_gradient_samples=samples if is_wider else dense_gradient_samples,
+        gradient_density=reach if is_wider else None,
         overhead_flops=overhead_flops,
-        **(wider or {"dense_gradient_samples": dense_gradient_samples}),  # type: ignore[arg-type]
     )
 
 

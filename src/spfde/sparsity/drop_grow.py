@@ -91,12 +91,7 @@ class Mutation(Strategy):
         check_all(state["pending"], "the pending mutations", list)
         for name, counts in state["pending"].items():
             layer = self.masker.layers.get(name)
-            fits = len(counts) == 2 and all(type(count) is int for count in counts) and layer is not None
-            if fits and layer is not None:
-                survive, final = counts
-                active = int(masks[name].sum()) // layer.unit_size
-                fits = 0 < survive <= min(final, active) and final <= layer.n_units
-            if not fits:
+            if layer is None or not _fits(counts, layer, int(masks[name].sum()) // layer.unit_size):
                 raise StateMismatch(f"the pending mutation of {name} in the state does not fit: {counts}.")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,6 +129,14 @@ class Mutation(Strategy):
             waiting = [layer for layer in self.masker.live if layer.name in self.pending]
             taken = {layer.name: layer.parameter.grad for layer in waiting if layer.parameter.grad is not None}
         return taken
+
+
+def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
+    """Whether a layer with so many active units can have a mutation with those counts."""
+    if len(counts) != 2 or any(type(count) is not int for count in counts):
+        return False
+    survive, final = counts
+    return bool(0 < survive <= min(final, active) and final <= layer.n_units)
 
 
 def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:
