@@ -337,7 +337,7 @@ BAD_OPTIONS = [
     ("--sparsity nan", "--sparsity=nan: ", "finite"),
     ("--freeze 0.9", "--freeze=0.9: cannot be reached: the most possible is 0.", "Ask for --freeze 0."),
     ("--freeze 1", "--freeze=1.0: ", "[0, 1)"),
-    ("--engine masked --cache-variants 2", "--cache-variants=2: needs the native engine", "Set it to 0"),
+    ("--engine masked --cache-variants 2", "--cache-variants=2: cannot be kept by the masked engine", "Leave it out"),
     ("--recipe mest --cache-variants 2", "--cache-variants=2: recipe mest freezes nothing", "--freeze 0.2"),
     ("--cache-limit 0", "--cache-limit=0.0: ", "greater than 0", "GiB"),
     ("--cache-precision fp8", "--cache-precision='fp8': ", "'int8'"),
@@ -404,16 +404,17 @@ class TestBadInput:
             assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
 
-    @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+    # In three epochs, with an interval of one, 20 % can be reached.
+    @pytest.mark.parametrize(("epochs", "lines"), [(1, 1), (2, 1), (3, 0), (4, 1), (5, 1)])
     def test_a_preset_freezes_what_a_short_run_allows_and_says_so_in_a_line(
-        self, epochs: int, tiny: Path, spfde: Spfde
+        self, epochs: int, lines: int, tiny: Path, spfde: Spfde
     ) -> None:
         for command in (["plan"], ["train", "--quiet", "--out", "run"]):
             with warnings.catch_warnings():
                 warnings.simplefilter("always")
                 ended = spfde(*command, "--data", tiny, "--batch-size", 16, "--epochs", epochs)
             assert ended.code == 0, ended.err
-            assert len([line for line in ended.err.splitlines() if "freez" in line]) == 1
+            assert len([line for line in ended.err.splitlines() if "freez" in line]) == lines
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)

@@ -52,6 +52,7 @@ _OPTION_OF_FIELD = {
     "flops_reduction": "freeze",
     "scheme": "freeze_scheme",
     "removed_fraction": "sieve",
+    "cache": "cache_variants",
     "variants": "cache_variants",
     "limit_gib": "cache_limit",
     "update_interval_epochs": "interval",
@@ -328,6 +329,8 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
     for problem in error.problems:
         option = _OPTION_OF_FIELD.get(problem.argument, problem.argument)
         argument = f"--{option.replace('_', '-')}" if option in given else problem.argument
+        if problem.argument == "cache":
+            problem = replace(problem, value=context.params[option])  # what was typed, not what was made of it
         lines.append(str(replace(problem, argument=argument, remedy=_remedy_in_options(problem.remedy, context))))
     return "\n".join(lines)
 

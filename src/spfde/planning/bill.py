@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from spfde.core.errors import Problems
-from spfde.core.say import say
+from spfde.core.say import say_on_stderr
 from spfde.cost import (
     Accounting,
     EpochCost,
@@ -274,7 +274,7 @@ def plan(
     problems.raise_if_any()
     blueprint = draw(model, sample, recipe, epochs)
     if blueprint.shortfall is not None:
-        say(blueprint.shortfall)
+        say_on_stderr(blueprint.shortfall)
     timeline = Timeline(blueprint, recipe, samples)
     scoring = scoring_flops(blueprint, samples=samples, batch_size=batch_size)
     costs = tuple(

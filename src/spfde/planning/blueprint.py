@@ -81,7 +81,11 @@ class Blueprint:
         if plan.reduction >= plan.asked - 1e-9:
             return None
         found = f"{plan.reduction:.1%} is frozen" if any(plan.frozen) else "nothing is frozen"
-        reason = f" ({self.partition.reason})" if not self.partition.blocks else f" in {self.epochs} epochs"
+        reason = (
+            f" ({self.partition.reason})"
+            if not self.partition.blocks
+            else f" in {self.epochs} {'epoch' if self.epochs == 1 else 'epochs'}"
+        )
         return f"freezing saves {plan.asked:.0%} of the training FLOPs where that can be reached; here{reason} {found}"
 
     @property

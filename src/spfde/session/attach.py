@@ -135,7 +135,7 @@ def attach(
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
     if plan is None and blueprint.shortfall is not None:
-        say(blueprint.shortfall)
+        say_on_stderr(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
         say(f"engine {choice.name}: {choice.reason}")
     return session
