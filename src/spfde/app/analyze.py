@@ -113,13 +113,10 @@ def _check_data(data: ImageData, config: Mapping[str, Any], folder: Path) -> Non
     then = config.get("data")
     if not isinstance(then, Mapping):
         raise RunFolderError(f'{folder / CONFIG}: lacks the run\'s data ("data"). Restore the file from a copy.')
-    spec = data.spec
-    now = {**vars(spec), "image_size": list(spec.image_size), "mean": data.mean.tolist(), "std": data.std.tolist()}
-    del now["name"]
-    for name, value in now.items():
-        if not _agrees(value, then.get(name)):
+    for name, value in data.facts().items():
+        if name != "name" and not _agrees(value, then.get(name)):
             raise DataError(
-                f"{spec.name}: is not what the run in {folder} was trained on: {name} is {value}, and was "
+                f"{data.spec.name}: is not what the run in {folder} was trained on: {name} is {value}, and was "
                 f"{then.get(name)}. Put the run's own data back."
             )
 

@@ -104,6 +104,11 @@ class ImageData:
         """Padding for ``BatchAugment`` in pixels."""
         return padding_for(self.spec.image_size)
 
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other data, as JSON has it."""
+        shape = {**vars(self.spec), "image_size": list(self.spec.image_size)}
+        return {**shape, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (of the population) per channel, ``(C,)`` float32 each.

@@ -91,7 +91,11 @@ def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
         tables=[tables.comparison(runs), tables.savings(runs), tables.memory_table(runs)],
         pictures=pictures,
         details=[(run, tables.settings(run)) for run in runs],
-        masked=[run.name for run in runs if figures.engine(run) == "masked" and (figures.sparsity(run) or 0) > 0],
+        masked=[
+            run.name
+            for run in runs
+            if figures.engine(run) == "masked" and (figures.figure(run, "final_sparsity") or 0) > 0
+        ],
         uncounted=tables.uncounted(runs),
     )
 
