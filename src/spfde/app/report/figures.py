@@ -132,6 +132,10 @@ def frozen_blocks(run: RecordedRun) -> str:
     return MISSING if frozen is None else f"{frozen:.0f} / {MISSING if total is None else f'{total:.0f}'}"
 
 
+def peak_memory(run: RecordedRun) -> str:
+    return memory(figure(run, "peak_memory_bytes") or None)
+
+
 def partial_share(run: RecordedRun) -> str:
     partial, removed = run.last("partial_samples"), run.last("removed_samples")
     if partial is None:

@@ -49,7 +49,6 @@ def shown(words: Callable[[float | None], str], name: str) -> Callable[[Recorded
 
 def comparison(runs: Sequence[RecordedRun]) -> Table:
     """One row a run, everything that matters side by side."""
-    peak = shown(figures.memory, "peak_memory_bytes")
     columns = (
         Column("Recipe", "set", "Name of the recipe", lambda run: figures.setting(run, "recipe")),
         Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", figures.engine),
@@ -58,7 +57,7 @@ def comparison(runs: Sequence[RecordedRun]) -> Table:
         Column("FLOPs vs dense", "modelled", VERSUS_DENSE, shown(figures.times, "flops_ratio")),
         Column("Time", "measured", "Wall clock of training", shown(figures.duration, "seconds")),
         Column("Time vs dense", "measured", TIME_VERSUS_DENSE, lambda run: figures.time_against_dense(run, runs)),
-        Column("Peak memory", "measured", "Of the process, or of the GPU", peak),
+        Column("Peak memory", "measured", "Of the process, or of the GPU", figures.peak_memory),
         Column("Final sparsity", "measured", "Counted; masked tensors only", shown(figures.percent, "final_sparsity")),
         Column("Frozen blocks", "measured", "Counted; at the end, of all blocks", figures.frozen_blocks),
         Column("Samples seen", "measured", "Counted; repeats too", shown(figures.count, "samples_seen")),

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, collate
+from spfde.app.data.images import ImageData, collate, draw
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train.augment import BatchAugment, normalise
@@ -218,8 +218,7 @@ def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: to
     """What freezing by representation looks at: random images of the training set, as the model takes them."""
     if recipe.freezing is None or recipe.freezing.criterion != "representation":
         return None
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(options.seed))  # type: ignore[arg-type]
-    images, _ = collate([data.train[index] for index in order[: recipe.freezing.probe_samples].tolist()])
+    images, _ = draw(data.train, recipe.freezing.probe_samples, torch.Generator().manual_seed(options.seed))
     return normalise(images.to(device), data.mean, data.std)
 
 
