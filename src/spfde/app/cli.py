@@ -27,7 +27,9 @@ from spfde.app.options import (
     PluginOptions,
     RecipeOptions,
     TrainingOptions,
+    flag,
     names_of,
+    recipe_fields,
     takes,
 )
 
@@ -46,19 +48,6 @@ app = typer.Typer(
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-
-# What the library calls an option's value, where that is not the option's own name.
-_OPTION_OF_FIELD = {
-    "flops_reduction": "freeze",
-    "scheme": "freeze_scheme",
-    "removed_fraction": "sieve",
-    "cache": "cache_variants",
-    "variants": "cache_variants",
-    "limit_gib": "cache_limit",
-    "update_interval_epochs": "interval",
-    "freezing": "freeze",
-    "sieving": "sieve",
-}
 
 
 class PlainCommand(TyperCommand):
@@ -235,7 +224,7 @@ def _resume(folder: Path, asked: dict[str, Any], *, given: set[str], quiet: bool
     from spfde.app.train.options import TrainOptions
 
     if others := sorted(given - _WITH_RESUME):
-        flags = ", ".join("--" + name.replace("_", "-") for name in others)
+        flags = ", ".join(map(flag, others))
         _fail(
             f"--resume={folder}: takes no other options, and {flags} was given. "
             "Leave the rest out: the run goes on as it was started."
@@ -327,23 +316,37 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
         return str(error)
     lines = []
     for problem in error.problems:
-        option = _OPTION_OF_FIELD.get(problem.argument, problem.argument)
-        argument = f"--{option.replace('_', '-')}" if option in given else problem.argument
-        if problem.argument == "cache":
+        option = next((name for name in _options_of(problem.argument) if name in given), None)
+        argument = problem.argument if option is None else flag(option)
+        if problem.argument == "cache" and option is not None:
             problem = replace(problem, value=context.params[option])  # what was typed, not what was made of it
         lines.append(str(replace(problem, argument=argument, remedy=_remedy_in_options(problem.remedy, context))))
     return "\n".join(lines)
 
 
+def _options_of(argument: str) -> list[str]:
+    """Options that may have set what the library calls so: a field of a recipe, a table of it, or their own name."""
+    fields = recipe_fields().items()
+    of_cache = [
+        name for name in names_of(CacheOptions) if argument in ("cache", name.removeprefix("cache_"), f"{name}_gib")
+    ]
+    return [
+        *(name for name, to in fields if to.field == argument),
+        *(name for name, to in fields if to.table == argument),
+        *of_cache,
+        argument,
+    ]
+
+
 def _remedy_in_options(remedy: str, context: typer.Context) -> str:
     """A remedy of the library as a person at the command line can follow it."""
-    for field, option in _OPTION_OF_FIELD.items():
-        if "_" in field and option in context.params:  # other names are words of the language as well
-            remedy = re.sub(rf"\b{field}=", f"--{option} ", remedy)
-            remedy = re.sub(rf"\b{field}\b", f"--{option}", remedy)
+    remedy = remedy.replace("soft_bound=False", "--no-soft-bound")
+    for name, to in recipe_fields().items():
+        if "_" in to.field and to.field != name and name in context.params:  # others are words of the language as well
+            remedy = re.sub(rf"\b{to.field}=", f"{flag(name)} ", remedy)
+            remedy = re.sub(rf"\b{to.field}\b", flag(name), remedy)
     if "exclude" in context.params:
         remedy = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", remedy)
-    remedy = remedy.replace("soft_bound=False", "--no-soft-bound")
     return remedy.replace("raise fraction", "raise fraction in a recipe file")
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, collate
+from spfde.app.data.images import ImageData, collate, draw
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train.augment import BatchAugment, normalise
@@ -203,8 +203,7 @@ def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: to
     """What freezing by representation looks at: random images of the training set, as the model takes them."""
     if recipe.freezing is None or recipe.freezing.criterion != "representation":
         return None
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(options.seed))  # type: ignore[arg-type]
-    images, _ = collate([data.train[index] for index in order[: recipe.freezing.probe_samples].tolist()])
+    images, _ = draw(data.train, recipe.freezing.probe_samples, torch.Generator().manual_seed(options.seed))
     return normalise(images.to(device), data.mean, data.std)
 
 
@@ -215,25 +214,17 @@ def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tup
     for both the order would depend on their number, and on when a run was resumed.
     """
     workers = workers_for(data, options.workers)
+    shared: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
     order = torch.Generator().manual_seed(options.seed)
     train: DataLoader[Any] = DataLoader(
         data.train,
         batch_size=options.batch_size,
         sampler=RandomSampler(data.train, generator=order),  # type: ignore[arg-type]  # it has a length
         generator=torch.Generator().manual_seed(options.seed),
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        **shared,
     )
-    test: DataLoader[Any] = DataLoader(
-        data.test,
-        batch_size=EVALUATION_BATCH,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-    return train, test
+    return train, DataLoader(data.test, batch_size=EVALUATION_BATCH, **shared)
 
 
 def workers_for(data: ImageData, asked: int | None) -> int:
@@ -264,22 +255,17 @@ def _start_trackers(run: TrainingRun) -> None:
 
 def _describe(run: TrainingRun) -> None:
     """Write down everything that is needed to run again."""
-    options, bill, spec = run.options, run.plan, run.data.spec
+    options, bill = run.options, run.plan
     # config.json first: it is what a resumed run needs.
     run.folder.write_json(
         CONFIG,
         {
             "command": options.model_dump(mode="json"),
-            "data": {
-                **vars(spec),
-                "augment": run.augment.mode,
-                "mean": run.data.mean.tolist(),
-                "std": run.data.std.tolist(),
-            },
+            "data": {**run.data.facts(), "augment": run.augment.mode},
             "model": options.model,
             "recipe": options.recipe,
             "engine": run.session.engine,
-            "plan": bill.to_dict() | {"block_names": [block.name for block in bill.blueprint.partition.blocks]},
+            "plan": bill.to_dict(),
             **({"timeline": bill.timeline.to_dict()} if hasattr(bill, "timeline") else {}),
             "versions": versions(),
             "hardware": hardware(run.accelerator.device),
