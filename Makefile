@@ -76,7 +76,7 @@ format: $(STAMP) ## Put the code into the form that `make check` asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Run every script in benchmarks/ (an hour), and write docs/benchmarks.md and the README's table
+bench: $(STAMP) ## Run every script in benchmarks/ (an hour), and write docs/benchmarks.md and the README's results
 	@set -e; for script in benchmarks/[!_]*.py; do \
 		[ "$$script" = benchmarks/render.py ] && continue; \
 		echo "== $$script"; $(BIN)/python "$$script"; \
