@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from _common import BENCHMARKS, Figure, Result, Table, begin, compare, interleav
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageArray
 from spfde.app.train.loop import train
-from spfde.app.train.models import MODELS, CifarResNet, ModelEntry
+from spfde.app.train.models import MODELS, CifarResNet
 from spfde.app.train.options import TrainOptions, choose_recipe
 from spfde.cost import format_seconds
 
@@ -154,10 +155,7 @@ class Runs:
 def register(width: int) -> None:
     """Make a ResNet-8 of another width known to the trainer."""
     if width != FULL_WIDTH:
-        MODELS[f"resnet8-width-{width}"] = ModelEntry(
-            f"ResNet-8, widths {width}-{2 * width}-{4 * width}",
-            lambda num_classes, in_channels, _: resnet8(width, num_classes=num_classes, in_channels=in_channels),
-        )
+        MODELS[f"resnet8-width-{width}"] = partial(resnet8, width)
 
 
 def resnet8(width: int, *, num_classes: int = 10, in_channels: int = 1) -> CifarResNet:

@@ -122,8 +122,10 @@ def public_names() -> dict[str, str]:
     defined: set[str] = set()
     for room, module in rooms.items():
         for name in module.__all__:
+            if name in ROOMS or name.startswith("__") or isinstance(getattr(module, name), spfde.Recipe):
+                continue  # a preset stands in PRESETS
             home = package()[f"{room}.{name}".removeprefix("spfde.")].canonical_path
-            if name in ROOMS or name.startswith("__") or home in defined:
+            if home in defined:
                 continue
             found[f"{room}.{name}"] = home
             defined.add(home)

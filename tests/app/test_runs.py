@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -232,7 +233,7 @@ class TestKilledRuns:
         assert second.code == 2
         assert second.err.startswith("spfde: busy: is in use by another process. ")
         with pytest.raises(RunFolderError, match="is in use by another process"):
-            RunFolder.check_free(place / "busy")
+            RunFolder.create(place / "busy")
         running.send(signal.SIGKILL)
         # At once, though the loader's worker looks for its parent only every five seconds.
         deadline = time.monotonic() + 3
@@ -323,11 +324,7 @@ class TestResuming:
         self, stopped: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As after an update that changed a model: options agree, shapes do not."""
-        wider = models.ModelEntry(
-            "",
-            lambda classes, channels, _: models.CifarResNet(1, (20, 32, 64), num_classes=classes, in_channels=channels),
-        )
-        monkeypatch.setitem(models.MODELS, "resnet8", wider)
+        monkeypatch.setitem(models.MODELS, "resnet8", partial(models.CifarResNet, 1, (20, 32, 64)))
         with pytest.raises(
             RunFolderError, match=r"cannot be loaded .* Resume with the versions that wrote it"
         ) as refused:

@@ -155,11 +155,8 @@ class Curvature(Criterion):
 
     name: ClassVar[str] = "curvature"
     summary: ClassVar[str] = "The flattest stay."
+    needs_gradient: ClassVar[bool] = True
     seen: ClassVar[list[Tensor]] = []
-
-    @property
-    def needs_gradient(self) -> bool:
-        return True
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None

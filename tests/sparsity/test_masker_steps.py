@@ -342,6 +342,29 @@ def test_mest_weighs_the_gradients_of_the_active_weights(with_closure: bool) -> 
     assert run.masker.dense_gradient_steps == 0
 
 
+def test_a_mutation_that_grows_nothing_computes_no_dense_gradient() -> None:
+    # Under a soft bound that ends at a fourth of the run; from then on a mutation would drop alone.
+    method = DropGrow(
+        sparsity=0.7,
+        soft_bound=0.1,
+        drop_fraction=0.0,
+        stop_fraction=0.25,
+        drop=MagnitudePlusGradient(),
+        grow=Gradient(),
+    )
+    run = Run(method, interval=5)
+    run.begin_epoch(0)
+    run.step()
+    assert run.mask.sum() == 24 + 8
+    assert run.masker.dense_gradient_steps == 1
+    run.begin_epoch(5)
+    assert run.pending == ("1.weight", "2.weight")
+    run.step()
+    assert run.pending == ()
+    assert run.mask.sum() == 24
+    assert run.masker.dense_gradient_steps == 0
+
+
 def test_a_layer_without_a_gradient_waits_for_one() -> None:
     run = Run(RigL(sparsity=0.7))
     run.begin_epoch(1)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from spfde.analysis import (
     batch_grams,
@@ -24,7 +23,7 @@ from spfde.analysis import (
     successive_differences,
 )
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, collate
+from spfde.app.data.images import ImageData, draw
 from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder
@@ -113,13 +112,10 @@ def _check_data(data: ImageData, config: Mapping[str, Any], folder: Path) -> Non
     then = config.get("data")
     if not isinstance(then, Mapping):
         raise RunFolderError(f'{folder / CONFIG}: lacks the run\'s data ("data"). Restore the file from a copy.')
-    spec = data.spec
-    now = {**vars(spec), "image_size": list(spec.image_size), "mean": data.mean.tolist(), "std": data.std.tolist()}
-    del now["name"]
-    for name, value in now.items():
-        if not _agrees(value, then.get(name)):
+    for name, value in data.facts().items():
+        if name != "name" and not _agrees(value, then.get(name)):
             raise DataError(
-                f"{spec.name}: is not what the run in {folder} was trained on: {name} is {value}, and was "
+                f"{data.spec.name}: is not what the run in {folder} was trained on: {name} is {value}, and was "
                 f"{then.get(name)}. Put the run's own data back."
             )
 
@@ -140,8 +136,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Figures of every checkpoint, by block and by layer, in the form of ``analysis.json``."""
     generator = torch.Generator().manual_seed(model.seed)
-    images, _ = _draw_images(model.data.test, options.samples, generator)
-    train = _draw_images(model.data.train, options.gradient_samples, generator) if options.gradient_samples else None
+    images, _ = draw(model.data.test, options.samples, generator)
+    train = draw(model.data.train, options.gradient_samples, generator) if options.gradient_samples else None
     if len(images) < 4:
         raise DataError(f"{model.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
     n_batches = min(math.ceil(len(images) / options.batch_size), len(images) // 4)
@@ -227,17 +223,6 @@ def _norms(model: CheckpointedModel, train: tuple[Tensor, Tensor], batch_size: i
         parameters=[name for block in model.blocks for name in block.weights],
         masks=model.masks,
     )
-
-
-def _draw_images(dataset: Dataset[tuple[Tensor, int]], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """So many images and labels, drawn at random: sets come sorted by class."""
-    chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()  # type: ignore[arg-type]  # it has a length
-    # A generator of its own, for a loader draws from the global one.
-    loader = DataLoader(
-        dataset, batch_size=len(chosen), sampler=chosen, collate_fn=collate, generator=torch.Generator().manual_seed(0)
-    )
-    images, labels = next(iter(loader))
-    return images, labels
 
 
 class _Stopwatch:

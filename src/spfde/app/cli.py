@@ -7,14 +7,14 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 try:
     import typer
+    from typer.core import TyperCommand
 except ModuleNotFoundError:  # the library is installed without the command line's dependencies
     sys.exit("spfde: the command line needs more packages. Install them with `pip install 'spfde[train,vision]'`.")
 
@@ -27,7 +27,9 @@ from spfde.app.options import (
     PluginOptions,
     RecipeOptions,
     TrainingOptions,
+    flag,
     names_of,
+    recipe_fields,
     takes,
 )
 
@@ -47,17 +49,31 @@ app = typer.Typer(
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-# What the library calls an option's value, where that is not the option's own name.
-_OPTION_OF_FIELD = {
-    "flops_reduction": "freeze",
-    "scheme": "freeze_scheme",
-    "removed_fraction": "sieve",
-    "variants": "cache_variants",
-    "limit_gib": "cache_limit",
-    "update_interval_epochs": "interval",
-    "freezing": "freeze",
-    "sieving": "sieve",
-}
+
+class PlainCommand(TyperCommand):
+    """Errors and warnings of the package become plain lines: no traceback for what a person can put right.
+
+    Before all else it imports what ``--plugin`` names.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        from spfde.app.plugins import load_plugins
+        from spfde.core.errors import SpfdeError
+
+        with warnings.catch_warnings():
+            _show_plainly()
+            try:
+                if "plugin" in ctx.params:
+                    ctx.params["plugin"] = load_plugins(ctx.params["plugin"])
+                return super().invoke(ctx)
+            except SpfdeError as error:
+                _fail(_in_options(error, ctx))
+            except KeyboardInterrupt:
+                typer.echo("spfde: interrupted.", err=True)
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+command = partial(app.command, cls=PlainCommand)
 
 # What may be given with --resume: where the run goes on, and what has to be imported for it.
 _WITH_RESUME = {"resume", "quiet", "plugin", "engine", *names_of(CacheOptions)}
@@ -74,7 +90,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@app.command()
+@command()
 @takes(DataOptions, PluginOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions)
 def train(
     context: typer.Context,
@@ -87,20 +103,18 @@ def train(
     **asked: Any,
 ) -> None:
     """Train a model; with no options, the paper's recipe on the embedded data set, in minutes on two cores."""
-    with _clear_endings(context) as plugins:
-        if resume is not None:
-            _resume(resume, asked, given=_given_options(context), quiet=quiet)
-            return
-        from spfde.app.train.options import options_from
+    if resume is not None:
+        _resume(resume, asked, given=_given_options(context), quiet=quiet)
+        return
+    from spfde.app.train.options import options_from
 
-        options = options_from(asked | {"plugin": plugins})
-        _run(options, out or _new_folder(options), quiet=quiet, resume=False)
+    options = options_from(asked)
+    _run(options, out or _new_folder(options), quiet=quiet, resume=False)
 
 
-@app.command()
+@command()
 @takes(DataOptions, PluginOptions, RecipeOptions, LengthOptions)
 def plan(
-    context: typer.Context,
     epochs: Annotated[
         int,
         typer.Option(
@@ -112,43 +126,39 @@ def plan(
     **asked: Any,
 ) -> None:
     """Print the freeze timeline and the whole bill before training; named data sets need not be on disk."""
-    with _clear_endings(context):
-        import json
+    import json
 
-        import torch
+    import torch
 
-        from spfde import plan as draw_plan
-        from spfde.app.data.datasets import describe_data
-        from spfde.app.train.models import build_for
-        from spfde.app.train.options import check_full_batch, recipe_from
+    from spfde import plan as draw_plan
+    from spfde.app.data.datasets import describe_data
+    from spfde.app.train.models import build_for
+    from spfde.app.train.options import check_full_batch, recipe_from
 
-        chosen = recipe_from(asked)
-        spec, batch_size = describe_data(asked["data"]), asked["batch_size"]
-        check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
-        sample = torch.zeros(1, *spec.sample_shape)
-        model = build_for(asked["model"], spec)
-        bill = draw_plan(model, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
-        typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
+    chosen = recipe_from(asked)
+    spec, batch_size = describe_data(asked["data"]), asked["batch_size"]
+    check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
+    sample = torch.zeros(1, *spec.sample_shape)
+    model = build_for(asked["model"], spec)
+    bill = draw_plan(model, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
+    typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
 
 
-@app.command()
+@command()
 def report(
-    context: typer.Context,
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),
 ) -> None:
     """Compare runs in one self-contained HTML file, with PNGs beside it."""
-    with _clear_endings(context):
-        from spfde.app.report import write_report
+    from spfde.app.report import write_report
 
-        for path in write_report(runs, out):
-            typer.echo(path)
+    for path in write_report(runs, out):
+        typer.echo(path)
 
 
-@app.command()
+@command()
 @takes(PluginOptions)
 def export(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="run folder; its training need not be over")],
     kind: Annotated[str, typer.Option("--format", help="dense, compressed or onnx")] = "compressed",
     out: Annotated[Path | None, typer.Option(help="the file", show_default="in the run folder")] = None,
@@ -158,61 +168,55 @@ def export(
     **_: Any,
 ) -> None:
     """Write a run's weights to a file: dense, without their zeros, or as an ONNX graph."""
-    with _clear_endings(context):
-        from spfde.app.export import export_run
-        from spfde.cost import format_bytes
+    from spfde.app.export import export_run
+    from spfde.cost import format_bytes
 
-        done = export_run(run, kind=kind, out=out, which="best" if best else "last")
-        share = f"{done.size / done.dense_size:.1%} of the dense weights' {format_bytes(done.dense_size)}"
-        typer.echo(f"{done.path}: {format_bytes(done.size)}, {share}, from {done.checkpoint}")
+    done = export_run(run, kind=kind, out=out, which="best" if best else "last")
+    share = f"{done.size / done.dense_size:.1%} of the dense weights' {format_bytes(done.dense_size)}"
+    typer.echo(f"{done.path}: {format_bytes(done.size)}, {share}, from {done.checkpoint}")
 
 
-@app.command()
+@command()
 @takes(PluginOptions)
 def cite(
-    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="a run folder, a preset or a TOML file")],
     **_: Any,
 ) -> None:
     """Print BibTeX for exactly the methods that a run or a recipe uses."""
-    with _clear_endings(context):
-        from spfde.app.cite import cite_source
+    from spfde.app.cite import cite_source
 
-        typer.echo(cite_source(source))
+    typer.echo(cite_source(source))
 
 
-@app.command()
+@command()
 @takes(AnalysisOptions, PluginOptions)
 def analyze(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="folder of a run that was trained with --keep-every")],
     out: Annotated[Path | None, typer.Option(help="folder of the results", show_default="RUN/analysis")] = None,
     quiet: Quiet = False,
     **asked: Any,
 ) -> None:
     """Structural similarity, CKA and gradient norms over a run's kept checkpoints: plots, and one JSON file."""
-    with _clear_endings(context):
-        from spfde.app.analyze import AnalyzeOptions, analyze_run
-        from spfde.app.report.analysis import draw_analysis
+    from spfde.app.analyze import AnalyzeOptions, analyze_run
+    from spfde.app.report.analysis import draw_analysis
 
-        def tell(line: object) -> None:
-            if not quiet:
-                typer.echo(line)
+    def tell(line: object) -> None:
+        if not quiet:
+            typer.echo(line)
 
-        options = AnalyzeOptions(**{name: asked[name] for name in names_of(AnalysisOptions)})
-        written = analyze_run(run, options, out or run / "analysis", tell=tell)
-        for path in (written, *draw_analysis(written)):
-            tell(path)
+    options = AnalyzeOptions(**{name: asked[name] for name in names_of(AnalysisOptions)})
+    written = analyze_run(run, options, out or run / "analysis", tell=tell)
+    for path in (written, *draw_analysis(written)):
+        tell(path)
 
 
-@app.command()
+@command()
 @takes(PluginOptions)
-def methods(context: typer.Context, **_: Any) -> None:
+def methods(**_: Any) -> None:
     """List what there is: presets, and techniques with a line and a citation each."""
-    with _clear_endings(context):
-        from spfde.app.methods import render_catalogue
+    from spfde.app.methods import render_catalogue
 
-        typer.echo(render_catalogue())
+    typer.echo(render_catalogue())
 
 
 def _resume(folder: Path, asked: dict[str, Any], *, given: set[str], quiet: bool) -> None:
@@ -220,7 +224,7 @@ def _resume(folder: Path, asked: dict[str, Any], *, given: set[str], quiet: bool
     from spfde.app.train.options import TrainOptions
 
     if others := sorted(given - _WITH_RESUME):
-        flags = ", ".join("--" + name.replace("_", "-") for name in others)
+        flags = ", ".join(map(flag, others))
         _fail(
             f"--resume={folder}: takes no other options, and {flags} was given. "
             "Leave the rest out: the run goes on as it was started."
@@ -279,26 +283,6 @@ def _given_options(context: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-@contextmanager
-def _clear_endings(context: typer.Context) -> Iterator[tuple[str, ...]]:
-    """Errors and warnings of the package as plain lines; no traceback for what a person can put right.
-
-    Before all else it imports what ``--plugin`` names, and gives the names of what was imported.
-    """
-    from spfde.app.plugins import load_plugins
-    from spfde.core.errors import SpfdeError
-
-    with warnings.catch_warnings():
-        _show_plainly()
-        try:
-            yield load_plugins(context.params["plugin"]) if "plugin" in context.params else ()
-        except SpfdeError as error:
-            _fail(_in_options(error, context))
-        except KeyboardInterrupt:
-            typer.echo("spfde: interrupted.", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
 def _show_plainly() -> None:
     package, usual = Path(__file__).parent.parent, warnings.showwarning
 
@@ -332,21 +316,37 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
         return str(error)
     lines = []
     for problem in error.problems:
-        option = _OPTION_OF_FIELD.get(problem.argument, problem.argument)
-        argument = f"--{option.replace('_', '-')}" if option in given else problem.argument
+        option = next((name for name in _options_of(problem.argument) if name in given), None)
+        argument = problem.argument if option is None else flag(option)
+        if problem.argument == "cache" and option is not None:
+            problem = replace(problem, value=context.params[option])  # what was typed, not what was made of it
         lines.append(str(replace(problem, argument=argument, remedy=_remedy_in_options(problem.remedy, context))))
     return "\n".join(lines)
 
 
+def _options_of(argument: str) -> list[str]:
+    """Options that may have set what the library calls so: a field of a recipe, a table of it, or their own name."""
+    fields = recipe_fields().items()
+    of_cache = [
+        name for name in names_of(CacheOptions) if argument in ("cache", name.removeprefix("cache_"), f"{name}_gib")
+    ]
+    return [
+        *(name for name, to in fields if to.field == argument),
+        *(name for name, to in fields if to.table == argument),
+        *of_cache,
+        argument,
+    ]
+
+
 def _remedy_in_options(remedy: str, context: typer.Context) -> str:
     """A remedy of the library as a person at the command line can follow it."""
-    for field, option in _OPTION_OF_FIELD.items():
-        if "_" in field and option in context.params:  # other names are words of the language as well
-            remedy = re.sub(rf"\b{field}=", f"--{option} ", remedy)
-            remedy = re.sub(rf"\b{field}\b", f"--{option}", remedy)
+    remedy = remedy.replace("soft_bound=False", "--no-soft-bound")
+    for name, to in recipe_fields().items():
+        if "_" in to.field and to.field != name and name in context.params:  # others are words of the language as well
+            remedy = re.sub(rf"\b{to.field}=", f"{flag(name)} ", remedy)
+            remedy = re.sub(rf"\b{to.field}\b", flag(name), remedy)
     if "exclude" in context.params:
         remedy = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", remedy)
-    remedy = remedy.replace("soft_bound=False", "--no-soft-bound")
     return remedy.replace("raise fraction", "raise fraction in a recipe file")
 
 

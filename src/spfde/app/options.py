@@ -48,30 +48,65 @@ class DataOptions:
     model: Annotated[str, _option("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
 
 
+@dataclass(frozen=True)
+class Sets:
+    """Which field of a recipe an option sets, of which of its tables."""
+
+    table: str
+    field: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
     """A recipe by its name, and what is changed about it: None, or nothing, leaves what the recipe says."""
 
     recipe: Annotated[str, _option("a preset (see `spfde methods`) or a TOML file", _SAVINGS)] = "spfde"
-    sparsity: Annotated[float | None, _save("share of the weights to do without, in [0, 1)")] = None
+    sparsity: Annotated[
+        float | None, Sets("sparsity", "sparsity"), _save("share of the weights to do without, in [0, 1)")
+    ] = None
     structure: Annotated[
         str | None,
+        Sets("sparsity", "structure"),
         _save("what exists or not as a whole: unstructured, 4x1 (blocks), 2:4 (N:M), kernel, pattern or channel"),
     ] = None
     exclude: Annotated[
-        tuple[str, ...], _save("name pattern of weights that stay dense, such as `*downsample*`; may be repeated")
+        tuple[str, ...],
+        Sets("sparsity", "exclude"),
+        _save("name pattern of weights that stay dense, such as `*downsample*`; may be repeated"),
     ] = ()
-    freeze: Annotated[float | None, _save("share of the training FLOPs to save by freezing, in [0, 1)")] = None
-    freeze_scheme: Annotated[str | None, _save("single-shot, single-shot-resume, periodic or delayed-periodic")] = None
+    freeze: Annotated[
+        float | None,
+        Sets("freezing", "flops_reduction"),
+        _save("share of the training FLOPs to save by freezing, in [0, 1)"),
+    ] = None
+    freeze_scheme: Annotated[
+        str | None,
+        Sets("freezing", "scheme"),
+        _save("single-shot, single-shot-resume, periodic or delayed-periodic"),
+    ] = None
     freeze_criterion: Annotated[
-        str | None, _save("schedule, or earlier where a block has converged: structure or representation")
+        str | None,
+        Sets("freezing", "criterion"),
+        _save("schedule, or earlier where a block has converged: structure or representation"),
     ] = None
-    sieve: Annotated[float | None, _save("share of the samples to leave out, in [0, 1)")] = None
-    sieve_criterion: Annotated[str | None, _save("which samples are easy: forgetting, loss, el2n or random")] = None
+    sieve: Annotated[
+        float | None, Sets("sieving", "removed_fraction"), _save("share of the samples to leave out, in [0, 1)")
+    ] = None
+    sieve_criterion: Annotated[
+        str | None,
+        Sets("sieving", "criterion"),
+        _save("which samples are easy: forgetting, loss, el2n or random"),
+    ] = None
     soft_bound: Annotated[
-        bool | None, _save("MEST's soft memory bound (EM&S)", flag="--soft-bound/--no-soft-bound")
+        bool | None,
+        Sets("sparsity", "soft_bound"),
+        _save("MEST's soft memory bound (EM&S)", flag="--soft-bound/--no-soft-bound"),
     ] = None
-    interval: Annotated[str, _option("epochs between two updates of the structure, or auto", _SAVINGS)] = "auto"
+    interval: Annotated[
+        str,
+        Sets("", "update_interval_epochs"),
+        _option("epochs between two updates of the structure, or auto", _SAVINGS),
+    ] = "auto"
 
 
 class LengthOptions:
@@ -151,14 +186,11 @@ def takes(*groups: type) -> Callable[[Command], Command]:
 
     def give(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        context, *own = signature.parameters.values()
-        parameters = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
-        parameters |= {
-            parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in own
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        }
-        command.__signature__ = signature.replace(parameters=[context, *parameters.values()])  # type: ignore[attr-defined]
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        first = [each for each in own if each.default is each.empty]
+        rest = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
+        rest |= {each.name: each.replace(kind=each.KEYWORD_ONLY) for each in own if each not in first}
+        command.__signature__ = signature.replace(parameters=[*first, *rest.values()])  # type: ignore[attr-defined]
         return command
 
     return give
@@ -167,6 +199,17 @@ def takes(*groups: type) -> Callable[[Command], Command]:
 def names_of(group: type) -> list[str]:
     """Names of the options in a group."""
     return list(get_type_hints(group))
+
+
+def recipe_fields() -> dict[str, Sets]:
+    """For each option that changes a recipe the field that it sets."""
+    hints = get_type_hints(RecipeOptions, include_extras=True)
+    return {name: note for name, hint in hints.items() for note in get_args(hint) if isinstance(note, Sets)}
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 def with_words(model: type[Model]) -> type[Model]:

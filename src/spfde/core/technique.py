@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -75,5 +75,8 @@ def _problems(technique: type[BaseModel], error: ValidationError) -> list[Proble
             field = technique.model_fields.get(str(item["loc"][0])) if item["loc"] else None
             meaning = field.description if field is not None else None
             remedy = f"Expected: {meaning}." if meaning else f"See help({technique.__name__})."
+            if item["type"] == "literal_error" and field is not None:
+                known = map(str, get_args(field.annotation))
+                remedy = nearest(str(item["input"]), known).partition("Known names")[0] + remedy
         problems.append(Problem(path, item.get("input"), rule, remedy))
     return problems

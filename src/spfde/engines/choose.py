@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -107,14 +105,3 @@ def _fastest(engines: list[type[Engine]], job: Job, tell: Callable[[str], None] 
             return Choice(engine.name, f"about {1 / speed:.1f}x faster than {FALLBACK}", AUTO)
         reasons.append(f"the {engine.name} engine cannot work here: {reason}")
     return Choice(FALLBACK, "; ".join(reasons), AUTO)
-
-
-def say_on_stderr(line: str) -> None:
-    """Tell the user what takes a while."""
-    print(f"spfde: {line}", file=sys.stderr, flush=True)
-
-
-def say(line: str) -> None:
-    """Tell the user what was chosen and why; silent where the logger "spfde" is set to WARNING or above."""
-    if logging.getLogger("spfde").level <= logging.INFO:
-        say_on_stderr(line)

@@ -1,7 +1,7 @@
 """What freezing is told, and what it plans: the technique with its fields, and the timeline of a run.
 
-All that a session asks of a plan is how many of the first blocks are frozen in an epoch, and whether masks are at their
-target by then. The functions that make plans, one a scheme, are in ``spfde.freezing.schemes``.
+All that a timeline asks of a plan is how many of the first blocks are frozen in an epoch, and whether that is a pause.
+The schemes that make plans are in ``spfde.freezing.schemes``.
 """
 
 from __future__ import annotations
@@ -185,10 +185,6 @@ class FreezePlan:
         if self.pauses or not any(self.frozen) or self.frozen[-1]:
             return None
         return max(epoch for epoch, count in enumerate(self.frozen) if count) + 1
-
-    def n_frozen_at(self, epoch: int) -> int:
-        """Number of blocks that are frozen during ``epoch``; they are the first ones. After the run as in its end."""
-        return self.frozen[min(epoch, len(self.frozen) - 1)]
 
     @property
     def learning_stops(self) -> tuple[int, ...]:

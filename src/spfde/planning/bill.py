@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from spfde.core.errors import Problems
+from spfde.core.say import say_on_stderr
 from spfde.cost import (
     Accounting,
     EpochCost,
@@ -46,15 +47,16 @@ def price(
         overhead_flops: computed beside the training steps.
     """
     density, reach = blueprint.density(row), blueprint.gradient_density(row)
-    wider = {} if reach == density else {"dense_gradient_samples": samples, "gradient_density": reach}
+    is_wider = reach != density
     return epoch_cost(
         blueprint.cost.forward,
         density,
         blueprint.frozen_layers(row),
         samples=samples,
         population=population,
+        dense_gradient_samples=samples if is_wider else dense_gradient_samples,
+        gradient_density=reach if is_wider else None,
         overhead_flops=overhead_flops,
-        **(wider or {"dense_gradient_samples": dense_gradient_samples}),  # type: ignore[arg-type]
     )
 
 
@@ -206,15 +208,13 @@ class Plan:
     def _freezing(self) -> str:
         technique, freeze_plan = self.recipe.freezing, self.blueprint.freeze_plan
         if technique is None or self.start_epoch is None:
-            return self.blueprint.shortfall or "freezing: none"
+            return "freezing: none"
         how = technique.scheme
         if freeze_plan.resume_epoch is not None:
             how += f", all trained again from epoch {freeze_plan.resume_epoch}"
         lines = [
             f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
         ]
-        if self.blueprint.shortfall is not None:
-            lines.append(f"  {self.blueprint.shortfall}")
         if technique.adapts:
             lines.append(f"  at the latest: a block is frozen earlier where its {technique.criterion} has converged")
         for index, (block, at) in enumerate(zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True)):
@@ -273,6 +273,8 @@ def plan(
             problems.add(name, value, "must be at least 1", "Pass the number of samples.")
     problems.raise_if_any()
     blueprint = draw(model, sample, recipe, epochs)
+    if blueprint.shortfall is not None:
+        say_on_stderr(blueprint.shortfall)
     timeline = Timeline(blueprint, recipe, samples)
     scoring = scoring_flops(blueprint, samples=samples, batch_size=batch_size)
     costs = tuple(

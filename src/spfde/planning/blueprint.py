@@ -9,14 +9,14 @@ from functools import cached_property
 from torch import nn
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.cost import LayerCost, ModelCost, model_cost
+from spfde.cost import ModelCost, model_cost
 from spfde.freezing import FreezePlan, Savings, blocks_to_freeze, solve
 from spfde.model.blocks import Partition, find_blocks
 from spfde.model.sample import Sample, unwrap
 from spfde.model.trace import trace
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
-from spfde.sparsity import LayerPlan, SparsityMethod, select_layers
+from spfde.sparsity import SparsityMethod, select_layers
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,11 @@ class Blueprint:
         if plan.reduction >= plan.asked - 1e-9:
             return None
         found = f"{plan.reduction:.1%} is frozen" if any(plan.frozen) else "nothing is frozen"
-        reason = f" ({self.partition.reason})" if not self.partition.blocks else f" in {self.epochs} epochs"
+        reason = (
+            f" ({self.partition.reason})"
+            if not self.partition.blocks
+            else f" in {self.epochs} {'epoch' if self.epochs == 1 else 'epochs'}"
+        )
         return f"freezing saves {plan.asked:.0%} of the training FLOPs where that can be reached; here{reason} {found}"
 
     @property
@@ -91,11 +95,11 @@ class Blueprint:
 
     def density(self, row: Row) -> list[float]:
         """Density of each layer in ``cost.layers`` in an epoch of the timeline, the soft bound included."""
-        return [self._share(layer, row.layers.get(layer.name), "active") for layer in self.cost.layers]
+        return self._shares({name: own.active for name, own in row.layers.items()})
 
     def gradient_density(self, row: Row) -> list[float]:
         """Density of the weight gradient that each step computes, for each layer in ``cost.layers``."""
-        return [self._share(layer, row.layers.get(layer.name), "gradient") for layer in self.cost.layers]
+        return self._shares({name: own.gradient for name, own in row.layers.items()})
 
     def frozen_layers(self, row: Row) -> list[bool]:
         """For each layer in ``cost.layers``: is it frozen?"""
@@ -103,14 +107,15 @@ class Blueprint:
 
     def target_density(self) -> list[float]:
         """Density of each layer in ``cost.layers`` at the target, without a soft bound."""
-        return [
-            self.target[layer.name] / layer.numel if layer.name in self.target else 1.0 for layer in self.cost.layers
-        ]
+        return self._shares({name: layer.target for name, layer in self.masked.items()})
 
-    def _share(self, layer: LayerCost, plan: LayerPlan | None, what: str) -> float:
-        if plan is None:
-            return 1.0
-        return float(getattr(plan, what) * self.masked[layer.name].unit_size / layer.numel)
+    def _shares(self, units: Mapping[str, float]) -> list[float]:
+        """For each layer in ``cost.layers`` the share of its weights in so many units of it; 1 where none are named."""
+        sizes = self.masked
+        return [
+            units[layer.name] * sizes[layer.name].unit_size / layer.numel if layer.name in units else 1.0
+            for layer in self.cost.layers
+        ]
 
 
 def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Blueprint:

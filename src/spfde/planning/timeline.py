@@ -18,6 +18,7 @@ from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
 from spfde.freezing import learning_rate_factor
 from spfde.sparsity import LayerPlan, MaskPlan
+from spfde.sparsity.schedule import DenseGradients
 
 if TYPE_CHECKING:
     from spfde.planning.blueprint import Blueprint
@@ -263,9 +264,9 @@ class Timeline:
         blocks = range(len(self._blueprint.partition.blocks))
         return [max((at for at in moments if self._frozen[at] <= block), default=-1) for block in blocks]
 
-    def _dense_gradients(self, epoch: int) -> Any:
+    def _dense_gradients(self, epoch: int) -> DenseGradients:
         method = self._blueprint.method
-        wanted = "none" if method is None or epoch >= self._epochs - 1 else method.dense_gradients
+        wanted: DenseGradients = "none" if method is None or epoch >= self._epochs - 1 else method.dense_gradients
         if wanted == "every step":
             return wanted if epoch < self._last_mutation else "none"
         if wanted == "one step":

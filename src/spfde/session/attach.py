@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.say import say, say_on_stderr
 from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
-from spfde.engines.choose import check_engine, choose_engine, say, say_on_stderr
+from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.model.sample import Sample, sample_from, unwrap
@@ -133,8 +134,8 @@ def attach(
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
-    if blueprint.shortfall is not None:
-        say(blueprint.shortfall)
+    if plan is None and blueprint.shortfall is not None:
+        say_on_stderr(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
         say(f"engine {choice.name}: {choice.reason}")
     return session

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, StateMismatch, UsageError
 from spfde.core.numbers import mix
+from spfde.core.say import say, say_on_stderr
 from spfde.core.state import check_entries
 from spfde.engines.base import Job, Parts
-from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine, say, say_on_stderr
+from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
 from spfde.planning import Row
 from spfde.session.freezing import Freezing
 from spfde.session.masks import Masks

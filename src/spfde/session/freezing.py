@@ -13,7 +13,7 @@ from spfde.session.part import Part, Setting
 
 
 class Freezing(Part):
-    """Freezes the blocks that the timeline says, after the masks of the epoch are settled."""
+    """Freezes the blocks that the timeline says, after the masks of the epoch have mutated."""
 
     name = "freezing"
 

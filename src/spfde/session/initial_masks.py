@@ -90,7 +90,7 @@ def _loss_is_needed(reason: str) -> InvalidArgument:
 
 def _batches(loader: DataLoader[Any], count: int, *, seed: int, device: torch.device) -> list[Any]:
     """``count`` batches of random samples; fewer where the data set has not so many."""
-    assert loader.batch_size is not None, "the door lets no such loader in"
+    assert loader.batch_size is not None, "attach lets no such loader in"
     if not count:
         return []
     population = population_of(loader)

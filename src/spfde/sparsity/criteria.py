@@ -21,6 +21,8 @@ class Criterion(Technique):
 
     Attributes:
         summary: what it does, in a line.
+        needs_gradient: whether scores need the gradient: for dropping that of the active weights, for growing that of
+            all. The mutation then waits for the first step that has one.
 
     Example:
         >>> class Smallest(spfde.sparsity.Criterion):
@@ -34,14 +36,7 @@ class Criterion(Technique):
     """
 
     summary: ClassVar[str]
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether scores need the gradient: for dropping that of the active weights, for growing that of all.
-
-        The mutation then waits for the first step that has one.
-        """
-        return False
+    needs_gradient: ClassVar[bool] = False
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
         """Score of each weight, of the weight's shape; the highest stay, or grow. NaN ranks lowest.
@@ -96,7 +91,7 @@ class MagnitudePlusGradient(Criterion):
     gradient_weight: Annotated[float, Field(ge=0.0)] = 0.5
 
     @property
-    def needs_gradient(self) -> bool:
+    def needs_gradient(self) -> bool:  # type: ignore[override]  # of the field
         return self.gradient_weight > 0.0
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
@@ -134,11 +129,8 @@ class Gradient(Criterion):
 
     name: ClassVar[str] = "gradient"
     summary: ClassVar[str] = "The largest gradients."
+    needs_gradient: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("evci2020rigl",)
-
-    @property
-    def needs_gradient(self) -> bool:
-        return True
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None, "a criterion that needs a gradient is given one"

@@ -52,7 +52,7 @@ class Mutation(Strategy):
         super().prune_to_target(layers)
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
-        return self._grow.needs_gradient and layer.name in self.pending
+        return layer.name in self.pending and self._waits_for(layer, *self.pending[layer.name])[1]
 
     def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
         if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
@@ -70,9 +70,12 @@ class Mutation(Strategy):
             return
         # In the order of the layers, so that the generator's draws do not depend on the backward pass.
         for layer in self.masker.live:
-            needed = [of for of, by in ((active, self._drop), (dense, self._grow)) if by.needs_gradient]
-            if layer.name in self.pending and all(layer.name in of for of in needed):
-                self._mutate(layer, *self.pending.pop(layer.name), active.get(layer.name), dense.get(layer.name))
+            name = layer.name
+            if name not in self.pending:
+                continue
+            for_dropping, for_growing = self._waits_for(layer, *self.pending[name])
+            if (name in active or not for_dropping) and (name in dense or not for_growing):
+                self._mutate(layer, *self.pending.pop(name), active.get(name), dense.get(name))
 
     def adopt(self, layer: MaskedWeight) -> None:
         self.pending.pop(layer.name, None)
@@ -88,12 +91,7 @@ class Mutation(Strategy):
         check_all(state["pending"], "the pending mutations", list)
         for name, counts in state["pending"].items():
             layer = self.masker.layers.get(name)
-            fits = len(counts) == 2 and all(type(count) is int for count in counts) and layer is not None
-            if fits and layer is not None:
-                survive, final = counts
-                active = int(masks[name].sum()) // layer.unit_size
-                fits = 0 < survive <= min(final, active) and final <= layer.n_units
-            if not fits:
+            if layer is None or not _fits(counts, layer, int(masks[name].sum()) // layer.unit_size):
                 raise StateMismatch(f"the pending mutation of {name} in the state does not fit: {counts}.")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -103,11 +101,14 @@ class Mutation(Strategy):
         survive = min(survive, layer.active)
         if survive == final == layer.active:
             return
-        drops, grows = survive < layer.active, final > survive
-        if (drops and self._drop.needs_gradient) or (grows and self._grow.needs_gradient):
+        if any(self._waits_for(layer, survive, final)):
             self.pending[layer.name] = (survive, final)
         else:
             self._mutate(layer, survive, final, None, None)
+
+    def _waits_for(self, layer: MaskedWeight, survive: int, final: int) -> tuple[bool, bool]:
+        """Whether a mutation needs the gradients of the active weights, and those of all."""
+        return self._drop.needs_gradient and survive < layer.active, self._grow.needs_gradient and final > survive
 
     def _mutate(
         self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None
@@ -128,6 +129,14 @@ class Mutation(Strategy):
             waiting = [layer for layer in self.masker.live if layer.name in self.pending]
             taken = {layer.name: layer.parameter.grad for layer in waiting if layer.parameter.grad is not None}
         return taken
+
+
+def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
+    """Whether a layer with so many active units can have a mutation with those counts."""
+    if len(counts) != 2 or any(type(count) is not int for count in counts):
+        return False
+    survive, final = counts
+    return bool(0 < survive <= min(final, active) and final <= layer.n_units)
 
 
 def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:

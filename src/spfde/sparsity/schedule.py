@@ -20,8 +20,8 @@ class LayerPlan:
         gradient: units whose gradient each step computes.
         frozen: whether the layer's block is frozen.
         mutates: whether the mask may change at the top of the epoch.
-        to_target: whether it comes to its target at the top of the epoch: at the last mutation before its block is
-            frozen for good, when it is frozen, and in the last epoch.
+        to_target: whether it comes to its target at the top of this epoch: at the last mutation before its block is
+            frozen for good, in the first epoch in which it is, and in the last epoch.
 
     Example:
         >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.set, epochs=20, samples=20)

@@ -39,8 +39,12 @@ class Strategy:
     def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
         """Drop what these layers hold above their target, by magnitude, and whatever they were waiting for."""
         for layer in layers:
-            if layer.active > layer.target:
-                self.mutate(layer, layer.target, layer.target, drop_score=mutation.magnitude(layer.parameter))
+            self.prune(layer, layer.target)
+
+    def prune(self, layer: MaskedWeight, n_active: int) -> None:
+        """Drop the smallest units beyond ``n_active``; a layer that has no more keeps them."""
+        if layer.active > n_active:
+            self.mutate(layer, n_active, n_active, drop_score=mutation.magnitude(layer.parameter))
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
         """Whether the next gradient of the layer must hold inactive weights too."""

@@ -79,7 +79,7 @@ class TestChooseRecipe:
     def test_a_criterion_that_there_is_not_or_with_nothing_to_sieve_is_refused(self) -> None:
         with pytest.raises(InvalidArgument, match=r"--sieve-criterion='el2m'.*Did you mean 'el2n'"):
             choose_recipe("spfde", sieve_criterion="el2m")
-        with pytest.raises(InvalidArgument, match=r"--sieve-criterion='loss'.*leaves no samples out.*--sieve 0\.2"):
+        with pytest.raises(InvalidArgument, match=r"--sieve-criterion='loss'.*leaves no samples out.*--sieve "):
             choose_recipe("dense", sieve_criterion="loss")
 
     def test_a_share_to_freeze_overrides_a_fixed_start(self, tmp_path: Path) -> None:

@@ -65,6 +65,19 @@ def test_the_smallest_go_and_none_returns() -> None:
     assert counts == [20, 14, 10, 6, 4, 3, 2, 2, 2, 2]
 
 
+def test_a_checkpoint_that_is_sparser_than_planned_grows_nothing() -> None:
+    run = HandRun(GMP(sparsity=0.9), {"w": [0.1 * (1 + place) for place in range(20)]})
+    run.begin_epoch(0)
+    run.step(w=[0.0] * 20)
+    with torch.no_grad():
+        run.weights["w"][0, :15] = 0.0
+    run.infer_masks()
+    for epoch in range(1, 10):
+        run.begin_epoch(epoch)
+        assert len(run.active()) <= 5
+    assert run.active() == [18, 19]
+
+
 def test_the_bill_follows_the_falling_density() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 10), nn.Linear(10, 3))

@@ -76,6 +76,12 @@ def collate(batch: Any) -> tuple[Tensor, Tensor]:
     return torch.stack([image for image, _ in batch]), torch.tensor([int(label) for _, label in batch])
 
 
+def draw(dataset: Dataset[tuple[Tensor, int]], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """So many images and labels at most, drawn at random: sets come sorted by class."""
+    order = torch.randperm(len(dataset), generator=generator)  # type: ignore[arg-type]  # it has a length
+    return collate([dataset[index] for index in order[:count].tolist()])
+
+
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """A data set ready for training.
@@ -103,6 +109,11 @@ class ImageData:
     def padding(self) -> int:
         """Padding for ``BatchAugment`` in pixels."""
         return padding_for(self.spec.image_size)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other data, as JSON has it."""
+        shape = {**vars(self.spec), "image_size": list(self.spec.image_size)}
+        return {**shape, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

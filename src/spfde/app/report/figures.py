@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spfde.app.report.folders import RecordedRun, number
@@ -64,45 +64,34 @@ def count(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}".replace(",", "\u202f")
 
 
-def figure(run: RecordedRun, name: str, otherwise: float | None) -> float | None:
-    """A number of the summary; for an unfinished run, or where the summary has none, ``otherwise``."""
+def figure(run: RecordedRun, name: str) -> float | None:
+    """A number of the summary; of an unfinished run, or where the summary has none, what its epochs come to so far."""
     value = number(run.summary.get(name)) if run.summary is not None else None
-    return otherwise if value is None else value
+    return _SO_FAR[name](run) if value is None and name in _SO_FAR else value
 
 
-def last_accuracy(run: RecordedRun) -> float | None:
-    return figure(run, "test_accuracy", run.last("test_accuracy"))
-
-
-def best_accuracy(run: RecordedRun) -> float | None:
-    return figure(run, "best_test_accuracy", run.largest("test_accuracy"))
-
-
-def training_flops(run: RecordedRun) -> float | None:
-    return figure(run, "training_flops", run.total("training_flops"))
-
-
-def flops_ratio(run: RecordedRun) -> float | None:
-    """Training FLOPs over those of the dense model for the same epochs on all samples."""
+def _flops_ratio(run: RecordedRun) -> float | None:
     spent, dense = run.total("training_flops"), run.total("dense_training_flops")
-    return figure(run, "flops_ratio", spent / dense if spent is not None and dense else None)
+    return spent / dense if spent is not None and dense else None
 
 
-def seconds(run: RecordedRun) -> float | None:
-    return figure(run, "seconds", run.total("seconds"))
-
-
-def peak_memory(run: RecordedRun) -> float | None:
-    return figure(run, "peak_memory_bytes", run.largest("peak_memory_bytes")) or None
-
-
-def sparsity(run: RecordedRun) -> float | None:
+def _sparsity(run: RecordedRun) -> float | None:
     density = run.last("density")
-    return figure(run, "final_sparsity", None if density is None else 1 - density)
+    return None if density is None else 1 - density
 
 
-def samples_seen(run: RecordedRun) -> float | None:
-    return figure(run, "samples_seen", run.total("samples"))
+_SO_FAR: Mapping[str, Callable[[RecordedRun], float | None]] = {
+    "test_accuracy": lambda run: run.last("test_accuracy"),
+    "best_test_accuracy": lambda run: run.largest("test_accuracy"),
+    "training_flops": lambda run: run.total("training_flops"),
+    "flops_ratio": _flops_ratio,
+    "seconds": lambda run: run.total("seconds"),
+    "peak_memory_bytes": lambda run: run.largest("peak_memory_bytes"),
+    "final_sparsity": _sparsity,
+    "samples_seen": lambda run: run.total("samples"),
+    "frozen_blocks": lambda run: run.last("frozen_blocks"),
+    "total_blocks": lambda run: run.largest("total_blocks"),
+}
 
 
 def setting(run: RecordedRun, name: str) -> str:
@@ -133,22 +122,18 @@ def versions(run: RecordedRun) -> str:
     return ", ".join(shown) or MISSING
 
 
-def hardware(run: RecordedRun) -> str:
-    parts = [
-        str(value) for value in (run.section("hardware").get("name"), run.section("hardware").get("device")) if value
-    ]
-    return ", ".join(dict.fromkeys(parts)) or MISSING
-
-
 def state(run: RecordedRun) -> str:
     """How far an unfinished run has come."""
     return f"unfinished: {len(run.epochs)} of {run.planned_epochs or '?'} epochs"
 
 
 def frozen_blocks(run: RecordedRun) -> str:
-    frozen = figure(run, "frozen_blocks", run.last("frozen_blocks"))
-    total = figure(run, "total_blocks", run.largest("total_blocks"))
+    frozen, total = figure(run, "frozen_blocks"), figure(run, "total_blocks")
     return MISSING if frozen is None else f"{frozen:.0f} / {MISSING if total is None else f'{total:.0f}'}"
+
+
+def peak_memory(run: RecordedRun) -> str:
+    return memory(figure(run, "peak_memory_bytes") or None)
 
 
 def partial_share(run: RecordedRun) -> str:
@@ -159,7 +144,7 @@ def partial_share(run: RecordedRun) -> str:
 
 
 def accuracies(run: RecordedRun) -> str:
-    return f"{percent(last_accuracy(run))} / {percent(best_accuracy(run))}"
+    return f"{percent(figure(run, 'test_accuracy'))} / {percent(figure(run, 'best_test_accuracy'))}"
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -175,7 +160,7 @@ def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | No
         return (setting(of, "model"), data_name(of), of.planned_epochs, str(dict(machine)), *shared)
 
     for other in runs:
-        ratio = flops_ratio(other)
+        ratio = figure(other, "flops_ratio")
         if other.finished and ratio is not None and abs(ratio - 1) < 1e-9 and setup(other) == setup(run):
             return other
     return None
@@ -183,12 +168,12 @@ def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | No
 
 def time_against_dense(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
     """Seconds over those of a dense run: one of ``runs``, or an estimate from dense steps that the run itself timed."""
-    spent, dense = seconds(run), dense_run(run, runs)
+    spent, dense = figure(run, "seconds"), dense_run(run, runs)
     if spent is None or not run.finished:
         return MISSING
-    if dense is not None and (base := seconds(dense)):
+    if dense is not None and (base := figure(dense, "seconds")):
         return times(spent / base)
-    estimate = figure(run, "dense_seconds_extrapolated", None)
+    estimate = figure(run, "dense_seconds_extrapolated")
     return f"≈ {times(spent / estimate)}" if estimate else MISSING
 
 

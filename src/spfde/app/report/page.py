@@ -83,6 +83,7 @@ def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    sparse = [run for run in runs if (figures.figure(run, "final_sparsity") or 0) > 0]
     environment.filters["data_uri"] = _data_uri
     return environment.get_template("report.html.j2").render(
         title="spfde: " + ", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else ""),
@@ -91,7 +92,7 @@ def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
         tables=[tables.comparison(runs), tables.savings(runs), tables.memory_table(runs)],
         pictures=pictures,
         details=[(run, tables.settings(run)) for run in runs],
-        masked=[run.name for run in runs if figures.engine(run) == "masked" and (figures.sparsity(run) or 0) > 0],
+        masked=[run.name for run in sparse if figures.engine(run) == "masked"],
         uncounted=tables.uncounted(runs),
     )
 

@@ -42,28 +42,25 @@ class Table:
     rows: tuple[tuple[RecordedRun, tuple[str, ...]], ...]
 
 
-def shown(
-    words: Callable[[float | None], str], of: Callable[[RecordedRun], float | None]
-) -> Callable[[RecordedRun], str]:
+def shown(words: Callable[[float | None], str], name: str) -> Callable[[RecordedRun], str]:
     """A cell: a figure of a run, put into words."""
-    return lambda run: words(of(run))
+    return lambda run: words(figures.figure(run, name))
 
 
 def comparison(runs: Sequence[RecordedRun]) -> Table:
     """One row a run, everything that matters side by side."""
-    peak = shown(figures.memory, figures.peak_memory)
     columns = (
         Column("Recipe", "set", "Name of the recipe", lambda run: figures.setting(run, "recipe")),
         Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", figures.engine),
         Column("Test accuracy, last / best", "measured", "After the last and after the best epoch", figures.accuracies),
-        Column("Training FLOPs", "modelled", "Over the whole run", shown(figures.flops, figures.training_flops)),
-        Column("FLOPs vs dense", "modelled", VERSUS_DENSE, shown(figures.times, figures.flops_ratio)),
-        Column("Time", "measured", "Wall clock of training", shown(figures.duration, figures.seconds)),
+        Column("Training FLOPs", "modelled", "Over the whole run", shown(figures.flops, "training_flops")),
+        Column("FLOPs vs dense", "modelled", VERSUS_DENSE, shown(figures.times, "flops_ratio")),
+        Column("Time", "measured", "Wall clock of training", shown(figures.duration, "seconds")),
         Column("Time vs dense", "measured", TIME_VERSUS_DENSE, lambda run: figures.time_against_dense(run, runs)),
-        Column("Peak memory", "measured", "Of the process, or of the GPU", peak),
-        Column("Final sparsity", "measured", "Counted; masked tensors only", shown(figures.percent, figures.sparsity)),
+        Column("Peak memory", "measured", "Of the process, or of the GPU", figures.peak_memory),
+        Column("Final sparsity", "measured", "Counted; masked tensors only", shown(figures.percent, "final_sparsity")),
         Column("Frozen blocks", "measured", "Counted; at the end, of all blocks", figures.frozen_blocks),
-        Column("Samples seen", "measured", "Counted; repeats too", shown(figures.count, figures.samples_seen)),
+        Column("Samples seen", "measured", "Counted; repeats too", shown(figures.count, "samples_seen")),
         Column("Seed", "set", "Of all random choices", lambda run: figures.setting(run, "seed")),
         Column("Versions", "set", "Of what it was trained with", figures.versions),
     )

@@ -28,18 +28,7 @@ class Checkpoints:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def latest(self) -> Path:
-        return self.path / "latest"
-
-    @property
-    def previous(self) -> Path:
-        return self.path / "previous"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
+        self.latest, self.previous, self.best = path / "latest", path / "previous", path / "best"
 
     @property
     def exist(self) -> bool:

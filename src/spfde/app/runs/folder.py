@@ -6,8 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,37 +45,26 @@ class RunFolder:
     # --- opening ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_free(cls, path: Path) -> None:
-        """Raise what ``create`` would raise, as far as that can be told without writing anything."""
-        with clear_errors(path):
-            if path.exists() and not path.is_dir():
-                raise RunFolderError(f"--out={path}: must be a folder, and is a file. Choose another folder.")
-            if path.exists():
-                with cls(path)._locked_for_a_look():
-                    _check_empty(path)
-
-    @classmethod
     def create(cls, path: Path) -> RunFolder:
         """Make a new folder and lock it.
 
         Raises:
-            RunFolderError: it holds something already, is in use, or cannot be written.
+            RunFolderError: it holds something already, is in use, or cannot be written; nothing was changed.
         """
-        cls.check_free(path)
         folder = cls(path)
         folder._made = tuple(parent for parent in (path, *path.parents) if not parent.exists())
         try:
             with clear_errors(path):
+                if path.exists() and not path.is_dir():
+                    raise RunFolderError(f"--out={path}: must be a folder, and is a file. Choose another folder.")
+                if path.is_dir() and not (path / _LOCK).exists():
+                    _check_empty(path)  # not even a lock is left in a folder of somebody else's
                 path.mkdir(parents=True, exist_ok=True)
                 folder._acquire()
-        except BaseException:
-            folder._remove_made()
-            raise
-        try:
-            # Another process may have come and gone since the first look.
-            _check_empty(path)
+                _check_empty(path)
         except BaseException:
             folder.close()
+            folder._remove_made()
             raise
         return folder
 
@@ -122,16 +110,6 @@ class RunFolder:
             ) from None
         self._lock = handle
         _held_locks.add(handle)
-
-    @contextmanager
-    def _locked_for_a_look(self) -> Iterator[None]:
-        """Fail if another process holds the folder; create nothing."""
-        if (self.path / _LOCK).exists():
-            self._acquire()
-        try:
-            yield
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Give the lock back."""

@@ -29,19 +29,20 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None = N
 
     Args:
         images: ``(N, C, H, W)``, any dtype and device.
-        top: ``(N,)`` integers in ``[0, 2 * padding]``, on the images' device: first row of the crop.
+        top: ``(N,)`` integers in ``[0, 2 * padding]``: first row of the crop.
         left: likewise, first column.
-        flip: ``(N,)`` booleans on the images' device, or None to flip nothing.
+        flip: ``(N,)`` booleans, or None to flip nothing.
         padding: zero pixels added on each side before the crop.
 
     Returns:
         A new contiguous tensor like ``images``.
     """
     n, channels, height, width = images.shape
+    top, left = (offset.to(images.device, non_blocking=True) for offset in (top, left))
     padded = F.pad(images, (padding, padding, padding, padding))
     columns = torch.arange(width, device=images.device).expand(n, width)
     if flip is not None:
-        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+        columns = torch.where(flip.to(images.device, non_blocking=True)[:, None], width - 1 - columns, columns)
     columns = columns + left[:, None]
     rows = torch.arange(height, device=images.device) + top[:, None]
     index = (rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]).view(n, 1, height * width)
@@ -83,9 +84,7 @@ class BatchAugment:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment ``images`` of shape ``(N, C, H, W)``; the input is left as it is."""
-        if self.mode == "none":
-            return images
-        return self._apply(images, *self.draw(images.shape[0]))
+        return images if self.mode == "none" else crop_flip(images, *self.draw(len(images)), padding=self.padding)
 
     def replay(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Augment each image as its seed, int64 ``(N,)``, says; the generator is left alone."""
@@ -93,18 +92,7 @@ class BatchAugment:
             return images
         span = 2 * self.padding + 1
         flip = mix(seeds, 3) % 2 == 1 if self.mode == "crop+flip" else None
-        return self._apply(images, mix(seeds, 1) % span, mix(seeds, 2) % span, flip)
-
-    def _apply(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None) -> Tensor:
-        device = images.device
-        on_device = None if flip is None else flip.to(device, non_blocking=True)
-        return crop_flip(
-            images,
-            top.to(device, non_blocking=True),
-            left.to(device, non_blocking=True),
-            on_device,
-            padding=self.padding,
-        )
+        return crop_flip(images, mix(seeds, 1) % span, mix(seeds, 2) % span, flip, padding=self.padding)
 
     def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draw ``n`` offsets (rows, columns) and, in mode ``crop+flip``, ``n`` flips; all on the CPU."""

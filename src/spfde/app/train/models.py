@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,21 +13,6 @@ from spfde.app.data.images import DataSpec
 from spfde.core.errors import InvalidArgument, Problem, nearest
 
 TIMM_PREFIX = "timm:"
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """A built-in model.
-
-    Attributes:
-        summary: one line for listings.
-        build: called with (num_classes, in_channels, (height, width)).
-        smallest: least height and width of an image that the model can take.
-    """
-
-    summary: str
-    build: Callable[[int, int, tuple[int, int]], nn.Module]
-    smallest: int = 1
 
 
 class BasicBlock(nn.Module):
@@ -91,7 +75,7 @@ class CifarResNet(nn.Module):
         return logits
 
 
-class CifarVGG(nn.Module):
+def cifar_vgg(stages: tuple[tuple[int, int], ...], *, num_classes: int, in_channels: int) -> nn.Sequential:
     """VGG with batch norm for small images: convolutions, global average, one linear layer.
 
     Departure from Simonyan and Zisserman (2015): no hidden linear layers, as is usual on CIFAR, and no fifth
@@ -102,26 +86,21 @@ class CifarVGG(nn.Module):
         num_classes: outputs.
         in_channels: channels of the images.
     """
-
-    def __init__(self, stages: tuple[tuple[int, int], ...], *, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for position, (width, convolutions) in enumerate(stages):
-            if position > 0:
-                layers.append(nn.MaxPool2d(2))
-            for _ in range(convolutions):
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                channels = width
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
-        self.classifier = nn.Linear(channels, num_classes)
-        _kaiming(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.flatten(self.pool(self.features(x))))
-        return logits
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for position, (width, convolutions) in enumerate(stages):
+        if position > 0:
+            layers.append(nn.MaxPool2d(2))
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+    model = nn.Sequential()
+    model.add_module("features", nn.Sequential(*layers))
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("classifier", nn.Linear(channels, num_classes))
+    _kaiming(model)
+    return model
 
 
 def _stage(n: int, in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
@@ -135,22 +114,15 @@ def _kaiming(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _resnet(n: int, widths: tuple[int, int, int]) -> Callable[[int, int, tuple[int, int]], nn.Module]:
-    return lambda num_classes, in_channels, _: CifarResNet(n, widths, num_classes=num_classes, in_channels=in_channels)
-
-
-_VGG19 = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
-
-MODELS: dict[str, ModelEntry] = {
-    "resnet8": ModelEntry("CIFAR ResNet, 8 layers, widths 16-32-64", _resnet(1, (16, 32, 64))),
-    "resnet20": ModelEntry("CIFAR ResNet, 20 layers, widths 16-32-64", _resnet(3, (16, 32, 64))),
-    "resnet32": ModelEntry("CIFAR ResNet, 32 layers, the paper's doubled widths 32-64-128", _resnet(5, (32, 64, 128))),
-    "vgg19": ModelEntry(
-        "VGG-19 with batch norm for small images: 16 convolutions, global average, one linear layer",
-        lambda num_classes, in_channels, _: CifarVGG(_VGG19, num_classes=num_classes, in_channels=in_channels),
-        smallest=16,
-    ),
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": partial(CifarResNet, 1, (16, 32, 64)),
+    "resnet20": partial(CifarResNet, 3, (16, 32, 64)),
+    "resnet32": partial(CifarResNet, 5, (32, 64, 128)),  # the paper's doubled widths
+    "vgg19": partial(cifar_vgg, ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))),
 }
+"""The built-in models by name, called with num_classes= and in_channels=."""
+SMALLEST = {"vgg19": 16}
+"""Least height and width of an image, where a model cannot take any."""
 
 
 def build_model(
@@ -176,14 +148,14 @@ def build_model(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     check_model(name)
-    if name in MODELS and min(size) < MODELS[name].smallest:
-        rule = f"is too small for {name}, which needs at least {MODELS[name].smallest} pixels each way"
+    if min(size) < SMALLEST.get(name, 1):
+        rule = f"is too small for {name}, which needs at least {SMALLEST.get(name, 1)} pixels each way"
         raise InvalidArgument(Problem("image_size", image_size, rule, "Choose a ResNet or larger images."))
-    build = MODELS[name].build if name in MODELS else partial(_build_timm, name)
+    build = MODELS.get(name) or partial(_build_timm, name, size)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        return build(num_classes, in_channels, size)
+        return build(num_classes=num_classes, in_channels=in_channels)
 
 
 def build_for(name: str, spec: DataSpec, *, seed: int | None = None) -> nn.Module:
@@ -200,7 +172,7 @@ def check_model(name: str) -> None:
         raise InvalidArgument(Problem("model", name, "is no known model", nearest(name, known)))
 
 
-def _build_timm(name: str, num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
+def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channels: int) -> nn.Module:
     try:
         import timm  # seconds to import, and an extra
     except ImportError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
 from annotated_types import Ge
 from pydantic import ConfigDict, Field, field_validator
@@ -19,18 +20,20 @@ from spfde.app.options import (
     PluginOptions,
     RecipeOptions,
     TrainingOptions,
+    flag,
     names_of,
+    recipe_fields,
     with_words,
 )
 from spfde.app.plugins import missing_plugins
 from spfde.app.train.checks import check_named
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
 from spfde.core.technique import Technique
-from spfde.freezing import FREEZE_CRITERIA, ProgressiveFreezing
+from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
-from spfde.sieving import DataSieving, SievingMethod, check_fraction
-from spfde.sparsity import MEST, NM, Block, SparsityMethod, Structure
+from spfde.sieving import DataSieving, check_fraction
+from spfde.sparsity import MEST, NM, Block, Structure
 
 
 @with_words
@@ -165,104 +168,53 @@ def choose_recipe(name: str, **changes: Any) -> Recipe:
     asked, recipe = RecipeOptions(recipe=name, **changes), read_recipe(name)
     changed: dict[str, Any] = {}
     problems = Problems()
-    for field, change in (
-        ("sparsity", _sparsity),
-        ("freezing", _freezing),
-        ("sieving", _sieving),
-        ("update_interval_epochs", _interval),
-    ):
+    for table in _TABLES:
         with problems.collecting():
-            changed[field] = change(asked, recipe)
+            changed[table] = _technique(asked, recipe, table)
+    if asked.interval != "auto":
+        interval = int(asked.interval) if asked.interval.isdecimal() else asked.interval
+        with problems.collecting():
+            changed |= {"update_interval_epochs": Recipe(update_interval_epochs=interval).update_interval_epochs}
     problems.raise_if_any()
     return recipe.replace(**changed)
 
 
-def _sparsity(asked: RecipeOptions, recipe: Recipe) -> SparsityMethod | None:
-    """The recipe's method with the command line's changes; MEST where the recipe has none."""
-    structure = None if asked.structure is None else read_structure(asked.structure)
-    given = _given(
-        sparsity=asked.sparsity, structure=structure, soft_bound=asked.soft_bound, exclude=asked.exclude or None
-    )
-    if isinstance(structure, NM):
-        given.setdefault("sparsity", 1.0 - structure.n / structure.m)
-    method = recipe.sparsity
-    if method is None and given:
-        if "sparsity" not in given:
-            remedy = "Use --recipe mest or spfde, or give --sparsity too."
-            raise _lacking(asked, ("structure", "soft_bound", "exclude"), "has no sparsity", remedy)
-        method = MEST(sparsity=given["sparsity"])
-    if method is not None and "soft_bound" in given and "soft_bound" not in type(method).model_fields:
-        rule = f"{method.name} has no soft bound"
-        raise InvalidArgument(Problem("--soft-bound", asked.soft_bound, rule, "Use --recipe mest or spfde."))
-    return _changed(method, given)
+# The technique that a table becomes where the recipe has none, the option that makes it so, and what to say without.
+_TABLES: Mapping[str, tuple[type[Technique], str, str]] = {
+    "sparsity": (MEST, "sparsity", "has no sparsity"),
+    "freezing": (ProgressiveFreezing, "freeze", "freezes nothing"),
+    "sieving": (DataSieving, "sieve", "leaves no samples out"),
+}
 
 
-def _freezing(asked: RecipeOptions, recipe: Recipe) -> ProgressiveFreezing | None:
-    """The recipe's freezing with the command line's changes; a share freezes where the recipe does not."""
-    given = _given(
-        flops_reduction=asked.freeze,
-        scheme=asked.freeze_scheme,
-        criterion=_known("--freeze-criterion", asked.freeze_criterion, FREEZE_CRITERIA),
-    )
-    if recipe.freezing is None and asked.freeze is None and given:
-        remedy = "Use --freeze 0.2 or so with it."
-        raise _lacking(asked, ("freeze_scheme", "freeze_criterion"), "freezes nothing", remedy)
-    if asked.freeze is not None:
-        # Asked for by number it is met or refused; a preset's is met as far as can be.
-        given |= {"start_epoch": None, "as_far_as_possible": False}
-    if asked.freeze_scheme is not None:
-        # Of another scheme, the two would be in the way.
-        given |= {"start_epoch": None, "resume_epochs": None}
-    return _changed(recipe.freezing or (ProgressiveFreezing() if given else None), given)
-
-
-def _sieving(asked: RecipeOptions, recipe: Recipe) -> SievingMethod | None:
-    """The recipe's sieving with the command line's changes."""
-    given = _given(
-        removed_fraction=asked.sieve,
-        criterion=_known("--sieve-criterion", asked.sieve_criterion, known("sieving-criterion")),
-    )
-    if recipe.sieving is None and asked.sieve is None and given:
-        remedy = "Use --sieve 0.2 or so with it."
-        raise _lacking(asked, ("sieve_criterion",), "leaves no samples out", remedy)
-    return _changed(recipe.sieving or (DataSieving() if given else None), given)
-
-
-def _interval(asked: RecipeOptions, recipe: Recipe) -> Any:
-    """The recipe's interval, or another one, which the recipe checks."""
-    text = asked.interval
-    if text == "auto":
-        return recipe.update_interval_epochs
-    return Recipe(update_interval_epochs=int(text) if text.isdecimal() else text).update_interval_epochs
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    """Fields that were asked for."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-T = TypeVar("T", bound=Technique)
-
-
-def _changed(technique: T | None, given: Mapping[str, Any]) -> T | None:
-    """A technique with other fields, checked as a new one is."""
-    if technique is None or not given:
+def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | None:
+    """A recipe's technique with the command line's changes."""
+    options = {to.field: name for name, to in recipe_fields().items() if to.table == table}
+    given = {field: getattr(asked, name) for field, name in options.items()}
+    given = {field: value for field, value in given.items() if value not in (None, (), [])}
+    technique: Technique | None = getattr(recipe, table)
+    if not given:
         return technique
-    own = {name: getattr(technique, name) for name in type(technique).model_fields}
-    return type(technique)(**(own | dict(given)))
-
-
-def _known(option: str, name: str | None, names: Collection[str]) -> str | None:
-    if name is not None and name not in names:
-        raise InvalidArgument(Problem(option, name, "is not known", nearest(name, names)))
-    return name
-
-
-def _lacking(asked: RecipeOptions, options: Sequence[str], lack: str, remedy: str) -> InvalidArgument:
-    """What was asked for needs something that the recipe does not have; the first such option is named."""
-    option = next(name for name in options if getattr(asked, name) not in (None, ()))
-    flag = "--" + option.replace("_", "-")
-    return InvalidArgument(Problem(flag, getattr(asked, option), f"recipe {asked.recipe} {lack}", remedy))
+    first, value = next(iter(given.items()))
+    if "structure" in given:
+        given["structure"] = structure = read_structure(given["structure"])
+        if isinstance(structure, NM):
+            given.setdefault("sparsity", 1.0 - structure.n / structure.m)
+    kind, makes_one, lack = _TABLES[table]
+    if technique is None and recipe_fields()[makes_one].field not in given:
+        remedy = f"Give {flag(makes_one)} too, or take another recipe."
+        raise InvalidArgument(Problem(flag(options[first]), value, f"recipe {asked.recipe} {lack}", remedy))
+    own = {} if technique is None else {name: getattr(technique, name) for name in type(technique).model_fields}
+    if "flops_reduction" in given:
+        own |= {"start_epoch": None, "as_far_as_possible": False}
+    if "scheme" in given:
+        own |= {"start_epoch": None, "resume_epochs": None}  # of another scheme, they would be in the way
+    try:
+        return (kind if technique is None else type(technique))(**(own | given))
+    except InvalidArgument as error:
+        renamed = {field: flag(name) for field, name in options.items() if field in given}
+        problems = (replace(found, argument=renamed.get(found.argument, found.argument)) for found in error.problems)
+        raise InvalidArgument(*problems) from None
 
 
 def read_structure(text: str) -> Structure:

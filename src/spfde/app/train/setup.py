@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, collate
+from spfde.app.data.images import ImageData, collate, draw
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train.augment import BatchAugment, normalise
@@ -35,7 +33,8 @@ from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
-from spfde.planning.bill import Plan, plan
+from spfde.engines.prefix_cache import PrefixCache
+from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
 from spfde.session.session import Session
 
@@ -91,21 +90,18 @@ class TrainingRun:
 @contextmanager
 def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[TrainingRun]:
     """The run in its locked folder; a new folder of which nothing came is removed again."""
-    folder = RunFolder.reopen(out) if resume else None
-    checkpoint: Path | None = None
+    folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
     is_ready = False
     try:
-        if folder is None:
-            RunFolder.check_free(out)
-        elif (checkpoint := folder.checkpoints.newest()) is not None:
+        checkpoint = folder.checkpoints.newest()
+        if checkpoint is not None:
             options.check_identity(described(checkpoint), checkpoint)
-        run = _prepare(options, folder or RunFolder(out))
-        if folder is None:
-            folder = run.folder = RunFolder.create(out)
+        run = _prepare(options, folder)
+        run.is_resumed = resume
+        if not resume:
             _describe(run)
         elif checkpoint is not None:
             _load(run, checkpoint)
-        run.is_resumed = resume
         folder.write_metrics(run.progress.rows)
         _start_trackers(run)
         if run.session.epoch == 0 and options.dense_timing_steps:
@@ -113,12 +109,11 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
         is_ready = True
         yield run
     except BaseException as error:
-        if folder is not None and not resume and _came_to_nothing(folder, error, is_ready=is_ready):
+        if not resume and _came_to_nothing(folder, error, is_ready=is_ready):
             folder.discard()
         raise
     finally:
-        if folder is not None:
-            folder.close()
+        folder.close()
         # Accelerate keeps its state for the whole process, and would refuse a second run with other settings.
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -147,7 +142,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
             )
         )
     set_seed(options.seed)
-    recipe = _with_cache(options.load_recipe(), options)
+    recipe = options.load_recipe()
     model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
@@ -166,7 +161,8 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
         sample=sample,
         loss=lambda net, batch: F.cross_entropy(net(normalise(batch[0], data.mean, data.std)), batch[1]),
         probe=_probe(options, recipe, data, device=accelerator.device),
-        **_cache(options),
+        cache=_cache(options),
+        plan=bill,
     )
     augment = BatchAugment(
         data.default_augmentation if options.augment == "auto" else options.augment,
@@ -191,39 +187,23 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
     )
 
 
-def _cache(options: TrainOptions) -> dict[str, Any]:
-    """What ``attach`` is told of the prefix cache."""
-    if not options.cache_variants or "cache" not in signature(spfde.attach).parameters:
-        return {}
-    module = import_module("spfde.engines.prefix_cache")
-    folder = None if options.cache_folder is None else str(options.cache_folder)
-    cache = module.PrefixCache(
-        variants=options.cache_variants, precision=options.cache_precision, limit_gib=options.cache_limit, folder=folder
+def _cache(options: TrainOptions) -> PrefixCache | None:
+    """What is kept of the frozen front; None for nothing."""
+    if not options.cache_variants:
+        return None
+    return PrefixCache(
+        options.cache_variants,
+        precision=options.cache_precision,
+        limit_gib=options.cache_limit,
+        folder=options.cache_folder,
     )
-    return {"cache": cache}
-
-
-def _with_cache(recipe: Recipe, options: TrainOptions) -> Recipe:
-    """For a library whose ``attach`` takes no cache yet: the same as fields of the freezing."""
-    if not options.cache_variants or recipe.freezing is None or "cache" in signature(spfde.attach).parameters:
-        return recipe
-    given: dict[str, Any] = {
-        "variants": options.cache_variants,
-        "precision": options.cache_precision,
-        "limit_gib": options.cache_limit,
-    }
-    given["folder"] = None if options.cache_folder is None else str(options.cache_folder)
-    fields = {name: getattr(recipe.freezing, name) for name in type(recipe.freezing).model_fields}
-    fields |= {f"cache_{name}": value for name, value in given.items()}
-    return recipe.replace(freezing=type(recipe.freezing)(**fields))
 
 
 def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: torch.device) -> Tensor | None:
     """What freezing by representation looks at: random images of the training set, as the model takes them."""
     if recipe.freezing is None or recipe.freezing.criterion != "representation":
         return None
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(options.seed))  # type: ignore[arg-type]
-    images, _ = collate([data.train[index] for index in order[: recipe.freezing.probe_samples].tolist()])
+    images, _ = draw(data.train, recipe.freezing.probe_samples, torch.Generator().manual_seed(options.seed))
     return normalise(images.to(device), data.mean, data.std)
 
 
@@ -234,25 +214,17 @@ def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tup
     for both the order would depend on their number, and on when a run was resumed.
     """
     workers = workers_for(data, options.workers)
+    shared: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
     order = torch.Generator().manual_seed(options.seed)
     train: DataLoader[Any] = DataLoader(
         data.train,
         batch_size=options.batch_size,
         sampler=RandomSampler(data.train, generator=order),  # type: ignore[arg-type]  # it has a length
         generator=torch.Generator().manual_seed(options.seed),
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        **shared,
     )
-    test: DataLoader[Any] = DataLoader(
-        data.test,
-        batch_size=EVALUATION_BATCH,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-    return train, test
+    return train, DataLoader(data.test, batch_size=EVALUATION_BATCH, **shared)
 
 
 def workers_for(data: ImageData, asked: int | None) -> int:
@@ -283,22 +255,17 @@ def _start_trackers(run: TrainingRun) -> None:
 
 def _describe(run: TrainingRun) -> None:
     """Write down everything that is needed to run again."""
-    options, bill, spec = run.options, run.plan, run.data.spec
+    options, bill = run.options, run.plan
     # config.json first: it is what a resumed run needs.
     run.folder.write_json(
         CONFIG,
         {
             "command": options.model_dump(mode="json"),
-            "data": {
-                **vars(spec),
-                "augment": run.augment.mode,
-                "mean": run.data.mean.tolist(),
-                "std": run.data.std.tolist(),
-            },
+            "data": {**run.data.facts(), "augment": run.augment.mode},
             "model": options.model,
             "recipe": options.recipe,
             "engine": run.session.engine,
-            "plan": bill.to_dict() | {"block_names": [block.name for block in bill.blueprint.partition.blocks]},
+            "plan": bill.to_dict(),
             **({"timeline": bill.timeline.to_dict()} if hasattr(bill, "timeline") else {}),
             "versions": versions(),
             "hardware": hardware(run.accelerator.device),

@@ -1,8 +1,8 @@
-"""What all sparse training methods share: plain data and pure rules. They say what to do; the masker does it.
+"""What all sparse training methods share: plain data and pure rules.
 
-A method answers four questions: how many units a layer drops and holds at a given progress of the run, which score
-decides what is dropped, which rule decides what grows, and which gradients these need. A unit is what exists or not as
-a whole, by the method's ``structure``: a single weight, where that is unstructured.
+A method says two things: how many units of a layer are active at a given progress of the run, of which the timeline is
+made, and which strategy changes the masks, which the masker calls. A unit is what exists or not as a whole, by the
+method's ``structure``: a single weight, where that is unstructured.
 """
 
 from __future__ import annotations

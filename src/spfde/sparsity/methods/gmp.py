@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from spfde.core.numbers import round_half_up
 from spfde.core.registry import register
-from spfde.sparsity.criteria import Magnitude, Random
-from spfde.sparsity.drop_grow import Mutation
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
+from spfde.sparsity.schedule import MaskPlan
+from spfde.sparsity.strategy import Strategy
+from spfde.sparsity.weight import MaskedWeight
 
 if TYPE_CHECKING:
     from spfde.sparsity.masker import Masker
@@ -66,11 +68,19 @@ class GMP(SparsityMethod):
         final = min(active, self._scheduled(target, n_units, progress))
         return final, final
 
-    def strategy(self, masker: Masker) -> Mutation:
-        return Mutation(masker, drop=Magnitude(), grow=Random())
+    def strategy(self, masker: Masker) -> Pruning:
+        return Pruning(masker)
 
     def _scheduled(self, target: int, n_units: int, progress: float) -> int:
         done = (progress - self.start_fraction) / (self.stop_fraction - self.start_fraction)
         left = (1.0 - min(max(done, 0.0), 1.0)) ** 3
         start = max(target, n_units - round_half_up(self.initial_sparsity * n_units))
         return target + round_half_up((start - target) * left)
+
+
+class Pruning(Strategy):
+    """Drops to what is planned, by magnitude; what has fewer weights already keeps them."""
+
+    def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
+        for layer in live:
+            self.prune(layer, int(plan.layers[layer.name].active))
