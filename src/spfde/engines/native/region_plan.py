@@ -38,7 +38,7 @@ AT_ONCE_BYTES = 3 << 20
 
 @dataclass(frozen=True)
 class Mode:
-    """What an plan is of.
+    """What a plan is for.
 
     Attributes:
         shapes: of the region's inputs, each [N, C, H, W].
