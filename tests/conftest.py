@@ -1,23 +1,22 @@
-"""Fixtures for tests of the session."""
+"""One thread for every process of the tests, and what tests of the session start with."""
 
 from __future__ import annotations
 
 import os
 
-import pytest
-import torch.utils.data
-
-import spfde
-from helpers.training import Parts, make_parts
-
+# Several processes run tests at once and would fight over the cores. Read by torch, once, and by what tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Set by a developer's shell or a CI, they make the command line colour what the tests read.
 for _name in ("PY_COLORS", "FORCE_COLOR", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):
     os.environ.pop(_name, None)
 
+import pytest
+import torch
 
-# A loader that the collector finds together with its session says goodbye to its workers through queues that are torn
-# down already. PyTorch then waits this long for each of them (5 s otherwise) before it ends them.
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+import spfde
+from helpers.training import Parts, make_parts
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.model import NativeModel
 
 needs_kernels = pytest.mark.skipif(build.available() is not None, reason=f"no kernels: {build.available()}")
+NATIVE = pytest.param("native", marks=needs_kernels)
+both_engines = pytest.mark.parametrize("engine", ["masked", NATIVE])
 
 
 @functools.cache

@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 
-torch.set_num_threads(1)
-
 EPOCHS = 8
 SAMPLES = 40
 BATCH = 8

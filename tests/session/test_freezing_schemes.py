@@ -12,9 +12,8 @@ import torch
 
 import spfde
 from helpers.compiling import recompile_limit
-from helpers.native import needs_kernels
-from helpers.resuming import METHODS, assert_equal, everything, save
-from helpers.resuming import resume as resume_with
+from helpers.native import both_engines
+from helpers.resuming import METHODS, Loop, assert_equal, finish, top
 from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
 from spfde.freezing import learning_rate_factor
 
@@ -67,7 +66,7 @@ def test_the_session_freezes_and_thaws_as_planned(scheme: str) -> None:
 
 
 @every_scheme
-@pytest.mark.parametrize("engine", ["masked", pytest.param("native", marks=needs_kernels)])
+@both_engines
 def test_blocks_move_in_the_epochs_in_which_they_train_and_in_no_other(scheme: str, engine: str) -> None:
     parts = make_parts()
     session = attach(parts, recipe(scheme, learning_rate=None), engine)
@@ -196,35 +195,22 @@ def test_learning_rates_fall_to_zero_before_a_block_is_frozen_for_long_and_are_t
     assert first[10:] == (whole[10:] if scheme == "single-shot-resume" else [0.0, 0.0])
 
 
+@pytest.mark.long
 @every_scheme
-@pytest.mark.parametrize("engine", ["masked", pytest.param("native", marks=needs_kernels)])
-@pytest.mark.parametrize("moment", ["top", "bottom"])
-def test_a_run_resumed_in_any_epoch_ends_like_one_that_never_stopped(scheme: str, engine: str, moment: str) -> None:
-    saved: list[bytes] = []
-    parts = make_parts()
-    session = attach(parts, recipe(scheme), engine)
-    train(parts, session, **{f"at_{moment}": lambda _: saved.append(save(parts, session))})
-    expected = everything(parts, session)
-    for state in saved:
-        again, resumed = resume_with(state, recipe(scheme), attach=lambda p, r: attach(p, r, engine))
-        train(again, resumed)
-        assert_equal(everything(again, resumed), expected)
+@both_engines
+def test_a_run_resumed_in_any_epoch_ends_like_one_that_never_stopped(scheme: str, engine: str) -> None:
+    loop = Loop(recipe(scheme), engine, epochs=EPOCHS)
+    saved, expected = loop.states()
+    for state in saved.values():
+        assert_equal(finish(*loop.resume(state)), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["single-shot-resume", "periodic"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_resumes_amid_pauses_and_after_a_thaw(scheme: str, name: str) -> None:
-    saved: dict[int, bytes] = {}
-    parts = make_parts()
-    session = attach(parts, recipe(scheme, METHODS[name]))
-    train(
-        parts, session, at_top=lambda epoch: saved.update({epoch: save(parts, session)}) if epoch in (6, 11) else None
-    )
-    expected = everything(parts, session)
-    for state in saved.values():
-        again, resumed = resume_with(state, recipe(scheme, METHODS[name]), attach=attach)
-        train(again, resumed)
-        assert_equal(everything(again, resumed), expected)
+    loop = Loop(recipe(scheme, METHODS[name]), epochs=EPOCHS)
+    assert_equal(loop.end_with_stops([top(6), top(11)]), loop.end_with_stops([]))
 
 
 @every_scheme

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import warnings
 from typing import Any
 
@@ -284,6 +285,15 @@ def test_a_compiled_model_that_would_meet_the_recompile_limit_warns(parts: Parts
 
 
 # --- detaching -------------------------------------------------------------------------------------------------------
+
+
+def test_detach_ends_the_workers_that_stay_between_epochs(whole_recipe: spfde.Recipe) -> None:
+    parts, others = make_parts(workers=1, persistent=True), set(multiprocessing.active_children())
+    session = attach(parts, whole_recipe)
+    train(parts, session)
+    assert len(set(multiprocessing.active_children()) - others) == 1
+    session.detach()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_detach_restores_everything(parts: Parts, whole_recipe: spfde.Recipe) -> None:

@@ -148,6 +148,9 @@ class Sampling(Part):
     def exchange(self) -> None:
         """With several processes: count what all of them observed."""
 
+    def detach(self) -> None:
+        self.loader.end_workers()
+
     def summarise(self) -> list[str]:
         return [f"sieving: {len(self.partial_set):,} of {len(self.population):,} samples in use"]
 

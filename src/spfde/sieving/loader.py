@@ -300,6 +300,10 @@ class SievedLoader(DataLoader[Any]):
             self.generator = own
         return _Iteration(self, inner, queue, self._tally)
 
+    def end_workers(self) -> None:
+        """End the workers that would stay for the next iteration, which starts others."""
+        self._iterator = None  # PyTorch's iterator ends them when nobody holds it
+
     @property
     def current_indices(self) -> Tensor | None:
         """Ids of the samples in the batch handed out last, shape (batch,), long.
