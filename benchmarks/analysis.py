@@ -24,7 +24,7 @@ from spfde.analysis import BlockOutputs, batch_grams, minibatch_cka, native_outp
 from spfde.app.train.models import build_model
 from spfde.engines.native import build
 from spfde.planning.bill import draw
-from spfde.sparsity.masks import random_mask
+from spfde.sparsity.mutation import grow_random
 
 SIZE, BATCH, TARGET = 32, 125, 120.0
 
@@ -45,7 +45,7 @@ class Checkpoints:
         self.kept = []
         for _ in range(count):
             masks = {
-                name: random_mask(p.shape, blueprint.target[name], generator)
+                name: grow_random(torch.zeros(p.shape, dtype=torch.bool), blueprint.target[name], generator)
                 for name, p in blueprint.sparse_layers.items()
             }
             weights = {name: value.clone() for name, value in self.model.state_dict().items()}

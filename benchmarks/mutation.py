@@ -24,10 +24,11 @@ from torch.optim import SGD
 
 import spfde
 from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
-from spfde.sparsity import METHODS, Masker, PruningAtInitialisation, SparsityMethod, pack, select_layers
+from spfde.planning import Timeline, draw
+from spfde.sparsity import METHODS, Masker, PruningAtInitialisation, SparsityMethod, pack
 
 SPARSITY, MOST_STEPS, PACKED, RUNNING = 0.9, 5.0, 1 / 32, 1 / 4
-EPOCHS, INTERVAL, FIRST_BEAT = 100, 2, 10
+EPOCHS, INTERVAL, FIRST_UPDATE = 100, 2, 10
 STRUCTURES: dict[str, SparsityMethod] = {
     "set, 4x1 blocks": spfde.SET(sparsity=SPARSITY, structure=spfde.Block(rows=4, columns=1)),
     "set, kernels": spfde.SET(sparsity=SPARSITY, structure=spfde.Kernels()),
@@ -38,22 +39,16 @@ STRUCTURES: dict[str, SparsityMethod] = {
 class Mutating:
     """A model's masks, which mutate by one method at one update epoch after the other."""
 
-    def __init__(self, make: Callable[[], nn.Module], method: SparsityMethod) -> None:
+    def __init__(self, make: Callable[[], nn.Module], method: SparsityMethod, sample: Tensor) -> None:
         torch.manual_seed(0)
         self.model = make()
         self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        order = [name for name, p in self.model.named_parameters() if p.dim() > 1]
-        self.layers = select_layers(self.model, method, order=order, head=order[-1:])
-        self.masker = Masker(
-            self.layers,
-            self.optimizer,
-            method,
-            generator=torch.Generator().manual_seed(0),
-            interval=INTERVAL,
-            epochs=EPOCHS,
-        )
-        self.masker.begin_epoch(0, ())
-        self.epoch = FIRST_BEAT - INTERVAL
+        recipe = spfde.Recipe(sparsity=method, update_interval_epochs=INTERVAL)
+        blueprint = draw(self.model, sample, recipe, EPOCHS)
+        self.timeline, self.layers = Timeline(blueprint, recipe, samples=1), blueprint.sparse_layers
+        self.masker = Masker(self.layers, self.optimizer, method, generator=torch.Generator().manual_seed(0))
+        self.masker.begin_epoch(self.timeline[0].masks)
+        self.epoch = FIRST_UPDATE - INTERVAL
         self.random = torch.Generator().manual_seed(1)
         self.gradients: dict[str, Tensor] = {}
 
@@ -70,8 +65,9 @@ class Mutating:
 
     def mutate(self) -> None:
         """What an update epoch does, without the optimizer's own step."""
-        self.masker.begin_epoch(self.epoch, ())
-        if self.masker.pending or self.masker.method.changes_every_step:
+        self.masker.begin_epoch(self.timeline[self.epoch].masks)
+        strategy = self.masker.strategy
+        if getattr(strategy, "pending", False) or strategy.changes_every_step:
             self._step()
 
     def _step(self, of_optimizer: Callable[[], object] = lambda: None) -> None:
@@ -96,16 +92,13 @@ class Mutating:
     @property
     def beside_bytes(self) -> int:
         """Tensors that the method keeps beside the masks: which weights were explored, latents, smoothed gradients."""
-        return self._state_bytes("explored", "latents", "smoothed")
+        state = self.masker.state_dict()
+        return sum(tensor.nbytes for part in ("explored", "strategy") for tensor in tensors(state[part]))
 
     @property
     def explored_bytes(self) -> int:
         """The record of which weights were explored, that every method keeps."""
-        return self._state_bytes("explored")
-
-    def _state_bytes(self, *parts: str) -> int:
-        state = self.masker.state_dict()
-        return sum(t.nbytes for part in parts for t in tensors(state[part]))
+        return sum(tensor.nbytes for tensor in tensors(self.masker.state_dict()["explored"]))
 
 
 def methods() -> dict[str, SparsityMethod]:
@@ -113,7 +106,7 @@ def methods() -> dict[str, SparsityMethod]:
     dynamic = {
         name: method(sparsity=SPARSITY)
         for name, method in METHODS.items()
-        if not issubclass(method, PruningAtInitialisation) and name != "static"
+        if not issubclass(method, PruningAtInitialisation) and name not in ("static", "drop-grow")
     }
     return dynamic | STRUCTURES
 
@@ -149,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     figures, rows, shares = [], [], []
     for name, method in methods().items():
         # One at a time: the copies of the weights of all methods together would not fit everywhere.
-        mutating = Mutating(make, method)
+        mutating = Mutating(make, method, x[:1])
         timings = interleave({"step": step, name: mutating.mutate}, rounds, around={name: mutating.checked})
         ratio = compare(timings[name], timings["step"])
         figures.append(Figure.of(f"mutation by {name}, in dense steps of {batch}", ratio, high=MOST_STEPS))

@@ -2,12 +2,13 @@
 
 Whole training steps through the public API (model, loss, backward, optimizer, `observe`), interleaved in one process,
 against the faster of PyTorch's dense layouts, contiguous and channels_last; all step with the same fused SGD. ResNet-32
-(widths 32-64-128) unless another model is named; unstructured uniform masks. Also: an epoch of SpFDE's whole schedule,
-the peak memory of a step (each in a process of its own), what a mutation costs, how long the kernels take to build and
-to load, and a convolution by PyTorch's CSR product.
+(widths 32-64-128) unless another model is named; unstructured uniform masks. Also: the same against PyTorch's
+fastest dense step, bf16 autocast and compiled ones among them; an epoch of SpFDE's whole schedule; the peak memory of a
+step (each in a process of its own); what a mutation costs; how long the kernels take to build and to load; and a
+convolution by PyTorch's CSR product.
 
-    python benchmarks/native.py                     # about 12 minutes on two cores
-    python benchmarks/native.py --only sparsity models
+    python benchmarks/native.py                     # about 20 minutes on two cores
+    python benchmarks/native.py --only best-dense   # only this; what is recorded of the others stays
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,28 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from _common import Figure, Result, Table, Timing, begin, compare, interleave, parser, publish, quartiles
+from _common import (
+    RESULTS,
+    Figure,
+    Result,
+    Table,
+    Timing,
+    begin,
+    compare,
+    interleave,
+    parser,
+    publish,
+    quartiles,
+    stamp_line,
+)
 from spfde.app.train.models import build_model
 from spfde.cost import format_bytes
 from spfde.cost.memory import peak_bytes, reset_peak
-from spfde.engines.choose import WORTH_IT, estimate_time
+from spfde.engines.base import Job
+from spfde.engines.choose import WORTH_IT
 from spfde.engines.native import build
 from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.model import NativeModel
 
 BATCH, CLASSES, EPOCHS = 64, 100, 160
 DENSE = ("dense, contiguous", "dense, channels_last")
@@ -57,7 +74,6 @@ ESTIMATED = (
     *(("ResNet-32", 0.9, size) for size in (1, 2, 4, 8, 16, 33, BATCH)),
     *((name, 0.9, BATCH) for name in BY_MODEL),
 )
-GROUPS = ("sparsity", "batch", "frozen", "epoch", "models", "estimate", "memory", "rebuild", "start", "csr")
 
 
 def resnet32() -> nn.Module:
@@ -109,25 +125,31 @@ class Trainer:
         self.optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
         self.session: spfde.Session | None = None
         self.ids: Tensor | None = None
-        self.engine: NativeEngine | None = None
+        self.engine: NativeModel | None = None
         self.epochs: Iterator[int] | None = None  # dropped, it would end the epoch
+        self.bf16 = False
 
     def step(self) -> None:
         """One training step."""
         if self.session is not None and self.session.caches_prefix:
             self.session.augmentation_seeds(self.ids)
-        logits = self.model(self.x)
-        F.cross_entropy(logits, self.y).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            logits = self.model(self.x)
+            loss = F.cross_entropy(logits, self.y)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.session is not None:
             self.session.observe(logits, self.y)
 
     @property
-    def native(self) -> NativeEngine:
-        found = self.engine if self.session is None else self.session._native
-        assert found is not None, "made by sparse() or control()"
-        return found
+    def native(self) -> NativeModel:
+        if self.engine is not None:
+            return self.engine
+        assert self.session is not None, "made by sparse() or control()"
+        engine = self.session._computing.engine
+        assert isinstance(engine, NativeEngine)
+        return engine.computes
 
 
 def dense(model: nn.Module, layout: str, x: Tensor, y: Tensor) -> Trainer:
@@ -150,14 +172,13 @@ def sparse(
     """A session at a constant sparsity that has frozen its first ``frozen`` blocks, and keeps their output."""
     made = Trainer(model, x, y)
     made.ids = torch.arange(len(x))
-    freezing = None
-    if frozen:
-        freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=1, cache_variants=int(cached))
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=1) if frozen else None
+    cache = spfde.PrefixCache(1) if frozen and cached else None
     recipe = spfde.Recipe(
         sparsity=spfde.MEST(sparsity=sparsity, soft_bound=False), freezing=freezing, update_interval_epochs=1
     )
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
-    made.session = spfde.attach(model, made.optimizer, loader, recipe, epochs=40, engine=engine)
+    made.session = spfde.attach(model, made.optimizer, loader, recipe, epochs=40, engine=engine, cache=cache)
     epochs = made.session.epochs()
     while next(epochs) < frozen:
         made.session.augmentation_seeds(made.ids)
@@ -169,7 +190,7 @@ def sparse(
 def control(model: nn.Module, x: Tensor, y: Tensor) -> Trainer:
     """The native engine with every weight active."""
     made = Trainer(model, x, y)
-    made.engine = NativeEngine(model, masks=dict, dense_gradients=frozenset)
+    made.engine = NativeModel(model, masks=dict, dense_gradients=frozenset)
     return made
 
 
@@ -237,6 +258,42 @@ def by_sparsity(rounds: int) -> Found:
         Figure("break-even sparsity", break_even(group), "share", high=MOST_BREAK_EVEN, n=rounds),
     )
     return figures, list(group.rows(f"ResNet-32, batch {BATCH}"))
+
+
+def by_best_dense(rounds: int) -> Found:
+    """Against the fastest step that PyTorch has for the dense net: autocast to bf16 or not, compiled or not."""
+    group = Group(resnet32, BATCH)
+    group.trainers = {}
+    for compiled, bf16, layout in itertools.product((False, True), (False, True), DENSE):
+        made = dense(resnet32(), layout, group.x, group.y)
+        made.bf16 = bf16
+        if compiled:
+            made.model.compile()
+        group.trainers[f"{layout}, {'bf16 autocast' if bf16 else 'fp32'}, {'compiled' if compiled else 'eager'}"] = made
+    group.add("90 %", 0.9)
+    group.run(rounds)
+    kinds = {
+        "dense fp32": "fp32, eager", "dense bf16": "bf16 autocast, eager",
+        "compiled dense fp32": "fp32, compiled", "compiled dense bf16": "bf16 autocast, compiled",
+    }  # fmt: skip
+    least = {
+        kind: min((name for name in group.trainers if name.endswith(ending)), key=lambda n: group.timings[n].median)
+        for kind, ending in kinds.items()
+    }
+    fastest = min(least.values(), key=lambda name: group.timings[name].median)
+    against = {"fp32 PyTorch, eager": least["dense fp32"], "the fastest dense PyTorch": fastest}
+    figures = [
+        Figure.of(f"native step at 90 %, speed over {what}", compare(group.timings[name], group.timings["90 %"]),
+                  headline=True)
+        for what, name in against.items()
+    ]  # fmt: skip
+    figures += [
+        Figure.of(f"{kind} step, speed over dense fp32",
+                  compare(group.timings[least["dense fp32"]], group.timings[least[kind]]))
+        for kind in list(kinds)[1:]
+    ]  # fmt: skip
+    label = f"ResNet-32, batch {BATCH}"
+    return figures, [*group.rows(label), (label, "the fastest dense one", fastest, "")]
 
 
 def break_even(group: Group) -> float:
@@ -345,12 +402,14 @@ def by_estimate(rounds: int) -> Found:
         timings = interleave({engine: trainer.step for engine, trainer in trainers.items()}, rounds, warmup=2)
         session = trainers["masked"].session
         assert session is not None
-        expected, _ = estimate_time(made(), session.blueprint, x[:1], size)
+        blueprint = session.blueprint
+        job = Job(made(), blueprint, x[:1], size, density=blueprint.density(session.timeline[0]))
+        expected = 1.0 if NativeEngine.supports(job) is not None else NativeEngine.expected_speed(job)
         measured = compare(timings["native"], timings["masked"]).paired
         chosen = "native" if expected <= WORTH_IT else "masked"
         loses = measured if chosen == "native" else 1 / measured
         wrong, lost = wrong + (loses > 1), max(lost, loses)
-        rows.append((f"estimate: {name}, {sparsity:.0%}, batch {size}", f"auto takes {chosen}",
+        rows.append((f"{name}, {sparsity:.0%}, batch {size}", f"auto takes {chosen}",
                      f"expected {expected:.2f}x of masked", f"measured {measured:.2f}x"))  # fmt: skip
     return [
         Figure("steps in which auto takes the slower engine", wrong / len(ESTIMATED), "share", n=len(ESTIMATED)),
@@ -433,7 +492,7 @@ def csr(rounds: int) -> Found:
     conv.weight.data.mul_(mask)
     ours = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False))
     ours.load_state_dict({"0.weight": conv.weight})
-    NativeEngine(ours, masks=lambda: {"0.weight": mask}, dense_gradients=frozenset)
+    NativeModel(ours, masks=lambda: {"0.weight": mask}, dense_gradients=frozenset)
     matrix = conv.weight.detach().view(64, -1).to_sparse_csr()
 
     def by_csr() -> Tensor:
@@ -452,10 +511,10 @@ def csr(rounds: int) -> Found:
 
 
 RUN: dict[str, Callable[[int], Found]] = {
-    "sparsity": by_sparsity, "batch": by_batch, "frozen": by_frozen, "epoch": by_epoch, "models": by_model,
-    "estimate": by_estimate,
-    "memory": memory, "rebuild": rebuild, "start": start, "csr": csr,
+    "sparsity": by_sparsity, "best-dense": by_best_dense, "batch": by_batch, "frozen": by_frozen, "epoch": by_epoch,
+    "models": by_model, "estimate": by_estimate, "memory": memory, "rebuild": rebuild, "start": start, "csr": csr,
 }  # fmt: skip
+GROUPS = tuple(RUN)
 
 
 def _child(*arguments: str) -> int:
@@ -478,6 +537,9 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
     options = options_of(argv)
+    missing = build.available()
+    if missing is not None:  # torch.compile needs the same C++ compiler
+        sys.exit(f"Nothing can be measured here: {missing}.")
     stamped = begin(options)
     if options.peak_of is not None or options.load is not None:
         print(peak_of(options.peak_of) if options.peak_of is not None else load(options.load))
@@ -490,8 +552,30 @@ def main(argv: list[str] | None = None) -> None:
         count = min(rounds, 5) if name in ("memory", "start") else rounds
         more, told = RUN[name](count)
         figures += more
-        rows += told
-    publish(result(options, rounds, figures, rows, stamped), options)
+        rows += [(f"{name}: {label}", *cells) for label, *cells in told]
+    found = result(options, rounds, figures, rows, stamped)
+    recorded = (options.results or RESULTS) / "native.json"
+    if tuple(options.only) != GROUPS and recorded.is_file():
+        found = beside_recorded(found, Result.from_json(recorded.read_text(encoding="utf-8")), options.only)
+    publish(found, options)
+
+
+def beside_recorded(new: Result, recorded: Result, groups: Iterable[str]) -> Result:
+    """What is recorded, with what some of the groups found just now in its place, and when that was."""
+    whats = {figure.what: figure for figure in new.figures}
+    figures = [whats.pop(figure.what, figure) for figure in recorded.figures]
+    rows = [row for table in new.tables for row in table.rows]
+    table = recorded.tables[0]
+    again = tuple(f"{group}: " for group in groups)
+    rows = [*(row for row in table.rows if not row[0].startswith(again)), *rows]
+    apart = {**recorded.data.get("apart", {}), **dict.fromkeys(groups, f"{new.command}, {stamp_line(new.stamp)}")}
+    return replace(
+        recorded,
+        figures=(*figures, *whats.values()),
+        tables=(replace(table, rows=tuple(rows)),),
+        notes=(*new.notes, *(f"Taken apart from the rest: {group} (`{how}`)." for group, how in apart.items())),
+        data={**recorded.data, "apart": apart},
+    )
 
 
 def result(

@@ -1,10 +1,10 @@
-"""Write docs/benchmarks.md, and the README's table of results, from benchmarks/results/*.json.
+"""Write docs/benchmarks.md, and the README's picture and results, from benchmarks/results/*.json.
 
-    python benchmarks/render.py                     # docs/benchmarks.md, and two READMEs between their markers
+    python benchmarks/render.py                     # docs/benchmarks.md, the picture, two READMEs between their markers
     python benchmarks/render.py --check             # change nothing; exit 1 where a file is not up to date
-    python benchmarks/render.py --print             # print the README's table
+    python benchmarks/render.py --print             # print the README's part
 
-In README.md the table stands between ``<!-- results:start -->`` and ``<!-- results:end -->``; without them the README
+In README.md the results stand between ``<!-- results:start -->`` and ``<!-- results:end -->``; without them the README
 is left alone. The table of all methods stands in docs/methods/README.md in the same way.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _common import BENCHMARKS, RESULTS, Figure, Result, markdown, markdown_table, met_text, show, stamp_line
+from _picture import picture
 
 ROOT = BENCHMARKS.parent
 START, END = "<!-- results:start -->", "<!-- results:end -->"
@@ -35,6 +36,39 @@ ORDER = (
     "mutation",
     "freezing_schemes",
     "planned_figures",
+)
+PICTURE = "docs/images/results.svg"
+PICTURE_SAYS = "Speed of a training step over dense fp32 PyTorch, and test accuracy over seconds of training"
+# What a user decides by: the words for it, the benchmark, and its figure.
+README_ROWS = (
+    ("step at 90 % sparsity, speed over dense fp32 PyTorch", "native", "native step at 90%, speed over dense"),
+    (
+        "the same over the fastest dense PyTorch (bf16 autocast and compiled among them)",
+        "native",
+        "native step at 90 %, speed over the fastest dense PyTorch",
+    ),
+    (
+        "epoch with all three savings, speed over a dense fp32 epoch",
+        "native",
+        "an epoch of SpFDE 20 % + 20 % at 90 %, mean over its schedule, speed over a dense epoch",
+    ),
+    (
+        "training FLOPs with all three savings, of dense",
+        "planned_figures",
+        "SpFDE 20 % + 20 % at 90 %, training FLOPs of dense",
+    ),
+    (
+        "peak memory of a step at 90 %, over dense",
+        "native",
+        "peak memory of a native step at 90 % over the smaller dense one",
+    ),
+    ("test accuracy with all three savings", "same_budget", "test accuracy: SpFDE 20 % + 20 % at 90 %"),
+    ("test accuracy of the dense net, as many epochs", "same_budget", "test accuracy: dense"),
+    (
+        "test accuracy of the dense net, as many seconds",
+        "same_budget",
+        "test accuracy: dense, fewer epochs, equal seconds",
+    ),
 )
 HEAD = """# Benchmarks
 
@@ -80,11 +114,16 @@ def summary_table(results: Sequence[Result]) -> str:
 
 def readme_region(results: Sequence[Result]) -> str:
     """What stands in the README between the markers, the markers included."""
-    measured = [result.stamp for result in results if result.stamp]
-    machines = sorted({f"{s['cpu']}, {s['threads']} threads, PyTorch {s['versions']['torch']}" for s in measured})
-    below = f"\n\nTaken on {'; '.join(machines)}; n is rounds, steps or seeds." if machines else ""
-    table = summary_table(results) if results else "Nothing has been measured yet: run `make bench`."
-    return f"{START}\n{table}{below}\n{END}"
+    found = {(result.name, figure.what): (result, figure) for result in results for figure in result.figures}
+    chosen = [(label, *found[name, what]) for label, name, what in README_ROWS if (name, what) in found]
+    parts = [f"![{PICTURE_SAYS}]({PICTURE})"] if chosen else ["Nothing has been measured yet: run `make bench`."]
+    if chosen:
+        rows = [(label, _with_spread(figure), _quartiles(figure), _n(figure)) for label, _, figure in chosen]
+        parts.append(markdown_table(("result", "value", "quartiles", "n"), rows))
+        stamps = [result.stamp for _, result, _ in chosen if result.stamp]
+        machines = sorted({f"{s['cpu']}, {s['threads']} threads, PyTorch {s['versions']['torch']}" for s in stamps})
+        parts.append(f"Taken on {'; '.join(machines)}; n is rounds or seeds.")
+    return START + "\n" + "\n\n".join(parts) + f"\n{END}"
 
 
 def methods_region(results: Sequence[Result]) -> str:
@@ -114,6 +153,12 @@ def _with_spread(figure: Figure) -> str:
     return value
 
 
+def _quartiles(figure: Figure) -> str:
+    if figure.spread is None or figure.spread_is != "quartiles":
+        return "–"
+    return " … ".join(show(value, figure.unit) for value in figure.spread)
+
+
 def _n(figure: Figure) -> str:
     return "–" if figure.n is None else str(figure.n)
 
@@ -124,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
     made.add_argument("--root", type=Path, default=ROOT, metavar="FOLDER", help="where README.md and docs/ are")
     made.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is not up to date")
-    made.add_argument("--print", action="store_true", dest="only_print", help="print the README's table")
+    made.add_argument("--print", action="store_true", dest="only_print", help="print the README's part")
     options = made.parse_args(argv)
     results = load(options.results)
     region = readme_region(results)
@@ -132,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         print(region)
         return 0
     readme, docs = options.root / "README.md", options.root / "docs" / "benchmarks.md"
-    wanted = {docs: page(results)}
+    wanted = {docs: page(results), options.root / PICTURE: picture(results)}
     for path, part in ((readme, region), (options.root / "docs" / "methods" / "README.md", methods_region(results))):
         if path.is_file():
             wanted[path] = with_region(path.read_text(encoding="utf-8"), part)

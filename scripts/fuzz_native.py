@@ -19,9 +19,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from spfde.engines.native import build, program
-from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native import build, region_plan
 from spfde.engines.native.kernels import Kernels
+from spfde.engines.native.model import NativeModel
 
 _CHILD = "SPFDE_FUZZ_CHILD"
 _TOLERANCE = 1e-9
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     """One model; what is wrong with it, or None."""
-    program.AT_ONCE_BYTES = chosen.choice([0, 3 << 20])
+    region_plan.AT_ONCE_BYTES = chosen.choice([0, 3 << 20])
     tokens = chosen.random() < 0.25
     model, x = _tokens(chosen) if tokens else _images(chosen)
     model = model.double().train(chosen.random() < 0.7)
@@ -76,7 +76,7 @@ def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     for layer in model[:frozen]:
         layer.requires_grad_(False).eval()
     reference = copy.deepcopy(model)
-    engine = NativeEngine(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
+    engine = NativeModel(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
     try:
         for _ in range(2):
             ours, expected = _step(model, x, to_input=not frozen), _step(reference, x, to_input=not frozen)

@@ -37,6 +37,7 @@ _HOMES = {
     "BlockwiseCosine": "spfde.freezing",
     "DataSieving": "spfde.sieving",
     "OneTimeRemoval": "spfde.sieving",
+    "PrefixCache": "spfde.engines.prefix_cache",
     "attach": "spfde.session.attach",
     "Session": "spfde.session.session",
     "register": "spfde.core.registry",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from spfde.core.errors import UsageError as UsageError
     from spfde.core.errors import WeightsFileError as WeightsFileError
     from spfde.core.registry import register as register
+    from spfde.engines.prefix_cache import PrefixCache as PrefixCache
     from spfde.freezing import BlockwiseCosine as BlockwiseCosine
     from spfde.freezing import ProgressiveFreezing as ProgressiveFreezing
     from spfde.planning.bill import Plan as Plan

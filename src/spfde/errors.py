@@ -1,25 +1,4 @@
 """The errors of this package, under their public name."""
 
-from spfde.core.errors import (
-    DataError,
-    InvalidArgument,
-    Problem,
-    RunFolderError,
-    SpfdeError,
-    StateMismatch,
-    TrainingDiverged,
-    UsageError,
-    WeightsFileError,
-)
-
-__all__ = [
-    "DataError",
-    "InvalidArgument",
-    "Problem",
-    "RunFolderError",
-    "SpfdeError",
-    "StateMismatch",
-    "TrainingDiverged",
-    "UsageError",
-    "WeightsFileError",
-]
+from spfde.core.errors import *  # noqa: F403
+from spfde.core.errors import __all__ as __all__

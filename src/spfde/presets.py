@@ -1,47 +1,20 @@
-"""Named recipes, under their public name: ``spfde.presets.mest.replace(update_interval_epochs=2)``."""
+"""Named recipes as attributes: ``spfde.presets.mest.replace(update_interval_epochs=2)``."""
 
-from spfde.recipe.presets import (
-    PRESETS,
-    deepr,
-    dense,
-    dsr,
-    get,
-    gmp,
-    grasp,
-    mest,
-    mest_de,
-    rigl,
-    rigl_itop,
-    set,
-    set_itop,
-    snfs,
-    snip,
-    soft_threshold,
-    spfde,
-    static,
-    synflow,
-    topkast,
-)
+from __future__ import annotations
 
-__all__ = [
-    "PRESETS",
-    "deepr",
-    "dense",
-    "dsr",
-    "get",
-    "gmp",
-    "grasp",
-    "mest",
-    "mest_de",
-    "rigl",
-    "rigl_itop",
-    "set",
-    "set_itop",
-    "snfs",
-    "snip",
-    "soft_threshold",
-    "spfde",
-    "static",
-    "synflow",
-    "topkast",
-]
+from spfde.recipe.presets import PRESETS, get
+from spfde.recipe.recipe import Recipe
+
+_NAMES = {"soft_threshold" if name == "str" else name.replace("-", "_"): name for name in PRESETS}
+
+__all__ = ["PRESETS", "get", *_NAMES]
+
+
+def __getattr__(name: str) -> Recipe:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'spfde.presets' has no attribute {name!r}; there are {', '.join(_NAMES)}")
+    return PRESETS[_NAMES[name]]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spfde.analysis import BlockOutputs, output_graph, output_modules
 from spfde.app.train.models import build_model
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import find_blocks
+from spfde.model.blocks import find_blocks
 from spfde.model.trace import trace
 
 

@@ -81,7 +81,6 @@ def test_a_name_in_a_recipe_file_imports_nothing(plugin: str, spfde: Spfde, here
     assert not (here / "imported").exists()
 
 
-@pytest.mark.xfail(strict=False, reason="until recipes look names up in the registry")
 def test_a_recipe_file_may_name_what_a_plugin_registered(plugin: str, tiny: Path, spfde: Spfde, here: Path) -> None:
     argv = ["--plugin", plugin, "--recipe", "own.toml"]
     assert spfde("plan", *argv, "--epochs", 4).code == 0

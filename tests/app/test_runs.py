@@ -188,7 +188,6 @@ class TestKilledRuns:
         assert_same_run(place / "cached-killed", place / "cached")
 
     @needs_kernels
-    @pytest.mark.xfail(strict=False, reason="until attach takes a cache, its folder is part of the recipe")
     def test_a_run_goes_on_with_another_cache_folder(self, tiny: Path, place: Path) -> None:
         for name in ("one", "two"):
             (place / name).mkdir()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import torch
 from torch import nn
 
 import spfde
@@ -121,8 +123,6 @@ def test_a_single_value_is_both_of_its_quartiles(common: ModuleType) -> None:
 
 
 def test_the_stamp_names_the_machine_and_the_versions(common: ModuleType) -> None:
-    import torch
-
     found = common.stamp()
     assert found["threads"] == torch.get_num_threads()
     assert found["cpu"]
@@ -179,11 +179,14 @@ def test_the_page_has_every_result_and_says_what_misses_its_target(common: Modul
 
 
 def test_rendering_replaces_the_readme_region_alone_and_check_finds_drift(
-    common: ModuleType, render: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    common: ModuleType, render: ModuleType, tmp_path: Path
 ) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
-    (results / "freezing.json").write_text(a_result(common).to_json(), encoding="utf-8")
+    label, name, what = render.README_ROWS[0]
+    figures = (common.Figure(what, 4.5, "ratio", n=3), common.Figure("minor", 1e16, "flops"))
+    text = a_result(common, name=name, title="Freezing", figures=figures).to_json()
+    (results / f"{name}.json").write_text(text, encoding="utf-8")
     readme.write_text("before\n<!-- results:start -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8")
     arguments = ["--results", str(results), "--root", str(tmp_path)]
 
@@ -193,11 +196,65 @@ def test_rendering_replaces_the_readme_region_alone_and_check_finds_drift(
     assert render.main([*arguments, "--check"]) == 0
 
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- results:start -->\n| result |")
+    assert text.startswith("before\n<!-- results:start -->\n![")
     assert text.endswith("<!-- results:end -->\nafter\n")
+    assert f"| {label} | 4.5x | – | 3 |" in text
     assert "old" not in text
     assert "minor" not in text
     assert "## Freezing" in (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert (tmp_path / render.PICTURE).is_file()
+
+
+def test_what_the_repository_says_of_results_is_what_the_scripts_wrote(render: ModuleType) -> None:
+    assert render.main(["--check"]) == 0
+
+
+def test_the_readme_names_at_most_eight_results_and_each_of_them_exists(render: ModuleType) -> None:
+    recorded = {(result.name, figure.what) for result in render.load(render.RESULTS) for figure in result.figures}
+    named = {(name, what) for _, name, what in render.README_ROWS}
+    assert len(named) == len(render.README_ROWS) <= 8
+    assert named <= recorded
+
+
+def test_the_picture_draws_the_figures_that_there_are(common: ModuleType, render: ModuleType) -> None:
+    drawing = importlib.import_module("_picture")
+    label, name, what, _ = drawing.BARS[0]
+    figures = (
+        common.Figure(what, 3.25, "ratio", spread=(3.0, 3.5)),
+        common.Figure("test accuracy: dense", 0.9, "accuracy"),
+    )
+    curve = [{"seconds": 10.0 * n, "test_accuracy": 0.7 + 0.1 * n} for n in range(3)]
+    fast = a_result(common, name=name, figures=figures)
+    run = a_result(
+        common, name="same_budget", data={"curves": {"dense": curve}}, settings={"model": "m", "data": "d", "epochs": 2}
+    )
+
+    root = ElementTree.fromstring(drawing.picture([fast, run]))
+    said = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert label in said
+    assert "3.25" in said
+    assert "dense: 90.0% in 20 s" in said
+    assert ElementTree.fromstring(drawing.picture([])) is not None
+
+
+def test_a_group_that_is_taken_apart_leaves_what_is_recorded_of_the_others(common: ModuleType) -> None:
+    native = importlib.import_module("native")
+    columns = ("what", "variant")
+    old = a_result(
+        common,
+        figures=(common.Figure("a", 1.0, "ratio"), common.Figure("b", 2.0, "ratio")),
+        tables=(common.Table("Each", columns, (("one: x", "1"), ("two: x", "2"))),),
+    )
+    new = a_result(
+        common,
+        figures=(common.Figure("b", 3.0, "ratio"), common.Figure("c", 4.0, "ratio")),
+        tables=(common.Table("Each", columns, (("two: x", "3"), ("two: y", "4"))),),
+    )
+    both = native.beside_recorded(new, old, ["two"])
+    assert [(figure.what, figure.value) for figure in both.figures] == [("a", 1.0), ("b", 3.0), ("c", 4.0)]
+    assert both.tables[0].rows == (("one: x", "1"), ("two: x", "3"), ("two: y", "4"))
+    assert both.stamp == old.stamp
+    assert any("two" in note and new.stamp["date"] in note for note in both.notes)
 
 
 def test_a_readme_without_markers_is_left_alone(render: ModuleType) -> None:
@@ -228,11 +285,11 @@ def three_layers() -> nn.Module:
 
 def test_every_method_changes_its_masks_in_every_round(common: ModuleType, mutation: ModuleType) -> None:
     for method in mutation.methods().values():
-        mutating = mutation.Mutating(three_layers, method)
+        mutating = mutation.Mutating(three_layers, method, torch.zeros(1, 256))
         common.interleave({"mutate": mutating.mutate}, 3, around={"mutate": mutating.checked})
 
 
 def test_a_round_that_changes_no_mask_is_not_timed_silently(common: ModuleType, mutation: ModuleType) -> None:
-    mutating = mutation.Mutating(three_layers, spfde.StaticSparse(sparsity=0.9))
-    with pytest.raises(AssertionError, match="static changed no mask at epoch 10"):
+    mutating = mutation.Mutating(three_layers, spfde.StaticSparse(sparsity=0.9), torch.zeros(1, 256))
+    with pytest.raises(AssertionError, match=r"static.* epoch 10"):
         common.interleave({"mutate": mutating.mutate}, 1, around={"mutate": mutating.checked})

@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from spfde.core.errors import InvalidArgument
 from spfde.cost import ModelCost, model_cost
-from spfde.model.trace import Trace, TracedOp, trace
+from spfde.model.trace import trace
 
 
 def cost_of(model: nn.Module, *shape: int) -> ModelCost:
@@ -116,22 +115,9 @@ def test_a_parameter_that_is_the_input_of_a_product_is_not_its_weight() -> None:
     assert [layer.forward_flops for layer in cost.layers] == [80, 2 * 4 * 5]
 
 
-def test_a_trace_of_another_model_is_refused() -> None:
-    foreign = Trace(1, (TracedOp(0, "conv", ("conv.weight",), 10, 1, "aten.convolution"),), {}, ())
-    with pytest.raises(InvalidArgument, match=r"conv\.weight.*Trace the model"):
-        model_cost(foreign, small_net())
-
-
 def test_densities_follow_the_weights_and_products_stay_dense() -> None:
     cost = cost_of(SelfAttention(), 1, 5, 8)
     assert cost.densities({"attention.in_proj_weight": 0.25, "unused.weight": 0.5}) == (0.25, 1.0, 1.0, 1.0)
-
-
-def test_a_frozen_front_holds_the_layers_before_a_position() -> None:
-    cost = cost_of(small_net(), 2, 3, 6, 6)
-    assert cost.frozen_before(0) == (False, False, False)
-    assert cost.frozen_before(cost.layers[1].position) == (True, False, False)
-    assert cost.frozen_before(cost.layers[-1].position + 1) == (True, True, True)
 
 
 @pytest.mark.parametrize("model_and_shape", [(small_net, (2, 3, 6, 6)), (SelfAttention, (3, 5, 8))])

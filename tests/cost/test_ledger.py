@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -123,29 +125,37 @@ def test_a_row_whose_savings_do_not_add_up_is_refused() -> None:
     assert made == Ledger()
 
 
+ENTRIES = ["uncounted", "dense_memory_bytes", "rows"]
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "told"),
     [
-        (lambda s: s.pop("rows"), "exactly the keys"),
-        (lambda s: s.update(version=99), "version 99"),
-        (lambda s: s["rows"][0].pop("steps"), "a row that is none"),
-        (lambda s: s["rows"][1].update(epoch=0), "damaged row"),
-        (lambda s: s["rows"][1].update(training_flops=5), "damaged row"),
+        *((lambda s, name=name: s.pop(name), name) for name in ENTRIES),
+        *((lambda s, name=name: s.update({name: "text"}), name) for name in ENTRIES),
+        *((lambda s, field=field: s["rows"][0].pop(field.name), field.name) for field in dataclasses.fields(LedgerRow)),
+        *(
+            (lambda s, field=field: s["rows"][1].update({field.name: "text"}), field.name)
+            for field in dataclasses.fields(LedgerRow)
+        ),
+        (lambda s: s.update(version=1), "version"),
+        (lambda s: s.update(uncounted={"ReLU": "three"}), "ReLU"),
+        (lambda s: s["rows"].append("text"), "row"),
+        (lambda s: s["rows"][1].update(epoch=0), "row.epoch=0"),
+        (lambda s: s["rows"][1].update(training_flops=5), "row.training_flops=5"),
     ],
 )
-def test_a_damaged_state_is_refused_and_changes_nothing(damage: object, message: str) -> None:
+def test_a_damaged_state_is_refused_and_changes_nothing(damage: Callable[[Any], object], told: str) -> None:
     made = ledger()
     state = ledger(3).state_dict()
-    damage(state)  # type: ignore[operator]
-    with pytest.raises(StateMismatch, match=message):
+    damage(state)
+    with pytest.raises(StateMismatch, match=re.escape(told)):
         made.load_state_dict(state)
     assert made == ledger()
 
 
 def test_the_table_keeps_modelled_and_measured_apart_and_names_what_is_not_counted() -> None:
-    made = ledger()
-    made.dense_seconds = 8.0
-    text = str(made)
+    text = str(ledger())
     lines = text.splitlines()
     header = lines[2]
     assert header.split() == ["modelled", "measured", "dense", "of", "dense"]
@@ -170,9 +180,8 @@ def test_the_table_keeps_modelled_and_measured_apart_and_names_what_is_not_count
     assert line("step memory, least").split()[3:] == ["50", "MiB", "200", "MiB", "25.0%"]
     assert cell("peak memory", "measured") == "300 MiB"
     assert cell("time", "measured") == "4.0 s"
-    assert line("time").split()[-1] == "50.0%"
     assert lines[-2:] == [
-        "The dense column is modelled, its time measured.",
+        "The dense column is modelled.",
         "Modelled FLOPs leave out: BatchNorm2d x2, ReLU x3.",
     ]
 
@@ -184,13 +193,6 @@ def test_an_empty_ledger_prints_and_unknown_figures_show_as_a_dash() -> None:
     assert "leave out" not in text
     assert str(Ledger(uncounted={})).endswith("leave out: nothing.")
     assert Ledger().totals.flops_ratio == 1.0
-
-
-def test_the_table_of_epochs_has_one_line_an_epoch_below_two_of_headings() -> None:
-    lines = ledger().epoch_table().splitlines()
-    assert lines[0].split() == ["modelled"] * 3 + ["measured"] * 2
-    assert len(lines) == 2 + 1 + 2
-    assert lines[-1].split()[:5] == ["1", "80", "25.00%", "1", "0.1"]
 
 
 @pytest.mark.parametrize(

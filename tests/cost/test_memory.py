@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spfde.core.errors import InvalidArgument
 from spfde.cost import (
     LayerCost,
     MemoryBytes,
@@ -101,15 +100,6 @@ def test_freezing_never_adds_memory(density: list[float], frozen: list[bool]) ->
         assert memory_of(LAYERS, density, frozen, batch_size=3, accounting=accounting).total <= active.total
 
 
-def test_bad_arguments_are_named_together() -> None:
-    with pytest.raises(InvalidArgument) as raised:
-        memory_of(LAYERS, (1.0, 2.0, 1.0), (False,), batch_size=0, accounting="papre")  # type: ignore[arg-type]
-    assert [p.argument for p in raised.value.problems] == ["frozen", "density", "batch_size", "accounting"]
-    assert "Did you mean 'paper'?" in str(raised.value)
-    with pytest.raises(InvalidArgument, match="at least one epoch"):
-        memory_timeline(LAYERS, [], target_density=(1.0,) * 3, batch_size=1, accounting="paper")
-
-
 def test_a_tensor_saved_several_times_counts_once() -> None:
     x = torch.randn(10, requires_grad=True)
     with SavedTensorBytes() as saved:
@@ -133,17 +123,6 @@ def test_parameters_and_buffers_of_the_model_do_not_count() -> None:
     assert inside.bytes < everything.bytes <= inside.bytes + held
 
 
-def test_a_slice_of_a_data_set_can_be_left_out() -> None:
-    model = nn.Linear(6, 4)
-    data = torch.randn(1000, 6)
-    batch = data[10:15]
-    with SavedTensorBytes(model) as whole:
-        model(batch)
-    with SavedTensorBytes(model, exclude=[batch]) as without:
-        model(batch)
-    assert (whole.bytes, without.bytes) == (1000 * 6 * 4, 0)
-
-
 def test_a_frozen_front_saves_nothing() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     x = torch.randn(3, 6)
@@ -159,11 +138,12 @@ def test_a_frozen_front_saves_nothing() -> None:
 def test_autocast_saves_half_the_bytes_for_activations() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     x = torch.randn(16, 8)
-    with SavedTensorBytes(model, exclude=[x]) as full:
+    with SavedTensorBytes(model) as full:
         model(x)
-    with SavedTensorBytes(model, exclude=[x]) as half, torch.autocast("cpu", torch.bfloat16):
+    with SavedTensorBytes(model) as half, torch.autocast("cpu", torch.bfloat16):
         model(x)
-    assert full.bytes == 4 * 16 * 8
+    # The input and the hidden activation.
+    assert full.bytes == 4 * (16 * 8 + 16 * 8)
     # In bfloat16: the copy of the input, the hidden activation, and the copy of the second weight.
     assert half.bytes == 2 * (16 * 8 + 16 * 8 + 64)
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spfde.core.errors import InvalidArgument
-from spfde.cost import EpochCost, ModelCost, backward_flops, epoch_cost, total_cost
+from spfde.cost import EpochCost, ModelCost, epoch_cost, total_cost
 from spfde.cost.training import share
 
 FORWARD = (100, 40, 20)
@@ -44,14 +43,11 @@ def test_samples_beyond_the_population_are_a_negative_saving() -> None:
     check_bill(cost)
 
 
-def test_the_backward_pass_is_twice_the_sparse_forward_pass() -> None:
-    assert backward_flops(FORWARD, (1.0, 0.25, 0.5), samples=10) == (2000, 200, 200)
-
-
 def test_freezing_saves_exactly_the_backward_pass_of_the_frozen_layers() -> None:
     density = (0.31, 0.77, 0.13)
     cost = epoch_cost(FORWARD, density, (True, True, False), samples=9, population=9)
-    assert cost.saved_by_freezing == sum(backward_flops(FORWARD, density, samples=9)[:2])
+    # Twice the sparse forward pass: 9 x 100 x 0.31 and 9 x 40 x 0.77, rounded.
+    assert cost.saved_by_freezing == 2 * 279 + 2 * 277
 
 
 def test_a_share_is_exact_beyond_the_precision_of_floats() -> None:
@@ -87,12 +83,6 @@ def test_the_savings_always_add_up_and_are_never_negative_within_the_population(
 def test_a_neutral_epoch_costs_exactly_what_the_dense_one_costs(forward: list[int], samples: int) -> None:
     cost = epoch_cost(forward, [1.0] * len(forward), [False] * len(forward), samples=samples, population=samples)
     assert cost.training_flops == cost.dense_training_flops == 3 * sum(forward) * samples
-
-
-def test_all_bad_arguments_are_named_together() -> None:
-    with pytest.raises(InvalidArgument) as raised:
-        epoch_cost(FORWARD, (1.0, float("nan")), (False,), samples=-1, population=5)
-    assert [problem.argument for problem in raised.value.problems] == ["density", "frozen", "density", "samples"]
 
 
 def test_costs_of_epochs_add_up_and_no_epochs_cost_nothing() -> None:

@@ -15,6 +15,7 @@ EXAMPLES = ROOT / "examples"
 
 # Small settings, and what the output has to show.
 CASES = {
+    "own_criterion.py": ([], ["300 samples in use", "made in Python: loss 0.", "read from TOML: loss 0."]),
     "own_loop.py": (["--samples", "200", "--epochs", "6"], ["stopped after epoch 2", "epoch 5:", "Cost of 6 epochs"]),
     "per_sample_loss.py": (["--samples", "200", "--epochs", "8"], ["150 samples in use", "Cost of 8 epochs"]),
     "segmentation.py": (["--samples", "60", "--epochs", "8"], ["down1, down2, bottom, up2, up1", "Cost of 8 epochs"]),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from helpers import ROOT
 
+Names = dict[str, object]
 CARDS = sorted(path for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "README")
 
 
@@ -20,31 +20,17 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def names_to_use(folder: Path) -> dict[str, object]:
-    """What the documentation takes for granted: a tiny model, its optimizer, a loader, a path."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
-    loader = DataLoader(TensorDataset(torch.randn(20, 4), torch.randint(3, (20,))), batch_size=8, shuffle=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return {
-        "model": model,
-        "optimizer": optimizer,
-        "loader": loader,
-        "path": folder / "checkpoint.pt",
-        "torch": torch,
-        "spfde": spfde,
-    }
-
-
-def run(page: Path, names: dict[str, object]) -> None:
+def run(page: Path, names: Names) -> None:
     found = blocks(page, "python")
     assert found
     for block in found:
         exec(compile(block, page.name, "exec"), names)
 
 
-def test_the_readme_trains_the_whole_system_and_saves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = names_to_use(tmp_path)
+def test_the_readme_trains_the_whole_system_and_saves_it(
+    new_names: Callable[[], Names], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = new_names()
     run(ROOT / "README.md", names)
     session = names["session"]
     assert isinstance(session, spfde.Session)
@@ -55,10 +41,10 @@ def test_the_readme_trains_the_whole_system_and_saves_it(tmp_path: Path, capsys:
     assert set(torch.load(tmp_path / "checkpoint.pt")) == {"model", "optimizer", "spfde"}
 
 
-def test_the_faq_resumes_what_the_readme_saved(tmp_path: Path) -> None:
-    saved = names_to_use(tmp_path)
+def test_the_faq_resumes_what_the_readme_saved(new_names: Callable[[], Names]) -> None:
+    saved = new_names()
     run(ROOT / "README.md", saved)
-    names = names_to_use(tmp_path) | {"recipe": saved["recipe"]}
+    names = new_names() | {"recipe": saved["recipe"]}
     run(ROOT / "docs" / "faq.md", names)
     before, after = saved["session"], names["session"]
     assert isinstance(before, spfde.Session)
@@ -92,11 +78,11 @@ def test_the_readme_has_the_markers_that_the_results_go_between() -> None:
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
-def test_the_card_makes_recipes_that_can_be_attached(card: Path, tmp_path: Path) -> None:
+def test_the_card_makes_recipes_that_can_be_attached(card: Path, new_names: Callable[[], Names]) -> None:
     found = blocks(card, "python")
     assert found
     for block in found:
-        names = names_to_use(tmp_path)
+        names = new_names()
         exec(compile(block, card.name, "exec"), names)
         recipe = names["recipe"]
         assert isinstance(recipe, spfde.Recipe)

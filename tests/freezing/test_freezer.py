@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.compiling import RECOMPILE_LIMIT, recompile_limit
 from helpers.models import SmallResNet, images, partition
-from spfde.core.errors import InvalidArgument, StateMismatch, UsageError
-from spfde.freezing import Freezer, find_blocks, recompile_warning
+from spfde.core.errors import StateMismatch
+from spfde.freezing import Freezer, recompile_warning
+from spfde.model.blocks import find_blocks
 from spfde.model.trace import trace
 
 OPTIMIZERS = {
@@ -87,7 +89,7 @@ def test_unfreezing_restores_what_each_parameter_and_module_had(mode):
     assert freezer.n_frozen == 3
     if not mode:
         model.eval()
-    freezer.unfreeze_all()
+    freezer.freeze_to(0)
     assert freezer.n_frozen == 0
     assert freezer.frozen_parameters == frozenset()
     without_grad = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -109,16 +111,8 @@ def test_a_train_method_that_the_user_put_on_a_norm_comes_back():
     model.norm.train = mine
     freezer.freeze_to(1)
     assert model.norm.train is not mine
-    freezer.unfreeze_all()
+    freezer.freeze_to(0)
     assert model.norm.train is mine
-
-
-def test_no_fewer_than_no_blocks_and_no_more_than_all_can_be_frozen():
-    _, _, freezer = make()
-    for count in (-1, 5):
-        with pytest.raises(UsageError, match="between 0 and 4"):
-            freezer.freeze_to(count)
-    assert freezer.n_frozen == 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -169,7 +163,7 @@ def test_a_deep_copy_of_a_frozen_model_stays_frozen_and_apart():
     twin = copy.deepcopy(model).eval().train()
     assert not twin.norm.training
     assert twin.stage1[1].bn1.training
-    freezer.unfreeze_all()
+    freezer.freeze_to(0)
     model.train()
     assert model.norm.training
     assert not twin.norm.training
@@ -216,19 +210,23 @@ def test_the_state_freezes_another_freezer_as_far_and_survives_weights_only_load
     assert other_model.stage1[1].conv1.weight.requires_grad
 
 
-@pytest.mark.parametrize("change", [{"n_frozen": 9}, {"n_frozen": "1"}, {"n_frozen": True}, {"blocks": ["a"]}])
-def test_a_state_of_another_model_is_refused(change):
+@pytest.mark.parametrize(
+    "change",
+    [{"n_frozen": 9}, {"n_frozen": -1}, {"n_frozen": "1"}, {"n_frozen": True}, {"blocks": ["a"]}, {"blocks": 4}],
+)
+def test_a_state_of_another_model_or_of_another_kind_is_refused(change):
     _, _, freezer = make()
-    with pytest.raises(StateMismatch, match="freezing state"):
+    with pytest.raises(StateMismatch, match=next(iter(change)).removeprefix("n_")):
         freezer.load_state_dict({**freezer.state_dict(), **change})
     assert freezer.n_frozen == 0
 
 
-def test_blocks_of_another_model_are_refused():
-    blocks = partition(SmallResNet(), images()).blocks
-    model = nn.Linear(2, 2)
-    with pytest.raises(InvalidArgument, match="no parameter of the model"):
-        Freezer(model, blocks, OPTIMIZERS["sgd"](model.parameters()))
+@pytest.mark.parametrize("name", ["n_frozen", "blocks"])
+def test_a_state_that_lacks_an_entry_is_refused(name):
+    _, _, freezer = make()
+    state = {key: value for key, value in freezer.state_dict().items() if key != name}
+    with pytest.raises(StateMismatch, match=name):
+        freezer.load_state_dict(state)
 
 
 def test_a_compiled_model_is_compiled_anew_twice_for_each_frozen_front_and_not_for_each_epoch():
@@ -251,8 +249,9 @@ def test_a_compiled_model_is_compiled_anew_twice_for_each_frozen_front_and_not_f
         with torch.no_grad():
             compiled(images())
         seen.append(graphs)
-    # One graph for training and one for evaluation at first, and for each front that was not there yet.
-    assert seen == [2, 4, 4, 6, 6, 6, 6, 6]
+    # At most one graph for training and one for evaluation at first, and for each front that was not there yet.
+    assert all(count <= most for count, most in zip(seen, [2, 4, 4, 6, 6, 6, 6, 6], strict=True))
+    assert seen[0] < seen[1] == seen[2] < seen[3] == seen[-1]
     torch._dynamo.reset()
 
 
@@ -260,8 +259,8 @@ def test_a_compiled_model_that_would_meet_the_recompile_limit_is_warned_about():
     model = nn.Linear(2, 2)
     assert recompile_warning(model, 100) is None
     compiled = torch.compile(model, backend="eager")
-    limit = torch._dynamo.config.recompile_limit
-    assert recompile_warning(compiled, limit // 2 - 1) is None
-    warning = recompile_warning(compiled, limit // 2)
+    with recompile_limit(8):
+        assert recompile_warning(compiled, 3) is None
+        warning = recompile_warning(compiled, 4)
     assert warning is not None
-    assert f"recompile_limit={limit}" in warning
+    assert f"{RECOMPILE_LIMIT}=8" in warning

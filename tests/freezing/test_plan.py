@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, freezing_saving, solve
+from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, solve
 
 EPOCHS, INTERVAL = 160, 5
 
@@ -99,7 +99,7 @@ def test_a_plan_worked_by_hand():
     assert plan.freeze_epochs == (4, 6, None)
     assert plan.start_epoch == 4
     assert plan.reduction == pytest.approx(20 / 60)
-    assert [plan.n_frozen_at(epoch) for epoch in (0, 3, 4, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
+    assert [plan.frozen[epoch] for epoch in (0, 3, 4, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_freezing_stops_as_soon_as_the_target_is_met():
@@ -116,8 +116,8 @@ def test_a_target_that_is_met_exactly_is_met():
 
 
 def test_costs_that_change_over_time_are_taken_at_their_epoch():
-    assert freezing_saving([[1.0, 2.0, 4.0, 8.0]], [0, 0, 1, 1]) == 12.0
-    assert freezing_saving([[1.0, 2.0], [5.0, 7.0]], [2, 1]) == 1.0 + 5.0 + 2.0
+    assert Savings([[1.0, 2.0, 4.0, 8.0]], 48.0, 0.1, 1, 1).reduction((0, 0, 1, 1)) == 12 / 48
+    assert Savings([[1.0, 2.0], [5.0, 7.0]], 32.0, 0.1, 1, 2).reduction((2, 1)) == (1 + 5 + 2) / 32
 
 
 def test_no_reduction_freezes_nothing():
@@ -125,7 +125,7 @@ def test_no_reduction_freezes_nothing():
     assert plan == FreezePlan(2, (0, 0, 0, 0), 0.0)
     assert plan.freeze_epochs == (None, None)
     assert plan.start_epoch is None
-    assert plan.n_frozen_at(3) == 0
+    assert plan.frozen[3] == 0
 
 
 def test_a_target_out_of_reach_is_refused_with_the_most_possible_and_that_can_be_reached():
@@ -217,7 +217,7 @@ def test_the_latest_start_that_reaches_the_target_is_chosen(problem, reduction):
     assert all(at < epochs for at in frozen)
     # One block fewer would fall short.
     assert sum(sum(backward[index][at:]) for index, at in enumerate(frozen[:-1])) / total < reduction
-    counts = [plan.n_frozen_at(epoch) for epoch in range(epochs)]
+    counts = [plan.frozen[epoch] for epoch in range(epochs)]
     assert counts == sorted(counts)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.freezing import BlockwiseCosine, GroupRates, rate
+from spfde.freezing import BlockwiseCosine, GroupRates, learning_rate_factor, rate
 
 
 def parameters(n: int) -> list[nn.Parameter]:
@@ -20,19 +20,28 @@ def by_block(ps: list[nn.Parameter], blocks: list[int]) -> dict[int, int]:
     return {id(p): block for p, block in zip(ps, blocks, strict=True)}
 
 
+def rate_at(base: float, epoch: int, *, stop: int, warmup: int, final: float) -> float:
+    factor = learning_rate_factor(epoch, stop=stop, warmup=warmup)
+    return rate(base, factor, warms_up=epoch < warmup, final=final)
+
+
+def factors(epoch: int, *stops: int) -> list[float]:
+    return [learning_rate_factor(epoch, stop=stop, warmup=0) for stop in stops]
+
+
 def test_the_rate_falls_by_a_cosine_to_its_end_at_the_freeze_epoch():
-    assert rate(0.2, 0, stop=10, warmup=0, final=0.0) == pytest.approx(0.2)
-    assert rate(0.2, 5, stop=10, warmup=0, final=0.0) == pytest.approx(0.1)
-    assert rate(0.2, 9, stop=10, warmup=0, final=0.0) == pytest.approx(0.1 * (1 + math.cos(0.9 * math.pi)))
-    assert rate(0.2, 10, stop=10, warmup=0, final=0.01) == 0.01
-    assert rate(0.2, 50, stop=10, warmup=0, final=0.01) == 0.01
-    assert rate(0.2, 0, stop=0, warmup=0, final=0.0) == 0.0
+    assert rate_at(0.2, 0, stop=10, warmup=0, final=0.0) == pytest.approx(0.2)
+    assert rate_at(0.2, 5, stop=10, warmup=0, final=0.0) == pytest.approx(0.1)
+    assert rate_at(0.2, 9, stop=10, warmup=0, final=0.0) == pytest.approx(0.1 * (1 + math.cos(0.9 * math.pi)))
+    assert rate_at(0.2, 10, stop=10, warmup=0, final=0.01) == 0.01
+    assert rate_at(0.2, 50, stop=10, warmup=0, final=0.01) == 0.01
+    assert rate_at(0.2, 0, stop=0, warmup=0, final=0.0) == 0.0
 
 
 def test_the_rate_warms_up_linearly_and_then_starts_at_its_base():
-    rates = [rate(0.4, epoch, stop=8, warmup=4, final=0.0) for epoch in range(5)]
+    rates = [rate_at(0.4, epoch, stop=8, warmup=4, final=0.0) for epoch in range(5)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert rate(0.4, 6, stop=8, warmup=4, final=0.0) == pytest.approx(0.2)
+    assert rate_at(0.4, 6, stop=8, warmup=4, final=0.0) == pytest.approx(0.2)
 
 
 def test_groups_are_split_by_block_and_each_keeps_its_options_and_its_own_base_rate():
@@ -49,7 +58,7 @@ def test_groups_are_split_by_block_and_each_keeps_its_options_and_its_own_base_r
     ]
     assert [group["weight_decay"] for group in opt.param_groups] == [0.5, 0.5, 0, 0]
     assert all(group["momentum"] == 0.9 for group in opt.param_groups)
-    rates.apply(4)
+    rates.apply(4, factors(4, 4, 8, 16))
     assert [group["lr"] for group in opt.param_groups] == pytest.approx(
         [0.0, 0.05, 0.0, 0.1 * (1 + math.cos(math.pi / 4))]
     )
@@ -67,7 +76,7 @@ def test_joining_restores_the_very_groups_with_their_order_and_rates():
     the_list = opt.param_groups
     rates = GroupRates(opt, by_block(ps, [2, 0, 1, 0, 1, 0]), [2, 4, 8], BlockwiseCosine())
     assert len(opt.param_groups) == 5
-    rates.apply(3)
+    rates.apply(3, factors(3, 2, 4, 8))
     rates.join()
     assert opt.param_groups is the_list
     assert all(a is b for a, b in zip(opt.param_groups, groups, strict=True))
@@ -76,7 +85,7 @@ def test_joining_restores_the_very_groups_with_their_order_and_rates():
         assert all(a is b for a, b in zip(group["params"], old["params"], strict=True))
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in old.items() if k != "params"}
     rates.join()
-    rates.apply(1)
+    rates.apply(1, factors(1, 2, 4, 8))
     assert [group["lr"] for group in opt.param_groups] == [0.1, 0.7]
 
 
@@ -86,7 +95,7 @@ def test_a_tensor_rate_is_filled_in_place_and_each_group_has_its_own():
     opt = torch.optim.Adam(ps, lr=lr)
     rates = GroupRates(opt, by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
     tensors = [group["lr"] for group in opt.param_groups]
-    rates.apply(2)
+    rates.apply(2, factors(2, 2, 4))
     assert [float(t) for t in tensors] == pytest.approx([0.0, 0.125])
     assert all(group["lr"] is t for group, t in zip(opt.param_groups, tensors, strict=True))
     for p in ps:
@@ -113,7 +122,7 @@ def test_named_parameters_are_split_with_their_names():
 def test_a_parameter_without_a_block_goes_with_the_head():
     ps = parameters(2)
     opt = torch.optim.SGD(ps, lr=1.0)
-    GroupRates(opt, {id(ps[0]): 0}, [2, 4], BlockwiseCosine()).apply(2)
+    GroupRates(opt, {id(ps[0]): 0}, [2, 4], BlockwiseCosine()).apply(2, factors(2, 2, 4))
     assert [group["lr"] for group in opt.param_groups] == pytest.approx([0.0, 0.5])
 
 
@@ -139,14 +148,14 @@ def test_a_loaded_optimizer_state_and_loaded_base_rates_go_on_as_before():
         return opt, GroupRates(opt, by_block(ps, [0, 1, 2]), [2, 4, 8], BlockwiseCosine())
 
     opt, rates = make(0.1)
-    rates.apply(1)
+    rates.apply(1, factors(1, 2, 4, 8))
     saved = opt.state_dict(), rates.state_dict()
     other, other_rates = make(0.5)
     other.load_state_dict(saved[0])
     other_rates.load_state_dict(saved[1])
     assert [g["lr"] for g in other.param_groups] == [g["lr"] for g in opt.param_groups]
-    rates.apply(3)
-    other_rates.apply(3)
+    rates.apply(3, factors(3, 2, 4, 8))
+    other_rates.apply(3, factors(3, 2, 4, 8))
     assert [g["lr"] for g in other.param_groups] == [g["lr"] for g in opt.param_groups]
     other_rates.join()
     assert [g["lr"] for g in other.param_groups] == [0.1]
@@ -158,7 +167,7 @@ def test_a_group_that_was_added_later_is_left_alone():
     opt = torch.optim.SGD(ps, lr=0.1)
     rates = GroupRates(opt, by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
     opt.add_param_group({"params": parameters(1), "lr": 0.3})
-    rates.apply(2)
+    rates.apply(2, factors(2, 2, 4))
     assert opt.param_groups[-1]["lr"] == 0.3
     rates.join()
     assert [group["lr"] for group in opt.param_groups] == [0.1, 0.3]
@@ -203,7 +212,7 @@ def test_an_optimizer_of_one_group_only_is_refused():
         GroupRates(torch.optim.LBFGS(ps), by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
 
 
-@pytest.mark.parametrize("state", [{}, {"base_rates": [0.1, 0.2]}, {"base_rates": "0.1"}])
+@pytest.mark.parametrize("state", [{}, {"base_rates": [0.1, 0.2]}, {"base_rates": "0.1"}, {"base_rates": ["0.1"]}])
 def test_a_state_of_another_optimizer_is_refused(state):
     ps = parameters(2)
     rates = GroupRates(torch.optim.SGD(ps, lr=0.1), by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spfde
+from helpers.registering import forgetting_names
+from helpers.training import EPOCHS, SAMPLES, train
+from spfde.app.methods import render_catalogue
+from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, paused, solve
+from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, solve
+from spfde.freezing.schemes import paused
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
 
@@ -20,6 +28,12 @@ def saved(backward: Sequence[Sequence[float]], plan: FreezePlan) -> float:
     for index, flops in enumerate(backward):
         total += sum(flop for flop, count in zip(flops, plan.frozen, strict=True) if count > index)
     return total
+
+
+def most_possible(error: InvalidArgument) -> float:
+    found = re.search(r"most possible is (\d\.\d{3})", str(error))
+    assert found is not None
+    return float(found[1])
 
 
 def equal(n_blocks: int, epochs: int, flops: float = 2.0) -> list[list[float]]:
@@ -92,8 +106,8 @@ def test_delayed_periodic_by_hand():
     assert plan.start_epoch == 5
     assert plan.reduction == pytest.approx(42 / 192)
     # More blocks pause than without the delay.
-    at_once = solve(Savings(equal(4, 16), 192.0, 0.2, 2, 4), scheme="periodic")
-    assert max(at_once.frozen) < max(plan.frozen)
+    together = solve(Savings(equal(4, 16), 192.0, 0.2, 2, 4), scheme="periodic")
+    assert max(together.frozen) < max(plan.frozen)
 
 
 def test_the_delay_is_shorter_where_the_target_asks_for_it_and_can_be_given():
@@ -145,8 +159,6 @@ def test_no_reduction_freezes_nothing(scheme):
         ({"resume_epochs": 4}, "single-shot-resume"),
         ({"scheme": "single-shot-resume", "resume_epochs": 0}, "resume_epochs"),
         ({"scheme": "delayed-periodic", "start_epoch": 4, "flops_reduction": 0.0}, "flops_reduction"),
-        ({"scheme": "periodic", "cache_variants": 1}, "cache_variants"),
-        ({"scheme": "single-shot-resume", "cache_variants": 1}, "cache_variants"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused_by_name(fields, named):
@@ -154,44 +166,117 @@ def test_fields_that_do_not_go_together_are_refused_by_name(fields, named):
         ProgressiveFreezing(**fields)
 
 
-# --- at target in time -----------------------------------------------------------------------------------------------
+def test_an_unknown_scheme_is_refused_with_the_nearest():
+    for refuse in (lambda: ProgressiveFreezing(scheme="periodik"), lambda: solve(savings(), scheme="periodik")):
+        with pytest.raises(InvalidArgument, match="Did you mean 'periodic'") as caught:
+            refuse()
+        assert caught.value.problems[0].argument == "scheme"
 
 
-def test_a_block_settles_in_its_last_interval_before_it_is_frozen_for_good():
-    plan = FreezePlan(3, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2), 0.0)
-    assert [plan.settles(0, epoch, 2) for epoch in range(10)] == [False] * 2 + [True] * 8
-    assert [plan.settles(1, epoch, 2) for epoch in range(10)] == [False] * 4 + [True] * 6
-    assert not any(plan.settles(2, epoch, 2) for epoch in range(10))
-    assert [plan.last_turn(0, epoch, 2) for epoch in range(10)] == [0, 0, 2, 2, 2, 2, 2, 2, 2, 2]
+# --- as far as possible ----------------------------------------------------------------------------------------------
 
 
-def test_a_block_that_resumes_is_no_longer_held_at_its_target_from_its_first_update_epoch_on():
-    plan = FreezePlan(2, (0, 0, 0, 0, 1, 1, 1, 0, 0, 0), 0.0)
-    # Thawed in epoch 7, it may mutate at the update epoch 8.
-    assert [plan.settles(0, epoch, 2) for epoch in range(10)] == [False] * 2 + [True] * 6 + [False] * 2
-    assert plan.last_turn(0, 7, 2) == 2
+def savings(reduction: float = 0.9, *, epochs: int = 10, interval: int = 2) -> Savings:
+    """Of 6 FLOPs an epoch, two blocks of 2 each may be frozen."""
+    return Savings(equal(2, epochs), 6.0 * epochs, reduction, interval, 2)
 
 
-def test_a_block_that_pauses_keeps_its_mask_until_its_last_update_epoch():
-    plan = FreezePlan(3, paused(12, 1, 2), 0.0, pauses=True)
-    # An update epoch every three epochs: the front trains at 0 and never again on an update epoch before the last
-    # epoch; the middle at 0 and 6.
-    assert [plan.last_turn(0, epoch, 3) for epoch in range(12)] == [0] * 12
-    assert all(plan.settles(0, epoch, 3) for epoch in range(12))
-    assert [plan.settles(1, epoch, 3) for epoch in range(12)] == [False] * 6 + [True] * 6
-    assert not any(plan.settles(2, epoch, 3) for epoch in range(12))
+@pytest.mark.parametrize(
+    ("scheme", "options", "frozen"),
+    [
+        ("single-shot", {}, (0, 0, 1, 1, 2, 2, 2, 2, 2, 2)),
+        ("single-shot", {"start_epoch": 4}, (0, 0, 0, 0, 1, 1, 2, 2, 2, 2)),
+        ("single-shot-resume", {"resume_epochs": 2}, (0, 0, 1, 1, 2, 2, 2, 2, 0, 0)),
+        ("periodic", {}, (0, 2, 2, 2, 0, 2, 2, 2, 0, 2)),
+        ("delayed-periodic", {}, (0, 0, 0, 2, 2, 2, 0, 2, 2, 2)),
+    ],
+)
+def test_what_can_be_reached_is_planned_where_the_target_cannot_by_hand(scheme, options, frozen):
+    plan = solve(savings(), scheme=scheme, as_far_as_possible=True, **options)
+    assert plan.frozen == frozen
+    assert plan.asked == 0.9
+    assert plan.reduction == pytest.approx(2 * sum(frozen) / 60)
 
 
-def test_a_block_that_trains_in_the_last_epoch_is_pruned_there_and_settles_not_before():
-    plan = FreezePlan(2, paused(9, 1, 1), 0.0, pauses=True)
-    assert plan.frozen[-1] == 0
-    assert not any(plan.settles(0, epoch, 3) for epoch in range(9))
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_in_a_run_of_any_length_the_most_is_planned_be_it_nothing(scheme, epochs, interval):
+    plan = solve(savings(epochs=epochs, interval=interval), scheme=scheme, as_far_as_possible=True)
+    assert len(plan.frozen) == epochs
+    with pytest.raises(InvalidArgument) as caught:
+        solve(savings(epochs=epochs, interval=interval), scheme=scheme)
+    most = most_possible(caught.value)
+    assert most <= plan.reduction < most + 0.001
+    assert (plan.reduction == 0) == (plan.start_epoch is None)
 
 
-def test_a_block_frozen_from_the_first_epoch_on_has_no_update_epoch_and_is_at_target():
-    plan = FreezePlan(1, (1, 1, 1, 1), 0.0)
-    assert plan.last_turn(0, 3, 2) is None
-    assert plan.settles(0, 0, 2)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_target_in_reach_is_planned_the_same_whether_or_not_less_would_do(scheme):
+    assert solve(savings(0.2), scheme=scheme, as_far_as_possible=True) == solve(savings(0.2), scheme=scheme)
+    assert solve(savings(0.2), scheme=scheme).asked == 0.2
+
+
+def test_a_start_that_was_given_is_checked_in_any_case():
+    with pytest.raises(InvalidArgument, match="start_epoch=3"):
+        solve(savings(), start_epoch=3, as_far_as_possible=True)
+
+
+# --- a stranger's ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together() -> Iterator[type[FreezingScheme]]:
+    with forgetting_names("freezing-scheme"):
+
+        @spfde.register("freezing-scheme")
+        class Together(spfde.freezing.FreezingScheme):
+            name = "together"
+            summary = "All blocks are frozen at the same time, as late as can be."
+            references = ("@misc{mine,\n  title = {Mine}\n}",)
+
+            def timelines(self, savings: Savings) -> Iterator[tuple[int, ...]]:
+                for start in savings.update_epochs(savings.epochs - 1):
+                    yield (0,) * start + (savings.n_blocks,) * (savings.epochs - start)
+
+        yield Together
+
+
+def test_a_stranger_s_scheme_is_solved_for_by_hand(together):
+    # From epoch 8 on two blocks save 2 epochs each, 8 FLOPs of 60; from epoch 6 on 16, and from epoch 2 on 32.
+    assert solve(savings(0.2), scheme="together").frozen == (0,) * 6 + (2,) * 4
+    assert solve(savings(), scheme="together", as_far_as_possible=True).frozen == (0,) * 2 + (2,) * 8
+    with pytest.raises(InvalidArgument, match=r"most possible is 0\.533"):
+        solve(savings(), scheme="together")
+
+
+def test_a_stranger_s_scheme_works_in_recipes_toml_options_the_catalogue_and_citations(together):
+    recipe = spfde.Recipe(freezing=ProgressiveFreezing(scheme="together"))
+    assert spfde.Recipe.from_toml(recipe.to_toml()) == recipe
+    assert choose_recipe("dense", freeze=0.2, freeze_scheme="together") == recipe
+    assert "together" in render_catalogue()
+    assert "title = {Mine}" in spfde.cite(recipe)
+    with pytest.raises(InvalidArgument, match=r"start_epoch.*single-shot"):
+        ProgressiveFreezing(scheme="together", start_epoch=2)
+
+
+def test_a_run_freezes_by_a_stranger_s_scheme_and_the_plan_says_so(together, parts):
+    recipe = spfde.Recipe(
+        freezing=ProgressiveFreezing(flops_reduction=0.1, scheme="together"), update_interval_epochs=2
+    )
+    bill = spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), recipe, EPOCHS, SAMPLES)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS)
+    train(parts, session)
+    assert tuple(row.frozen_blocks for row in session.cost.rows) == bill.blueprint.freeze_plan.frozen
+    assert len({0, *bill.blueprint.freeze_plan.frozen}) == 2
+    assert "together" in str(bill)
+
+
+@pytest.mark.parametrize("wrong", [(0, 0, 0), (0, 0, 0, 3), (0, 0, -1, 0), (0, 1, 1, 0)])
+def test_a_timeline_that_cannot_be_is_refused_by_the_scheme_s_name(together, wrong):
+    together.timelines = lambda self, savings: [wrong]
+    with pytest.raises(InvalidArgument, match=r"Together\.timelines"):
+        solve(savings(epochs=4), scheme="together")
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
@@ -215,7 +300,7 @@ def test_the_target_is_met_by_a_front_of_allowed_blocks_or_refused(cost, scheme,
     try:
         plan = solve(Savings(backward, total, reduction, interval, n_blocks), scheme=scheme)
     except InvalidArgument as error:
-        most = float(str(error).split("most possible is ")[1].split(",")[0])
+        most = most_possible(error)
         assert most < reduction
         if most > 0:
             solve(Savings(backward, total, most, interval, n_blocks), scheme=scheme)
@@ -246,17 +331,10 @@ def test_the_pair_of_front_and_middle_overshoots_least_up_to_a_point(cost, reduc
     assert plan.frozen in [paused(epochs, *pair) for pair in pairs]
 
 
-@settings(max_examples=100, deadline=None)
-@given(costs(), st.sampled_from(SCHEMES), st.floats(0.01, 0.4))
-def test_what_is_at_target_is_a_front_and_holds_all_that_is_frozen_in_the_end(cost, scheme, reduction):
-    backward, total, interval, n_blocks = cost
-    try:
-        plan = solve(Savings(backward, total, reduction, interval, n_blocks), scheme=scheme)
-    except InvalidArgument:
-        return
-    for epoch in range(len(plan.frozen)):
-        settles = [plan.settles(block, epoch, interval) for block in range(plan.n_blocks)]
-        assert settles == sorted(settles, reverse=True)
-        if not plan.pauses:
-            assert all(settles[: plan.frozen[epoch]])
-    assert all(settles[: plan.frozen[-1]])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+def test_the_paper_s_preset_trains_for_any_number_of_epochs_as_it_is_planned(parts, epochs):
+    bill = spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), spfde.presets.spfde, epochs, SAMPLES)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, spfde.presets.spfde, epochs=epochs)
+    train(parts, session)
+    assert [row.frozen_blocks for row in session.cost.rows] == list(bill.blueprint.freeze_plan.frozen)
+    assert bill.blueprint.freeze_plan.asked == 0.2

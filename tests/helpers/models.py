@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spfde.freezing import Partition, find_blocks
+from spfde.model.blocks import Partition, find_blocks
 from spfde.model.trace import trace
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spfde.engines.native import build
-from spfde.engines.native.engine import NativeEngine
 from spfde.engines.native.kernels import Kernels
+from spfde.engines.native.model import NativeModel
 
 needs_kernels = pytest.mark.skipif(build.available() is not None, reason=f"no kernels: {build.available()}")
 
@@ -42,10 +42,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def twin(
     model: nn.Module, masks: Mapping[str, Tensor], dtype: torch.dtype = torch.float64
-) -> tuple[nn.Module, NativeEngine]:
+) -> tuple[nn.Module, NativeModel]:
     """A copy of ``model`` that computes as before, and the engine that was put on ``model``."""
     reference = copy.deepcopy(model)
-    engine = NativeEngine(model, kernels(dtype), masks=lambda: masks, dense_gradients=lambda: frozenset())
+    engine = NativeModel(model, kernels(dtype), masks=lambda: masks, dense_gradients=lambda: frozenset())
     return reference, engine
 
 

@@ -14,8 +14,9 @@ from helpers.native import needs_kernels
 from helpers.resuming import assert_equal, everything
 from helpers.training import BATCH, EPOCHS, SAMPLES, make_parts, train
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.freezing import Block
+from spfde.model.blocks import Block
 from spfde.session.convergence import Convergence, StructureCriterion
+from spfde.session.distributed import World
 
 
 def block(name: str) -> Block:
@@ -37,54 +38,59 @@ class Scripted:
         return self.left.pop(0)
 
 
-def scripted(similarities: list[float], blocks: int = 3) -> Convergence:
-    names = [block(f"b{index}") for index in range(blocks)]
-    return Convergence(Scripted(similarities), names, threshold=0.9, flops_of_look=lambda samples: 10 * samples)
+def scripted(similarities: list[float], **more: Any) -> tuple[spfde.Session, Scripted]:
+    """A session whose plan freezes blocks late, one an update, and whose looks are those."""
+    _, session = attach(adaptive("structure", 0.9, flops_reduction=0.0, start_epoch=6, **more))
+    criterion = Scripted(similarities)
+    convergence_of(session)._criterion = criterion
+    return session, criterion
 
 
-def test_a_block_that_has_converged_settles_for_one_interval_and_is_then_frozen() -> None:
-    decided = scripted([0.5, 0.95, 0.95])
-    steps = []
-    for update_epoch in range(5):
-        frozen = decided.begin_epoch(planned=0, is_update_epoch=True, decides=update_epoch < 4)
-        steps.append((frozen, sorted(decided.settling)))
-    # The first update epoch has nothing to compare with; b0 converges at the third and is frozen at the fourth.
-    assert steps == [(0, []), (0, []), (0, ["b0.weight"]), (1, ["b1.weight"]), (2, [])]
+def convergence_of(session: spfde.Session) -> Convergence:
+    return next(part for part in session._parts if isinstance(part, Convergence))
+
+
+def test_a_block_that_has_converged_comes_to_its_target_and_is_frozen_at_the_next_update() -> None:
+    session, _ = scripted([0.5, 0.95, 0.5, 0.95])
+    frozen, to_target = [], []
+    for epoch in session.epochs():
+        frozen.append(session.frozen_blocks)
+        to_target.append(session.timeline[epoch].layers["blocks.0.conv1.weight"].to_target)
+    # The first update has nothing to compare with; b0 converges at the third and is frozen at the fourth.
+    assert frozen == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert to_target == [False, False, True, True, False, False, False, False]
+    assert session.timeline.frozen == (0, 0, 0, 1, 1, 2, 2, 2)
+    assert [row.frozen_blocks for row in session.cost.rows] == frozen
 
 
 def test_nothing_is_decided_between_update_epochs_and_the_plan_is_the_latest_time() -> None:
-    decided = scripted([0.1, 0.1])
-    assert decided.begin_epoch(planned=0, is_update_epoch=True, decides=True) == 0
-    assert decided.overhead == 30
-    assert decided.begin_epoch(planned=0, is_update_epoch=False, decides=True) == 0
-    assert decided.overhead == 0
-    assert decided.begin_epoch(planned=2, is_update_epoch=True, decides=True) == 2
-    assert decided.begin_epoch(planned=3, is_update_epoch=True, decides=True) == 3
-    assert decided.overhead == 0
+    session, criterion = scripted([0.1, 0.1, 0.1], update_interval_epochs=2)
+    frozen = [session.frozen_blocks for _ in session.epochs()]
+    assert frozen == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert criterion.left == [0.1]  # compared at the epochs 2 and 4; at 6 no other update follows
 
 
 def test_a_block_of_which_nothing_can_be_seen_goes_by_the_next_one_behind_it() -> None:
-    decided = scripted([0.5, 0.95, 0.95, 0.5])
-    seen = decided._criterion.look
-    decided._criterion.look = lambda blocks: {name: found for name, found in seen(blocks).items() if name != "b0"}
-    frozen = [decided.begin_epoch(planned=0, is_update_epoch=True, decides=True) for _ in range(5)]
-    assert frozen == [0, 0, 0, 1, 2]
+    session, criterion = scripted([0.5, 0.95, 0.95, 0.5])
+    seen = criterion.look
+    criterion.look = lambda blocks: dict(list(seen(blocks).items())[1:])  # type: ignore[method-assign]
+    assert [session.frozen_blocks for _ in session.epochs()][:4] == [0, 0, 0, 1]
 
 
-def test_all_processes_go_by_one_similarity() -> None:
-    names = [block("b0")]
-    decided = Convergence(Scripted([0.95]), names, threshold=0.9, flops_of_look=int, agreed=lambda mine: mine - 0.1)
-    for _ in range(2):
-        decided.begin_epoch(planned=0, is_update_epoch=True, decides=True)
-    assert decided.similarity == pytest.approx(0.85)
-    assert not decided.settles
+def test_all_processes_go_by_the_first_ones_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = scripted([0.95] * 8)
+    monkeypatch.setattr(World, "gather", lambda world, mine: [mine - 0.1, mine] if isinstance(mine, float) else [mine])
+    frozen = [session.frozen_blocks for _ in session.epochs()]
+    assert convergence_of(session).similarity == pytest.approx(0.85)
+    assert frozen == [0] * 6 + [1, 2]
 
 
 def test_a_damaged_state_is_refused() -> None:
-    decided = scripted([])
-    for damage in ({"frozen": 7}, {"before": {"other": torch.zeros(1)}}, {"before": None}):
+    session, _ = scripted([])
+    part = convergence_of(session)
+    for damage in ({"similarity": "much"}, {"before": {"other": torch.zeros(1)}}, {"before": None}):
         with pytest.raises(StateMismatch, match="freezing criterion"):
-            decided.load_state_dict({**decided.state_dict(), **damage})
+            part.check_state({**part.state_dict(), **damage})
 
 
 def test_structure_is_the_share_of_the_largest_half_that_was_there_before() -> None:
@@ -98,14 +104,13 @@ def test_structure_is_the_share_of_the_largest_half_that_was_there_before() -> N
     assert criterion.similarity(before, criterion.look([block("a")])["a"]) == 0.5
 
 
-def adaptive(criterion: str, threshold: float, **more: Any) -> spfde.Recipe:
+def adaptive(criterion: str, threshold: float, *, update_interval_epochs: int = 1, **more: Any) -> spfde.Recipe:
+    fields = {"flops_reduction": 0.05, "criterion": criterion, "threshold": threshold, "probe_samples": 8, **more}
     return spfde.Recipe(
         sparsity=spfde.MEST(sparsity=0.8),
-        freezing=spfde.ProgressiveFreezing(
-            flops_reduction=0.05, criterion=criterion, threshold=threshold, probe_samples=8, **more
-        ),
+        freezing=spfde.ProgressiveFreezing(**fields),
         learning_rate=spfde.BlockwiseCosine(),
-        update_interval_epochs=1,
+        update_interval_epochs=update_interval_epochs,
     )
 
 
@@ -128,8 +133,8 @@ def test_blocks_that_converge_at_once_are_frozen_earlier_than_planned_and_at_the
     train(parts, session, at_top=look)
     most = max(planned.frozen)
     # Looked at from epoch 0 on, alike at epoch 1, frozen at epoch 2, and one more at each epoch after that.
-    assert frozen == [max(planned.n_frozen_at(e), min(most, max(0, e - 1))) for e in range(EPOCHS)]
-    assert frozen != [planned.n_frozen_at(e) for e in range(EPOCHS)]
+    assert frozen == [max(planned.frozen[e], min(most, max(0, e - 1))) for e in range(EPOCHS)]
+    assert frozen != [planned.frozen[e] for e in range(EPOCHS)]
     target = round(0.2 * 324)
     assert density[0] > target
     assert density[1:] == [target] * (EPOCHS - 1)
@@ -166,7 +171,7 @@ def test_the_plan_says_that_its_freeze_epochs_are_the_latest() -> None:
 
 def test_a_criterion_that_is_never_met_leaves_the_plan_alone() -> None:
     parts, session = attach(adaptive("structure", 1.0))
-    session._convergence._threshold = 2.0
+    convergence_of(session)._threshold = 2.0
     frozen: list[int] = []
     train(parts, session, at_top=lambda _: frozen.append(session.frozen_blocks))
     assert frozen == list(session.blueprint.freeze_plan.frozen)
@@ -175,7 +180,7 @@ def test_a_criterion_that_is_never_met_leaves_the_plan_alone() -> None:
 def test_looks_are_charged_as_overhead_and_structure_costs_nothing() -> None:
     parts, session = attach(adaptive("representation", 1.0))
     cost = session.blueprint.cost
-    densities = cost.densities(session._masker.densities())
+    densities = cost.densities({name: float(m.sum()) / m.numel() for name, m in session.masks.items()})
     expected = sum(round(8 * flops * share) for flops, share in zip(cost.forward, densities, strict=True))
     train(parts, session)
     assert session.cost.rows[0].overhead_flops == pytest.approx(expected, rel=1e-6)
@@ -190,7 +195,7 @@ def test_looks_leave_modes_statistics_and_generators_alone() -> None:
     drawn = torch.get_rng_state()
     before = {name: value.clone() for name, value in parts.model.state_dict().items() if "running" in name}
     parts.model.train()
-    session._convergence.begin_epoch(planned=0, is_update_epoch=True, decides=True)
+    convergence_of(session).begin_epoch(session.timeline[0])
     assert torch.equal(drawn, torch.get_rng_state())
     assert all(module.training for module in parts.model.modules())
     assert all(torch.equal(value, parts.model.state_dict()[name]) for name, value in before.items())
@@ -223,8 +228,6 @@ def test_a_resumed_run_decides_as_one_that_never_stopped(criterion: str, epoch: 
 def test_what_cannot_adapt_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="needs scheme='single-shot'"):
         spfde.ProgressiveFreezing(criterion="structure", scheme="periodic")
-    with pytest.raises(InvalidArgument, match="freeze epochs that are known beforehand"):
-        spfde.ProgressiveFreezing(criterion="structure", cache_variants=1)
     dense = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.05, criterion="structure"))
     with pytest.raises(InvalidArgument, match="criterion='structure': compares masks, and the recipe has no sparsity"):
         attach(dense)

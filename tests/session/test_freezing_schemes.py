@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import spfde
+from helpers.compiling import recompile_limit
 from helpers.native import needs_kernels
 from helpers.resuming import METHODS, assert_equal, everything, save
 from helpers.resuming import resume as resume_with
 from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
+from spfde.freezing import learning_rate_factor
 
 EPOCHS = 12
 SCHEMES = {
@@ -139,7 +141,7 @@ def test_a_dense_run_saves_exactly_what_the_scheme_says(scheme: str) -> None:
     expected = 0
     for epoch, count in enumerate(bill.blueprint.freeze_plan.frozen):
         frozen = [block < count for block in bill.blueprint.block_of_layer]
-        assert frozen == bill.blueprint.frozen_layers(epoch)
+        assert frozen == bill.blueprint.frozen_layers(bill.timeline[epoch])
         expected += 2 * SAMPLES * sum(f.forward_flops for f, is_frozen in zip(layers, frozen, strict=True) if is_frozen)
     assert bill.savings["freezing"] == expected
     assert expected / bill.dense_training_flops == pytest.approx(bill.blueprint.freeze_plan.reduction)
@@ -183,14 +185,14 @@ def test_learning_rates_fall_to_zero_before_a_block_is_frozen_for_long_and_are_t
         rates.append([group_of[id(weight)]["lr"] for weight in convolutions])
 
     train(parts, session, at_top=look)
-    whole = [spfde.freezing.rate(0.05, epoch, stop=EPOCHS, warmup=0, final=0.0) for epoch in range(EPOCHS)]
+    whole = [0.05 * learning_rate_factor(epoch, stop=EPOCHS, warmup=0) for epoch in range(EPOCHS)]
     assert [last for *_, last in rates] == whole
     first = [front for front, *_ in rates]
     if "periodic" in scheme:
         assert first == whole
         return
     stop = FROZEN[scheme].index(1)
-    assert first[:10] == [spfde.freezing.rate(0.05, epoch, stop=stop, warmup=0, final=0.0) for epoch in range(10)]
+    assert first[:10] == [0.05 * learning_rate_factor(epoch, stop=stop, warmup=0) for epoch in range(10)]
     assert first[10:] == (whole[10:] if scheme == "single-shot-resume" else [0.0, 0.0])
 
 
@@ -247,7 +249,7 @@ def test_the_plan_says_in_words_when_each_block_is_frozen(scheme: str) -> None:
     text = str(plan(make_parts(), recipe(scheme)))
     assert f"freezing: from epoch {next(e for e, n in enumerate(FROZEN[scheme]) if n)}" in text
     assert ("all trained again from epoch 10" in text) == (scheme == "single-shot-resume")
-    assert ("in three epochs of four" in text) == ("periodic" in scheme)
+    assert f", {scheme}" in text
     n_front = sum(count > 0 for count in FROZEN[scheme])
     assert (f"frozen in {n_front} epochs" in text) == (scheme != "single-shot")
 
@@ -256,8 +258,8 @@ def test_the_plan_says_in_words_when_each_block_is_frozen(scheme: str) -> None:
 def test_a_compiled_model_is_warned_of_the_fronts_that_it_will_have_and_not_of_each_freezing(scheme: str) -> None:
     parts = make_parts()
     parts.model = torch.compile(parts.model, backend="eager")
-    with torch._dynamo.config.patch(recompile_limit=6), warnings.catch_warnings():
+    with recompile_limit(6), warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(parts, recipe(scheme, sieving=None)).detach()
-    with torch._dynamo.config.patch(recompile_limit=5), pytest.warns(UserWarning, match="2 frozen fronts"):
+    with recompile_limit(5), pytest.warns(UserWarning, match="2 frozen fronts"):
         attach(parts, recipe(scheme, sieving=None)).detach()

@@ -16,7 +16,7 @@ from helpers.resuming import METHODS, assert_equal, everything, load, recipe_wit
 from helpers.resuming import resume as resume_with
 from helpers.training import EPOCHS, Parts, make_parts, step, train
 from spfde.model.trace import Trace, trace
-from spfde.planning import bill as planning
+from spfde.planning import blueprint as planning
 
 
 @pytest.fixture(autouse=True, params=["masked", pytest.param("native", marks=needs_kernels)])
@@ -239,7 +239,7 @@ def test_a_state_from_another_model_length_or_version_is_refused(parts: Parts, w
     with pytest.raises(spfde.StateMismatch, match="format"):
         session.load_state_dict({**state, "format": 99})
     with pytest.raises(spfde.StateMismatch, match="epochs"):
-        session.load_state_dict({**state, "fit": {**state["fit"], "epochs": 9}})
-    shapes = {**state["fit"]["parameters"], "fc.weight": [5, 6]}
+        session.load_state_dict({**state, "run": {**state["run"], "epochs": 9}})
+    shapes = {**state["run"]["parameters"], "fc.weight": [5, 6]}
     with pytest.raises(spfde.StateMismatch, match=r"fc\.weight"):
-        session.load_state_dict({**state, "fit": {**state["fit"], "parameters": shapes}})
+        session.load_state_dict({**state, "run": {**state["run"], "parameters": shapes}})

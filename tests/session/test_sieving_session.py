@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from helpers.training import BATCH, EPOCHS, SAMPLES, Parts, make_images, make_parts, step, train
-from spfde.sieving import CRITERIA
 
 METHODS: dict[str, spfde.DataSieving | spfde.OneTimeRemoval] = {
-    **{name: spfde.DataSieving(removed_fraction=0.25, criterion=name) for name in CRITERIA},
+    **{
+        name: spfde.DataSieving(removed_fraction=0.25, criterion=name)
+        for name in ("forgetting", "loss", "el2n", "random")
+    },
     "balanced": spfde.DataSieving(removed_fraction=0.25, balanced=True),
     "balanced at random": spfde.DataSieving(removed_fraction=0.25, criterion="random", balanced=True),
     "rescaled": spfde.DataSieving(removed_fraction=0.25, criterion="loss", rescale_loss=True),
@@ -89,7 +91,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(name: str, workers: int)
 
 def test_the_samples_with_the_lowest_loss_leave(parts: Parts) -> None:
     session = attach(parts, spfde.DataSieving(removed_fraction=0.25, criterion="loss"))
-    n_swap = spfde.DataSieving(removed_fraction=0.25).n_swap(SAMPLES)
+    n_swap = spfde.DataSieving(removed_fraction=0.25).moves(SAMPLES)[0]
     held: list[Tensor] = []
     for epoch in session.epochs():
         if epoch in (2, 4, 6):
@@ -123,7 +125,7 @@ def test_an_interval_of_one_epoch_is_warned_of_where_forgetting_is_counted_in_it
         parts, before = make_parts(), len(recwarn)
         recipe = spfde.Recipe(sieving=sieving, update_interval_epochs=1)
         spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS)
-        return any("no forgetting" in str(one.message) for one in recwarn.list[before:])
+        return any("update_interval_epochs" in str(one.message) for one in recwarn.list[before:])
 
     assert warned(METHODS["forgetting"])
     assert not any(warned(METHODS[name]) for name in ("loss", "el2n", "random", "one-time"))
@@ -180,7 +182,7 @@ def test_the_error_norm_refuses_a_loss(kind: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     session = spfde.attach(model, optimizer, loader, recipe_with(METHODS["el2n"]), epochs=EPOCHS)
     x, y = next(iter(session.loader))
-    with pytest.raises(spfde.InvalidArgument, match=r"el2n.*class probabilities|class probabilities.*el2n"):
+    with pytest.raises(spfde.InvalidArgument, match="el2n"):
         session.observe(loss=per_sample(model(x), y))
 
 

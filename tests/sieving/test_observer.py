@@ -10,18 +10,20 @@ from torch.utils.data import DataLoader
 
 from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, MeanScore, Observer, SievedBatchSampler, build_loader, label_bounds
+from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, SievedLoader
+from spfde.sieving.criteria import Loss
+from spfde.sieving.evidence import label_bounds
 
 
-def make_observer(scorer: MeanScore, classes: ClassLabels, gather: Any = None) -> Observer:
+def make_observer(scorer: Scorer, classes: ClassLabels, gather: Any = None) -> Observer:
     loader = DataLoader(make_images(), batch_size=2)
     sampler = SievedBatchSampler(loader.sampler, 2, False, keep=lambda: None)
-    return Observer(scorer, build_loader(loader, sampler), gather, classes=classes)
+    return Observer(scorer, SievedLoader(loader, sampler), gather, classes=classes)
 
 
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:
     other = [(torch.tensor([2, 3]), torch.tensor([5.0, 7.0]), torch.tensor([1, 0]))]
-    scorer, classes = MeanScore(5), ClassLabels(5)
+    scorer, classes = Loss().scorer(5), ClassLabels(5)
     observer = make_observer(scorer, classes, lambda mine: [mine, other])
     observer.report(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([1, 1]))
     assert scorer.difficulty().isinf().all()
@@ -31,7 +33,7 @@ def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -
 
 
 def test_labels_of_another_length_than_the_batch_are_refused() -> None:
-    scorer, classes = MeanScore(5), ClassLabels(5)
+    scorer, classes = Loss().scorer(5), ClassLabels(5)
     observer = make_observer(scorer, classes)
     with pytest.raises(InvalidArgument, match="observe=1: must have one entry for each of the 2 samples"):
         observer.report(torch.zeros(2), torch.tensor([0, 1]), torch.tensor([1]))
@@ -64,13 +66,13 @@ def test_class_probabilities_and_empty_batches_have_no_bounds() -> None:
 
 @pytest.mark.parametrize("wrong", [4, -1, -100])
 def test_a_label_that_is_no_class_of_the_outputs_is_refused(wrong: int) -> None:
-    observer = make_observer(MeanScore(5), ClassLabels(5))
+    observer = make_observer(Loss().scorer(5), ClassLabels(5))
     with pytest.raises(InvalidArgument, match=rf"y={wrong}: must be in \[0, 4\).*correct="):
         observer.check_labels(torch.zeros(2, 4), torch.tensor([0, wrong]))
 
 
 def test_labels_on_a_device_are_looked_at_once_an_epoch() -> None:
-    observer = make_observer(MeanScore(5), ClassLabels(5))
+    observer = make_observer(Loss().scorer(5), ClassLabels(5))
     observer.check_labels(torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
     observer.begin_epoch()
     # What a GPU would have kept back.

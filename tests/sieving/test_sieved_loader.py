@@ -27,7 +27,6 @@ from spfde.sieving import (
     Sieve,
     SievedBatchSampler,
     SievedLoader,
-    build_loader,
     check_loader,
     loader_generators,
     population_of,
@@ -99,7 +98,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def wrap(loader: DataLoader, keep: torch.Tensor | None = None) -> SievedLoader:
     source = SievedBatchSampler(loader.sampler, loader.batch_size, loader.drop_last, keep=lambda: keep)
-    return build_loader(loader, source)
+    return SievedLoader(loader, source)
 
 
 def without(*removed: int) -> torch.Tensor:
@@ -215,7 +214,7 @@ def test_with_samples_removed_the_generators_go_on_as_with_the_plain_loader():
 def test_each_sample_of_the_partial_set_comes_exactly_once_an_epoch_while_the_sieve_moves_on(arguments):
     plain = DataLoader(Tuples(), 4, shuffle=True, generator=seeded(), **arguments)
     sieve = Sieve(population_of(plain), DataSieving(removed_fraction=0.3), seeded())
-    loader = build_loader(plain, SievedBatchSampler(plain.sampler, 4, False, keep=sieve.keep))
+    loader = SievedLoader(plain, SievedBatchSampler(plain.sampler, 4, False, keep=sieve.keep))
     orders = []
     for _ in range(4):
         order = flat(loader)
@@ -238,7 +237,7 @@ def test_the_order_of_the_partial_set_is_uniformly_random():
 def test_a_subset_sampler_hands_out_the_partial_set_of_its_subset():
     plain = DataLoader(Tuples(), 2, sampler=SubsetRandomSampler([2, 3, 5, 7, 11, 13], generator=seeded()))
     sieve = Sieve(population_of(plain), DataSieving(removed_fraction=0.5), seeded())
-    loader = build_loader(plain, SievedBatchSampler(plain.sampler, 2, False, keep=sieve.keep))
+    loader = SievedLoader(plain, SievedBatchSampler(plain.sampler, 2, False, keep=sieve.keep))
     assert sorted(flat(loader)) == sieve.partial.tolist()
     assert len(loader) == 2
 
@@ -393,15 +392,18 @@ def test_a_tensor_data_set_works():
 def test_the_indices_are_those_of_the_batch_in_hand_also_after_a_loop_left_early(arguments, keep):
     loader = wrap(DataLoader(Tuples(), 4, shuffle=True, **arguments), keep)
     assert loader.current_indices is None
+    ended = []
+    loader.on_end = lambda: ended.append("end")
     for leave_after in (2, 1, None):
         handed = samples = 0
         for batch in loader:
             assert loader.current_indices.tolist() == batch[0].tolist()
             handed, samples = handed + 1, samples + len(batch[0])
-            assert (loader.handed, loader.samples_handed, loader.drained) == (handed, samples, False)
+            assert loader.samples_handed == samples
+            assert not ended
             if handed == leave_after:
                 break
-        assert loader.drained == (leave_after is None)
+        assert bool(ended) == (leave_after is None)
     assert handed == len(loader)
     assert samples == (N if keep is None else N - 3)
 
@@ -410,19 +412,20 @@ def test_starting_again_begins_a_new_count():
     loader = wrap(DataLoader(Tuples(), 4))
     list(loader)
     iterator = iter(loader)
-    assert (loader.handed, loader.samples_handed, loader.drained, loader.current_indices) == (0, 0, False, None)
+    assert (loader.samples_handed, loader.current_indices) == (0, None)
     assert len(iterator) == len(loader)
 
 
-def test_callbacks_come_before_the_start_and_before_each_batch():
+def test_callbacks_come_before_the_start_before_each_batch_and_at_the_end():
     events = []
     loader = wrap(DataLoader(Tuples(), 10))
     loader.on_start = lambda: events.append("start")
     loader.on_batch = lambda indices: events.append(indices.tolist())
+    loader.on_end = lambda: events.append("end")
     for batch in loader:
         events.append(f"batch from {int(batch[0][0])}")
     tens = [list(range(10)), list(range(10, 20)), list(range(20, N))]
-    assert events == ["start", tens[0], "batch from 0", tens[1], "batch from 10", tens[2], "batch from 20"]
+    assert events == ["start", tens[0], "batch from 0", tens[1], "batch from 10", tens[2], "batch from 20", "end"]
 
 
 def test_an_error_in_the_start_callback_prevents_the_start_before_anything_is_drawn():
@@ -444,7 +447,7 @@ def test_batches_out_of_order_have_no_indices_but_are_counted():
     seen = flat(loader)
     assert sorted(seen) == list(range(1, N))
     assert given == [None] * 6
-    assert (loader.handed, loader.samples_handed, loader.drained) == (6, N - 1, True)
+    assert loader.samples_handed == N - 1
 
 
 def test_without_workers_batches_are_in_order_whatever_the_switch_says():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import DataSieving, OneTimeRemoval, Sieve, inclusion_probabilities, loss_weights
+from spfde.sieving import DataSieving, OneTimeRemoval, Sieve
+from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import active_count, erk, uniform
+from spfde.sparsity import active_count, erk
 
 
 @pytest.mark.parametrize(
@@ -18,17 +18,6 @@ def test_counts_are_rounded_half_up_and_are_never_zero(numel: int, sparsity: flo
 
 def test_full_sparsity_keeps_nothing() -> None:
     assert active_count(10, 1.0) == 0
-
-
-def test_uniform_counts_each_layer_alike_and_in_order() -> None:
-    counts = uniform({"b": (10, 10), "a": (4, 5, 3, 3)}, 0.9)
-    assert counts == {"b": 10, "a": 18}
-    assert list(counts) == ["b", "a"]
-
-
-def test_the_last_override_that_matches_wins() -> None:
-    counts = uniform({"a.w": (100,), "b.w": (100,)}, 0.9, overrides={"*.w": 0.5, "b.*": 0.2})
-    assert counts == {"a.w": 50, "b.w": 80}
 
 
 def test_erk_follows_the_sum_over_the_product_of_the_dimensions() -> None:
@@ -51,7 +40,7 @@ def test_overrides_of_every_layer_decide_alone() -> None:
 
 
 def test_overrides_that_take_all_weights_from_the_others_are_refused() -> None:
-    with pytest.raises(InvalidArgument, match="leaves -40 active weights"):
+    with pytest.raises(InvalidArgument, match="-40"):
         erk({"a": (10, 10), "b": (10, 10)}, 0.9, overrides={"a": 0.4})
 
 

@@ -86,18 +86,18 @@ def test_patterns_that_match_nothing_are_named_together_with_the_nearest() -> No
 
 
 def test_an_override_of_a_layer_that_stays_dense_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match=r"matches only weights that stay dense.*dense_first=False"):
+    with pytest.raises(InvalidArgument, match=r"overrides.*dense_first"):
         _select(overrides={"body.conv.weight": 0.5})
 
 
 def test_a_model_without_prunable_layers_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
-    with pytest.raises(InvalidArgument, match="model='Sequential': has no prunable layers"):
+    with pytest.raises(InvalidArgument, match=r"model.*prunable"):
         _select(model)
 
 
 def test_a_selection_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="leaves none of the 1 prunable layers"):
+    with pytest.raises(InvalidArgument, match=r" 1 prunable"):
         _select(nn.Sequential(nn.Linear(4, 4)))
 
 
@@ -151,7 +151,7 @@ def test_depthwise_convolutions_are_masked_where_include_names_them() -> None:
 
 
 def test_an_override_of_a_depthwise_convolution_says_how_to_mask_it() -> None:
-    with pytest.raises(InvalidArgument, match=r"overrides.*stay dense.*[Nn]ame depthwise convolutions in include"):
+    with pytest.raises(InvalidArgument, match=r"overrides.*depthwise.*include"):
         _select(Separable(), overrides={"1.weight": 0.5})
 
 

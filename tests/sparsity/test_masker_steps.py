@@ -1,12 +1,24 @@
 """Masks over the steps: what optimizers, scalers, accumulation and closures may not break."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from spfde.sparsity import MEST, SET, Masker, RigL, SparsityMethod, StaticSparse, select_layers
+from helpers.masking import MaskedRun
+from spfde.sparsity import (
+    MEST,
+    SET,
+    DropGrow,
+    Gradient,
+    MagnitudePlusGradient,
+    RigL,
+    SparsityMethod,
+    StaticSparse,
+    select_layers,
+)
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -26,19 +38,16 @@ OPTIMIZERS: dict[str, Optimizers] = {
 }
 
 
-class Run:
+class Run(MaskedRun):
     """A tiny model on fixed data; ``pass_`` is one backward pass over one half of it."""
 
-    def __init__(self, method: SparsityMethod, optimizer: str | Optimizers = "sgd", *, interval: int = 1) -> None:
+    def __init__(self, method: SparsityMethod, optimizer: str | Optimizers = "sgd", **timeline: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 8), nn.Linear(8, 3))
         make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
-        self.optimizer = make(list(self.model.parameters()))
         names = [name for name, _ in self.model.named_parameters()]
         layers = select_layers(self.model, method, order=names, head=["3.weight"])
-        generator = torch.Generator().manual_seed(1)
-        self.masker = Masker(layers, self.optimizer, method, generator=generator, interval=interval, epochs=20)
-        self.masker.install()
+        super().__init__(layers, make(list(self.model.parameters())), method, **{"epochs": 20, **timeline})
         self.x = torch.randn(8, 6)
         self.y = torch.randn(8, 3)
 
@@ -98,7 +107,7 @@ def _grown_by(before: Tensor, kept_weight: Tensor, gradient: Tensor, keep: int, 
 def test_no_optimizer_moves_an_inactive_weight_or_its_state(optimizer: str, set_to_none: bool) -> None:
     run = Run(SET(sparsity=0.7), optimizer)
     for epoch in range(4):
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         run.check()
         for _ in range(2):
             run.step(set_to_none=set_to_none)
@@ -110,10 +119,10 @@ def test_rigl_keeps_the_invariants_under_every_optimizer(optimizer: str) -> None
     run = Run(RigL(sparsity=0.7), optimizer)
     for epoch in range(4):
         before = run.mask
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         run.step()
         run.check()
-        assert not run.masker.pending
+        assert not run.pending
         assert run.mask.sum() == 24
         if epoch < 2:  # later the weight of a large gradient may be dropped and return at once
             assert torch.equal(before, run.mask) == (epoch == 0)
@@ -121,11 +130,11 @@ def test_rigl_keeps_the_invariants_under_every_optimizer(optimizer: str) -> None
 
 def test_momentum_and_weight_decay_do_not_move_a_dropped_weight() -> None:
     run = Run(SET(sparsity=0.7, drop_fraction=0.5))
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     for _ in range(3):
         run.step()
     before = run.mask
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     dropped = before & ~run.mask
     assert dropped.any()
     for _ in range(3):
@@ -135,10 +144,10 @@ def test_momentum_and_weight_decay_do_not_move_a_dropped_weight() -> None:
 
 def test_a_grown_weight_starts_from_zero_with_zero_state() -> None:
     run = Run(SET(sparsity=0.7, drop_fraction=0.5), "adam")
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     run.step()
     before = run.mask
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     grown = run.mask & ~before
     assert grown.any()
     assert (run.weight.detach()[grown] == 0).all()
@@ -202,12 +211,12 @@ def test_a_gradient_that_was_changed_after_its_backward_pass_is_masked_again() -
 
 def test_rigl_grows_by_the_dense_gradient_of_the_first_step_of_the_update_epoch() -> None:
     run = Run(RigL(sparsity=0.7, drop_fraction=0.5), interval=2)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     run.step()
     run.step()
     before = run.mask
-    run.masker.begin_epoch(2, ())
-    assert run.masker.pending == ("1.weight", "2.weight")
+    run.begin_epoch(2)
+    assert run.pending == ("1.weight", "2.weight")
     assert torch.equal(before, run.mask)
     dense = run.dense_gradient()
     moved = run.weight.detach().clone()
@@ -215,8 +224,8 @@ def test_rigl_grows_by_the_dense_gradient_of_the_first_step_of_the_update_epoch(
     run.step()
     # What SGD makes of the kept weights decides the drop: the mutation follows the regular update.
     update = 0.9 * momentum + torch.where(before, dense, 0.0) + 0.1 * moved
-    keep = 24 - round(24 * run.masker.method.drop_fraction_at(2 / 20))
-    assert torch.equal(run.mask, _grown_by(before, moved - 0.1 * update, dense, keep, 24))
+    # Of 24 a half along a cosine goes: 0.478 of them.
+    assert torch.equal(run.mask, _grown_by(before, moved - 0.1 * update, dense, 13, 24))
     after = run.mask
     run.step()
     assert torch.equal(after, run.mask)
@@ -227,7 +236,7 @@ def test_rigl_grows_by_the_dense_gradient_of_the_first_step_of_the_update_epoch(
 def test_rigl_adds_up_the_dense_gradients_of_an_accumulated_step(set_to_none: bool) -> None:
     run = Run(RigL(sparsity=0.7, drop_fraction=0.5), lambda p: torch.optim.SGD(p, lr=0.0))
     run.step()
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before, weight = run.mask, run.weight.detach().clone()
     run.optimizer.zero_grad(set_to_none=set_to_none)
     for rows in (slice(0, 3), slice(3, 8)):
@@ -235,8 +244,7 @@ def test_rigl_adds_up_the_dense_gradients_of_an_accumulated_step(set_to_none: bo
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
     dense = run.dense_gradient()
     run.optimizer.step()
-    keep = 24 - round(24 * run.masker.method.drop_fraction_at(1 / 20))
-    assert torch.equal(run.mask, _grown_by(before, weight, dense, keep, 24))
+    assert torch.equal(run.mask, _grown_by(before, weight, dense, 12, 24))
     assert run.masker.dense_gradient_steps == 2
     run.masker.reset_epoch_counters()
     assert run.masker.dense_gradient_steps == 0
@@ -246,7 +254,7 @@ def test_rigl_adds_up_the_dense_gradients_of_an_accumulated_step(set_to_none: bo
 def test_rigl_forgets_the_dense_gradients_of_a_step_that_was_never_taken(set_to_none: bool) -> None:
     run = Run(RigL(sparsity=0.7, drop_fraction=0.5), lambda p: torch.optim.SGD(p, lr=0.0))
     run.step()
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before, weight = run.mask, run.weight.detach().clone()
     run.optimizer.zero_grad(set_to_none=set_to_none)
     (1000 * run.loss(slice(0, 3))).backward()
@@ -254,43 +262,41 @@ def test_rigl_forgets_the_dense_gradients_of_a_step_that_was_never_taken(set_to_
     run.loss(slice(3, 8)).backward()
     dense = run.dense_gradient(slice(3, 8))
     run.optimizer.step()
-    keep = 24 - round(24 * run.masker.method.drop_fraction_at(1 / 20))
-    assert torch.equal(run.mask, _grown_by(before, weight, dense, keep, 24))
+    assert torch.equal(run.mask, _grown_by(before, weight, dense, 12, 24))
 
 
 def test_no_dense_gradient_is_kept_between_mutations() -> None:
     run = Run(RigL(sparsity=0.7), interval=5)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     run.step()
     for epoch in range(1, 5):
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         run.step()
     assert run.masker.dense_gradient_steps == 0
-    run.masker.begin_epoch(5, ())
+    run.begin_epoch(5)
     run.step()
     run.step()
     assert run.masker.dense_gradient_steps == 1
-    assert "2.weight" not in run.masker._dense
+    assert not run.masker.take_dense_gradients()
 
 
 def test_rigl_mutates_by_gradients_set_by_hand() -> None:
     run = Run(RigL(sparsity=0.7, drop_fraction=0.5), lambda p: torch.optim.SGD(p, lr=0.0))
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before, weight, dense = run.mask, run.weight.detach().clone(), run.dense_gradient()
     for p, grad in zip(
         run.model.parameters(), torch.autograd.grad(run.loss(), list(run.model.parameters())), strict=True
     ):
         p.grad = grad
     run.optimizer.step()
-    keep = 24 - round(24 * run.masker.method.drop_fraction_at(1 / 20))
-    assert torch.equal(run.mask, _grown_by(before, weight, dense, keep, 24))
+    assert torch.equal(run.mask, _grown_by(before, weight, dense, 12, 24))
 
 
 def test_rigl_mutates_under_a_closure() -> None:
     run = Run(RigL(sparsity=0.7, drop_fraction=0.5), lambda p: torch.optim.SGD(p, lr=0.0))
     run.step()  # leaves a stale gradient behind
     run.x.mul_(-1.3)
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before, weight, dense = run.mask, run.weight.detach().clone(), run.dense_gradient()
 
     def closure() -> Tensor:
@@ -300,20 +306,19 @@ def test_rigl_mutates_under_a_closure() -> None:
         return loss
 
     run.optimizer.step(closure)
-    keep = 24 - round(24 * run.masker.method.drop_fraction_at(1 / 20))
-    assert torch.equal(run.mask, _grown_by(before, weight, dense, keep, 24))
+    assert torch.equal(run.mask, _grown_by(before, weight, dense, 12, 24))
 
 
 @pytest.mark.parametrize("with_closure", [True, False])
 def test_mest_weighs_the_gradients_of_the_active_weights(with_closure: bool) -> None:
     method = MEST(sparsity=0.7, soft_bound=False, drop_steps=(0.5,), decay_at=(), gradient_weight=10.0)
     run = Run(method, lambda p: torch.optim.SGD(p, lr=0.0))
-    run.masker.begin_epoch(0, ())
-    assert not run.masker.pending
+    run.begin_epoch(0)
+    assert not run.pending
     run.step()
     run.x.mul_(-1.3)
-    run.masker.begin_epoch(1, ())
-    assert run.masker.pending == ("1.weight", "2.weight")
+    run.begin_epoch(1)
+    assert run.pending == ("1.weight", "2.weight")
     before, weight, dense = run.mask, run.weight.detach().clone(), run.dense_gradient()
 
     def closure() -> Tensor:
@@ -337,34 +342,58 @@ def test_mest_weighs_the_gradients_of_the_active_weights(with_closure: bool) -> 
     assert run.masker.dense_gradient_steps == 0
 
 
+def test_a_mutation_that_grows_nothing_computes_no_dense_gradient() -> None:
+    # Under a soft bound that ends at a fourth of the run; from then on a mutation would drop alone.
+    method = DropGrow(
+        sparsity=0.7,
+        soft_bound=0.1,
+        drop_fraction=0.0,
+        stop_fraction=0.25,
+        drop=MagnitudePlusGradient(),
+        grow=Gradient(),
+    )
+    run = Run(method, interval=5)
+    run.begin_epoch(0)
+    run.step()
+    assert run.mask.sum() == 24 + 8
+    assert run.masker.dense_gradient_steps == 1
+    run.begin_epoch(5)
+    assert run.pending == ("1.weight", "2.weight")
+    run.step()
+    assert run.pending == ()
+    assert run.mask.sum() == 24
+    assert run.masker.dense_gradient_steps == 0
+
+
 def test_a_layer_without_a_gradient_waits_for_one() -> None:
     run = Run(RigL(sparsity=0.7))
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before = run.mask
     run.optimizer.step()
-    assert run.masker.pending == ("1.weight", "2.weight")
+    assert run.pending == ("1.weight", "2.weight")
     run.step()
-    assert run.masker.pending == ()
+    assert run.pending == ()
     assert not torch.equal(before, run.mask)
 
 
 def test_pruning_to_target_cancels_a_pending_mutation() -> None:
     run = Run(RigL(sparsity=0.7))
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before = run.mask
-    run.masker.prune_to_target(["2.weight"])
-    assert run.masker.pending == ("1.weight",)
+    run.masker.strategy.prune_to_target([run.masker.layers["2.weight"]])
+    assert run.pending == ("1.weight",)
     run.step()
     assert torch.equal(before, run.mask)
 
 
-def test_a_pending_mutation_ends_with_the_last_epoch_or_with_freezing() -> None:
-    run = Run(RigL(sparsity=0.7), interval=5)
-    run.masker.begin_epoch(5, ())
-    run.masker.begin_epoch(6, ("2.weight",))
-    assert run.masker.pending == ("1.weight",)
-    run.masker.begin_epoch(19, ("1.weight", "2.weight"))
-    assert run.masker.pending == ()
+def test_a_pending_mutation_ends_with_freezing_and_with_the_last_epoch() -> None:
+    run = Run(RigL(sparsity=0.7), interval=5, blocks=[("2.weight",)], frozen={6: 1})
+    run.begin_epoch(5)
+    assert run.pending == ("1.weight", "2.weight")
+    run.begin_epoch(6)
+    assert run.pending == ("1.weight",)
+    run.begin_epoch(19)
+    assert run.pending == ()
 
 
 SCALED = {"plain": "sgd", "fused": "adamw-fused", "sgd-fused": "sgd-fused"}
@@ -383,16 +412,16 @@ def test_a_step_that_the_scaler_skips_does_not_mutate(method: SparsityMethod, op
         scaler.step(run.optimizer)
         scaler.update()
 
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     step(overflow=False)
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before, weight = run.mask, run.weight.detach().clone()
     step(overflow=True)
     assert torch.equal(before, run.mask)
     assert torch.equal(weight, run.weight)
-    assert run.masker.pending
+    assert run.pending
     step(overflow=False)
-    assert not run.masker.pending
+    assert not run.pending
     assert not torch.equal(before, run.mask)
     assert run.mask.sum() == 24
     run.check()
@@ -402,35 +431,42 @@ def test_a_step_that_the_scaler_skips_does_not_mutate(method: SparsityMethod, op
 def test_a_fused_step_skipped_because_of_another_weight_does_not_mutate(optimizer: str) -> None:
     run = Run(RigL(sparsity=0.7), optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before = run.mask
     scaler.scale(run.loss()).backward()
     run.model[3].bias.grad.fill_(float("inf"))
     scaler.step(run.optimizer)
     assert torch.equal(before, run.mask)
-    assert run.masker.pending == ("1.weight", "2.weight")
+    assert run.pending == ("1.weight", "2.weight")
 
 
 def test_a_gradient_that_is_not_finite_puts_the_mutation_off_by_a_step() -> None:
     run = Run(RigL(sparsity=0.7), lambda p: torch.optim.SGD(p, lr=0.0))
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     before = run.mask
     run.loss().backward()
     run.optimizer.zero_grad()
     (run.loss() * float("inf")).backward()
     run.optimizer.step()
     assert torch.equal(before, run.mask)
-    assert run.masker.pending == ("1.weight", "2.weight")
+    assert run.pending == ("1.weight", "2.weight")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-fused"])
-def test_the_loss_scale_does_not_enter_the_importance(optimizer: str) -> None:
-    method = MEST(sparsity=0.7, soft_bound=False, drop_steps=(0.5,), decay_at=(), gradient_weight=0.02)
+@pytest.mark.parametrize(
+    "method",
+    [
+        MEST(sparsity=0.7, soft_bound=False, drop_steps=(0.5,), decay_at=(), gradient_weight=0.02),
+        DropGrow(sparsity=0.7, drop_fraction=0.5, drop=MagnitudePlusGradient(gradient_weight=0.02), grow=Gradient()),
+    ],
+    ids=["random growth", "growth by gradient"],
+)
+def test_the_loss_scale_does_not_enter_the_importance(method: SparsityMethod, optimizer: str) -> None:
     plain, scaled = Run(method, optimizer), Run(method, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for epoch in range(3):
         for run in (plain, scaled):
-            run.masker.begin_epoch(epoch, ())
+            run.begin_epoch(epoch)
             run.optimizer.zero_grad()
         plain.loss().backward()
         plain.optimizer.step()
@@ -444,7 +480,7 @@ def test_the_shape_of_the_parameter_groups_does_not_change() -> None:
     run = Run(MEST(sparsity=0.7), "adamw")
     before = [(sorted(group), [id(p) for p in group["params"]]) for group in run.optimizer.param_groups]
     for epoch in range(3):
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         run.step()
     assert before == [(sorted(group), [id(p) for p in group["params"]]) for group in run.optimizer.param_groups]
 
@@ -471,7 +507,7 @@ def test_masks_follow_a_model_that_moves_after_it_was_attached(method: SparsityM
     run.x, run.y = run.x.cuda(), run.y.cuda()
     for epoch in range(3):
         run.step()
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         run.step()
         assert run.mask.is_cuda
         run.check()

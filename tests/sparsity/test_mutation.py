@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spfde.sparsity import mutation, random_mask
+from spfde.sparsity import mutation
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -63,7 +63,7 @@ def test_drop_and_growth_are_exact_and_nested(data: st.DataObject, shape: tuple[
     n_keep = data.draw(st.integers(0, n_active))
     n_final = data.draw(st.integers(n_keep, numel))
     generator = _generator(seed)
-    mask = random_mask(shape, n_active, generator)
+    mask = mutation.grow_random(torch.zeros(shape, dtype=torch.bool), n_active, generator)
     score = torch.randint(0, 3, shape, generator=generator).float()  # many ties
     kept = mutation.drop(mask, score, n_keep)
     assert kept.sum() == n_keep

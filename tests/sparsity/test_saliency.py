@@ -126,7 +126,7 @@ def test_an_output_that_is_no_tensor_cannot_be_divided_by_a_temperature() -> Non
         return F.cross_entropy(model(batch[0])["logits"], batch[1])
 
     model = Named()
-    with pytest.raises(InvalidArgument, match=r"temperature=200\.0: divides the model's output.*dict"):
+    with pytest.raises(InvalidArgument, match=r"temperature=200\.0.*dict"):
         gradient_flow(model, _weights(model), _batches(), loss, temperature=200.0)
     assert not model._forward_hooks
     assert gradient_flow(model, _weights(model), _batches(), loss, temperature=1.0).keys() == _weights(model).keys()
@@ -135,7 +135,7 @@ def test_an_output_that_is_no_tensor_cannot_be_divided_by_a_temperature() -> Non
 @pytest.mark.parametrize("value", [1.5, torch.ones(3, requires_grad=True), torch.tensor(1.0)])
 def test_a_loss_that_is_no_number_to_differentiate_is_refused(value: Any) -> None:
     model = _tiny()
-    with pytest.raises(InvalidArgument, match="must return one number"):
+    with pytest.raises(InvalidArgument, match="one number"):
         connection_sensitivity(model, _weights(model), _batches(), lambda *_: value)
 
 

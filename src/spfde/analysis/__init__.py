@@ -5,7 +5,6 @@ from spfde.analysis.cka import (
     batch_grams,
     centred_gram,
     linear_cka,
-    linear_hsic,
     minibatch_cka,
     unbiased_hsic,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "centred_gram",
     "gradient_norms",
     "linear_cka",
-    "linear_hsic",
     "minibatch_cka",
     "native_outputs",
     "output_graph",

@@ -35,32 +35,15 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
     Raises:
         InvalidArgument: the numbers of samples differ, or there are fewer than two.
+
+    Example:
+        >>> x = torch.randn(16, 8)
+        >>> round(spfde.analysis.linear_cka(x, 3 * x + 1), 3)
+        1.0
     """
     _check_samples(x, y, least=2)
     k, l = _centred(_gram(x)), _centred(_gram(y))  # noqa: E741 - the names of the literature
     return _ratio(float((k * l).sum()), float((k * k).sum()), float((l * l).sum()))
-
-
-def unbiased_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    """Unbiased estimate of HSIC, which may be negative.
-
-    Args:
-        k: Gram matrix ``(n, n)`` of one representation; a constant shift of the features does not matter.
-        l: likewise of the other.
-
-    Raises:
-        InvalidArgument: the numbers of samples differ, or there are fewer than four.
-
-    Source: Song et al. 2012, equation 5, in the equivalent form of a product of U-centred matrices.
-    """
-    _check_samples(k, l, least=LEAST_SAMPLES)
-    return _hsic(_u_centred(k), _u_centred(l))
-
-
-def linear_hsic(x: Tensor, y: Tensor) -> float:
-    """:func:`unbiased_hsic` of features ``(n, …)`` and ``(n, …)`` under the linear kernel."""
-    _check_samples(x, y, least=LEAST_SAMPLES)
-    return _hsic(centred_gram(x), centred_gram(y))
 
 
 def centred_gram(features: Tensor) -> Tensor:
@@ -75,9 +58,31 @@ def centred_gram(features: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: there are fewer than four samples.
+
+    Example:
+        >>> spfde.analysis.centred_gram(torch.randn(16, 8)).shape
+        torch.Size([16, 16])
     """
     _check_samples(features, features, least=LEAST_SAMPLES)
     return _u_centred(_gram(features))
+
+
+def unbiased_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
+    """Unbiased estimate of HSIC, which may be negative.
+
+    Args:
+        k: :func:`centred_gram` matrix ``(n, n)`` of one representation.
+        l: likewise of the other, of the same samples.
+
+    Source: Song et al. 2012, equation 5, in the equivalent form of a product of U-centred matrices.
+
+    Example:
+        >>> gram = spfde.analysis.centred_gram(torch.randn(16, 8))
+        >>> spfde.analysis.unbiased_hsic(gram, gram) > 0
+        True
+    """
+    n = len(k)
+    return float(torch.dot(k.flatten(), l.flatten())) / (n * (n - 3))
 
 
 class MinibatchCKA:
@@ -85,6 +90,13 @@ class MinibatchCKA:
 
     The value is ``Σ HSIC(x, y) / sqrt(Σ HSIC(x, x) · Σ HSIC(y, y))`` with the unbiased estimator, every minibatch
     counted alike. Pass batches of about equal size.
+
+    Example:
+        >>> cka = spfde.analysis.MinibatchCKA()
+        >>> for x, _ in loader:
+        ...     cka.update(x, 2 * x)
+        >>> round(cka.value, 3)
+        1.0
     """
 
     def __init__(self) -> None:
@@ -101,9 +113,9 @@ class MinibatchCKA:
 
     def add(self, k: Tensor, l: Tensor) -> None:  # noqa: E741
         """Add a minibatch by its :func:`centred_gram` matrices."""
-        self._xy += _hsic(k, l)
-        self._xx += _hsic(k, k)
-        self._yy += _hsic(l, l)
+        self._xy += unbiased_hsic(k, l)
+        self._xx += unbiased_hsic(k, k)
+        self._yy += unbiased_hsic(l, l)
 
     @property
     def value(self) -> float:
@@ -116,7 +128,15 @@ Outputs = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 def batch_grams(outputs: Outputs, batches: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Centred Gram matrices by name, one mapping a minibatch; the features are let go at once."""
+    """Centred Gram matrices by name, one mapping a minibatch; the features are let go at once.
+
+    Example:
+        >>> batches = [x for x, _ in loader]
+        >>> with spfde.analysis.BlockOutputs(model, ["0"]) as outputs:
+        ...     grams = list(spfde.analysis.batch_grams(outputs, batches))
+        >>> [gram["0"].shape[0] for gram in grams]
+        [8, 8, 4]
+    """
     for batch in batches:
         yield {name: centred_gram(features) for name, features in outputs(batch).items()}
 
@@ -128,6 +148,13 @@ def minibatch_cka(grams: Iterable[Mapping[str, Tensor]], reference: Iterable[Map
 
     Raises:
         ValueError: one has more minibatches than the other.
+
+    Example:
+        >>> batches = [x for x, _ in loader]
+        >>> with spfde.analysis.BlockOutputs(model, ["0"]) as outputs:
+        ...     grams = list(spfde.analysis.batch_grams(outputs, batches))
+        >>> {name: round(value, 3) for name, value in spfde.analysis.minibatch_cka(grams, grams).items()}
+        {'0': 1.0}
     """
     sums: dict[str, MinibatchCKA] = {}
     for mine, theirs in zip(grams, reference, strict=True):
@@ -159,11 +186,6 @@ def _u_centred(gram: Tensor) -> Tensor:
     rows = k.sum(1) / (n - 2)
     k -= rows[:, None] + rows[None, :] - rows.sum() / (n - 1)
     return k.fill_diagonal_(0.0)
-
-
-def _hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    n = len(k)
-    return float(torch.dot(k.flatten(), l.flatten())) / (n * (n - 3))
 
 
 def _ratio(xy: float, xx: float, yy: float) -> float:

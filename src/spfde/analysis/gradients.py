@@ -38,6 +38,12 @@ def gradient_norms(
 
     Raises:
         InvalidArgument: a name is no parameter of the model, or there is no sample.
+
+    Example:
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> norms = spfde.analysis.gradient_norms(model, loader, loss, parameters=["0.weight"])
+        >>> norms["0.weight"] > 0
+        True
     """
     model = unwrap(model)
     known = dict(model.named_parameters())
@@ -76,6 +82,10 @@ def successive_differences(values: Sequence[float]) -> list[float]:
     """Absolute differences between each value and the one before; one fewer than there are values.
 
     Of gradient norms, this is what a criterion for freezing by convergence would watch (Yuan et al. 2022, figure 3b).
+
+    Example:
+        >>> spfde.analysis.successive_differences([1.0, 3.0, 2.5])
+        [2.0, 0.5]
     """
     return [abs(after - before) for before, after in pairwise(values)]
 

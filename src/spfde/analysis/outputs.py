@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
-from spfde.freezing import Partition
+from spfde.core.torch_private import tree_leaves
+from spfde.model.blocks import Partition
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 
 
@@ -31,6 +31,11 @@ def output_modules(model: nn.Module, partition: Partition, sample: Sample) -> li
         model: the model; it runs once on ``sample``, in evaluation mode, and stays as it was.
         partition: its blocks.
         sample: what it is called with; a batch of one will do.
+
+    Example:
+        >>> blueprint = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20).blueprint
+        >>> spfde.analysis.output_modules(model, blueprint.partition, torch.zeros(1, 4))
+        ['1', '3', '4', '5']
     """
     model = unwrap(model)
     wanted = {name for block in (*partition.blocks, partition.head) for name in block.modules}
@@ -69,6 +74,12 @@ class BlockOutputs:
 
     Raises:
         InvalidArgument: a name is no module of the model, or (when called) a module did not run or gave no tensor.
+
+    Example:
+        >>> with spfde.analysis.BlockOutputs(model, ["0", "3"]) as outputs:
+        ...     found = outputs(torch.zeros(2, 4))
+        >>> {name: tuple(value.shape) for name, value in found.items()}
+        {'0': (2, 8), '3': (2, 8)}
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str]) -> None:
@@ -121,6 +132,11 @@ def output_graph(model: nn.Module, modules: Sequence[str]) -> fx.GraphModule:
 
     Raises:
         InvalidArgument: a name is no module of the model or does not run, or ``forward`` cannot be traced.
+
+    Example:
+        >>> graph = spfde.analysis.output_graph(model, ["0", "3"])
+        >>> [tuple(output.shape) for output in graph(torch.zeros(2, 4))]
+        [(2, 8), (2, 8)]
     """
     model = unwrap(model)
     _find(model, modules)
@@ -162,11 +178,18 @@ def native_outputs(
 
     Raises:
         InvalidArgument: as :func:`output_graph`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
+        >>> masks = {"2.weight": torch.rand(8, 8, 3, 3) < 0.1}
+        >>> outputs = spfde.analysis.native_outputs(net, ["0"], masks=lambda: masks)
+        >>> tuple(outputs(torch.zeros(2, 3, 8, 8))["0"].shape)
+        (2, 8, 6, 6)
     """
-    from spfde.engines.native.engine import NativeEngine
+    from spfde.engines.native.model import NativeModel
 
     graph = output_graph(model, modules)
-    NativeEngine(graph, masks=masks, dense_gradients=frozenset)
+    NativeModel(graph, masks=masks, dense_gradients=frozenset)
 
     def outputs(batch: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

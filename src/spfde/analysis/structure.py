@@ -28,6 +28,11 @@ def structural_overlap(weight: Tensor, final_mask: Tensor, *, fraction: float = 
         InvalidArgument: the shapes differ, or ``fraction`` is out of bounds.
 
     Source: Yuan et al., NeurIPS 2022 (arXiv 2209.11204), section 3.1.
+
+    Example:
+        >>> weight, final = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
+        >>> spfde.analysis.structural_overlap(weight, final)
+        (1, 2)
     """
     if weight.shape != final_mask.shape:
         rule = f"must have the shape of the weight, {tuple(weight.shape)}"
@@ -50,6 +55,11 @@ def structural_similarity(weight: Tensor, final_mask: Tensor, *, fraction: float
 
     Returns:
         A share in [0, 1]; NaN for a weight that is zero everywhere.
+
+    Example:
+        >>> weight, final = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
+        >>> spfde.analysis.structural_similarity(weight, final)
+        0.5
     """
     common, chosen = structural_overlap(weight, final_mask, fraction=fraction)
     return common / chosen if chosen else math.nan

@@ -306,6 +306,8 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
     for problem in error.problems:
         option = next((name for name in _options_of(problem.argument) if name in given), None)
         argument = problem.argument if option is None else flag(option)
+        if problem.argument == "cache" and option is not None:
+            problem = replace(problem, value=context.params[option])  # what was typed, not what was made of it
         lines.append(str(replace(problem, argument=argument, remedy=_remedy_in_options(problem.remedy, context))))
     return "\n".join(lines)
 
@@ -313,7 +315,9 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
 def _options_of(argument: str) -> list[str]:
     """Options that may have set what the library calls so: a field of a recipe, a table of it, or their own name."""
     fields = recipe_fields().items()
-    of_cache = [name for name in names_of(CacheOptions) if argument in (name.removeprefix("cache_"), f"{name}_gib")]
+    of_cache = [
+        name for name in names_of(CacheOptions) if argument in ("cache", name.removeprefix("cache_"), f"{name}_gib")
+    ]
     return [
         *(name for name, to in fields if to.field == argument),
         *(name for name, to in fields if to.table == argument),

@@ -6,30 +6,18 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.registry import registered
-from spfde.freezing import FREEZE_CRITERIA, SCHEMES, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.citation import describe
-from spfde.sieving import CRITERIA, CRITERION_REFERENCES, SIEVING_METHODS
-from spfde.sparsity import METHODS, STRUCTURES
 
 WIDTH = 80
 
 
 def known(kind: str) -> Mapping[str, Any]:
     """What may be named, by its name: this package's own, and what others registered under the kind."""
-    return {**_UNREGISTERED.get(kind, {}), **registered(kind)}
-
-
-# Rooms that do not register their own yet.
-_CITED: Mapping[Any, tuple[str, ...]] = CRITERION_REFERENCES
-_UNREGISTERED: Mapping[str, Any] = {
-    "method": METHODS,
-    "structure": STRUCTURES,
-    "freezing-scheme": SCHEMES,
-    "sieving-criterion": CRITERIA,
-    "sieving-method": SIEVING_METHODS,
-}
+    return registered(kind)
 
 
 def render_catalogue() -> str:
@@ -46,6 +34,8 @@ def render_catalogue() -> str:
         parts[0] += sparsity
         lines.append(f"  {name:<10} {', '.join(part for part in parts if part)}")
     lines += ["", "Sparse training:", *_listed("method")]
+    lines += ["", "Of drop-grow, by which weights are dropped (drop = NAME in a recipe):", *_listed("drop")]
+    lines += ["", "and by which others grow (grow = NAME):", *_listed("grow")]
     lines += ["", "Structures (--structure NAME; what exists or not as a whole, at no cost):"]
     lines += _listed("structure")
     paper = describe(*ProgressiveFreezing.references)
@@ -62,6 +52,7 @@ def render_catalogue() -> str:
     lines += ["", "Data sieving (spfde train --sieve SHARE):", *_listed("sieving-method")]
     lines += ["", "Which samples are easy (--sieve-criterion NAME; read off what a step computes):"]
     lines += _listed("sieving-criterion")
+    lines += ["", "Engines (--engine NAME):", *_listed("engine")]
     return "\n".join(lines)
 
 
@@ -70,9 +61,8 @@ def _listed(kind: str) -> list[str]:
     lines = []
     for name, found in known(kind).items():
         cost = [f"Cost: {found.cost}."] if hasattr(found, "cost") else []
-        references = getattr(found, "references", None) or _CITED.get(name, ())
-        summary = found if isinstance(found, str) else found.summary
-        lines += _entry(name, summary, *cost, *map(describe, references))
+        references = getattr(found, "references", ())
+        lines += _entry(name, getattr(found, "summary", ""), *cost, *map(describe, references))
     return lines
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+
+from spfde.core.errors import StateMismatch
+from spfde.core.state import check_entries
 
 Phase = Literal["between", "begun", "running", "drained"]
 """Where in an epoch the session stands: before its top, at its top, among its batches, or with all batches drawn."""
@@ -22,9 +26,10 @@ class Clock:
         phase: where in the epoch it stands.
         steps: optimizer steps in this epoch.
         samples_drawn: samples handed out by the session's loader in this epoch.
-        samples_observed: samples observed in this epoch; kept here only while it is saved.
         sieve_moved: samples that the sieve moved at the top of this epoch.
+        overhead_flops: modelled FLOPs of this epoch beside its steps.
         seconds: wall-clock seconds from the top of this epoch to its last batch, while the stop-watch ran.
+        is_resumed_at_end: whether a state was loaded that was taken after the last batch of this epoch.
     """
 
     epoch: int = 0
@@ -32,15 +37,16 @@ class Clock:
     phase: Phase = "between"
     steps: int = 0
     samples_drawn: int = 0
-    samples_observed: int = 0
     sieve_moved: int = 0
+    overhead_flops: int = 0
     seconds: float = 0.0
+    is_resumed_at_end: bool = field(default=False, repr=False, compare=False)
     started: float | None = field(default=None, repr=False, compare=False)
 
     def begin_epoch(self) -> None:
         """Set the counts to zero and start the stop-watch."""
         self.phase = "begun"
-        self.steps = self.samples_drawn = self.samples_observed = self.sieve_moved = 0
+        self.steps = self.samples_drawn = self.sieve_moved = self.overhead_flops = 0
         self.seconds, self.started = 0.0, time.perf_counter()
 
     def stop_watch(self, device: torch.device) -> None:
@@ -53,11 +59,30 @@ class Clock:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the running stop-watch."""
-        return {name: value for name, value in asdict(self).items() if name != "started"}
+        return {name: value for name, value in asdict(self).items() if name in _KINDS}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Clock:
-        """The clock of a saved session; at the top of an epoch the stop-watch starts anew."""
-        clock = cls(**state)
-        clock.started = time.perf_counter() if clock.phase == "begun" else None
-        return clock
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; at the top of an epoch the stop-watch starts anew.
+
+        Raises:
+            StateMismatch: it is damaged.
+        """
+        check_entries(state, "the clock", _KINDS)
+        if state["phase"] not in get_args(Phase) or state["epoch"] < 0 or state["step"] < 0:
+            raise StateMismatch(f"the state's clock shows what it cannot: {dict(state)}.")
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.started = time.perf_counter() if self.phase == "begun" else None
+        self.is_resumed_at_end = self.phase == "drained"
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "step": int,
+    "phase": str,
+    "steps": int,
+    "samples_drawn": int,
+    "sieve_moved": int,
+    "overhead_flops": int,
+    "seconds": (int, float),
+}

@@ -10,9 +10,29 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+__all__ = [
+    "DataError",
+    "InvalidArgument",
+    "Problem",
+    "RunFolderError",
+    "SpfdeError",
+    "StateMismatch",
+    "TrainingDiverged",
+    "UsageError",
+    "WeightsFileError",
+]
+
 
 class SpfdeError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Example:
+        >>> try:
+        ...     spfde.MEST(sparsity=1.5)
+        ... except spfde.SpfdeError as error:
+        ...     print(error)
+        sparsity=1.5: input should be less than 1...
+    """
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,10 @@ class Problem:
         value: the offending value.
         rule: what it breaks, as a clause ("must be in [0, 1)").
         remedy: what to do instead, as a sentence.
+
+    Example:
+        >>> print(spfde.errors.Problem("epochs", 0, "must be at least 1", "Pass the length of the run."))
+        epochs=0: must be at least 1. Pass the length of the run.
     """
 
     argument: str
@@ -36,7 +60,15 @@ class Problem:
 
 
 class InvalidArgument(SpfdeError, ValueError):
-    """One or more arguments break a rule; ``problems`` lists them."""
+    """One or more arguments break a rule; ``problems`` lists them.
+
+    Example:
+        >>> try:
+        ...     spfde.MEST(sparsity=1.5, softbound=True)
+        ... except spfde.InvalidArgument as error:
+        ...     [problem.argument for problem in error.problems]
+        ['sparsity', 'softbound']
+    """
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
@@ -44,27 +76,68 @@ class InvalidArgument(SpfdeError, ValueError):
 
 
 class StateMismatch(SpfdeError, ValueError):
-    """A saved state does not fit the model, recipe or version that it is loaded into."""
+    """A saved state does not fit the model, recipe or version that it is loaded into.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> try:
+        ...     session.load_state_dict({"format": 0})
+        ... except spfde.StateMismatch:
+        ...     print("not a state of this session")
+        not a state of this session
+    """
 
 
 class UsageError(SpfdeError, RuntimeError):
-    """A call at the wrong time: ``observe`` twice, a state taken between two batches, and the like."""
+    """A call at the wrong time: ``observe`` twice, a state taken between two batches, and the like.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> try:
+        ...     session.end_epoch()
+        ... except spfde.UsageError:
+        ...     print("no epoch has begun")
+        no epoch has begun
+    """
 
 
 class TrainingDiverged(SpfdeError, RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite.
+
+    Example:
+        >>> issubclass(spfde.TrainingDiverged, RuntimeError)  # raised by the command line
+        True
+    """
 
 
 class DataError(SpfdeError, ValueError):
-    """A data set is missing, empty, damaged or does not hold what it should."""
+    """A data set is missing, empty, damaged or does not hold what it should.
+
+    Example:
+        >>> issubclass(spfde.DataError, ValueError)  # raised by the command line
+        True
+    """
 
 
 class RunFolderError(SpfdeError, RuntimeError):
-    """A run folder or a checkpoint is in use, damaged, read-only or not what it should be."""
+    """A run folder or a checkpoint is in use, damaged, read-only or not what it should be.
+
+    Example:
+        >>> issubclass(spfde.RunFolderError, RuntimeError)  # raised by the command line
+        True
+    """
 
 
 class WeightsFileError(SpfdeError, RuntimeError):
-    """A file of exported weights is missing, damaged or cannot be written."""
+    """A file of exported weights is missing, damaged or cannot be written.
+
+    Example:
+        >>> try:
+        ...     spfde.export.load("gone.safetensors")
+        ... except spfde.WeightsFileError:
+        ...     print("there is no such file")
+        there is no such file
+    """
 
 
 @dataclass

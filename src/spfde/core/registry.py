@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
 
@@ -39,6 +39,16 @@ def register(kind: str) -> Callable[[C], C]:
     Raises:
         InvalidArgument: an unknown kind, a class without a name in small letters, or a name that another class has.
 
+    Example:
+        >>> @spfde.register("drop")
+        ... class LargestFirst(spfde.sparsity.Criterion):
+        ...     name = "largest-first"
+        ...     summary = "The smallest weights stay."
+        ...
+        ...     def score(self, weight, gradient):
+        ...         return -weight.abs()
+        >>> spfde.sparsity.DropGrow(sparsity=0.9, drop="largest-first").drop
+        LargestFirst()
     """
     if kind not in KINDS:
         raise InvalidArgument(Problem("kind", kind, "is no kind of technique", nearest(kind, KINDS)))
@@ -59,12 +69,12 @@ def register(kind: str) -> Callable[[C], C]:
     return note
 
 
-def registered(kind: str) -> Mapping[str, type]:
+def registered(kind: str) -> Mapping[str, type[Any]]:
     """The classes of a kind by name, in the order in which they were registered; a view that follows."""
     return MappingProxyType(_CLASSES[kind])
 
 
-def find(kind: str, name: object, *, argument: str) -> type:
+def find(kind: str, name: object, *, argument: str) -> type[Any]:
     """The class of that name.
 
     Raises:
@@ -72,7 +82,6 @@ def find(kind: str, name: object, *, argument: str) -> type:
     """
     classes = _CLASSES[kind]
     if not isinstance(name, str) or name not in classes:
-        raise InvalidArgument(
-            Problem(argument, name, f"is not {KINDS[kind]} that is known", nearest(str(name), classes))
-        )
+        rule = f"names no {kind.replace('-', ' ')} that is known"
+        raise InvalidArgument(Problem(argument, name, rule, nearest(str(name), classes)))
     return classes[name]

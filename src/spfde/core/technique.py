@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.registry import find
 
 
 class Technique(BaseModel):
@@ -16,6 +18,8 @@ class Technique(BaseModel):
         InvalidArgument: a field is unknown or breaks its rule; all such fields are named together.
     """
 
+    name: ClassVar[str]
+    """What it is called in recipes and on the command line."""
     references: ClassVar[tuple[str, ...]] = ()
     """What to cite for it: keys of ``recipe/references.bib``, or whole BibTeX entries."""
 
@@ -31,6 +35,28 @@ class Technique(BaseModel):
     def cited(self) -> tuple[str, ...]:
         """What to cite for it as it is set: its references, and those that its fields call for."""
         return self.references
+
+
+def read_named(kind: str, value: Any, *, argument: str, key: str = "name") -> Any:
+    """The registered technique that a recipe's name, or table with a name, stands for; anything else as it is.
+
+    Args:
+        kind: of the registry.
+        value: a name, a mapping of fields with the name under ``key``, or what a validator is to judge.
+        argument: where it stands, for errors.
+        key: of the name in a mapping.
+    """
+    if isinstance(value, str):
+        return find(kind, value, argument=argument)()
+    if not isinstance(value, Mapping):
+        return value
+    fields = dict(value)
+    return find(kind, fields.pop(key, None), argument=f"{argument}.{key}")(**fields)
+
+
+def write_named(technique: Technique, *, key: str = "name") -> dict[str, Any]:
+    """A technique as primitives, with its name: what ``read_named`` reads."""
+    return {key: technique.name, **technique.model_dump(mode="json")}
 
 
 def _problems(technique: type[BaseModel], error: ValidationError) -> list[Problem]:

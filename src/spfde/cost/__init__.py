@@ -28,7 +28,7 @@ from spfde.cost.memory import (
     peak_bytes,
     reset_peak,
 )
-from spfde.cost.training import EpochCost, backward_flops, epoch_cost, total_cost
+from spfde.cost.training import EpochCost, epoch_cost, total_cost
 
 __all__ = [
     "Accounting",
@@ -41,7 +41,6 @@ __all__ = [
     "MemoryTimeline",
     "ModelCost",
     "SavedTensorBytes",
-    "backward_flops",
     "epoch_cost",
     "format_bytes",
     "format_flops",

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.state import check_all, check_entries
 from spfde.cost.training import EpochCost, total_cost
 
-_VERSION = 1
 _DASH = "-"
 
 
@@ -41,6 +42,15 @@ class LedgerRow:
         lr: learning rate of the first group; None if unknown.
         dense_weight_bytes: what the model's tensors take at the end of the epoch, dense; None if not modelled.
         compressed_weight_bytes: what they take without what the masks cut off (``spfde.export``).
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         optimizer.step()
+        >>> row = session.cost.rows[0]
+        >>> row.samples, row.steps
+        (20, 3)
     """
 
     epoch: int
@@ -71,7 +81,16 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class LedgerTotals:
-    """Sums over the rows; the largest peak; modelled memory averaged and least; the weights' bytes in the last row."""
+    """Sums over the rows; the largest peak; modelled memory averaged and least; the weights' bytes in the last row.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         optimizer.step()
+        >>> session.cost.totals.epochs, session.cost.totals.cost.saved_by_freezing
+        (2, 0)
+    """
 
     epochs: int
     samples: int
@@ -97,19 +116,19 @@ class Ledger:
     Args:
         uncounted: modules that the modelled FLOPs leave out, by type name, with their calls (``ModelCost.uncounted``).
         dense_memory_bytes: modelled memory of the dense model, to hold the rows' against.
-        dense_seconds: measured seconds of a dense run of the same epochs, if there was one.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         optimizer.step()
+        >>> session.cost.totals.samples
+        20
     """
 
-    def __init__(
-        self,
-        *,
-        uncounted: Mapping[str, int] | None = None,
-        dense_memory_bytes: int | None = None,
-        dense_seconds: float | None = None,
-    ) -> None:
+    def __init__(self, *, uncounted: Mapping[str, int] | None = None, dense_memory_bytes: int | None = None) -> None:
         self.uncounted = dict(uncounted) if uncounted is not None else None
         self.dense_memory_bytes = dense_memory_bytes
-        self.dense_seconds = dense_seconds
         self._rows: list[LedgerRow] = []
 
     @property
@@ -131,9 +150,16 @@ class Ledger:
         Raises:
             InvalidArgument: the epoch is not later than the last one, or the savings do not add up.
         """
-        problem = _problem_with(row, self._rows[-1].epoch if self._rows else -1)
-        if problem is not None:
-            raise InvalidArgument(problem)
+        last = self._rows[-1].epoch if self._rows else -1
+        if row.epoch <= last:
+            rule, remedy = f"must be later than the last one ({last})", "Enter each epoch once."
+            raise InvalidArgument(Problem("row.epoch", row.epoch, rule, remedy))
+        saved = row.saved_by_sparsity + row.saved_by_freezing + row.saved_by_sieving
+        added = row.dense_gradient_flops + row.overhead_flops
+        if row.dense_training_flops - saved + added != row.training_flops:
+            rule = "must be the dense FLOPs less the savings plus the dense gradients and the overhead"
+            remedy = "Take the figures of one EpochCost."
+            raise InvalidArgument(Problem("row.training_flops", row.training_flops, rule, remedy))
         self._rows.append(row)
 
     @property
@@ -156,41 +182,16 @@ class Ledger:
         )
 
     def __str__(self) -> str:
-        return render(
-            self.totals, self.uncounted, dense_memory=self.dense_memory_bytes, dense_seconds=self.dense_seconds
-        )
+        return _render(self.totals, self.uncounted, self.dense_memory_bytes)
 
     def __repr__(self) -> str:
         return f"<Ledger: {len(self)} epochs, {self.totals.flops_ratio:.1%} of the dense training FLOPs>"
 
-    def epoch_table(self) -> str:
-        """One line an epoch, modelled and measured columns labelled."""
-        header = ("", "", "", "", "", "modelled", "modelled", "modelled", "measured", "measured")
-        names = ("epoch", "samples", "density", "frozen", "lr", "FLOPs", "of dense", "memory", "time", "peak")
-        lines = [
-            (
-                str(row.epoch),
-                f"{row.samples:,}",
-                f"{row.density:.2%}",
-                str(row.frozen_blocks),
-                _DASH if row.lr is None else f"{row.lr:.3g}",
-                format_flops(row.training_flops),
-                _percent(row.training_flops, row.dense_training_flops),
-                format_bytes(row.modelled_memory_bytes),
-                format_seconds(row.seconds),
-                format_bytes(row.peak_memory_bytes),
-            )
-            for row in self._rows
-        ]
-        return _table([header, names, *lines], rule_after=2)
-
     def state_dict(self) -> dict[str, Any]:
         """Rows and baselines, in primitives."""
         return {
-            "version": _VERSION,
             "uncounted": None if self.uncounted is None else dict(self.uncounted),
             "dense_memory_bytes": self.dense_memory_bytes,
-            "dense_seconds": self.dense_seconds,
             "rows": [dataclasses.asdict(row) for row in self._rows],
         }
 
@@ -198,41 +199,28 @@ class Ledger:
         """Put a saved ledger in place of this one; nothing changes when the state does not fit.
 
         Raises:
-            StateMismatch: the state is not a ledger's, or of another version, or its rows do not add up.
+            StateMismatch: the state is not a ledger's, or its rows do not add up.
         """
-        expected = {"version", "uncounted", "dense_memory_bytes", "dense_seconds", "rows"}
-        if not isinstance(state, Mapping) or set(state) != expected:
-            raise StateMismatch(
-                f"ledger state must have exactly the keys {sorted(expected)}. Was it saved by a ledger?"
-            )
-        if state["version"] != _VERSION:
-            raise StateMismatch(
-                f"ledger state has version {state['version']!r}; this package reads version {_VERSION}."
-            )
-        rows: list[LedgerRow] = []
+        check_entries(
+            state, "the bill", {"uncounted": (dict, NoneType), "dense_memory_bytes": (int, NoneType), "rows": list}
+        )
+        check_all(state["uncounted"] or {}, "uncounted in the state of the bill", int)
+        saved = Ledger(uncounted=state["uncounted"], dense_memory_bytes=state["dense_memory_bytes"])
         for entry in state["rows"]:
+            check_entries(entry, "a row of the bill", _KINDS)
             try:
-                row = LedgerRow(**entry)
-                problem = _problem_with(row, rows[-1].epoch if rows else -1)
-            except TypeError as error:
-                raise StateMismatch(f"ledger state holds a row that is none: {error}") from error
-            if problem is not None:
-                raise StateMismatch(f"ledger state holds a damaged row: {problem}")
-            rows.append(row)
-        self.uncounted = None if state["uncounted"] is None else dict(state["uncounted"])
-        self.dense_memory_bytes = state["dense_memory_bytes"]
-        self.dense_seconds = state["dense_seconds"]
-        self._rows = rows
+                saved.add(LedgerRow(**entry))
+            except InvalidArgument as error:
+                raise StateMismatch(f"the state of the bill holds a damaged row: {error}") from error
+        vars(self).update(vars(saved))
 
 
-def render(
-    totals: LedgerTotals,
-    uncounted: Mapping[str, int] | None = None,
-    *,
-    dense_memory: float | None = None,
-    dense_seconds: float | None = None,
-) -> str:
-    """The table of ``str(ledger)``: modelled and measured in columns of their own, and against dense."""
+_KINDS = {name: (*(get_args(hint) or (hint,)), int) for name, hint in get_type_hints(LedgerRow).items()}
+"""What the entries of a saved row are."""
+
+
+def _render(totals: LedgerTotals, uncounted: Mapping[str, int] | None, dense_memory: float | None) -> str:
+    """Modelled and measured in columns of their own, and against dense."""
     cost = totals.cost
     dense = cost.dense_training_flops
 
@@ -261,17 +249,10 @@ def render(
         memory("step memory, least", totals.minimum_memory_bytes),
         memory("weights, compressed", totals.compressed_weight_bytes, totals.dense_weight_bytes),
         ("peak memory", "", format_bytes(totals.peak_memory_bytes), "", ""),
-        (
-            "time",
-            "",
-            format_seconds(totals.seconds),
-            format_seconds(dense_seconds),
-            _percent(totals.seconds, dense_seconds),
-        ),
+        ("time", "", format_seconds(totals.seconds), _DASH, _DASH),
     ]
     title = f"Cost of {totals.epochs:,} epochs, {totals.steps:,} steps, {totals.samples:,} samples"
-    timed = ", its time measured" if dense_seconds is not None else ""
-    lines = [title, "", _table(table, rule_after=1), "", f"The dense column is modelled{timed}."]
+    lines = [title, "", _table(table), "", "The dense column is modelled."]
     if uncounted is not None:
         listed = ", ".join(f"{name} x{calls}" for name, calls in sorted(uncounted.items())) or "nothing"
         lines.append(f"Modelled FLOPs leave out: {listed}.")
@@ -279,17 +260,32 @@ def render(
 
 
 def format_flops(flops: float | None) -> str:
-    """``13.23 PFLOP``: a number of operations, not a rate."""
+    """``13.23 PFLOP``: a number of operations, not a rate.
+
+    Example:
+        >>> spfde.cost.format_flops(1.323e16)
+        '13.23 PFLOP'
+    """
     return _scaled(flops, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"), "FLOP")
 
 
 def format_bytes(size: float | None) -> str:
-    """``312.4 MiB``."""
+    """``312.4 MiB``.
+
+    Example:
+        >>> spfde.cost.format_bytes(327_600_000)
+        '312.4 MiB'
+    """
     return _scaled(size, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi"), "B")
 
 
 def format_seconds(seconds: float | None) -> str:
-    """``12.3 s``, ``5 min 12 s``, ``3 h 05 min``."""
+    """``12.3 s``, ``5 min 12 s``, ``3 h 05 min``.
+
+    Example:
+        >>> spfde.cost.format_seconds(312)
+        '5 min 12 s'
+    """
     if seconds is None:
         return _DASH
     if seconds < 60:
@@ -315,28 +311,12 @@ def _percent(part: float | None, whole: float | None) -> str:
     return _DASH if part is None or not whole else f"{part / whole:.1%}"
 
 
-def _table(rows: Sequence[Sequence[str]], *, rule_after: int) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines.insert(rule_after, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
-
-
-def _problem_with(row: LedgerRow, last_epoch: int) -> Problem | None:
-    if row.epoch <= last_epoch:
-        return Problem(
-            "row.epoch", row.epoch, f"must be later than the last one ({last_epoch})", "Enter each epoch once."
-        )
-    saved = row.saved_by_sparsity + row.saved_by_freezing + row.saved_by_sieving
-    added = row.dense_gradient_flops + row.overhead_flops
-    if row.dense_training_flops - saved + added != row.training_flops:
-        return Problem(
-            "row.training_flops",
-            row.training_flops,
-            "must be the dense FLOPs less the savings plus the dense gradients and the overhead",
-            "Take the figures of one EpochCost.",
-        )
-    return None

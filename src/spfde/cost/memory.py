@@ -6,29 +6,36 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spfde.core.errors import Problems, nearest
 from spfde.cost.flops import LayerCost
-from spfde.cost.training import check_layers, share
+from spfde.cost.training import share
 
 Accounting = Literal["paper", "actual"]
+"""How memory is counted: as the paper does, or as PyTorch under a mask stores it."""
 
 _BYTES = 4  # the paper's accounting is in fp32, and so are the masked engine's weights
 
 
 @dataclass(frozen=True)
 class MemoryBytes:
-    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper."""
+    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper.
+
+    Example:
+        >>> spfde.cost.MemoryBytes(
+        ...     weights=400, masks=0, activations=800, weight_gradients=400, activation_gradients=800
+        ... ).total
+        2400
+    """
 
     weights: int
     masks: int
@@ -50,6 +57,11 @@ class MemoryTimeline:
         per_epoch: one entry an epoch.
         dense: the dense model without freezing.
         sparse: the sparse model at its target density without freezing, "DST methods Min." in the paper's Fig. 4.
+
+    Example:
+        >>> run = spfde.cost.MemoryTimeline(per_epoch=(800, 400), dense=1000, sparse=800)
+        >>> run.minimum, run.average_of_dense
+        (400, 0.6)
     """
 
     per_epoch: tuple[int, ...]
@@ -114,17 +126,11 @@ def memory_of(
         batch_size: samples in a step.
         accounting: which of the two.
 
-    Raises:
-        InvalidArgument: lengths differ, a density is outside [0, 1], or another argument breaks its rule.
+    Example:
+        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
+        >>> spfde.cost.memory_of([layer], [0.1], [False], batch_size=8, accounting="paper").weights
+        204
     """
-    problems = Problems()
-    check_layers(problems, len(layers), density, frozen)
-    if batch_size < 1:
-        problems.add("batch_size", batch_size, "must be at least 1", "Pass the samples in a step.")
-    if accounting not in get_args(Accounting):
-        problems.add("accounting", accounting, "is unknown", nearest(str(accounting), get_args(Accounting)))
-    problems.raise_if_any()
-
     as_paper = accounting == "paper"
     weights = masks = weight_gradients = activations = activation_gradients = 0
     for layer, d, is_frozen in zip(layers, density, frozen, strict=True):
@@ -161,13 +167,13 @@ def memory_timeline(
         batch_size: samples in a step.
         accounting: see ``memory_of``.
 
-    Raises:
-        InvalidArgument: the schedule is empty, or an argument breaks a rule of ``memory_of``.
+    Example:
+        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
+        >>> epochs = [([0.1], [False]), ([0.1], [True])]
+        >>> run = spfde.cost.memory_timeline([layer], epochs, target_density=[0.1], batch_size=8, accounting="actual")
+        >>> run.per_epoch[1] < run.per_epoch[0]
+        True
     """
-    problems = Problems()
-    if not schedule:
-        problems.add("schedule", schedule, "must hold at least one epoch", "Pass (density, frozen) for each epoch.")
-    problems.raise_if_any()
 
     def total(density: Sequence[float], frozen: Sequence[bool]) -> int:
         return memory_of(layers, density, frozen, batch_size=batch_size, accounting=accounting).total
@@ -184,18 +190,22 @@ class SavedTensorBytes:
     """Measures what autograd saves for the backward pass while the context is open.
 
     ``with SavedTensorBytes(model) as saved: loss = model(x).sum()`` and then ``saved.bytes``. Each storage counts once
-    and whole, however many saved tensors are views of it. Parameters and buffers of ``model`` do not count, nor do the
-    tensors in ``exclude`` (an input batch that is a slice of a data set held in memory keeps the whole set's storage).
+    and whole, however many saved tensors are views of it. Parameters and buffers of ``model`` do not count.
     The copies in low precision that autocast makes of weights do count: they take memory. Storages are followed by weak
     references: measuring holds no memory and mistakes no reused address for an old tensor. Several steps in one context
     add up.
 
     While the context is open autograd does not notice in-place changes of saved tensors.
+
+    Example:
+        >>> with spfde.cost.SavedTensorBytes(model) as saved:
+        ...     loss = model(torch.zeros(8, 4)).sum()
+        >>> saved.bytes > 0
+        True
     """
 
-    def __init__(self, model: nn.Module | None = None, *, exclude: Iterable[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
-        self._exclude = tuple(exclude)
         self._left_out: set[StorageWeakRef] = set()
         self._seen: dict[StorageWeakRef, int] = {}
         self._hooks: saved_tensors_hooks | None = None
@@ -206,9 +216,7 @@ class SavedTensorBytes:
         return sum(self._seen.values())
 
     def __enter__(self) -> SavedTensorBytes:
-        held = list(self._exclude)
-        if self._model is not None:
-            held += [*self._model.parameters(), *self._model.buffers()]
+        held = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
         self._left_out = {_key(part.untyped_storage()) for tensor in held for part in _parts(tensor)}
         self._seen = {}
         self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
@@ -238,6 +246,11 @@ def peak_bytes(device: torch.device | str = "cpu") -> int | None:
 
     On an accelerator what PyTorch's allocator had in use; on the CPU the resident set of the process, with everything
     that else lives in it (the interpreter, libraries, data). None where the platform tells neither.
+
+    Example:
+        >>> peak = spfde.cost.peak_bytes("cpu")  # None where the system does not tell
+        >>> peak is None or peak > 0
+        True
     """
     device = torch.device(device)
     if device.type != "cpu":
@@ -256,6 +269,10 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     Returns:
         Whether the peak was reset. Where it cannot be (macOS, a locked ``/proc``), ``peak_bytes`` goes on counting from
         the start of the process.
+
+    Example:
+        >>> spfde.cost.reset_peak("cpu") in (True, False)  # whether it could be reset
+        True
     """
     device = torch.device(device)
     if device.type != "cpu":

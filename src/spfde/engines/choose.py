@@ -1,31 +1,18 @@
-"""Which engine computes: dense arithmetic under a mask, or kernels that compute with the active weights alone."""
+"""Which engine computes: the one that was asked for, or the one that is expected to be the fastest here."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
+import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.errors import InvalidArgument, Problem, nearest
-from spfde.model.sample import Sample, unwrap
+from spfde.core.registry import registered
+from spfde.engines.base import Engine, Job
 
-if TYPE_CHECKING:
-    from spfde.planning.bill import Blueprint
-
-ENGINES = ("auto", "masked", "native")
-# Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero), and how much
-# faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way. benchmarks/native.py
-# measures steps against it. A linear layer pays for two changes of layout.
-_LINES = {"conv": (1.0, 0.12), "linear": (1.3, 0.45)}
+AUTO, FALLBACK = "auto", "masked"
+# How much faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way.
 WORTH_IT = 0.9
-# How the time grows with the share of lanes that a small batch leaves empty: less than in proportion, for PyTorch takes
-# longer for an image of a small batch too.
-_EMPTY_LANES = 0.75
 
 
 @dataclass(frozen=True)
@@ -34,125 +21,87 @@ class Choice:
 
     name: str
     reason: str
-    asked: str = "masked"
+    asked: str = FALLBACK
+
+
+def engine_names() -> tuple[str, ...]:
+    """What ``attach(engine=...)`` takes: "auto", and the name of each registered engine."""
+    return (AUTO, *registered("engine"))
 
 
 def check_engine(engine: str) -> None:
     """Raise ``InvalidArgument`` for anything that is no engine's name."""
-    if engine not in ENGINES:
-        raise InvalidArgument(Problem("engine", engine, "is no engine", nearest(str(engine), ENGINES)))
+    if engine not in engine_names():
+        raise InvalidArgument(Problem("engine", engine, "is no engine", nearest(str(engine), engine_names())))
 
 
-def choose_engine(
-    engine: str,
-    model: nn.Module,
-    blueprint: Blueprint,
-    *,
-    sample: Sample,
-    batch_size: int,
-    is_neutral: bool,
-    on_build: Callable[[str], None] | None = None,
-) -> Choice:
-    """The engine that computes ``model``. The same model and machine give the same choice.
+def make_engine(name: str) -> Engine:
+    """A new engine of that name, attached to nothing yet."""
+    return _known()[name]()
+
+
+def choose_engine(asked: str, job: Job, *, is_neutral: bool, tell: Callable[[str], None] | None = None) -> Choice:
+    """The engine that computes the job's model. The same model and machine give the same choice.
 
     Args:
-        engine: "auto", "masked" or "native".
-        model: as attached, wrappers included.
-        blueprint: what the recipe means for it.
-        sample: what the model is called with.
-        batch_size: samples of a training batch.
-        is_neutral: the recipe changes nothing; then the engine is always masked.
-        on_build: called with one line before the kernels are compiled.
+        asked: "auto" or an engine's name.
+        job: what is to be computed.
+        is_neutral: the recipe changes nothing; then the model is left to PyTorch whatever was asked for.
+        tell: called with one line before something that takes a while, such as compiling.
 
     Raises:
-        InvalidArgument: an unknown engine, or "native" where it cannot work, with the reason.
+        InvalidArgument: an unknown engine, or one that was asked for and cannot work, with the reason; or a cache that
+            the engine cannot keep.
     """
-    check_engine(engine)
-    if engine == "masked":
-        return Choice("masked", "as asked", engine)
-    if is_neutral or not blueprint.target:
-        return Choice("masked", "nothing is sparse", engine)
-    reason = _refusal(model, blueprint)
-    estimate = 1.0
-    if reason is None:
-        estimate, left = estimate_time(unwrap(model), blueprint, sample, batch_size)
-        if left:
-            reason = f"it takes no sparse layer of this model ({left})"
-        elif engine == "auto" and estimate > WORTH_IT:
-            return Choice("masked", f"native kernels would take about {estimate:.2f}x of its time here", engine)
-    if reason is None:
-        from spfde.engines.native import build
-
-        try:
-            build.load(on_build=on_build)
-        except build.KernelsUnavailable as error:
-            reason = error.reason
-    if reason is None:
-        why = "as asked" if engine == "native" else f"about {1 / estimate:.1f}x faster than masked"
-        return Choice("native", why, engine)
-    if engine == "native":
-        raise InvalidArgument(
-            Problem("engine", engine, f"cannot work here: {reason}", 'Use engine="masked" or "auto".')
-        )
-    return Choice("masked", f"native kernels cannot work here: {reason}", engine)
+    check_engine(asked)
+    choice = _choose(asked, job, is_neutral, tell)
+    reason = None if job.cache is None else _known()[choice.name].supports_cache(job)
+    if reason is not None:
+        rule = f"cannot be kept by the {choice.name} engine ({choice.reason}): {reason}"
+        raise InvalidArgument(Problem("cache", job.cache, rule, "Leave it out, or see docs/methods/freezing.md."))
+    return choice
 
 
-def say_on_stderr(line: str) -> None:
-    """Tell the user what takes a while."""
-    print(f"spfde: {line}", file=sys.stderr, flush=True)
+def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] | None) -> Choice:
+    if asked == FALLBACK:
+        return Choice(FALLBACK, "as asked", asked)
+    engines = [
+        engine
+        for name, engine in _known().items()
+        if (name == asked or (asked == AUTO and name != FALLBACK)) and (job.blueprint.target or not engine.needs_masks)
+    ]
+    if is_neutral or not engines:
+        return Choice(FALLBACK, "nothing is sparse", asked)
+    if asked == AUTO:
+        return _fastest(engines, job, tell)
+    (engine,) = engines
+    reason = engine.supports(job) or engine.prepare(job, tell)
+    if reason is not None:
+        rule = f"cannot work here: {reason}"
+        raise InvalidArgument(Problem("engine", asked, rule, f'Use engine="{FALLBACK}" or "{AUTO}".'))
+    return Choice(asked, "as asked", asked)
 
 
-def say_choice(engine: str, reason: str) -> None:
-    """Tell which engine was chosen and why; silent where the logger "spfde" is set to WARNING or above."""
-    if logging.getLogger("spfde").level <= logging.INFO:
-        say_on_stderr(f"engine {engine}: {reason}")
+def _known() -> Mapping[str, type[Engine]]:
+    """The registered engines by name."""
+    return registered("engine")
 
 
-def _refusal(model: nn.Module, blueprint: Blueprint) -> str | None:
-    """Why the kernels cannot compute this model, as far as its parameters tell."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        return "the model is compiled by torch.compile"
-    for name, parameter in unwrap(model).named_parameters():
-        if parameter.device.type != "cpu":
-            return f"{name} is on {parameter.device}, and the kernels are for CPUs"
-        if name in blueprint.target and parameter.dtype != torch.float32:
-            return f"{name} is {parameter.dtype}, and the kernels take float32"
-    from spfde.engines.native import build
-
-    return build.available()
-
-
-def estimate_time(model: nn.Module, blueprint: Blueprint, sample: Sample, batch_size: int) -> tuple[float, str]:
-    """Modelled time of a training step against the masked engine's, and why no sparse layer is taken; '' where one is.
-
-    Args:
-        model, blueprint, sample: see ``choose_engine``.
-        batch_size: a pixel of ``lanes`` images is one vector, so that a small batch leaves lanes empty.
-    """
-    from spfde.engines.native.graph import capture
-    from spfde.engines.native.layout import TOKEN_COLUMNS, likely_lanes
-    from spfde.engines.native.trace import check_forward
-
-    try:
-        check_forward(model)
-        captured = capture(model, sample, blueprint.target)
-    except InvalidArgument as error:
-        return 1.0, str(error)
-    nodes = [node for region in captured.regions for node in region.nodes]
-    taken = {f"{node.module}.weight": node.kind for node in nodes if node.kind in _LINES}
-    if not taken.keys() & set(blueprint.target):
-        first = next(iter(blueprint.target))
-        return 1.0, next((text for text in captured.left if text.startswith(first.rpartition(".")[0] + " ")), first)
-    ours, all_of_it = 0.0, 0.0
-    for layer, density in zip(blueprint.cost.layers, blueprint.scheduled_density(0), strict=True):
-        all_of_it += layer.forward_flops
-        if layer.name not in taken:
-            ours += layer.forward_flops
+def _fastest(engines: list[type[Engine]], job: Job, tell: Callable[[str], None] | None) -> Choice:
+    """The engine with the shortest step, if it is worth it; the fallback with the reasons against the others."""
+    reasons, speeds = [], {}
+    for engine in engines:
+        reason = engine.supports(job)
+        if reason is None:
+            speeds[engine] = engine.expected_speed(job)
+        else:
+            reasons.append(f"the {engine.name} engine cannot work here: {reason}")
+    for engine, speed in sorted(speeds.items(), key=lambda item: item[1]):
+        if speed > WORTH_IT:
+            reasons.append(f"the {engine.name} engine would take about {speed:.2f}x of its time here")
             continue
-        kind = taken[layer.name]
-        slope, fixed = _LINES[kind]
-        # Of a linear layer each token is a sample, and a vector holds a few columns of them.
-        rows = batch_size if kind == "conv" else batch_size * layer.forward_flops // (2 * layer.numel)
-        unit = likely_lanes() * (1 if kind == "conv" else TOKEN_COLUMNS)
-        ours += layer.forward_flops * (slope * density + fixed) * (-(-rows // unit) * unit / rows) ** _EMPTY_LANES
-    return ours / all_of_it, ""
+        reason = engine.prepare(job, tell)
+        if reason is None:
+            return Choice(engine.name, f"about {1 / speed:.1f}x faster than {FALLBACK}", AUTO)
+        reasons.append(f"the {engine.name} engine cannot work here: {reason}")
+    return Choice(FALLBACK, "; ".join(reasons), AUTO)

@@ -21,7 +21,7 @@ from spfde.core.files import clear_errors, written_whole
 from spfde.export.encoding import Encoded, as_bits, decode, encode
 
 # Version of the compressed layout, and the keys of the header's metadata.
-_VERSION = "1"
+_VERSION = "2"
 _LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.checksum"
 _REMEDY = "Export it again, or restore it from a copy."
 
@@ -37,6 +37,11 @@ def save_dense(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         InvalidArgument: an entry is no tensor that can be stored.
         UsageError: safetensors is not installed.
         WeightsFileError: the file cannot be written.
+
+    Example:
+        >>> spfde.export.save_dense(model.state_dict(), "weights.safetensors")
+        >>> torch.equal(spfde.export.load("weights.safetensors")["0.weight"], model[0].weight)
+        True
     """
     _check_tensors(state_dict)
     # Clones: safetensors refuses tensors that share memory.
@@ -51,8 +56,8 @@ def save_compressed(
 ) -> None:
     """Write the tensors without their zeros; ``load`` restores them bit for bit.
 
-    The file is a safetensors file with entries ``dense/NAME``, or ``values/NAME`` and ``gaps/NAME`` or ``mask/NAME``
-    (see ``encode``), and a checksum.
+    The file is a safetensors file with entries ``dense/NAME``, or ``values/NAME`` and ``mask/NAME`` (see ``encode``),
+    and a checksum.
 
     Args:
         state_dict: tensors by name.
@@ -64,6 +69,13 @@ def save_compressed(
         InvalidArgument: an entry is no tensor that can be stored, or a mask does not fit its tensor.
         UsageError: safetensors is not installed.
         WeightsFileError: the file cannot be written.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> spfde.export.save_compressed(model.state_dict(), "weights.safetensors", masks=session.masks)
+        >>> loaded = spfde.export.load("weights.safetensors")
+        >>> torch.equal(loaded["2.weight"], model[2].weight)
+        True
     """
     _check_tensors(state_dict)
     if unknown := sorted(set(masks or {}) - set(state_dict)):
@@ -77,7 +89,7 @@ def save_compressed(
         if encoded.kind == "dense":
             stored[f"dense/{name}"] = encoded.values.clone()
         else:
-            stored |= {f"values/{name}": encoded.values, f"{encoded.kind}/{name}": encoded.positions}
+            stored |= {f"values/{name}": encoded.values, f"mask/{name}": encoded.positions}
     _save(stored, Path(path), {_LAYOUT: _VERSION, _TENSORS: json.dumps(tensors), _CHECKSUM: _checksum(stored)})
 
 
@@ -87,6 +99,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UsageError: safetensors is not installed.
         WeightsFileError: the file is missing, damaged, no safetensors file, or of a newer layout.
+
+    Example:
+        >>> spfde.export.save_dense(model.state_dict(), "weights.safetensors")
+        >>> spfde.export.load("weights.safetensors")["5.bias"].shape
+        torch.Size([3])
     """
     safetensors, path = _safetensors(), Path(path)
     if not path.is_file():

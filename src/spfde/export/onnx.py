@@ -30,6 +30,12 @@ def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) ->
         InvalidArgument: PyTorch cannot export the model.
         UsageError: onnx or onnxscript is not installed.
         WeightsFileError: the file cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> spfde.export.save_onnx(model, torch.zeros(1, 4), "model.onnx")
+        >>> Path("model.onnx").stat().st_size > 0
+        True
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -43,6 +49,8 @@ def save_onnx(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Where nothing else works torch 2.6 traces the model: a branch on values would be the one that zeros take.
+            warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             program = torch.onnx.export(
                 twin,
                 (example,),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
+from spfde.core.torch_private import least_two_four_shape
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 _LEAST_CAPABILITY = (8, 0)
@@ -20,6 +21,10 @@ def is_two_four(mask: Tensor) -> bool:
 
     Args:
         mask: of a linear layer, [out, in]; True where the weight exists.
+
+    Example:
+        >>> spfde.export.is_two_four(torch.tensor([[True, False, True, False]]))
+        True
     """
     if mask.dim() != 2 or mask.numel() == 0 or mask.shape[1] % 4:
         return False
@@ -40,6 +45,12 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
         InvalidArgument: no linear layer has a 2:4 mask, a weight outside its mask is not zero, or a type or shape does
             not fit.
         UsageError: the hardware has no sparse tensor cores.
+
+    Example:
+        >>> two_four = spfde.SET(sparsity=0.5, structure=spfde.NM(n=2, m=4))
+        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sparsity=two_four), epochs=2)
+        >>> if torch.cuda.is_available():
+        ...     sparse = spfde.export.to_semi_structured(model.cuda().half(), session.masks)
     """
     layers = [
         f"{name}.weight" if name else "weight" for name, module in model.named_modules() if type(module) is nn.Linear
@@ -70,13 +81,10 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
 
 def _misfit(name: str, weight: Tensor) -> Problem | None:
     """What of a weight's shape PyTorch's kernel refuses; None where nothing, or where this version does not say."""
-    tensors = torch.sparse
-    forced = getattr(tensors.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
-    kernel = tensors.SparseSemiStructuredTensorCUTLASS if forced else tensors.SparseSemiStructuredTensorCUSPARSELT
-    least = getattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS", {}).get(weight.dtype)
+    least = least_two_four_shape(weight.dtype)
     if least is None:
         return None
-    (out, inputs), rows, columns = weight.shape, least.sparse_min_rows, least.sparse_min_cols
+    (out, inputs), (rows, columns) = weight.shape, least
     if out % rows == 0 and inputs % columns == 0:
         return None
     rule = f"PyTorch's kernel takes multiples of {rows} outputs and {columns} inputs of {weight.dtype}"

@@ -3,34 +3,26 @@
 from spfde.freezing.freezer import Freezer, is_held, recompile_warning
 from spfde.freezing.plan import (
     FREEZE_CRITERIA,
-    SCHEMES,
     FreezePlan,
     ProgressiveFreezing,
-    Scheme,
     blocks_to_freeze,
 )
-from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, rate
-from spfde.freezing.schemes import Savings, freezing_saving, paused, solve
-from spfde.model.blocks import Block, Partition, find_blocks
+from spfde.freezing.rates import BlockwiseCosine, GroupRates, check_rates, learning_rate_factor, rate
+from spfde.freezing.schemes import FreezingScheme, Savings, solve
 
 __all__ = [
     "FREEZE_CRITERIA",
-    "SCHEMES",
-    "Block",
     "BlockwiseCosine",
     "FreezePlan",
     "Freezer",
+    "FreezingScheme",
     "GroupRates",
-    "Partition",
     "ProgressiveFreezing",
     "Savings",
-    "Scheme",
     "blocks_to_freeze",
     "check_rates",
-    "find_blocks",
-    "freezing_saving",
     "is_held",
-    "paused",
+    "learning_rate_factor",
     "rate",
     "recompile_warning",
     "solve",

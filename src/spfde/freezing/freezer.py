@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from spfde.core.errors import InvalidArgument, Problem, StateMismatch, UsageError
+from spfde.core.errors import StateMismatch
+from spfde.core.state import check_entries
+from spfde.core.torch_private import is_compiled, recompile_limit
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
 _WANTED_MODE = "_spfde_wanted_mode"
-# Buffers that a forward pass in training mode changes: statistics of norms, the vectors of spectral norm.
-_UPDATED_IN_TRAINING = ("running_", "num_batches_tracked", "_u", "weight_u")
+# Buffers that a forward pass in training mode changes, beside "running_…": of norms, the vectors of spectral norm.
+_UPDATED_IN_TRAINING = ("num_batches_tracked", "_u", "weight_u")
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,20 @@ class Freezer:
         optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
             checkpoints go on fitting.
 
-    Raises:
-        InvalidArgument: a block names a parameter that the model does not have.
+    Example:
+        >>> from spfde.model.blocks import find_blocks
+        >>> from spfde.model.trace import trace
+        >>> blocks = find_blocks(model, trace(model, torch.zeros(1, 4))).blocks
+        >>> freezer = spfde.freezing.Freezer(model, blocks, optimizer)
+        >>> freezer.freeze_to(1)
+        >>> model[0].weight.requires_grad, model[2].weight.requires_grad
+        (False, True)
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> None:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        unknown = [name for block in blocks for name in block.parameters if name not in parameters]
-        if unknown:
-            raise InvalidArgument(
-                Problem("blocks", unknown[0], "is no parameter of the model", "Find the blocks of this very model.")
-            )
         self._optimizer = optimizer
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
@@ -83,20 +86,12 @@ class Freezer:
         """Freeze the first ``n_blocks`` blocks and no others; those that are frozen already stay so.
 
         A block that thaws trains on from its weights; optimizer state, which was freed, begins anew.
-
-        Raises:
-            UsageError: a number below 0, or more blocks than there are.
+        What freezing changed is put back: ``requires_grad`` as each parameter had it, and the modes of the norms.
         """
-        if not 0 <= n_blocks <= len(self._blocks):
-            raise UsageError(f"n_blocks={n_blocks}: must be between 0 and {len(self._blocks)} (all blocks).")
         while self.n_frozen > n_blocks:
             self._thaw(self._frozen.pop())
         for index in range(self.n_frozen, n_blocks):
             self._frozen.append(self._freeze(index))
-
-    def unfreeze_all(self) -> None:
-        """Put back what freezing changed: ``requires_grad`` as each parameter had it, and the modes of the norms."""
-        self.freeze_to(0)
 
     def _freeze(self, index: int) -> _Frozen:
         trained = [parameter for parameter in self._parameters[index] if parameter.requires_grad]
@@ -130,14 +125,14 @@ class Freezer:
         Raises:
             StateMismatch: the state was taken with other blocks, or is none of ours.
         """
-        names, n_frozen = state.get("blocks"), state.get("n_frozen")
+        check_entries(state, "freezing", {"n_frozen": int, "blocks": list})
         mine = [block.name for block in self._blocks]
-        if names != mine or type(n_frozen) is not int or not 0 <= n_frozen <= len(mine):
+        if state["blocks"] != mine or not 0 <= state["n_frozen"] <= len(mine):
             raise StateMismatch(
-                f"The freezing state has n_frozen={n_frozen!r} of the blocks {names!r}, but the model has the blocks "
-                f"{mine!r}. Load it into the model and the recipe that it was saved with."
+                f"the state of freezing has {state['n_frozen']} frozen of the blocks {state['blocks']}, and the model "
+                f"has the blocks {mine}. Load it into the model and the recipe that it was saved with."
             )
-        self.freeze_to(n_frozen)
+        self.freeze_to(state["n_frozen"])
 
 
 def hold_in_eval(module: nn.Module) -> None:
@@ -153,7 +148,13 @@ def hold_in_eval(module: nn.Module) -> None:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?"""
+    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?
+
+    Example:
+        >>> norm = torch.nn.BatchNorm2d(8)
+        >>> spfde.freezing.is_held(norm)
+        False
+    """
     return _WANTED_MODE in vars(module)
 
 
@@ -181,23 +182,24 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
 
     A compiled model is compiled anew for each front that it has not had yet, none included, once for training and once
     for evaluation; beyond torch's limit it runs without compilation.
+
+    Example:
+        >>> spfde.freezing.recompile_warning(model, n_fronts=3) is None  # the model is not compiled
+        True
     """
-    compiled = any(
-        getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    if not compiled:
+    if not is_compiled(model):
         return None
-    limit, needed = int(torch._dynamo.config.recompile_limit), 2 * (n_fronts + 1)
+    setting, limit = recompile_limit()
+    needed = 2 * (n_fronts + 1)
     if needed <= limit:
         return None
     return (
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
-        f"evaluation. Beyond torch._dynamo.config.recompile_limit={limit} torch runs it uncompiled: set the limit to "
+        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to "
         f"{needed}."
     )
 
 
 def _changes_in_training(module: nn.Module) -> bool:
-    names = [name for name, buffer in module._buffers.items() if buffer is not None]
-    return any(name.startswith(_UPDATED_IN_TRAINING[0]) or name in _UPDATED_IN_TRAINING for name in names)
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    return any(name.startswith("running_") or name in _UPDATED_IN_TRAINING for name in names)

@@ -1,30 +1,24 @@
 """What freezing is told, and what it plans: the technique with its fields, and the timeline of a run.
 
-All that a session asks of a plan is how many of the first blocks are frozen in an epoch, and whether masks are at their
-target by then. The functions that make plans, one a scheme, are in ``spfde.freezing.schemes``.
+All that a timeline asks of a plan is how many of the first blocks are frozen in an epoch, and whether that is a pause.
+The schemes that make plans are in ``spfde.freezing.schemes``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from spfde.core.numbers import latest_update_epoch
+from spfde.core.registry import find, registered
 from spfde.core.technique import Technique
 
-Scheme = Literal["single-shot", "single-shot-resume", "periodic", "delayed-periodic"]
-FreezeCriterion = Literal["schedule", "structure", "representation"]
+if TYPE_CHECKING:
+    from spfde.freezing.schemes import FreezingScheme
 
-SCHEMES: Mapping[Scheme, str] = {
-    "single-shot": "Blocks are frozen one after the other, for good.",
-    "single-shot-resume": "The same, earlier; at the end everything trains again.",
-    "periodic": "Front blocks train one epoch in four, middle blocks one in two.",
-    "delayed-periodic": "Everything trains at first, then as periodic.",
-}
-"""When blocks are frozen, in a line."""
+FreezeCriterion = Literal["schedule", "structure", "representation"]
 
 FREEZE_CRITERIA: Mapping[FreezeCriterion, tuple[str, str]] = {
     "schedule": ("As planned.", "none"),
@@ -53,6 +47,11 @@ class ProgressiveFreezing(Technique):
     - "delayed-periodic": everything trains until the start epoch, and then as in "periodic".
 
     Departures: the appendix names no default for ``resume_epochs`` and for the delay; ours are below.
+
+    Example:
+        >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.3, scheme="single-shot"))
+        >>> spfde.plan(model, torch.zeros(1, 4), recipe, epochs=40, samples=20).freeze_epochs
+        (16, 18, 20)
     """
 
     name: ClassVar[str] = "progressive-freezing"
@@ -73,17 +72,9 @@ class ProgressiveFreezing(Technique):
     blocks: tuple[str, ...] | None = Field(
         default=None, description="names of the modules to freeze at once, in order of execution; None: found"
     )
-    cache_variants: int = Field(
-        default=0,
-        ge=0,
-        description="augmented variants of each sample whose output of the frozen front is kept, so that its forward "
-        "pass is not done again; 0: none. Native engine; see session.augmentation_seeds",
-    )
-    cache_precision: Literal["fp16", "int8"] = Field(default="fp16", description="of what is kept: 'fp16' or 'int8'")
-    cache_limit_gib: float = Field(default=8.0, gt=0, description="room for what is kept, in GiB; fewer variants fit")
-    cache_folder: str | None = Field(default=None, description="folder for a memory-mapped file; None: in memory")
-    scheme: Scheme = Field(
-        default="single-shot", description="'single-shot', 'single-shot-resume', 'periodic' or 'delayed-periodic'"
+    scheme: str = Field(
+        default="single-shot",
+        description="'single-shot', 'single-shot-resume', 'periodic', 'delayed-periodic' or a registered scheme",
     )
     criterion: FreezeCriterion = Field(
         default="schedule",
@@ -103,17 +94,32 @@ class ProgressiveFreezing(Technique):
         description="with 'single-shot-resume': last epochs, in which all blocks train again, a multiple of the update "
         "interval; None: about a tenth of the run",
     )
+    as_far_as_possible: bool = Field(
+        default=False,
+        description="freeze what can be reached where the reduction cannot: what presets ask for",
+    )
+
+    @field_validator("scheme")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        find("freezing-scheme", name, argument="scheme")
+        return name
+
+    @property
+    def scheme_class(self) -> type[FreezingScheme]:
+        """The class that is registered under the scheme's name."""
+        return find("freezing-scheme", self.scheme, argument="scheme")
 
     @property
     def cited(self) -> tuple[str, ...]:
-        """With what the criterion measures by."""
+        """With the scheme's own, and what the criterion measures by."""
         measured = ("kornblith2019similarity", "nguyen2021wide") if self.criterion == "representation" else ()
-        return (*self.references, *measured)
+        return (*self.references, *self.scheme_class.references, *measured)
 
     @property
     def thaws(self) -> bool:
         """True when frozen blocks train again."""
-        return self.scheme != "single-shot"
+        return self.scheme_class.thaws
 
     @property
     def adapts(self) -> bool:
@@ -122,21 +128,14 @@ class ProgressiveFreezing(Technique):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        if self.resume_epochs is not None and self.scheme != "single-shot-resume":
-            raise ValueError("resume_epochs belongs to scheme='single-shot-resume'")
-        if self.scheme == "periodic" and self.start_epoch is not None:
-            raise ValueError("start_epoch delays the periods: that is scheme='delayed-periodic'")
-        if self.scheme == "delayed-periodic" and self.start_epoch is not None and self.flops_reduction == 0:
-            raise ValueError("scheme='delayed-periodic' needs a flops_reduction above 0: it says how many blocks pause")
+        for name in ("start_epoch", "resume_epochs"):
+            if getattr(self, name) is not None and name not in self.scheme_class.takes:
+                others = [scheme for scheme, kind in registered("freezing-scheme").items() if name in kind.takes]
+                raise ValueError(f"scheme={self.scheme!r} takes no {name}; these do: {', '.join(others)}")
+        if self.scheme_class.pauses and self.start_epoch is not None and self.flops_reduction == 0:
+            raise ValueError(f"scheme={self.scheme!r} needs a flops_reduction above 0: it says how many blocks pause")
         if self.adapts and self.thaws:
             raise ValueError("criterion freezes blocks for good, earlier than planned: it needs scheme='single-shot'")
-        if self.cache_variants and self.adapts:
-            raise ValueError("cache_variants needs freeze epochs that are known beforehand: criterion='schedule'")
-        if self.cache_variants and self.thaws:
-            raise ValueError(
-                "cache_variants keeps what blocks make of a sample while they are frozen for good: it "
-                "needs scheme='single-shot'"
-            )
         return self
 
 
@@ -150,12 +149,19 @@ class FreezePlan:
         reduction: share of the training FLOPs without freezing that is saved.
         pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
             is at its target before it is frozen.
+        asked: the share that was asked for; more than ``reduction`` where no more could be reached.
+
+    Example:
+        >>> plan = spfde.freezing.FreezePlan(n_blocks=3, frozen=(0, 0, 1, 2), reduction=0.2)
+        >>> plan.freeze_epochs
+        (2, 3, None)
     """
 
     n_blocks: int
     frozen: tuple[int, ...]
     reduction: float
     pauses: bool = False
+    asked: float = 0.0
 
     @property
     def freeze_epochs(self) -> tuple[int | None, ...]:
@@ -180,32 +186,6 @@ class FreezePlan:
             return None
         return max(epoch for epoch, count in enumerate(self.frozen) if count) + 1
 
-    def n_frozen_at(self, epoch: int) -> int:
-        """Number of blocks that are frozen during ``epoch``; they are the first ones. After the run as in its end."""
-        return self.frozen[min(epoch, len(self.frozen) - 1)]
-
-    def last_turn(self, block: int, epoch: int, interval: int) -> int | None:
-        """The latest update epoch up to ``epoch`` at which the block trains and its mask may change, or None."""
-        update_epochs = range(latest_update_epoch(epoch, interval), -1, -interval)
-        return next((update_epoch for update_epoch in update_epochs if self.n_frozen_at(update_epoch) <= block), None)
-
-    def settles(self, block: int, epoch: int, interval: int) -> bool:
-        """Is the block at its target during ``epoch``, because it is frozen or about to be?
-
-        A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
-        no step left to make up for them. So it is at target from the last update epoch on at which it trains before it
-        is frozen. Through a pause masks stay as they are; then it is the last update epoch of all at which the block
-        trains, unless it trains in the last epoch, which prunes anyway. The sources say nothing of this case.
-        """
-        turn = self.last_turn(block, epoch, interval)
-        if turn is None:
-            return True
-        if not self.pauses:
-            return self.n_frozen_at(turn + interval) > block
-        end = len(self.frozen)
-        to_come = (*range(turn + interval, end, interval), end - 1)
-        return turn < end - 1 and all(self.frozen[update_epoch] > block for update_epoch in to_come)
-
     @property
     def learning_stops(self) -> tuple[int, ...]:
         """For each block the epoch at which its learning rate reaches its end: its freeze epoch, or the run's length.
@@ -223,6 +203,10 @@ def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float
         n_layers: number of weighted layers of each block, front to back.
         total_layers: of the whole model, the head included.
         fraction: share of the layers to freeze. Source: two thirds, SpFDE section 3; whole blocks are ours.
+
+    Example:
+        >>> spfde.freezing.blocks_to_freeze([2, 2, 2], total_layers=7, fraction=2 / 3)
+        2
     """
     wanted, frozen, distances = fraction * total_layers, 0, []
     for count in n_layers:

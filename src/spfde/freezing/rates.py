@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spfde.core.errors import Problem, Problems, StateMismatch, UsageError
 from spfde.core.numbers import cosine
+from spfde.core.state import check_entries
 from spfde.core.technique import Technique
 
 
@@ -21,6 +22,12 @@ class BlockwiseCosine(Technique):
     Source: SpFDE, section 3, "according to the total active training epoch of each layer/block"; the formula is ours,
     the usual cosine with the block's freeze epoch for its length. What is never frozen, or pauses periodically, has the
     length of the run. What trains again at the end of the run takes the small rate that the never frozen have by then.
+
+    Example:
+        >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(), learning_rate=spfde.BlockwiseCosine())
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=40)
+        >>> len(optimizer.param_groups)  # one for each block, and the head's
+        4
     """
 
     name: ClassVar[str] = "blockwise-cosine"
@@ -31,21 +38,39 @@ class BlockwiseCosine(Technique):
     final: float = Field(default=0.0, ge=0, description="learning rate at the end of the cosine, 0 or more")
 
 
-def rate(base: float, epoch: int, *, stop: int, warmup: int, final: float) -> float:
-    """Learning rate of a block in ``epoch``.
+def learning_rate_factor(epoch: int, *, stop: int, warmup: int) -> float:
+    """How far a block's learning rate is up in ``epoch``, from 0 to 1: a warm-up, then half a cosine down to ``stop``.
+
+    Args:
+        epoch: from 0.
+        stop: the block's freeze epoch, or the length of the run; from there on it is 0.
+        warmup: epochs of linear warm-up; in epoch ``e`` of them the factor is ``(e + 1) / warmup``.
+
+    Example:
+        >>> [round(spfde.freezing.learning_rate_factor(epoch, stop=10, warmup=0), 2) for epoch in (0, 5, 9)]
+        [1.0, 0.5, 0.02]
+    """
+    if epoch >= stop:
+        return 0.0
+    if epoch < warmup:
+        return (epoch + 1) / warmup
+    return cosine((epoch - warmup) / (stop - warmup), 1.0)
+
+
+def rate(base: float, factor: float, *, warms_up: bool, final: float) -> float:
+    """Learning rate of a block: the warm-up starts from zero, the cosine ends at ``final``.
 
     Args:
         base: the rate that the cosine starts from.
-        epoch: from 0.
-        stop: the block's freeze epoch, or the length of the run; from there on the rate is ``final``.
-        warmup: epochs of linear warm-up; in epoch ``e`` of them the rate is ``base * (e + 1) / warmup``.
+        factor: of ``learning_rate_factor``.
+        warms_up: whether the epoch is one of the warm-up.
         final: the rate that the cosine ends with.
+
+    Example:
+        >>> spfde.freezing.rate(0.1, 0.5, warms_up=False, final=0.0)
+        0.05
     """
-    if epoch >= stop:
-        return final
-    if epoch < warmup:
-        return base * (epoch + 1) / warmup
-    return cosine((epoch - warmup) / (stop - warmup), base, final)
+    return base * factor if warms_up else final + (base - final) * factor
 
 
 @dataclass(frozen=True)
@@ -68,12 +93,20 @@ class GroupRates:
             the head.
         stops: for each block the epoch at which it is frozen, or the length of the run; the last one is the head's.
         technique: the shape of the cosine.
-        resume_epoch: from this epoch on every block has the head's rate.
 
     Raises:
         InvalidArgument: the optimizer has a learning-rate scheduler (``initial_lr``) or supports one group only,
             ``final`` exceeds a group's rate, or a block would be frozen before its warm-up ends. Nothing has been
             changed then.
+
+    Example:
+        >>> block_of = {id(p): 0 for p in model[0].parameters()}
+        >>> rates = spfde.freezing.GroupRates(optimizer, block_of, stops=[5, 10], technique=spfde.BlockwiseCosine())
+        >>> len(optimizer.param_groups)
+        2
+        >>> rates.join()
+        >>> len(optimizer.param_groups)
+        1
     """
 
     def __init__(
@@ -82,14 +115,10 @@ class GroupRates:
         block_of: Mapping[int, int],
         stops: Sequence[int],
         technique: BlockwiseCosine,
-        *,
-        resume_epoch: int | None = None,
     ) -> None:
         Problems(check_rates(optimizer, technique, stops)).raise_if_any()
         self._optimizer = optimizer
-        self._stops = tuple(stops)
         self._technique = technique
-        self._resume_epoch = resume_epoch
         self._originals: list[dict[str, Any]] = list(optimizer.param_groups)
         self._bases = [float(group["lr"]) for group in self._originals]
         self._layout: list[_Part] = []
@@ -101,8 +130,12 @@ class GroupRates:
                 split.append(_part_of(group, [index for index, at in enumerate(home) if at == block]))
         optimizer.param_groups[:] = split
 
-    def apply(self, epoch: int) -> None:
+    def apply(self, epoch: int, factors: Sequence[float]) -> None:
         """Set the learning rates of ``epoch``. Groups that were added since are left alone.
+
+        Args:
+            epoch: from 0.
+            factors: of each block, the head's last; see ``learning_rate_factor``.
 
         Raises:
             UsageError: a scheduler has been put on the optimizer since; the two would undo each other.
@@ -112,16 +145,10 @@ class GroupRates:
                 "a learning-rate scheduler was put on the optimizer (initial_lr in its groups) while BlockwiseCosine "
                 "drives the rates. Remove one of them; Recipe(learning_rate=None) leaves the rates to you."
             )
-        is_resumed = self._resume_epoch is not None and epoch >= self._resume_epoch
+        warms_up = epoch < self._technique.warmup_epochs
         for group, part in zip(self._optimizer.param_groups, self._layout, strict=False):
-            value = rate(
-                self._bases[part.origin],
-                epoch,
-                stop=self._stops[-1 if is_resumed else part.block],
-                warmup=self._technique.warmup_epochs,
-                final=self._technique.final,
-            )
-            _set_rate(group, value)
+            base, factor = self._bases[part.origin], factors[part.block]
+            _set_rate(group, rate(base, factor, warms_up=warms_up, final=self._technique.final))
 
     def join(self) -> None:
         """Restore the user's groups, each at its base rate; options changed meanwhile keep their new values."""
@@ -148,15 +175,16 @@ class GroupRates:
         """Take over the base rates.
 
         Raises:
-            StateMismatch: the state is of another number of groups, or is none of ours.
+            StateMismatch: the state is of another number of groups, or damaged.
         """
-        bases = state.get("base_rates")
-        if not isinstance(bases, list) or len(bases) != len(self._bases):
+        check_entries(state, "the learning rates", {"base_rates": list})
+        bases = state["base_rates"]
+        if len(bases) != len(self._bases) or not all(isinstance(base, float) for base in bases):
             raise StateMismatch(
-                f"The learning-rate state has base_rates={bases!r}, but the optimizer has {len(self._bases)} parameter "
-                "groups. Load it with the optimizer that it was saved with."
+                f"the state of the learning rates has base_rates={bases!r}, and the optimizer has {len(self._bases)} "
+                "parameter groups. Load it with the optimizer that it was saved with."
             )
-        self._bases = [float(base) for base in bases]
+        self._bases = list(bases)
 
 
 _PER_PARAMETER = {"params", "param_names"}
@@ -189,6 +217,10 @@ def check_rates(
         optimizer: as it was given.
         technique: the shape of the cosine.
         stops: as ``GroupRates`` takes them; without them only the optimizer is looked at.
+
+    Example:
+        >>> spfde.freezing.check_rates(optimizer, spfde.BlockwiseCosine(final=1.0))[0].argument
+        'final'
     """
     problems = Problems()
     if isinstance(optimizer, torch.optim.LBFGS):

@@ -1,4 +1,4 @@
-"""The functions that plan: when each block is frozen, one function a scheme.
+"""Freezing schemes: when each block is frozen, one registered class a scheme, and the plan that is solved for with it.
 
 They see plain numbers: what one epoch of backpropagation through each block costs, with the density that the sparsity
 schedule gives it in that epoch, and how much of all training FLOPs is to be saved.
@@ -7,12 +7,15 @@ schedule gives it in that epoch, and how much of all training FLOPs is to be sav
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.core.numbers import round_half_up
-from spfde.freezing.plan import FreezePlan, Scheme
+from spfde.core.registry import find, register
+from spfde.freezing.plan import FreezePlan
 
 RESUME_SHARE = 0.1
 """Of a run, what "single-shot-resume" trains everything again at its end; SpFDE gives no number."""
@@ -20,6 +23,9 @@ DELAY_SHARE = 0.25
 """Of a run, what "delayed-periodic" trains everything at its start, at most; SpFDE gives no number."""
 PERIODS = (4, 2)
 """Front blocks train in one epoch of four, middle blocks in one of two (SpFDE, appendix B)."""
+
+Timeline = tuple[int, ...]
+"""How many of the first blocks are frozen, for each epoch of a run."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,13 @@ class Savings:
         flops_reduction: share of ``total`` to save.
         interval: Δτ in epochs.
         n_blocks: number of blocks that may be frozen.
+
+    Example:
+        >>> savings = spfde.freezing.Savings(
+        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
+        ... )
+        >>> savings.reduction([0, 0, 1, 1, 2, 2, 2, 2])
+        0.25
     """
 
     backward: Sequence[Sequence[float]]
@@ -45,122 +58,215 @@ class Savings:
         """Length of the run."""
         return len(self.backward[0]) if self.backward else 0
 
-    def reduction(self, frozen: Sequence[int]) -> float:
-        """Share of the training FLOPs that is saved with so many frozen blocks in each epoch."""
-        return freezing_saving(self.backward, frozen) / self.total if self.total else 0.0
+    def update_epochs(self, last: int) -> Sequence[int]:
+        """The positive multiples of the interval up to ``last``, the largest first."""
+        return range(last // self.interval * self.interval, 0, -self.interval)
 
-    def reaches(self, frozen: Sequence[int]) -> bool:
+    def reduction(self, frozen: Timeline) -> float:
+        """Share of the training FLOPs that is saved with so many frozen blocks in each epoch."""
+        saved = (self.backward[block][epoch] for epoch, count in enumerate(frozen) for block in range(count))
+        return math.fsum(saved) / self.total if self.total else 0.0
+
+    def reaches(self, frozen: Timeline) -> bool:
         """Is the target met?"""
         return self.reduction(frozen) >= self.flops_reduction - 1e-12  # sums may fall short of what is met exactly
 
-    def plan(self, frozen: Sequence[int], *, pauses: bool = False) -> FreezePlan:
-        """The plan with so many frozen blocks in each epoch."""
-        return FreezePlan(len(self.backward), tuple(frozen), self.reduction(frozen), pauses)
 
+class FreezingScheme(ABC):
+    """When blocks are frozen: the base of every scheme.
 
-def freezing_saving(backward: Sequence[Sequence[float]], frozen: Sequence[int]) -> float:
-    """FLOPs of backpropagation that are not done when the first ``frozen[e]`` blocks are frozen in epoch ``e``."""
-    return math.fsum(backward[block][epoch] for epoch, count in enumerate(frozen) for block in range(count))
+    A subclass defines ``timelines``. Source of those here: SpFDE, section 3 and appendix B.
+
+    Args:
+        start_epoch: asked for as the start, in place of what the scheme would take; an update epoch of the run.
+        resume_epochs: asked for as the length of the end in which everything trains; likewise.
+
+    Attributes:
+        name: how recipes and the command line call it.
+        summary: what it does, in a line.
+        references: what to cite for it beside ``ProgressiveFreezing``.
+        thaws: whether frozen blocks train again.
+        pauses: whether they do so after a short pause, through which masks wait as they are, above their target too.
+        takes: which of ``start_epoch`` and ``resume_epochs`` it heeds.
+
+    Example:
+        >>> from spfde.freezing import FreezingScheme, Savings
+        >>> class AtOnce(FreezingScheme):
+        ...     name = "at-once"
+        ...     summary = "All blocks are frozen at the same time."
+        ...
+        ...     def timelines(self, savings):
+        ...         for start in savings.update_epochs(savings.epochs - 1):
+        ...             yield (0,) * start + (savings.n_blocks,) * (savings.epochs - start)
+        >>> next(iter(AtOnce().timelines(Savings([[1.0] * 4] * 2, 24.0, 0.1, 2, 2))))
+        (0, 0, 2, 2)
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    references: ClassVar[tuple[str, ...]] = ()
+    thaws: ClassVar[bool] = False
+    pauses: ClassVar[bool] = False
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, *, start_epoch: int | None = None, resume_epochs: int | None = None) -> None:
+        self.start_epoch, self.resume_epochs = start_epoch, resume_epochs
+
+    @abstractmethod
+    def timelines(self, savings: Savings) -> Iterable[Timeline]:
+        """What the scheme could do, the most wanted first: the first that saves enough is taken.
+
+        Without one that does, the one that saves most is the most possible, so it should be among them.
+        """
 
 
 def solve(
     savings: Savings,
     *,
-    scheme: Scheme = "single-shot",
+    scheme: str = "single-shot",
     start_epoch: int | None = None,
     resume_epochs: int | None = None,
+    as_far_as_possible: bool = False,
 ) -> FreezePlan:
     """Plan the freezing of a run by its scheme, so that the target is met, with as little more as can be.
 
     Args:
         savings: what there is to save, and how much of it is wanted; 0 freezes nothing, or with ``start_epoch`` all
             ``n_blocks``.
-        scheme: see ``ProgressiveFreezing``.
+        scheme: name of a scheme.
         start_epoch: fixes the start instead of solving for it; a multiple of the interval.
-        resume_epochs: with "single-shot-resume": how long everything trains again in the end.
+        resume_epochs: how long everything trains again in the end; a multiple of the interval.
+        as_far_as_possible: take the largest reduction that can be reached where the target cannot, be it none.
 
     Raises:
-        InvalidArgument: the target cannot be reached (the most possible is named), or the start is no update epoch of
-        the run.
+        InvalidArgument: the target cannot be reached (the most possible is named), a given epoch is no update epoch of
+            the run, or there is no such scheme.
+
+    Example:
+        >>> savings = spfde.freezing.Savings(
+        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
+        ... )
+        >>> spfde.freezing.solve(savings).frozen
+        (0, 0, 1, 1, 2, 2, 2, 2)
     """
-    if start_epoch is not None:
-        _check_update_epoch("start_epoch", start_epoch, savings)
-    elif savings.flops_reduction == 0:
-        return savings.plan((0,) * savings.epochs)
-    if scheme == "periodic":
-        return periodic(savings)
-    if scheme == "delayed-periodic":
-        return delayed_periodic(savings, start_epoch=start_epoch)
-    resumed = 0 if scheme == "single-shot" else _resume_epochs(savings, resume_epochs)
-    return single_shot(savings, start_epoch=start_epoch, resume_epochs=resumed)
+    kind: type[FreezingScheme] = find("freezing-scheme", scheme, argument="scheme")
+    problems = Problems()
+    for name, value in (("start_epoch", start_epoch), ("resume_epochs", resume_epochs)):
+        if value is not None:
+            problems.found += _problems_with_epoch(name, value, savings)
+    problems.raise_if_any()
+    best: Timeline = (0,) * savings.epochs
+    wants_something = savings.flops_reduction > 0 or start_epoch is not None
+    chosen = kind(start_epoch=start_epoch, resume_epochs=resume_epochs)
+    for frozen in chosen.timelines(savings) if wants_something else ():
+        _check_timeline(chosen, frozen, savings)
+        if savings.reaches(frozen):
+            best = frozen
+            break
+        best = max(best, frozen, key=savings.reduction)
+    if not (as_far_as_possible or savings.reaches(best)):
+        raise _unreachable(savings, best, start_epoch)
+    return FreezePlan(
+        len(savings.backward), best, savings.reduction(best), pauses=kind.pauses, asked=savings.flops_reduction
+    )
 
 
-def single_shot(savings: Savings, *, start_epoch: int | None = None, resume_epochs: int = 0) -> FreezePlan:
-    """Freeze one block each interval (SpFDE, algorithm 1), and thaw all for the last epochs (appendix B, resume).
+@register("freezing-scheme")
+class SingleShot(FreezingScheme):
+    """Freeze one block each interval (SpFDE, algorithm 1).
 
-    The start is the largest positive multiple of the interval from which all ``n_blocks`` blocks save enough. Then
-    blocks are frozen front to back until the target is met. With ``resume_epochs`` the frozen blocks save so much less,
-    and the start that is found is accordingly earlier.
+    The start is the latest update epoch from which all ``n_blocks`` blocks save enough. Then blocks are frozen front to
+    back until the target is met.
     """
-    interval, end = savings.interval, savings.epochs - resume_epochs
 
-    def staggered(start: int, count: int) -> tuple[int, ...]:
-        at_update_epoch = ((epoch - start) // interval + 1 for epoch in range(end))
-        return (*(max(0, min(count, n)) for n in at_update_epoch), *(0,) * resume_epochs)
+    name = "single-shot"
+    summary = "Blocks are frozen one after the other, for good."
+    takes = frozenset({"start_epoch"})
 
-    n_blocks = min(savings.n_blocks, len(savings.backward))
-    # Saving grows as the start moves forward: the first one that reaches the target, from the end, is the latest.
-    starts = _update_epochs_from(end - 1, interval) if start_epoch is None else (start_epoch,)
-    start = next((at for at in starts if savings.reaches(staggered(at, n_blocks))), None)
-    if start is None:
-        earliest = starts[-1] if starts else interval
-        most = savings.reduction(staggered(earliest, n_blocks))
-        how = f"{n_blocks} blocks frozen one by one from epoch {earliest} on"
-        raise _unreachable(savings, most, how + (f" to epoch {end}" if resume_epochs else ""), start_epoch)
-    counts: Iterable[int] = range(1, n_blocks + 1) if savings.flops_reduction > 0 else (n_blocks,)
-    plans = (staggered(start, count) for count in counts)
-    return savings.plan(next(plan for plan in plans if savings.reaches(plan)))
+    def timelines(self, savings: Savings) -> Iterator[Timeline]:
+        return self._one_by_one(savings, end=savings.epochs)
+
+    def _one_by_one(self, savings: Savings, *, end: int) -> Iterator[Timeline]:
+        def from_epoch(start: int, n_blocks: int) -> Timeline:
+            frozen = ((epoch - start) // savings.interval + 1 for epoch in range(end))
+            return (*(max(0, min(n_blocks, count)) for count in frozen), *(0,) * (savings.epochs - end))
+
+        starts = savings.update_epochs(end - 1) if self.start_epoch is None else (self.start_epoch,)
+        for start in starts:
+            everything = from_epoch(start, savings.n_blocks)
+            if savings.flops_reduction > 0 and savings.reaches(everything):
+                yield from (from_epoch(start, n_blocks) for n_blocks in range(1, savings.n_blocks))
+            yield everything
 
 
-def periodic(savings: Savings, *, delay: int = 0) -> FreezePlan:
+@register("freezing-scheme")
+class SingleShotResume(SingleShot):
+    """As single-shot, and thaw all for the last epochs (SpFDE, appendix B).
+
+    The frozen blocks save so much less, and the start that is found is accordingly earlier.
+    """
+
+    name = "single-shot-resume"
+    summary = "The same, earlier; at the end everything trains again."
+    thaws = True
+    takes = frozenset({"start_epoch", "resume_epochs"})
+
+    def timelines(self, savings: Savings) -> Iterator[Timeline]:
+        epochs, interval = savings.epochs, savings.interval
+        tenth = min(epochs, interval * max(1, round_half_up(RESUME_SHARE * epochs / interval)))
+        return self._one_by_one(savings, end=epochs - (self.resume_epochs or tenth))
+
+
+@register("freezing-scheme")
+class Periodic(FreezingScheme):
     """Front blocks train in one epoch of four, middle blocks in one of two, the others always (SpFDE, appendix B).
 
     How many blocks are front and middle is solved for: of all pairs within ``n_blocks`` the one that meets the target
     with the least overshoot, or within a point of that one that has front and middle blocks. The periods are powers of
     two and begin together, so what is frozen is a prefix in every epoch.
-
-    Args:
-        savings: what there is to save.
-        delay: epochs before the first period, in which everything trains; in epoch ``delay`` it does, too.
     """
-    n_blocks = min(savings.n_blocks, len(savings.backward))
-    pairs = [(front, middle) for middle in range(n_blocks + 1) for front in range(middle + 1)]
-    plans = {pair: paused(savings.epochs, *pair, delay=delay) for pair in pairs}
-    # Rounded, for sums of equal numbers differ in a digit, and are ties.
-    reached = {pair: round(savings.reduction(plan), 9) for pair, plan in plans.items() if savings.reaches(plan)}
-    if not reached:
-        how = f"{n_blocks} blocks that train one epoch in {PERIODS[0]}" + (f" from epoch {delay} on" if delay else "")
-        raise _unreachable(savings, max(map(savings.reduction, plans.values())), how, delay or None)
-    near = [pair for pair, reduction in reached.items() if reduction < min(reached.values()) + 0.01]
-    # Three parts if possible, then the least overshoot, then more blocks that pause for less.
-    best = min(near, key=lambda pair: (not 0 < pair[0] < pair[1], reached[pair], -pair[1]))
-    return savings.plan(plans[best], pauses=True)
+
+    name = "periodic"
+    summary = "Front blocks train one epoch in four, middle blocks one in two."
+    thaws = True
+    pauses = True
+
+    def timelines(self, savings: Savings) -> Iterator[Timeline]:
+        yield self._nearest(savings, delay=0)
+
+    def _nearest(self, savings: Savings, *, delay: int) -> Timeline:
+        """That of the best pair; where none meets the target, that of the pair that saves most."""
+        pairs = [(front, middle) for middle in range(savings.n_blocks + 1) for front in range(middle + 1)]
+        timelines = {pair: paused(savings.epochs, *pair, delay=delay) for pair in pairs}
+        # Rounded, for sums of equal numbers differ in a digit, and are ties.
+        reached = {pair: round(savings.reduction(of), 9) for pair, of in timelines.items() if savings.reaches(of)}
+        if not reached:
+            return timelines[pairs[-1]]
+        least = min(reached.values())
+        near = [pair for pair, reduction in reached.items() if reduction < least + 0.01]
+        # Three parts if possible, then the least overshoot, then more blocks that pause for less.
+        return timelines[min(near, key=lambda pair: (not 0 < pair[0] < pair[1], reached[pair], -pair[1]))]
 
 
-def delayed_periodic(savings: Savings, *, start_epoch: int | None = None) -> FreezePlan:
-    """Everything trains until the start epoch, then as in ``periodic`` (SpFDE, appendix B).
+@register("freezing-scheme")
+class DelayedPeriodic(Periodic):
+    """Everything trains until the start epoch and in it, then as in ``periodic`` (SpFDE, appendix B).
 
     The start is the latest update epoch in the first quarter of the run from which the target can be reached.
     """
-    if start_epoch is not None:
-        return periodic(savings, delay=start_epoch)
-    n_blocks = min(savings.n_blocks, len(savings.backward))
-    starts = _update_epochs_from(math.floor(DELAY_SHARE * savings.epochs), savings.interval) or (savings.interval,)
-    most = (at for at in starts if savings.reaches(paused(savings.epochs, n_blocks, n_blocks, delay=at)))
-    return periodic(savings, delay=next(most, starts[-1]))
+
+    name = "delayed-periodic"
+    summary = "Everything trains at first, then as periodic."
+    takes = frozenset({"start_epoch"})
+
+    def timelines(self, savings: Savings) -> Iterator[Timeline]:
+        quarter = math.floor(DELAY_SHARE * savings.epochs)
+        starts = savings.update_epochs(quarter) or (savings.interval,)
+        for start in starts if self.start_epoch is None else (self.start_epoch,):
+            yield self._nearest(savings, delay=start)
 
 
-def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) -> tuple[int, ...]:
+def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) -> Timeline:
     """Frozen blocks in each epoch: the front ones train in one epoch of four, those behind, up to the middle's end, in
     one of two.
 
@@ -178,47 +284,39 @@ def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) ->
     return tuple(frozen(epoch - delay) for epoch in range(epochs))
 
 
-def _update_epochs_from(last: int, interval: int) -> Sequence[int]:
-    """The positive multiples of the interval up to ``last``, the largest first."""
-    return range(last // interval * interval, 0, -interval)
-
-
-def _resume_epochs(savings: Savings, given: int | None) -> int:
-    interval = savings.interval
-    if given is not None:
-        _check_update_epoch("resume_epochs", given, savings)
-        return given
-    return min(savings.epochs, interval * max(1, round_half_up(RESUME_SHARE * savings.epochs / interval)))
-
-
-def _check_update_epoch(name: str, value: int, savings: Savings) -> None:
+def _problems_with_epoch(name: str, value: int, savings: Savings) -> list[Problem]:
     interval, epochs = savings.interval, savings.epochs
-    problems = Problems()
+    problems = []
     if value % interval:
         below = value - value % interval
         wanted = f"{below} or {below + interval}" if below or name == "start_epoch" else f"{interval}"
         rule = f"must be a multiple of the update interval ({interval} epochs)"
-        problems.add(name, value, rule, f"Pass {wanted}, or change update_interval_epochs.")
+        problems.append(Problem(name, value, rule, f"Pass {wanted}, or change update_interval_epochs."))
     if value >= epochs:
         remedy = "Start earlier." if name == "start_epoch" else "Resume for a shorter time."
-        problems.add(name, value, f"must lie within the run ({epochs} epochs)", remedy)
-    problems.raise_if_any()
+        problems.append(Problem(name, value, f"must lie within the run ({epochs} epochs)", remedy))
+    return problems
 
 
-def _unreachable(savings: Savings, possible: float, how: str, start_epoch: int | None) -> InvalidArgument:
+def _check_timeline(scheme: FreezingScheme, frozen: Timeline, savings: Savings) -> None:
+    """A scheme of one's own may be wrong."""
+    fits = len(frozen) == savings.epochs and all(0 <= count <= savings.n_blocks for count in frozen)
+    if not fits or (not scheme.thaws and list(frozen) != sorted(frozen)):
+        rule = f"must say for each of {savings.epochs} epochs how many of at most {savings.n_blocks} blocks are frozen"
+        remedy = "Let the number never fall, or set thaws = True."
+        raise InvalidArgument(Problem(f"{type(scheme).__name__}.timelines", frozen, rule, remedy))
+
+
+def _unreachable(savings: Savings, best: Timeline, start_epoch: int | None) -> InvalidArgument:
     # Rounded down, so that the figure in the message can be asked for.
-    most = math.floor(possible * 1000) / 1000
+    most = math.floor(savings.reduction(best) * 1000) / 1000
     longer = "start earlier" if start_epoch is not None else "train for more epochs, or shorten update_interval_epochs"
     remedy = (
         f"Ask for flops_reduction={most:.3f} at most, raise fraction, {longer}."
         if most
         else "Train for more epochs, or freeze nothing (flops_reduction=0)."
     )
-    return InvalidArgument(
-        Problem(
-            "flops_reduction",
-            savings.flops_reduction,
-            f"cannot be reached: the most possible is {most:.3f}, with {how}",
-            remedy,
-        )
-    )
+    first = next((epoch for epoch, count in enumerate(best) if count), None)
+    how = "" if first is None else f", with {max(best)} blocks frozen, the first in epoch {first}"
+    rule = f"cannot be reached: the most possible is {most:.3f}{how}"
+    return InvalidArgument(Problem("flops_reduction", savings.flops_reduction, rule, remedy))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import compiled_inside
 
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -22,10 +23,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside ``torch.compile``'s or a data-parallel wrapper."""
     seen = model
     while True:
-        inner = getattr(seen, "_orig_mod", None)
+        inner = compiled_inside(seen)
         if inner is None and isinstance(seen, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = seen.module
-        if not isinstance(inner, nn.Module):
+        if inner is None:
             return seen
         seen = inner
 

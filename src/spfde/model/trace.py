@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.modules.transformer as transformer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    hooks_to_copy,
+    overloads_of,
+    plain_kernels,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+)
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 
 
@@ -101,9 +106,9 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
         twin, stand_ins = fake_copy(model, fake)
-        owners = {stand_ins[key].untyped_storage()._cdata: name for key, name in names.items()}
+        owners = {storage_id(stand_ins[key]): name for key, name in names.items()}
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
-        recorder = _Recorder(owners, {_storage_key(buffer) for buffer in twin.buffers()})
+        recorder = _Recorder(owners, {storage_id(buffer) for buffer in twin.buffers()})
         eager = torch.compiler.set_stance("force_eager")  # parts of the model may be compiled on their own
         try:
             with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
@@ -128,28 +133,6 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
     )
 
 
-@contextlib.contextmanager
-def _values_unread() -> Iterator[None]:
-    """Keep PyTorch from looking at what fake tensors, or a sample of one item, do not have.
-
-    ``nn.TransformerEncoder`` reads an attention mask to see whether it is causal, and the products are the same
-    whatever the answer; batch norms refuse a single value a channel, where a batch has more.
-    """
-    stand_ins: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-        (transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
-        (torch.nn.functional, "_verify_batch_size", lambda size: None),
-    )
-    # They are PyTorch's own affair: another version may lack them.
-    found = [(owner, name, getattr(owner, name), new) for owner, name, new in stand_ins if hasattr(owner, name)]
-    for owner, name, _, new in found:
-        setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        for owner, name, old, _ in found:
-            setattr(owner, name, old)
-
-
 class _Recorder(TorchDispatchMode):
     """Notes each operation with its module, its parameters and its FLOPs."""
 
@@ -169,7 +152,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        packet = func._overloadpacket
+        packet = overloads_of(func)
         if packet not in flop_registry and func is not torch.ops.prim.device.default:
             # Composite operations (matmul, linear) arrive whole under no_grad; their parts are what is counted.
             with self:
@@ -177,7 +160,7 @@ class _Recorder(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         out = func(*args, **kwargs)
-        inputs = [_storage_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = [storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         count = flop_registry.get(packet)
         flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
@@ -185,7 +168,7 @@ class _Recorder(TorchDispatchMode):
         origins = [name for key in inputs for name in self._computed.get(key, ())]
         parameters = tuple(dict.fromkeys(direct + origins if flops else direct))
         # A view of a parameter is no use of it yet: whoever reads the view is.
-        is_view = any(_storage_key(t) in self._owners for t in outputs)
+        is_view = any(storage_id(t) in self._owners for t in outputs)
         if outputs and (flops or (parameters and not is_view)):
             op = TracedOp(len(self.ops), self._stack[-1], parameters, flops, outputs[0].numel(), str(packet))
             self.ops.append(op)
@@ -197,7 +180,7 @@ class _Recorder(TorchDispatchMode):
     def _note(self, outputs: list[Tensor], origins: tuple[str, ...] | None) -> None:
         """Remember from which parameters these were computed; None when the model's input had a part in it."""
         for tensor in outputs:
-            key = _storage_key(tensor)
+            key = storage_id(tensor)
             if origins is not None:
                 self._computed[key] = tuple(dict.fromkeys(self._computed.get(key, ()) + origins))
                 self._kept.append(tensor)
@@ -241,10 +224,6 @@ class _Recorder(TorchDispatchMode):
         return found
 
 
-def _storage_key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
     """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
     memo: dict[int, Any] = {}
@@ -257,11 +236,7 @@ def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[i
     for module in model.modules():
         # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
         # norm, spectral norm and pruning compute the weight, so they stay.
-        for name, hooks in vars(module).items():
-            if name.startswith("_") and "_hooks" in name and isinstance(hooks, OrderedDict):
-                memo[id(hooks)] = OrderedDict()
-        kept = ((key, hook) for key, hook in module._forward_pre_hooks.items() if _computes_a_weight(hook))
-        memo[id(module._forward_pre_hooks)] = OrderedDict(kept)
+        memo.update(hooks_to_copy(module, _computes_a_weight))
         for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = fake.from_tensor(value.detach())
@@ -285,20 +260,6 @@ def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor],
         return fake.from_tensor(tensor.detach()).to(device=device, dtype=dtype)
 
     return convert
-
-
-@contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Fused attention and recurrent kernels hide their products from the counter: take the plain paths."""
-    attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about TF32 on CPUs
-    try:
-        with _values_unread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(attention)
-        torch._C._set_mkldnn_enabled(onednn)
 
 
 def _describe(sample: Sample) -> str:

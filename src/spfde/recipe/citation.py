@@ -30,6 +30,10 @@ def cite(recipe: Recipe) -> str:
     """BibTeX entries of the methods that the recipe uses, then this software; each once.
 
     Every technique in the recipe counts, those inside others too; not those that are set to save nothing.
+
+    Example:
+        >>> print(spfde.cite(spfde.presets.rigl).splitlines()[0])
+        @inproceedings{evci2020rigl,
     """
     entries: dict[str, str] = {}
     for technique in _in_use(recipe):

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.registry import registered
 from spfde.core.technique import Technique
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
-from spfde.sieving import SIEVING_METHODS, DataSieving, OneTimeRemoval
+from spfde.sieving import SievingMethod
 from spfde.sparsity import METHODS, SparsityMethod
 
 
@@ -30,6 +31,15 @@ class Recipe(Technique):
             freeze epoch (SpFDE §3.2); None leaves every learning rate to the caller.
         update_interval_epochs: Δτ, the one update epoch of mutation, freezing and sieving, in epochs. "auto" is
             ``min(5, max(1, round(epochs / 32)))``, at least 2 from 4 epochs on: the paper's 5 at 160 epochs.
+
+    Example:
+        >>> recipe = spfde.Recipe(
+        ...     sparsity=spfde.MEST(sparsity=0.9), freezing=spfde.ProgressiveFreezing(flops_reduction=0.2)
+        ... )
+        >>> recipe.replace(update_interval_epochs=2).update_interval_epochs
+        2
+        >>> spfde.Recipe.from_toml(recipe.to_toml()) == recipe
+        True
     """
 
     # SerializeAsAny is not needed: ``to_dict`` writes the techniques itself, with their method's name.
@@ -37,7 +47,7 @@ class Recipe(Technique):
         default=None, description="a sparse training method, such as MEST(sparsity=0.9)"
     )
     freezing: ProgressiveFreezing | None = Field(default=None, description="ProgressiveFreezing(flops_reduction=0.2)")
-    sieving: DataSieving | OneTimeRemoval | None = Field(
+    sieving: SievingMethod | None = Field(
         default=None, description="DataSieving(removed_fraction=0.2) or OneTimeRemoval(removed_fraction=0.2)"
     )
     learning_rate: BlockwiseCosine | None = Field(default=None, description="BlockwiseCosine()")
@@ -47,7 +57,7 @@ class Recipe(Technique):
 
     KINDS: ClassVar[Mapping[str, tuple[Mapping[str, type[Technique]], str]]] = {
         "sparsity": (METHODS, "mest"),
-        "sieving": (SIEVING_METHODS, "circular"),
+        "sieving": (registered("sieving-method"), "circular"),
     }
     """Tables that hold one of several techniques: these by their method's name, and the one that is meant without."""
     TABLES: ClassVar[Mapping[str, type[Technique]]] = {
@@ -57,10 +67,25 @@ class Recipe(Technique):
 
     @field_validator("sparsity", "freezing", "sieving", "learning_rate", mode="before")
     @classmethod
-    def _a_technique(cls, value: object) -> object:
-        if value is None or isinstance(value, (Technique, Mapping)):
+    def _a_technique(cls, value: object, info: ValidationInfo) -> object:
+        if value is None or isinstance(value, Technique):
             return value
+        if isinstance(value, Mapping):
+            return cls._read_table(str(info.field_name), value)
         raise ValueError("must be a technique or None")
+
+    @classmethod
+    def _read_table(cls, name: str, written: Mapping[str, Any]) -> Technique:
+        if name in cls.TABLES:
+            return cls.TABLES[name](**written)
+        kinds, default = cls.KINDS[name]
+        fields = dict(written)
+        method = str(fields.pop("method", default))
+        if method not in kinds:
+            raise InvalidArgument(
+                Problem(f"{name}.method", method, "is no method of this table", nearest(method, kinds))
+            )
+        return kinds[method](**fields)
 
     @field_validator("update_interval_epochs", mode="before")
     @classmethod
@@ -135,22 +160,12 @@ class Recipe(Technique):
         Raises:
             InvalidArgument: an unknown key or method (the nearest is named), or a value that breaks a rule.
         """
-        fields: dict[str, Any] = dict(written)
         for name in (*cls.KINDS, *cls.TABLES):
-            if name not in fields:
-                continue
-            if not isinstance(fields[name], Mapping):
-                raise InvalidArgument(Problem(name, fields[name], "must be a table", f"Write it as [{name}]."))
-            table = _without_moved(dict(fields[name])) if name == "freezing" else dict(fields[name])
-            if name in cls.KINDS:
-                kinds, default = cls.KINDS[name]
-                method = str(table.pop("method", default))
-                if method not in kinds:
-                    rule = "is no method of this table"
-                    raise InvalidArgument(Problem(f"{name}.method", method, rule, nearest(method, kinds)))
-                fields[name] = kinds[method](**table)
-            else:
-                fields[name] = cls.TABLES[name](**table)
+            if name in written and not isinstance(written[name], Mapping):
+                raise InvalidArgument(Problem(name, written[name], "must be a table", f"Write it as [{name}]."))
+        fields = dict(written)
+        if "freezing" in fields:
+            fields["freezing"] = _without_moved(dict(fields["freezing"]))
         return cls(**fields)
 
     def to_toml(self) -> str:

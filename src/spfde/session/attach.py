@@ -1,8 +1,7 @@
-"""The door: ``attach``, and everything that can be wrong with what is attached to, found before anything is changed."""
+"""``attach``, and everything that can be wrong with what is attached to, found before anything is changed."""
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -11,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
-from spfde.engines.choose import Choice, check_engine, choose_engine, say_choice, say_on_stderr
+from spfde.core.say import say, say_on_stderr
+from spfde.core.torch_private import tree_map_only
+from spfde.engines.base import Job
+from spfde.engines.choose import check_engine, choose_engine
+from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing import check_rates, recompile_warning
 from spfde.model.sample import Sample, sample_from, unwrap
-from spfde.planning.bill import Blueprint, check_epochs, check_recipe, draw
+from spfde.planning import Blueprint, Plan, Timeline, check_epochs, check_recipe, draw
 from spfde.recipe.recipe import Recipe
 from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
+from spfde.session.part import Setting
 from spfde.session.session import Session
 from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
 from spfde.sparsity import ScoreLoss
@@ -36,6 +39,8 @@ def attach(
     epochs: int,
     seed: int = 0,
     engine: str = "auto",
+    cache: PrefixCache | None = None,
+    plan: Plan | None = None,
     sample: Sample | None = None,
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
@@ -53,9 +58,11 @@ def attach(
         recipe: what to save, and how.
         epochs: length of the run.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
-        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU) or "auto": native where it
-            can work and is expected to be faster, which a line on the standard error tells. ``session.engine`` is the
-            choice, ``session.engine_reason`` why.
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
+            "auto": the one that is expected to be the fastest, which a line on the standard error tells.
+            ``session.engine`` is the choice, ``session.engine_reason`` why.
+        cache: what to keep of frozen blocks' outputs; None: nothing. It is no part of the session's state.
+        plan: what ``spfde.plan`` gave for this model, recipe and length, so that the model is not traced again.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
             default taken from the data set's first item.
         labels: the class of each sample of the data set, for sieving with ``balanced=True``; by default the data set's
@@ -68,31 +75,58 @@ def attach(
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.presets.mest, epochs=2)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         logits = model(x)
+        ...         torch.nn.functional.cross_entropy(logits, y).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         session.observe(logits, y)
+        >>> round(session.density, 1)
+        0.1
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
-    _check_together(model, optimizer, loader, recipe, epochs)
+    _check_together(model, optimizer, loader, recipe, epochs, cache)
     world = World.current()
     classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
     sample_given = sample is not None
     sample = sample_from(loader, model) if sample is None else sample
-    blueprint = draw(model, sample, recipe, epochs)
+    blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     _check_rates(optimizer, recipe, blueprint)
     _warn_of_recompiles(model, blueprint)
-    choice = choose_engine(
-        engine, model, blueprint, sample=sample, batch_size=loader.batch_size or 1, is_neutral=recipe.is_neutral,
-        on_build=say_on_stderr,
-    )  # fmt: skip
-    _check_cache(unwrap(model), recipe, blueprint, choice, sample)
-    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
-    session = Session(
-        model,
-        optimizer,
-        loader,
-        recipe,
+    population = population_of(loader)
+    n_ids = int(population.max()) + 1
+    timeline = Timeline(blueprint, recipe, len(population))
+    job = Job(
+        given=model,
         blueprint=blueprint,
-        seed=seed,
-        choice=choice,
         sample=sample,
+        batch_size=loader.batch_size or 1,
+        density=blueprint.density(timeline[0]),
+        n_samples=n_ids,
+        cache=cache,
+    )
+    choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
+    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
+    setting = Setting(
+        given=model,
+        model=unwrap(model),
+        optimizer=optimizer,
+        recipe=recipe,
+        blueprint=blueprint,
+        timeline=timeline,
+        seed=seed,
+        sample=sample,
+        world=world,
+    )
+    session = Session(
+        setting,
+        loader,
+        job=job,
+        choice=choice,
         labels=classes,
         masks=masks,
         probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
@@ -100,9 +134,23 @@ def attach(
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    if plan is None and blueprint.shortfall is not None:
+        say_on_stderr(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
-        say_choice(choice.name, choice.reason)
+        say(f"engine {choice.name}: {choice.reason}")
     return session
+
+
+def _planned(plan: Plan, model: nn.Module, recipe: Recipe, epochs: int) -> Blueprint:
+    """The plan's blueprint, if it is one of this model, recipe and length."""
+    blueprint, own = plan.blueprint, dict(unwrap(model).named_parameters())
+    problems = Problems()
+    if plan.recipe != recipe or blueprint.epochs != epochs:
+        problems.add("plan", f"{blueprint.epochs} epochs", "is of another recipe or run length", "Leave it out.")
+    if any(own.get(name) is not weight for name, weight in blueprint.sparse_layers.items()):
+        problems.add("plan", type(model).__name__, "is of another model", "Plan for this very model, or leave it out.")
+    problems.raise_if_any()
+    return blueprint
 
 
 def _check_kinds(
@@ -128,13 +176,19 @@ def _check_kinds(
 
 
 def _check_together(
-    model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any], recipe: Recipe, epochs: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    epochs: int,
+    cache: PrefixCache | None,
 ) -> None:
     """Do the arguments fit each other? Nothing here is slow, or touches them."""
     problems = Problems()
     problems.found.extend(_check_optimizer(unwrap(model), optimizer))
     problems.found.extend(_check_hooks(optimizer, recipe))
     problems.found.extend(_check_unattached(unwrap(model), optimizer))
+    problems.found.extend(find_cache_problems(cache, recipe))
     if recipe.learning_rate is not None:
         problems.found.extend(check_rates(optimizer, recipe.learning_rate))
     interval = None
@@ -194,15 +248,10 @@ def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
         return [
             Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
         ]
-    if (
-        recipe.sparsity is not None
-        and recipe.sparsity.keeps_latents_at(0.0)
-        and isinstance(optimizer, torch.optim.LBFGS)
-    ):
+    if recipe.sparsity is not None and recipe.sparsity.refuses_closures and isinstance(optimizer, torch.optim.LBFGS):
         rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
-        return [
-            Problem("optimizer", name, rule, "Take an optimizer that steps without a closure, such as SGD or AdamW.")
-        ]
+        remedy = "Take an optimizer that steps without a closure, such as SGD or AdamW."
+        return [Problem("optimizer", name, rule, remedy)]
     if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
         remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
         return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
@@ -238,14 +287,16 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
 
 
 def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
-    """Does the partial set fill a batch? Warns where forgetting cannot be counted."""
+    """Does the partial set fill a batch? Warns where the criterion can say nothing of a sample."""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    counts = isinstance(recipe.sieving, DataSieving) and recipe.sieving.criterion == "forgetting"
-    if recipe.sieves and counts and epochs > 1 and interval == 1:
+    needed = recipe.sieving.make_criterion().presentations_needed
+    circular = recipe.sieves and isinstance(recipe.sieving, DataSieving)
+    if circular and epochs > 1 and interval is not None and interval < needed:
         warnings.warn(
-            "update_interval_epochs is 1, so that a sample is seen once an interval: no forgetting can be counted and "
-            "the sieve chooses at random. Take an interval of 2 or more.",
+            f"update_interval_epochs is {interval}, and {recipe.sieving.criterion} can say nothing of a sample that is "
+            f"seen less than {needed} times an interval: the sieve chooses at random. Take an interval of {needed} or "
+            "more.",
             stacklevel=4,
         )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
@@ -256,32 +307,6 @@ def _check_rates(optimizer: Optimizer, recipe: Recipe, blueprint: Blueprint) -> 
     if recipe.learning_rate is not None:
         problems = check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)
         Problems(problems).raise_if_any()
-
-
-def _check_cache(model: nn.Module, recipe: Recipe, blueprint: Blueprint, choice: Choice, sample: Sample) -> None:
-    """Can the frozen front's outputs be kept?"""
-    if recipe.freezing is None or not recipe.freezing.cache_variants:
-        return
-    value = recipe.freezing.cache_variants
-    if choice.name != "native":
-        remedy = 'Set it to 0, or attach with engine="native" on a CPU.'
-        rule = f"needs the native engine, and this is the {choice.name} one ({choice.reason})"
-        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
-    folder = recipe.freezing.cache_folder
-    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
-        remedy = "Make it, or name another one."
-        raise InvalidArgument(Problem("cache_folder", folder, "is no folder that can be written to", remedy))
-    from spfde.engines.native.graph import capture
-
-    freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
-    frozen = {name for block, at in freezes if at is not None for name in block.modules}
-    draws = capture(model, sample, blueprint.target, training=True).draws
-    owner = next((owner for owner in draws.values() if owner in frozen), None)
-    if owner is not None:
-        kind = type(model.get_submodule(owner)).__name__
-        rule = f"keeps what a frozen block makes of a sample, and {owner} ({kind}) makes something else each time"
-        remedy = "Set it to 0, or take the dropout out of the blocks that are frozen."
-        raise InvalidArgument(Problem("cache_variants", value, rule, remedy))
 
 
 def _check_ranks_agree(session: Session, world: World) -> None:

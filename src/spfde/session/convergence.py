@@ -20,8 +20,13 @@ from torch import Tensor, nn
 
 from spfde.analysis import BlockOutputs, MinibatchCKA, centred_gram, output_modules
 from spfde.core.errors import StateMismatch
-from spfde.freezing import Block, Partition
+from spfde.core.numbers import round_half_up
+from spfde.core.state import check_all, check_entries
+from spfde.model.blocks import Block, Partition
 from spfde.model.sample import Sample
+from spfde.planning import Row
+from spfde.session.computing import Computing
+from spfde.session.part import Part, Setting, WholeModel
 from spfde.sparsity import largest_half, pack, unpack
 
 Look = dict[str, Tensor]
@@ -110,95 +115,88 @@ class RepresentationCriterion:
         return cka.value
 
 
-class Convergence:
-    """Decides at each update epoch how many blocks are frozen because they have converged.
+class Convergence(Part):
+    """At each update epoch: amends the timeline, so that the next block is frozen one update later if it has converged.
 
     Args:
+        setting: the session's.
         criterion: what blocks are compared by.
-        blocks: those that the plan freezes, front to back.
-        threshold: similarity from which on a block has converged.
-        flops_of_look: modelled FLOPs of a look at the masks as they are.
-        agreed: gives the similarity that all processes go by, from this one's.
+        masks: of the weights, for the cost of a look.
 
     Attributes:
-        frozen: blocks that are frozen for this reason, or by the plan.
-        settles: whether the next block is frozen at the next update epoch, and so must be at its target by then.
         similarity: of the block that was looked at last; None before the first comparison.
-        overhead: FLOPs of the looks of this epoch.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        blocks: Sequence[Block],
-        *,
-        threshold: float,
-        flops_of_look: Callable[[int], int],
-        agreed: Callable[[float], float] = float,
-    ) -> None:
-        self._criterion, self._blocks, self._threshold = criterion, tuple(blocks), threshold
-        self._flops_of_look, self._agreed = flops_of_look, agreed
+    name = "convergence"
+
+    def __init__(self, setting: Setting, criterion: Criterion, masks: WholeModel) -> None:
+        technique, blueprint = setting.recipe.freezing, setting.blueprint
+        assert technique is not None, "made for recipes that freeze"
+        self._setting, self._criterion, self._masks = setting, criterion, masks
+        self._threshold = technique.threshold
+        self._blocks = blueprint.partition.blocks[: max(blueprint.freeze_plan.frozen)]
         self._before: Look = {}
-        self.frozen, self.settles, self.overhead = 0, False, 0
         self.similarity: float | None = None
 
-    @property
-    def settling(self) -> frozenset[str]:
-        """Parameters of the block that is frozen at the next update epoch."""
-        return frozenset(self._blocks[self.frozen].parameters) if self.settles else frozenset()
-
-    def begin_epoch(self, *, planned: int, is_update_epoch: bool, decides: bool) -> int:
-        """How many blocks are to be frozen in the epoch that begins.
-
-        Args:
-            planned: blocks that the plan has frozen by now.
-            is_update_epoch: whether the epoch is an update epoch.
-            decides: whether another update epoch follows, at which a block could be frozen.
-        """
-        self.overhead = 0
-        if not is_update_epoch:
-            return self.frozen
-        if self.settles:
-            self.frozen, self.settles = self.frozen + 1, False
-        self.frozen = max(self.frozen, planned)
-        left = self._blocks[self.frozen :]
-        if not decides or not left:
+    def begin_epoch(self, row: Row) -> None:
+        if not row.update:
+            return
+        timeline, next_update = self._setting.timeline, row.epoch + self._setting.blueprint.interval
+        left = self._blocks[row.frozen_blocks :]
+        if next_update >= len(timeline) or not left:
             self._before = {}
-            return self.frozen
+            return
         now = self._criterion.look(left)
-        self.overhead = self._flops_of_look(self._criterion.samples)
+        self._setting.clock.overhead_flops += self._forward_flops(self._criterion.samples)
         # A block of which nothing can be seen goes by the one behind it.
         name = next((block.name for block in left if block.name in now), None)
         if name in self._before:
-            self.similarity = self._agreed(self._criterion.similarity(self._before[name], now[name]))
-            self.settles = self.similarity >= self._threshold
+            similarity = self._criterion.similarity(self._before[name], now[name])
+            # Ranks on other hardware may round otherwise: they all go by the first one's figure.
+            self.similarity = float(self._setting.world.gather(similarity)[0])
+            if self.similarity >= self._threshold:
+                timeline.freeze(row.frozen_blocks + 1, since=next_update)
         self._before = now
-        return self.frozen
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that it remembers: tensors and primitives."""
-        return {
-            "before": {name: value.clone() for name, value in self._before.items()},
-            "frozen": self.frozen,
-            "settles": self.settles,
-            "similarity": self.similarity,
-            "overhead": self.overhead,
-        }
+        return {"before": {name: value.clone() for name, value in self._before.items()}, "similarity": self.similarity}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_entries(state, "the freezing criterion", {"before": dict, "similarity": (float, type(None))})
+        check_all(state["before"], "what the freezing criterion looked at", Tensor)
+        if not set(state["before"]) <= {block.name for block in self._blocks}:
+            raise StateMismatch("the state of the freezing criterion is of another model or recipe.")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            StateMismatch: it is damaged, or of other blocks.
-        """
-        names = {block.name for block in self._blocks}
-        frozen, before = state.get("frozen"), state.get("before")
-        fits = isinstance(frozen, int) and 0 <= frozen <= len(self._blocks) and isinstance(before, Mapping)
-        if not fits or not set(before or ()) <= names or not {"settles", "similarity", "overhead"} <= set(state):
-            raise StateMismatch("the state of the freezing criterion is damaged, or of another model or recipe.")
         self._before = {name: value.detach().cpu().clone() for name, value in state["before"].items()}
-        self.frozen, self.settles = state["frozen"], state["settles"]
-        self.similarity, self.overhead = state["similarity"], state["overhead"]
+        self.similarity = state["similarity"]
+
+    def _forward_flops(self, samples: int) -> int:
+        """Of the forward pass of so many samples under the masks as they are."""
+        cost, masks = self._setting.blueprint.cost, self._masks.masks
+        density = cost.densities({name: float(mask.sum()) / mask.numel() for name, mask in masks.items()})
+        return sum(round_half_up(samples * flops * share) for flops, share in zip(cost.forward, density, strict=True))
+
+
+def make_convergence(setting: Setting, masks: WholeModel, computing: Computing, probe: Sample | None) -> Convergence:
+    """The part for a recipe whose blocks are frozen when they have converged.
+
+    Args:
+        setting: the session's.
+        masks: of the weights.
+        computing: whose engine is passed over for a look.
+        probe: the samples that representations are compared on.
+    """
+    technique, blueprint = setting.recipe.freezing, setting.blueprint
+    assert technique is not None, "made for recipes that freeze"
+    criterion: Criterion
+    if technique.criterion == "structure":
+        criterion = StructureCriterion(blueprint.sparse_layers, lambda: masks.masks)
+    else:
+        assert probe is not None, "attach draws the probe samples"
+        samples = technique.probe_samples
+        criterion = RepresentationCriterion(setting.model, blueprint.partition, probe, samples, computing.bypass)
+    return Convergence(setting, criterion, masks)
 
 
 def _bits(packed: Tensor) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import tree_map_only
 from spfde.model.sample import Sample, batch_of, unwrap, without_traces
-from spfde.planning.bill import Blueprint
+from spfde.planning import Blueprint
 from spfde.sieving import population_of
 from spfde.sparsity import PruningAtInitialisation, ScoreLoss
 
@@ -90,7 +90,7 @@ def _loss_is_needed(reason: str) -> InvalidArgument:
 
 def _batches(loader: DataLoader[Any], count: int, *, seed: int, device: torch.device) -> list[Any]:
     """``count`` batches of random samples; fewer where the data set has not so many."""
-    assert loader.batch_size is not None, "the door lets no such loader in"
+    assert loader.batch_size is not None, "attach lets no such loader in"
     if not count:
         return []
     population = population_of(loader)

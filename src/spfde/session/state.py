@@ -1,53 +1,116 @@
-"""What a saved session must agree on with the one that it is loaded into."""
+"""Saving a session and loading it: what the parts remember, and what must agree."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from spfde.core.clock import Clock
 from spfde.core.errors import StateMismatch
+from spfde.core.state import check_entries
+from spfde.session.freezing import Freezing
+from spfde.session.part import Part, Setting
+from spfde.session.sampling import Sampling
+from spfde.sieving import loader_generators
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "recipe": dict,
+    "run": dict,
+    "seed": int,
+    "clock": dict,
+    "generator": Tensor,
+    "loader_generators": list,
+    "timeline": dict,
+    "parts": dict,
+}
 
 
-_KEYS = ("recipe", "engine", "fit", "seed", "clock", "generator", "loader_generators", "cost", "parts")
+def save_state(setting: Setting, parts: Sequence[Part], sampling: Sampling) -> dict[str, Any]:
+    """Everything that a session remembers, as tensors and primitives."""
+    return {
+        "format": STATE_FORMAT,
+        "recipe": setting.recipe.to_dict(),
+        "run": _run(setting, sampling),
+        "seed": setting.seed,
+        "clock": setting.clock.state_dict(),
+        "generator": setting.generator.get_state(),
+        "loader_generators": [generator.get_state() for generator in loader_generators(sampling.loader)],
+        "timeline": setting.timeline.state_dict(),
+        "parts": {part.name: part.state_dict() for part in parts},
+    }
 
 
-def check_fit(
-    state: Mapping[str, Any], *, recipe: Mapping[str, Any], fit: Mapping[str, Any], parts: Collection[str]
-) -> None:
-    """Refuse a state of another format, recipe, model, loader or run length.
-
-    Args:
-        state: what ``Session.state_dict`` returned.
-        recipe: the session's recipe as primitives.
-        fit: what else must be equal, by name.
-        parts: names of the session's parts that have a state of their own.
+def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, state: Mapping[str, Any]) -> None:
+    """Go on from what ``save_state`` gave; all of it is checked before anything changes.
 
     Raises:
         StateMismatch: with what differs.
     """
-    if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
-        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+    _check_agreement(state, recipe=setting.recipe.to_dict(), run=_run(setting, sampling))
+    check_entries(state["parts"], "the session's parts", {part.name: dict for part in parts})
+    generators = [setting.generator, *loader_generators(sampling.loader)]
+    saved = [state["generator"], *state["loader_generators"]]
+    _check_generators(saved, len(generators))
+    for part in parts:
+        part.check_state(state["parts"][part.name])
+    Clock().load_state_dict(state["clock"])
+    setting.timeline.load_state_dict(state["timeline"])
+    # What is frozen has no gradient: it is frozen before the masks look for those that learn.
+    for part in sorted(parts, key=lambda part: not isinstance(part, Freezing)):
+        part.load_state_dict(state["parts"][part.name])
+    setting.clock.load_state_dict(state["clock"])
+    for generator, own in zip(generators, saved, strict=True):
+        generator.set_state(own.cpu())
+    setting.seed = state["seed"]
+    sampling.loader.had_workers = setting.clock.epoch > 0 or setting.clock.is_resumed_at_end
+
+
+def _run(setting: Setting, sampling: Sampling) -> dict[str, Any]:
+    """What a state must agree on with the session that it is loaded into."""
+    return {
+        "epochs": setting.blueprint.epochs,
+        "interval": setting.blueprint.interval,
+        "samples": len(sampling.population),
+        "batch_size": sampling.batch_size,
+        "parameters": {name: list(p.shape) for name, p in setting.model.named_parameters()},
+        "blocks": [block.name for block in setting.blueprint.partition.blocks],
+        "loader_generators": len(loader_generators(sampling.loader)),
+    }
+
+
+def _check_agreement(state: Mapping[str, Any], *, recipe: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Refuse a state of another format, recipe, model, loader or run length."""
+    found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+    if found != STATE_FORMAT:
         raise StateMismatch(
             f"the session's state has format {found!r}, and this version of spfde reads {STATE_FORMAT}. "
             "Load it with the version that wrote it."
         )
-    clock = {field.name for field in fields(Clock)} - {"started"}
-    damage = [name for name in _KEYS if name not in state]
-    if not damage and (set(state["parts"]) != set(parts) or set(state["clock"]) != clock):
-        damage = ["parts or clock"]
-    if damage and state.get("recipe", recipe) == recipe:
-        raise StateMismatch(f"the session's state is damaged: {', '.join(damage)} missing or incomplete.")
-    for what, theirs, mine in (("recipe", state["recipe"], recipe), ("run", state["fit"], fit)):
+    check_entries(state, "the session", _KINDS)
+    for what, theirs, mine in (("recipe", state["recipe"], recipe), ("run", state["run"], run)):
         if theirs != mine:
             was, now = _first_difference(theirs, mine)
             raise StateMismatch(
                 f"the state is of another {what}: there {was}, here {now}. "
                 "Attach the same model, loader, recipe and number of epochs as in the saved run."
             )
+
+
+def _check_generators(saved: Sequence[Any], count: int) -> None:
+    """Refuse states of generators that cannot be loaded."""
+    if len(saved) != count:
+        raise StateMismatch(f"the state has {len(saved)} generators, and this session {count}. It is damaged.")
+    for own in saved:
+        try:
+            torch.Generator().set_state(own.cpu())
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise StateMismatch(f"a generator in the state is damaged ({error}).") from error
 
 
 def _first_difference(theirs: Any, mine: Any, path: str = "") -> tuple[str, str]:

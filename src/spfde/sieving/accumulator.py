@@ -3,86 +3,68 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.state import check_entries
 
-# Folding is a sort: it pays to do it seldom. Waiting longer than about one epoch would only pile up small tensors.
-FOLD_AT_LEAST = 65_536
+# Adding up may be a sort: it pays to do it seldom. Waiting longer than an epoch or so would only pile up small tensors.
+ADD_UP_AT_LEAST = 65_536
 
 
-class Deferred(ABC):
+class Accumulator(ABC):
     """Notes one value per presentation of a sample; adds them up when a result is read, or about once an epoch.
 
-    A subclass says in ``_fields`` which tensors it keeps, one entry per sample, and in ``_fold_in`` how values join.
+    A subclass says in ``_start`` which tensors it keeps, one entry per sample, and in ``_add`` how values join.
     """
 
-    noun: ClassVar[str]
-    """What the state holds, for messages."""
-    argument: ClassVar[str]
-    """What a value is called where the caller passes it."""
-    dtype: ClassVar[torch.dtype]
-    """Of a value."""
-
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, what: str) -> None:
         """Start an interval.
 
         Args:
             n: number of sample ids (the length of the data set, also where only a subset is drawn from it).
+            what: what is added up, for messages.
         """
-        if n < 1:
-            raise InvalidArgument(Problem("n", n, "must be at least 1", "Count over a data set with samples in it."))
-        self.n = n
+        self.n, self._what = n, what
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: a new interval begins."""
-        self._kept = self._fields()
+        self._kept = self._start()
         self._drop_pending()
 
     @abstractmethod
-    def _fields(self) -> dict[str, Tensor]:
+    def _start(self) -> dict[str, Tensor]:
         """What is kept, at the start of an interval: tensors of shape (n,) by name."""
 
     @abstractmethod
-    def _fold_in(self, indices: Tensor, values: Tensor) -> None:
+    def _add(self, indices: Tensor, values: Tensor) -> None:
         """Add presentations, in order of time, to what is kept; both on the CPU."""
 
     def observe(self, indices: Tensor, values: Tensor) -> None:
         """Note one batch; a sample that occurs twice in it is taken in order.
 
         Args:
-            indices: sample ids, shape (batch,), integers in [0, n).
+            indices: sample ids, shape (batch,), long, on the CPU.
             values: one for each, shape (batch,); any device.
 
         Raises:
-            InvalidArgument: the shapes differ, or an id is outside the range. Ids that live on an accelerator are
-                checked when a result is read, as looking at them would make the step wait.
+            InvalidArgument: an id is outside [0, n).
         """
-        if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
-            found = f"{indices.dtype} of shape {tuple(indices.shape)}"
-            rule = "must be integers of shape (batch,)"
-            raise InvalidArgument(Problem("indices", found, rule, "Pass the sample ids of the batch."))
-        if values.shape != indices.shape:
-            rule = f"must hold one value for each of the {indices.numel()} samples of the batch"
-            remedy = "Observe the whole batch that the loader handed out, once, in its order."
-            raise InvalidArgument(Problem(self.argument, tuple(values.shape), rule, remedy))
-        if indices.device.type == "cpu":
-            self.check_range(indices)
+        self.check_range(indices)
         # Copies: a caller may reuse its buffers before the values are added up.
-        self._pending_indices.append(indices.detach().to(torch.long, copy=True))
-        self._pending_values.append(values.detach().to(self.dtype, copy=True))
+        self._pending.append((indices.clone(), values.detach().clone()))
         self._n_pending += indices.numel()
-        if self._n_pending >= max(self.n, FOLD_AT_LEAST):
-            self._fold()
+        if self._n_pending >= max(self.n, ADD_UP_AT_LEAST):
+            self._add_up()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything added up so far in this interval: tensors and primitives only."""
-        self._fold()
+        self._add_up()
         return {"n": self.n, **{name: kept.clone() for name, kept in self._kept.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -91,48 +73,37 @@ class Deferred(ABC):
         Raises:
             StateMismatch: the state is of another number of samples, or damaged.
         """
-        if state.get("n") != self.n:
+        check_entries(state, self._what, {"n": int, **dict.fromkeys(self._kept, Tensor)})
+        if state["n"] != self.n:
             raise StateMismatch(
-                f"{self.noun} of {state.get('n')} samples do not fit a data set of {self.n}. "
+                f"{self._what} of {state['n']} samples do not fit a data set of {self.n}. "
                 "Load the state with the data set that it was saved with."
             )
         for name, kept in self._kept.items():
-            value = state.get(name)
-            if not isinstance(value, Tensor) or value.shape != kept.shape or value.dtype != kept.dtype:
-                raise StateMismatch(f"the saved {self.noun} lack '{name}' or it is damaged. Use another checkpoint.")
+            if state[name].shape != kept.shape or state[name].dtype != kept.dtype:
+                raise StateMismatch(f"'{name}' in the state of {self._what} is damaged. Use another checkpoint.")
         self._kept = {name: state[name].detach().to("cpu", copy=True) for name in self._kept}
         self._drop_pending()
 
     def check_range(self, indices: Tensor) -> None:
         """Raise ``InvalidArgument`` where an id is outside [0, n)."""
-        check_range(indices, self.n)
+        if indices.numel() == 0:
+            return
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= self.n:
+            wrong = low if low < 0 else high
+            remedy = "Pass the positions of the samples in the data set."
+            raise InvalidArgument(Problem("indices", wrong, f"must be in [0, {self.n})", remedy))
 
     def _drop_pending(self) -> None:
-        self._pending_indices: list[Tensor] = []
-        self._pending_values: list[Tensor] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._n_pending = 0
 
-    def _fold(self) -> None:
-        if not self._pending_indices:
+    def _add_up(self) -> None:
+        if not self._pending:
             return
-        indices, values = _gather(self._pending_indices), _gather(self._pending_values)
+        indices, values = zip(*self._pending, strict=True)
         self._drop_pending()
-        self.check_range(indices)
-        self._fold_in(indices, values)
-
-
-def check_range(indices: Tensor, n: int) -> None:
-    """Raise ``InvalidArgument`` where an id is outside [0, n)."""
-    if indices.numel() == 0:
-        return
-    low, high = (int(bound) for bound in indices.aminmax())
-    if low < 0 or high >= n:
-        wrong = low if low < 0 else high
-        remedy = "Pass the positions of the samples in the data set."
-        raise InvalidArgument(Problem("indices", wrong, f"must be in [0, {n})", remedy))
-
-
-def _gather(pieces: Sequence[Tensor]) -> Tensor:
-    if len({piece.device for piece in pieces}) > 1:
-        pieces = [piece.cpu() for piece in pieces]
-    return torch.cat(list(pieces)).cpu()  # one transfer, not one per step
+        if len({value.device for value in values}) > 1:
+            values = tuple(value.cpu() for value in values)
+        self._add(torch.cat(indices), torch.cat(values).cpu())  # one transfer, not one per step

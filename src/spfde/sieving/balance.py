@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Subset
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.sieving.accumulator import Deferred
+from spfde.sieving.accumulator import Accumulator
 from spfde.sieving.evidence import labels_kind
 
 UNKNOWN = -1
@@ -75,20 +75,22 @@ def take_evenly(order: Tensor, labels: Tensor, k: int) -> Tensor:
     return torch.cat([known, order[ordered == UNKNOWN][: k - known.numel()]])
 
 
-class ClassLabels(Deferred):
+class ClassLabels(Accumulator):
     """The class of each sample: known from the start, or learned from what the loop reports.
 
     Attributes:
         collects: whether reports have to tell the classes.
-    """
 
-    noun: ClassVar[str] = "class labels"
-    argument: ClassVar[str] = "y"
-    dtype: ClassVar[torch.dtype] = torch.long
+    Example:
+        >>> classes = spfde.sieving.ClassLabels(3)
+        >>> classes.observe(torch.tensor([0, 2]), torch.tensor([5, 1]))
+        >>> classes.labels
+        tensor([ 5, -1,  1])
+    """
 
     def __init__(self, n: int, known: Tensor | None = None) -> None:
         """Keep labels of sample ids 0 … n-1; ``known``, of shape (n,), where they are known."""
-        super().__init__(n)
+        super().__init__(n, "the class labels")
         self.collects = known is None
         if known is not None:
             self._kept["labels"] = known[:n].clone()
@@ -96,7 +98,7 @@ class ClassLabels(Deferred):
     @property
     def labels(self) -> Tensor:
         """Class of each sample, shape (n,), long; -1 where unknown."""
-        self._fold()
+        self._add_up()
         return self._kept["labels"]
 
     def from_report(self, logits: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -114,10 +116,10 @@ class ClassLabels(Deferred):
             raise InvalidArgument(Problem("observe", found, rule, _REMEDY))
         return (y.detach().reshape(-1) > 0.5).long() if y.is_floating_point() else y.detach().reshape(-1).long()
 
-    def _fields(self) -> dict[str, Tensor]:
+    def _start(self) -> dict[str, Tensor]:
         return {"labels": torch.full((self.n,), UNKNOWN)}
 
-    def _fold_in(self, indices: Tensor, values: Tensor) -> None:
+    def _add(self, indices: Tensor, values: Tensor) -> None:
         if values.numel() and int(values.min()) < 0:
             rule, remedy = "must hold class indices from 0 on while classes are balanced", _REMEDY
             raise InvalidArgument(Problem("y", int(values.min()), rule, remedy))
@@ -142,6 +144,10 @@ def find_labels(dataset: Any, given: Tensor | Sequence[int] | None = None) -> Te
 
     Raises:
         InvalidArgument: there are labels, and they are no class indices, or not one for each sample.
+
+    Example:
+        >>> spfde.sieving.find_labels(torch.utils.data.TensorDataset(torch.zeros(2)), given=[0, 1])
+        tensor([0, 1])
     """
     if given is not None:
         return _class_indices("labels", given, len(dataset))

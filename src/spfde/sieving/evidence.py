@@ -24,36 +24,19 @@ def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
             (batch, classes), as label smoothing and mixup make them: the most probable class is the right one.
 
     Returns:
-        Shape (batch,), bool, on the device of ``logits``. Nothing here waits for a GPU.
+        Shape (batch,), bool, on the device of ``logits``.
 
     Raises:
         InvalidArgument: the shapes are none of the above.
+
+    Example:
+        >>> spfde.sieving.correct_from_logits(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        tensor([ True, False])
     """
-    logits, y = logits.detach(), y.detach()
     kind = labels_kind(logits, y)
     if kind == "binary":
         return (logits.reshape(-1) > 0) == (y.reshape(-1) > 0.5)
     return logits.argmax(1) == (y.argmax(1) if kind == "soft" else y)
-
-
-def correct_from_loss(loss: Tensor) -> Tensor:
-    """Call the better half of a batch "learned", for tasks that have no right and wrong.
-
-    A sample counts as learned when its loss is at most the (lower) median of its batch. This keeps the idea of a
-    forgetting event (a sample falls back behind the others) and needs no threshold in the units of the loss. It is
-    ours: the paper speaks of classification alone.
-
-    Args:
-        loss: one loss per sample, shape (batch,); further dimensions are averaged. NaN counts as not learned.
-
-    Returns:
-        Shape (batch,), bool.
-
-    Raises:
-        InvalidArgument: ``loss`` is a scalar, or the batch is empty.
-    """
-    per_sample = average_loss(loss)
-    return per_sample <= per_sample.nanmedian()
 
 
 def average_loss(loss: Tensor) -> Tensor:
@@ -82,7 +65,7 @@ def average_loss(loss: Tensor) -> Tensor:
 
 def loss_from_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Cross entropy of each sample; shapes as in ``correct_from_logits``, float32 [N]."""
-    logits, y = logits.detach().float(), y.detach()
+    logits = logits.float()
     kind = labels_kind(logits, y)
     if kind == "binary":
         return F.binary_cross_entropy_with_logits(logits.reshape(-1), y.reshape(-1).float(), reduction="none")
@@ -101,8 +84,14 @@ def el2n_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: the shapes are none of those.
+
+    Example:
+        >>> spfde.sieving.el2n_from_logits(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])).round(
+        ...     decimals=1
+        ... )
+        tensor([0.0000, 1.4000])
     """
-    logits, y = logits.detach().float(), y.detach()
+    logits = logits.float()
     kind = labels_kind(logits, y)
     if kind == "binary":
         return math.sqrt(2.0) * (logits.reshape(-1).sigmoid() - y.reshape(-1).float()).abs()
@@ -150,6 +139,10 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
+
+    Example:
+        >>> spfde.sieving.label_bounds(torch.zeros(2, 10), torch.tensor([3, 7]))
+        (tensor([3, 7]), 10)
     """
     kind = labels_kind(logits, y)
     if kind == "soft" or not y.numel():

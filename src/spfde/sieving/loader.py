@@ -30,7 +30,14 @@ from spfde.core.errors import Problem, UsageError
 
 
 def check_loader(loader: object) -> list[Problem]:
-    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing."""
+    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing.
+
+    Example:
+        >>> spfde.sieving.check_loader(loader)
+        []
+        >>> spfde.sieving.check_loader([1, 2])[0].rule
+        'must be a DataLoader'
+    """
     if isinstance(loader, SievedLoader):
         remedy = "Pass the DataLoader that it was made from, or detach the other session first."
         return [Problem("loader", _kind(loader), "is already the loader of a session", remedy)]
@@ -88,6 +95,10 @@ def population_of(loader: DataLoader[Any]) -> Tensor:
 
     The indices of a ``SubsetRandomSampler``; what ``RandomSampler`` and ``SequentialSampler`` run over; for any other
     sampler the whole data set.
+
+    Example:
+        >>> len(spfde.sieving.population_of(loader))
+        20
     """
     sampler: Any = loader.sampler
     if _iterates_as(sampler, SubsetRandomSampler):
@@ -103,6 +114,10 @@ def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
     """The generators that a loader and its sampler own, each once, in this order; the global one is not among them.
 
     A sampler of the user's own is asked for an attribute ``generator``.
+
+    Example:
+        >>> spfde.sieving.loader_generators(loader)
+        []
     """
     found: list[Generator] = []
     for owner in (loader, loader.sampler):
@@ -118,6 +133,13 @@ class SievedBatchSampler(BatchSampler):
     Laziness is kept: nothing is drawn from the sampler before the first batch is asked for, and no index before it is
     needed. ``DataLoader`` draws its base seed between the two and makes the iterator twice when it has workers, so this
     is what keeps the draws in the plain loader's order.
+
+    Example:
+        >>> def keep():
+        ...     return torch.arange(20) < 16  # samples 16 to 19 are left out
+        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=keep)
+        >>> sorted(index for batch in sampler for index in batch) == list(range(16))
+        True
     """
 
     def __init__(
@@ -193,9 +215,8 @@ class SievedBatchSampler(BatchSampler):
 class _Tally:
     """What one iteration of a loader has handed out."""
 
-    handed: int = 0
-    samples_handed: int = 0
-    drained: bool = False
+    samples: int = 0
+    ended: bool = False
 
 
 class SievedLoader(DataLoader[Any]):
@@ -208,6 +229,11 @@ class SievedLoader(DataLoader[Any]):
         on_batch: called with ``current_indices`` just before a batch is handed out.
         on_end: called when an iteration has come to its end; not where it was left early.
         had_workers: a run goes on whose persistent workers had been started before.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sieving=spfde.DataSieving()), epochs=10)
+        >>> isinstance(session.loader, spfde.sieving.SievedLoader), len(session.loader)
+        (True, 2)
     """
 
     on_start: Callable[[], None] | None
@@ -215,7 +241,12 @@ class SievedLoader(DataLoader[Any]):
     on_end: Callable[[], None] | None
 
     def __init__(self, loader: DataLoader[Any], batch_sampler: SievedBatchSampler) -> None:
-        """Build a loader with the arguments of ``loader``; see ``build_loader``."""
+        """Build a loader with the arguments of another one that takes its batches from ``batch_sampler``.
+
+        Args:
+            loader: the user's loader, without problems according to ``check_loader``.
+            batch_sampler: made from the loader's own sampler, batch size and ``drop_last``.
+        """
         # Not every version of PyTorch has these two.
         by_presence: dict[str, Any] = {}
         if hasattr(loader, "in_order"):
@@ -281,19 +312,9 @@ class SievedLoader(DataLoader[Any]):
         return _as_ids(self._handed_out)
 
     @property
-    def handed(self) -> int:
-        """Batches handed out in the newest iteration."""
-        return self._tally.handed
-
-    @property
     def samples_handed(self) -> int:
         """Samples handed out in the newest iteration."""
-        return self._tally.samples_handed
-
-    @property
-    def drained(self) -> bool:
-        """Whether the newest iteration has come to its end."""
-        return self._tally.drained
+        return self._tally.samples
 
 
 class _Iteration(Iterator[Any]):
@@ -323,8 +344,8 @@ class _Iteration(Iterator[Any]):
         try:
             batch = next(self._inner)
         except StopIteration:
-            if not self._tally.drained:
-                self._tally.drained = True
+            if not self._tally.ended:
+                self._tally.ended = True
                 if loader.on_end is not None:
                     loader.on_end()
             raise
@@ -332,8 +353,7 @@ class _Iteration(Iterator[Any]):
             self._lose_track()
             raise
         indices = self._queue.popleft() if self._queue else []
-        self._tally.handed += 1
-        self._tally.samples_handed += len(indices)
+        self._tally.samples += len(indices)
         loader._handed_out = indices if self._in_order else None
         if loader.on_batch is not None:
             loader.on_batch(loader.current_indices)
@@ -346,16 +366,6 @@ class _Iteration(Iterator[Any]):
             self._queue.clear()
         else:
             self._in_order = False
-
-
-def build_loader(loader: DataLoader[Any], batch_sampler: SievedBatchSampler) -> SievedLoader:
-    """Build a loader with the same arguments as ``loader`` that takes its batches from ``batch_sampler``.
-
-    Args:
-        loader: the user's loader, without problems according to ``check_loader``.
-        batch_sampler: made from the loader's own sampler, batch size and ``drop_last``.
-    """
-    return SievedLoader(loader, batch_sampler)
 
 
 def _divide(n: int, size: int, *, drop_rest: bool) -> int:

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.numbers import latest_update_epoch, round_half_up
+from spfde.core.registry import find, register
 from spfde.core.technique import Technique
-from spfde.sieving.forgetting import NeverLearned
-from spfde.sieving.scores import Criterion
-
-CRITERION_REFERENCES: Mapping[Criterion, tuple[str, ...]] = {
-    "forgetting": ("toneva2019forgetting",),
-    "el2n": ("paul2021datadiet",),
-}
-"""Where a criterion is from; those that are missing are common knowledge."""
+from spfde.sieving.criteria import Forgetting, NeverLearned, SievingCriterion
 
 
-class SievingMethod(Technique):
+class SievingMethod(Technique, ABC):
     """What all sieving methods share: how many samples are left out, and which ones count as easy.
 
     Attributes:
         removed_fraction: share of all samples that is left out, in [0, 1).
-        criterion: which samples count as easy: "forgetting" (the fewest forgetting events), "loss" (the lowest mean
-            loss), "el2n" (the lowest mean error L2 norm) or "random".
+        criterion: name of the criterion by which samples count as easy: "forgetting" (the fewest forgetting events),
+            "loss" (the lowest mean loss), "el2n" (the lowest mean error L2 norm), "random", or a registered one.
         never_learned: samples that were never right are hard, or ("literal") as easy as their count of 0; for
             "forgetting" alone.
         balanced: the same share of each class leaves.
+
+    Example:
+        >>> method = spfde.DataSieving(removed_fraction=0.2)
+        >>> isinstance(method, spfde.sieving.SievingMethod), method.n_removed(50_000)
+        (True, 10000)
     """
 
     name: ClassVar[str]
@@ -40,17 +39,30 @@ class SievingMethod(Technique):
     removed_fraction: float = Field(
         default=0.2, ge=0.0, lt=1.0, description="the share of all samples that is left out, in [0, 1)"
     )
-    criterion: Criterion = Field(default="forgetting", description='"forgetting", "loss", "el2n" or "random"')
+    criterion: str = Field(
+        default="forgetting", description='"forgetting", "loss", "el2n", "random" or a registered criterion'
+    )
     never_learned: NeverLearned = Field(
         default="hard",
         description="'hard' keeps samples that were never right, 'literal' ranks them by their count of 0",
     )
     balanced: bool = Field(default=False, description="whether the same share of each class leaves")
 
+    @field_validator("criterion")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        find("sieving-criterion", name, argument="criterion")
+        return name
+
+    def make_criterion(self) -> SievingCriterion:
+        """The criterion of that name."""
+        kind: type[SievingCriterion] = find("sieving-criterion", self.criterion, argument="criterion")
+        return kind(never_learned=self.never_learned) if issubclass(kind, Forgetting) else kind()
+
     @property
     def cited(self) -> tuple[str, ...]:
         """With where the criterion is from."""
-        return (*self.references, *CRITERION_REFERENCES.get(self.criterion, ()))
+        return (*self.references, *self.make_criterion().references)
 
     @property
     def rescales(self) -> bool:
@@ -61,26 +73,27 @@ class SievingMethod(Technique):
         """Number of samples left out of ``n`` in the end, rounded half up."""
         return round_half_up(self.removed_fraction * n)
 
+    @abstractmethod
     def n_removed_at_start(self, n: int) -> int:
         """Number of samples removed before training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moves(self, n: int) -> tuple[int, int]:
         """Number of samples that leave at an update, and that come back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updates_at(self, epoch: int, *, interval: int, epochs: int) -> bool:
         """Whether samples move at the top of ``epoch``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def samples_in_use(self, n: int, epoch: int, *, interval: int, epochs: int) -> int:
         """Size of the partial set during ``epoch``."""
-        raise NotImplementedError
 
     def check_length(self, epochs: int, interval: int) -> None:
         """Raise ``InvalidArgument`` where a run is too short for the method."""
 
 
+@register("sieving-method")
 class DataSieving(SievingMethod):
     """Train on a part of the data that changes over time: the paper's y %.
 
@@ -93,6 +106,11 @@ class DataSieving(SievingMethod):
     Attributes:
         swap_fraction: share of the partial set swapped at each update; None takes ``removed_fraction``.
         rescale_loss: ``session.loss_weights`` gives weights that keep the gradient unbiased; the loop has to use them.
+
+    Example:
+        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sieving=spfde.DataSieving()), epochs=10)
+        >>> len(session.partial_set), len(session.removed_set)
+        (16, 4)
     """
 
     name: ClassVar[str] = "circular"
@@ -119,8 +137,8 @@ class DataSieving(SievingMethod):
     def n_removed_at_start(self, n: int) -> int:
         return self.n_removed(n)
 
-    def n_swap(self, n: int) -> int:
-        """Number of samples of ``n`` that change places at each update.
+    def moves(self, n: int) -> tuple[int, int]:
+        """As many leave as come back.
 
         At least 1 unless the fraction is 0, so that every sample gets its turn; at most the number of removed samples,
         as no more can come back, and at most the size of the partial set.
@@ -128,11 +146,9 @@ class DataSieving(SievingMethod):
         removed = self.n_removed(n)
         fraction = self.removed_fraction if self.swap_fraction is None else self.swap_fraction
         if removed == 0 or fraction == 0:
-            return 0
-        return min(max(1, round_half_up(fraction * (n - removed))), removed, n - removed)
-
-    def moves(self, n: int) -> tuple[int, int]:
-        return self.n_swap(n), self.n_swap(n)
+            return 0, 0
+        swapped = min(max(1, round_half_up(fraction * (n - removed))), removed, n - removed)
+        return swapped, swapped
 
     def updates_at(self, epoch: int, *, interval: int, epochs: int) -> bool:
         return 0 < epoch < epochs - 1 and epoch % interval == 0
@@ -141,6 +157,7 @@ class DataSieving(SievingMethod):
         return n - self.n_removed(n)
 
 
+@register("sieving-method")
 class OneTimeRemoval(SievingMethod):
     """Train on all the data first, then leave the easiest samples out for good: MEST's data-efficient training.
 
@@ -152,6 +169,11 @@ class OneTimeRemoval(SievingMethod):
 
     Attributes:
         at_fraction: when samples are removed, as a share of the run, in (0, 1).
+
+    Example:
+        >>> removal = spfde.OneTimeRemoval(removed_fraction=0.24, at_fraction=70 / 160)
+        >>> removal.removal_epoch(epochs=160, interval=5), removal.n_removed(50_000)
+        (70, 12000)
     """
 
     name: ClassVar[str] = "one-time"
@@ -197,16 +219,14 @@ class OneTimeRemoval(SievingMethod):
         return n - self.n_removed(n)
 
 
-SIEVING_METHODS: dict[str, type[DataSieving] | type[OneTimeRemoval]] = {
-    DataSieving.name: DataSieving,
-    OneTimeRemoval.name: OneTimeRemoval,
-}
-
-
 def check_fraction(technique: SievingMethod, n: int, batch_size: int) -> list[Problem]:
     """Find out whether the partial set of ``n`` samples still fills a batch; empty when all is well.
 
     Nothing is wrong while nothing is removed: a data set smaller than a batch is then the user's own choice.
+
+    Example:
+        >>> spfde.sieving.check_fraction(spfde.DataSieving(removed_fraction=0.9), n=20, batch_size=8)[0].rule
+        'leaves 2 of 20 samples, no full batch of 8'
     """
     removed = technique.n_removed(n)
     if removed == 0 or n - removed >= batch_size:

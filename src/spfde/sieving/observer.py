@@ -10,9 +10,9 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
+from spfde.sieving.criteria import Scorer
 from spfde.sieving.evidence import check_label_bounds, label_bounds
 from spfde.sieving.loader import SievedLoader
-from spfde.sieving.scores import Scorer
 
 Gather = Callable[[Any], list[Any]]
 
@@ -22,6 +22,14 @@ class Observer:
 
     Attributes:
         samples: samples reported in this epoch.
+
+    Example:
+        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=lambda: None)
+        >>> from spfde.sieving.criteria import Loss
+        >>> scorer = Loss().scorer(20)
+        >>> observer = spfde.sieving.Observer(scorer, spfde.sieving.SievedLoader(loader, sampler))
+        >>> observer.samples
+        0
     """
 
     def __init__(

@@ -9,13 +9,13 @@ are in the partial set until the only update, at which none comes back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.state import check_entries
 from spfde.sieving.balance import shuffled_evenly, take_evenly
 from spfde.sieving.methods import SievingMethod
 from spfde.sieving.weights import inclusion_probabilities, loss_weights
@@ -35,37 +35,15 @@ def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
     return shuffled[torch.argsort(difficulty[shuffled], stable=True)[:k]]
 
 
-def turn_queue(queue: Tensor, incoming: Tensor, returning: int | None = None) -> tuple[Tensor, Tensor]:
-    """Append ``incoming`` to the tail and take ``returning`` from the head, by default as many as came in.
+def rotate(queue: Tensor, incoming: Tensor, returning: int) -> tuple[Tensor, Tensor]:
+    """Append ``incoming`` to the tail of a queue and take ``returning`` from its head.
 
     Returns:
-        The queue after the turn, and what came out of its head. Nothing comes out in the turn in which it went in, as
-        long as ``returning`` is no more than the queue's length.
+        The queue afterwards, and what came out of its head: nothing that has just gone in, as long as ``returning`` is
+        no more than the queue's length.
     """
     joined = torch.cat([queue, incoming])
-    out = incoming.numel() if returning is None else returning
-    return joined[out:], joined[:out]
-
-
-@dataclass(frozen=True)
-class Turnover:
-    """What the sieve has done so far.
-
-    Attributes:
-        updates: updates made.
-        moved: samples that left in the latest update; as many came back, but for a one-time removal.
-        moved_total: the same over all updates.
-        ever_used: samples that have been in the partial set at least once.
-        partial: size of the partial set.
-        population: number of all samples.
-    """
-
-    updates: int
-    moved: int
-    moved_total: int
-    ever_used: int
-    partial: int
-    population: int
+    return joined[returning:], joined[:returning]
 
 
 class Sieve:
@@ -76,6 +54,14 @@ class Sieve:
         partial: ids that are trained on, long, ascending.
         removed: ids that are left out, long; the head of the queue comes first.
         n_swap: samples that leave at each update; as many come back, but for a one-time removal.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> sieve = spfde.sieving.Sieve(torch.arange(10), spfde.DataSieving(removed_fraction=0.2), generator)
+        >>> len(sieve.partial), len(sieve.removed)
+        (8, 2)
+        >>> sieve.update(torch.rand(10))
+        2
     """
 
     def __init__(
@@ -85,23 +71,17 @@ class Sieve:
 
         Args:
             population: sample ids, shape (n,), long, ascending, without repetition and not negative.
-            technique: the hyper-parameters.
-            generator: CPU generator; kept, and part of the state. Nothing is drawn from it while nothing is removed.
+            technique: the hyper-parameters; they leave some samples.
+            generator: CPU generator, whose state belongs to the caller. Nothing is drawn from it while nothing is
+                removed.
             labels: class of each sample, shape (n,), long, to remove the same share of each; None where they are not
                 known yet or do not matter.
-
-        Raises:
-            InvalidArgument: the ids break a rule above, or no sample would be left.
         """
         n = population.numel()
-        _check_population(population)
-        if technique.n_removed(n) >= n:
-            rule, remedy = f"leaves none of {n} samples", "Remove less."
-            raise InvalidArgument(Problem("removed_fraction", technique.removed_fraction, rule, remedy))
         self.technique = technique
-        self.population = population.to("cpu", torch.long, copy=True)
+        self.population = population.clone()
         self.n_swap, self._n_returning = technique.moves(n)
-        self.generator = generator
+        self._generator = generator
         self._n_initial = technique.n_removed_at_start(n)
         order = torch.randperm(n, generator=generator) if self._n_initial else torch.arange(n)
         leaving = order[: self._n_initial] if labels is None else take_evenly(order, labels, self._n_initial)
@@ -111,15 +91,10 @@ class Sieve:
         self._weights: Tensor | None = None
         self._included = torch.zeros(n, dtype=torch.int32)
         self._ever_used = torch.zeros(n, dtype=torch.bool)
-        self._settle()
-
-    @property
-    def contains(self) -> Tensor:
-        """Which ids are in the partial set: a bool mask over 0 … largest id. Not to be written to."""
-        return self._contains
+        self._refresh()
 
     def keep(self) -> Tensor | None:
-        """The mask ``contains`` for the loader, or None while nothing is removed."""
+        """Which ids are in the partial set: a bool mask over 0 … largest id; None while nothing is removed."""
         return self._contains if self.removed.numel() else None
 
     @property
@@ -128,18 +103,11 @@ class Sieve:
         return self._updates * self._n_returning >= self._n_initial
 
     @property
-    def turnover(self) -> Turnover:
-        """What the sieve has done so far."""
-        return Turnover(
-            updates=self._updates,
-            moved=self.n_swap if self._updates else 0,
-            moved_total=self.n_swap * self._updates,
-            ever_used=int(self._ever_used.sum()),
-            partial=self.partial.numel(),
-            population=self.population.numel(),
-        )
+    def ever_used(self) -> int:
+        """Number of samples that have been in the partial set at least once."""
+        return int(self._ever_used.sum())
 
-    def update(self, difficulty: Tensor, labels: Tensor | None = None) -> Turnover:
+    def update(self, difficulty: Tensor, labels: Tensor | None = None) -> int:
         """Swap the easiest samples of the partial set for the head of the queue.
 
         Once all samples that were removed at the start have come back, the queue is shuffled after each update (the
@@ -152,6 +120,9 @@ class Sieve:
             labels: class of each sample of ``population``, shape (n,), long, -1 where unknown: the same share of each
                 class leaves, and the queue is shuffled with the classes spread evenly. None: classes do not matter.
 
+        Returns:
+            Number of samples that left.
+
         Raises:
             InvalidArgument: the shape is another one, or there is a NaN.
         """
@@ -162,22 +133,22 @@ class Sieve:
             raise InvalidArgument(Problem("difficulty", found, rule, remedy))
         once = self._n_returning == 0
         if self.n_swap == 0 or (once and self._updates):
-            return self.turnover
+            return 0
         positions = torch.searchsorted(self.population, self.partial)
         candidates = difficulty.detach().cpu()[positions]
         if labels is None:
-            leaving = easiest(candidates, self.n_swap, self.generator)
+            leaving = easiest(candidates, self.n_swap, self._generator)
         else:
-            order = easiest(candidates, candidates.numel(), self.generator)
+            order = easiest(candidates, candidates.numel(), self._generator)
             leaving = take_evenly(order, labels[positions], self.n_swap)
-        self.removed, returning = turn_queue(self.removed, self.partial[leaving], self._n_returning)
+        self.removed, returning = rotate(self.removed, self.partial[leaving], self._n_returning)
         self.partial = torch.cat([_without(self.partial, leaving), returning]).sort().values
         self._updates += 1
         if self.all_retrieved and not once:
             self.removed = self.removed[self._shuffled(labels)]
         self._included[torch.searchsorted(self.population, self.partial)] += 1
-        self._settle()
-        return self.turnover
+        self._refresh()
+        return self.n_swap
 
     def loss_weights(self, ids: Tensor) -> Tensor:
         """Weights that keep the gradient unbiased, for losses of the partial set; their mean over it is 1.
@@ -201,7 +172,7 @@ class Sieve:
         return self._weights[torch.searchsorted(self.partial, ids)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Sets, queue order, history and the generator's state: tensors and primitives only."""
+        """Sets, queue order and history: tensors and primitives only. The generator is saved by whoever gave it."""
         return {
             "partial": self.partial.clone(),
             "removed": self.removed.clone(),
@@ -209,7 +180,6 @@ class Sieve:
             "included": self._included.clone(),
             "updates": self._updates,
             "n_swap": self.n_swap,
-            "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -224,45 +194,33 @@ class Sieve:
         self._ever_used = state["ever_used"].detach().to("cpu", copy=True)
         self._included = state["included"].detach().to("cpu", copy=True)
         self._updates = int(state["updates"])
-        self.generator.set_state(state["generator"].cpu())
-        self._settle()
+        self._refresh()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        names = ("partial", "removed", "ever_used", "included", "generator")
-        damaged = [name for name in names if not isinstance(state.get(name), Tensor)]
-        damaged += [name for name in ("partial", "removed") if name not in damaged and state[name].dtype != torch.long]
-        damaged += [name for name in ("updates", "n_swap") if not isinstance(state.get(name), int)]
-        if damaged:
+        mine = self.state_dict()
+        check_entries(state, "the sieve", {name: type(value) for name, value in mine.items()})
+        if state["n_swap"] != self.n_swap or state["updates"] < 0:
             raise StateMismatch(
-                f"the saved sieve lacks {', '.join(damaged)}, or it is damaged there. Use another checkpoint."
+                f"the saved sieve swapped {state['n_swap']} samples {state['updates']} times, and this one swaps "
+                f"{self.n_swap} each time. Use the recipe and the data set that it was saved with."
             )
-        sizes = (state["partial"].numel(), state["removed"].numel(), state["n_swap"])
-        n_removed = self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
-        expected = (self.population.numel() - n_removed, n_removed, self.n_swap)
-        if sizes != expected:
-            raise StateMismatch(
-                f"the saved sieve has {sizes[0]} partial and {sizes[1]} removed samples and swaps {sizes[2]}; "
-                f"this one has {expected[0]}, {expected[1]} and {expected[2]}. "
-                "Use the recipe and the data set that it was saved with."
-            )
+        n, n_removed = self.population.numel(), self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
+        sizes = {"partial": n - n_removed, "removed": n_removed, "ever_used": n, "included": n}
+        for name, size in sizes.items():
+            if state[name].shape != (size,) or state[name].dtype != mine[name].dtype:
+                found = f"{state[name].dtype} of shape {tuple(state[name].shape)}"
+                raise StateMismatch(
+                    f"{name} in the state of the sieve is {found}, and here {mine[name].dtype} of shape ({size},). "
+                    "Use the recipe and the data set that it was saved with."
+                )
         together = torch.cat([state["partial"], state["removed"]]).cpu().sort().values
         ascending = bool((state["partial"].diff() > 0).all())
         if not torch.equal(together, self.population) or not ascending:
             raise StateMismatch("the saved sieve holds other sample ids. Use the data set that it was saved with.")
-        history = all(
-            state[name].shape == mine.shape and state[name].dtype == mine.dtype
-            for name, mine in (("ever_used", self._ever_used), ("included", self._included))
-        )
-        if not history or state["updates"] < 0:
-            raise StateMismatch("the history of the saved sieve is damaged. Use another checkpoint.")
-        try:
-            Generator().set_state(state["generator"].cpu())
-        except (RuntimeError, TypeError) as error:
-            raise StateMismatch("the generator in the saved sieve is damaged. Use another checkpoint.") from error
 
     def _weigh(self) -> Tensor:
         """The weight of each sample of the partial set, shape (m,), float32."""
-        if self.technique.criterion == "random":
+        if self.technique.make_criterion().chooses_at_random:
             return torch.ones(self.partial.numel())  # all samples are treated alike: the probabilities are equal
         included = self._included[torch.searchsorted(self.population, self.partial)]
         share = self.partial.numel() / self.population.numel()
@@ -273,10 +231,10 @@ class Sieve:
     def _shuffled(self, labels: Tensor | None) -> Tensor:
         """A random order of the queue."""
         if labels is None:
-            return torch.randperm(self.removed.numel(), generator=self.generator)
-        return shuffled_evenly(labels[torch.searchsorted(self.population, self.removed)], self.generator)
+            return torch.randperm(self.removed.numel(), generator=self._generator)
+        return shuffled_evenly(labels[torch.searchsorted(self.population, self.removed)], self._generator)
 
-    def _settle(self) -> None:
+    def _refresh(self) -> None:
         # Always a new mask: a loader that is being iterated keeps the one that it started with.
         self._contains = torch.zeros(int(self.population[-1]) + 1, dtype=torch.bool)
         self._contains[self.partial] = True
@@ -289,14 +247,3 @@ def _without(ids: Tensor, leaving: Tensor) -> Tensor:
     staying = torch.ones(ids.numel(), dtype=torch.bool)
     staying[leaving] = False
     return ids[staying]
-
-
-def _check_population(population: Tensor) -> None:
-    integers = not population.is_floating_point() and population.dtype != torch.bool
-    if population.dim() != 1 or population.numel() == 0 or not integers:
-        found = f"{population.dtype} of shape {tuple(population.shape)}"
-        rule, remedy = "must be integers of shape (n,), n at least 1", "Pass the ids of the samples."
-        raise InvalidArgument(Problem("population", found, rule, remedy))
-    if int(population[0]) < 0 or not bool((population.diff() > 0).all()):
-        rule, remedy = "must be ascending, without repetition and not negative", "Pass population.unique()."
-        raise InvalidArgument(Problem("population", population.tolist()[:8], rule, remedy))

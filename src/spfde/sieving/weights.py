@@ -29,6 +29,10 @@ def inclusion_probabilities(included: Tensor, updates: int, *, initial: float) -
 
     Returns:
         Shape (n,), float64, in (0, 1].
+
+    Example:
+        >>> spfde.sieving.inclusion_probabilities(torch.tensor([3, 0]), 3, initial=0.8)
+        tensor([0.9500, 0.2000], dtype=torch.float64)
     """
     return (included.double() + initial) / (1 + updates)
 
@@ -42,5 +46,9 @@ def loss_weights(probabilities: Tensor, *, partial_fraction: float) -> Tensor:
 
     Returns:
         Of the same shape.
+
+    Example:
+        >>> spfde.sieving.loss_weights(torch.tensor([0.8, 0.4]), partial_fraction=0.8)
+        tensor([1., 2.])
     """
     return partial_fraction / probabilities

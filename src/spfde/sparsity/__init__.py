@@ -1,20 +1,21 @@
 """WHICH weights exist: distributions, structures, masks, mutation, methods, and the masker that applies them."""
 
-from spfde.sparsity.distribution import active_count, erk, uniform
+from spfde.sparsity.criteria import Criterion, Gradient, Magnitude, MagnitudePlusGradient, Random
+from spfde.sparsity.distribution import active_count, erk
 from spfde.sparsity.layers import select_layers
 from spfde.sparsity.masker import Masker
-from spfde.sparsity.masks import infer_mask, largest_half, magnitude_mask, pack, random_mask, unpack
+from spfde.sparsity.masks import infer_mask, largest_half, pack, unpack
 from spfde.sparsity.methods import (
     DSR,
     GMP,
     MEST,
-    METHODS,
     SET,
     SETITOP,
     SNFS,
     SNIP,
     STR,
     DeepR,
+    DropGrow,
     GraSP,
     PruningAtInitialisation,
     RigL,
@@ -23,14 +24,12 @@ from spfde.sparsity.methods import (
     StaticSparse,
     SynFlow,
     TopKAST,
-    mutates_after,
-    planned_active,
-    planned_density,
 )
+from spfde.sparsity.registered import METHODS, STRUCTURES
 from spfde.sparsity.saliency import ScoreLoss
+from spfde.sparsity.schedule import LayerPlan, MaskPlan
 from spfde.sparsity.structure import (
     NM,
-    STRUCTURES,
     Block,
     Channels,
     Kernels,
@@ -53,12 +52,20 @@ __all__ = [
     "STRUCTURES",
     "Block",
     "Channels",
+    "Criterion",
     "DeepR",
+    "DropGrow",
     "GraSP",
+    "Gradient",
     "Kernels",
+    "LayerPlan",
+    "Magnitude",
+    "MagnitudePlusGradient",
+    "MaskPlan",
     "Masker",
     "Patterns",
     "PruningAtInitialisation",
+    "Random",
     "RigL",
     "RigLITOP",
     "ScoreLoss",
@@ -72,13 +79,7 @@ __all__ = [
     "erk",
     "infer_mask",
     "largest_half",
-    "magnitude_mask",
-    "mutates_after",
     "pack",
-    "planned_active",
-    "planned_density",
-    "random_mask",
     "select_layers",
-    "uniform",
     "unpack",
 ]

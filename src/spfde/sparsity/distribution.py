@@ -14,30 +14,14 @@ def active_count(numel: int, sparsity: float) -> int:
     """Number of active weights in a tensor of ``numel`` elements at ``sparsity``.
 
     Rounded half up, and never 0 while ``sparsity < 1``: a layer without weights would cut the network in two.
+
+    Example:
+        >>> spfde.sparsity.active_count(64, sparsity=0.9)
+        6
     """
     if numel == 0 or sparsity >= 1.0:
         return 0
     return max(1, round_half_up((1.0 - sparsity) * numel))
-
-
-def uniform(
-    shapes: Mapping[str, Sequence[int]], sparsity: float, *, overrides: Mapping[str, float] | None = None
-) -> dict[str, int]:
-    """Active weights per layer when every layer has the same sparsity.
-
-    Args:
-        shapes: shape of each layer's weight, by name.
-        sparsity: share of inactive weights, in [0, 1).
-        overrides: sparsity by name pattern (``fnmatch``); the last pattern that matches wins.
-
-    Returns:
-        The count of active weights of each layer, in the order of ``shapes``.
-    """
-    counts = {}
-    for name, shape in shapes.items():
-        own = override_for(name, overrides or {})
-        counts[name] = active_count(math.prod(shape), sparsity if own is None else own)
-    return counts
 
 
 def erk(
@@ -60,6 +44,10 @@ def erk(
         InvalidArgument: the overrides leave the other layers more, or fewer, weights than they can have.
 
     Source: Evci et al., "Rigging the Lottery" (arXiv 1911.11134), section 3.
+
+    Example:
+        >>> spfde.sparsity.erk({"first": (8, 4), "second": (64, 64)}, sparsity=0.9)
+        {'first': 32, 'second': 381}
     """
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     fixed = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class DenseGradients:
@@ -85,3 +86,9 @@ class SmoothedGradients:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self.values = {name: value.detach().clone() for name, value in state.items()}
+
+
+def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
+    """A copy of the gradient, without the loss scale that ``GradScaler`` leaves to a fused optimizer."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return grad.detach().clone() if scale is None else grad.detach() / scale.to(grad.device)

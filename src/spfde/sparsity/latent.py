@@ -8,14 +8,22 @@ sparse weight is derived from the latent anew. No layer, and no optimizer, knows
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from spfde.core.errors import StateMismatch
+from spfde.core.errors import StateMismatch, UsageError
+from spfde.core.state import check_entries
+from spfde.sparsity.gradients import unscaled
 from spfde.sparsity.masks import highest
+from spfde.sparsity.schedule import MaskPlan
+from spfde.sparsity.strategy import Strategy
+from spfde.sparsity.weight import MaskedWeight
+
+if TYPE_CHECKING:
+    from spfde.sparsity.masker import Masker
 
 
 class Latent(ABC):
@@ -31,11 +39,12 @@ class Latent(ABC):
     weight: Tensor
     mask: Tensor
     clears_state: ClassVar[bool] = True
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor}
 
     @property
-    @abstractmethod
-    def reach(self) -> Tensor:
-        """Which weights receive a gradient, boolean."""
+    def wider(self) -> Tensor | None:
+        """Which weights receive a gradient, boolean, where these are more than the mask's."""
+        return None
 
     @property
     @abstractmethod
@@ -65,8 +74,7 @@ class Latent(ABC):
             group: the optimizer's options for this weight; ``lr`` is used.
         """
 
-    @abstractmethod
-    def turn(self, progress: float) -> None:
+    def update(self) -> None:  # noqa: B027  # a mask may follow the steps alone
         """An update epoch: choose the mask anew."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,10 +87,12 @@ class Latent(ABC):
         Raises:
             StateMismatch: the state is of another weight.
         """
-        weight = state.get("weight")
-        if not isinstance(weight, Tensor) or weight.shape != self.weight.shape:
-            raise StateMismatch("the state's latent weights are missing, or of another model.")
-        self.weight = weight.detach().to(self.weight, copy=True)
+        check_entries(state, "the latent weights", self._ENTRIES)
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape != self.weight.shape:
+                found, own = tuple(value.shape), tuple(self.weight.shape)
+                raise StateMismatch(f"{name} of the latent weights in the state has shape {found}, and here {own}.")
+        self.weight = state["weight"].detach().to(self.weight, copy=True)
         self.mask = torch.empty_like(self.weight, dtype=torch.bool).copy_(mask)
 
 
@@ -97,13 +107,15 @@ class TopKLatent(Latent):
             have to earn their place.
     """
 
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor, "reach": Tensor}
+
     def __init__(self, weight: Tensor, *, target: int, reach: int, penalty: float) -> None:
         self.weight = weight.detach().clone()
         self._target, self._n_reach, self._penalty = target, reach, penalty
-        self.turn(0.0)
+        self.update()
 
     @property
-    def reach(self) -> Tensor:
+    def wider(self) -> Tensor:
         return self._reach
 
     @property
@@ -114,7 +126,7 @@ class TopKLatent(Latent):
     def margin(self) -> Tensor:
         return self.weight.abs().masked_fill_(~self.mask, -1.0)
 
-    def turn(self, progress: float) -> None:
+    def update(self) -> None:
         magnitude = self.weight.abs()
         self.mask = highest(magnitude, self._target)
         self._reach = highest(magnitude, self._n_reach)
@@ -131,10 +143,7 @@ class TopKLatent(Latent):
 
     def load_state_dict(self, state: Mapping[str, Any], mask: Tensor) -> None:
         super().load_state_dict(state, mask)
-        reach = state.get("reach")
-        if not isinstance(reach, Tensor) or reach.shape != self.weight.shape or reach.dtype != torch.bool:
-            raise StateMismatch("the state's set of weights with gradients is missing, or of another model.")
-        self._reach = reach.to(self.weight.device, copy=True)
+        self._reach = state["reach"].to(self.mask, copy=True)
 
 
 class SoftThresholdLatent(Latent):
@@ -147,15 +156,12 @@ class SoftThresholdLatent(Latent):
     """
 
     clears_state: ClassVar[bool] = False
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor, "s": float}
 
     def __init__(self, weight: Tensor, *, start: float, decay: float) -> None:
         self.weight = weight.detach().clone()
         self._s, self._decay, self._slope = start, decay, 0.0
         self._derive()
-
-    @property
-    def reach(self) -> Tensor:
-        return self.mask
 
     @property
     def threshold(self) -> float:
@@ -183,16 +189,11 @@ class SoftThresholdLatent(Latent):
         self._s -= float(group["lr"]) * (self._slope + self._decay * self._s)
         self._derive()
 
-    def turn(self, progress: float) -> None:
-        """The mask follows the threshold at every step."""
-
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "s": self._s}
 
     def load_state_dict(self, state: Mapping[str, Any], mask: Tensor) -> None:
         super().load_state_dict(state, mask)
-        if not isinstance(state.get("s"), float):
-            raise StateMismatch("the state's threshold is missing.")
         self._s = state["s"]
 
     def _derive(self) -> None:
@@ -201,7 +202,7 @@ class SoftThresholdLatent(Latent):
             self.mask = highest(self.weight.abs(), 1)
 
 
-def settled_masks(latents: Sequence[Latent], total: int) -> list[Tensor]:
+def final_masks(latents: Sequence[Latent], total: int) -> list[Tensor]:
     """Masks of exactly ``total`` weights over all layers, those of the largest margins; one in each layer at least."""
     margins = [latent.margin.masked_fill(highest(latent.margin, 1), torch.inf) for latent in latents]
     chosen = highest(torch.cat([margin.flatten() for margin in margins]), max(total, len(latents)))
@@ -209,7 +210,134 @@ def settled_masks(latents: Sequence[Latent], total: int) -> list[Tensor]:
     return [part.view(margin.shape) for part, margin in zip(parts, margins, strict=True)]
 
 
-def swap_in(parameter: Tensor, latent: Latent, gradient: Tensor | None) -> None:
-    """Put the latent in the parameter's place, for the optimizer's step."""
-    latent.before_step(gradient)
-    parameter.detach().copy_(latent.weight)
+class LatentWeights(Strategy):
+    """Steps update the latents; a layer gives its latent up when it is pruned to its target.
+
+    Args:
+        masker: see ``Strategy``.
+        make: the latent of a dense weight with that target, in weights.
+        keeps_at: whether latents are still kept at that progress of the run.
+        follows_steps: whether masks follow every step, not update epochs alone. The layers then come to their targets
+            together, as soon as all of them have so few weights.
+        name: of the method, for errors.
+    """
+
+    def __init__(
+        self,
+        masker: Masker,
+        *,
+        make: Callable[[Tensor, int], Latent],
+        keeps_at: Callable[[float], bool],
+        follows_steps: bool,
+        name: str,
+    ) -> None:
+        super().__init__(masker)
+        self._make, self._keeps_at, self.changes_every_step, self._name = make, keeps_at, follows_steps, name
+        self._latents: dict[str, Latent] = {}
+
+    def start(self, layer: MaskedWeight) -> bool:
+        self._latents[layer.name] = self._make(layer.parameter, layer.target)
+        self._show(layer)
+        return True
+
+    def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
+        if plan.last or not plan.update:
+            return
+        stay = not self._keeps_at(plan.progress)
+        self._give_up([layer for layer in live if stay or plan.layers[layer.name].to_target])
+        for layer in live:
+            if layer.name in self._latents:
+                self._latents[layer.name].update()
+                self._follow(layer)
+
+    def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
+        layers = list(layers)
+        self._give_up(layers)
+        super().prune_to_target(layers)
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+        latent = self._latents.get(layer.name)
+        if latent is None:
+            return
+        if has_closure:
+            raise UsageError(f"{self._name} cannot follow optimizer.step(closure). Call step() alone.")
+        latent.follow(layer.parameter.device)
+        latent.before_step(None if gradient is None else unscaled(gradient, self.masker.optimizer))
+        layer.parameter.detach().copy_(latent.weight)
+
+    def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
+        latent = self._latents.get(layer.name)
+        if latent is None:
+            super().after_step(layer, was_skipped=was_skipped)
+            return
+        if not was_skipped:
+            latent.after_step(layer.parameter.detach(), self.masker.group_of(layer))
+        self.clear_idle_state(layer)
+        if self.changes_every_step:
+            self._follow(layer)
+        else:
+            layer.parameter.detach().copy_(latent.sparse)
+
+    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
+        layers = [layer for layer in self.masker.live if layer.name in self._latents]
+        if not self.changes_every_step or not layers:
+            return
+        if sum(layer.active for layer in layers) <= sum(layer.target for layer in layers):
+            self._give_up(layers)
+
+    def clear_idle_state(self, layer: MaskedWeight) -> None:
+        latent = self._latents.get(layer.name)
+        if latent is None or latent.clears_state:
+            super().clear_idle_state(layer)
+
+    def adopt(self, layer: MaskedWeight) -> None:
+        if layer.name in self._latents:
+            self._latents[layer.name] = self._make(layer.parameter, layer.target)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latents": {name: latent.state_dict() for name, latent in self._latents.items()}}
+
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        check_entries(state, f"{self._name}", {"latents": dict})
+        check_entries(
+            state["latents"], "the latent weights", {name: dict for name in masks if name in state["latents"]}
+        )
+        for name in state["latents"]:
+            self._latent_from(state, name, masks[name])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        layers = self.masker.layers
+        self._latents = {name: self._latent_from(state, name, layers[name].mask) for name in state["latents"]}
+        for name, layer in layers.items():
+            layer.wider = None if name not in self._latents else self._latents[name].wider
+
+    def _latent_from(self, state: Mapping[str, Any], name: str, mask: Tensor) -> Latent:
+        layer = self.masker.layers[name]
+        latent = self._make(layer.parameter, layer.target)
+        latent.load_state_dict(state["latents"][name], mask)
+        return latent
+
+    def _follow(self, layer: MaskedWeight) -> None:
+        """Take over the mask and the sparse weight that the latent gives."""
+        self._show(layer)
+        layer.parameter.detach().copy_(self._latents[layer.name].sparse)
+        layer.note_explored()
+
+    def _show(self, layer: MaskedWeight) -> None:
+        latent = self._latents[layer.name]
+        layer.set_mask(latent.mask, int(latent.mask.sum()))
+        layer.wider = latent.wider
+
+    def _give_up(self, layers: Sequence[MaskedWeight]) -> None:
+        """Give up the latents of these layers: from now on their masks stay, at the target's total."""
+        layers = [layer for layer in layers if layer.name in self._latents]
+        if not layers:
+            return
+        latents = [self._latents.pop(layer.name) for layer in layers]
+        masks = final_masks(latents, sum(layer.target for layer in layers))
+        for layer, latent, mask in zip(layers, latents, masks, strict=True):
+            layer.parameter.detach().copy_(latent.sparse)
+            layer.target, layer.wider = int(mask.sum()), None
+            layer.set_mask(mask, layer.target)
+            layer.clear_outside(self.masker.optimizer)
+            layer.note_explored()

@@ -18,18 +18,6 @@ from spfde.core.errors import InvalidArgument, Problem
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def random_mask(shape: Sequence[int], n_active: int, generator: torch.Generator) -> Tensor:
-    """A mask with exactly ``n_active`` weights chosen uniformly at random, on the CPU."""
-    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
-    mask[torch.randperm(mask.numel(), generator=generator)[:n_active]] = True
-    return mask.view(*shape)
-
-
-def magnitude_mask(weight: Tensor, n_active: int) -> Tensor:
-    """A mask of the ``n_active`` largest weights by magnitude; of equal ones the lower flat index is kept."""
-    return highest(weight.detach().abs(), n_active)
-
-
 def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """The mask of a weight that is already sparse: its non-zeros.
 
@@ -41,6 +29,11 @@ def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Gen
 
     Raises:
         InvalidArgument: there are more non-zeros than ``n_active``.
+
+    Example:
+        >>> spfde.sparsity.infer_mask(torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
+        tensor([[ True, False],
+                [False,  True]])
     """
     mask = weight.detach() != 0
     found = int(mask.sum())
@@ -84,7 +77,13 @@ def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
 
 
 def largest_half(weight: Tensor, mask: Tensor) -> Tensor:
-    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU."""
+    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU.
+
+    Example:
+        >>> weight = torch.tensor([3.0, 1.0, 2.0, 0.0])
+        >>> spfde.sparsity.largest_half(weight, weight != 0)
+        tensor([ True, False,  True, False])
+    """
     weight, mask = weight.detach().cpu(), mask.cpu()
     return highest(weight.abs(), -(-int(mask.sum()) // 2), among=mask)
 
@@ -110,7 +109,12 @@ def apply_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first."""
+    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first.
+
+    Example:
+        >>> spfde.sparsity.pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
     flat = mask.detach().flatten().to("cpu")
     return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
 
@@ -120,6 +124,10 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
     Raises:
         InvalidArgument: the number of bytes does not fit the shape.
+
+    Example:
+        >>> spfde.sparsity.unpack(torch.tensor([5], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
     """
     numel = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (math.ceil(numel / 8),):

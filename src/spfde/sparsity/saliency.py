@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import tree_leaves, tree_map_only
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
 from spfde.sparsity.masks import highest
 from spfde.sparsity.structure import Structure
 
 ScoreLoss = Callable[[nn.Module, Any], Tensor]
+"""The mean loss of a batch, called with the model and a batch of the loader."""
 Weights = Mapping[str, nn.Parameter]
 Scores = dict[str, Tensor]
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from spfde.core.numbers import round_half_up
+from spfde.core.registry import register
 from spfde.core.technique import Technique
 from spfde.sparsity import mutation
 from spfde.sparsity.masks import highest
@@ -29,12 +30,15 @@ class Structure(Technique):
     """How a weight is cut into units; the base is a row-major cut into units of equal size.
 
     Attributes:
-        kind: name in recipes.
+        name: what it is called in recipes, as its ``kind``.
         fixed_count: whether the sparsity fixes the number of units at every moment, so that a method cannot hold more
             for a while.
+
+    Example:
+        >>> spfde.Block(rows=4).n_units((8, 3)), spfde.Block(rows=4).unit_size((8, 3))
+        (6, 4)
     """
 
-    kind: ClassVar[str]
     summary: ClassVar[str]
     fixed_count: ClassVar[bool] = False
 
@@ -116,10 +120,16 @@ class Structure(Technique):
         return values.reshape(self.n_units(values.shape), -1)
 
 
+@register("structure")
 class Unstructured(Structure):
-    """Every weight for itself."""
+    """Every weight for itself.
 
-    kind: ClassVar[str] = "unstructured"
+    Example:
+        >>> spfde.Unstructured().target_units((8, 4), sparsity=0.9)
+        3
+    """
+
+    name: ClassVar[str] = "unstructured"
     summary: ClassVar[str] = "Every weight for itself."
     references: ClassVar[tuple[str, ...]] = ("han2015learning",)
 
@@ -127,6 +137,7 @@ class Unstructured(Structure):
         return math.prod(shape)
 
 
+@register("structure")
 class Block(Structure):
     """Blocks of ``rows`` consecutive outputs by ``columns`` consecutive inputs of the (out, in * kernel) matrix.
 
@@ -135,9 +146,16 @@ class Block(Structure):
     Attributes:
         rows: outputs in a block.
         columns: columns in a block; they run over the kernel first, then over the inputs.
+
+    Example:
+        >>> blocks = spfde.Block(rows=4, columns=1)
+        >>> spfde.SET(sparsity=0.9, structure=blocks).structure == blocks
+        True
+        >>> blocks.expand(torch.tensor([True, False]), (8, 1)).flatten().int()
+        tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.int32)
     """
 
-    kind: ClassVar[str] = "block"
+    name: ClassVar[str] = "block"
     summary: ClassVar[str] = "Blocks of consecutive outputs and inputs, such as 4x1."
     references: ClassVar[tuple[str, ...]] = ("narang2017block",)
 
@@ -177,6 +195,7 @@ class Block(Structure):
         return blocks.reshape(down * across, self.rows * self.columns)
 
 
+@register("structure")
 class NM(Structure):
     """N:M: of every ``m`` consecutive weights of an output exactly ``n`` exist.
 
@@ -187,9 +206,13 @@ class NM(Structure):
     Attributes:
         n: active weights in a group.
         m: weights in a group.
+
+    Example:
+        >>> spfde.NM(n=2, m=4).problem((8, 6), sparsity=0.5)
+        'must have a number of weights per output that 4 divides; it has 6'
     """
 
-    kind: ClassVar[str] = "nm"
+    name: ClassVar[str] = "nm"
     summary: ClassVar[str] = "Exactly n of every m consecutive weights, such as 2:4."
     references: ClassVar[tuple[str, ...]] = ("zhou2021nm",)
     fixed_count: ClassVar[bool] = True
@@ -234,10 +257,16 @@ class NM(Structure):
         return grown
 
 
+@register("structure")
 class Kernels(Structure):
-    """Whole kernels: what one output sees of one input. A 1x1 kernel, and one of ``nn.Linear``, is a single weight."""
+    """Whole kernels: what one output sees of one input. A 1x1 kernel, and one of ``nn.Linear``, is a single weight.
 
-    kind: ClassVar[str] = "kernel"
+    Example:
+        >>> spfde.Kernels().n_units((16, 8, 3, 3)), spfde.Kernels().unit_size((16, 8, 3, 3))
+        (128, 9)
+    """
+
+    name: ClassVar[str] = "kernel"
     summary: ClassVar[str] = "Whole kernels: what an output sees of an input."
     references: ClassVar[tuple[str, ...]] = ("ma2020pconv",)
 
@@ -245,6 +274,7 @@ class Kernels(Structure):
         return shape[0] * shape[1]
 
 
+@register("structure")
 class Patterns(Structure):
     """3x3 kernels of which each has one of eight patterns, or does not exist at all.
 
@@ -254,9 +284,13 @@ class Patterns(Structure):
     Departures, from the code of MEST as its fork neu-spiral/SparCL has it: one of its eight patterns leaves the centre
     out, in place of which the upward T completes four squares and four Ts; and it keeps the same number of kernels in
     every filter, where here the layer's kernels compete.
+
+    Example:
+        >>> spfde.Patterns().unit_size((16, 8, 3, 3))  # of the nine weights of a kernel that exists
+        4
     """
 
-    kind: ClassVar[str] = "pattern"
+    name: ClassVar[str] = "pattern"
     summary: ClassVar[str] = "3x3 kernels with one of eight patterns of four weights, or none."
     references: ClassVar[tuple[str, ...]] = ("niu2020patdnn",)
 
@@ -303,17 +337,18 @@ class Patterns(Structure):
         return kernels.view(*shape)
 
 
+@register("structure")
 class Channels(Structure):
-    """Whole output channels: filters of a convolution, rows of ``nn.Linear``."""
+    """Whole output channels: filters of a convolution, rows of ``nn.Linear``.
 
-    kind: ClassVar[str] = "channel"
+    Example:
+        >>> spfde.Channels().target_units((16, 8, 3, 3), sparsity=0.75)
+        4
+    """
+
+    name: ClassVar[str] = "channel"
     summary: ClassVar[str] = "Whole output channels."
     references: ClassVar[tuple[str, ...]] = ("li2017filters",)
 
     def n_units(self, shape: Sequence[int]) -> int:
         return shape[0]
-
-
-STRUCTURES: dict[str, type[Structure]] = {
-    structure.kind: structure for structure in (Unstructured, Block, NM, Kernels, Patterns, Channels)
-}

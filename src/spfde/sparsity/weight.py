@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from spfde.sparsity import mutation
 from spfde.sparsity.explored import Explored
-from spfde.sparsity.latent import Latent
 from spfde.sparsity.masks import apply_
 from spfde.sparsity.structure import Structure
 
@@ -28,9 +27,8 @@ class MaskedWeight:
         target: active units by the distribution; methods that move weights between layers change it.
         active: active units now.
         mask: boolean, of the weight's shape, device and memory layout; replaced, never changed.
-        is_dense: whether the layer is meant to have all its weights; then nobody looks after it.
-        latent: what steps update in its place, for methods that keep inactive weights alive; None without.
-        negative: the weight's sign bits before the step that is being taken, for methods that rewire.
+        is_dense: whether the layer has all its weights whatever happens; then nobody looks after it.
+        wider: mask of the weights whose gradient is kept, where these are more than the active ones; else None.
         explored: which weights have ever been active.
         arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.
         clean: identity and version of the gradient that was masked last in this step; None between steps.
@@ -45,25 +43,19 @@ class MaskedWeight:
         self.clean: tuple[int, int] | None = None
         self.arrived = False
         self.is_dense = target * self.unit_size == self.numel
-        self.latent: Latent | None = None
-        self.negative: Tensor | None = None
+        self.wider: Tensor | None = None
         self.explored = Explored(self.numel)
         self.set_mask(torch.ones(shape, dtype=torch.bool), self.n_units)
 
     @property
     def gradient_mask(self) -> Tensor:
         """What of a gradient is kept."""
-        return self.mask if self.latent is None else self.latent.reach
+        return self.mask if self.wider is None else self.wider
 
     @property
-    def reach(self) -> float:
-        """Share of the weights whose gradient is kept."""
-        return self.density if self.latent is None else float(self.latent.reach.float().mean())
-
-    @property
-    def reaches_beyond_mask(self) -> bool:
-        """Whether inactive weights receive gradients too."""
-        return self.latent is not None and self.latent.reach is not self.latent.mask
+    def n_gradient(self) -> int:
+        """Units whose gradient is kept."""
+        return self.active if self.wider is None else int(self.wider.sum()) // self.unit_size
 
     @property
     def density(self) -> float:
@@ -81,8 +73,8 @@ class MaskedWeight:
         moved = self.mask.device != self.parameter.device
         if moved or (layout and self.mask.stride() != self.parameter.stride()):
             self.set_mask(self.mask, self.active)
-        if moved and self.latent is not None:
-            self.latent.follow(self.parameter.device)
+        if moved and self.wider is not None:
+            self.wider = self.wider.to(self.parameter.device)
 
     def draw(self, n_active: int, *, by: Literal["random", "magnitude"], generator: torch.Generator) -> None:
         """Choose ``n_active`` units for the first mask: random ones, or the largest."""
@@ -115,18 +107,13 @@ class MaskedWeight:
             if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
                 apply_(value, mask)
 
-    def clear_idle_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zero the optimizer state of the weights that no step moves."""
-        if self.latent is None or self.latent.clears_state:
-            self.clear_state_outside(optimizer, self.gradient_mask)
-
     def unit_scores(self, score: Tensor) -> Tensor:
         """Score of each unit, shape (n_units,), from one of each weight."""
         return self.structure.reduce(score, "l2")
 
-    def turn_over(
+    def mutate(
         self,
-        keep: int,
+        survive: int,
         final: int,
         *,
         drop_score: Tensor | None,
@@ -134,29 +121,31 @@ class MaskedWeight:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
     ) -> None:
-        """Drop to ``keep`` active units and grow to ``final``; what was dropped or is grown is zero, state included.
+        """Drop to ``survive`` active units and grow to ``final``; what was dropped or is grown is zero, state included.
 
         Args:
-            keep: active units that survive, those of the highest scores.
+            survive: active units that stay, those of the highest scores.
             final: active units afterwards.
-            drop_score: score of each weight, of its shape; None where nothing is dropped.
+            drop_score: score of each weight, of its shape; None: at random.
             grow_score: score of each weight by which inactive units grow, highest first; None: at random.
             optimizer: whose state is cleared.
             generator: a CPU generator for what is random.
         """
         structure, shape = self.structure, tuple(self.parameter.shape)
         units, kept = structure.units_of(self.mask), self.mask
-        if drop_score is not None:
-            units = structure.drop(units, self.unit_scores(drop_score), keep)
+        if survive < self.active:
+            units = structure.drop(units, self._ranks(drop_score, generator), survive)
             kept = structure.expand(units, shape, previous=self.mask, score=None, generator=generator)
         # A dropped weight may come back at once, and then starts from zero like any other that is grown.
         self.clear_outside(optimizer, kept.to(self.mask.device))
-        if final > keep:
-            if grow_score is None:
-                ranks = mutation.random_score((self.n_units,), generator).to(units.device)
-            else:
-                ranks = self.unit_scores(grow_score)
-            units = structure.grow(units, ranks, final)
+        if final > survive:
+            units = structure.grow(units, self._ranks(grow_score, generator), final)
             kept = structure.expand(units, shape, previous=kept, score=grow_score, generator=generator)
         self.set_mask(kept, final)
         self.note_explored()
+
+    def _ranks(self, score: Tensor | None, generator: torch.Generator) -> Tensor:
+        """A score of each unit, shape (n_units,)."""
+        if score is None:
+            return mutation.random_score((self.n_units,), generator).to(self.mask.device)
+        return self.unit_scores(score)

@@ -55,6 +55,7 @@ def test_a_plot_is_drawn_or_says_why_not(make_run: MakeRun, plot: Plot, made: di
     run = read_run(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*deprecated")  # what matplotlib calls in packages of its own
         png = plot.png([run], DARK)
     if plot.wants(run):
         assert png is not None
@@ -154,6 +155,7 @@ def test_odd_names_are_drawn(make_run: MakeRun) -> None:
     runs = [read_run(make_run(f"runs/{name}")) for name in ("_$x_{", "試験", "<b>&", "a" * 90)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*deprecated")  # what matplotlib calls in packages of its own
         for key in ("accuracy", "cost", "freezing"):
             assert BY_KEY[key].png(runs) is not None
 

@@ -103,7 +103,6 @@ class TestChooseRecipe:
         with pytest.raises(InvalidArgument, match=r"--freeze-scheme='periodic'.*freezes nothing"):
             choose_recipe("dense", freeze_scheme="periodic")
 
-    @pytest.mark.xfail(strict=False, reason="the library does not know the field yet")
     def test_a_share_is_met_or_refused_where_it_was_asked_for_by_number_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.toml"
         path.write_text("[freezing]\nflops_reduction = 0.2\n")

@@ -81,7 +81,7 @@ def test_a_failing_build_gives_the_compilers_words_and_keeps_the_log(cache: Path
 @needs_compiler
 def test_two_processes_at_once_build_one_library(cache: Path, sources: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from spfde.native import build; said = [];"
+        "import sys; from pathlib import Path; from spfde.engines.native import build; said = [];"
         "path = build.library_path(sources=Path(sys.argv[1]), on_build=said.append); print(len(said), path)"
     )
     command = [sys.executable, "-c", code, str(sources)]
@@ -149,7 +149,7 @@ def test_an_unknown_platform_is_named(cache: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_kernels_and_pytorch_share_one_openmp_runtime(tmp_path: Path) -> None:
     code = (
-        "import ctypes, torch; from spfde.native import build; build.load();"
+        "import ctypes, torch; from spfde.engines.native import build; build.load();"
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

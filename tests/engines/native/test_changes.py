@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import spfde
 from helpers.native import kernels, needs_kernels, random_masks, relative_error, twin
 from spfde.app.train.models import build_model
-from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.model import NativeModel
 
 pytestmark = needs_kernels
 
@@ -37,7 +37,7 @@ class Net(nn.Module):
         return self.fc(self.b(x).mean((2, 3))) * self.scale
 
 
-def attached(density: float = 0.3) -> tuple[Net, dict[str, Tensor], NativeEngine]:
+def attached(density: float = 0.3) -> tuple[Net, dict[str, Tensor], NativeModel]:
     model = Net().eval()
     masks = {name: mask for name, mask in random_masks(model, density).items() if name in ("a.weight", "b.weight")}
     _, engine = twin(model, masks, torch.float32)
@@ -122,7 +122,7 @@ def test_a_mode_that_cannot_be_traced_is_computed_by_pytorch() -> None:
             return out
 
     model = Undecided()
-    engine = NativeEngine(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset, sample=X)
+    engine = NativeModel(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset, sample=X)
     assert len(engine.taken) == 1
     model.eval()
     with pytest.warns(UserWarning, match="leaves the model to PyTorch as it is now: its forward cannot be traced"):
@@ -256,7 +256,7 @@ def test_a_session_that_was_never_detached_goes_with_its_model(engine: str) -> N
     for _ in range(2):
         F.cross_entropy(model(X), torch.zeros(4, dtype=torch.long)).backward()
         optimizer.step()
-    left = [weakref.ref(thing) for thing in (model, session, optimizer, session._native or session)]
+    left = [weakref.ref(thing) for thing in (model, session, optimizer, session._computing.engine)]
     del model, session, optimizer
     gc.collect()
     assert [ref() for ref in left] == [None] * 4
@@ -275,9 +275,9 @@ def test_the_model_alone_keeps_the_engine_alive() -> None:
     clone(X)
 
 
-def resnet() -> tuple[nn.Module, NativeEngine]:
+def resnet() -> tuple[nn.Module, NativeModel]:
     model = build_model("resnet8", num_classes=4, in_channels=3, image_size=(16, 16))
-    return model, NativeEngine(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset)
+    return model, NativeModel(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset)
 
 
 def train(model: nn.Module, *shape: int, times: int = 6) -> None:

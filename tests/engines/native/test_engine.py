@@ -16,7 +16,7 @@ import spfde
 from helpers.native import needs_kernels
 from helpers.training import EPOCHS, Parts, make_parts, step, train
 from spfde.app.train.models import build_model
-from spfde.engines.native import build
+from spfde.engines.native import build, graph
 
 pytestmark = needs_kernels
 
@@ -65,8 +65,7 @@ def test_rigl_gets_dense_gradients_at_its_mutation_steps_and_sparse_ones_else() 
     seen = []
 
     def note(epoch: int) -> None:
-        assert session._masker is not None
-        wanted.append(bool(session._masker.wants_dense_gradients))
+        wanted.append(bool(session._masks.masker.wants_dense_gradients))
 
     original = torch.Tensor.register_post_accumulate_grad_hook
     assert original is not None
@@ -208,6 +207,51 @@ def test_auto_says_in_one_line_what_it_chose_and_why(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
+    """The modes of the traces that were made for the engine."""
+    made: list[bool | None] = []
+
+    def trace(*args: Any, training: bool | None = None, **options: Any) -> Any:
+        made.append(training)
+        return original(*args, training=training, **options)
+
+    original = graph.trace
+    monkeypatch.setattr(graph, "trace", trace)
+    return made
+
+
+@pytest.mark.parametrize("engine", ["auto", "native"])
+@pytest.mark.parametrize("cache", [None, spfde.PrefixCache(1)])
+def test_a_model_is_traced_once_to_be_chosen_for_and_computed(
+    engine: str, cache: spfde.PrefixCache | None, traces: list[bool | None]
+) -> None:
+    parts = in_full_vectors(make_parts())
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=4)
+    session = attach(parts, SPARSE.replace(freezing=freezing), engine, cache=cache)
+    assert session.engine == "native"
+    for x, y in session.loader:
+        step(parts, session, x, y)
+    assert traces == [None]
+
+
+def test_a_cache_is_checked_for_training_whatever_the_mode_at_attaching(traces: list[bool | None]) -> None:
+    parts = make_parts()
+    parts.model.eval()
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=4)
+    attach(parts, SPARSE.replace(freezing=freezing), cache=spfde.PrefixCache(1))
+    assert traces == [None, True]
+
+
+def test_a_model_that_was_changed_after_the_choice_is_traced_anew(traces: list[bool | None]) -> None:
+    parts = in_full_vectors(make_parts())
+    attach(parts, engine="auto")
+    parts.model.eval()
+    x = torch.randn(16, 2, 8, 8)
+    assert torch.allclose(parts.model(x), copy.deepcopy(parts.model)(x), atol=1e-5)
+    assert traces == [None, None]
+
+
 def test_batches_that_leave_lanes_empty_are_left_to_pytorch() -> None:
     parts = make_parts()
     reasons = {}
@@ -262,7 +306,7 @@ def test_little_sparsity_is_left_to_pytorch_unless_native_was_asked_for() -> Non
     little = spfde.Recipe(sparsity=spfde.StaticSparse(sparsity=0.05))
     session = attach(make_parts(), little, "auto")
     assert session.engine == "masked"
-    assert "native kernels would take about" in session.engine_reason
+    assert "native engine would take about" in session.engine_reason
     assert attach(make_parts(), little, "native").engine == "native"
 
 

@@ -18,7 +18,7 @@ import spfde
 from helpers.native import needs_kernels
 from helpers.training import EPOCHS, Parts, SmallNet, make_parts, step, train
 from spfde.engines.native.graph import capture, region_name
-from spfde.engines.native.prefix import CachedPrefix, PrefixCache
+from spfde.engines.native.prefix import CachedPrefix, OutputStore
 
 pytestmark = needs_kernels
 
@@ -28,31 +28,31 @@ pytestmark = needs_kernels
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_what_was_put_in_comes_out(on_disk: bool, tmp_path: Path) -> None:
-    cache = PrefixCache(6, [(2,), (1, 2)], "fp16", tmp_path if on_disk else None)
-    cache.put(torch.tensor([4, 1]), [torch.tensor([[1.0, 2.0], [3.0, 70000.0]]), torch.tensor([[[5.0, 6]], [[7, 8]]])])
-    assert cache.has(torch.arange(6)).tolist() == [False, True, False, False, True, False]
-    first, second = cache.get(torch.tensor([1, 4]))
+    store = OutputStore(6, [(2,), (1, 2)], "fp16", tmp_path if on_disk else None)
+    store.put(torch.tensor([4, 1]), [torch.tensor([[1.0, 2.0], [3.0, 70000.0]]), torch.tensor([[[5.0, 6]], [[7, 8]]])])
+    assert store.has(torch.arange(6)).tolist() == [False, True, False, False, True, False]
+    first, second = store.get(torch.tensor([1, 4]))
     assert first.tolist() == [[3.0, 65504.0], [1.0, 2.0]]  # what half precision cannot hold becomes its largest number
     assert second.tolist() == [[[7.0, 8.0]], [[5.0, 6.0]]]
-    assert cache.bytes == 2 * (2 * 2 + 4 + 2 * 2 + 4)
+    assert store.bytes == 2 * (2 * 2 + 4 + 2 * 2 + 4)
     assert bool(list(tmp_path.iterdir())) is on_disk
-    cache.close()
+    store.close()
     assert not list(tmp_path.iterdir())
 
 
 def test_bytes_have_a_scale_for_each_sample() -> None:
-    cache = PrefixCache(3, [(4,)], "int8")
+    store = OutputStore(3, [(4,)], "int8")
     values = torch.tensor([[0.0, 1.0, -127.0, 63.5], [0.0, 0.0, 0.0, 0.0], [1e-3, 2e-3, -1e-3, 0.0]])
-    cache.put(torch.arange(3), [values])
-    (found,) = cache.get(torch.arange(3))
+    store.put(torch.arange(3), [values])
+    (found,) = store.get(torch.arange(3))
     assert found[0].tolist() == [0.0, 1.0, -127.0, 64.0]
     assert found[1].tolist() == [0.0] * 4
     assert torch.allclose(found[2], values[2], atol=2e-3 / 254)
 
 
 def test_each_slot_is_computed_once_and_small_batches_are_filled_up() -> None:
-    cached = CachedPrefix(40, 2, "fp16", 10**6, None)
-    cached.fit([(1,)])
+    cached = CachedPrefix(40, spfde.PrefixCache(2))
+    cached.make_room([(1,)])
     computed: list[int] = []
 
     def compute_for(samples: Tensor, variant: int) -> Any:
@@ -77,10 +77,10 @@ def test_each_slot_is_computed_once_and_small_batches_are_filled_up() -> None:
 
 @pytest.mark.parametrize(("limit", "variants"), [(10**6, 3), (2 * 40 * 6 + 5, 2), (40 * 6 - 1, 0)])
 def test_the_limit_takes_variants_away(limit: int, variants: int) -> None:
-    cached = CachedPrefix(40, 3, "fp16", limit, None)
-    cached.fit([(1,)])
+    cached = CachedPrefix(40, spfde.PrefixCache(3, limit_gib=limit / 2**30))
+    cached.make_room([(1,)])
     assert cached.variants == variants
-    assert (cached.cache is None) == (variants == 0)
+    assert (cached.store is None) == (variants == 0)
     cached.clear()
     assert cached.variants == 3
 
@@ -110,19 +110,22 @@ def test_without_a_frozen_front_there_are_no_halves(frozen: tuple[str, ...]) -> 
 
 RECIPE = spfde.Recipe(
     sparsity=spfde.MEST(sparsity=0.8),
-    freezing=spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=2, cache_variants=1),
+    freezing=spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=2),
     sieving=spfde.DataSieving(removed_fraction=0.25),
     update_interval_epochs=2,
 )
+ONE = spfde.PrefixCache(1)
 
 
-def recipe_with(**freezing: Any) -> spfde.Recipe:
-    assert RECIPE.freezing is not None
-    return RECIPE.replace(freezing=RECIPE.freezing.model_copy(update=freezing))
-
-
-def attach(parts: Parts, recipe: spfde.Recipe = RECIPE, engine: str = "native") -> spfde.Session:
-    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine)
+def attach(
+    parts: Parts,
+    recipe: spfde.Recipe = RECIPE,
+    engine: str = "native",
+    cache: spfde.PrefixCache | None = ONE,
+) -> spfde.Session:
+    return spfde.attach(
+        parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine, cache=cache
+    )
 
 
 def shifted(x: Tensor, seeds: Tensor) -> Tensor:
@@ -161,25 +164,24 @@ def test_training_from_the_cache_is_training_on_what_it_holds(
     precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nothing that chooses: a weight dropped or a sample removed by a hair would be another run.
-    recipe = recipe_with(cache_variants=2, cache_precision=precision)
-    recipe = recipe.replace(sparsity=spfde.StaticSparse(sparsity=0.8), sieving=None)
+    recipe = RECIPE.replace(sparsity=spfde.StaticSparse(sparsity=0.8), sieving=None)
+    cache = spfde.PrefixCache(2, precision=precision)
     with monkeypatch.context() as patch:
         always = Counted(patch, always=True)
         parts = make_parts()
-        expected = train_cached(parts, attach(parts, recipe))
+        expected = train_cached(parts, attach(parts, recipe, cache=cache))
     counted = Counted(monkeypatch)
     parts = make_parts()
-    found = train_cached(parts, attach(parts, recipe))
+    found = train_cached(parts, attach(parts, recipe, cache=cache))
     assert found[:10] == expected[:10]  # before anything is frozen
     assert found == pytest.approx(expected, abs=tolerance)
     assert 0 < counted.images < always.images
 
 
 def test_the_front_is_computed_once_a_sample_variant_and_freeze_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_with(cache_variants=1).replace(sieving=None)
     counted = Counted(monkeypatch)
     parts = make_parts()
-    session = attach(parts, recipe)
+    session = attach(parts, RECIPE.replace(sieving=None))
     after: dict[int, int] = {}
     for epoch in session.epochs():
         for x, y in session.loader:
@@ -192,7 +194,7 @@ def test_the_front_is_computed_once_a_sample_variant_and_freeze_step(monkeypatch
 
 def test_seeds_repeat_while_variants_are_kept_and_never_else() -> None:
     parts = make_parts()
-    session = attach(parts, recipe_with(cache_variants=2).replace(sieving=None))
+    session = attach(parts, RECIPE.replace(sieving=None), cache=spfde.PrefixCache(2))
     seeds = []
     for _ in session.epochs():
         for x, y in session.loader:
@@ -207,29 +209,50 @@ def test_seeds_repeat_while_variants_are_kept_and_never_else() -> None:
             assert torch.equal(seeds[one], seeds[other]) == together, (one, other)
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 7])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(stop: int) -> None:
-    def save(parts: Parts, session: spfde.Session) -> bytes:
-        file = io.BytesIO()
-        torch.save([parts.model.state_dict(), parts.optimizer.state_dict(), session.state_dict()], file)
-        return file.getvalue()
+def go_on(saved: bytes, cache: spfde.PrefixCache | None) -> Parts:
+    """The run that was saved, attached anew with that cache and trained to its end."""
+    parts = make_parts(seed=5)
+    session = attach(parts, cache=cache)
+    states = torch.load(io.BytesIO(saved), weights_only=False)
+    for part, state in zip((parts.model, parts.optimizer, session), states, strict=True):
+        part.load_state_dict(state)  # type: ignore[attr-defined]
+    train_cached(parts, session)
+    return parts
 
-    parts = make_parts()
-    session, saved = attach(parts), b""
+
+def train_and_save(parts: Parts, session: spfde.Session, stop: int) -> bytes:
+    """Train to the end; what was saved at the top of epoch ``stop``."""
+    file = io.BytesIO()
     for epoch in session.epochs():
         if epoch == stop:
-            saved = save(parts, session)
+            torch.save([parts.model.state_dict(), parts.optimizer.state_dict(), session.state_dict()], file)
         for x, y in session.loader:
             step(parts, session, shifted(x, session.augmentation_seeds()), y)
-    again = make_parts(seed=5)
-    resumed = attach(again)
-    for part, state in zip(
-        (again.model, again.optimizer, resumed), torch.load(io.BytesIO(saved), weights_only=False), strict=True
-    ):
-        part.load_state_dict(state)  # type: ignore[attr-defined]
-    train_cached(again, resumed)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 7])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(stop: int) -> None:
+    parts = make_parts()
+    saved = train_and_save(parts, attach(parts), stop)
+    again = go_on(saved, ONE)
     for name, value in parts.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_a_run_that_is_resumed_with_another_folder_is_the_same_run(tmp_path: Path) -> None:
+    parts = make_parts()
+    saved = train_and_save(parts, attach(parts), stop=5)
+    again = go_on(saved, spfde.PrefixCache(1, folder=tmp_path, limit_gib=1.0))
+    for name, value in parts.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("other", [None, spfde.PrefixCache(3, precision="int8")])
+def test_a_run_goes_on_with_another_cache_or_with_none(other: spfde.PrefixCache | None) -> None:
+    parts = make_parts()
+    saved = train_and_save(parts, attach(parts), stop=5)
+    assert go_on(saved, other).model.training
 
 
 def test_an_epoch_that_never_asked_for_seeds_is_an_error() -> None:
@@ -270,8 +293,11 @@ def test_evaluation_does_not_touch_the_cache(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_masked_engine_is_refused_with_the_reason() -> None:
-    with pytest.raises(spfde.InvalidArgument, match="needs the native engine, and this is the masked one"):
+    with pytest.raises(spfde.InvalidArgument) as refused:
         attach(make_parts(), engine="masked")
+    (problem,) = refused.value.problems
+    assert (problem.argument, problem.value) == ("cache", ONE)
+    assert "masked" in problem.rule
 
 
 def test_dropout_in_a_block_that_freezes_is_refused() -> None:
@@ -284,7 +310,7 @@ def test_dropout_in_a_block_that_freezes_is_refused() -> None:
             return self.drop(forward(self, x))
 
     parts.model.blocks[0].__class__ = Dropping  # type: ignore[index]
-    with pytest.raises(spfde.InvalidArgument, match="makes something else each time"):
+    with pytest.raises(spfde.InvalidArgument, match=r"cache=.*blocks\.0\.drop \(Dropout\) draws"):
         attach(parts)
 
 
@@ -305,7 +331,7 @@ def test_randomness_in_a_block_that_freezes_is_refused_whatever_its_form(draw: s
     model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
     model.eval()  # the mode at attaching does not matter
     parts = Parts(model, torch.optim.SGD(model.parameters(), lr=0.01), make_parts().loader)
-    with pytest.raises(spfde.InvalidArgument, match=r"0 \(Block\) makes something else each time"):
+    with pytest.raises(spfde.InvalidArgument, match=r"cache=.*0 \(Block\) draws"):
         attach(parts)
 
 
@@ -330,14 +356,35 @@ def test_what_draws_or_counts_in_front_of_a_frozen_layer_is_not_in_the_front() -
     assert len([node for node in halves[1].graph.nodes if node.op == "call_module"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("freezing", "telling"),
+    [
+        (None, "freezes none"),
+        (spfde.ProgressiveFreezing(flops_reduction=0.0), "freezes none"),
+        (spfde.ProgressiveFreezing(flops_reduction=0.05, criterion="structure"), "criterion"),
+        (spfde.ProgressiveFreezing(flops_reduction=0.05, scheme="periodic"), "scheme"),
+        (spfde.ProgressiveFreezing(flops_reduction=0.05, scheme="single-shot-resume"), "scheme"),
+    ],
+)
+def test_a_cache_needs_blocks_that_are_frozen_for_good_at_known_epochs(
+    freezing: spfde.ProgressiveFreezing | None, telling: str
+) -> None:
+    with pytest.raises(spfde.InvalidArgument) as refused:
+        attach(make_parts(), RECIPE.replace(freezing=freezing))
+    (problem,) = refused.value.problems
+    assert problem.argument == "cache"
+    assert telling in problem.rule + problem.remedy
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(spfde.InvalidArgument, match="cache_folder"):
-        attach(make_parts(), recipe_with(cache_folder=str(tmp_path / "none")))
+    with pytest.raises(spfde.InvalidArgument) as refused:
+        attach(make_parts(), cache=spfde.PrefixCache(1, folder=tmp_path / "none"))
+    assert [problem.argument for problem in refused.value.problems] == ["cache.folder"]
 
 
 def test_detach_frees_the_file(tmp_path: Path) -> None:
     parts = make_parts()
-    session = attach(parts, recipe_with(cache_folder=str(tmp_path)))
+    session = attach(parts, cache=spfde.PrefixCache(1, folder=tmp_path))
     train_cached(parts, session)
     assert list(tmp_path.iterdir())
     session.detach()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.native import assert_same_step, kernels, needs_kernels, random_masks, step, twin
 from spfde.app.train.models import build_model
-from spfde.engines.native.engine import NativeEngine
+from spfde.engines.native.model import NativeModel
 
 pytestmark = needs_kernels
 
@@ -263,20 +263,22 @@ def test_in_single_precision_the_error_is_that_of_rounding(density: float, batch
     model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 3, 3, stride=2))
     masks = random_masks(model, density)
     reference, engine = twin(model, masks, torch.float32)
-    reference = reference.double()
     x = torch.randn(batch, 4, 5, width + 2)
-    ours, expected = step(model, x), step(reference, x.double())
+    ours, theirs, expected = step(model, x), step(reference, x), step(reference.double(), x.double())
     for name, value in expected.items():
         mask = masks.get(name.removesuffix(".grad"))
         value = value if mask is None else value * mask
-        assert float((ours[name].double() - value).norm()) < 1e-5 * max(float(value.norm()), 1e-3), name
+        # Sums that cancel out keep few digits, in PyTorch too.
+        rounding = float((theirs[name].double() - expected[name]).norm())
+        allowed = max(1e-5 * float(value.norm()), 1e-8, 3 * rounding)
+        assert float((ours[name].double() - value).norm()) < allowed, name
     engine.detach()
 
 
 def test_the_variance_of_a_channel_far_from_zero_keeps_its_digits() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, momentum=1.0))
     model[0].weight.data.fill_(1.0)
-    NativeEngine(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset)
+    NativeModel(model, kernels(torch.float32), masks=dict, dense_gradients=frozenset)
     x = 10_000 + torch.randn(16, 1, 12, 12)
     model(x)
     assert float(model[1].running_var) == pytest.approx(float(x.double().var()), rel=1e-3)
@@ -307,7 +309,7 @@ def test_gradcheck_of_a_block_with_everything_fused() -> None:
         nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU(), nn.Conv2d(3, 2, 3), nn.SiLU())
     )
     random_masks(model, 0.6)
-    NativeEngine(model, kernels(), masks=dict, dense_gradients=frozenset)
+    NativeModel(model, kernels(), masks=dict, dense_gradients=frozenset)
     x = torch.randn(3, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model, (x,), atol=1e-6)
 
@@ -399,8 +401,8 @@ def test_the_operator_works_on_fake_tensors() -> None:
     model(x)
     handle = max(op._PROGRAMS)
     program: Program = op._PROGRAMS[handle]
-    real = op.region([x], list(program.outline.parameters), handle)
+    real = op.region([x], list(program.plan.parameters), handle)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = op.region([mode.from_tensor(x)], [mode.from_tensor(p) for p in program.outline.parameters], handle)
+        fake = op.region([mode.from_tensor(x)], [mode.from_tensor(p) for p in program.plan.parameters], handle)
     assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
     engine.detach()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers.native import assert_same_step, kernels, needs_kernels, random_masks, step, twin
-from spfde.engines.native.engine import NativeEngine
 from spfde.engines.native.kernels import KernelTape
 from spfde.engines.native.layout import Layout, Pool
 from spfde.engines.native.lists import Entries
+from spfde.engines.native.model import NativeModel
 
 pytestmark = needs_kernels
 
@@ -175,7 +175,7 @@ def test_dense_gradients_come_when_they_are_asked_for_and_no_longer() -> None:
     model, masks = small()
     asked: list[frozenset[str]] = [frozenset()]
     reference = copy.deepcopy(model)
-    NativeEngine(model, kernels(), masks=lambda: masks, dense_gradients=lambda: asked[0])
+    NativeModel(model, kernels(), masks=lambda: masks, dense_gradients=lambda: asked[0])
     x = image(4, 3, 8, 8)
     expected = step(reference, x)["4.weight.grad"]
     for names in (frozenset(), frozenset({"4.weight"}), frozenset()):

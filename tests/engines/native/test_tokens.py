@@ -73,14 +73,14 @@ def test_any_chain_of_linear_layers_equals_pytorchs(
 def test_a_feed_forward_block_is_one_region_and_the_norm_stays_in_pytorch() -> None:
     model = Block()
     captured = capture(model, torch.randn(3, 23, 6), {"up.weight", "down.weight"})
-    assert [[node.kind for node in region.nodes] for region in captured.regions] == [["linear", "act", "linear"]]
+    assert [[node.kind for node in region.ops] for region in captured.regions] == [["linear", "act", "linear"]]
     assert captured.left == ("norm (LayerNorm)", "add")
     check(model, torch.randn(3, 23, 6))
 
 
 def test_a_linear_layer_that_is_not_sparse_stays_in_pytorch() -> None:
     captured = capture(Block(), torch.randn(3, 23, 6), {"up.weight"})
-    assert [[node.kind for node in region.nodes] for region in captured.regions] == [["linear", "act"]]
+    assert [[node.kind for node in region.ops] for region in captured.regions] == [["linear", "act"]]
     assert "down (Linear; its weight is not sparse)" in captured.left
 
 
@@ -115,7 +115,7 @@ def test_a_vision_transformer_of_timm_trains_as_in_pytorch() -> None:
     model = build_model("timm:vit_tiny_patch16_224", num_classes=4, in_channels=3, image_size=(32, 32), seed=0)
     sparse = {name for name, p in model.named_parameters() if p.dim() == 2 and "blocks.0." in name}
     regions = capture(model, torch.zeros(1, 3, 32, 32), sparse).regions
-    assert sum(node.kind == "linear" for region in regions for node in region.nodes) == 4
+    assert sum(node.kind == "linear" for region in regions for node in region.ops) == 4
     model = model.double()
     masks = {name: mask for name, mask in random_masks(model, 0.2).items() if name in sparse}
     reference, engine = twin(model, masks)

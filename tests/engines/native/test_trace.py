@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 import spfde
 from helpers.native import kernels, needs_kernels, relative_error, twin
-from spfde.engines.native.engine import NativeEngine
 from spfde.engines.native.graph import capture
+from spfde.engines.native.model import NativeModel
 
 pytestmark = needs_kernels
 
@@ -247,7 +247,7 @@ def test_a_block_that_counts_stays_in_pytorch_and_goes_on_counting(kind: str) ->
     inner, theirs = model[1], reference[1]
     assert (inner.n, len(inner.log), float(inner.count)) == (theirs.n, len(theirs.log), float(theirs.count))
     assert engine._n_captures == 1, "its counters are its own affair"
-    assert [node.kind for region in engine.taken for node in region.nodes] == ["conv", "conv", "act"]
+    assert [node.kind for region in engine.taken for node in region.ops] == ["conv", "conv", "act"]
     assert any(text.startswith("1 (Net; ") for text in engine.left)
 
 
@@ -290,7 +290,7 @@ def test_norms_with_a_forward_of_their_own_stay_in_pytorch_and_take_one_trace_to
 def test_statistics_of_a_single_value_stop_no_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchMoments(), nn.Conv2d(4, 2, 1))
     captured = capture(model, torch.zeros(1, 3, 3, 3))  # one value a channel: a batch has more
-    assert [node.kind for region in captured.regions for node in region.nodes] == ["conv", "conv"]
+    assert [node.kind for region in captured.regions for node in region.ops] == ["conv", "conv"]
     assert captured.left == ("batch_norm",)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.zeros(1, 3, 3, 3))
@@ -314,7 +314,7 @@ def test_a_forward_that_was_put_on_the_instance_is_not_passed_over() -> None:
     model = Net(lambda net, x: net.b(net.a(x)))
     model.forward = types.MethodType(lambda self, x: type(self).forward(self, x) + 100.0, model)  # type: ignore[method-assign]
     with pytest.raises(spfde.InvalidArgument, match="the instance has a forward of its own"):
-        NativeEngine(model, kernels(), masks=dict, dense_gradients=frozenset)
+        NativeModel(model, kernels(), masks=dict, dense_gradients=frozenset)
 
 
 def test_a_copy_of_an_attached_model_can_be_attached_itself() -> None:

@@ -19,7 +19,7 @@ from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import TrainingRun, opened, versions
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
-from spfde.freezing import rate
+from spfde.freezing import learning_rate_factor
 
 PULSE = 20
 """Steps between two looks at the loss: each look waits for the device."""
@@ -91,7 +91,7 @@ def train_epoch(run: TrainingRun, epoch: int, display: Display) -> Pass:
     session, optimizer, device = run.session, run.optimizer, run.accelerator.device
     if session.recipe.learning_rate is None:
         for group in optimizer.param_groups:
-            group["lr"] = rate(run.options.lr, epoch, stop=run.options.epochs, warmup=0, final=0.0)
+            group["lr"] = run.options.lr * learning_rate_factor(epoch, stop=run.options.epochs, warmup=0)
     weighted = session.recipe.sieves and session.recipe.sieving is not None and session.recipe.sieving.rescales
     run.model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)

@@ -62,7 +62,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     ) - {"precision"}
 
     recipe_name: str = "spfde"
-    recipe: dict[str, Any] = Field(default_factory=lambda: presets.spfde.to_dict())
+    recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
     dense_timing_steps: Annotated[int, Ge(0)] = 5
 
     @field_validator("data")
@@ -120,10 +120,6 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
                 )
 
 
-# A share to freeze that was asked for by number is met or refused; a preset's is met as far as can be.
-_BY_NUMBER = {"as_far_as_possible": False} if "as_far_as_possible" in ProgressiveFreezing.model_fields else {}
-
-
 def options_from(asked: Mapping[str, Any]) -> TrainOptions:
     """The options of a run, as they were asked for on the command line; all that is wrong is told together.
 
@@ -134,7 +130,7 @@ def options_from(asked: Mapping[str, Any]) -> TrainOptions:
         InvalidArgument: an option breaks a rule, or names what there is not.
     """
     problems = Problems()
-    written = presets.spfde.to_dict()
+    written = presets.PRESETS["spfde"].to_dict()
     with problems.collecting():
         written = recipe_from(asked).to_dict()
     options = None
@@ -210,7 +206,7 @@ def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | 
         raise InvalidArgument(Problem(flag(options[first]), value, f"recipe {asked.recipe} {lack}", remedy))
     own = {} if technique is None else {name: getattr(technique, name) for name in type(technique).model_fields}
     if "flops_reduction" in given:
-        own |= {"start_epoch": None} | _BY_NUMBER
+        own |= {"start_epoch": None, "as_far_as_possible": False}
     if "scheme" in given:
         own |= {"start_epoch": None, "resume_epochs": None}  # of another scheme, they would be in the way
     try:

@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,8 @@ from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
-from spfde.planning.bill import Plan, plan
+from spfde.engines.prefix_cache import PrefixCache
+from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
 from spfde.session.session import Session
 
@@ -143,7 +142,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
             )
         )
     set_seed(options.seed)
-    recipe = _with_cache(options.load_recipe(), options)
+    recipe = options.load_recipe()
     model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
@@ -162,7 +161,8 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
         sample=sample,
         loss=lambda net, batch: F.cross_entropy(net(normalise(batch[0], data.mean, data.std)), batch[1]),
         probe=_probe(options, recipe, data, device=accelerator.device),
-        **_cache(options),
+        cache=_cache(options),
+        plan=bill,
     )
     augment = BatchAugment(
         data.default_augmentation if options.augment == "auto" else options.augment,
@@ -187,31 +187,16 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
     )
 
 
-def _cache(options: TrainOptions) -> dict[str, Any]:
-    """What ``attach`` is told of the prefix cache."""
-    if not options.cache_variants or "cache" not in signature(spfde.attach).parameters:
-        return {}
-    module = import_module("spfde.engines.prefix_cache")
-    folder = None if options.cache_folder is None else str(options.cache_folder)
-    cache = module.PrefixCache(
-        variants=options.cache_variants, precision=options.cache_precision, limit_gib=options.cache_limit, folder=folder
+def _cache(options: TrainOptions) -> PrefixCache | None:
+    """What is kept of the frozen front; None for nothing."""
+    if not options.cache_variants:
+        return None
+    return PrefixCache(
+        options.cache_variants,
+        precision=options.cache_precision,
+        limit_gib=options.cache_limit,
+        folder=options.cache_folder,
     )
-    return {"cache": cache}
-
-
-def _with_cache(recipe: Recipe, options: TrainOptions) -> Recipe:
-    """For a library whose ``attach`` takes no cache yet: the same as fields of the freezing."""
-    if not options.cache_variants or recipe.freezing is None or "cache" in signature(spfde.attach).parameters:
-        return recipe
-    given: dict[str, Any] = {
-        "variants": options.cache_variants,
-        "precision": options.cache_precision,
-        "limit_gib": options.cache_limit,
-    }
-    given["folder"] = None if options.cache_folder is None else str(options.cache_folder)
-    fields = {name: getattr(recipe.freezing, name) for name in type(recipe.freezing).model_fields}
-    fields |= {f"cache_{name}": value for name, value in given.items()}
-    return recipe.replace(freezing=type(recipe.freezing)(**fields))
 
 
 def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: torch.device) -> Tensor | None:

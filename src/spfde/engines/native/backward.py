@@ -1,4 +1,4 @@
-"""The way back through a region, as it is written on a tape."""
+"""The schedule of the backward pass through a region."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
-from spfde.engines.native.kernels import INVERSE, MEAN, Activation, KernelTape
-from spfde.engines.native.layout import Layout
-from spfde.engines.native.packed import Weights
-from spfde.engines.native.region_plan import Outline
-from spfde.engines.native.schedule import Walk
-from spfde.engines.native.tape import Place
+from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
+from spfde.engines.native.kernels import INVERSE, MEAN, KernelTape, PoolKernel
+from spfde.engines.native.packed import PackedWeights
+from spfde.engines.native.region_plan import RegionPlan
+from spfde.engines.native.schedule import Schedule
+from spfde.engines.native.tape import Buffer, Place
 
 
-class Backward(Walk):
-    """The way back.
+class Backward(Schedule):
+    """The schedule of the backward pass.
 
     On the tape are given the gradients of the region's outputs, as ("to", name), and of its inputs, as ("from", name);
     values of the forward pass, as ("kept", name), and its winners of maximum pools, as ("choice", name); the gradients
     of parameters, as ("parameter", id).
 
     Args:
-        outline, weights, tape: see ``Walk``.
+        plan, weights, tape: see ``Schedule``.
     """
 
-    def __init__(self, outline: Outline, weights: Weights, tape: KernelTape) -> None:
-        super().__init__(outline, weights, tape)
-        self.layouts = outline.layouts
-        self.flowing: dict[str, Place] = {}
+    def __init__(self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape) -> None:
+        super().__init__(plan, weights, tape)
+        self.layouts = plan.layouts
+        self.flowing: dict[str, Buffer] = {}
         self.pooled: dict[str, Place] = {}
         self.parameters: dict[int, Place] = {}
 
@@ -39,12 +38,12 @@ class Backward(Walk):
         Args:
             gradients: strides of the gradient of each output; None where there is none.
         """
-        outline = self.outline
-        for name, strides in zip(outline.region.outputs, gradients, strict=True):
-            if strides is not None and outline.needs_grad[name]:
-                self._enter(name, strides, outline.maker.get(name))
-        for step in reversed(outline.steps):
-            if not outline.needs_grad[writes(step)]:
+        plan = self.plan
+        for name, strides in zip(plan.region.outputs, gradients, strict=True):
+            if strides is not None and plan.needs_grad[name]:
+                self._enter(name, strides, plan.maker.get(name))
+        for step in reversed(plan.steps):
+            if not plan.needs_grad[step.writes]:
                 continue
             if isinstance(step, ConvStep):
                 self._conv(step)
@@ -54,93 +53,87 @@ class Backward(Walk):
                 self._pool(step)
             else:
                 self._global_pool(step)
-        for name, wants in zip(outline.region.inputs, outline.mode.wants, strict=True):
+        for name, wants in zip(plan.region.inputs, plan.mode.wants, strict=True):
             buffer = self.flowing.pop(name, None)
             if wants and buffer is not None:
-                self.unpack(buffer, self.layouts[name], self.tape.given(("from", name)))
+                self.unpack(buffer, self.tape.given(("from", name)))
 
-    def _enter(self, name: str, strides: tuple[int, ...], maker: Step | None) -> None:
+    def _enter(self, name: str, strides: tuple[int, ...], maker: FusedStep | None) -> None:
         given = self.tape.given(("to", name))
         if isinstance(maker, GlobalPoolStep):
             self.pooled[name] = given
             return
-        layout = self.layouts[name]
-        buffer = self.tape.take(layout)
-        self.pack(given, strides, buffer, layout)
+        buffer = self.tape.take(self.layouts[name])
+        self.pack(given, strides, buffer)
         self._flow(name, buffer)
 
     def _conv(self, step: ConvStep) -> None:
         d = self.flowing.pop(step.y, None)
         if d is None:
             return
-        outline, from_, to = self.outline, self.layouts[step.x], self.layouts[step.y]
+        plan, from_, to = self.plan, self.layouts[step.x], self.layouts[step.y]
         weight, bias = step.module.weight, step.module.bias
-        if outline.trains(weight):
+        if plan.trains(weight):
             entries = self.weights.gradient_entries(step, from_, to)
             values = self.tape.take_flat(entries.n)
-            self.tape.conv_weight(self._value(step.x), from_, d, to, entries, values, step=step.geometry.stride)
+            self.tape.conv_weight(self._value(step.x), d, entries, values, step=step.geometry.stride)
             seen = id(weight) in self.parameters
             self.parameters[id(weight)] = gradient = self.tape.given(("parameter", id(weight)))
             self.tape.scatter(values, entries, gradient, accumulate=seen)
             del values
-        if bias is not None and outline.trains(bias):
+        if bias is not None and plan.trains(bias):
             sums = self._sink(bias)
-            self.tape.channel_sum(d, to, sums)
-            self._settle(bias, sums)
-        if not outline.needs_grad[step.x]:
+            self.tape.channel_sum(d, sums)
+            self._add_gradient(bias, sums)
+        if not plan.needs_grad[step.x]:
             return
-        accumulate = step.x in self.flowing
-        out = self.flowing[step.x] if accumulate else self.tape.take(from_)
-        for part in self.weights.structure(step, from_, to).backward:
+        out, accumulate = self._to(step.x)
+        for part in self.weights.lists_of(step, from_, to).backward:
             values = self.tape.gather(weight, part)
-            self.tape.conv(d, to, out, from_, part, values, step_y=step.geometry.stride, accumulate=accumulate)
+            self.tape.conv(d, out, part, values, step_y=step.geometry.stride, accumulate=accumulate)
         self.flowing[step.x] = out
+
+    def _to(self, name: str) -> tuple[Buffer, bool]:
+        """Where the gradient of a value goes, and whether it is added to what is there."""
+        there = self.flowing.get(name)
+        return (self.tape.take(self.layouts[name]), False) if there is None else (there, True)
 
     def _point(self, step: PointStep) -> None:
         d = self.flowing.pop(step.z, None)
         if d is None:
             return
-        outline, here, before = self.outline, self.layouts[step.z], self.layouts[step.y]
-        batch, norm = outline.uses_batch(step), step.norm
+        plan, before, norm, residual = self.plan, self.layouts[step.y], step.norm, step.residual
         scale, shift = self.constants_of(step)
         mean, inverse = self._normalised_by(step)
-        to_residual = step.residual is not None and outline.needs_grad[step.residual]
-        to_source = outline.needs_grad[step.y]
-        residual_is_first = to_residual and step.residual not in self.flowing
-        same = here == before
+        to_residual = residual is not None and plan.needs_grad[residual]
         # d itself goes on to the residual where it can, so the gradient of y then needs a buffer of its own.
         out = None
-        if to_source:
-            out = d if same and not (residual_is_first and step.residual is not None) else self.tape.take(before)
+        if plan.needs_grad[step.y]:
+            waits = not to_residual or residual in self.flowing
+            out = d if d.layout == before and waits else self.tape.take(before)
         trained = [] if norm is None else [norm.weight, norm.bias]
-        sums = [self._sink(parameter) if outline.trains(parameter) else None for parameter in trained] or [None, None]
-        keep = to_residual
-        if to_residual and out is d:
+        sums = [self._sink(parameter) if plan.trains(parameter) else None for parameter in trained] or [None, None]
+        keep, activation, source = to_residual, step.activation, self._source(step, d)
+        if residual is not None and to_residual and out is d:
             # Another gradient waits at the residual: add to it first, for d is overwritten after.
             self.tape.apply_backward(
-                d, here, *self._source(step, d), None, before, z=self._slope(step), scale=scale, shift=shift,
-                activation=step.activation, keep=True,
+                d, source, None, z=self._slope(step), scale=scale, shift=shift, activation=activation, keep=True
             )  # fmt: skip
-            assert step.residual is not None
-            self._flow_copy(step.residual, d, here)
-            keep = False
-            activation: Activation = "none"
-        else:
-            activation = step.activation
+            self._flow_copy(residual, d)
+            keep, activation = False, "none"
         self.tape.apply_backward(
-            d, here, *self._source(step, d), out, before,
-            z=self._slope(step) if activation != "none" else None, scale=scale, shift=shift, mean=mean, inverse=inverse,
-            scale_gradient=sums[0], shift_gradient=sums[1], activation=activation, batch=batch, keep=keep,
+            d, source, out, z=self._slope(step) if activation != "none" else None, scale=scale, shift=shift, mean=mean,
+            inverse=inverse, scale_gradient=sums[0], shift_gradient=sums[1], activation=activation,
+            batch=plan.uses_batch(step), keep=keep,
         )  # fmt: skip
         for parameter, written in zip(trained, sums, strict=False):
             if written is not None:
-                self._settle(parameter, written)
-        if to_residual and keep:
-            assert step.residual is not None
-            if self.layouts[step.residual] == here and step.residual not in self.flowing:
-                self.flowing[step.residual] = d
+                self._add_gradient(parameter, written)
+        if residual is not None and keep:
+            if self.layouts[residual] == d.layout and residual not in self.flowing:
+                self.flowing[residual] = d
             else:
-                self._flow_copy(step.residual, d, here)
+                self._flow_copy(residual, d)
         if out is not None:
             self._flow(step.y, out)
 
@@ -148,72 +141,57 @@ class Backward(Walk):
         d = self.flowing.pop(step.y, None)
         if d is None:
             return
-        from_, to = self.layouts[step.x], self.layouts[step.y]
-        accumulate = step.x in self.flowing
-        out = self.flowing[step.x] if accumulate else self.tape.take(from_)
-        if step.kind == "max_pool":
-            choice = self.tape.given(("choice", step.y))
-            self.tape.max_pool_backward(d, to, out, from_, choice, step.window, accumulate=accumulate)
-        else:
-            self.tape.avg_pool_backward(
-                d, to, out, from_, step.window, count_padding=step.count_padding, accumulate=accumulate
-            )
+        out, accumulate = self._to(step.x)
+        choice = self.tape.given(("choice", step.y)) if step.kind == "max_pool" else None
+        kernel: PoolKernel = "avg_pool_backward" if choice is None else "max_pool_backward"
+        self.tape.pool(
+            kernel, d, out, step.window, choice=choice, count_padding=step.count_padding, accumulate=accumulate
+        )  # fmt: skip
         self.flowing[step.x] = out
 
     def _global_pool(self, step: GlobalPoolStep) -> None:
         gradient = self.pooled.pop(step.y, None)
         if gradient is None:
             return
-        accumulate = step.x in self.flowing
-        out = self.flowing[step.x] if accumulate else self.tape.take(self.layouts[step.x])
-        self.tape.global_pool_backward(gradient, out, self.layouts[step.x], accumulate=accumulate)
+        out, accumulate = self._to(step.x)
+        self.tape.global_pool_backward(gradient, out, accumulate=accumulate)
         self.flowing[step.x] = out
 
-    def _kept(self, name: str) -> Place:
-        return self.tape.given(("kept", name))
+    def _kept(self, name: str) -> Buffer:
+        return self.tape.given_buffer(("kept", name), self.layouts[name])
 
-    def _value(self, name: str) -> Place:
+    def _value(self, name: str) -> Buffer:
         """A value of the forward pass, kept or computed anew."""
-        if name in self.outline.saved_names:
+        if name in self.plan.saved_names:
             return self._kept(name)
-        step = self.outline.maker[name]
+        step = self.plan.maker[name]
         assert isinstance(step, PointStep)
         assert step.residual is None
         scale, shift = self.constants_of(step)
         out = self.tape.take(self.layouts[name])
-        self.tape.apply(
-            self._kept(step.y), self.layouts[step.y], out, self.layouts[name], scale=scale, shift=shift,
-            activation=step.activation,
-        )  # fmt: skip
+        self.tape.apply(self._kept(step.y), out, scale=scale, shift=shift, activation=step.activation)
         return out
 
-    def _source(self, step: PointStep, d: Place) -> tuple[Place, Layout]:
+    def _source(self, step: PointStep, d: Buffer) -> Buffer:
         """The input of the step; where nothing of it is used it was not kept, and the gradient stands in."""
-        if step.y in self.outline.saved_names:
-            return self._kept(step.y), self.layouts[step.y]
-        return d, self.layouts[step.z]
+        return self._kept(step.y) if step.y in self.plan.saved_names else d
 
-    def _slope(self, step: PointStep) -> Place | None:
+    def _slope(self, step: PointStep) -> Buffer | None:
         return self._kept(step.z) if step.residual is not None and step.activation != "none" else None
 
     def _normalised_by(self, step: PointStep) -> tuple[Place | None, Place | None]:
-        if step.norm is None:
-            return None, None
-        return self.in_table(MEAN, step), self.in_table(INVERSE, step)
+        return (None, None) if step.norm is None else (self.in_table(MEAN, step), self.in_table(INVERSE, step))
 
-    def _flow(self, name: str, buffer: Place) -> None:
+    def _flow(self, name: str, buffer: Buffer) -> None:
         if name in self.flowing:
-            self.tape.add(buffer, self.layouts[name], self.flowing[name], self.layouts[name])
+            self.tape.add(buffer, self.flowing[name])
         else:
             self.flowing[name] = buffer
 
-    def _flow_copy(self, name: str, d: Place, layout: Layout) -> None:
-        to = self.layouts[name]
-        if name in self.flowing:
-            self.tape.add(d, layout, self.flowing[name], to)
-        else:
-            self.flowing[name] = self.tape.take(to)
-            self.tape.add(d, layout, self.flowing[name], to, accumulate=False)
+    def _flow_copy(self, name: str, d: Buffer) -> None:
+        target, accumulate = self._to(name)
+        self.tape.add(d, target, accumulate=accumulate)
+        self.flowing[name] = target
 
     def _sink(self, parameter: Tensor) -> Place:
         """Where a gradient of the parameter may be written: its own place, or beside it if one is there already."""
@@ -222,7 +200,7 @@ class Backward(Walk):
         self.parameters[id(parameter)] = place = self.tape.given(("parameter", id(parameter)))
         return place
 
-    def _settle(self, parameter: Tensor, written: Place) -> None:
+    def _add_gradient(self, parameter: Tensor, written: Place) -> None:
         """Add what was written beside the parameter's own place to it."""
         if written is not self.parameters[id(parameter)]:
             self.tape.accumulate(written, self.parameters[id(parameter)], parameter.numel())

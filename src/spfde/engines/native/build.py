@@ -101,7 +101,7 @@ def library_path(
     if sanitize:
         flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
     name = f"kernels-{_digest(sources, flags, compiler)}.so"
-    for folder in (cache_folder(), _private_folder()):
+    for folder in (cache_folder(), Path(_private_folder().name)):
         with contextlib.suppress(OSError), _locked(folder, name):
             target = folder / name
             if not _is_whole(target, sanitize=sanitize):
@@ -246,11 +246,6 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _private_folder() -> Path:
-    """A folder of this process, for where the cache cannot be written to; it is gone when the process ends."""
-    # The object must live as long as the process: its end removes the folder.
-    _PRIVATE.append(tempfile.TemporaryDirectory(prefix="spfde-kernels-"))
-    return Path(_PRIVATE[-1].name)
-
-
-_PRIVATE: list[tempfile.TemporaryDirectory[str]] = []
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, for where the cache cannot be written to; its end removes it."""
+    return tempfile.TemporaryDirectory(prefix="spfde-kernels-")

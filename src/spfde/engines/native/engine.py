@@ -1,275 +1,166 @@
-"""The native engine on a model: its forward pass runs the regions that were taken, and PyTorch the rest."""
+"""The native engine, as ``attach`` and the session know it: when it can work, how fast it is, and how it is put on."""
 
 from __future__ import annotations
 
-import types
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from spfde.core.errors import InvalidArgument, UsageError
+from spfde.core.errors import InvalidArgument
+from spfde.core.registry import register
+from spfde.core.torch_private import compiled_inside
+from spfde.engines.base import Engine, Job, Parts
 from spfde.engines.native import build
-from spfde.engines.native.fusion import steps_of
-from spfde.engines.native.graph import Capture, Region, capture, region_name, whole
-from spfde.engines.native.guards import FORWARD, HELD, is_same, signature
-from spfde.engines.native.kernels import Kernels
-from spfde.engines.native.layout import Pool
-from spfde.engines.native.packed import Weights
+from spfde.engines.native.graph import capture
+from spfde.engines.native.layout import TOKEN_COLUMNS, likely_lanes
+from spfde.engines.native.model import GuardedCapture, NativeModel
 from spfde.engines.native.prefix import CachedPrefix
-from spfde.engines.native.runner import RegionRunner
 from spfde.engines.native.trace import check_forward
-from spfde.model.sample import Sample, call_arguments
 
-_MOST_CAPTURES = 8  # states of the model: modes, hooks, attributes
-_MANY_CAPTURES = 64
+# Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero).
+# benchmarks/native.py measures steps against it. A linear layer pays for two changes of layout.
+_LINES = {"conv": (1.0, 0.12), "linear": (1.3, 0.45)}
+# How the time grows with the share of lanes that a small batch leaves empty: less than in proportion, for PyTorch takes
+# longer for an image of a small batch too.
+_EMPTY_LANES = 0.75
 
 
-class NativeEngine:
-    """Computes a model's convolutions, and what lies between them, with the active weights alone.
+@register("engine")
+class NativeEngine(Engine):
+    """Kernels that compute with the active weights alone, forward and backward, on CPUs."""
 
-    Args:
-        model: the model. Its ``forward`` is replaced on the instance; nothing is registered on it.
-        kernels: the loaded library; by default the one for float32, built if need be.
-        masks: gives the masks by parameter name.
-        dense_gradients: gives the names of the parameters whose next gradient must be dense.
-        frozen: gives the names of the frozen parameters; asked for only with ``cached``.
-        cached: runs the frozen front of batches that ``use_cache`` announces.
-        sample: what the model is called with; None: the inputs of the first call.
+    name: ClassVar[str] = "native"
+    summary: ClassVar[str] = "kernels that compute with the active weights alone, on CPUs"
+    needs_masks: ClassVar[bool] = True
 
-    Raises:
-        InvalidArgument: the model cannot be traced.
-    """
+    def __init__(self) -> None:
+        self._attached: NativeModel | None = None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        kernels: Kernels | None = None,
-        *,
-        masks: Callable[[], Mapping[str, Tensor]],
-        dense_gradients: Callable[[], frozenset[str]],
-        frozen: Callable[[], frozenset[str]] = frozenset,
-        cached: CachedPrefix | None = None,
-        sample: Sample | None = None,
-    ) -> None:
-        check_forward(model)
-        self._model = model
-        self._frozen, self._cached = frozen, cached
-        self._frozen_then: frozenset[str] = frozenset()
-        self._announced: tuple[Tensor, int] | None = None
-        kernels = Kernels(build.load()) if kernels is None else kernels
-        self._kernels, self._pool = kernels, Pool(kernels.dtype)
-        self._masks, self._weights = masks, Weights(masks, dense_gradients)
-        self._sample = sample
-        self._captures: list[_Seen] = []  # the last used first
-        self._n_captures = 0
-        if sample is not None:
-            self._trace()
-        setattr(model, HELD, _Held(self))
-        model.forward = types.MethodType(forward, model)
+    @classmethod
+    def supports(cls, job: Job) -> str | None:
+        if compiled_inside(job.given) is not None:
+            return "the model is compiled by torch.compile"
+        target = job.blueprint.target
+        for name, parameter in job.model.named_parameters():
+            if parameter.device.type != "cpu":
+                return f"{name} is on {parameter.device}, and the kernels are for CPUs"
+            if name in target and parameter.dtype != torch.float32:
+                return f"{name} is {parameter.dtype}, and the kernels take float32"
+        if (reason := build.available()) is not None:
+            return reason
+        try:
+            taken, left = _layers(job), _captured(job).captured.left
+        except InvalidArgument as error:
+            return str(error)
+        if taken.keys() & set(target):
+            return None
+        first = next(iter(target))
+        why = next((text for text in left if text.startswith(first.rpartition(".")[0] + " ")), first)
+        return f"it takes no sparse layer of this model ({why})"
 
-    @property
-    def taken(self) -> tuple[Region, ...]:
-        """What the engine computes in the model's present mode."""
-        return self._capture().regions
+    @classmethod
+    def expected_speed(cls, job: Job) -> float:
+        taken, blueprint = _layers(job), job.blueprint
+        ours = dense = 0.0
+        for layer, density in zip(blueprint.cost.layers, job.density, strict=True):
+            dense += layer.forward_flops
+            if layer.name not in taken:
+                ours += layer.forward_flops
+                continue
+            kind = taken[layer.name]
+            slope, fixed = _LINES[kind]
+            # A pixel of as many images as there are lanes is one vector, so that a small batch leaves lanes empty. Of a
+            # linear layer each token is a sample, and a vector holds a few columns of them.
+            rows = job.batch_size if kind == "conv" else job.batch_size * layer.forward_flops // (2 * layer.numel)
+            unit = likely_lanes() * (1 if kind == "conv" else TOKEN_COLUMNS)
+            ours += layer.forward_flops * (slope * density + fixed) * (-(-rows // unit) * unit / rows) ** _EMPTY_LANES
+        return ours / dense
 
-    @property
-    def left(self) -> tuple[str, ...]:
-        """What stays in PyTorch, with the reason where there is one."""
-        return self._capture().left
+    @classmethod
+    def prepare(cls, job: Job, tell: Callable[[str], None] | None = None) -> str | None:
+        try:
+            build.load(on_build=tell)
+        except build.KernelsUnavailable as error:
+            return error.reason
+        return None
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Memory of the engine's buffers."""
-        return self._pool.bytes
+    @classmethod
+    def supports_cache(cls, job: Job) -> str | None:
+        blueprint, model = job.blueprint, job.model
+        freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
+        frozen = {name for block, at in freezes if at is not None for name in block.modules}
+        if all(module.training for module in model.modules()):
+            draws = _captured(job).captured.draws
+        else:
+            draws = capture(model, job.sample, blueprint.target, training=True).draws
+        owner = next((owner for owner in draws.values() if owner in frozen), None)
+        if owner is None:
+            return None
+        kind = type(model.get_submodule(owner)).__name__
+        return f"a frozen block must make the same of a sample each time, and {owner} ({kind}) draws random numbers"
 
-    def rebuild(self) -> None:
-        """Make the lists of active weights anew, as the first step after a mutation does."""
-        self._weights.rebuild()
-
-    def use_cache(self, samples: Tensor | None, variant: int = 0) -> None:
-        """The next forward pass in training mode is of these samples [N], each in this variant; None: of any."""
-        self._announced = None if samples is None else (samples, variant)
-
-    def cached_variants(self, sample: Sample) -> int:
-        """How many variants of each sample the cache of the present frozen front keeps; 0 where there is none.
-
-        Args:
-            sample: what the model is called with, a batch of any size.
-        """
-        cached, halves = self._cached, self._capture().halves
-        if cached is None or halves is None:
-            return 0
-        if cached.cache is None and cached.variants:
-            args, kwargs = call_arguments(sample)
-            with torch.no_grad():
-                cached.fit([tuple(value.shape[1:]) for value in _tensors(halves[0](*args, **kwargs))])
-        return cached.variants
+    def attach(self, job: Job, parts: Parts) -> None:
+        self._attached = NativeModel(
+            job.model,
+            masks=parts.masks,
+            dense_gradients=parts.dense_gradients,
+            frozen=parts.frozen,
+            cached=None if job.cache is None else CachedPrefix(job.n_samples, job.cache),
+            sample=job.sample,
+            captured=job.found.pop(self.name, None),
+        )
 
     def detach(self) -> None:
-        """Give the model its forward pass back and free the buffers."""
-        held = vars(self._model).get(HELD)
-        if held is None or held.engine is not self:
-            return
-        delattr(self._model, HELD)
-        # What someone put around it since stays; the stand-in inside computes as the model's class from now on.
-        if getattr(vars(self._model).get(FORWARD), "__func__", None) is forward:
-            del self._model.forward
-        self._captures.clear()
-        if self._cached is not None:
-            self._cached.clear()
-        self._pool.release()
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._sample is None:
-            self._sample = kwargs if kwargs and not args else args
-        captured = self._known()
-        watched = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        if watched or (captured is None and _has_stand_ins(self._model)):
-            return type(self._model).forward(self._model, *args, **kwargs)
-        self._pool.begin_pass()
-        self._weights.refresh()
-        captured = self._capture() if captured is None else captured
-        if self._model.training and self._announced is not None:
-            (samples, variant), self._announced = self._announced, None
-            if captured.halves is not None and self._cached is not None and self._cached.cache is not None:
-                return self._from_cache(captured.halves, samples, variant, args, kwargs)
-        return captured.graph_module.forward(*args, **kwargs)
+    def bypass(self) -> AbstractContextManager[None]:
+        return self.computes.bypass()
 
-    def _from_cache(
-        self,
-        halves: tuple[fx.GraphModule, fx.GraphModule],
-        samples: Tensor,
-        variant: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        front, back = halves
-        given = [*args, *kwargs.values()]
-        if not all(isinstance(value, Tensor) and len(value) == len(samples) for value in given):
-            raise UsageError(
-                f"The prefix cache was told of {len(samples)} samples, and the model was called with other inputs than "
-                "a batch of as many. Call session.augmentation_seeds() once before each forward pass in training mode."
-            )
+    def describe(self) -> list[str]:
+        regions, left = self.computes.taken, self.computes.left
+        return [
+            f"replaced: the model's forward; {sum(len(region.ops) for region in regions)} operations in "
+            f"{len(regions)} native regions, in PyTorch: {', '.join(left) or 'nothing'}"
+        ]
 
-        def compute(at: Tensor) -> list[Tensor]:
-            some = slice(None) if len(at) == len(samples) else at
-            with torch.no_grad():
-                return _tensors(
-                    front(*(value[some] for value in args), **{k: value[some] for k, value in kwargs.items()})
-                )
+    def on_batch(self) -> None:
+        self.computes.announce(None)
 
-        assert self._cached is not None
-        return back(*self._cached(samples, variant, compute))
+    def prefix_variants(self) -> int:
+        return self.computes.prefix_variants()
 
-    def _known(self) -> Capture | None:
-        """The graph of the model as it is now, where it was in this state before."""
-        if self._cached is not None and (frozen := self._frozen()) != self._frozen_then:
-            self._captures.clear()
-            self._cached.clear()
-            self._frozen_then = frozen
-        for position, seen in enumerate(self._captures):
-            if seen.is_current(self._model):
-                if position:
-                    self._pool.begin_phase()
-                    self._captures.insert(0, self._captures.pop(position))
-                return seen.captured
-        return None
+    def announce(self, samples: Tensor, variant: int) -> None:
+        self.computes.announce(samples, variant)
 
-    def _capture(self) -> Capture:
-        """The graph of the model as it is now."""
-        known = self._known()
-        if known is not None:
-            return known
-        try:
-            return self._trace()
-        except InvalidArgument as error:
-            # It could be traced when the engine was attached: in the other mode, or before a change.
-            rule = error.problems[0].rule
-            warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
-            return self._note(whole(self._model, rule))
-
-    def _trace(self) -> Capture:
-        if self._sample is None:
-            raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
-        frozen = None if self._cached is None else self._frozen_then
-        captured = capture(self._model, self._sample, self._masks(), frozen)
-        self._fill(captured)
-        return self._note(captured)
-
-    def _note(self, captured: Capture) -> Capture:
-        self._pool.begin_phase()
-        self._captures.insert(0, _Seen(self._model, captured))
-        del self._captures[_MOST_CAPTURES:]
-        self._n_captures += 1
-        if self._n_captures == _MANY_CAPTURES:
-            warnings.warn(
-                f"The native engine has traced the model {_MANY_CAPTURES} times, each time because a module, hook or "
-                "attribute of it was another one. Change them less often, or keep what changes outside of the model.",
-                stacklevel=2,
-            )
-        return captured
-
-    def _fill(self, captured: Capture) -> None:
-        """Put what computes each region in its place."""
-        modules = dict(self._model.named_modules(remove_duplicate=False))
-        for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
-            runner = RegionRunner(
-                region, steps_of(region, modules), plain, self._kernels, self._pool, self._weights
-            )  # fmt: skip
-            for made in (captured.graph_module, *(captured.halves or ())):
-                if hasattr(made, region_name(index)):
-                    made.add_submodule(region_name(index), runner)
+    @property
+    def computes(self) -> NativeModel:
+        """What computes the model that this is attached to."""
+        assert self._attached is not None, "attach() comes first"
+        return self._attached
 
 
-class _Seen:
-    """A capture, and the state of the model that it holds for."""
+def _captured(job: Job) -> GuardedCapture:
+    """The job's model, cut; traced once for as long as it is as it is.
 
-    def __init__(self, model: nn.Module, captured: Capture) -> None:
-        self.captured = captured
-        self._opaque = {model.get_submodule(name) for name in captured.opaque}
-        self._signature = signature(model, self._opaque)
-
-    def is_current(self, model: nn.Module) -> bool:
-        return is_same(self._signature, signature(model, self._opaque))
-
-
-class _Held:
-    """Keeps the engine for as long as its model lives. Copies and pickles of the model have none."""
-
-    def __init__(self, engine: NativeEngine) -> None:
-        self.engine = engine
-
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+    Raises:
+        InvalidArgument: it cannot be traced.
+    """
+    known: GuardedCapture | None = job.found.get(NativeEngine.name)
+    if known is None or not known.is_current(job.model):
+        check_forward(job.model)
+        # With a cache a region must lie before what is frozen or behind it; at first nothing is frozen.
+        frozen = None if job.cache is None else frozenset[str]()
+        known = GuardedCapture(job.model, capture(job.model, job.sample, job.blueprint.target, frozen))
+        job.found[NativeEngine.name] = known
+    return known
 
 
-# Copied and pickled by its name, as bound methods are: a copy of the model has no engine, and computes as its class.
-def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``module.forward`` while an engine is attached."""
-    held = vars(module).get(HELD)
-    if held is None or held.engine._model is not module:
-        return type(module).forward(module, *args, **kwargs)
-    return held.engine(*args, **kwargs)
-
-
-forward.is_spfde = True  # type: ignore[attr-defined]
-
-
-def _has_stand_ins(model: nn.Module) -> bool:
-    """Are there tensors in the place of parameters, as ``torch.func.functional_call`` puts them there?"""
-    return not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if not all(isinstance(value, Tensor) for value in values):
-        raise UsageError(
-            "The frozen front hands over something else than tensors, which the prefix cache cannot keep. "
-            "Attach with cache_variants=0."
-        )
-    return list(values)
+def _layers(job: Job) -> dict[str, str]:
+    """The weights that the kernels take, with the kind of each one's layer."""
+    ops = [op for region in _captured(job).captured.regions for op in region.ops]
+    return {f"{op.module}.weight": op.kind for op in ops if op.kind in _LINES}

@@ -1,4 +1,4 @@
-"""The way forward through a region, as it is written on a tape.
+"""The schedule of the forward pass through a region.
 
 Its front, where nothing learns and no norm uses the batch, runs for a few groups of images at a time: what a layer
 writes is then still in the cache when the next one reads it, and only a few groups' worth of buffers is in use.
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PointStep, PoolStep, Step, writes
+from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
 from spfde.engines.native.kernels import MEAN, VARIANCE, KernelTape
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
-from spfde.engines.native.packed import Weights
-from spfde.engines.native.region_plan import Outline
-from spfde.engines.native.schedule import Walk
-from spfde.engines.native.tape import Place
+from spfde.engines.native.packed import PackedWeights
+from spfde.engines.native.region_plan import RegionPlan
+from spfde.engines.native.schedule import Schedule
+from spfde.engines.native.tape import Buffer, Place
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Part:
     start: int
     stop: int
     layouts: Mapping[str, Layout]
-    values: dict[str, Place]
+    values: dict[str, Buffer]
     left: Counter[str]
 
     def drop(self, *names: str) -> None:
@@ -49,13 +49,13 @@ class _Part:
                 self.values.pop(name, None)
 
 
-class Forward(Walk):
-    """The way forward.
+class Forward(Schedule):
+    """The schedule of the forward pass.
 
     On the tape are given the region's inputs and outputs, by their names.
 
     Args:
-        outline, weights, tape: see ``Walk``.
+        plan, weights, tape: see ``Schedule``.
         strides: of the region's inputs.
 
     Attributes:
@@ -64,58 +64,58 @@ class Forward(Walk):
     """
 
     def __init__(
-        self, outline: Outline, weights: Weights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
+        self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
     ) -> None:
-        super().__init__(outline, weights, tape)
-        self.kept: dict[str, Place] = {}
+        super().__init__(plan, weights, tape)
+        self.kept: dict[str, Buffer] = {}
         self.choices: dict[str, Place] = {}
-        self._strides = dict(zip(outline.region.inputs, strides, strict=True))
-        self._whole: dict[str, Place] = {}
+        self._strides = dict(zip(plan.region.inputs, strides, strict=True))
+        self._whole: dict[str, Buffer] = {}
         self._weights: dict[str, tuple[Entries, Place]] = {}
 
     def write(self) -> None:
         """Write everything down, from the region's inputs on."""
-        outline, names = self.outline, self.outline.region.inputs
-        batch, front = next(iter(outline.layouts.values())).batch, outline.front
+        plan, names = self.plan, self.plan.region.inputs
+        batch, front = next(iter(plan.layouts.values())).batch, plan.front
         if front:
-            self._whole = {name: self.tape.take(outline.layouts[name]) for name in outline.handed_on}
-            for start in range(0, batch, outline.images_at_once):
-                stop = min(start + outline.images_at_once, batch)
-                part = _Part(start, stop, outline.layouts_of(stop - start), {}, Counter(outline.uses_in_front))
+            self._whole = {name: self.tape.take(plan.layouts[name]) for name in plan.handed_on}
+            for start in range(0, batch, plan.images_at_once):
+                stop = min(start + plan.images_at_once, batch)
+                part = _Part(start, stop, plan.layouts_of(stop - start), {}, Counter(plan.uses_in_front))
                 for name in names:
                     self._enter(part, name)
-                self._walk(part, front)
-        rest = _Part(0, batch, outline.layouts, self._whole, Counter(outline.uses_after_front))
+                self._run(part, front)
+        rest = _Part(0, batch, plan.layouts, self._whole, Counter(plan.uses_after_front))
         self._whole = {}
         if not front:
             for name in names:
                 self._enter(rest, name)
-        self.kept.update((name, rest.values[name]) for name in outline.saved_names if name in rest.values)
-        self._walk(rest, outline.steps[len(front) :])
+        self.kept.update((name, rest.values[name]) for name in plan.saved_names if name in rest.values)
+        self._run(rest, plan.steps[len(front) :])
 
     def _enter(self, part: _Part, name: str) -> None:
         if part.left[name] or name in self._whole:
             strides = self._strides[name]
             tensor = self.tape.numbers_after(self.tape.given(name), part.start * strides[0])
             part.values[name] = buffer = self._take(part, name)
-            self.pack(tensor, strides, buffer, part.layouts[name])
+            self.pack(tensor, strides, buffer)
 
-    def _take(self, part: _Part, name: str) -> Place:
+    def _take(self, part: _Part, name: str) -> Buffer:
         """A buffer for a value of these images: a piece of the whole batch's where the rest reads it too."""
-        if name not in self._whole:
-            return self.tape.take(part.layouts[name])
         layout = part.layouts[name]
-        return self.tape.numbers_after(self._whole[name], part.start // layout.lanes * layout.group)
+        if name not in self._whole:
+            return self.tape.take(layout)
+        return self.tape.groups_of(self._whole[name], part.start, layout)
 
-    def _walk(self, part: _Part, steps: Sequence[Step]) -> None:
-        outline = self.outline
+    def _run(self, part: _Part, steps: Sequence[FusedStep]) -> None:
+        plan = self.plan
         for step in steps:
             if isinstance(step, ConvStep):
-                if step.y in outline.fused:
+                if step.y in plan.fused:
                     continue  # its pixelwise step's turn is its own
                 self._conv(part, step)
             elif isinstance(step, PointStep):
-                if step.y in outline.fused:
+                if step.y in plan.fused:
                     self._conv_fused(part, step)
                 else:
                     self._point(part, step)
@@ -123,113 +123,109 @@ class Forward(Walk):
                 self._pool(part, step)
             else:
                 self._global_pool(part, step)
-            part.drop(*outline.reads(step))
-            self._leave(part, writes(step))
+            part.drop(*plan.reads(step))
+            self._leave(part, step.writes)
 
     def _leave(self, part: _Part, name: str) -> None:
         """Keep a value that was just computed, hand it over, or both."""
-        outline = self.outline
+        plan = self.plan
         if name not in part.values:
             return
-        if name in outline.saved_names and part.layouts is outline.layouts:
+        if name in plan.saved_names and part.layouts is plan.layouts:
             self.kept[name] = part.values[name]
-        if name in outline.region.outputs:
-            self.unpack(part.values[name], part.layouts[name], self._output(part, name))
+        if name in plan.region.outputs:
+            self.unpack(part.values[name], self._output(part, name))
             part.drop(name)
 
     def _output(self, part: _Part, name: str) -> Place:
         """Where the output of these images begins."""
-        shape = self.outline.shape_of(name)
+        shape = self.plan.shape_of(name)
         return self.tape.numbers_after(self.tape.given(name), part.start * math.prod(shape[1:]))
 
     def _weight(self, step: ConvStep) -> tuple[Entries, Place]:
         if step.y not in self._weights:
-            layouts = self.outline.layouts
-            entries = self.weights.structure(step, layouts[step.x], layouts[step.y]).forward
+            layouts = self.plan.layouts
+            entries = self.weights.lists_of(step, layouts[step.x], layouts[step.y]).forward
             self._weights[step.y] = entries, self.tape.gather(step.module.weight, entries)
         return self._weights[step.y]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
-        tape, to, reader = self.tape, part.layouts[step.y], self.outline.batch_readers.get(step.y)
-        gathered = None if reader is None else tape.take_flat(tape.statistics_size(to))
+        tape, reader = self.tape, self.plan.batch_readers.get(step.y)
         out = self._take(part, step.y)
+        gathered = None if reader is None else tape.take_flat(tape.statistics_size(out.layout))
         entries, weight = self._weight(step)
         tape.conv(
-            part.values[step.x], part.layouts[step.x], out, to, entries, weight, step_x=step.geometry.stride,
-            shift=step.module.bias, statistics=gathered,
+            part.values[step.x], out, entries, weight, step_x=step.geometry.stride, shift=step.module.bias,
+            statistics=gathered,
         )  # fmt: skip
         part.values[step.y] = out
         if reader is not None and gathered is not None:
             mean, variance = (self.in_table(row, reader) for row in (MEAN, VARIANCE))
-            tape.statistics(gathered, to, mean, variance)
+            tape.statistics(gathered, out.layout, mean, variance)
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""
-        conv = self.outline.maker[point.y]
+        conv = self.plan.maker[point.y]
         assert isinstance(conv, ConvStep)
         self._make_constants(part, point, conv.module.bias)
         scale, shift = self.constants_of(point)
         entries, weight = self._weight(conv)
         out = self._take(part, point.z)
         self.tape.conv(
-            part.values[conv.x], part.layouts[conv.x], out, part.layouts[point.z], entries, weight,
-            step_x=conv.geometry.stride, scale=scale, shift=conv.module.bias if shift is None else shift,
-            activation=point.activation,
+            part.values[conv.x], out, entries, weight, step_x=conv.geometry.stride, scale=scale,
+            shift=conv.module.bias if shift is None else shift, activation=point.activation,
             residual=None if point.residual is None else part.values[point.residual],
-            residual_layout=None if point.residual is None else part.layouts[point.residual],
         )  # fmt: skip
         part.values[point.z] = out
 
     def _point(self, part: _Part, step: PointStep) -> None:
-        outline = self.outline
-        if outline.uses_batch(step) and not isinstance(outline.maker.get(step.y), ConvStep):
+        plan = self.plan
+        if plan.uses_batch(step) and not isinstance(plan.maker.get(step.y), ConvStep):
             self._measure(part, step)
         self._make_constants(part, step)
         scale, shift = self.constants_of(step)
         out = self._take(part, step.z)
+        residual = None if step.residual is None else part.values[step.residual]
         self.tape.apply(
-            part.values[step.y], part.layouts[step.y], out, part.layouts[step.z], scale=scale, shift=shift,
-            residual=None if step.residual is None else part.values[step.residual],
-            residual_layout=None if step.residual is None else part.layouts[step.residual],
-            activation=step.activation,
+            part.values[step.y], out, scale=scale, shift=shift, residual=residual, activation=step.activation
         )  # fmt: skip
         part.values[step.z] = out
 
     def _make_constants(self, part: _Part, step: PointStep, before: Tensor | None = None) -> None:
         """What the step's norm, if it has one, comes to: once, when its first images come."""
-        norm, given = step.norm, not self.outline.uses_batch(step)
+        norm, given = step.norm, not self.plan.uses_batch(step)
         if norm is None or part.start:
             return
         assert not given or norm.running_mean is not None, "without running statistics a norm uses the batch"
         self.tape.constants(
-            self.in_table(MEAN, step), self.outline.n_channels, norm.num_features,
+            self.in_table(MEAN, step), self.plan.n_channels, norm.num_features,
             mean=norm.running_mean if given else None, variance=norm.running_var if given else None,
             weight=norm.weight, bias=norm.bias, before=before, eps=norm.eps,
         )  # fmt: skip
 
     def _measure(self, part: _Part, step: PointStep) -> None:
         """Mean and biased variance of each channel: in two passes, as the second is taken around the mean."""
-        y, layout = part.values[step.y], part.layouts[step.y]
+        y = part.values[step.y]
         mean, variance = (self.in_table(row, step) for row in (MEAN, VARIANCE))
-        count = layout.batch * layout.height * layout.width
-        self.tape.channel_sum(y, layout, mean, divisor=count)
-        self.tape.channel_sum(y, layout, variance, around=mean, divisor=count)
+        count = y.layout.batch * y.layout.height * y.layout.width
+        self.tape.channel_sum(y, mean, divisor=count)
+        self.tape.channel_sum(y, variance, around=mean, divisor=count)
 
     def _pool(self, part: _Part, step: PoolStep) -> None:
-        from_, to = part.layouts[step.x], part.layouts[step.y]
-        out = self._take(part, step.y)
+        out, choice = self._take(part, step.y), None
         if step.kind == "max_pool":
+            to = out.layout
             choice = self.tape.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
-            self.tape.max_pool(part.values[step.x], from_, out, to, choice, step.window)
-            if self.outline.needs_grad[step.y]:
+            if self.plan.needs_grad[step.y]:
                 self.choices[step.y] = choice
-        else:
-            self.tape.avg_pool(part.values[step.x], from_, out, to, step.window, count_padding=step.count_padding)
+        self.tape.pool(
+            step.kind, part.values[step.x], out, step.window, choice=choice, count_padding=step.count_padding
+        )  # fmt: skip
         part.values[step.y] = out
 
     def _global_pool(self, part: _Part, step: GlobalPoolStep) -> None:
-        if step.y not in self.outline.region.outputs:
+        if step.y not in self.plan.region.outputs:
             return  # nobody reads it
-        from_ = part.layouts[step.x]
-        means = self.tape.numbers_after(self.tape.given(step.y), part.start * from_.channels)
-        self.tape.global_pool(part.values[step.x], from_, means)
+        source = part.values[step.x]
+        means = self.tape.numbers_after(self.tape.given(step.y), part.start * source.layout.channels)
+        self.tape.global_pool(source, means)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from spfde.engines.native.graph import Region
 from spfde.engines.native.kernels import Activation
 from spfde.engines.native.layout import TOKEN_COLUMNS, Layout
 from spfde.engines.native.lists import Geometry
-from spfde.engines.native.ops import Node
+from spfde.engines.native.ops import Op
 
 _MOST = 2**31 - 1  # numbers of a group of images: offsets are int32
 
@@ -27,8 +27,30 @@ class Unsupported(Exception):
 _AFTER_RESIDUAL = ("relu", "relu6")
 
 
+class _Step:
+    """What all fused steps say of themselves."""
+
+    x: str
+    y: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the values that it reads."""
+        return (self.x,)
+
+    @property
+    def writes(self) -> str:
+        """Name of the value that it computes."""
+        return self.y
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What it computes with."""
+        return ()
+
+
 @dataclass(frozen=True)
-class ConvStep:
+class ConvStep(_Step):
     """y = conv(x); a linear layer on tokens is a convolution of single pixels."""
 
     x: str
@@ -37,9 +59,13 @@ class ConvStep:
     module: nn.Conv2d | nn.Linear
     geometry: Geometry
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return _weight_and_bias(self.module)
+
 
 @dataclass(frozen=True)
-class PointStep:
+class PointStep(_Step):
     """z = activation(norm(y) + residual), pixel by pixel."""
 
     y: str
@@ -48,21 +74,33 @@ class PointStep:
     residual: str | None = None
     activation: Activation = "none"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.y,) if self.residual is None else (self.y, self.residual)
+
+    @property
+    def writes(self) -> str:
+        return self.z
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return () if self.norm is None else _weight_and_bias(self.norm)
+
 
 @dataclass(frozen=True)
-class PoolStep:
+class PoolStep(_Step):
     """y = the maximum or average of windows of x; kernel, stride and padding; the size of y where that was given."""
 
     x: str
     y: str
-    kind: str
+    kind: Literal["max_pool", "avg_pool"]
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     count_padding: bool = False
     size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
-class GlobalPoolStep:
+class GlobalPoolStep(_Step):
     """y = the mean of each plane of x, [N, C] or [N, C, 1, 1]; y is a PyTorch tensor."""
 
     x: str
@@ -70,113 +108,80 @@ class GlobalPoolStep:
     keepdim: bool
 
 
-Step = ConvStep | PointStep | PoolStep | GlobalPoolStep
+def _weight_and_bias(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    return tuple(p for p in (module.weight, module.bias) if isinstance(p, nn.Parameter))
 
 
-@dataclass
-class _Chain:
-    """A pixelwise step that may still grow."""
-
-    y: str
-    z: str
-    norm: nn.BatchNorm2d | None = None
-    residual: str | None = None
-    activation: Activation = "none"
-
-    def takes(self, node: Node) -> bool:
-        if self.activation != "none":
-            return False
-        if node.kind == "add":
-            return self.residual is None and node.inputs[0] != node.inputs[1]
-        if node.kind == "act":
-            return self.residual is None or node.options["act"] in _AFTER_RESIDUAL
-        return False
-
-    def take(self, node: Node) -> None:
-        if node.kind == "add":
-            self.residual = next(value for value in node.inputs if value != self.z)
-        else:
-            self.activation = node.options["act"]
-        self.z = node.name
+FusedStep = ConvStep | PointStep | PoolStep | GlobalPoolStep
 
 
-def steps_of(region: Region, modules: Mapping[str, nn.Module]) -> tuple[Step, ...]:
+def fuse(region: Region, modules: Mapping[str, nn.Module]) -> tuple[FusedStep, ...]:
     """The steps of a region in an order in which they can run.
 
     Args:
         region: from ``graph.capture``.
         modules: the model's modules by qualified name.
     """
-    nodes = region.nodes
-    uses = Counter(value for node in nodes for value in node.inputs)
+    uses = Counter(value for op in region.ops for value in op.inputs)
     uses.update(region.outputs)
-    readers = {value: (i, node) for i, node in enumerate(nodes) for value in node.inputs}
+    readers = {value: (i, op) for i, op in enumerate(region.ops) for value in op.inputs}
     fused: set[int] = set()
-    steps: dict[int, Step] = {}
-    for position, node in enumerate(nodes):
+    steps: dict[int, FusedStep] = {}
+    for position, op in enumerate(region.ops):
         if position in fused:
             continue
-        if node.kind in ("norm", "add", "act"):
-            chain = _start(node, modules)
-            last = position
-            while uses[chain.z] == 1 and chain.z in readers:
-                at, reader = readers[chain.z]
-                if at in fused or not chain.takes(reader):
-                    break
-                chain.take(reader)
-                fused.add(at)
-                last = at
-            steps[last] = PointStep(chain.y, chain.z, chain.norm, chain.residual, chain.activation)
-        else:
-            steps[position] = _single(node, modules)
+        step, last = _step_of(op, modules), position
+        while isinstance(step, PointStep) and uses[step.z] == 1 and step.z in readers:
+            at, reader = readers[step.z]
+            longer = None if at in fused else _with(step, reader)
+            if longer is None:
+                break
+            step, last = longer, at
+            fused.add(at)
+        steps[last] = step
     return tuple(step for _, step in sorted(steps.items(), key=lambda item: item[0]))
 
 
-def _start(node: Node, modules: Mapping[str, nn.Module]) -> _Chain:
-    if node.kind == "add":
-        return _Chain(node.inputs[0], node.name, residual=node.inputs[1])
-    if node.kind == "act":
-        return _Chain(node.inputs[0], node.name, activation=node.options["act"])
-    assert node.module is not None, "a norm has a module"
-    norm = modules[node.module]
-    assert isinstance(norm, nn.BatchNorm2d)
-    return _Chain(node.inputs[0], node.name, norm=norm)
+def _step_of(op: Op, modules: Mapping[str, nn.Module]) -> FusedStep:
+    """The operation alone."""
+    source, options = op.inputs[0], op.options
+    if op.kind == "add":
+        return PointStep(source, op.name, residual=op.inputs[1])
+    if op.kind == "act":
+        return PointStep(source, op.name, activation=options["act"])
+    if op.kind == "global_pool":
+        return GlobalPoolStep(source, op.name, options["keepdim"])
+    if op.kind in ("max_pool", "avg_pool"):
+        window = (options["kernel"], options["stride"], options["padding"])
+        count = bool(options.get("count_include_pad", False))
+        return PoolStep(source, op.name, op.kind, window, count, options.get("size"))
+    assert op.module is not None, "what has weights has a module"
+    module = modules[op.module]
+    if isinstance(module, nn.BatchNorm2d):
+        return PointStep(source, op.name, norm=module)
+    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    return ConvStep(source, op.name, op.module, module, Geometry.of(module))
 
 
-def _single(node: Node, modules: Mapping[str, nn.Module]) -> Step:
-    options: Mapping[str, Any] = node.options
-    if node.kind in ("conv", "linear"):
-        assert node.module is not None, "what has weights has a module"
-        conv = modules[node.module]
-        assert isinstance(conv, (nn.Conv2d, nn.Linear))
-        return ConvStep(node.inputs[0], node.name, node.module, conv, Geometry.of(conv))
-    if node.kind == "global_pool":
-        return GlobalPoolStep(node.inputs[0], node.name, options["keepdim"])
-    window = (options["kernel"], options["stride"], options["padding"])
-    count = bool(options.get("count_include_pad", False))
-    return PoolStep(node.inputs[0], node.name, node.kind, window, count, options.get("size"))
+def _with(step: PointStep, op: Op) -> PointStep | None:
+    """The pixelwise step with one more operation, which reads what it writes; None where the kernels cannot do both."""
+    if step.activation != "none":
+        return None
+    if op.kind == "add" and step.residual is None and op.inputs[0] != op.inputs[1]:
+        return replace(step, z=op.name, residual=next(value for value in op.inputs if value != step.z))
+    if op.kind == "act" and (step.residual is None or op.options["act"] in _AFTER_RESIDUAL):
+        return replace(step, z=op.name, activation=op.options["act"])
+    return None
 
 
-def reads(step: Step) -> tuple[str, ...]:
-    if isinstance(step, PointStep):
-        return (step.y,) if step.residual is None else (step.y, step.residual)
-    return (step.x,)
+def parameters_of(steps: Sequence[FusedStep]) -> tuple[nn.Parameter, ...]:
+    """The parameters of all steps, each once."""
+    return tuple({id(p): p for step in steps for p in step.parameters}.values())
 
 
-def writes(step: Step) -> str:
-    return step.z if isinstance(step, PointStep) else step.y
-
-
-def parameters_of(steps: Sequence[Step]) -> tuple[nn.Parameter, ...]:
-    found: dict[int, nn.Parameter] = {}
-    for step in steps:
-        module = step.module if isinstance(step, ConvStep) else step.norm if isinstance(step, PointStep) else None
-        if module is not None:
-            found.update({id(p): p for p in (module.weight, module.bias) if isinstance(p, nn.Parameter)})
-    return tuple(found.values())
-
-
-def layouts_of(region: Region, steps: Sequence[Step], shapes: Sequence[Sequence[int]], lanes: int) -> dict[str, Layout]:
+def layouts_of(
+    region: Region, steps: Sequence[FusedStep], shapes: Sequence[Sequence[int]], lanes: int
+) -> dict[str, Layout]:
     """Layout of each value; values of one size share their halo, so that a gradient can take its neighbour's buffer.
 
     Raises:

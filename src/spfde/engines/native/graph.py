@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from spfde.engines.native.ops import Node, read
+from spfde.core.torch_private import NormBase
+from spfde.engines.native.ops import Op, read
 from spfde.engines.native.trace import Fact, Traced, trace
 from spfde.model.sample import Sample
 
@@ -29,18 +29,18 @@ class Region:
 
     Attributes:
         inputs: names of the values that come in, each [N, C, H, W]; of tokens, [..., C].
-        nodes: in an order in which they can run.
+        ops: in an order in which they can run.
         outputs: names of the values that something outside reads.
     """
 
     inputs: tuple[str, ...]
-    nodes: tuple[Node, ...]
+    ops: tuple[Op, ...]
     outputs: tuple[str, ...]
 
     @property
     def is_tokens(self) -> bool:
         """Whether its values are tokens, for linear layers, and not images."""
-        return any(node.kind == "linear" for node in self.nodes)
+        return any(op.kind == "linear" for op in self.ops)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ def _skip_identities(traced: Traced, model: nn.Module, training: bool | None) ->
 
 def _read_all(
     traced: Traced, model: nn.Module, sparse: Collection[str]
-) -> tuple[dict[fx.Node, Node], dict[fx.Node, str]]:
+) -> tuple[dict[fx.Node, Op], dict[fx.Node, str]]:
     """What the kernels know, and why they do not know the rest."""
     known, why = {}, {}
     for node in traced.graph.nodes:
         found = read(node, model, traced.leaves, sparse, lambda source: traced.facts[source].shape)
-        if isinstance(found, Node) and node.users:
+        if isinstance(found, Op) and node.users:
             known[node] = found
         elif isinstance(found, str):
             why[node] = found
@@ -154,7 +154,7 @@ def _read_all(
 # --- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Node]) -> dict[fx.Node, bool]:
+def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Op]) -> dict[fx.Node, bool]:
     """Leave what may have another shape than the kernels take; say of the others whether they work on tokens.
 
     Convolutions, norms and maximum pools start on images whatever they read, linear layers on tokens. The rest must
@@ -183,7 +183,7 @@ def _leave_without_source(graph: fx.Graph, known: dict[fx.Node, Node]) -> dict[f
 
 
 def _leave_by_shape(
-    facts: Mapping[fx.Node, Fact], known: dict[fx.Node, Node], tokens: dict[fx.Node, bool], why: dict[fx.Node, str]
+    facts: Mapping[fx.Node, Fact], known: dict[fx.Node, Op], tokens: dict[fx.Node, bool], why: dict[fx.Node, str]
 ) -> None:
     """Leave what reads something else than [N, C, H, W] (tokens: [..., C]), or adds values of different shapes."""
     for node in list(known):
@@ -216,16 +216,16 @@ def _fixed(traced: Traced, model: nn.Module, frozen: Collection[str]) -> set[fx.
         if node.op == "call_module":
             module, name = model.get_submodule(str(node.target)), str(node.target)
             own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
-            varies = varies or (isinstance(module, _NormBase) and module.training)
+            varies = varies or (isinstance(module, NormBase) and module.training)
         elif node.op == "get_attr":
-            own = [str(node.target)] if isinstance(_attribute(model, str(node.target)), nn.Parameter) else []
+            own = [str(node.target)] if isinstance(operator.attrgetter(str(node.target))(model), nn.Parameter) else []
         if node.op != "output" and not varies and set(own) <= set(frozen) and fixed.issuperset(node.all_input_nodes):
             fixed.add(node)
     return fixed
 
 
 def _group(
-    graph: fx.Graph, known: Mapping[fx.Node, Node], kind: Mapping[fx.Node, tuple[bool, bool]]
+    graph: fx.Graph, known: Mapping[fx.Node, Op], kind: Mapping[fx.Node, tuple[bool, bool]]
 ) -> list[list[fx.Node]]:
     """Connected nodes that no way through PyTorch leads out of and back in, each group with a layer that has weights.
 
@@ -258,7 +258,7 @@ def _group(
 def _cut(
     model: nn.Module,
     traced: Traced,
-    known: Mapping[fx.Node, Node],
+    known: Mapping[fx.Node, Op],
     groups: list[list[fx.Node]],
     why: Mapping[fx.Node, str],
 ) -> tuple[Capture, dict[fx.Node, fx.Node]]:
@@ -314,7 +314,7 @@ def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             name = str(node.target)
-            targets[name] = nn.Identity() if name.startswith(_REGION) else _attribute(model, name)
+            targets[name] = nn.Identity() if name.startswith(_REGION) else operator.attrgetter(name)(model)
     return fx.GraphModule(targets, graph)
 
 
@@ -363,18 +363,11 @@ def _call_region(
         values[by_name[name]] = new.call_function(operator.getitem, (call, position))
 
 
-def _region(group: list[fx.Node], known: Mapping[fx.Node, Node]) -> Region:
+def _region(group: list[fx.Node], known: Mapping[fx.Node, Op]) -> Region:
     inside = set(group)
     inputs = _unique(source.name for node in group for source in node.all_input_nodes if source not in inside)
     outputs = tuple(node.name for node in group if any(user not in inside for user in node.users))
     return Region(inputs, tuple(known[node] for node in group), outputs)
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _left(

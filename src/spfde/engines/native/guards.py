@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from spfde.core.torch_private import BUFFERS, HOOKS, MODULES, PARAMETERS
+
 # What the engine itself puts on the model.
 FORWARD, HELD = "forward", "_spfde_engine"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def signature(model: nn.Module, opaque: Collection[nn.Module] = ()) -> list[Any]:
+def guards_of(model: nn.Module, opaque: Collection[nn.Module] = ()) -> list[Any]:
     """Everything that a trace of ``model`` depends on: modules, parameters, buffers, hooks, flags, attributes.
 
     What lies inside a list or behind a global name is not in it.
@@ -33,12 +34,12 @@ def signature(model: nn.Module, opaque: Collection[nn.Module] = ()) -> list[Any]
         state = vars(module)
         if module is not model:
             found.extend(state.values())
-        for name in _HOOKS:
+        for name in HOOKS:
             if state[name]:
                 found.extend(state[name].values())
-        found.extend(state["_parameters"].values())
-        found.extend(state["_buffers"].values())
-        for child in state["_modules"].values():
+        found.extend(state[PARAMETERS].values())
+        found.extend(state[BUFFERS].values())
+        for child in state[MODULES].values():
             found.append(child)
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
@@ -47,7 +48,7 @@ def signature(model: nn.Module, opaque: Collection[nn.Module] = ()) -> list[Any]
 
 
 def is_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Are two signatures alike? The same objects, or equal numbers and strings."""
+    """Do the guards hold still? The same objects, or equal numbers and strings."""
     if len(before) != len(after):
         return False
     if all(map(operator.is_, before, after)):

@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spfde.engines.native import jobs
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
-from spfde.engines.native.tape import Place, Tape
+from spfde.engines.native.tape import Buffer, Place, Tape
 
 # Rows of a region's table of norms: what each normalises by, and what that comes to as one multiply-add.
 MEAN, VARIANCE, INVERSE, SCALE, SHIFT = range(5)
@@ -20,6 +19,7 @@ ROWS = 5
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 Activation = Literal["none", "relu", "relu6", "silu", "gelu"]
+PoolKernel = Literal["max_pool", "avg_pool", "max_pool_backward", "avg_pool_backward"]
 
 # Where numbers lie: a place, or a tensor that stays where it is.
 At = Place | Tensor
@@ -77,27 +77,17 @@ class KernelTape(Tape):
         """The place so many numbers further on."""
         return place.after(n * self.dtype.itemsize)
 
+    def groups_of(self, buffer: Buffer, start: int, layout: Layout) -> Buffer:
+        """The groups of images in a buffer from image ``start`` on, as many as ``layout`` has."""
+        return buffer.part(layout, start // layout.lanes * layout.group * self.dtype.itemsize)
+
     def conv(
-        self,
-        source: Place,
-        from_: Layout,
-        target: Place,
-        to: Layout,
-        entries: Entries,
-        values: Place,
-        *,
-        step_x: int = 1,
-        step_y: int = 1,
-        accumulate: bool = False,
-        scale: At | None = None,
-        shift: At | None = None,
-        residual: Place | None = None,
-        residual_layout: Layout | None = None,
-        activation: Activation = "none",
-        statistics: Place | None = None,
-    ) -> None:
+        self, source: Buffer, target: Buffer, entries: Entries, values: Place, *, step_x: int = 1, step_y: int = 1,
+        accumulate: bool = False, scale: At | None = None, shift: At | None = None, residual: Buffer | None = None,
+        activation: Activation = "none", statistics: Place | None = None,
+    ) -> None:  # fmt: skip
         """Convolve; ``step_y`` above 1 writes the rows and columns of the entries' residue only."""
-        down, right = entries.origin
+        to, (down, right) = target.layout, entries.origin
         bands = Bands(to, self.threads)
         height, width = -(-(to.height - down) // step_y), -(-(to.width - right) // step_y)
         if height <= 0 or width <= 0:
@@ -105,9 +95,9 @@ class KernelTape(Tape):
         rows = bands.rows if step_y == 1 else -(-bands.rows // step_y)
         self.hold(entries)
         self.call(
-            "spfde_conv", jobs.ConvJob, source, target, from_.c, to.c, entries.c, values, step_x, step_y, down, right,
-            height, width, accumulate, scale, shift, residual, (residual_layout or to).c, ACTIVATIONS[activation],
-            statistics, -(-height // rows), rows, self.threads,
+            "spfde_conv", "ConvJob", source, target, source.layout.c, to.c, entries.c, values, step_x, step_y,
+            down, right, height, width, accumulate, scale, shift, residual, (residual or target).layout.c,
+            ACTIVATIONS[activation], statistics, -(-height // rows), rows, self.threads,
         )  # fmt: skip
 
     def statistics_size(self, to: Layout) -> int:
@@ -118,8 +108,8 @@ class KernelTape(Tape):
         """Mean and biased variance of each channel from what ``conv`` wrote."""
         bands = Bands(to, self.threads)
         self.call(
-            "spfde_statistics", jobs.StatisticsJob, statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
-        )
+            "spfde_statistics", "StatisticsJob", statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
+        )  # fmt: skip
 
     def constants(
         self, table: Place, row: int, channels: int, *, mean: Tensor | None, variance: Tensor | None,
@@ -136,98 +126,72 @@ class KernelTape(Tape):
             before: the bias of the convolution that the norm is folded into.
             eps: of the norm.
         """
-        self.call(
-            "spfde_constants", jobs.ConstantsJob, table, row, channels, mean, variance, weight, bias, before, eps
-        )  # fmt: skip
+        self.call("spfde_constants", "ConstantsJob", table, row, channels, mean, variance, weight, bias, before, eps)
 
-    def conv_weight(
-        self, source: Place, from_: Layout, gradient: Place, to: Layout, entries: Entries, out: Place, *, step: int
-    ) -> None:
+    def conv_weight(self, source: Buffer, gradient: Buffer, entries: Entries, out: Place, *, step: int) -> None:
         """Gradient of each entry's weight, in the entries' order."""
+        to = gradient.layout
         rows = min(to.height, max(1, _WEIGHT_PIXELS // to.width))
         room = self.take_flat(self.threads * entries.n * to.lanes)
         self.hold(entries)
         self.call(
-            "spfde_conv_weight", jobs.WeightJob, source, gradient, from_.c, to.c, entries.c, step, out, room,
+            "spfde_conv_weight", "WeightJob", source, gradient, source.layout.c, to.c, entries.c, step, out, room,
             -(-to.height // rows), rows, self.threads,
         )  # fmt: skip
 
     def apply(
-        self,
-        source: Place,
-        from_: Layout,
-        target: Place,
-        to: Layout,
-        *,
-        scale: At | None = None,
-        shift: At | None = None,
-        residual: Place | None = None,
-        residual_layout: Layout | None = None,
-        activation: Activation = "none",
-    ) -> None:
+        self, source: Buffer, target: Buffer, *, scale: At | None = None, shift: At | None = None,
+        residual: Buffer | None = None, activation: Activation = "none",
+    ) -> None:  # fmt: skip
         """target = activation(source * scale + shift + residual)."""
         self.call(
-            "spfde_apply", jobs.ApplyJob, source, target, from_.c, to.c, scale, shift, residual,
-            (residual_layout or to).c, ACTIVATIONS[activation], self.threads,
+            "spfde_apply", "ApplyJob", source, target, source.layout.c, target.layout.c, scale, shift, residual,
+            (residual or target).layout.c, ACTIVATIONS[activation], self.threads,
         )  # fmt: skip
 
     def apply_backward(
-        self,
-        gradient: Place,
-        gradient_layout: Layout,
-        y: Place,
-        y_layout: Layout,
-        out: Place | None,
-        out_layout: Layout,
-        *,
-        z: Place | None = None,
-        scale: At | None = None,
-        shift: At | None = None,
-        mean: Place | None = None,
-        inverse: Place | None = None,
-        scale_gradient: Place | None = None,
-        shift_gradient: Place | None = None,
-        activation: Activation = "none",
-        batch: bool = False,
-        keep: bool = False,
-    ) -> None:
-        """The way back through ``apply``; see ``ApplyBackwardJob``. z has the layout of the gradient."""
+        self, gradient: Buffer, y: Buffer, out: Buffer | None, *, z: Buffer | None = None, scale: At | None = None,
+        shift: At | None = None, mean: Place | None = None, inverse: Place | None = None,
+        scale_gradient: Place | None = None, shift_gradient: Place | None = None, activation: Activation = "none",
+        batch: bool = False, keep: bool = False,
+    ) -> None:  # fmt: skip
+        """The way back through ``apply``; see ``ApplyBackwardJob``."""
         self.call(
-            "spfde_apply_backward", jobs.ApplyBackwardJob, gradient, y, z, out,
-            gradient_layout.c, y_layout.c, gradient_layout.c, out_layout.c,
+            "spfde_apply_backward", "ApplyBackwardJob", gradient, y, z, out,
+            gradient.layout.c, y.layout.c, (z or gradient).layout.c, (out or y).layout.c,
             scale, shift, mean, inverse, scale_gradient, shift_gradient,
             ACTIVATIONS[activation], batch, keep, self.threads,
         )  # fmt: skip
 
-    def add(self, source: Place, from_: Layout, target: Place, to: Layout, *, accumulate: bool = True) -> None:
+    def add(self, source: Buffer, target: Buffer, *, accumulate: bool = True) -> None:
         """target += source, or a copy."""
-        self.call("spfde_add", jobs.AddJob, source, target, from_.c, to.c, accumulate, self.threads)
+        self.call("spfde_add", "AddJob", source, target, source.layout.c, target.layout.c, accumulate, self.threads)
 
-    def channel_sum(
-        self, source: Place, layout: Layout, out: Place, *, around: Place | None = None, divisor: int = 1
-    ) -> None:
+    def channel_sum(self, source: Buffer, out: Place, *, around: Place | None = None, divisor: int = 1) -> None:
         """Sum of each channel, or of its squared distances from ``around`` [channels]; divided by a number."""
-        self.call("spfde_channel_sum", jobs.ChannelSumJob, source, layout.c, around, out, divisor, self.threads)
+        self.call(
+            "spfde_channel_sum", "ChannelSumJob", source, source.layout.c, around, out, divisor, self.threads
+        )  # fmt: skip
 
-    def pack(self, tensor: Place, strides: Sequence[int], target: Place, to: Layout) -> None:
+    def pack(self, tensor: Place, strides: Sequence[int], target: Buffer) -> None:
         """From a tensor [N, C, H, W] of any strides."""
-        self._pack("spfde_pack", tensor, strides, target, to)
+        self._pack("spfde_pack", tensor, strides, target)
 
-    def unpack(self, source: Place, from_: Layout, tensor: Place, strides: Sequence[int]) -> None:
+    def unpack(self, source: Buffer, tensor: Place, strides: Sequence[int]) -> None:
         """Into a tensor [N, C, H, W] of any strides."""
-        self._pack("spfde_unpack", tensor, strides, source, from_)
+        self._pack("spfde_unpack", tensor, strides, source)
 
-    def _pack(self, kernel: str, tensor: Place, strides: Sequence[int], blocked: Place, layout: Layout) -> None:
+    def _pack(self, kernel: str, tensor: Place, strides: Sequence[int], blocked: Buffer) -> None:
         four = (ctypes.c_int64 * 4)(*strides)
-        self.call(kernel, jobs.PackJob, tensor, four, blocked, layout.c, self.threads)
+        self.call(kernel, "PackJob", tensor, four, blocked, blocked.layout.c, self.threads)
 
-    def pack_tokens(self, tokens: Place, n: int, target: Place, to: Layout) -> None:
+    def pack_tokens(self, tokens: Place, n: int, target: Buffer) -> None:
         """From contiguous tokens [n, C]; what the layout holds beyond them becomes zero."""
-        self.call("spfde_pack_tokens", jobs.TokensJob, tokens, n, target, to.c, self.threads)
+        self.call("spfde_pack_tokens", "TokensJob", tokens, n, target, target.layout.c, self.threads)
 
-    def unpack_tokens(self, source: Place, from_: Layout, tokens: Place, n: int) -> None:
+    def unpack_tokens(self, source: Buffer, tokens: Place, n: int) -> None:
         """Into contiguous tokens [n, C]."""
-        self.call("spfde_unpack_tokens", jobs.TokensJob, tokens, n, source, from_.c, self.threads)
+        self.call("spfde_unpack_tokens", "TokensJob", tokens, n, source, source.layout.c, self.threads)
 
     def gather(self, weight: Tensor, entries: Entries) -> Place:
         """The entries' weights, in their order."""
@@ -242,56 +206,40 @@ class KernelTape(Tape):
     def _index(self, kernel: str, weight: At, entries: Entries, values: Place, *, accumulate: bool = False) -> None:
         self.hold(entries)
         at = entries.index.data_ptr()
-        self.call(kernel, jobs.IndexJob, weight, at, entries.n, values, accumulate, self.threads)
+        self.call(kernel, "IndexJob", weight, at, entries.n, values, accumulate, self.threads)
 
     def accumulate(self, source: Place, target: Place, n: int) -> None:
         """target += source, n numbers."""
-        self.call("spfde_accumulate", jobs.AccumulateJob, source, target, n)
+        self.call("spfde_accumulate", "AccumulateJob", source, target, n)
 
-    def max_pool(
-        self, source: Place, from_: Layout, target: Place, to: Layout, choice: Place, window: Sequence[Sequence[int]]
-    ) -> None:
-        """Window maximum; ``choice`` (int32, one a target pixel and lane) keeps the winners."""
-        self._pool("spfde_max_pool", source, target, from_, to, window, choice=choice)
-
-    def max_pool_backward(
-        self, gradient: Place, to: Layout, target: Place, from_: Layout, choice: Place,
-        window: Sequence[Sequence[int]], *, accumulate: bool,
+    def pool(
+        self, kernel: PoolKernel, source: Buffer, target: Buffer, window: Sequence[Sequence[int]], *,
+        choice: Place | None = None, count_padding: bool = False, accumulate: bool = False,
     ) -> None:  # fmt: skip
-        self._pool("spfde_max_pool_backward", gradient, target, from_, to, window, choice=choice, accumulate=accumulate)
+        """Maximum or average of windows, or the way back, which reads the gradient of the output.
 
-    def avg_pool(
-        self, source: Place, from_: Layout, target: Place, to: Layout, window: Sequence[Sequence[int]], *,
-        count_padding: bool,
-    ) -> None:  # fmt: skip
-        self._pool("spfde_avg_pool", source, target, from_, to, window, count_padding=count_padding)
-
-    def avg_pool_backward(
-        self, gradient: Place, to: Layout, target: Place, from_: Layout, window: Sequence[Sequence[int]], *,
-        count_padding: bool, accumulate: bool,
-    ) -> None:  # fmt: skip
-        self._pool(
-            "spfde_avg_pool_backward", gradient, target, from_, to, window, count_padding=count_padding,
-            accumulate=accumulate,
-        )  # fmt: skip
-
-    def _pool(
-        self, kernel: str, source: Place, target: Place, input_: Layout, output: Layout,
-        window: Sequence[Sequence[int]], *, choice: Place | None = None, count_padding: bool = False,
-        accumulate: bool = False,
-    ) -> None:  # fmt: skip
+        Args:
+            kernel: which.
+            source, target: what is read and written.
+            window: its size, stride and padding.
+            choice: of a maximum the winners (int32, one a pixel and lane of the output): written, and read on the way
+                back.
+            count_padding: an average counts the padding.
+            accumulate: add to the target.
+        """
+        input_, output = (target, source) if kernel.endswith("backward") else (source, target)
         sizes = ((ctypes.c_int64 * 2)(*pair) for pair in window)
         self.call(
-            kernel, jobs.PoolJob, source, target, input_.c, output.c, *sizes, choice, count_padding, accumulate,
-            self.threads,
+            f"spfde_{kernel}", "PoolJob", source, target, input_.layout.c, output.layout.c, *sizes, choice,
+            count_padding, accumulate, self.threads,
         )  # fmt: skip
 
-    def global_pool(self, source: Place, layout: Layout, means: Place) -> None:
+    def global_pool(self, source: Buffer, means: Place) -> None:
         """Mean of each plane into a contiguous [N, C]."""
-        self.call("spfde_global_pool", jobs.GlobalPoolJob, source, layout.c, means, False, self.threads)
+        self.call("spfde_global_pool", "GlobalPoolJob", source, source.layout.c, means, False, self.threads)
 
-    def global_pool_backward(self, gradient: Place, target: Place, layout: Layout, *, accumulate: bool) -> None:
+    def global_pool_backward(self, gradient: Place, target: Buffer, *, accumulate: bool) -> None:
         """From a contiguous [N, C]."""
         self.call(
-            "spfde_global_pool_backward", jobs.GlobalPoolJob, target, layout.c, gradient, accumulate, self.threads
-        )
+            "spfde_global_pool_backward", "GlobalPoolJob", target, target.layout.c, gradient, accumulate, self.threads
+        )  # fmt: skip

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spfde.engines.native.structs import struct
+
 # Tokens lie like images of one row: so many vectors to a channel, lane after lane. What a tile reads of all channels is
 # then one piece of memory.
 TOKEN_COLUMNS = 8
@@ -24,12 +26,6 @@ _MOST_PASSES = 4  # forward passes after which a free buffer is given back
 def likely_lanes() -> int:
     """Lanes that the kernels will have on this processor; ``Kernels.lanes`` is what they have."""
     return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
-
-
-class CBlocked(ctypes.Structure):
-    """``Blocked`` of the kernels."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("groups", "channels", "height", "width", "halo", "batch", "span")]
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,9 @@ class Layout:
         return self.lead + self.groups * self.group
 
     @functools.cached_property
-    def c(self) -> CBlocked:
+    def c(self) -> ctypes.Structure:
         """As the kernels take it."""
-        return CBlocked(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.span)
+        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.span)
 
 
 class Pool:

@@ -1,4 +1,4 @@
-"""From a mask to the lists that the kernels walk: which weights there are, and where each of them reads.
+"""From a mask to the lists that the kernels schedule: which weights there are, and where each of them reads.
 
 A convolution has one list for its forward pass and the gradient of its weight, and for the gradient of its input one
 list for each residue of the input's rows and columns by the stride (one list in all at stride 1). All are compressed
@@ -17,19 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from spfde.engines.native.layout import Layout
+from spfde.engines.native.structs import struct
 
 _MOST = 2**31 - 1
-
-
-class CStructure(ctypes.Structure):
-    """``Structure`` of the kernels."""
-
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("chunks", ctypes.c_int64),
-        ("start", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-    ]
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class Entries:
     start: Tensor
     offset: Tensor
     origin: tuple[int, int]
-    c: CStructure
+    c: ctypes.Structure
 
     @property
     def n(self) -> int:
@@ -107,7 +97,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Structure:
+class WeightLists:
     """The lists of one convolution for one mask and one pair of layouts."""
 
     forward: Entries
@@ -116,7 +106,7 @@ class Structure:
 
 def build(
     geometry: Geometry, active: Tensor, strides: Sequence[int], source: Layout, target: Layout, *, chunk_bytes: int
-) -> Structure:
+) -> WeightLists:
     """Make the lists of a convolution.
 
     Args:
@@ -156,7 +146,7 @@ def build(
         start = torch.zeros(chunks * n_rows + 1, dtype=torch.int32)
         start[1:] = torch.bincount(key, minlength=chunks * n_rows).cumsum(0)
         where, offset = where[order].to(torch.int32), offset[order].to(torch.int32)
-        c = CStructure(n_rows, chunks, start.data_ptr(), offset.data_ptr())
+        c = struct("Entries")(n_rows, chunks, start.data_ptr(), offset.data_ptr())
         return Entries(where, start, offset, origin, c)
 
     forward = entries(out, geometry.out_channels, channel, dh, dw, source, None, (0, 0))
@@ -167,7 +157,7 @@ def build(
             keep = None if s == 1 else ((down % s == 0) & (right % s == 0)).nonzero(as_tuple=True)[0]
             rows = geometry.in_channels
             backward.append(entries(channel, rows, out, down // s, right // s, target, keep, (residue_h, residue_w)))
-    return Structure(forward, tuple(backward))
+    return WeightLists(forward, tuple(backward))
 
 
 def _sorted(keys: Tensor, n: int) -> Tensor:

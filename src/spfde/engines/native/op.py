@@ -35,7 +35,7 @@ def region(inputs: Sequence[Tensor], parameters: Sequence[Tensor], program: int)
 @region.register_fake
 def _(inputs: Sequence[Tensor], parameters: Sequence[Tensor], program: int) -> list[Tensor]:
     made = _PROGRAMS[program]
-    shapes, n_choices = made.outline.output_shapes, len(made.outline.pools_with_choice)
+    shapes, n_choices = made.plan.output_shapes, len(made.plan.pools_with_choice)
     kinds = [made.kernels.dtype] * (len(shapes) - n_choices) + [torch.int32] * n_choices
     return [inputs[0].new_empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
 
@@ -58,7 +58,7 @@ def region_backward(
     targets = [*inputs, *parameters]
     return [
         torch.zeros_like(target) if gradient is None else gradient
-        for target, gradient, wanted in zip(targets, found, made.outline.wanted, strict=True)
+        for target, gradient, wanted in zip(targets, found, made.plan.wanted, strict=True)
         if wanted
     ]
 
@@ -72,13 +72,13 @@ def _(
     program: int,
 ) -> list[Tensor]:
     targets = [*inputs, *parameters]
-    return [torch.empty_like(t) for t, wanted in zip(targets, _PROGRAMS[program].outline.wanted, strict=True) if wanted]
+    return [torch.empty_like(t) for t, wanted in zip(targets, _PROGRAMS[program].plan.wanted, strict=True) if wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, parameters, handle = inputs
     ctx.handle, ctx.program = handle, _PROGRAMS[handle]
-    ctx.n_outputs = len(ctx.program.outline.region.outputs)
+    ctx.n_outputs = len(ctx.program.plan.region.outputs)
     ctx.n_inputs, ctx.n_parameters = len(tensors), len(parameters)
     ctx.set_materialize_grads(False)
     # Parameters are saved so that a change in place before the backward pass is an error, as everywhere in PyTorch.
@@ -90,7 +90,7 @@ def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, Any, N
     n, m = ctx.n_inputs, ctx.n_inputs + ctx.n_parameters
     flowing = list(gradients[: ctx.n_outputs])
     found = iter(region_backward(flowing, list(tensors[m:]), list(tensors[:n]), list(tensors[n:m]), ctx.handle))
-    wanted = ctx.program.outline.wanted
+    wanted = ctx.program.plan.wanted
     each = [next(found) if is_wanted else None for is_wanted in wanted]
     return each[:n], each[n:], None
 

@@ -1,4 +1,4 @@
-"""One node of a traced model, as the kernels know it."""
+"""The operations that the kernels know, read from the nodes of a traced model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["conv", "linear", "norm", "act", "add", "max_pool", "avg_pool", "
 
 
 @dataclass(frozen=True)
-class Node:
+class Op:
     """One operation that the kernels know.
 
     Attributes:
@@ -34,14 +34,21 @@ class Node:
     options: Mapping[str, Any]
 
 
-_ACT_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
-_ACT_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
-    F.gelu: "gelu", "relu": "relu", "relu_": "relu",
+_ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu",
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
+    F.relu6: "relu6", F.silu: "silu", F.gelu: "gelu",
 }  # fmt: skip
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# Pools as functions, by the module that does the same. They differ in the order of what the kernels do not do.
+_POOLS: dict[Any, type[nn.Module]] = {
+    F.max_pool2d: nn.MaxPool2d,
+    torch.max_pool2d: nn.MaxPool2d,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
+}
 
 Shape = tuple[int, ...] | None
 
@@ -52,7 +59,7 @@ def read(
     reasons: Mapping[str, str],
     sparse: Collection[str],
     shape_of: Callable[[fx.Node], Shape],
-) -> Node | str | None:
+) -> Op | str | None:
     """The operation as the kernels know it; or why they do not, None where there is nothing to say about that.
 
     Args:
@@ -70,14 +77,16 @@ def read(
         return None
     if node.target in _ADDS:
         return _read_add(node)
-    if node.target in _ACT_FUNCTIONS:
-        return _read_act(node)
-    return _read_pool_function(node, shape_of)
+    if node.target in _ACTIVATIONS:
+        return _read_activation(node)
+    if node.target in ("mean", torch.mean):
+        return _read_mean(node)
+    return _read_pool_function(node, shape_of) if node.target in _POOLS else None
 
 
 def _read_module(
     node: fx.Node, model: nn.Module, sparse: Collection[str], shape_of: Callable[[fx.Node], Shape]
-) -> Node | str | None:
+) -> Op | str | None:
     name = str(node.target)
     module = model.get_submodule(name)
     kind = type(module)
@@ -86,18 +95,18 @@ def _read_module(
     source = node.args[0]
     if kind is nn.Conv2d:
         assert isinstance(module, nn.Conv2d)
-        return _conv_reason(module) or Node("conv", node.name, (source.name,), name, {})
+        return _conv_reason(module) or Op("conv", node.name, (source.name,), name, {})
     if kind is nn.Linear:
         is_sparse = f"{name}.weight" in sparse
-        return Node("linear", node.name, (source.name,), name, {}) if is_sparse else "its weight is not sparse"
+        return Op("linear", node.name, (source.name,), name, {}) if is_sparse else "its weight is not sparse"
     if kind is nn.BatchNorm2d:
-        return Node("norm", node.name, (source.name,), name, {})
-    if kind in _ACT_MODULES:
+        return Op("norm", node.name, (source.name,), name, {})
+    if kind in _ACTIVATIONS:
         if getattr(module, "approximate", "none") != "none":
             return "approximate"
-        return Node("act", node.name, (source.name,), name, {"act": _ACT_MODULES[kind]})
-    if kind in _POOLS:
-        return _read_pool_module(node, module, name, shape_of(source))
+        return Op("act", node.name, (source.name,), name, {"act": _ACTIVATIONS[kind]})
+    if kind in _POOLS.values():
+        return _read_pool(node, module, name, shape_of(source))
     return "drops at random" if kind in _DROPOUTS else None
 
 
@@ -111,7 +120,7 @@ def _conv_reason(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _read_pool_module(node: fx.Node, module: Any, name: str, shape: Shape) -> Node | str:
+def _read_pool(node: fx.Node, module: Any, name: str | None, shape: Shape) -> Op | str:
     assert isinstance(node.args[0], fx.Node)
     source = (node.args[0].name,)
     if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
@@ -123,20 +132,20 @@ def _read_pool_module(node: fx.Node, module: Any, name: str, shape: Shape) -> No
         return "ceil_mode"
     window = _window(module.kernel_size, module.stride, module.padding)
     if isinstance(module, nn.MaxPool2d):
-        if module.dilation not in (1, (1, 1)) or module.return_indices:
+        if _pair(module.dilation) != (1, 1) or module.return_indices:
             return "dilation or return_indices"
-        return Node("max_pool", node.name, source, name, window)
+        return Op("max_pool", node.name, source, name, window)
     if module.divisor_override is not None:
         return "divisor_override"
-    return Node("avg_pool", node.name, source, name, {**window, "count_include_pad": module.count_include_pad})
+    return Op("avg_pool", node.name, source, name, {**window, "count_include_pad": module.count_include_pad})
 
 
 def _adaptive(
     node: fx.Node, source: tuple[str, ...], name: str | None, *, is_max: bool, size: Any, shape: Shape
-) -> Node | str:
+) -> Op | str:
     """Adaptive pooling; where the size divides the image's, all windows are alike."""
-    if size in (1, (1, 1)) and not is_max:
-        return Node("global_pool", node.name, source, name, {"keepdim": True})
+    if _pair(size) == (1, 1) and not is_max:
+        return Op("global_pool", node.name, source, name, {"keepdim": True})
     if shape is None or len(shape) != 4:
         return f"reads {shape}"
     sizes = [n if wanted is None else wanted for n, wanted in zip(shape[2:], _pair(size), strict=True)]
@@ -144,10 +153,10 @@ def _adaptive(
         return f"its windows differ: {shape[2:]} to {tuple(sizes)}"
     kernel = tuple(n // wanted for n, wanted in zip(shape[2:], sizes, strict=True))
     options = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "size": tuple(sizes)}
-    return Node("max_pool" if is_max else "avg_pool", node.name, source, name, options)
+    return Op("max_pool" if is_max else "avg_pool", node.name, source, name, options)
 
 
-def _read_add(node: fx.Node) -> Node | None:
+def _read_add(node: fx.Node) -> Op | None:
     if (
         len(node.args) != 2
         or not all(isinstance(arg, fx.Node) for arg in node.args)
@@ -155,59 +164,36 @@ def _read_add(node: fx.Node) -> Node | None:
         or set(node.kwargs) - {"alpha"}
     ):
         return None
-    return Node("add", node.name, tuple(arg.name for arg in node.args if isinstance(arg, fx.Node)), None, {})
+    return Op("add", node.name, tuple(arg.name for arg in node.args if isinstance(arg, fx.Node)), None, {})
 
 
-def _read_act(node: fx.Node) -> Node | str | None:
+def _read_activation(node: fx.Node) -> Op | str | None:
     options = dict(node.kwargs)
     options.pop("inplace", None)
     if options.pop("approximate", "none") != "none":
         return "approximate"
     if options or not node.args or not isinstance(node.args[0], fx.Node) or len(node.args) > 2:
         return None
-    return Node("act", node.name, (node.args[0].name,), None, {"act": _ACT_FUNCTIONS[node.target]})
+    return Op("act", node.name, (node.args[0].name,), None, {"act": _ACTIVATIONS[node.target]})
 
 
-def _read_pool_function(node: fx.Node, shape_of: Callable[[fx.Node], Shape]) -> Node | str | None:
+def _read_mean(node: fx.Node) -> Op | None:
+    """A mean over the pixels of each image is a global pool."""
     args, options = node.args, dict(node.kwargs)
     if not args or not isinstance(args[0], fx.Node):
         return None
-    source = (args[0].name,)
-    if node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
-        size: Any = args[1] if len(args) == 2 else options.pop("output_size", 0) if len(args) == 1 else 0
-        if options or isinstance(size, fx.Node) or not size:
-            return None
-        is_max = node.target is F.adaptive_max_pool2d
-        return _adaptive(
-            node, source, None, is_max=is_max, size=tuple(size) if isinstance(size, list) else size,
-            shape=shape_of(args[0]),
-        )  # fmt: skip
-    if node.target in ("mean", torch.mean):
-        dim: Any = args[1] if len(args) > 1 else options.pop("dim", None)
-        keepdim = args[2] if len(args) > 2 else options.pop("keepdim", False)
-        if not options and isinstance(dim, (tuple, list)) and tuple(dim) in ((2, 3), (-2, -1), (3, 2), (-1, -2)):
-            return Node("global_pool", node.name, source, None, {"keepdim": bool(keepdim)})
+    dim: Any = args[1] if len(args) > 1 else options.pop("dim", None)
+    keepdim = args[2] if len(args) > 2 else options.pop("keepdim", False)
+    if options or not isinstance(dim, (tuple, list)) or tuple(dim) not in ((2, 3), (-2, -1), (3, 2), (-1, -2)):
         return None
-    if node.target in (F.max_pool2d, F.avg_pool2d, torch.max_pool2d):
-        return _read_window_function(node, source)
-    return None
+    return Op("global_pool", node.name, (args[0].name,), None, {"keepdim": bool(keepdim)})
 
 
-def _read_window_function(node: fx.Node, source: tuple[str, ...]) -> Node | str | None:
-    is_max = node.target is not F.avg_pool2d
-    names = ("kernel_size", "stride", "padding", "dilation" if is_max else "ceil_mode", "ceil_mode" if is_max else "_")
-    options = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    include = options.pop("count_include_pad", True)
-    if options.pop("ceil_mode", False) or options.pop("dilation", 1) not in (1, (1, 1), [1, 1]):
-        return "ceil_mode or dilation"
-    if options.pop("return_indices", False) or options.pop("divisor_override", None) is not None or "_" in options:
-        return "return_indices or divisor_override"
-    window = _window(options.pop("kernel_size"), options.pop("stride", None), options.pop("padding", 0))
-    if options or any(isinstance(value, fx.Node) for pair in window.values() for value in pair):
+def _read_pool_function(node: fx.Node, shape_of: Callable[[fx.Node], Shape]) -> Op | str | None:
+    source, *settings = node.args or (None,)
+    if not isinstance(source, fx.Node) or node.all_input_nodes != [source]:
         return None
-    return Node(
-        "max_pool" if is_max else "avg_pool", node.name, source, None, {**window, "count_include_pad": bool(include)}
-    )
+    return _read_pool(node, _POOLS[node.target](*settings, **node.kwargs), None, shape_of(source))
 
 
 def _window(kernel: Any, stride: Any, padding: Any) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spfde.engines.native.fusion import ConvStep
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.lists import Entries, Geometry, Structure, build
+from spfde.engines.native.lists import Entries, Geometry, WeightLists, build
 
 # What a tile's part of a chunk of the source may take. The first-level cache (32 KiB or more) should hold it beside the
 # lists themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a
@@ -22,8 +22,8 @@ _LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 150_000, 3_600
 _Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
 
 
-class Weights:
-    """Structures by convolution, built anew when the mask of a layer is another.
+class PackedWeights:
+    """Lists by convolution, built anew when the mask of a layer is another.
 
     Args:
         masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
@@ -37,7 +37,7 @@ class Weights:
         self, masks: Callable[[], Mapping[str, Tensor]], dense_gradients: Callable[[], frozenset[str]]
     ) -> None:
         self._masks, self._dense_gradients = masks, dense_gradients
-        self._built: dict[_Key, tuple[Tensor | None, Structure]] = {}
+        self._built: dict[_Key, tuple[Tensor | None, WeightLists]] = {}
         self._steps: dict[str, ConvStep] = {}
         self._dense: dict[_Key, Entries] = {}
         self._current: dict[str, Tensor] = {}
@@ -57,7 +57,7 @@ class Weights:
         dense = self._dense_gradients()
         return frozenset(name for name in convolutions if f"{name}.weight" in dense) if dense else frozenset()
 
-    def structure(self, step: ConvStep, source: Layout, target: Layout) -> Structure:
+    def lists_of(self, step: ConvStep, source: Layout, target: Layout) -> WeightLists:
         """The lists of a convolution for its current mask."""
         mask = self._current.get(f"{step.name}.weight")
         key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
@@ -70,22 +70,22 @@ class Weights:
         return have[1]
 
     def rebuild(self) -> None:
-        """Make every structure anew that was made so far."""
+        """Make every list anew that was made so far."""
         built, self._built = list(self._built), {}
         for name, _, _, source, target in built:
-            self.structure(self._steps[name], source, target)
+            self.lists_of(self._steps[name], source, target)
 
     def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
         """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
         if f"{step.name}.weight" not in self._dense_gradients():
-            return self.structure(step, source, target).forward
+            return self.lists_of(step, source, target).forward
         key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
         if key not in self._dense:
             everything = torch.ones_like(step.module.weight, dtype=torch.bool)
             self._dense[key] = self._build(step, everything, source, target).forward
         return self._dense[key]
 
-    def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> Structure:
+    def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> WeightLists:
         strides = step.module.weight.stride()
         if active.dim() == 2:
             active, strides = active[:, :, None, None], (*strides, 0, 0)

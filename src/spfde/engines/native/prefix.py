@@ -11,20 +11,21 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Precision = Literal["fp16", "int8"]
+from spfde.engines.prefix_cache import Precision, PrefixCache
+
 _LARGEST_HALF = 65504.0
 _MULTIPLE = (
     16  # batches that fill slots are a multiple of this, where they can be: fewer sizes to make kernels ready for
 )
 
 
-class PrefixCache:
+class OutputStore:
     """Values by slot; a slot is one variant of one sample.
 
     Args:
@@ -100,35 +101,29 @@ class CachedPrefix:
 
     Args:
         n_samples: of the data set.
-        variants: augmented variants of each sample, at most.
-        precision, folder: see ``PrefixCache``.
-        limit_bytes: of the cache; where it is too small for all variants there are fewer, and with room for none the
-            front is computed.
+        wanted: what is to be kept. Where its limit is too small for all variants there are fewer, and with room for
+            none the front is computed.
     """
 
-    def __init__(
-        self, n_samples: int, variants: int, precision: Precision, limit_bytes: int, folder: Path | None
-    ) -> None:
-        self.n_samples, self._wanted = n_samples, variants
-        self._precision: Precision = precision
-        self._limit, self._folder = limit_bytes, folder
-        self.cache: PrefixCache | None = None
-        self.variants = variants
+    def __init__(self, n_samples: int, wanted: PrefixCache) -> None:
+        self.n_samples, self._wanted = n_samples, wanted
+        self.store: OutputStore | None = None
+        self.variants = wanted.variants
 
     def clear(self) -> None:
         """Forget everything: the front is another one."""
-        if self.cache is not None:
-            self.cache.close()
-        self.cache, self.variants = None, self._wanted
+        if self.store is not None:
+            self.store.close()
+        self.store, self.variants = None, self._wanted.variants
 
-    def fit(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def make_room(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Take the place that the front's outputs need, for as many variants as the limit allows."""
-        if self.cache is None and self.variants:
-            each = PrefixCache.bytes_per_slot(shapes, self._precision) * self.n_samples
-            self.variants = min(self._wanted, self._limit // each)
+        wanted = self._wanted
+        if self.store is None and self.variants:
+            each = OutputStore.bytes_per_slot(shapes, wanted.precision) * self.n_samples
+            self.variants = min(wanted.variants, int(wanted.limit_gib * 2**30) // each)
             if self.variants:
-                slots = self.n_samples * self.variants
-                self.cache = PrefixCache(slots, shapes, self._precision, self._folder)
+                self.store = OutputStore(self.n_samples * self.variants, shapes, wanted.precision, wanted.folder)
 
     def __call__(self, samples: Tensor, variant: int, compute: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
         """The front's outputs for a batch.
@@ -138,13 +133,13 @@ class CachedPrefix:
             variant: which of each, below ``variants``.
             compute: gives the outputs of the samples at these positions of the batch.
         """
-        assert self.cache is not None, "fit() comes first"
+        assert self.store is not None, "make_room() comes first"
         slots = samples + variant * self.n_samples
-        have = self.cache.has(slots)
+        have = self.store.has(slots)
         missing = (~have).nonzero().flatten()
         if len(missing):
             # Computing some that are there already is cheaper than kernels made ready for every size of batch.
             more = min(-len(missing) % _MULTIPLE, len(samples) - len(missing))
             at = torch.cat([missing, have.nonzero().flatten()[:more]]).sort().values
-            self.cache.put(slots[at], compute(at))
-        return self.cache.get(slots)
+            self.store.put(slots[at], compute(at))
+        return self.store.get(slots)

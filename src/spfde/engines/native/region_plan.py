@@ -21,14 +21,12 @@ from torch import Tensor, nn
 
 from spfde.engines.native.fusion import (
     ConvStep,
+    FusedStep,
     GlobalPoolStep,
     PointStep,
     PoolStep,
-    Step,
     layouts_of,
     parameters_of,
-    reads,
-    writes,
 )
 from spfde.engines.native.graph import Region
 from spfde.engines.native.kernels import ROWS
@@ -40,7 +38,7 @@ AT_ONCE_BYTES = 3 << 20
 
 @dataclass(frozen=True)
 class Mode:
-    """What an outline is of.
+    """What a plan is for.
 
     Attributes:
         shapes: of the region's inputs, each [N, C, H, W].
@@ -55,12 +53,12 @@ class Mode:
     batch_norms: frozenset[int]
 
 
-class Outline:
-    """What of a region is needed.
+class RegionPlan:
+    """What of a region is needed for one mode.
 
     Args:
         region: what is computed.
-        steps: from ``steps_of``.
+        steps: from ``fuse``.
         mode: shapes and flags.
         lanes: images to a vector.
         dtype: of the numbers.
@@ -79,14 +77,16 @@ class Outline:
         convolutions: names.
     """
 
-    def __init__(self, region: Region, steps: Sequence[Step], mode: Mode, *, lanes: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int, dtype: torch.dtype
+    ) -> None:
         self.region, self.steps, self.mode, self.dtype = region, tuple(steps), mode, dtype
         self.layouts = layouts_of(region, steps, mode.shapes, lanes)
         self.needs_grad = self._needs_grad()
         self.parameters = parameters_of(steps)
-        self._uses = Counter(value for step in self.steps for value in reads(step))
+        self._uses = Counter(value for step in self.steps for value in step.reads)
         self._uses.update(region.outputs)
-        self.maker = {writes(step): step for step in self.steps}
+        self.maker = {step.writes: step for step in self.steps}
         self.batch_readers = {step.y: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
         self.fused = self._find_fused()
         self.saved_names = self._find_saved()
@@ -94,7 +94,7 @@ class Outline:
         self.front, self.images_at_once = self._find_front()
         self.uses_in_front = self._count_uses(self.front)
         self.uses_after_front = self._count_uses(self.steps[len(self.front) :])
-        made = [*region.inputs, *(writes(step) for step in self.front)]
+        made = [*region.inputs, *(step.writes for step in self.front)]
         self.handed_on = tuple(name for name in made if self.front and self.uses_after_front[name])
         self.convolutions = tuple(step.name for step in self.steps if isinstance(step, ConvStep))
         self._layouts_of: dict[int, dict[str, Layout]] = {}
@@ -129,12 +129,7 @@ class Outline:
     def _needs_grad(self) -> dict[str, bool]:
         needs = dict(zip(self.region.inputs, self.mode.wants, strict=True))
         for step in self.steps:
-            own: tuple[Tensor | None, ...] = ()
-            if isinstance(step, ConvStep):
-                own = (step.module.weight, step.module.bias)
-            elif isinstance(step, PointStep) and step.norm is not None:
-                own = (step.norm.weight, step.norm.bias)
-            needs[writes(step)] = any(needs[value] for value in reads(step)) or any(map(self.trains, own))
+            needs[step.writes] = any(needs[value] for value in step.reads) or any(map(self.trains, step.parameters))
         return needs
 
     def _find_fused(self) -> dict[str, PointStep]:
@@ -152,7 +147,7 @@ class Outline:
         """Names of the values that the backward pass reads."""
         saved: dict[str, None] = {}
         for step in self.steps:
-            if not self.needs_grad[writes(step)]:
+            if not self.needs_grad[step.writes]:
                 continue
             if isinstance(step, PointStep):
                 scaled = step.norm is not None and (self.uses_batch(step) or self.trains(step.norm.weight))
@@ -164,25 +159,25 @@ class Outline:
                 saved[step.x] = None
         return tuple(saved)
 
-    def _find_front(self) -> tuple[tuple[Step, ...], int]:
+    def _find_front(self) -> tuple[tuple[FusedStep, ...], int]:
         """The leading steps that can run for some images at a time, and for how many at once; none for few images."""
         if self.region.is_tokens:
             return (), 0
         front = tuple(itertools.takewhile(self._is_free, self.steps))
-        names = {name for step in front for name in (*self.reads(step), writes(step)) if name in self.layouts}
+        names = {name for step in front for name in (*self.reads(step), step.writes) if name in self.layouts}
         largest = max((self.layouts[name] for name in names), key=lambda layout: layout.group, default=None)
         if largest is None:
             return (), 0
         groups = max(1, AT_ONCE_BYTES // (largest.group * self.dtype.itemsize))
         return (front if groups < largest.groups else ()), groups * largest.lanes
 
-    def _is_free(self, step: Step) -> bool:
+    def _is_free(self, step: FusedStep) -> bool:
         """Does nothing of the step tie the images of a batch together, or wait for the backward pass?"""
         if isinstance(step, ConvStep) and step.y in self.batch_readers:
             return False
-        return not self.needs_grad[writes(step)] and not (isinstance(step, PointStep) and self.uses_batch(step))
+        return not self.needs_grad[step.writes] and not (isinstance(step, PointStep) and self.uses_batch(step))
 
-    def reads(self, step: Step) -> tuple[str, ...]:
+    def reads(self, step: FusedStep) -> tuple[str, ...]:
         """What the step reads when its turn comes: a fused convolution runs at the turn of its pixelwise step."""
         if isinstance(step, ConvStep) and step.y in self.fused:
             return ()
@@ -190,11 +185,11 @@ class Outline:
             conv = self.maker[step.y]
             assert isinstance(conv, ConvStep)
             return (conv.x,) if step.residual is None else (conv.x, step.residual)
-        return reads(step)
+        return step.reads
 
-    def _count_uses(self, steps: Sequence[Step]) -> Counter[str]:
+    def _count_uses(self, steps: Sequence[FusedStep]) -> Counter[str]:
         """How often these steps read each value; that one of theirs leaves the region counts too."""
-        made = {writes(step) for step in steps}
+        made = {step.writes for step in steps}
         uses = Counter(value for step in steps for value in self.reads(step))
         uses.update(name for name in self.region.outputs if name in made)
         return uses

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spfde.core.torch_private import lerp_each_, multiply_each
 from spfde.engines.native import op
-from spfde.engines.native.fusion import ConvStep, PointStep, Step, Unsupported
+from spfde.engines.native.fusion import FusedStep, PointStep, Unsupported, parameters_of
 from spfde.engines.native.graph import Region
 from spfde.engines.native.kernels import MEAN, VARIANCE, Kernels
 from spfde.engines.native.layout import Pool
-from spfde.engines.native.packed import Weights
+from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.program import Program
-from spfde.engines.native.region_plan import Mode, Outline
+from spfde.engines.native.region_plan import Mode, RegionPlan
 
 _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
 
@@ -25,16 +26,21 @@ class RegionRunner(nn.Module):
     """A region in the place of the modules that it computes."""
 
     def __init__(
-        self, region: Region, steps: Sequence[Step], plain: nn.Module, kernels: Kernels, pool: Pool, weights: Weights
+        self,
+        region: Region,
+        steps: Sequence[FusedStep],
+        plain: nn.Module,
+        kernels: Kernels,
+        pool: Pool,
+        weights: PackedWeights,
     ) -> None:
         super().__init__()
         self._region, self._steps, self._plain = region, tuple(steps), plain
         self._kernels, self._pool, self._weights = kernels, pool, weights
         self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
-        owners = [*(step.module for step in steps if isinstance(step, ConvStep)), *self._norms]
-        self._own: list[Tensor] = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
+        self._trainable = parameters_of(steps)
         statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
-        self._own += [kept for kept in statistics if kept is not None]
+        self._own = [*self._trainable, *(kept for kept in statistics if kept is not None)]
         self._version = weights.version
         self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
 
@@ -54,9 +60,9 @@ class RegionRunner(nn.Module):
             found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
             return found
         with torch.autocast("cpu", enabled=False):
-            values = op.region(list(inputs), list(program.outline.parameters), handle)
+            values = op.region(list(inputs), list(program.plan.parameters), handle)
         n = len(self._region.outputs)
-        self._track(program.outline, values[n])
+        self._track(program.plan, values[n])
         return values[0] if n == 1 else tuple(values[:n])
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
@@ -76,9 +82,9 @@ class RegionRunner(nn.Module):
         mode = self._mode(inputs)
         if mode not in self._programs:
             kernels = self._kernels
-            outline = Outline(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
-            _check_batches(outline)
-            program = Program(outline, weights=self._weights, kernels=kernels, pool=self._pool)
+            plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
+            _check_batches(plan)
+            program = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
             self._programs[mode] = (program, op.register(program))
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
@@ -94,24 +100,18 @@ class RegionRunner(nn.Module):
 
     def _mode(self, inputs: Sequence[Tensor]) -> Mode:
         with_gradients = torch.is_grad_enabled()
-        trains: set[int] = set()
-        if with_gradients:
-            for step in self._steps:
-                for module in (getattr(step, "module", None), getattr(step, "norm", None)):
-                    if module is not None:
-                        trains.update(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
         return Mode(
             tuple(tuple(tensor.shape) for tensor in inputs),
             tuple(with_gradients and tensor.requires_grad for tensor in inputs),
-            frozenset(trains),
+            frozenset(id(p) for p in self._trainable if with_gradients and p.requires_grad),
             frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
         )
 
-    def _track(self, outline: Outline, table: Tensor) -> None:
+    def _track(self, plan: RegionPlan, table: Tensor) -> None:
         """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
         alike: dict[tuple[float, int], list[tuple[Tensor, Tensor, slice]]] = defaultdict(list)
         with torch.no_grad():
-            for norm, where, count in outline.norms:
+            for norm, where, count in plan.norms:
                 mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
                 if norm.training and norm.track_running_stats and mean is not None:
                     assert variance is not None
@@ -122,13 +122,13 @@ class RegionRunner(nn.Module):
             for (share, count), norms in alike.items():
                 means, variances, at = zip(*norms, strict=True)
                 # A norm that is used twice is there twice, so its statistics must move in one go each time.
-                torch._foreach_lerp_(means, [table[MEAN, where] for where in at], share)
+                lerp_each_(means, [table[MEAN, where] for where in at], share)
                 # The unbiased variance, as PyTorch keeps it.
-                new = torch._foreach_mul([table[VARIANCE, where] for where in at], count / (count - 1))
-                torch._foreach_lerp_(variances, new, share)
+                new = multiply_each([table[VARIANCE, where] for where in at], count / (count - 1))
+                lerp_each_(variances, new, share)
 
 
-def _check_batches(outline: Outline) -> None:
-    for norm, _, count in outline.norms:
+def _check_batches(plan: RegionPlan) -> None:
+    for norm, _, count in plan.norms:
         if count <= 1 and norm.training:
             raise Unsupported("normalises by a batch of one number")

@@ -1,6 +1,6 @@
 """Calls of kernels, written down once and played in one call as often as nothing about them changes.
 
-A way through a region is some hundred kernels of a few hundred microseconds each; asking Python about each of them, in
+A pass through a region is some hundred kernels of a few hundred microseconds each; asking Python about each of them, in
 every pass, took a tenth of a step. What is another memory in each pass (inputs, outputs, buffers) is written down as a
 place: so many bytes into whatever a slot holds then.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spfde.engines.native.layout import Layout, Pool
+from spfde.engines.native.structs import struct
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -36,6 +37,18 @@ class Place:
     def after(self, n_bytes: int) -> Place:
         """The place so many bytes further on."""
         return Place(self.slot, self.offset + n_bytes, self._lease)
+
+
+class Buffer(Place):
+    """A place where a value lies, blocked as its layout says."""
+
+    def __init__(self, slot: int, offset: int, layout: Layout, lease: object = None) -> None:
+        super().__init__(slot, offset, lease)
+        self.layout = layout
+
+    def part(self, layout: Layout, n_bytes: int) -> Buffer:
+        """What lies so many bytes further on, blocked in another way."""
+        return Buffer(self.slot, self.offset + n_bytes, layout, self._lease)
 
 
 class _Lease:
@@ -98,27 +111,33 @@ class Tape:
             self._given[key] = self._new_slot()
         return Place(self._given[key], 0)
 
+    def given_buffer(self, key: Hashable, layout: Layout) -> Buffer:
+        """The same, of what is blocked like that."""
+        return Buffer(self.given(key).slot, 0, layout)
+
     def is_given(self, key: Hashable) -> bool:
         """Does anything read or write what would be given under this key?"""
         return key in self._given
 
-    def take(self, layout: Layout) -> Place:
+    def take(self, layout: Layout) -> Buffer:
         """A buffer of this layout; pixels hold anything, all else is zero."""
-        return self._take(layout, layout)
+        slot, lease = self._take(layout, layout)
+        return Buffer(slot, 0, layout, lease)
 
     def take_flat(self, numel: int, dtype: torch.dtype | None = None) -> Place:
         """Room for so many numbers that holds anything; sizes of the usual type are rounded up, to be shared."""
         key = (1 << max(0, numel - 1).bit_length(), self.dtype) if dtype is None else (numel, dtype)
-        return self._take(key, key)
+        slot, lease = self._take(key, key)
+        return Place(slot, 0, lease)
 
-    def _take(self, key: Hashable, piece: Layout | tuple[int, torch.dtype]) -> Place:
+    def _take(self, key: Hashable, piece: Layout | tuple[int, torch.dtype]) -> tuple[int, _Lease]:
         shelf = self._shelves[key]
         if shelf:
             slot = shelf.pop()
         else:
             slot = self._new_slot()
             self._pieces[slot] = piece
-        return Place(slot, 0, _Lease(slot, shelf))
+        return slot, _Lease(slot, shelf)
 
     def _new_slot(self) -> int:
         self._n_slots += 1
@@ -126,15 +145,15 @@ class Tape:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def call(self, kernel: str, job_type: type[ctypes.Structure], *values: object) -> None:
+    def call(self, kernel: str, job: str, *values: object) -> None:
         """One more job.
 
         Args:
             kernel: its name in the library.
-            job_type: what it is told.
+            job: name of the structure that it is told.
             values: of the fields. In the place of a pointer a Place, or a tensor that stays where it is.
         """
-        at = len(self._jobs)
+        at, job_type = len(self._jobs), struct(job)
         fields: list[object] = []
         for (name, *_), value in zip(job_type._fields_, values, strict=True):
             if isinstance(value, Place):

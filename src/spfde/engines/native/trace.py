@@ -18,16 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.engines.native.guards import is_same, signature
+from spfde.core.torch_private import (
+    HOOKS,
+    MODULES,
+    FakeTensorMode,
+    NormBase,
+    TorchDispatchMode,
+    plain_kernels,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+    version_of,
+)
+from spfde.engines.native.guards import guards_of, is_same
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
-from spfde.model.trace import fake_copy, like_the_model, plain_kernels
+from spfde.model.trace import fake_copy, like_the_model
 
 
 @dataclass(frozen=True)
@@ -137,14 +145,13 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _own_reason(module: nn.Module) -> str | None:
     """Why a module does not compute what its class says, or has someone watch it."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name, None) for name in hooks):
+    if any(getattr(module, name, None) for name in HOOKS):
         return "has hooks"
     if _has_own_forward(module):
         return "has a forward of its own"
     if parametrize.is_parametrized(module):
         return "is parametrized"
-    if isinstance(module, _NormBase) and not type(module).__module__.startswith("torch.nn"):
+    if isinstance(module, NormBase) and not type(module).__module__.startswith("torch.nn"):
         # It would be found to write its statistics: one whole trace for each norm of the model.
         return "keeps statistics by a forward of its own"
     return None
@@ -251,13 +258,13 @@ def _generators_of_python() -> tuple[Any, ...]:
 
 def _state(module: nn.Module) -> list[Any]:
     """What of a module itself, not of those inside it, may change in a pass."""
-    found = signature(module, opaque=set(module.children()))
+    found = guards_of(module, opaque=set(module.children()))
     for value in vars(module).values():
         if isinstance(value, Tensor):
-            found.append(value._version)
+            found.append(version_of(value))
         elif isinstance(value, torch.Generator):
             found.append(value.get_state().numpy().tobytes().hex())
-        elif type(value) in (list, dict, set) and value is not module._modules:
+        elif type(value) in (list, dict, set) and value is not vars(module)[MODULES]:
             found.append(len(value))
             found.extend(value.values() if isinstance(value, dict) else value)
     return found
@@ -269,7 +276,7 @@ def _drop_unneeded(graph: fx.Graph, modules: Mapping[str, nn.Module], leaves: Ma
             return True
         # The user's own modules may do more than return something, and norms count what they see.
         name = str(node.target)
-        return node.op == "call_module" and (name in leaves or isinstance(modules[name], _NormBase))
+        return node.op == "call_module" and (name in leaves or isinstance(modules[name], NormBase))
 
     graph.eliminate_dead_code(is_needed)
 
@@ -301,16 +308,16 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         sources = [(node, value) for node in n.all_input_nodes for value in _tensors(self.env[node])]
-        versions = [value._version for _, value in sources]
+        before = [version_of(value) for _, value in sources]
         self.draws.seen = False
         is_opaque = n.op == "call_module" and n.target in self.leaves
         drawn = _generators_of_python() if is_opaque else ()
         result = super().run_node(n)
-        writes = [node for (node, value), version in zip(sources, versions, strict=True) if value._version != version]
+        writes = [node for (node, value), then in zip(sources, before, strict=True) if version_of(value) != then]
         tensors = _tensors(result)
         self.facts[n] = Fact(
             tuple(result.shape) if isinstance(result, Tensor) and result.is_floating_point() else None,
-            frozenset(tensor.untyped_storage()._cdata for tensor in tensors),
+            frozenset(storage_id(tensor) for tensor in tensors),
             tuple(dict.fromkeys(writes)),
             next((node for node, value in sources if value is result), None),
             self.draws.seen or (is_opaque and drawn != _generators_of_python()),
@@ -326,7 +333,7 @@ def _run(
         default = node.args[0] if node.args else None
         given.append(args[position] if position < len(args) else kwargs.get(str(node.target), default))
     for module in twin.modules():
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             module.training = False  # a sample of one image has no statistics
     draws = _Draws()
     interpreter = _Interpreter(twin, graph, leaves, draws)

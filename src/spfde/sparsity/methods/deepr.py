@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from spfde.core.registry import register
+from spfde.core.state import check_entries
 from spfde.sparsity import mutation
 from spfde.sparsity.methods.base import SparsityMethod
+from spfde.sparsity.schedule import MaskPlan
+from spfde.sparsity.strategy import Strategy
+from spfde.sparsity.weight import MaskedWeight
+
+if TYPE_CHECKING:
+    from spfde.sparsity.masker import Masker
 
 
+@register("method")
 class DeepR(SparsityMethod):
     """Every weight keeps its sign; one that would cross zero goes dormant, and a random dormant one wakes up.
 
@@ -26,27 +36,73 @@ class DeepR(SparsityMethod):
         l1: penalty on the magnitude of active weights, per unit of learning rate.
         noise: standard deviation of the noise, per unit of learning rate. The paper's temperature is
             ``learning_rate * noise**2 / 2``. Both defaults are those of the authors' MNIST script.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.DeepR(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "deepr"
     summary: ClassVar[str] = "Rewires at every step: a weight that crosses zero gives way to a random one."
     cost: ClassVar[str] = "3 sparse passes a step"
     references: ClassVar[tuple[str, ...]] = ("bellec2018deep",)
-    groups_units: ClassVar[bool] = False
-    rewires: ClassVar[bool] = True
-    changes_every_step: ClassVar[bool] = True
+    structured: ClassVar[bool] = False
 
     l1: Annotated[float, Field(ge=0.0)] = 1e-5
     noise: Annotated[float, Field(ge=0.0)] = 1e-5
 
-    def rewire(
-        self, weight: Tensor, mask: Tensor, negative: Tensor, *, learning_rate: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        return mutation.rewire(
-            weight,
-            mask,
-            negative,
-            shrink=learning_rate * self.l1,
-            noise=learning_rate * self.noise,
-            generator=generator,
-        )
+    def strategy(self, masker: Masker) -> Rewiring:
+        return Rewiring(masker, l1=self.l1, noise=self.noise)
+
+
+class Rewiring(Strategy):
+    """DEEP R's step after the optimizer's: penalty, noise, and who crosses zero gives way.
+
+    Args:
+        masker: see ``Strategy``.
+        l1, noise: see ``DeepR``.
+    """
+
+    changes_every_step = True
+
+    def __init__(self, masker: Masker, *, l1: float, noise: float) -> None:
+        super().__init__(masker)
+        self._l1, self._noise = l1, noise
+        self._is_over = False
+        self._negative: dict[str, Tensor] = {}
+
+    def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
+        self._is_over = plan.last
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+        # Nothing moves a weight that has no gradient (a frozen one).
+        if not self._is_over and gradient is not None:
+            self._negative[layer.name] = torch.signbit(layer.parameter.detach())
+
+    def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
+        negative = self._negative.pop(layer.name, None)
+        if negative is not None and not was_skipped:
+            learning_rate = float(self.masker.group_of(layer)["lr"])
+            weight, mask = mutation.rewire(
+                layer.parameter.detach(),
+                layer.mask,
+                negative,
+                shrink=learning_rate * self._l1,
+                noise=learning_rate * self._noise,
+                generator=self.masker.generator,
+            )
+            layer.parameter.detach().copy_(weight)
+            layer.set_mask(mask, layer.active)
+            layer.note_explored()
+        super().after_step(layer, was_skipped=was_skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_over": self._is_over}
+
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        check_entries(state, "the rewiring", {"is_over": bool})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._is_over = state["is_over"]

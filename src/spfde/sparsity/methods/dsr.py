@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from spfde.core.numbers import round_half_up
-from spfde.sparsity.distribution import apportion
-from spfde.sparsity.methods.base import Fraction, LayerView, SparsityMethod, Turnover
+from spfde.core.registry import register
+from spfde.sparsity.criteria import Random
+from spfde.sparsity.methods.base import Fraction, SparsityMethod
+from spfde.sparsity.redistribution import LayerView, Redistribution, Turnover, share_out
+
+if TYPE_CHECKING:
+    from spfde.sparsity.masker import Masker
 
 
+@register("method")
 class DSR(SparsityMethod):
     """One threshold for all layers decides what is dropped; what grows goes to layers by the weights that they keep.
 
@@ -26,13 +32,18 @@ class DSR(SparsityMethod):
         tolerance: how far from it the number may lie before the threshold adapts, in share of it.
         threshold: magnitude below which weights are dropped at the first mutation.
         stop_fraction: share of the run after which the masks stay, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.DSR(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "dsr"
     summary: ClassVar[str] = "Drops below one adaptive threshold and grows at random where layers kept more."
     cost: ClassVar[str] = "3 sparse passes a step; density moves between layers"
     references: ClassVar[tuple[str, ...]] = ("mostafa2019parameter",)
-    allots: ClassVar[bool] = True
     counts_known: ClassVar[bool] = False
 
     drop_fraction: Fraction = 0.1
@@ -40,13 +51,21 @@ class DSR(SparsityMethod):
     threshold: Annotated[float, Field(gt=0.0)] = 1e-3
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
-    def drop_fraction_at(self, progress: float) -> float:
-        return self.drop_fraction if progress < self.stop_fraction else 0.0
+    @property
+    def varies_counts(self) -> bool:
+        return True
 
-    def allot(
-        self, layers: Sequence[LayerView], *, progress: float, memory: MutableMapping[str, float]
-    ) -> list[Turnover]:
-        wanted = round_half_up(self.drop_fraction_at(progress) * sum(layer.active for layer in layers))
+    def mutates_at(self, progress: float) -> bool:
+        return 0.0 < progress < self.stop_fraction and self.drop_fraction > 0.0
+
+    def strategy(self, masker: Masker) -> Redistribution:
+        return Redistribution(masker, allot=self.allot, grow=Random())
+
+    def allot(self, layers: Sequence[LayerView], progress: float, memory: MutableMapping[str, float]) -> list[Turnover]:
+        """How many units each layer keeps and then holds; see ``Redistribution``."""
+        wanted = round_half_up(
+            (self.drop_fraction if progress < self.stop_fraction else 0.0) * sum(layer.active for layer in layers)
+        )
         if not wanted:
             return [(layer.active, layer.active) for layer in layers]
         threshold = memory.get("threshold", self.threshold)
@@ -58,12 +77,3 @@ class DSR(SparsityMethod):
             threshold /= 2.0
         memory["threshold"] = threshold
         return share_out(layers, keep, claims=[float(kept) for kept in keep])
-
-
-def share_out(layers: Sequence[LayerView], keep: Sequence[int], *, claims: Sequence[float]) -> list[Turnover]:
-    """Give what all layers dropped together back to them, in proportion to ``claims``."""
-    names = [str(index) for index in range(len(layers))]
-    room = {name: layer.n_units - kept for name, layer, kept in zip(names, layers, keep, strict=True)}
-    dropped = sum(layer.active - kept for layer, kept in zip(layers, keep, strict=True))
-    grown = apportion(dict(zip(names, claims, strict=True)), room, dropped)
-    return [(kept, kept + grown[name]) for name, kept in zip(names, keep, strict=True)]

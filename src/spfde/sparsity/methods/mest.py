@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from spfde.core.numbers import steps
-from spfde.sparsity import mutation
-from spfde.sparsity.methods.base import Fraction, Gradients, SparsityMethod
+from spfde.core.registry import register
+from spfde.sparsity.criteria import Criterion, Magnitude, MagnitudePlusGradient, Random
+from spfde.sparsity.methods.base import Fraction
+from spfde.sparsity.methods.drop_grow import DropGrow
 
 
-class MEST(SparsityMethod):
+@register("method")
+class MEST(DropGrow):
     """Elastic mutation (EM), and with a soft memory bound EM&S.
 
     With the soft bound a layer trains above its target density and is pruned back to it, then regrown, at each update
@@ -29,13 +31,25 @@ class MEST(SparsityMethod):
         drop_steps: share of the target's active weights dropped at an update epoch, by stage (EM only).
         decay_at: progress at which the next stage starts; one fewer than stages.
         gradient_weight: λ in the importance |w| + λ|g|; 0 in the released code.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.9, soft_bound=False))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "mest"
     summary: ClassVar[str] = "Elastic mutation with a soft memory bound; no dense gradient, ever."
     cost: ClassVar[str] = "3 sparse passes a step, at the soft bound's density"
     references: ClassVar[tuple[str, ...]] = ("yuan2021mest",)
-    keeps_counts_with: ClassVar[str] = "soft_bound=False"
+    _count_remedy: ClassVar[str] = "Use soft_bound=False, or another method, such as set or rigl."
+
+    drop: ClassVar[Criterion] = Magnitude()  # type: ignore[misc]  # no field: fixed
+    grow: ClassVar[Criterion] = Random()  # type: ignore[misc]  # no field: fixed
+    drop_fraction: ClassVar[float] = 0.0  # type: ignore[misc]  # no field: fixed
+    decay: ClassVar[str] = "constant"  # type: ignore[misc]  # no field: fixed
+    stop_fraction: ClassVar[float] = 1.0  # type: ignore[misc]  # no field: fixed
 
     soft_bound: bool = True
     soft_bound_steps: tuple[Fraction, ...] = (0.05, 0.025, 0.0)
@@ -53,8 +67,10 @@ class MEST(SparsityMethod):
         return self
 
     @property
-    def gradients(self) -> Gradients:
-        return "active" if self.gradient_weight > 0.0 else "none"
+    def drop_criterion(self) -> Criterion:
+        if self.gradient_weight == 0.0:
+            return Magnitude()
+        return MagnitudePlusGradient(gradient_weight=self.gradient_weight)
 
     def drop_fraction_at(self, progress: float) -> float:
         return 0.0 if self.soft_bound else steps(progress, self.drop_steps, self.decay_at)
@@ -65,9 +81,3 @@ class MEST(SparsityMethod):
 
     def excess_at(self, progress: float) -> float:
         return steps(progress, self.soft_bound_steps, self.decay_at) if self.soft_bound else 0.0
-
-    def drop_score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        if self.gradient_weight == 0.0:
-            return mutation.magnitude(weight)
-        assert gradient is not None, "the importance |w| + λ|g| needs the gradient"
-        return mutation.magnitude_plus_gradient(weight, gradient, self.gradient_weight)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.core.numbers import round_half_up
+from spfde.core.registry import register
 from spfde.model.sample import Sample, unwrap
 from spfde.sparsity import saliency
 from spfde.sparsity.methods.base import SparsityMethod
@@ -27,6 +28,10 @@ class PruningAtInitialisation(SparsityMethod):
 
     Attributes:
         n_batches: batches of the loader that are scored.
+
+    Example:
+        >>> isinstance(spfde.SNIP(sparsity=0.9), spfde.sparsity.PruningAtInitialisation)
+        True
     """
 
     cost: ClassVar[str] = "3 sparse passes a step, and 3 dense ones for each sample that is scored"
@@ -125,6 +130,7 @@ class PruningAtInitialisation(SparsityMethod):
             raise InvalidArgument(Problem("sparsity", type(self).__name__, rule, remedy))
 
 
+@register("method")
 class SNIP(PruningAtInitialisation):
     """Keep the weights to which the loss is most sensitive: the highest ``|w * g|`` of all layers together.
 
@@ -134,6 +140,12 @@ class SNIP(PruningAtInitialisation):
 
     Attributes:
         n_batches: batches of the loader whose gradients are added up; one in the paper.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SNIP(sparsity=0.9, n_batches=4))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "snip"
@@ -142,9 +154,9 @@ class SNIP(PruningAtInitialisation):
 
     n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 1
 
-    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
+    def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
         """Three forward passes' worth a sample, as a training step."""
-        return 3 * forward_flops_per_sample * samples
+        return 3 * forward_flops * min(samples, self.n_batches * batch_size)
 
     def _scores(
         self,
@@ -158,6 +170,7 @@ class SNIP(PruningAtInitialisation):
         return saliency.connection_sensitivity(model, weights, batches, loss)
 
 
+@register("method")
 class GraSP(PruningAtInitialisation):
     """Keep the weights without which the gradient would shrink most: the highest ``w * Hg`` of all layers together.
 
@@ -170,6 +183,12 @@ class GraSP(PruningAtInitialisation):
     Attributes:
         n_batches: batches of the loader that are scored, about 10 samples a class of CIFAR-10 or more.
         temperature: divides the model's output, which makes the softmax flat; 1 leaves it alone.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.GraSP(sparsity=0.9, n_batches=4))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "grasp"
@@ -181,13 +200,13 @@ class GraSP(PruningAtInitialisation):
     n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 8
     temperature: Annotated[float, Field(gt=0.0, description="a positive number")] = 200.0
 
-    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
+    def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
         """Twelve forward passes' worth a sample: two gradients at three, and the derivative of the second at six.
 
         That derivative differentiates the two products of the backward pass, each by two factors, and the product of
         the forward pass once more by both of its factors.
         """
-        return 12 * forward_flops_per_sample * samples
+        return 12 * forward_flops * min(samples, self.n_batches * batch_size)
 
     def _scores(
         self,
@@ -201,6 +220,7 @@ class GraSP(PruningAtInitialisation):
         return saliency.gradient_flow(model, weights, batches, loss, temperature=self.temperature)
 
 
+@register("method")
 class SynFlow(PruningAtInitialisation):
     """Keep the weights that carry most of the flow through the network, pruning a little at a time; needs no data.
 
@@ -212,6 +232,12 @@ class SynFlow(PruningAtInitialisation):
     Attributes:
         n_batches: no data: 0.
         iterations: rounds of scoring and pruning.
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SynFlow(sparsity=0.9, iterations=20))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "synflow"
@@ -224,9 +250,9 @@ class SynFlow(PruningAtInitialisation):
     n_batches: Annotated[int, Field(ge=0, le=0, description="0, for SynFlow looks at no data")] = 0
     iterations: Annotated[int, Field(ge=1, description="a number of rounds, at least 1")] = 100
 
-    def scoring_flops(self, forward_flops_per_sample: int, samples: int) -> int:
-        """Three forward passes' worth a round on one sample, whatever ``samples`` is."""
-        return 3 * forward_flops_per_sample * (1 if self.structure.fixed_count else self.iterations)
+    def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
+        """Three forward passes' worth a round on one sample, whatever there is."""
+        return 3 * forward_flops * (1 if self.structure.fixed_count else self.iterations)
 
     def rounds(self, units: int, total: int) -> list[int]:
         """``total * (units / total) ** (k / iterations)`` units after round ``k``, counted from 1."""

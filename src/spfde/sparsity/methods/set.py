@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
+from spfde.core.registry import register
+from spfde.sparsity.criteria import Criterion, Magnitude, Random
+from spfde.sparsity.methods.drop_grow import DropGrow
 
-from spfde.core.numbers import cosine
-from spfde.sparsity.methods.base import Fraction, SparsityMethod
 
-
-class SET(SparsityMethod):
+@register("method")
+class SET(DropGrow):
     """Drop the smallest weights, grow as many at random.
 
     Departures: by magnitude, as most re-implementations, where the paper drops the weights next to zero on each side;
@@ -20,19 +20,18 @@ class SET(SparsityMethod):
         drop_fraction: share of the active weights dropped at the first mutation, in [0, 1).
         decay: "cosine" to zero at ``stop_fraction``, or "constant" until then.
         stop_fraction: share of the run after which the mask stays, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.9, drop_fraction=0.2))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "set"
     summary: ClassVar[str] = "Drops the smallest weights and grows random ones."
     references: ClassVar[tuple[str, ...]] = ("mocanu2018set",)
 
-    drop_fraction: Fraction = 0.3
-    decay: Literal["cosine", "constant"] = "cosine"
-    stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-
-    def drop_fraction_at(self, progress: float) -> float:
-        if progress >= self.stop_fraction:
-            return 0.0
-        if self.decay == "constant":
-            return self.drop_fraction
-        return cosine(progress / self.stop_fraction, self.drop_fraction)
+    drop: ClassVar[Criterion] = Magnitude()  # type: ignore[misc]  # no field: fixed
+    grow: ClassVar[Criterion] = Random()  # type: ignore[misc]  # no field: fixed
+    soft_bound: ClassVar[float] = 0.0  # type: ignore[misc]  # no field: fixed

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from spfde.core.numbers import cosine, round_half_up
-from spfde.sparsity import mutation
-from spfde.sparsity.methods.base import Fraction, Gradients, LayerView, SparsityMethod, Turnover
-from spfde.sparsity.methods.dsr import share_out
+from spfde.core.registry import register
+from spfde.sparsity.criteria import Gradient
+from spfde.sparsity.methods.base import Fraction, SparsityMethod
+from spfde.sparsity.redistribution import LayerView, Redistribution, Turnover, share_out
+from spfde.sparsity.schedule import DenseGradients
+
+if TYPE_CHECKING:
+    from spfde.sparsity.masker import Masker
 
 
+@register("method")
 class SNFS(SparsityMethod):
     """Sparse networks from scratch: the smoothed gradient decides which layers gain weights, and which weights.
 
@@ -28,13 +33,18 @@ class SNFS(SparsityMethod):
         drop_fraction: share of the active weights dropped at the first mutation, in [0, 1).
         final_drop_fraction: the same at the end of the run; a cosine leads there.
         momentum: of the smoothed gradient, in [0, 1).
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.SNFS(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        0.09
     """
 
     name: ClassVar[str] = "snfs"
     summary: ClassVar[str] = "Drops the smallest weights; a smoothed dense gradient says where others grow."
     cost: ClassVar[str] = "2 sparse passes and a dense weight gradient a step"
     references: ClassVar[tuple[str, ...]] = ("dettmers2019sparse",)
-    allots: ClassVar[bool] = True
     counts_known: ClassVar[bool] = False
 
     drop_fraction: Fraction = 0.5
@@ -42,23 +52,24 @@ class SNFS(SparsityMethod):
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
 
     @property
-    def gradients(self) -> Gradients:
-        return "smoothed"
+    def varies_counts(self) -> bool:
+        return True
 
     @property
-    def gradient_momentum(self) -> float:
-        return self.momentum
+    def dense_gradients(self) -> DenseGradients:
+        return "every step"
 
-    def drop_fraction_at(self, progress: float) -> float:
-        return cosine(progress, self.drop_fraction, self.final_drop_fraction)
+    def mutates_at(self, progress: float) -> bool:
+        return progress > 0.0 and self._drop_fraction_at(progress) > 0.0
 
-    def grow_score(self, gradient: Tensor | None) -> Tensor:
-        assert gradient is not None, "SNFS grows by the smoothed gradient"
-        return mutation.gradient(gradient)
+    def strategy(self, masker: Masker) -> Redistribution:
+        return Redistribution(masker, allot=self.allot, grow=Gradient(), momentum=self.momentum)
 
-    def allot(
-        self, layers: Sequence[LayerView], *, progress: float, memory: MutableMapping[str, float]
-    ) -> list[Turnover]:
-        share = self.drop_fraction_at(progress)
+    def allot(self, layers: Sequence[LayerView], progress: float, memory: MutableMapping[str, float]) -> list[Turnover]:
+        """How many units each layer keeps and then holds; see ``Redistribution``."""
+        share = self._drop_fraction_at(progress)
         keep = [max(1, layer.active - round_half_up(share * layer.active)) for layer in layers]
         return share_out(layers, keep, claims=[layer.momentum for layer in layers])
+
+    def _drop_fraction_at(self, progress: float) -> float:
+        return cosine(progress, self.drop_fraction, self.final_drop_fraction)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from spfde.sparsity.latent import Latent, SoftThresholdLatent
+from spfde.core.registry import register
+from spfde.sparsity.latent import LatentWeights, SoftThresholdLatent
 from spfde.sparsity.methods.base import SparsityMethod
 
+if TYPE_CHECKING:
+    from spfde.sparsity.masker import Masker
 
+
+@register("method")
 class STR(SparsityMethod):
     """Soft threshold reparameterisation: each layer learns the magnitude up to which its weights are zero.
 
@@ -27,15 +32,20 @@ class STR(SparsityMethod):
         threshold_start: ``s`` at first; ``sigmoid(-10)`` is 4.5e-5.
         threshold_decay: weight decay of ``s``, per unit of learning rate.
         stop_fraction: share of the run after which the masks stay, in (0, 1].
+
+    Example:
+        >>> recipe = spfde.Recipe(sparsity=spfde.STR(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> round(session.density, 2)
+        1.0
     """
 
     name: ClassVar[str] = "str"
     summary: ClassVar[str] = "Dense to sparse: each layer learns the threshold under which its weights are zero."
     cost: ClassVar[str] = "3 passes a step at a density that falls from dense to the target"
     references: ClassVar[tuple[str, ...]] = ("kusupati2020str",)
-    groups_units: ClassVar[bool] = False
-    changes_every_step: ClassVar[bool] = True
-    only_prunes: ClassVar[bool] = True
+    structured: ClassVar[bool] = False
+    refuses_closures: ClassVar[bool] = True
     counts_known: ClassVar[bool] = False
 
     init: Literal["magnitude"] = "magnitude"
@@ -43,14 +53,24 @@ class STR(SparsityMethod):
     threshold_decay: Annotated[float, Field(ge=0.0)] = 0.01
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
 
-    def active_at(self, target: int, n_units: int, progress: float) -> int:
-        return n_units if progress < self.stop_fraction else target
+    @property
+    def varies_counts(self) -> bool:
+        return True
 
-    def start_at(self, target: int, n_units: int) -> int:
+    def first_count(self, target: int, n_units: int) -> int:
         return n_units
 
-    def keeps_latents_at(self, progress: float) -> bool:
+    def mutation_counts(self, target: int, n_units: int, active: int, progress: float) -> tuple[int, int]:
+        final = active if self._learns_threshold(progress) else min(active, target)
+        return final, final
+
+    def strategy(self, masker: Masker) -> LatentWeights:
+        return LatentWeights(
+            masker, make=self._latent_of, keeps_at=self._learns_threshold, follows_steps=True, name=self.name
+        )
+
+    def _learns_threshold(self, progress: float) -> bool:
         return progress < self.stop_fraction
 
-    def latent_of(self, weight: Tensor, *, target: int) -> Latent:
+    def _latent_of(self, weight: Tensor, target: int) -> SoftThresholdLatent:
         return SoftThresholdLatent(weight, start=self.threshold_start, decay=self.threshold_decay)

@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-struct Structure {
+struct Entries {
   int64_t rows, chunks;
   const int32_t* start;   // [chunks * rows + 1]
   const int32_t* offset;  // [entries]
@@ -19,7 +19,7 @@ struct ConvJob {
   const real* source;
   real* target;
   Blocked from, to;
-  Structure structure;
+  Entries entries;
   const real* values;  // [entries]
   int64_t step_x, step_y, origin_h, origin_w, height, width;
   int64_t accumulate;         // add to the target
@@ -93,13 +93,13 @@ static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real*
   const int64_t across = sx * LANES, down = sx * job.from.pitch(), y_across = sy * LANES, y_down = sy * job.to.pitch();
   const real* x = job.source + job.from.origin(g, 0) + p * down + q * across;
   real* tile = job.target + job.to.origin(g, 0) + (p * sy + job.origin_h) * job.to.pitch() + (q * sy + job.origin_w) * LANES;
-  const int64_t rows = job.structure.rows, chunks = job.structure.chunks, span = job.to.span;
+  const int64_t rows = job.entries.rows, chunks = job.entries.chunks, span = job.to.span;
   const bool finish = job.scale || job.shift || job.residual || job.activation;
   const Blocked& other = job.residual_layout;
   const vec valid = job.to.valid(g);
   const bool is_short = job.to.is_short(g);
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    const int32_t* start = job.structure.start + chunk * rows;
+    const int32_t* start = job.entries.start + chunk * rows;
     const bool fresh = chunk == 0 && !job.accumulate, last = chunk == chunks - 1;
     for (int64_t row = 0; row < rows; row++) {
       int32_t k = start[row];
@@ -127,7 +127,7 @@ static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real*
         SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = load(y + (i / COLUMNS) * y_down + (i % COLUMNS) * y_across);
       }
       for (; k < end; k++) {
-        const real* s = x + job.structure.offset[k];
+        const real* s = x + job.entries.offset[k];
         const vec w = spread(job.values[k]);
         SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] += w * load(s + (i / COLUMNS) * down + (i % COLUMNS) * across);
       }
@@ -164,7 +164,7 @@ static void conv_tile(const ConvJob& job, int64_t g, int64_t p, int64_t q, real*
 template <int STEP_X, int STEP_Y>
 static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
   const int64_t top = band * job.band_rows, bottom = top + job.band_rows < job.height ? top + job.band_rows : job.height;
-  const int64_t rows = job.structure.rows;
+  const int64_t rows = job.entries.rows;
   real* stat = job.statistics ? job.statistics + (g * job.bands + band) * rows * 3 * LANES : nullptr;
   bool first = true;
   each_tile<8>(job.width, top, bottom, [&](auto size, int64_t p, int64_t q) {
@@ -238,12 +238,12 @@ SPFDE_EXPORT void spfde_statistics(const void* data) {
   }
 }
 
-// The gradient of each active entry, in the structure's order. A unit is a band of rows of a group.
+// The gradient of each active entry, in the order of the entries. A unit is a band of rows of a group.
 struct WeightJob {
   const real* source;    // what the convolution read
   const real* gradient;  // of what it wrote
   Blocked from, to;
-  Structure structure;
+  Entries entries;
   int64_t step_x;
   real* out;     // [entries]
   real* partial;  // [threads][entries][LANES]
@@ -258,8 +258,8 @@ static void weight_tile(const WeightJob& job, int64_t chunk, int64_t g, int64_t 
   const int64_t pitch = job.to.pitch(), span = job.to.span;
   const real* x = job.source + job.from.at(g, 0, p * step) + q * across;
   const real* d = job.gradient + job.to.at(g, 0, p) + q * LANES;
-  const int32_t* start = job.structure.start + chunk * job.structure.rows;
-  for (int64_t row = 0; row < job.structure.rows; row++, d += span) {
+  const int32_t* start = job.entries.start + chunk * job.entries.rows;
+  for (int64_t row = 0; row < job.entries.rows; row++, d += span) {
     int32_t k = start[row];
     const int32_t end = start[row + 1];
     if (chunk == 0) {
@@ -275,7 +275,7 @@ static void weight_tile(const WeightJob& job, int64_t chunk, int64_t g, int64_t 
     vec t[N];
     SPFDE_UNROLL for (int i = 0; i < N; i++) t[i] = load(d + (i / COLUMNS) * pitch + (i % COLUMNS) * LANES);
     for (; k < end; k++) {
-      const real* s = x + job.structure.offset[k];
+      const real* s = x + job.entries.offset[k];
       vec sum = load(sums + k * LANES);
       SPFDE_UNROLL for (int i = 0; i < N; i++) sum += t[i] * load(s + (i / COLUMNS) * down + (i % COLUMNS) * across);
       store(sums + k * LANES, sum);
@@ -289,7 +289,7 @@ template <int STEP_X>
 static void weight_unit(const WeightJob& job, int64_t g, int64_t band, real* sums) {
   const int64_t top = band * job.band_rows;
   const int64_t bottom = top + job.band_rows < job.to.height ? top + job.band_rows : job.to.height;
-  for (int64_t chunk = 0; chunk < job.structure.chunks; chunk++) {
+  for (int64_t chunk = 0; chunk < job.entries.chunks; chunk++) {
     each_tile<REGISTERS / 2>(job.to.width, top, bottom, [&](auto size, int64_t p, int64_t q) {
       weight_tile<size.rows, size.columns, STEP_X>(job, chunk, g, p, q, sums);
     });
@@ -299,11 +299,11 @@ static void weight_unit(const WeightJob& job, int64_t g, int64_t band, real* sum
 SPFDE_EXPORT void spfde_conv_weight(const void* data) {
   const auto* job = static_cast<const WeightJob*>(data);
   const int64_t units = job->to.groups * job->bands, threads = job->threads;
-  const int64_t entries = job->structure.start[job->structure.chunks * job->structure.rows];
+  const int64_t n_entries = job->entries.start[job->entries.chunks * job->entries.rows];
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t part = 0; part < threads; part++) {
-    real* sums = job->partial + part * entries * LANES;
-    std::memset(sums, 0, sizeof(real) * entries * LANES);
+    real* sums = job->partial + part * n_entries * LANES;
+    std::memset(sums, 0, sizeof(real) * n_entries * LANES);
     for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; unit++) {
       const int64_t g = unit / job->bands, band = unit % job->bands;
       if (job->step_x == 1) {
@@ -316,9 +316,9 @@ SPFDE_EXPORT void spfde_conv_weight(const void* data) {
     }
   }
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t k = 0; k < entries; k++) {
+  for (int64_t k = 0; k < n_entries; k++) {
     vec sum{};
-    for (int64_t part = 0; part < threads; part++) sum += load(job->partial + (part * entries + k) * LANES);
+    for (int64_t part = 0; part < threads; part++) sum += load(job->partial + (part * n_entries + k) * LANES);
     job->out[k] = sum_lanes(sum);
   }
 }

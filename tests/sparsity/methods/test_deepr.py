@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.by_hand import HandRun, places
+from helpers.masking import HandRun, places
 from spfde.sparsity import DeepR
 from spfde.sparsity.mutation import rewire
 
@@ -74,7 +74,7 @@ def test_the_count_stays_and_no_survivor_changes_its_sign(seed: int, n: int, shr
 
 def test_a_weight_that_the_optimizer_drives_over_zero_is_replaced_at_once() -> None:
     run = HandRun(DeepR(sparsity=0.5, l1=0.0, noise=0.0), {"w": FOUR})
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     active = run.active()
     first = active[0]
     sign = 1.0 if run.weight()[first] > 0 else -1.0
@@ -92,7 +92,7 @@ def test_the_sign_bit_of_a_sleeper_that_woke_up_decides_which_way_it_may_go() ->
         for seed in range(6):
             run = HandRun(DeepR(sparsity=0.5, l1=0.0, noise=0.0), {"w": FOUR})
             run.masker.generator.manual_seed(seed)
-            run.masker.begin_epoch(0, ())
+            run.begin_epoch(0)
             before = run.active()
             # Every active weight crosses zero at once: four others, or the same ones, wake up with new signs.
             run.step(w=[12.0 * value for value in FOUR])
@@ -114,7 +114,7 @@ def test_the_sign_bit_of_a_sleeper_that_woke_up_decides_which_way_it_may_go() ->
 
 def test_the_penalty_and_the_noise_are_per_unit_of_the_learning_rate() -> None:
     run = HandRun(DeepR(sparsity=0.5, l1=0.5, noise=0.0), {"w": FOUR}, lr=0.2)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     active = run.active()
     run.step(w=[0.0] * 8)
     assert run.active() == active
@@ -126,7 +126,7 @@ def test_each_layer_keeps_its_count_at_every_step_and_sleepers_have_no_momentum(
     run = HandRun(DeepR(sparsity=0.75, noise=3.0), weights, lr=0.1, momentum=0.9, weight_decay=0.1)
     generator, masks = _generator(), set()
     for epoch in range(3):
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         for _ in range(4):
             run.step(**{name: torch.randn(len(w), generator=generator).tolist() for name, w in weights.items()})
             assert len(run.active("w")) == 6
@@ -140,13 +140,13 @@ def test_each_layer_keeps_its_count_at_every_step_and_sleepers_have_no_momentum(
 
 def test_the_last_epoch_and_weights_without_a_gradient_are_not_rewired() -> None:
     run = HandRun(DeepR(sparsity=0.5, noise=5.0), {"w": FOUR, "v": FOUR}, epochs=2)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     frozen = run.weight("v")
     active = run.active("w")
     run.step(w=[0.0] * 8)  # nothing reaches v, as in a frozen block
     assert run.weight("v") == frozen
     assert run.active("w") != active
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     active = run.active("w")
     run.step(w=[10.0 * value for value in run.weight("w")])
     assert run.active("w") == active

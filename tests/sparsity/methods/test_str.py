@@ -10,9 +10,9 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from helpers.by_hand import places
-from spfde.sparsity import STR, Masker
-from spfde.sparsity.latent import SoftThresholdLatent, settled_masks
+from helpers.masking import MaskedRun, places
+from spfde.sparsity import STR
+from spfde.sparsity.latent import SoftThresholdLatent, final_masks
 
 
 def _soft(weight: Tensor, s: Tensor) -> Tensor:
@@ -33,16 +33,15 @@ def _data() -> tuple[Tensor, Tensor]:
 SPARSE = ("0.weight", "2.weight")
 
 
-def _masked(model: nn.Module, optimizer: torch.optim.Optimizer, method: STR, *, epochs: int = 10) -> Masker:
+def _masked(model: nn.Module, optimizer: torch.optim.Optimizer, method: STR) -> MaskedRun:
     layers = {name: model.get_parameter(name) for name in SPARSE}
-    masker = Masker(layers, optimizer, method, generator=torch.Generator(), interval=1, epochs=epochs)
-    masker.install()
-    masker.begin_epoch(0, ())
-    return masker
+    run = MaskedRun(layers, optimizer, method, epochs=10)
+    run.begin_epoch(0)
+    return run
 
 
-def _s(masker: Masker, name: str) -> float:
-    return float(masker.state_dict()["latents"][name]["s"])
+def _s(run: MaskedRun, name: str) -> float:
+    return float(run.strategy_state["latents"][name]["s"])
 
 
 def test_the_threshold_is_subtracted_by_hand() -> None:
@@ -77,7 +76,7 @@ def test_steps_equal_those_of_a_module_that_leaves_the_threshold_to_autograd(
     x, y = _data()
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=momentum, weight_decay=weight_decay)
-    masker = _masked(model, optimizer, STR(sparsity=0.99, threshold_start=-3.0, threshold_decay=0.1))
+    run = _masked(model, optimizer, STR(sparsity=0.99, threshold_start=-3.0, threshold_decay=0.1))
 
     twin = _net()
     thresholds = {name: torch.tensor(-3.0, dtype=torch.float64, requires_grad=True) for name in SPARSE}
@@ -101,9 +100,9 @@ def test_steps_equal_those_of_a_module_that_leaves_the_threshold_to_autograd(
         for name, expected in parts().items():
             torch.testing.assert_close(model.get_parameter(name).detach(), expected.detach(), rtol=1e-9, atol=1e-12)
         for name in SPARSE:
-            assert _s(masker, name) == pytest.approx(thresholds[name].item(), rel=1e-9)
-            assert masker.n_active(name) == int(parts()[name].count_nonzero())
-            crossed[name].add(tuple(places(masker.masks[name])))
+            assert _s(run, name) == pytest.approx(thresholds[name].item(), rel=1e-9)
+            assert run.counts[name] == int(parts()[name].count_nonzero())
+            crossed[name].add(tuple(places(run.masker.masks[name])))
     assert all(len(masks) > 5 for masks in crossed.values())
 
 
@@ -111,51 +110,51 @@ def test_the_masks_settle_at_the_exact_total_as_soon_as_it_is_reached() -> None:
     x, y = _data()
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    masker = _masked(model, optimizer, STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.3))
+    run = _masked(model, optimizer, STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.3))
     total = round(0.4 * 72) + round(0.4 * 120)
     counts = []
     for _ in range(200):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-        counts.append(sum(masker.n_active(name) for name in SPARSE))
-        assert all((model.get_parameter(n).detach()[~mask] == 0).all() for n, mask in masker.masks.items())
+        counts.append(sum(run.counts[name] for name in SPARSE))
+        assert all((model.get_parameter(n).detach()[~mask] == 0).all() for n, mask in run.masker.masks.items())
     assert counts[0] > total
     assert counts[-1] == total == min(counts)
-    assert not masker.state_dict()["latents"]
-    assert masker.target == {name: masker.n_active(name) for name in SPARSE}
+    assert not run.strategy_state["latents"]
+    assert run.targets == run.counts
     # What each layer holds was learnt, and is not the target that it started from.
-    assert masker.n_active("0.weight") != round(0.4 * 72)
+    assert run.counts["0.weight"] != round(0.4 * 72)
 
 
 def test_masks_that_have_settled_stay_through_the_update_epochs_that_follow() -> None:
     x, y = _data()
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    masker = _masked(model, optimizer, STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.3))
+    run = _masked(model, optimizer, STR(sparsity=0.6, threshold_start=-3.0, threshold_decay=0.3))
     settled: dict[str, Tensor] = {}
     for epoch in range(10):
-        masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         for name, mask in settled.items():
-            assert torch.equal(masker.masks[name], mask), f"{name} in epoch {epoch}"
+            assert torch.equal(run.masker.masks[name], mask), f"{name} in epoch {epoch}"
         for _ in range(200 if epoch == 1 else 1):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-        if not masker.state_dict()["latents"]:
-            settled = settled or masker.masks
+        if not run.strategy_state["latents"]:
+            settled = settled or run.masker.masks
         assert bool(settled) == (epoch >= 1)
 
 
 def test_at_the_stop_fraction_the_largest_margins_stay() -> None:
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    masker = _masked(model, optimizer, STR(sparsity=0.75, stop_fraction=0.5))
+    run = _masked(model, optimizer, STR(sparsity=0.75, stop_fraction=0.5))
     weights = torch.cat([model.get_parameter(name).detach().flatten().abs() for name in SPARSE])
     for epoch in range(1, 6):
-        assert sum(masker.n_active(name) for name in SPARSE) == 192
-        masker.begin_epoch(epoch, ())
-    kept = torch.cat([masker.masks[name].flatten() for name in SPARSE])
+        assert sum(run.counts[name] for name in SPARSE) == 192
+        run.begin_epoch(epoch)
+    kept = torch.cat([run.masker.masks[name].flatten() for name in SPARSE])
     assert places(kept) == sorted(weights.topk(18 + 30).indices.tolist())
 
 
@@ -182,8 +181,8 @@ def test_the_bill_charges_each_step_at_the_density_that_it_ran_at() -> None:
     assert [row.training_flops for row in session.cost.rows] == expected
 
 
-def test_settled_masks_by_hand_leave_each_layer_a_weight() -> None:
+def test_final_masks_by_hand_leave_each_layer_a_weight() -> None:
     first = SoftThresholdLatent(torch.tensor([0.9, 0.8, 0.7]), start=-50.0, decay=0.0)
     second = SoftThresholdLatent(torch.tensor([0.1, -0.2]), start=-50.0, decay=0.0)
-    assert [mask.tolist() for mask in settled_masks([first, second], 3)] == [[True, True, False], [False, True]]
-    assert [mask.tolist() for mask in settled_masks([first, second], 1)] == [[True, False, False], [False, True]]
+    assert [mask.tolist() for mask in final_masks([first, second], 3)] == [[True, True, False], [False, True]]
+    assert [mask.tolist() for mask in final_masks([first, second], 1)] == [[True, False, False], [False, True]]

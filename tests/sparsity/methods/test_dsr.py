@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from helpers.by_hand import HandRun
+from helpers.masking import HandRun
 from spfde.sparsity import DSR
-from spfde.sparsity.methods.base import LayerView
-from spfde.sparsity.methods.dsr import share_out
+from spfde.sparsity.redistribution import LayerView, share_out
 
 
 def _view(n_units: int, *scores: float, momentum: float = 0.0) -> LayerView:
@@ -75,29 +74,30 @@ def test_weights_move_between_layers_and_start_from_nothing() -> None:
     method = DSR(sparsity=0.5, drop_fraction=0.25, threshold=0.1)
     weights = {"w": [0.01, 0.5, 0.6, 0.7] * 2, "v": [0.02, 0.03, 0.04, 0.9] * 2}
     run = HandRun(method, weights, momentum=0.9)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     run.step(w=[0.0] * 8, v=[0.0] * 8)
     for buffer in (run.optimizer.state[p]["momentum_buffer"] for p in run.weights.values()):
         buffer.fill_(1.0)
     kept = {name: [p for p in run.active(name) if abs(run.weight(name)[p]) >= 0.1] for name in weights}
     dropped = 8 - sum(map(len, kept.values()))
     assert dropped > 0
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     assert sum(len(run.active(name)) for name in weights) == 8
     for name, places in kept.items():
         assert set(places) <= set(run.active(name))
         rest = set(range(8)) - set(places)
         assert all(run.weight(name)[place] == 0.0 == run.momentum(name)[place] for place in rest)
-    assert run.masker.target == {name: len(run.active(name)) for name in weights}
+    assert run.targets == {name: len(run.active(name)) for name in weights}
     expected = 0.05 if dropped > 2 else 0.1 if dropped == 2 else 0.2
-    assert run.masker.state_dict()["memory"] == {"threshold": expected}
+    assert run.strategy_state["memory"] == {"threshold": expected}
 
 
 def test_a_frozen_layer_neither_gives_nor_takes() -> None:
-    run = HandRun(DSR(sparsity=0.5, drop_fraction=0.25, threshold=0.55), {"w": [0.5] * 8, "v": [0.5, 0.6] * 4})
-    run.masker.begin_epoch(0, ())
+    method = DSR(sparsity=0.5, drop_fraction=0.25, threshold=0.55)
+    run = HandRun(method, {"w": [0.5] * 8, "v": [0.5, 0.6] * 4}, frozen={1: 1})
+    run.begin_epoch(0)
     frozen = run.active("w")
     for epoch in range(1, 5):
-        run.masker.begin_epoch(epoch, ("w",))
+        run.begin_epoch(epoch)
         assert run.active("w") == frozen
         assert len(run.active("v")) == 4

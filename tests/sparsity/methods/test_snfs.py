@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from helpers.by_hand import HandRun
+from helpers.masking import HandRun
 from spfde.sparsity import SNFS
 from spfde.sparsity.gradients import SmoothedGradients
-from spfde.sparsity.methods.base import LayerView
+from spfde.sparsity.redistribution import LayerView
 
 
 def _view(n_units: int, active: int, momentum: float) -> LayerView:
@@ -32,7 +32,9 @@ def test_what_all_layers_drop_is_shared_out_by_the_mean_momentum() -> None:
 
 def test_the_dropped_share_falls_along_a_cosine() -> None:
     method = SNFS(sparsity=0.5, drop_fraction=0.5, final_drop_fraction=0.1)
-    assert [method.drop_fraction_at(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.3, 0.1])
+    layers = [_view(99, 40, 1.0)]
+    dropped = [40 - method.allot(layers, progress=p, memory={})[0][0] for p in (0.0, 0.5, 1.0)]
+    assert dropped == [20, 12, 4]
 
 
 def test_a_layer_takes_no_more_than_it_has_room_for() -> None:
@@ -47,7 +49,7 @@ def test_layers_without_any_momentum_share_alike() -> None:
 def test_a_mutation_by_hand() -> None:
     method = SNFS(sparsity=0.5, drop_fraction=0.5, final_drop_fraction=0.5, momentum=0.5)
     run = HandRun(method, {"w": [1.0, 2.0, 3.0, 4.0] * 2, "v": [1.0, 2.0, 3.0, 4.0] * 2}, lr=0.0)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     old = {name: run.active(name) for name in ("w", "v")}
     first = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     second = [8.0, -7.0, 6.0, -5.0, 4.0, -3.0, 2.0, -1.0]
@@ -57,7 +59,7 @@ def test_a_mutation_by_hand() -> None:
     claims = {"w": sum(smooth[p] for p in old["w"]) / 4, "v": 0.075}
     assert claims["w"] > 10 * claims["v"]
     kept = {name: sorted(places, key=lambda p: (-run.weight(name)[p], p))[:2] for name, places in old.items()}
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     # Four went; nearly all claims are those of the first layer, which has room for six.
     assert len(run.active("w")) == 6
     assert sorted(kept["v"]) == run.active("v")
@@ -68,23 +70,23 @@ def test_a_mutation_by_hand() -> None:
 def test_the_mean_is_over_the_active_weights_alone() -> None:
     method = SNFS(sparsity=0.5, drop_fraction=0.5, final_drop_fraction=0.5)
     run = HandRun(method, {"w": [1.0] * 8, "v": [1.0] * 8}, lr=0.0)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     active = {name: run.active(name) for name in ("w", "v")}
     # The first layer's gradient is large only where it has no weights, the second one's only where it has them.
     run.step(w=[0.0 if p in active["w"] else 9.0 for p in range(8)], v=[float(p in active["v"]) for p in range(8)])
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     assert (len(run.active("w")), len(run.active("v"))) == (2, 6)
 
 
 def test_a_layer_that_is_frozen_takes_its_smoothed_gradient_with_it() -> None:
-    run = HandRun(SNFS(sparsity=0.5), {"w": [1.0] * 8, "v": [1.0] * 8})
-    run.masker.begin_epoch(0, ())
+    run = HandRun(SNFS(sparsity=0.5), {"w": [1.0] * 8, "v": [1.0] * 8}, frozen={1: 1})
+    run.begin_epoch(0)
     run.step(w=[1.0] * 8, v=[1.0] * 8)
-    assert set(run.masker.state_dict()["smoothed"]) == {"w", "v"}
+    assert set(run.strategy_state["smoothed"]) == {"w", "v"}
     frozen = run.active("w")
-    run.masker.begin_epoch(1, ("w",))
+    run.begin_epoch(1)
     run.step(v=[1.0] * 8)
-    assert set(run.masker.state_dict()["smoothed"]) == {"v"}
+    assert set(run.strategy_state["smoothed"]) == {"v"}
     assert run.active("w") == frozen
     assert len(run.active("v")) == 4
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from helpers.by_hand import HandRun
+from helpers.masking import HandRun
 from spfde.core.errors import StateMismatch
 from spfde.sparsity import StaticSparse, TopKAST
 
@@ -17,12 +17,12 @@ TEN = [0.9, -0.8, 0.7, -0.6, 0.5, -0.4, 0.3, -0.2, 0.1, -0.05]
 def _run(**fields: float) -> HandRun:
     method = TopKAST(sparsity=0.8, exploration=0.2, **{"penalty": 0.5, **fields})
     run = HandRun(method, {"w": TEN}, momentum=0.9, weight_decay=0.1, epochs=5)
-    run.masker.begin_epoch(0, ())
+    run.begin_epoch(0)
     return run
 
 
 def _latent(run: HandRun) -> list[float]:
-    weight = run.masker.state_dict()["latents"]["w"]["weight"]
+    weight = run.strategy_state["latents"]["w"]["weight"]
     return [round(value, 6) for value in weight.flatten().tolist()]
 
 
@@ -30,8 +30,8 @@ def test_the_model_computes_with_the_largest_and_gradients_reach_the_next_ones()
     run = _run()
     assert run.weight() == [0.9, -0.8, *[0.0] * 8]
     assert run.active() == [0, 1]
-    assert run.masker.density("w") == 0.2
-    assert run.masker.gradient_densities() == {"w": pytest.approx(0.4)}
+    assert run.masker.density == 0.2
+    assert run.masker.layers["w"].n_gradient == 4
     (run.weights["w"] * torch.arange(1.0, 11.0)).sum().backward()
     assert run.weights["w"].grad is not None
     assert run.weights["w"].grad.tolist() == [[1, 2, 3, 4, 0, 0, 0, 0, 0, 0]]
@@ -57,11 +57,11 @@ def test_momentum_moves_set_b_and_nothing_else() -> None:
     assert _latent(run)[4:] == TEN[4:]
 
 
-def test_at_a_update_epoch_the_sets_are_chosen_anew_by_magnitude() -> None:
+def test_at_an_update_epoch_the_sets_are_chosen_anew_by_magnitude() -> None:
     run = _run(penalty=0.0)
     run.step(w=[0.0, 0.0, -5.0, 0.0] + [0.0] * 6)  # pushes the third, from B, to 1.19 and past all others
     assert run.active() == [0, 1]
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     assert run.active() == [0, 2]
     assert run.weight()[2] == pytest.approx(0.7 + 0.5 - 0.1 * 0.07)
     assert run.weight()[1] == 0.0
@@ -71,7 +71,7 @@ def test_at_a_update_epoch_the_sets_are_chosen_anew_by_magnitude() -> None:
 def test_the_penalty_lets_an_outsider_take_a_place_in_set_b() -> None:
     run = _run()
     run.step(w=[0.0] * 10)
-    run.masker.begin_epoch(1, ())
+    run.begin_epoch(1)
     # The fourth has shrunk to 0.6 * 0.99 * 0.75 = 0.4455, and the fifth was left at 0.5.
     run.step(w=[1.0] * 10)
     assert [place for place, value in enumerate(run.momentum()) if value] == [0, 1, 2, 4]
@@ -81,9 +81,9 @@ def test_the_penalty_lets_an_outsider_take_a_place_in_set_b() -> None:
 def test_from_the_stop_fraction_on_the_sparse_weights_learn_alone() -> None:
     run = _run(stop_fraction=0.5)
     run.step(w=[1.0] * 10)
-    run.masker.begin_epoch(3, ())
-    assert run.masker.gradient_densities() == {}
-    assert run.masker.state_dict()["latents"] == {}
+    run.begin_epoch(3)
+    assert run.masker.layers["w"].n_gradient == 2
+    assert run.strategy_state["latents"] == {}
     active = run.active()
     run.step(w=[1.0] * 10)
     assert run.active() == active == [0, 1]
@@ -117,17 +117,15 @@ def test_a_state_with_damaged_weights_behind_its_mask_is_refused_and_nothing_has
     state = run.masker.state_dict()
     run.step(w=[1.0] * 10)
     before = _latent(run)
-    state["latents"]["w"].pop("reach")
-    state["generator"] = torch.Generator().manual_seed(7).get_state()
-    with pytest.raises(StateMismatch, match="gradients is missing"):
+    state["strategy"]["latents"]["w"].pop("reach")
+    with pytest.raises(StateMismatch, match="reach"):
         run.masker.load_state_dict(state)
     assert _latent(run) == before
-    assert run.masker.gradient_densities() == {"w": pytest.approx(0.4)}
-    assert not torch.equal(run.masker.generator.get_state(), state["generator"])
+    assert run.masker.layers["w"].n_gradient == 4
 
 
 def test_weights_behind_masks_are_refused_by_a_method_that_keeps_none() -> None:
     state = _run().masker.state_dict()
     other = HandRun(StaticSparse(sparsity=0.8), {"w": [0.0] * 10})
-    with pytest.raises(StateMismatch, match="static keeps none"):
+    with pytest.raises(StateMismatch, match="pending"):
         other.masker.load_state_dict(state)

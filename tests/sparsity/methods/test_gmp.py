@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from helpers.by_hand import HandRun
+from helpers.masking import HandRun
 from spfde.core.errors import InvalidArgument
 from spfde.sparsity import GMP
 
@@ -18,14 +18,19 @@ def test_the_cubic_schedule_by_hand() -> None:
     progress = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     # 0.9 of a thousand weights go; of these (1 - p / 0.8)^3 are left.
     left = [1.0, 0.75**3, 0.125, 0.25**3, 0.0, 0.0]
-    assert [method.active_at(100, 1000, p) for p in progress] == [1000, 480, 213, 114, 100, 100]
+    counts = [1000, 480, 213, 114, 100, 100]
+    assert [method.mutation_counts(100, 1000, 1000, p) for p in progress] == [(n, n) for n in counts]
     assert [100 + 900 * share for share in left] == pytest.approx([1000, 479.6875, 212.5, 114.0625, 100, 100])
 
 
 def test_pruning_starts_late_and_from_an_initial_sparsity_on_request() -> None:
     method = GMP(sparsity=0.9, initial_sparsity=0.5, start_fraction=0.25, stop_fraction=0.75)
-    assert [method.active_at(100, 1000, p) for p in (0.0, 0.25, 0.5, 0.75)] == [500, 500, 150, 100]
-    assert method.start_at(100, 1000) == 500
+    assert [method.mutation_counts(100, 1000, 500, p)[1] for p in (0.0, 0.25, 0.5, 0.75)] == [500, 500, 150, 100]
+    assert method.first_count(100, 1000) == 500
+
+
+def test_a_layer_that_has_come_to_its_target_early_stays_there() -> None:
+    assert GMP(sparsity=0.9).mutation_counts(100, 1000, 100, 0.1) == (100, 100)
 
 
 @given(st.integers(1, 500), st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1))
@@ -34,12 +39,13 @@ def test_the_count_falls_and_stays_between_the_start_and_the_target(
 ) -> None:
     target = max(1, n_units // 10)
     method = GMP(sparsity=0.9, initial_sparsity=initial)
-    early, late = sorted((early, late))
-    assert target <= method.active_at(target, n_units, late) <= method.active_at(target, n_units, early) <= n_units
+    first = method.first_count(target, n_units)
+    counts = [method.mutation_counts(target, n_units, first, p)[1] for p in sorted((early, late))]
+    assert target <= counts[1] <= counts[0] <= first <= n_units
 
 
 def test_a_start_behind_the_stop_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="start_fraction must be less than stop_fraction"):
+    with pytest.raises(InvalidArgument, match=r"start_fraction.*stop_fraction"):
         GMP(sparsity=0.9, start_fraction=0.5, stop_fraction=0.5)
 
 
@@ -48,7 +54,7 @@ def test_the_smallest_go_and_none_returns() -> None:
     run = HandRun(GMP(sparsity=0.9, stop_fraction=0.8), {"w": weights}, epochs=10, momentum=0.9)
     counts, before = [], set(range(20))
     for epoch in range(10):
-        run.masker.begin_epoch(epoch, ())
+        run.begin_epoch(epoch)
         now = set(run.active())
         assert now <= before
         assert all(abs(run.weight()[kept]) >= max([weights[gone] for gone in before - now], default=0) for kept in now)
@@ -57,6 +63,19 @@ def test_the_smallest_go_and_none_returns() -> None:
         run.step(w=[0.0] * 20)
     # 18 of 20 go: 2 + 18 (1 - epoch / 8)^3, rounded half up.
     assert counts == [20, 14, 10, 6, 4, 3, 2, 2, 2, 2]
+
+
+def test_a_checkpoint_that_is_sparser_than_planned_grows_nothing() -> None:
+    run = HandRun(GMP(sparsity=0.9), {"w": [0.1 * (1 + place) for place in range(20)]})
+    run.begin_epoch(0)
+    run.step(w=[0.0] * 20)
+    with torch.no_grad():
+        run.weights["w"][0, :15] = 0.0
+    run.infer_masks()
+    for epoch in range(1, 10):
+        run.begin_epoch(epoch)
+        assert len(run.active()) <= 5
+    assert run.active() == [18, 19]
 
 
 def test_the_bill_follows_the_falling_density() -> None:

@@ -1,0 +1,17 @@
+"""Lines that tell a user what was chosen for them, and what takes a while."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def say_on_stderr(line: str) -> None:
+    """Tell the user what takes a while."""
+    print(f"spfde: {line}", file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """Tell the user what was chosen and why; silent where the logger "spfde" is set to WARNING or above."""
+    if logging.getLogger("spfde").level <= logging.INFO:
+        say_on_stderr(line)

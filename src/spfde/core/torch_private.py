@@ -1,0 +1,157 @@
+"""What this library uses of PyTorch that PyTorch does not promise, in one place: another version may change it.
+
+Each name says what for, and why no public one does. Tested with torch 2.6.0 and 2.14.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.modules.module as modules
+import torch.nn.modules.transformer as transformer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "BUFFERS",
+    "HOOKS",
+    "MODULES",
+    "PARAMETERS",
+    "FakeTensorMode",  # tensors without numbers: a model is traced without being run
+    "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
+    "TorchDispatchMode",  # sees every operator that runs
+    "compiled_inside",
+    "has_global_hooks",
+    "hooks_to_copy",
+    "is_compiled",
+    "least_two_four_shape",
+    "lerp_each_",
+    "multiply_each",
+    "overloads_of",
+    "plain_kernels",
+    "recompile_limit",
+    "storage_id",
+    "tree_leaves",  # the tensors in nested arguments and results
+    "tree_map_only",
+    "version_of",
+]
+
+# Where a module keeps what it holds. A guard reads them at every pass, and the public iterators take ten times as long.
+PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# One call for many tensors, as the optimizers of PyTorch make it.
+lerp_each_, multiply_each = torch._foreach_lerp_, torch._foreach_mul
+
+
+def compiled_inside(model: nn.Module) -> nn.Module | None:
+    """The module that ``torch.compile`` wrapped; None for one that is not compiled. Its wrapper has no public name."""
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(inside, nn.Module) else None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is compiled by ``torch.compile``."""
+    parts = model.modules()
+    return any(compiled_inside(part) is not None or getattr(part, "_compiled_call_impl", None) for part in parts)
+
+
+def recompile_limit() -> tuple[str, int]:
+    """The setting that says how often code is compiled anew, by the name that this torch gives it, and its value."""
+    settings = torch._dynamo.config
+    name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # as torch 2.6 calls it
+    return f"torch._dynamo.config.{name}", int(getattr(settings, name))
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on every module, which a graph would not call. Only the tables themselves tell."""
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that grows with every write in place, by which PyTorch itself finds out about them."""
+    return tensor._version
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, fake ones included, which have no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def overloads_of(operator: Any) -> Any:
+    """The operator whatever the types of its arguments, as tables of operators are keyed."""
+    return operator._overloadpacket
+
+
+def hooks_to_copy(module: nn.Module, keep: Callable[[object], bool]) -> dict[int, OrderedDict[int, Any]]:
+    """What ``copy.deepcopy`` is to take for a module's tables of hooks, by identity: the pre-hooks that are to be kept.
+
+    Args:
+        module: it stays as it is.
+        keep: says of a forward pre-hook whether the copy has it; it has no others.
+    """
+    tables = {
+        id(hooks): OrderedDict[int, Any]()
+        for name, hooks in vars(module).items()
+        if name.startswith("_") and "_hooks" in name and isinstance(hooks, OrderedDict)
+    }
+    before = module._forward_pre_hooks
+    tables[id(before)] = OrderedDict((key, hook) for key, hook in before.items() if keep(hook))
+    return tables
+
+
+def least_two_four_shape(dtype: torch.dtype) -> tuple[int, int] | None:
+    """What rows and columns of a 2:4 sparse matrix must be multiples of; None where this version does not say."""
+    tensors = torch.sparse
+    forced = getattr(tensors.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
+    kernel = tensors.SparseSemiStructuredTensorCUTLASS if forced else tensors.SparseSemiStructuredTensorCUSPARSELT
+    least = getattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS", {}).get(dtype)
+    return None if least is None else (least.sparse_min_rows, least.sparse_min_cols)
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Fused attention and recurrent kernels hide their products from the counter: take the plain paths."""
+    attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about TF32 on CPUs
+    try:
+        with _values_unread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(attention)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
+@contextlib.contextmanager
+def _values_unread() -> Iterator[None]:
+    """Keep PyTorch from looking at what fake tensors, or a sample of one item, do not have.
+
+    ``nn.TransformerEncoder`` reads an attention mask to see whether it is causal, and the products are the same
+    whatever the answer; batch norms refuse a single value a channel, where a batch has more.
+    """
+    stand_ins: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+        (torch.nn.functional, "_verify_batch_size", lambda size: None),
+    )
+    found = [(owner, name, getattr(owner, name), new) for owner, name, new in stand_ins if hasattr(owner, name)]
+    for owner, name, _, new in found:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for owner, name, old, _ in found:
+            setattr(owner, name, old)

@@ -1,0 +1,142 @@
+"""What an engine is: how a model is computed while it trains.
+
+An engine is a class with a name, registered with ``@spfde.register("engine")``. ``attach(engine="auto")`` asks each one
+whether it can take the job and how long a step would be; ``engine="its-name"`` asks for one by name. The session knows
+none of them: it calls what stands here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from spfde.model.sample import Sample, unwrap
+
+if TYPE_CHECKING:
+    from spfde.engines.prefix_cache import PrefixCache
+    from spfde.planning import Blueprint
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to be trained, as far as an engine must know it to say whether it can compute it.
+
+    Attributes:
+        given: the model as attached, wrappers included.
+        blueprint: which parameters are masked, which layers there are, and how dense each is in the first epoch.
+        sample: what the model is called with.
+        batch_size: samples of a training batch.
+        density: of each layer in ``blueprint.cost.layers``, in the first epoch.
+        n_samples: of the data set: indices of samples are below it.
+        cache: what is to be kept of a frozen front's outputs; None: nothing.
+        found: what engines found out about the job, each under its own name, so that nothing is traced twice.
+    """
+
+    given: nn.Module
+    blueprint: Blueprint
+    sample: Sample
+    batch_size: int
+    density: Sequence[float] = ()
+    n_samples: int = 0
+    cache: PrefixCache | None = None
+    found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own module, without wrappers."""
+        return unwrap(self.given)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine reads of a session before each pass.
+
+    Attributes:
+        masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
+        dense_gradients: gives the names of the parameters whose next gradient must be dense.
+        frozen: gives the names of the frozen parameters.
+    """
+
+    masks: Callable[[], Mapping[str, Tensor]]
+    dense_gradients: Callable[[], frozenset[str]] = frozenset
+    frozen: Callable[[], frozenset[str]] = frozenset
+
+
+class Engine(ABC):
+    """Computes one model. It is made without arguments, and attached once.
+
+    Attributes:
+        name: by which it is asked for.
+        summary: what it does, in a line.
+        needs_masks: it has nothing to do where no weight is masked.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs_masks: ClassVar[bool] = False
+
+    # --- before it is chosen -----------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, job: Job) -> str | None:
+        """Why it cannot compute the job's model, as a clause; None where it can. Nothing is changed."""
+
+    @classmethod
+    @abstractmethod
+    def expected_speed(cls, job: Job) -> float:
+        """Modelled time of a training step over that of the masked engine; asked where ``supports`` has no reason."""
+
+    @classmethod
+    def supports_cache(cls, job: Job) -> str | None:
+        """Why it cannot keep what ``job.cache`` wants kept, as a clause; None where it can."""
+        return "it keeps nothing of what frozen blocks compute"
+
+    @classmethod
+    def prepare(cls, job: Job, tell: Callable[[str], None] | None = None) -> str | None:
+        """Do what takes a while, such as compiling; asked last. Why that failed, as a clause; None where it did not.
+
+        Args:
+            job: see ``supports``.
+            tell: called with one line before the wait.
+        """
+        return None
+
+    # --- while it is attached ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def attach(self, job: Job, parts: Parts) -> None:
+        """Make the model compute this way.
+
+        Raises:
+            InvalidArgument: the model cannot be computed.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the model as it was before ``attach``. Called again, or without ``attach``, it does nothing."""
+
+    def bypass(self) -> AbstractContextManager[None]:
+        """A context in which the model runs through its own modules, hooks included."""
+        return nullcontext()
+
+    def describe(self) -> list[str]:
+        """What was replaced, made or hooked, a line each, for ``print(session)``."""
+        return []
+
+    def on_batch(self) -> None:
+        """The next batch was drawn: what was announced is over."""
+        return
+
+    def prefix_variants(self) -> int:
+        """How many variants of each sample are kept of the front that is frozen now; 0 where none is."""
+        return 0
+
+    def announce(self, samples: Tensor, variant: int) -> None:
+        """The next forward pass in training mode is of these samples [N], each in this variant."""
+        raise NotImplementedError(f"the {self.name} engine keeps no variants")

@@ -1,0 +1,6 @@
+"""The engines that come with this package: importing this module registers them."""
+
+from spfde.engines.masked import MaskedEngine
+from spfde.engines.native.engine import NativeEngine
+
+__all__ = ["MaskedEngine", "NativeEngine"]

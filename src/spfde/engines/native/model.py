@@ -1,0 +1,285 @@
+"""A model whose forward pass runs the regions that the kernels take, and PyTorch the rest."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spfde.core.errors import InvalidArgument, UsageError
+from spfde.core.torch_private import has_global_hooks
+from spfde.engines.native import build
+from spfde.engines.native.fusion import fuse
+from spfde.engines.native.graph import Capture, Region, capture, region_name, whole
+from spfde.engines.native.guards import FORWARD, HELD, guards_of, is_same
+from spfde.engines.native.kernels import Kernels
+from spfde.engines.native.layout import Pool
+from spfde.engines.native.packed import PackedWeights
+from spfde.engines.native.prefix import CachedPrefix
+from spfde.engines.native.runner import RegionRunner
+from spfde.engines.native.trace import check_forward
+from spfde.model.sample import Sample, call_arguments
+
+_MOST_CAPTURES = 8  # states of the model: modes, hooks, attributes
+_MANY_CAPTURES = 64
+
+
+class NativeModel:
+    """Computes a model's convolutions, and what lies between them, with the active weights alone.
+
+    Args:
+        model: the model. Its ``forward`` is replaced on the instance; nothing is registered on it.
+        kernels: the loaded library; by default the one for float32, built if need be.
+        masks, dense_gradients, frozen: see ``engines.base.Parts``; the latter is asked for only with ``cached``.
+        cached: runs the frozen front of batches that ``announce`` tells of.
+        sample: what the model is called with; None: the inputs of the first call.
+        captured: the model cut before; None: it is traced now if the sample is known.
+
+    Raises:
+        InvalidArgument: the model cannot be traced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kernels: Kernels | None = None,
+        *,
+        masks: Callable[[], Mapping[str, Tensor]],
+        dense_gradients: Callable[[], frozenset[str]],
+        frozen: Callable[[], frozenset[str]] = frozenset,
+        cached: CachedPrefix | None = None,
+        sample: Sample | None = None,
+        captured: GuardedCapture | None = None,
+    ) -> None:
+        check_forward(model)
+        self._model = model
+        self._frozen, self._cached = frozen, cached
+        self._frozen_then: frozenset[str] = frozenset()
+        self._announced: tuple[Tensor, int] | None = None
+        kernels = Kernels(build.load()) if kernels is None else kernels
+        self._kernels, self._pool = kernels, Pool(kernels.dtype)
+        self._masks, self._weights = masks, PackedWeights(masks, dense_gradients)
+        self._sample = sample
+        self._captures: list[GuardedCapture] = []  # the last used first
+        self._n_captures = 0
+        if captured is not None and captured.is_current(model):
+            self._take(captured)
+        elif sample is not None:
+            self._trace()
+        setattr(model, HELD, _Held(self))
+        model.forward = types.MethodType(forward, model)
+
+    @property
+    def taken(self) -> tuple[Region, ...]:
+        """What the engine computes in the model's present mode."""
+        return self._capture().regions
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """What stays in PyTorch, with the reason where there is one."""
+        return self._capture().left
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the engine's buffers."""
+        return self._pool.bytes
+
+    def rebuild(self) -> None:
+        """Make the lists of active weights anew, as the first step after a mutation does."""
+        self._weights.rebuild()
+
+    def announce(self, samples: Tensor | None, variant: int = 0) -> None:
+        """The next forward pass in training mode is of these samples [N], each in this variant; None: of any."""
+        self._announced = None if samples is None else (samples, variant)
+
+    def prefix_variants(self) -> int:
+        """How many variants of each sample the cache of the present frozen front keeps; 0 where there is none."""
+        cached, halves = self._cached, self._capture().halves
+        if cached is None or halves is None:
+            return 0
+        if cached.store is None and cached.variants:
+            assert self._sample is not None, "it was traced with one"
+            args, kwargs = call_arguments(self._sample)
+            with torch.no_grad():
+                cached.make_room([tuple(value.shape[1:]) for value in _tensors(halves[0](*args, **kwargs))])
+        return cached.variants
+
+    @contextmanager
+    def bypass(self) -> Iterator[None]:
+        """The model computes as its class says."""
+        replaced = vars(self._model).pop(FORWARD, None)
+        try:
+            yield
+        finally:
+            if replaced is not None:
+                self._model.forward = replaced
+
+    def detach(self) -> None:
+        """Give the model its forward pass back and free the buffers."""
+        held = vars(self._model).get(HELD)
+        if held is None or held.engine is not self:
+            return
+        delattr(self._model, HELD)
+        # What someone put around it since stays; the stand-in inside computes as the model's class from now on.
+        if getattr(vars(self._model).get(FORWARD), "__func__", None) is forward:
+            del self._model.forward
+        self._captures.clear()
+        if self._cached is not None:
+            self._cached.clear()
+        self._pool.release()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._sample is None:
+            self._sample = kwargs if kwargs and not args else args
+        captured = self._known()
+        if has_global_hooks() or (captured is None and _has_stand_ins(self._model)):
+            return type(self._model).forward(self._model, *args, **kwargs)
+        self._pool.begin_pass()
+        self._weights.refresh()
+        captured = self._capture() if captured is None else captured
+        if self._model.training and self._announced is not None:
+            (samples, variant), self._announced = self._announced, None
+            if captured.halves is not None and self._cached is not None and self._cached.store is not None:
+                return self._from_cache(captured.halves, samples, variant, args, kwargs)
+        return captured.graph_module.forward(*args, **kwargs)
+
+    def _from_cache(
+        self,
+        halves: tuple[fx.GraphModule, fx.GraphModule],
+        samples: Tensor,
+        variant: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        front, back = halves
+        given = [*args, *kwargs.values()]
+        if not all(isinstance(value, Tensor) and len(value) == len(samples) for value in given):
+            raise UsageError(
+                f"The prefix cache was told of {len(samples)} samples, and the model was called with other inputs than "
+                "a batch of as many. Call session.augmentation_seeds() once before each forward pass in training mode."
+            )
+
+        def compute(at: Tensor) -> list[Tensor]:
+            some = slice(None) if len(at) == len(samples) else at
+            with torch.no_grad():
+                return _tensors(
+                    front(*(value[some] for value in args), **{k: value[some] for k, value in kwargs.items()})
+                )
+
+        assert self._cached is not None
+        return back(*self._cached(samples, variant, compute))
+
+    def _known(self) -> Capture | None:
+        """The graph of the model as it is now, where it was in this state before."""
+        if self._cached is not None and (frozen := self._frozen()) != self._frozen_then:
+            self._captures.clear()
+            self._cached.clear()
+            self._frozen_then = frozen
+        for position, seen in enumerate(self._captures):
+            if seen.is_current(self._model):
+                if position:
+                    self._pool.begin_phase()
+                    self._captures.insert(0, self._captures.pop(position))
+                return seen.captured
+        return None
+
+    def _capture(self) -> Capture:
+        """The graph of the model as it is now."""
+        known = self._known()
+        if known is not None:
+            return known
+        try:
+            return self._trace()
+        except InvalidArgument as error:
+            # It could be traced when the engine was attached: in the other mode, or before a change.
+            rule = error.problems[0].rule
+            warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
+            return self._take(GuardedCapture(self._model, whole(self._model, rule)))
+
+    def _trace(self) -> Capture:
+        if self._sample is None:
+            raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
+        frozen = None if self._cached is None else self._frozen_then
+        return self._take(GuardedCapture(self._model, capture(self._model, self._sample, self._masks(), frozen)))
+
+    def _take(self, guarded: GuardedCapture) -> Capture:
+        """Compute by this capture from now on, for as long as the model is as it is."""
+        self._fill(guarded.captured)
+        self._pool.begin_phase()
+        self._captures.insert(0, guarded)
+        del self._captures[_MOST_CAPTURES:]
+        self._n_captures += 1
+        if self._n_captures == _MANY_CAPTURES:
+            warnings.warn(
+                f"The native engine has traced the model {_MANY_CAPTURES} times, each time because a module, hook or "
+                "attribute of it was another one. Change them less often, or keep what changes outside of the model.",
+                stacklevel=2,
+            )
+        return guarded.captured
+
+    def _fill(self, captured: Capture) -> None:
+        """Put what computes each region in its place."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
+            runner = RegionRunner(
+                region, fuse(region, modules), plain, self._kernels, self._pool, self._weights
+            )  # fmt: skip
+            for made in (captured.graph_module, *(captured.halves or ())):
+                if hasattr(made, region_name(index)):
+                    made.add_submodule(region_name(index), runner)
+
+
+class GuardedCapture:
+    """A capture, and the state of the model that it holds for."""
+
+    def __init__(self, model: nn.Module, captured: Capture) -> None:
+        self.captured = captured
+        self._opaque = {model.get_submodule(name) for name in captured.opaque}
+        self._guards = guards_of(model, self._opaque)
+
+    def is_current(self, model: nn.Module) -> bool:
+        return is_same(self._guards, guards_of(model, self._opaque))
+
+
+class _Held:
+    """Keeps the engine for as long as its model lives. Copies and pickles of the model have none."""
+
+    def __init__(self, engine: NativeModel) -> None:
+        self.engine = engine
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+# Copied and pickled by its name, as bound methods are: a copy of the model has no engine, and computes as its class.
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``module.forward`` while an engine is attached."""
+    held = vars(module).get(HELD)
+    if held is None or held.engine._model is not module:
+        return type(module).forward(module, *args, **kwargs)
+    return held.engine(*args, **kwargs)
+
+
+forward.is_spfde = True  # type: ignore[attr-defined]
+
+
+def _has_stand_ins(model: nn.Module) -> bool:
+    """Are there tensors in the place of parameters, as ``torch.func.functional_call`` puts them there?"""
+    return not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if not all(isinstance(value, Tensor) for value in values):
+        raise UsageError(
+            "The frozen front hands over something else than tensors, which the prefix cache cannot keep. "
+            "Attach without cache=."
+        )
+    return list(values)

@@ -1,0 +1,92 @@
+"""What training costs: each epoch of the timeline, as it was amended, priced for the samples that were seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spfde.cost import Ledger, LedgerRow, memory_of, peak_bytes
+from spfde.export.encoding import weight_bytes
+from spfde.planning import price, scoring_flops
+from spfde.session.part import Part, Setting, WholeModel
+from spfde.session.sampling import Sampling
+
+
+class Bill(Part):
+    """Enters a row for each epoch that ends.
+
+    Args:
+        setting: the session's.
+        sampling: says which samples were seen.
+        masks: of the weights.
+
+    Attributes:
+        ledger: the bill so far.
+    """
+
+    name = "bill"
+
+    def __init__(self, setting: Setting, sampling: Sampling, masks: WholeModel) -> None:
+        self._setting, self._sampling, self._masks = setting, sampling, masks
+        cost = setting.blueprint.cost
+        n_layers, batch = len(cost.layers), sampling.batch_size
+        dense = memory_of(
+            cost.layers, (1.0,) * n_layers, (False,) * n_layers, batch_size=batch, accounting="actual"
+        )  # fmt: skip
+        self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense.total)
+
+    def end_epoch(self) -> None:
+        setting, sampling, clock = self._setting, self._sampling, self._setting.clock
+        clock.stop_watch(setting.device)
+        blueprint, row = setting.blueprint, setting.timeline[clock.epoch]
+        samples = sampling.samples_seen()
+        overhead = clock.overhead_flops
+        if clock.epoch == 0:
+            overhead += scoring_flops(blueprint, samples=len(sampling.population), batch_size=sampling.batch_size)
+        cost = price(
+            blueprint,
+            row,
+            samples=samples,
+            population=sampling.dense_samples,
+            dense_gradient_samples=min(samples, self._masks.dense_gradient_steps * sampling.batch_size),
+            overhead_flops=overhead,
+        )
+        memory = memory_of(
+            blueprint.cost.layers,
+            blueprint.density(row),
+            blueprint.frozen_layers(row),
+            batch_size=sampling.batch_size,
+            accounting="actual",
+        )
+        tensors = {name: value for name, value in setting.model.state_dict().items() if isinstance(value, Tensor)}
+        weights = weight_bytes(tensors, self._masks.masks)
+        self.ledger.add(
+            LedgerRow(
+                **dataclasses.asdict(cost),
+                epoch=clock.epoch,
+                samples=samples,
+                steps=clock.steps,
+                density=self._masks.density,
+                frozen_blocks=row.frozen_blocks,
+                partial_samples=len(sampling.partial_set),
+                seconds=clock.seconds,
+                peak_memory_bytes=peak_bytes(setting.device),
+                modelled_memory_bytes=memory.total,
+                # The largest: the rate of the blocks that learn longest.
+                lr=max(float(group["lr"]) for group in setting.optimizer.param_groups),
+                dense_weight_bytes=weights.dense,
+                compressed_weight_bytes=weights.compressed,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.ledger.state_dict()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        Ledger().load_state_dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ledger.load_state_dict(state)

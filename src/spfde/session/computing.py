@@ -1,0 +1,142 @@
+"""How the model is computed: the engine, and what it keeps of the frozen front."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from spfde.core.errors import InvalidArgument, StateMismatch, UsageError
+from spfde.core.numbers import mix
+from spfde.core.say import say, say_on_stderr
+from spfde.core.state import check_entries
+from spfde.engines.base import Job, Parts
+from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
+from spfde.planning import Row
+from spfde.session.freezing import Freezing
+from spfde.session.masks import Masks
+from spfde.session.part import Part, Setting, WholeModel
+
+
+class Computing(Part):
+    """Has an engine compute the model.
+
+    Args:
+        setting: the session's.
+        job: what the engine computes.
+        choice: the engine, and why.
+        parts: what it reads before each pass; nothing of the session itself, which would stay alive with it.
+
+    Attributes:
+        engine: the engine.
+        choice: its name, and why it was taken.
+    """
+
+    name = "engine"
+
+    def __init__(self, setting: Setting, job: Job, choice: Choice, parts: Parts) -> None:
+        self._setting, self.job, self._parts = setting, job, parts
+        self.choice = choice
+        self.engine = make_engine(choice.name)
+        self.engine.attach(job, parts)
+        self._asked_for_seeds = False
+
+    @property
+    def caches_prefix(self) -> bool:
+        """Whether outputs of the frozen front are kept."""
+        return self.job.cache is not None
+
+    def bypass(self) -> AbstractContextManager[None]:
+        """A context in which the model runs through its own modules."""
+        return self.engine.bypass()
+
+    def on_batch(self) -> None:
+        """A batch is handed out."""
+        self.engine.on_batch()
+
+    def augmentation_seeds(self, samples: Tensor) -> Tensor:
+        """See ``Session.augmentation_seeds``."""
+        self._asked_for_seeds = True
+        setting, epoch = self._setting, self._setting.clock.epoch
+        row = setting.timeline[epoch]
+        variants = self.engine.prefix_variants() if self.caches_prefix and row.frozen_blocks else 0
+        if not variants:
+            return mix(samples, setting.seed, epoch, 0)
+        frozen = setting.timeline.frozen
+        since = next(at for at in range(epoch, -1, -1) if at == 0 or frozen[at - 1] != row.frozen_blocks)
+        variant = (epoch - since) % variants
+        self.engine.announce(samples, variant)
+        return mix(samples, setting.seed, since, 1 + variant)
+
+    def begin_epoch(self, row: Row) -> None:
+        self._asked_for_seeds = False
+
+    def end_epoch(self) -> None:
+        clock = self._setting.clock
+        frozen = self._setting.timeline[clock.epoch].frozen_blocks
+        if self.caches_prefix and frozen and clock.steps and not self._asked_for_seeds:
+            raise UsageError(
+                "a cache was asked for and blocks are frozen, but nothing was cached: augment each batch from "
+                "session.augmentation_seeds(), called once before its forward pass, or attach without cache=."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self.choice.name}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_entries(state, "the engine", {"name": str})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the engine that the state was saved with, for another one rounds otherwise; unless one was asked for."""
+        saved, asked = state["name"], self.choice.asked
+        if saved == self.choice.name:
+            return
+        if asked != "auto":
+            warnings.warn(
+                f'The state was saved with engine="{saved}" and goes on with engine="{asked}", as asked: the two round '
+                'differently, so the run is not bit for bit the same. Attach with engine="auto" to go on as it was.',
+                stacklevel=4,
+            )
+            return
+        if saved not in engine_names():
+            raise StateMismatch(
+                f"the state was saved with the engine {saved!r}, which is not known here. Import what registers it, or "
+                "attach with the name of another engine."
+            )
+        is_neutral = self._setting.recipe.is_neutral
+        try:
+            choice = choose_engine(saved, self.job, is_neutral=is_neutral, tell=say_on_stderr)
+        except InvalidArgument as error:
+            reason = f"the state was saved with the {saved} engine, which {error.problems[0].rule}"
+            self.choice = Choice(self.choice.name, reason, asked)
+            say(f"engine {self.choice.name}: {reason}")
+            return
+        self.engine.detach()
+        self.choice = Choice(choice.name, "as the state was saved with", asked)
+        self.engine = make_engine(choice.name)
+        self.engine.attach(self.job, self._parts)
+
+    def detach(self) -> None:
+        self.engine.detach()
+
+    def summarise(self) -> list[str]:
+        return [f"engine: {self.choice.name} ({self.choice.reason})"]
+
+    def describe(self) -> list[str]:
+        return self.engine.describe()
+
+
+def what_engines_read(masks: WholeModel, freezing: Freezing) -> Parts:
+    """What an engine reads before each pass; nothing of the session itself, which would stay alive with it."""
+    freezer = freezing.freezer
+    if not isinstance(masks, Masks):
+        return Parts(masks=dict, frozen=lambda: freezer.frozen_parameters)
+    masker = masks.masker
+    return Parts(
+        masks=lambda: masker.masks,
+        dense_gradients=lambda: masker.wants_dense_gradients,
+        frozen=lambda: freezer.frozen_parameters,
+    )

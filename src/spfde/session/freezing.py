@@ -1,0 +1,94 @@
+"""Which layers learn, and how fast: the freezer and the learning rates under the timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
+
+from spfde.core.state import check_entries
+from spfde.freezing import Freezer, GroupRates, is_held
+from spfde.planning import Row
+from spfde.session.part import Part, Setting
+
+
+class Freezing(Part):
+    """Freezes the blocks that the timeline says, after the masks of the epoch have mutated."""
+
+    name = "freezing"
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.freezer = Freezer(setting.model, setting.blueprint.partition.blocks, setting.optimizer)
+
+    @property
+    def n_frozen(self) -> int:
+        """Number of frozen blocks."""
+        return self.freezer.n_frozen
+
+    def begin_epoch(self, row: Row) -> None:
+        self.freezer.freeze_to(row.frozen_blocks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.freezer.state_dict()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_entries(state, "the frozen blocks", {"n_frozen": int, "blocks": list})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.freezer.load_state_dict(state)
+
+    def detach(self) -> None:
+        self.freezer.freeze_to(0)
+
+    def summarise(self) -> list[str]:
+        blueprint = self._setting.blueprint
+        blocks, epochs = len(blueprint.partition.blocks), list(blueprint.freeze_plan.freeze_epochs)
+        lines = [f"freezing: {self.n_frozen} of {blocks} blocks frozen; freeze epochs {epochs}"]
+        return lines if self._setting.recipe.learning_rate is not None else [*lines, "learning rate: the caller’s"]
+
+    def describe(self) -> list[str]:
+        held = [name for name, module in self._setting.model.named_modules() if is_held(module)]
+        if not held:
+            return []
+        return [
+            f"replaced: train() of {len(held)} norms, which frozen blocks hold in evaluation mode:",
+            *(f"  {name}" for name in held),
+        ]
+
+
+class Rates(Part):
+    """Sets the timeline's learning rates, block by block."""
+
+    name = "rates"
+
+    def __init__(self, setting: Setting) -> None:
+        technique, blueprint = setting.recipe.learning_rate, setting.blueprint
+        assert technique is not None, "made for recipes with a learning rate"
+        by_name = dict(setting.model.named_parameters())
+        blocks = enumerate(blueprint.partition.blocks)
+        block_of = {id(by_name[name]): index for index, block in blocks for name in block.parameters}
+        self._optimizer, self._technique = setting.optimizer, technique
+        self._rates = GroupRates(setting.optimizer, block_of, blueprint.learning_stops, technique)
+
+    def begin_epoch(self, row: Row) -> None:
+        self._rates.apply(row.epoch, row.rates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._rates.state_dict()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_entries(state, "the learning rates", {"base_rates": list})
+        copy(self._rates).load_state_dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rates.load_state_dict(state)
+
+    def detach(self) -> None:
+        self._rates.join()
+
+    def summarise(self) -> list[str]:
+        return [f"learning rate: {self._technique!r}"]
+
+    def describe(self) -> list[str]:
+        return [f"split: the optimizer's groups, by block, into {len(self._optimizer.param_groups)}"]

@@ -1,0 +1,118 @@
+"""Which weights exist: the masker under the timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spfde.planning import Counts, Row
+from spfde.session.part import Setting, WholeModel
+from spfde.sparsity import Masker
+
+
+class Masks(WholeModel):
+    """Carries out the timeline's mutations, and amends it by what the masks really had.
+
+    Args:
+        setting: the session's.
+        masker: of the model's masked layers.
+    """
+
+    def __init__(self, setting: Setting, masker: Masker) -> None:
+        self._setting, self.masker = setting, masker
+        if setting.world.is_shared:
+            masker.average = setting.world.average_
+        if any(layer.target != setting.blueprint.masked[name].target for name, layer in masker.layers.items()):
+            self._amend(epoch=0)  # the first masks were chosen from data
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:  # type: ignore[override]  # read-only here, empty there
+        """Masks by parameter name; True where the weight exists."""
+        return self.masker.masks
+
+    @property
+    def density(self) -> float:  # type: ignore[override]
+        """Active share of the masked tensors."""
+        return self.masker.density
+
+    @property
+    def explored(self) -> float:  # type: ignore[override]
+        """Share of the masked weights that have been active at some time."""
+        return self.masker.explored
+
+    @property
+    def dense_gradient_steps(self) -> int:  # type: ignore[override]
+        """Backward passes of this epoch that computed gradients of all weights."""
+        return self.masker.dense_gradient_steps
+
+    def install(self) -> None:
+        self.masker.install()
+
+    def begin_epoch(self, row: Row) -> None:
+        self.masker.begin_epoch(row.masks)
+
+    def end_epoch(self) -> None:
+        self._amend(self._setting.clock.epoch)
+
+    def infer_masks(self) -> None:
+        """Take the masks from the model's zeros."""
+        self.masker.infer_masks(self._setting.timeline.most_active())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.masker.state_dict()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        self.masker.check_state(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.masker.load_state_dict(state)
+
+    def detach(self) -> None:
+        self.masker.remove()
+
+    def summarise(self) -> list[str]:
+        return [f"sparsity: {self._setting.recipe.sparsity!r}, density now {self.density:.4f}"]
+
+    def describe(self) -> list[str]:
+        names = list(self.masks)
+        return [
+            f"hooked: the optimizer's steps and the gradients of {len(names)} tensors (masks):",
+            *(f"  {name}" for name in names),
+        ]
+
+    def _amend(self, epoch: int) -> None:
+        mean = self.masker.mean_active()
+        self._setting.timeline.amend(
+            epoch,
+            {
+                name: Counts(
+                    target=layer.target,
+                    active=mean[name],
+                    now=layer.active,
+                    gradient=mean[name] if layer.wider is None else layer.n_gradient,
+                )
+                for name, layer in self.masker.layers.items()
+            },
+        )
+
+
+def make_masks(setting: Setting, masks: Mapping[str, Tensor] | None) -> WholeModel:
+    """The part for a recipe, with or without masks.
+
+    Args:
+        setting: the session's.
+        masks: the first masks, for methods that choose them from data.
+    """
+    blueprint = setting.blueprint
+    if blueprint.method is None:
+        return WholeModel()
+    masker = Masker(
+        blueprint.sparse_layers,
+        setting.optimizer,
+        blueprint.method,
+        generator=setting.generator,
+        masks=masks,
+    )
+    return Masks(setting, masker)

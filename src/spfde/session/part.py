@@ -1,0 +1,121 @@
+"""What a session is made of: parts with one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spfde.core.clock import Clock
+from spfde.core.errors import UsageError
+from spfde.core.state import check_entries
+from spfde.model.sample import Sample
+from spfde.planning import Blueprint, Row, Timeline
+from spfde.recipe import Recipe
+from spfde.session.distributed import World
+
+
+@dataclass
+class Setting:
+    """What the parts of a session share.
+
+    Attributes:
+        given: the model as it was attached, wrappers included.
+        model: the user's own module inside.
+        optimizer: the user's.
+        recipe: as attached.
+        blueprint: what the recipe means for the model.
+        timeline: what happens in each epoch; parts may amend it.
+        seed: as attached.
+        sample: what the model is called with.
+        world: the processes that train together.
+        clock: epochs, steps and seconds.
+        generator: the one source of randomness of masks, growth and sieving; saved once, by the session.
+    """
+
+    given: nn.Module
+    model: nn.Module
+    optimizer: Optimizer
+    recipe: Recipe
+    blueprint: Blueprint
+    timeline: Timeline
+    seed: int
+    sample: Sample
+    world: World
+    clock: Clock = field(default_factory=Clock)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+
+class Part:
+    """One of the things that a session looks after. A method that a part has no use for does nothing.
+
+    Attributes:
+        name: under which its state is saved.
+    """
+
+    name: ClassVar[str]
+
+    def begin_epoch(self, row: Row) -> None:
+        """The top of an epoch, in the order of the parts; ``row`` is the timeline's, as the parts before amended it."""
+
+    def end_epoch(self) -> None:
+        """The bottom of an epoch, in the order of the parts.
+
+        Raises:
+            UsageError: the epoch is not complete.
+        """
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``StateMismatch`` for a state that cannot be loaded."""
+        check_entries(state, self.name, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, as tensors and primitives."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            StateMismatch: it does not fit, or is damaged.
+        """
+
+    def detach(self) -> None:
+        """Undo what it has changed of the model, the optimizer or the loader."""
+
+    def summarise(self) -> list[str]:
+        """Lines that say how it stands."""
+        return []
+
+    def describe(self) -> list[str]:
+        """Lines that say what it has hooked, replaced or made."""
+        return []
+
+
+class WholeModel(Part):
+    """A model without masks: every weight exists. ``Masks`` has the same properties."""
+
+    name = "masks"
+    masks: Mapping[str, Tensor] = {}
+    density = 1.0
+    explored = 1.0
+    dense_gradient_steps = 0
+
+    def install(self) -> None:
+        """Hook what has to be hooked."""
+
+    def infer_masks(self) -> None:
+        """Take the masks from the model's zeros."""
+        raise UsageError("infer_masks() needs a recipe with sparsity. Attach with Recipe(sparsity=...).")
+
+    def summarise(self) -> list[str]:
+        return ["sparsity: none"]
