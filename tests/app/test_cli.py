@@ -508,7 +508,7 @@ class TestBadData:
             (lambda a: a | {"y_train": a["y_train"] - 1}, ("y_train[0] is -1",)),
             (lambda a: a | {"y_train": a["y_train"].astype(float)}, ("y_train is float64, but labels are integers",)),
             (lambda a: a | {"y_test": a["y_test"] + 5}, ("out of range: y_train ends at 2",)),
-            (lambda a: a | {"y_train": a["y_train"] * 10**6}, ("out of range",)),
+            (lambda a: a | {"y_train": a["y_train"] * 10**6}, ("y_train[2] is 2000000", "have no training image")),
             (lambda a: a | {"y_train": a["y_train"][:-1]}, ("96 images and y_train 95 labels",)),
             (lambda a: {"x_train": a["x_train"]}, ("has no y_train, x_test, y_test",)),
         ],

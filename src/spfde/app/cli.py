@@ -9,8 +9,9 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
@@ -241,26 +242,23 @@ def _resume(folder: Path, asked: dict[str, Any], *, given: set[str], quiet: bool
 
 
 def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None:
-    display = None
+    from rich.console import Console
+
+    from spfde.app.train.display import ConsoleDisplay
+    from spfde.app.train.loop import train as train_loop
+
+    display = ConsoleDisplay(Console(quiet=quiet))
+    logging.getLogger("spfde").setLevel(logging.WARNING)  # the display tells which engine was chosen
     try:
-        from rich.console import Console
-
-        from spfde.app.train.display import ConsoleDisplay
-        from spfde.app.train.loop import train as train_loop
-
-        logging.getLogger("spfde").setLevel(logging.WARNING)  # the display tells which engine was chosen
-        display = ConsoleDisplay(Console(quiet=quiet))
         train_loop(options, out, display, resume=resume)
     except KeyboardInterrupt:
-        if display is not None:
-            display.stop()
+        display.stop()
         hint = f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else ""
         typer.echo(f"spfde: interrupted.{hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         logging.getLogger("spfde").setLevel(logging.NOTSET)
-        if display is not None:
-            display.stop()
+        display.stop()
     if not quiet:
         typer.echo(f"run folder: {out}")
 
@@ -270,11 +268,8 @@ def _new_folder(options: TrainOptions) -> Path:
     data = Path(options.data).stem
     model = options.model.replace("timm:", "").replace("/", "-")
     base = f"{data}-{model}-{Path(options.recipe_name).stem}-seed{options.seed}"
-    candidate, number = Path("runs") / base, 1
-    while candidate.exists():
-        number += 1
-        candidate = Path("runs") / f"{base}-{number}"
-    return candidate
+    names = (base if number == 1 else f"{base}-{number}" for number in count(1))
+    return next(folder for name in names if not (folder := Path("runs") / name).exists())
 
 
 def _given_options(context: typer.Context) -> set[str]:
@@ -286,20 +281,13 @@ def _given_options(context: typer.Context) -> set[str]:
 def _show_plainly() -> None:
     package, usual = Path(__file__).parent.parent, warnings.showwarning
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *place: Any) -> None:
         if package in Path(filename).parents:
             typer.echo(f"spfde: warning: {message}", err=True)
         else:
-            usual(message, category, filename, lineno, file, line)
+            usual(message, category, filename, lineno, *place)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]  # it is always called with all six
 
 
 def _in_options(error: SpfdeError, context: typer.Context) -> str:

@@ -137,11 +137,9 @@ def _find(path: str | Path) -> tuple[ImageFiles, ImageFiles]:
     except (OSError, ValueError) as error:
         raise data_error(path, f"cannot be used: {error}", _LAYOUT) from error
     if train.classes != test.classes:
-        lists = []
-        for name, here, there in (("train", train, test), (test_name, test, train)):
-            only = sorted(set(here.classes) - set(there.classes))
-            lists += [f"only in {name}: {', '.join(only[:8])}"] if only else []
-        rule = f"train and {test_name} must have the same class folders ({'; '.join(lists)})"
+        only = {"train": set(train.classes) - set(test.classes), test_name: set(test.classes) - set(train.classes)}
+        lists = "; ".join(f"only in {name}: {', '.join(sorted(names)[:8])}" for name, names in only.items() if names)
+        rule = f"train and {test_name} must have the same class folders ({lists})"
         raise data_error(path, rule, "Add or remove folders until they agree.")
     if len(train.classes) < 2:
         raise data_error(path, f"has one class ({train.classes[0]}), but there must be 2 at least", _LAYOUT)

@@ -95,9 +95,9 @@ _SO_FAR: Mapping[str, Callable[[RecordedRun], float | None]] = {
 
 
 def setting(run: RecordedRun, name: str) -> str:
-    """A setting by the summary, by the command line, or by ``config.json`` itself."""
-    command = run.section("command")
-    for value in ((run.summary or {}).get(name), command.get(f"{name}_name"), command.get(name), run.config.get(name)):
+    """A setting by the summary, by ``config.json``, or as it was asked for on the command line."""
+    asked = run.section("command")
+    for value in ((run.summary or {}).get(name), run.config.get(name), asked.get(f"{name}_name"), asked.get(name)):
         if isinstance(value, (str, int)):
             return str(value)
     return MISSING
@@ -106,14 +106,6 @@ def setting(run: RecordedRun, name: str) -> str:
 def data_name(run: RecordedRun) -> str:
     name = run.section("data").get("name") or run.section("command").get("data")
     return str(name) if name else MISSING
-
-
-def engine(run: RecordedRun) -> str:
-    """The engine that ran; it is resolved in the summary and in ``config.json``, not in the command ("auto")."""
-    for value in ((run.summary or {}).get("engine"), run.config.get("engine"), run.section("command").get("engine")):
-        if isinstance(value, str):
-            return value
-    return MISSING
 
 
 def versions(run: RecordedRun) -> str:

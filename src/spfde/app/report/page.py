@@ -92,7 +92,7 @@ def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
         tables=[tables.comparison(runs), tables.savings(runs), tables.memory_table(runs)],
         pictures=pictures,
         details=[(run, tables.settings(run)) for run in runs],
-        masked=[run.name for run in sparse if figures.engine(run) == "masked"],
+        masked=[run.name for run in sparse if figures.setting(run, "engine") == "masked"],
         uncounted=tables.uncounted(runs),
     )
 

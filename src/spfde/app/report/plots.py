@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -194,20 +194,17 @@ def _sieving(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
 
 
 def _share_of_samples(run: RecordedRun, name: str) -> tuple[list[int], list[float]]:
-    found = {}
-    for epoch, row in run.epochs.items():
-        population = row.get("partial_samples", 0.0) + row.get("removed_samples", 0.0)
-        if name in row and population > 0:
-            found[epoch] = row[name] / population
-    return list(found), list(found.values())
+    return _shares(run, name, lambda row: row.get("partial_samples", 0.0) + row.get("removed_samples", 0.0))
 
 
 def _flops_against_dense(run: RecordedRun) -> tuple[list[int], list[float]]:
-    found = {
-        epoch: row["training_flops"] / row["dense_training_flops"]
-        for epoch, row in run.epochs.items()
-        if "training_flops" in row and row.get("dense_training_flops")
-    }
+    return _shares(run, "training_flops", lambda row: row.get("dense_training_flops", 0.0))
+
+
+def _shares(
+    run: RecordedRun, name: str, whole: Callable[[Mapping[str, float]], float]
+) -> tuple[list[int], list[float]]:
+    found = {epoch: row[name] / whole(row) for epoch, row in run.epochs.items() if name in row and whole(row)}
     return list(found), list(found.values())
 
 

@@ -47,11 +47,16 @@ def shown(words: Callable[[float | None], str], name: str) -> Callable[[Recorded
     return lambda run: words(figures.figure(run, name))
 
 
+def set_by(name: str) -> Callable[[RecordedRun], str]:
+    """A cell: a setting of a run."""
+    return lambda run: figures.setting(run, name)
+
+
 def comparison(runs: Sequence[RecordedRun]) -> Table:
     """One row a run, everything that matters side by side."""
     columns = (
-        Column("Recipe", "set", "Name of the recipe", lambda run: figures.setting(run, "recipe")),
-        Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", figures.engine),
+        Column("Recipe", "set", "Name of the recipe", set_by("recipe")),
+        Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", set_by("engine")),
         Column("Test accuracy, last / best", "measured", "After the last and after the best epoch", figures.accuracies),
         Column("Training FLOPs", "modelled", "Over the whole run", shown(figures.flops, "training_flops")),
         Column("FLOPs vs dense", "modelled", VERSUS_DENSE, shown(figures.times, "flops_ratio")),
@@ -61,7 +66,7 @@ def comparison(runs: Sequence[RecordedRun]) -> Table:
         Column("Final sparsity", "measured", "Counted; masked tensors only", shown(figures.percent, "final_sparsity")),
         Column("Frozen blocks", "measured", "Counted; at the end, of all blocks", figures.frozen_blocks),
         Column("Samples seen", "measured", "Counted; repeats too", shown(figures.count, "samples_seen")),
-        Column("Seed", "set", "Of all random choices", lambda run: figures.setting(run, "seed")),
+        Column("Seed", "set", "Of all random choices", set_by("seed")),
         Column("Versions", "set", "Of what it was trained with", figures.versions),
     )
     return _table("The runs side by side", columns, runs)
