@@ -112,8 +112,8 @@ def _curves(budget: Result, found: dict[tuple[str, str], Figure]) -> Iterable[st
             yield _line([(x, place(0, figure.spread[0])[1]), (x, place(0, figure.spread[1])[1])], INK, 1.5)
         said = f"{label}: {end['test_accuracy']:.1%} in {end['seconds']:.0f} s"
         y = bottom - 64 + 22 * row
-        yield _line([(right - 270, y - 4), (right - 246, y - 4)], colour, 2.5, dashed=dashed)
-        yield _text(right - 238, y, said)
+        yield _line([(right - 284, y - 4), (right - 260, y - 4)], colour, 2.5, dashed=dashed)
+        yield _text(right - 252, y, said)
 
 
 def _text(x: float, y: float, said: str, *, anchor: str = "start", fill: str = INK, weight: str = "normal") -> str:

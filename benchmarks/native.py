@@ -568,12 +568,12 @@ def beside_recorded(new: Result, recorded: Result, groups: Iterable[str]) -> Res
     table = recorded.tables[0]
     again = tuple(f"{group}: " for group in groups)
     rows = [*(row for row in table.rows if not row[0].startswith(again)), *rows]
-    apart = {**recorded.data.get("apart", {}), **dict.fromkeys(groups, f"{new.command}, {stamp_line(new.stamp)}")}
+    apart = {**recorded.data.get("apart", {}), **dict.fromkeys(groups, f"`{new.command}` · {stamp_line(new.stamp)}")}
     return replace(
         recorded,
         figures=(*figures, *whats.values()),
         tables=(replace(table, rows=tuple(rows)),),
-        notes=(*new.notes, *(f"Taken apart from the rest: {group} (`{how}`)." for group, how in apart.items())),
+        notes=(*new.notes, *(f"Taken apart from the rest: {group}, {how}." for group, how in apart.items())),
         data={**recorded.data, "apart": apart},
     )
 
