@@ -24,8 +24,8 @@ from helpers.commands import Spfde
 from spfde import presets
 from spfde.app.data import folders
 from spfde.app.data.datasets import DATASETS, load_data
-from spfde.app.methods import known
 from spfde.app.train import models, setup
+from spfde.core.registry import registered
 from spfde.engines.native import build
 from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
 from spfde.recipe.citation import describe
@@ -282,21 +282,21 @@ class TestOtherCommands:
             assert f"\n  {name} " in printed
         for name in [
             *STRUCTURES,
-            *known("freezing-scheme"),
-            *known("drop"),
-            *known("grow"),
-            *known("engine"),
+            *registered("freezing-scheme"),
+            *registered("drop"),
+            *registered("grow"),
+            *registered("engine"),
             *FREEZE_CRITERIA,
             BlockwiseCosine.name,
         ]:
             assert re.search(rf"^  {name}\b", printed, re.MULTILINE), name
-        for technique in [*METHODS.values(), ProgressiveFreezing, *known("sieving-method").values()]:
+        for technique in [*METHODS.values(), ProgressiveFreezing, *registered("sieving-method").values()]:
             assert technique.summary in listed
             assert f"Cost: {technique.cost}." in listed
             assert all(describe(key).split(".")[0] in listed for key in technique.references)
         for summary, cost in FREEZE_CRITERIA.values():
             assert f"{summary} Cost: {cost}." in listed
-        for criterion, summary in ((name, each.summary) for name, each in known("sieving-criterion").items()):
+        for criterion, summary in ((name, each.summary) for name, each in registered("sieving-criterion").items()):
             assert f"{criterion} " in listed
             assert summary in listed
 
@@ -316,7 +316,7 @@ class TestOtherCommands:
         words = spfde("train", "--help").out.replace("│", " ").split()
         named = [*models.MODELS, "fashion-mini", "4x1", "2:4", *FREEZE_CRITERIA]
         for kind in ("structure", "freezing-scheme", "sieving-criterion"):
-            named += [name for name in known(kind) if name not in ("block", "nm")]
+            named += [name for name in registered(kind) if name not in ("block", "nm")]
         assert {word.strip(",:;()") for word in words} >= set(named)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from typing import Any
 
 import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.registry import registered
@@ -13,11 +11,6 @@ from spfde.recipe import presets
 from spfde.recipe.citation import describe
 
 WIDTH = 80
-
-
-def known(kind: str) -> Mapping[str, Any]:
-    """What may be named, by its name: this package's own, and what others registered under the kind."""
-    return registered(kind)
 
 
 def render_catalogue() -> str:
@@ -59,7 +52,7 @@ def render_catalogue() -> str:
 def _listed(kind: str) -> list[str]:
     """All of a kind, each with its line, its cost where it has one of its own, and its citation."""
     lines = []
-    for name, found in known(kind).items():
+    for name, found in registered(kind).items():
         cost = [f"Cost: {found.cost}."] if hasattr(found, "cost") else []
         references = getattr(found, "references", ())
         lines += _entry(name, getattr(found, "summary", ""), *cost, *map(describe, references))

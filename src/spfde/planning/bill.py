@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 from torch import nn
@@ -102,7 +103,7 @@ class Plan:
         """The whole run's cost and savings."""
         return total_cost(self.epoch_costs)
 
-    @property
+    @cached_property
     def samples_in_use(self) -> tuple[int, ...]:
         """Samples in use in each epoch."""
         return tuple(row.samples for row in self.timeline)
@@ -276,6 +277,7 @@ def plan(
     if blueprint.shortfall is not None:
         say_on_stderr(blueprint.shortfall)
     timeline = Timeline(blueprint, recipe, samples)
+    rows = timeline.rows
     scoring = scoring_flops(blueprint, samples=samples, batch_size=batch_size)
     costs = tuple(
         price(
@@ -286,9 +288,9 @@ def plan(
             dense_gradient_samples=planned_dense_samples(row, batch_size),
             overhead_flops=scoring if row.epoch == 0 else 0,
         )
-        for row in timeline
+        for row in rows
     )
-    schedule = [(blueprint.density(row), blueprint.frozen_layers(row)) for row in timeline]
+    schedule = [(blueprint.density(row), blueprint.frozen_layers(row)) for row in rows]
     memory = {
         name: memory_timeline(
             blueprint.cost.layers,

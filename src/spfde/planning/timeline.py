@@ -93,7 +93,7 @@ class Timeline:
     def __init__(self, blueprint: Blueprint, recipe: Recipe, samples: int) -> None:
         self._blueprint, self._recipe, self._samples = blueprint, recipe, samples
         self._epochs, self._interval = blueprint.epochs, blueprint.interval
-        self._frozen = list(blueprint.freeze_plan.frozen)
+        self._frozen = blueprint.freeze_plan.frozen
         self._stops, self._resume_epoch = blueprint.learning_stops, blueprint.freeze_plan.resume_epoch
         self._layers: list[Layers] = []
         self._amended: tuple[int, Layers] | None = None
@@ -136,7 +136,7 @@ class Timeline:
     @property
     def frozen(self) -> tuple[int, ...]:
         """For each epoch how many of the first blocks are frozen."""
-        return tuple(self._frozen)
+        return self._frozen
 
     def most_active(self) -> dict[str, int]:
         """The most active weights that each layer may have in any epoch."""
@@ -155,8 +155,8 @@ class Timeline:
 
         What happens before ``since`` may change too: a block comes to its target one update epoch before.
         """
-        for epoch in range(since, self._epochs):
-            self._frozen[epoch] = max(self._frozen[epoch], n_blocks)
+        later = (max(count, n_blocks) for count in self._frozen[since:])
+        self._frozen = (*self._frozen[:since], *later)
         self.__dict__.pop("_last_training_updates", None)
         self._forget(max(0, since - self._interval))
 
@@ -196,11 +196,11 @@ class Timeline:
         if method is None:
             return {}
         if epoch == 0:
-            before = {name: self._first(name) for name in self._blueprint.masked}
+            before: Layers = {name: self._first(name) for name in self._blueprint.masked}
         elif self._amended is not None and self._amended[0] == epoch - 1:
-            before = dict(self._amended[1])
+            before = self._amended[1]
         else:
-            before = dict(self._layers[epoch - 1])
+            before = self._layers[epoch - 1]
         after = {name: self._next(name, was, epoch) for name, was in before.items()}
         # Most epochs are like the one before: they share what is the same.
         return self._layers[epoch - 1] if epoch and after == self._layers[epoch - 1] else after
@@ -296,14 +296,14 @@ class Timeline:
 
         A layer's numbers are those of ``LayerPlan``, in the order of ``layer_fields``.
         """
-        blocks = [block.name for block in self._blueprint.partition.blocks]
+        blocks, rows = [block.name for block in self._blueprint.partition.blocks], self.rows
         return {
             "epochs": self._epochs,
             "interval": self._interval,
             "blocks": blocks,
             "layer_fields": list(_FIELDS),
-            "rows": _run_lengths([_written(row) for row in self]),
-            "rates": [list(row.rates) for row in self] if self._recipe.learning_rate is not None else [],
+            "rows": _run_lengths([_written(row) for row in rows]),
+            "rates": [list(row.rates) for row in rows] if self._recipe.learning_rate is not None else [],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,7 +334,7 @@ class Timeline:
         except (TypeError, ValueError, AttributeError) as error:
             raise StateMismatch(f"the state's timeline is damaged ({error}).") from error
         self.__dict__.pop("_last_training_updates", None)
-        self._frozen, self._layers, self._amended = list(frozen), layers, amended
+        self._frozen, self._layers, self._amended = tuple(frozen), layers, amended
 
     def _read_amended(self, epoch: Any, numbers: Any, *, known: int) -> tuple[int, Layers]:
         if type(epoch) is not int or not 0 <= epoch < known:

@@ -112,14 +112,12 @@ def attach(
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
     masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
     setting = Setting(
-        given=model,
         model=unwrap(model),
         optimizer=optimizer,
         recipe=recipe,
         blueprint=blueprint,
         timeline=timeline,
         seed=seed,
-        sample=sample,
         world=world,
     )
     session = Session(

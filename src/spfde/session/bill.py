@@ -11,7 +11,8 @@ from torch import Tensor
 from spfde.cost import Ledger, LedgerRow, memory_of, peak_bytes
 from spfde.export.encoding import weight_bytes
 from spfde.planning import price, scoring_flops
-from spfde.session.part import Part, Setting, WholeModel
+from spfde.session.masks import WholeModel
+from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
 
 

@@ -17,8 +17,8 @@ from spfde.engines.base import Job, Parts
 from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
 from spfde.planning import Row
 from spfde.session.freezing import Freezing
-from spfde.session.masks import Masks
-from spfde.session.part import Part, Setting, WholeModel
+from spfde.session.masks import Masks, WholeModel
+from spfde.session.part import Part, Setting
 
 
 class Computing(Part):
@@ -61,12 +61,11 @@ class Computing(Part):
         """See ``Session.augmentation_seeds``."""
         self._asked_for_seeds = True
         setting, epoch = self._setting, self._setting.clock.epoch
-        row = setting.timeline[epoch]
-        variants = self.engine.prefix_variants() if self.caches_prefix and row.frozen_blocks else 0
+        frozen = setting.timeline.frozen[: epoch + 1]
+        variants = self.engine.prefix_variants() if self.caches_prefix and frozen[-1] else 0
         if not variants:
             return mix(samples, setting.seed, epoch, 0)
-        frozen = setting.timeline.frozen
-        since = next(at for at in range(epoch, -1, -1) if at == 0 or frozen[at - 1] != row.frozen_blocks)
+        since = next(at for at in range(len(frozen) - 1, -1, -1) if at == 0 or frozen[at - 1] != frozen[-1])
         variant = (epoch - since) % variants
         self.engine.announce(samples, variant)
         return mix(samples, setting.seed, since, 1 + variant)
@@ -76,7 +75,7 @@ class Computing(Part):
 
     def end_epoch(self) -> None:
         clock = self._setting.clock
-        frozen = self._setting.timeline[clock.epoch].frozen_blocks
+        frozen = self._setting.timeline.frozen[clock.epoch]
         if self.caches_prefix and frozen and clock.steps and not self._asked_for_seeds:
             raise UsageError(
                 "a cache was asked for and blocks are frozen, but nothing was cached: augment each batch from "

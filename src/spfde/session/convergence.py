@@ -26,7 +26,8 @@ from spfde.model.blocks import Block, Partition
 from spfde.model.sample import Sample
 from spfde.planning import Row
 from spfde.session.computing import Computing
-from spfde.session.part import Part, Setting, WholeModel
+from spfde.session.masks import WholeModel
+from spfde.session.part import Part, Setting
 from spfde.sparsity import largest_half, pack, unpack
 
 Look = dict[str, Tensor]
@@ -173,8 +174,8 @@ class Convergence(Part):
 
     def _forward_flops(self, samples: int) -> int:
         """Of the forward pass of so many samples under the masks as they are."""
-        cost, masks = self._setting.blueprint.cost, self._masks.masks
-        density = cost.densities({name: float(mask.sum()) / mask.numel() for name, mask in masks.items()})
+        cost = self._setting.blueprint.cost
+        density = cost.densities(self._masks.densities())
         return sum(round_half_up(samples * flops * share) for flops, share in zip(cost.forward, density, strict=True))
 
 

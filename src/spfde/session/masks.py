@@ -7,9 +7,34 @@ from typing import Any
 
 from torch import Tensor
 
+from spfde.core.errors import UsageError
 from spfde.planning import Counts, Row
-from spfde.session.part import Setting, WholeModel
+from spfde.session.part import Part, Setting
 from spfde.sparsity import Masker
+
+
+class WholeModel(Part):
+    """A model without masks: every weight exists. ``Masks`` has the same properties."""
+
+    name = "masks"
+    masks: Mapping[str, Tensor] = {}
+    density = 1.0
+    explored = 1.0
+    dense_gradient_steps = 0
+
+    def densities(self) -> dict[str, float]:
+        """Active share of each masked tensor, by name."""
+        return {}
+
+    def install(self) -> None:
+        """Hook what has to be hooked."""
+
+    def infer_masks(self) -> None:
+        """Take the masks from the model's zeros."""
+        raise UsageError("infer_masks() needs a recipe with sparsity. Attach with Recipe(sparsity=...).")
+
+    def summarise(self) -> list[str]:
+        return ["sparsity: none"]
 
 
 class Masks(WholeModel):
@@ -46,6 +71,9 @@ class Masks(WholeModel):
     def dense_gradient_steps(self) -> int:  # type: ignore[override]
         """Backward passes of this epoch that computed gradients of all weights."""
         return self.masker.dense_gradient_steps
+
+    def densities(self) -> dict[str, float]:
+        return self.masker.densities()
 
     def install(self) -> None:
         self.masker.install()

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from spfde.core.clock import Clock
-from spfde.core.errors import UsageError
 from spfde.core.state import check_entries
-from spfde.model.sample import Sample
 from spfde.planning import Blueprint, Row, Timeline
 from spfde.recipe import Recipe
 from spfde.session.distributed import World
@@ -24,27 +22,23 @@ class Setting:
     """What the parts of a session share.
 
     Attributes:
-        given: the model as it was attached, wrappers included.
-        model: the user's own module inside.
+        model: the user's own module, without wrappers.
         optimizer: the user's.
         recipe: as attached.
         blueprint: what the recipe means for the model.
         timeline: what happens in each epoch; parts may amend it.
         seed: as attached.
-        sample: what the model is called with.
         world: the processes that train together.
         clock: epochs, steps and seconds.
         generator: the one source of randomness of masks, growth and sieving; saved once, by the session.
     """
 
-    given: nn.Module
     model: nn.Module
     optimizer: Optimizer
     recipe: Recipe
     blueprint: Blueprint
     timeline: Timeline
     seed: int
-    sample: Sample
     world: World
     clock: Clock = field(default_factory=Clock)
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -99,23 +93,3 @@ class Part:
     def describe(self) -> list[str]:
         """Lines that say what it has hooked, replaced or made."""
         return []
-
-
-class WholeModel(Part):
-    """A model without masks: every weight exists. ``Masks`` has the same properties."""
-
-    name = "masks"
-    masks: Mapping[str, Tensor] = {}
-    density = 1.0
-    explored = 1.0
-    dense_gradient_steps = 0
-
-    def install(self) -> None:
-        """Hook what has to be hooked."""
-
-    def infer_masks(self) -> None:
-        """Take the masks from the model's zeros."""
-        raise UsageError("infer_masks() needs a recipe with sparsity. Attach with Recipe(sparsity=...).")
-
-    def summarise(self) -> list[str]:
-        return ["sparsity: none"]

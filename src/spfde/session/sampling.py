@@ -174,12 +174,16 @@ class SievedSampling(Sampling):
         n_ids = int(population.max()) + 1
         self._technique = technique
         self._classes = ClassLabels(n_ids, labels) if technique.balanced else None
-        known = self._classes.labels[population] if self._classes is not None and not self._classes.collects else None
+        known = None if self._classes is None or self._classes.collects else self._classes.labels[population]
         self._sieve = Sieve(population, technique, generator=setting.generator, labels=known)
         super().__init__(setting, loader, self._sieve.keep)
         criterion = technique.make_criterion()
         self._scorer = criterion.scorer(n_ids)
+        #: What has a state, by the name that it is saved under.
+        self._remembering: dict[str, Any] = {"sieve": self._sieve, "scorer": self._scorer}
         collects = self._classes is not None and self._classes.collects
+        if collects:
+            self._remembering["classes"] = self._classes
         self._observer = Observer(
             self._scorer,
             self.loader,
@@ -248,8 +252,7 @@ class SievedSampling(Sampling):
     def check_reported(self) -> None:
         clock = self._setting.clock
         self._observer.check_reported()
-        if clock.phase != "between":
-            self._observer.check_any(clock.steps, clock.samples_drawn)
+        self._observer.check_any(clock.steps, clock.samples_drawn)
 
     def on_loader_start(self) -> None:
         self._observer.check_reported()
@@ -265,28 +268,19 @@ class SievedSampling(Sampling):
     def state_dict(self) -> dict[str, Any]:
         return {
             "observed": self._observer.samples,
-            "sieve": self._sieve.state_dict(),
-            "scorer": self._scorer.state_dict(),
-            "classes": self._classes.state_dict() if self._classes is not None and self._classes.collects else None,
+            **{name: own.state_dict() for name, own in self._remembering.items()},
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        collects = self._classes is not None and self._classes.collects
-        kinds = {"observed": int, "sieve": dict, "scorer": dict, "classes": dict if collects else type(None)}
-        check_entries(state, "the sieve", kinds)
-        for own, name in self._remembering():
+        check_entries(state, "the sieve", {"observed": int, **dict.fromkeys(self._remembering, dict)})
+        for name, own in self._remembering.items():
             copy(own).load_state_dict(state[name])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for own, name in self._remembering():
+        for name, own in self._remembering.items():
             own.load_state_dict(state[name])
         self._observer.begin_epoch()
         self._observer.samples = state["observed"]
-
-    def _remembering(self) -> list[tuple[Any, str]]:
-        """What has a state, and under which name."""
-        collects = self._classes is not None and self._classes.collects
-        return [(self._sieve, "sieve"), (self._scorer, "scorer"), *([(self._classes, "classes")] if collects else [])]
 
 
 def make_sampling(setting: Setting, loader: DataLoader[Any], labels: Tensor | None) -> Sampling:

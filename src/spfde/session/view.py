@@ -12,7 +12,8 @@ from spfde.planning import Timeline
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.freezing import Freezing
-from spfde.session.part import Part, WholeModel
+from spfde.session.masks import WholeModel
+from spfde.session.part import Part
 from spfde.session.sampling import Sampling
 
 

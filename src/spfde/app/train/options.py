@@ -12,7 +12,6 @@ from annotated_types import Ge
 from pydantic import ConfigDict, Field, field_validator
 
 from spfde.app.data.datasets import DATASETS
-from spfde.app.methods import known
 from spfde.app.options import (
     CacheOptions,
     DataOptions,
@@ -28,6 +27,7 @@ from spfde.app.options import (
 from spfde.app.plugins import missing_plugins
 from spfde.app.train.checks import check_named
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
+from spfde.core.registry import registered
 from spfde.core.technique import Technique
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import presets
@@ -227,7 +227,7 @@ def read_structure(text: str) -> Structure:
         return Block(rows=int(match[1]), columns=int(match[2]))
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(n=int(match[1]), m=int(match[2]))
-    structures = known("structure")
+    structures = registered("structure")
     if text not in structures:
         names = [*structures, "4x1", "2:4"]
         raise InvalidArgument(Problem("--structure", text, "is no structure", nearest(text, names)))

@@ -266,7 +266,7 @@ def _describe(run: TrainingRun) -> None:
             "recipe": options.recipe,
             "engine": run.session.engine,
             "plan": bill.to_dict(),
-            **({"timeline": bill.timeline.to_dict()} if hasattr(bill, "timeline") else {}),
+            "timeline": bill.timeline.to_dict(),
             "versions": versions(),
             "hardware": hardware(run.accelerator.device),
         },
