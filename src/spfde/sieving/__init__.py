@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from spfde.sieving.balance import ClassLabels, find_labels
+from spfde.sieving.batch_sampler import SievedBatchSampler
 from spfde.sieving.criteria import Scorer, SievingCriterion
 from spfde.sieving.loader import (
-    SievedBatchSampler,
     SievedLoader,
     check_loader,
     loader_generators,

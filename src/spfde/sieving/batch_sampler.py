@@ -1,0 +1,130 @@
+"""The batch sampler of a partial set: the user's own sampler, passing over what is left out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler
+
+
+class SievedBatchSampler(BatchSampler):
+    """Batches of the user's sampler without the removed samples.
+
+    Laziness is kept: nothing is drawn from the sampler before the first batch is asked for, and no index before it is
+    needed. ``DataLoader`` draws its base seed between the two and makes the iterator twice when it has workers, so this
+    is what keeps the draws in the plain loader's order.
+
+    Example:
+        >>> def keep():
+        ...     return torch.arange(20) < 16  # samples 16 to 19 are left out
+        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=keep)
+        >>> sorted(index for batch in sampler for index in batch) == list(range(16))
+        True
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int] | Iterable[int],
+        batch_size: int,
+        drop_last: bool,
+        *,
+        keep: Callable[[], Tensor | None],
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Wrap a sampler.
+
+        Args:
+            sampler: the user's sampler, which yields sample ids.
+            batch_size: samples in a batch.
+            drop_last: whether the last batch is left out when it is not full.
+            keep: gives the bool mask over sample ids that are in the partial set, or None while nothing is removed;
+                asked once at the start of each iteration.
+            share: (rank, size): of every ``size`` batches the one at ``rank`` is yielded. Every rank yields the same
+                number: the first batches of an epoch come again where they do not divide, or, with ``drop_last``,
+                the rest is left out.
+        """
+        super().__init__(sampler, batch_size, drop_last)
+        self.keep = keep
+        self.share = share
+        self.handed_on: deque[list[Any]] | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        keep = self.keep()
+        batches = super().__iter__() if keep is None else self._kept(keep)
+        if self.share[1] > 1:
+            batches = _dealt(batches, *self.share, drop_rest=self.drop_last)
+        return batches if self.handed_on is None else _recorded(batches, self.handed_on)
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch.
+
+        Raises:
+            TypeError: something is removed, and the sampler (random with replacement, or not one of PyTorch's own)
+                does not tell how many of its samples are in the partial set.
+        """
+        keep = self.keep()
+        if keep is None:
+            n_batches = int(super().__len__())
+        else:
+            n_batches = _divide(self._n_kept(keep), self.batch_size, drop_rest=self.drop_last)
+        return _divide(n_batches, self.share[1], drop_rest=self.drop_last)
+
+    def _kept(self, keep: Tensor) -> Iterator[list[int]]:
+        # bytes and filter: one look-up in C for each index, about 2 ms for 50,000. Filtering a tensor and turning it
+        # into ints costs as much, and this serves every sampler, lazily and with the very index objects it yields.
+        contains = keep.numpy().tobytes()
+        yield from BatchSampler(filter(contains.__getitem__, self.sampler), self.batch_size, self.drop_last)
+
+    def _n_kept(self, keep: Tensor) -> int:
+        sampler: Any = self.sampler
+        if iterates_as(sampler, SubsetRandomSampler):
+            return int(keep[subset_indices(sampler)].sum())
+        if iterates_as(sampler, SequentialSampler):
+            return int(keep.sum())
+        if iterates_as(sampler, RandomSampler) and not sampler.replacement:
+            rounds, rest = divmod(sampler.num_samples, len(sampler.data_source))
+            if rest == 0:
+                return int(rounds * keep.sum())
+        raise TypeError(
+            f"the number of batches over a partial set is not known in advance with {type(sampler).__name__}: "
+            "it depends on what the sampler draws"
+        )
+
+
+def _divide(n: int, size: int, *, drop_rest: bool) -> int:
+    return n // size if drop_rest else -(-n // size)
+
+
+def _dealt(batches: Iterator[list[int]], rank: int, size: int, *, drop_rest: bool) -> Iterator[list[int]]:
+    """Every ``size``-th batch, from ``rank`` on; a last round that is not full is filled from the first batches."""
+    first: list[list[int]] = []
+    hand: list[list[int]] = []
+    for batch in batches:
+        if len(first) < size:
+            first.append(batch)
+        hand.append(batch)
+        if len(hand) == size:
+            yield hand[rank]
+            hand = []
+    if hand and not drop_rest:
+        yield (hand + (first * size)[: size - len(hand)])[rank]
+
+
+def _recorded(batches: Iterator[list[int]], queue: deque[list[Any]]) -> Iterator[list[int]]:
+    for batch in batches:
+        queue.append(list(batch))  # a copy: a data set's __getitems__ may change the list that it is given
+        yield batch
+
+
+def iterates_as(sampler: object, kind: type) -> bool:
+    """Whether a sampler is of this kind and does not iterate in a way of its own."""
+    return isinstance(sampler, kind) and type(sampler).__iter__ is kind.__iter__  # type: ignore[attr-defined]
+
+
+def subset_indices(sampler: Any) -> Tensor:
+    """The indices of a ``SubsetRandomSampler``, shape (n,), long."""
+    return torch.as_tensor(sampler.indices, dtype=torch.long).cpu()
