@@ -10,7 +10,7 @@ import pytest
 
 from spfde.engines.native import build
 
-WHOLE = 'extern "C" __attribute__((visibility("default"))) long spfde_abi() { return 1; }\n'
+WHOLE = 'extern "C" __attribute__((visibility("default"))) int spfde_lanes() { return 1; }\n'
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"
 )
@@ -43,7 +43,7 @@ def test_a_library_is_built_once_and_says_so_before(cache: Path, sources: Path) 
     assert first.parent == cache
     assert len(said) == 1
     assert "compiling the kernels" in said[0]
-    assert build.load(sources=sources).spfde_abi() == 1
+    assert build.load(sources=sources).spfde_lanes() == 1
 
 
 @needs_compiler
@@ -63,7 +63,7 @@ def test_a_damaged_library_is_built_anew(cache: Path, sources: Path) -> None:
     said: list[str] = []
     assert build.library_path(sources=sources, on_build=said.append) == path
     assert said
-    assert build.load(sources=sources).spfde_abi() == 1
+    assert build.load(sources=sources).spfde_lanes() == 1
 
 
 @needs_compiler

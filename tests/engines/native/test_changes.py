@@ -288,34 +288,34 @@ def train(model: nn.Module, *shape: int, times: int = 6) -> None:
 def test_buffers_of_other_shapes_are_given_back() -> None:
     model, engine = resnet()
     train(model, 16, 3, 16, 16)
-    usual = engine.buffer_bytes
+    usual = engine._pool.bytes
     for batch, side in ((3, 16), (5, 16), (16, 12), (16, 20)):
         train(model, batch, 3, side, side)
     model.eval()
     with torch.no_grad():
         for _ in range(6):
             model(torch.randn(64, 3, 16, 16))
-        evaluating = engine.buffer_bytes
+        evaluating = engine._pool.bytes
         assert evaluating < 4 * usual
     model.train()
     train(model, 16, 3, 16, 16)
-    assert engine.buffer_bytes == usual
+    assert engine._pool.bytes == usual
 
 
 def test_an_evaluation_does_not_add_to_the_memory_of_training() -> None:
     model, engine = resnet()
     train(model, 16, 3, 16, 16)
-    usual = engine.buffer_bytes
+    usual = engine._pool.bytes
     model.eval()
     with torch.no_grad():
         model(torch.randn(16, 3, 16, 16))
-    assert engine.buffer_bytes < 0.7 * usual
+    assert engine._pool.bytes < 0.7 * usual
 
 
 def test_frozen_blocks_give_their_buffers_back() -> None:
     model, engine = resnet()
     train(model, 16, 3, 16, 16)
-    usual = engine.buffer_bytes
+    usual = engine._pool.bytes
     layers = [name for name, _ in model.named_parameters()]
     for name in layers[: len(layers) // 2]:
         model.get_parameter(name).requires_grad_(False)
@@ -323,7 +323,7 @@ def test_frozen_blocks_give_their_buffers_back() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.train(False)
     train(model, 16, 3, 16, 16)
-    assert engine.buffer_bytes < 0.8 * usual
+    assert engine._pool.bytes < 0.8 * usual
 
 
 def test_switching_at_every_step_keeps_the_buffers() -> None:
@@ -333,5 +333,5 @@ def test_switching_at_every_step_keeps_the_buffers() -> None:
         model.train(n % 2 == 0)
         train(model, 16, 3, 16, 16, times=1)
         if n >= 4:
-            found.add(engine.buffer_bytes)
+            found.add(engine._pool.bytes)
     assert len(found) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from spfde.engines.native.kernels import KernelTape
 from spfde.engines.native.layout import Layout, Pool
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.model import NativeModel
+from spfde.engines.native.tape import Place
 
 pytestmark = needs_kernels
 
@@ -25,9 +27,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[KernelTape]:
     tapes: list[KernelTape] = []
     finish = KernelTape.finish
 
-    def note(tape: KernelTape) -> None:
+    def note(tape: KernelTape, keep: Sequence[Place] = ()) -> None:
         tapes.append(tape)
-        finish(tape)
+        finish(tape, keep)
 
     monkeypatch.setattr(KernelTape, "finish", note)
     return tapes
@@ -87,8 +89,8 @@ def test_what_is_wanted_afterwards_is_handed_out_and_the_rest_goes_back_to_the_p
     keep, scratch = tape.take_flat(4), tape.take_flat(4)
     tape.accumulate(tape.given("a"), keep, 4)
     tape.accumulate(tape.given("a"), scratch, 4)
-    tape.finish()
-    (found,) = tape.play({"a": torch.ones(4, dtype=torch.float64)}, pool, [keep])
+    tape.finish([keep])
+    (found,) = tape.play({"a": torch.ones(4, dtype=torch.float64)}, pool)
     assert found.tolist() == [1.0] * 4  # the pool's new buffers are zero
     taken = pool.bytes
     pool.release()

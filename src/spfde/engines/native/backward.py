@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
-from spfde.engines.native.kernels import INVERSE, MEAN, KernelTape, PoolKernel
+from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PointStep, PoolStep
+from spfde.engines.native.kernels import INVERSE, MEAN, SCALE, SHIFT, KernelTape, PoolKernel
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
-from spfde.engines.native.schedule import Schedule
+from spfde.engines.native.schedule import Schedule, Strides
 from spfde.engines.native.tape import Buffer, Place
 
 
@@ -32,45 +32,39 @@ class Backward(Schedule):
         self.pooled: dict[str, Place] = {}
         self.parameters: dict[int, Place] = {}
 
-    def write(self, gradients: Sequence[tuple[int, ...] | None]) -> None:
-        """Write everything down.
-
-        Args:
-            gradients: strides of the gradient of each output; None where there is none.
-        """
-        plan = self.plan
-        for name, strides in zip(plan.region.outputs, gradients, strict=True):
-            if strides is not None and plan.needs_grad[name]:
-                self._enter(name, strides, plan.maker.get(name))
-        for step in reversed(plan.steps):
-            if not plan.needs_grad[step.writes]:
+    def write(self, strides: Sequence[Strides]) -> Sequence[Place]:
+        for name, of_gradient in zip(self.plan.region.outputs, strides, strict=True):
+            if of_gradient is not None:
+                self._enter(name, of_gradient)
+        for step in reversed(self.plan.steps):
+            if isinstance(step, GlobalPoolStep):
+                self._global_pool(step)
+                continue
+            d = self.flowing.pop(step.y, None)
+            if d is None:
                 continue
             if isinstance(step, ConvStep):
-                self._conv(step)
+                self._conv(step, d)
             elif isinstance(step, PointStep):
-                self._point(step)
-            elif isinstance(step, PoolStep):
-                self._pool(step)
+                self._point(step, d)
             else:
-                self._global_pool(step)
-        for name, wants in zip(plan.region.inputs, plan.mode.wants, strict=True):
-            buffer = self.flowing.pop(name, None)
-            if wants and buffer is not None:
-                self.unpack(buffer, self.tape.given(("from", name)))
+                self._pool(step, d)
+            del d
+        for name in self.plan.region.inputs:
+            if name in self.flowing:
+                self.unpack(self.flowing[name], self.tape.given(("from", name)))
+        return ()
 
-    def _enter(self, name: str, strides: tuple[int, ...], maker: FusedStep | None) -> None:
+    def _enter(self, name: str, strides: Sequence[int]) -> None:
         given = self.tape.given(("to", name))
-        if isinstance(maker, GlobalPoolStep):
+        if isinstance(self.plan.maker.get(name), GlobalPoolStep):
             self.pooled[name] = given
             return
         buffer = self.tape.take(self.layouts[name])
         self.pack(given, strides, buffer)
         self._flow(name, buffer)
 
-    def _conv(self, step: ConvStep) -> None:
-        d = self.flowing.pop(step.y, None)
-        if d is None:
-            return
+    def _conv(self, step: ConvStep, d: Buffer) -> None:
         plan, from_, to = self.plan, self.layouts[step.x], self.layouts[step.y]
         weight, bias = step.module.weight, step.module.bias
         if plan.trains(weight):
@@ -98,17 +92,14 @@ class Backward(Schedule):
         there = self.flowing.get(name)
         return (self.tape.take(self.layouts[name]), False) if there is None else (there, True)
 
-    def _point(self, step: PointStep) -> None:
-        d = self.flowing.pop(step.z, None)
-        if d is None:
-            return
-        plan, before, norm, residual = self.plan, self.layouts[step.y], step.norm, step.residual
-        scale, shift = self.constants_of(step)
-        mean, inverse = self._normalised_by(step)
+    def _point(self, step: PointStep, d: Buffer) -> None:
+        plan, before, norm, residual = self.plan, self.layouts[step.x], step.norm, step.residual
+        scale, shift = self.constants_of(step, SCALE, SHIFT)
+        mean, inverse = self.constants_of(step, MEAN, INVERSE)
         to_residual = residual is not None and plan.needs_grad[residual]
         # d itself goes on to the residual where it can, so the gradient of y then needs a buffer of its own.
         out = None
-        if plan.needs_grad[step.y]:
+        if plan.needs_grad[step.x]:
             waits = not to_residual or residual in self.flowing
             out = d if d.layout == before and waits else self.tape.take(before)
         trained = [] if norm is None else [norm.weight, norm.bias]
@@ -135,12 +126,9 @@ class Backward(Schedule):
             else:
                 self._flow_copy(residual, d)
         if out is not None:
-            self._flow(step.y, out)
+            self._flow(step.x, out)
 
-    def _pool(self, step: PoolStep) -> None:
-        d = self.flowing.pop(step.y, None)
-        if d is None:
-            return
+    def _pool(self, step: PoolStep, d: Buffer) -> None:
         out, accumulate = self._to(step.x)
         choice = self.tape.given(("choice", step.y)) if step.kind == "max_pool" else None
         kernel: PoolKernel = "avg_pool_backward" if choice is None else "max_pool_backward"
@@ -167,20 +155,17 @@ class Backward(Schedule):
         step = self.plan.maker[name]
         assert isinstance(step, PointStep)
         assert step.residual is None
-        scale, shift = self.constants_of(step)
+        scale, shift = self.constants_of(step, SCALE, SHIFT)
         out = self.tape.take(self.layouts[name])
-        self.tape.apply(self._kept(step.y), out, scale=scale, shift=shift, activation=step.activation)
+        self.tape.apply(self._kept(step.x), out, scale=scale, shift=shift, activation=step.activation)
         return out
 
     def _source(self, step: PointStep, d: Buffer) -> Buffer:
         """The input of the step; where nothing of it is used it was not kept, and the gradient stands in."""
-        return self._kept(step.y) if step.y in self.plan.saved_names else d
+        return self._kept(step.x) if step.x in self.plan.saved_names else d
 
     def _slope(self, step: PointStep) -> Buffer | None:
-        return self._kept(step.z) if step.residual is not None and step.activation != "none" else None
-
-    def _normalised_by(self, step: PointStep) -> tuple[Place | None, Place | None]:
-        return (None, None) if step.norm is None else (self.in_table(MEAN, step), self.in_table(INVERSE, step))
+        return self._kept(step.y) if step.residual is not None and step.activation != "none" else None
 
     def _flow(self, name: str, buffer: Buffer) -> None:
         if name in self.flowing:

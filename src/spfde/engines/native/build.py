@@ -179,7 +179,7 @@ def _is_whole(path: Path, *, sanitize: bool) -> bool:
     if sanitize:
         return True  # it opens only where its runtime was loaded before
     try:
-        return hasattr(_open(str(path)), "spfde_abi")
+        return hasattr(_open(str(path)), "spfde_lanes")
     except KernelsUnavailable:
         return False
 

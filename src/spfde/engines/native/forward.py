@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
-from spfde.engines.native.kernels import MEAN, VARIANCE, KernelTape
+from spfde.engines.native.kernels import MEAN, SCALE, SHIFT, VARIANCE, KernelTape
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
-from spfde.engines.native.schedule import Schedule
+from spfde.engines.native.schedule import Schedule, Strides
 from spfde.engines.native.tape import Buffer, Place
 
 
@@ -29,14 +29,13 @@ class _Part:
     """Images on their way: all of the batch, or some groups of it.
 
     Attributes:
-        start, stop: which images.
+        start: which image is the first.
         layouts: of the values of these images.
         values: where what has been computed and is still to be read lies.
         left: by value, how often it is still to be read.
     """
 
     start: int
-    stop: int
     layouts: Mapping[str, Layout]
     values: dict[str, Buffer]
     left: Counter[str]
@@ -56,49 +55,43 @@ class Forward(Schedule):
 
     Args:
         plan, weights, tape: see ``Schedule``.
-        strides: of the region's inputs.
-
-    Attributes:
-        kept: values that the backward pass reads.
-        choices: winners of the maximum pools that it goes back through.
     """
 
-    def __init__(
-        self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape, strides: Sequence[tuple[int, ...]]
-    ) -> None:
+    def __init__(self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape) -> None:
         super().__init__(plan, weights, tape)
-        self.kept: dict[str, Buffer] = {}
-        self.choices: dict[str, Place] = {}
-        self._strides = dict(zip(plan.region.inputs, strides, strict=True))
+        # What the backward pass reads: values, and the winners of the maximum pools that it goes back through.
+        self._kept: dict[str, Buffer] = {}
+        self._choices: dict[str, Place] = {}
         self._whole: dict[str, Buffer] = {}
         self._weights: dict[str, tuple[Entries, Place]] = {}
 
-    def write(self) -> None:
-        """Write everything down, from the region's inputs on."""
-        plan, names = self.plan, self.plan.region.inputs
+    def write(self, strides: Sequence[Strides]) -> Sequence[Place]:
+        plan = self.plan
         batch, front = next(iter(plan.layouts.values())).batch, plan.front
+        inputs = list(zip(plan.region.inputs, strides, strict=True))
         if front:
             self._whole = {name: self.tape.take(plan.layouts[name]) for name in plan.handed_on}
             for start in range(0, batch, plan.images_at_once):
                 stop = min(start + plan.images_at_once, batch)
-                part = _Part(start, stop, plan.layouts_of(stop - start), {}, Counter(plan.uses_in_front))
-                for name in names:
-                    self._enter(part, name)
+                part = _Part(start, plan.layouts_of(stop - start), {}, Counter(plan.uses_in_front))
+                self._enter(part, inputs)
                 self._run(part, front)
-        rest = _Part(0, batch, plan.layouts, self._whole, Counter(plan.uses_after_front))
+        rest = _Part(0, plan.layouts, self._whole, Counter(plan.uses_after_front))
         self._whole = {}
         if not front:
-            for name in names:
-                self._enter(rest, name)
-        self.kept.update((name, rest.values[name]) for name in plan.saved_names if name in rest.values)
+            self._enter(rest, inputs)
+        self._kept.update((name, rest.values[name]) for name in plan.saved_names if name in rest.values)
         self._run(rest, plan.steps[len(front) :])
+        kept: list[Place] = [self._kept[name] for name in plan.saved_names]
+        return kept + [self._choices[step.y] for step in plan.pools_with_choice]
 
-    def _enter(self, part: _Part, name: str) -> None:
-        if part.left[name] or name in self._whole:
-            strides = self._strides[name]
-            tensor = self.tape.numbers_after(self.tape.given(name), part.start * strides[0])
-            part.values[name] = buffer = self._take(part, name)
-            self.pack(tensor, strides, buffer)
+    def _enter(self, part: _Part, inputs: Sequence[tuple[str, Strides]]) -> None:
+        for name, strides in inputs:
+            if part.left[name] or name in self._whole:
+                assert strides is not None, "each input is there"
+                tensor = self.tape.numbers_after(self.tape.given(name), part.start * strides[0])
+                part.values[name] = buffer = self._take(part, name)
+                self.pack(tensor, strides, buffer)
 
     def _take(self, part: _Part, name: str) -> Buffer:
         """A buffer for a value of these images: a piece of the whole batch's where the rest reads it too."""
@@ -115,7 +108,7 @@ class Forward(Schedule):
                     continue  # its pixelwise step's turn is its own
                 self._conv(part, step)
             elif isinstance(step, PointStep):
-                if step.y in plan.fused:
+                if step.x in plan.fused:
                     self._conv_fused(part, step)
                 else:
                     self._point(part, step)
@@ -124,7 +117,7 @@ class Forward(Schedule):
             else:
                 self._global_pool(part, step)
             part.drop(*plan.reads(step))
-            self._leave(part, step.writes)
+            self._leave(part, step.y)
 
     def _leave(self, part: _Part, name: str) -> None:
         """Keep a value that was just computed, hand it over, or both."""
@@ -132,15 +125,11 @@ class Forward(Schedule):
         if name not in part.values:
             return
         if name in plan.saved_names and part.layouts is plan.layouts:
-            self.kept[name] = part.values[name]
+            self._kept[name] = part.values[name]
         if name in plan.region.outputs:
-            self.unpack(part.values[name], self._output(part, name))
+            before = part.start * math.prod(plan.shape_of(name)[1:])
+            self.unpack(part.values[name], self.tape.numbers_after(self.tape.given(name), before))
             part.drop(name)
-
-    def _output(self, part: _Part, name: str) -> Place:
-        """Where the output of these images begins."""
-        shape = self.plan.shape_of(name)
-        return self.tape.numbers_after(self.tape.given(name), part.start * math.prod(shape[1:]))
 
     def _weight(self, step: ConvStep) -> tuple[Entries, Place]:
         if step.y not in self._weights:
@@ -165,31 +154,31 @@ class Forward(Schedule):
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""
-        conv = self.plan.maker[point.y]
+        conv = self.plan.maker[point.x]
         assert isinstance(conv, ConvStep)
         self._make_constants(part, point, conv.module.bias)
-        scale, shift = self.constants_of(point)
+        scale, shift = self.constants_of(point, SCALE, SHIFT)
         entries, weight = self._weight(conv)
-        out = self._take(part, point.z)
+        out = self._take(part, point.y)
         self.tape.conv(
             part.values[conv.x], out, entries, weight, step_x=conv.geometry.stride, scale=scale,
             shift=conv.module.bias if shift is None else shift, activation=point.activation,
             residual=None if point.residual is None else part.values[point.residual],
         )  # fmt: skip
-        part.values[point.z] = out
+        part.values[point.y] = out
 
     def _point(self, part: _Part, step: PointStep) -> None:
         plan = self.plan
-        if plan.uses_batch(step) and not isinstance(plan.maker.get(step.y), ConvStep):
+        if plan.uses_batch(step) and not isinstance(plan.maker.get(step.x), ConvStep):
             self._measure(part, step)
         self._make_constants(part, step)
-        scale, shift = self.constants_of(step)
-        out = self._take(part, step.z)
+        scale, shift = self.constants_of(step, SCALE, SHIFT)
+        out = self._take(part, step.y)
         residual = None if step.residual is None else part.values[step.residual]
         self.tape.apply(
-            part.values[step.y], out, scale=scale, shift=shift, residual=residual, activation=step.activation
+            part.values[step.x], out, scale=scale, shift=shift, residual=residual, activation=step.activation
         )  # fmt: skip
-        part.values[step.z] = out
+        part.values[step.y] = out
 
     def _make_constants(self, part: _Part, step: PointStep, before: Tensor | None = None) -> None:
         """What the step's norm, if it has one, comes to: once, when its first images come."""
@@ -205,7 +194,7 @@ class Forward(Schedule):
 
     def _measure(self, part: _Part, step: PointStep) -> None:
         """Mean and biased variance of each channel: in two passes, as the second is taken around the mean."""
-        y = part.values[step.y]
+        y = part.values[step.x]
         mean, variance = (self.in_table(row, step) for row in (MEAN, VARIANCE))
         count = y.layout.batch * y.layout.height * y.layout.width
         self.tape.channel_sum(y, mean, divisor=count)
@@ -217,7 +206,7 @@ class Forward(Schedule):
             to = out.layout
             choice = self.tape.take_flat(to.groups * to.channels * to.height * to.width * to.lanes, torch.int32)
             if self.plan.needs_grad[step.y]:
-                self.choices[step.y] = choice
+                self._choices[step.y] = choice
         self.tape.pool(
             step.kind, part.values[step.x], out, step.window, choice=choice, count_padding=step.count_padding
         )  # fmt: skip

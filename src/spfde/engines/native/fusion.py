@@ -27,8 +27,9 @@ class Unsupported(Exception):
 _AFTER_RESIDUAL = ("relu", "relu6")
 
 
+@dataclass(frozen=True)
 class _Step:
-    """What all fused steps say of themselves."""
+    """Computes the value y from the value x."""
 
     x: str
     y: str
@@ -37,11 +38,6 @@ class _Step:
     def reads(self) -> tuple[str, ...]:
         """Names of the values that it reads."""
         return (self.x,)
-
-    @property
-    def writes(self) -> str:
-        """Name of the value that it computes."""
-        return self.y
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -53,8 +49,6 @@ class _Step:
 class ConvStep(_Step):
     """y = conv(x); a linear layer on tokens is a convolution of single pixels."""
 
-    x: str
-    y: str
     name: str
     module: nn.Conv2d | nn.Linear
     geometry: Geometry
@@ -66,21 +60,15 @@ class ConvStep(_Step):
 
 @dataclass(frozen=True)
 class PointStep(_Step):
-    """z = activation(norm(y) + residual), pixel by pixel."""
+    """y = activation(norm(x) + residual), pixel by pixel."""
 
-    y: str
-    z: str
     norm: nn.BatchNorm2d | None = None
     residual: str | None = None
     activation: Activation = "none"
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.y,) if self.residual is None else (self.y, self.residual)
-
-    @property
-    def writes(self) -> str:
-        return self.z
+        return (self.x,) if self.residual is None else (self.x, self.residual)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -91,8 +79,6 @@ class PointStep(_Step):
 class PoolStep(_Step):
     """y = the maximum or average of windows of x; kernel, stride and padding; the size of y where that was given."""
 
-    x: str
-    y: str
     kind: Literal["max_pool", "avg_pool"]
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     count_padding: bool = False
@@ -103,8 +89,6 @@ class PoolStep(_Step):
 class GlobalPoolStep(_Step):
     """y = the mean of each plane of x, [N, C] or [N, C, 1, 1]; y is a PyTorch tensor."""
 
-    x: str
-    y: str
     keepdim: bool
 
 
@@ -131,8 +115,8 @@ def fuse(region: Region, modules: Mapping[str, nn.Module]) -> tuple[FusedStep, .
         if position in fused:
             continue
         step, last = _step_of(op, modules), position
-        while isinstance(step, PointStep) and uses[step.z] == 1 and step.z in readers:
-            at, reader = readers[step.z]
+        while isinstance(step, PointStep) and uses[step.y] == 1 and step.y in readers:
+            at, reader = readers[step.y]
             longer = None if at in fused else _with(step, reader)
             if longer is None:
                 break
@@ -168,9 +152,9 @@ def _with(step: PointStep, op: Op) -> PointStep | None:
     if step.activation != "none":
         return None
     if op.kind == "add" and step.residual is None and op.inputs[0] != op.inputs[1]:
-        return replace(step, z=op.name, residual=next(value for value in op.inputs if value != step.z))
+        return replace(step, y=op.name, residual=next(value for value in op.inputs if value != step.y))
     if op.kind == "act" and (step.residual is None or op.options["act"] in _AFTER_RESIDUAL):
-        return replace(step, z=op.name, activation=op.options["act"])
+        return replace(step, y=op.name, activation=op.options["act"])
     return None
 
 
@@ -207,9 +191,9 @@ def layouts_of(
             halos[out] = max(halos.get(out, 0), outside)
             sizes[step.y] = (step.geometry.out_channels, *out)
         elif isinstance(step, PointStep):
-            sizes[step.z] = sizes[step.y]
-            if step.residual is not None and sizes[step.residual] != sizes[step.y]:
-                raise Unsupported(f"adds values of different sizes, {sizes[step.y]} and {sizes[step.residual]}")
+            sizes[step.y] = sizes[step.x]
+            if step.residual is not None and sizes[step.residual] != sizes[step.x]:
+                raise Unsupported(f"adds values of different sizes, {sizes[step.x]} and {sizes[step.residual]}")
         elif isinstance(step, PoolStep):
             channels, *size = sizes[step.x]
             rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, *step.window, strict=True))

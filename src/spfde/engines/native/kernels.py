@@ -51,10 +51,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32) -> None:
         self._library, self.dtype = library, dtype
-        for name in ("spfde_abi", "spfde_lanes", "spfde_real_bytes"):
-            getattr(library, name).restype = ctypes.c_int64
         self.lanes = int(library.spfde_lanes())
-        assert int(library.spfde_real_bytes()) == dtype.itemsize, "the library was built for another real type"
 
     def tape(self, threads: int) -> KernelTape:
         """A new tape, for so many threads."""
@@ -72,14 +69,6 @@ class KernelTape(Tape):
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int) -> None:
         super().__init__(library, dtype)
         self.threads = threads
-
-    def numbers_after(self, place: Place, n: int) -> Place:
-        """The place so many numbers further on."""
-        return place.after(n * self.dtype.itemsize)
-
-    def groups_of(self, buffer: Buffer, start: int, layout: Layout) -> Buffer:
-        """The groups of images in a buffer from image ``start`` on, as many as ``layout`` has."""
-        return buffer.part(layout, start // layout.lanes * layout.group * self.dtype.itemsize)
 
     def conv(
         self, source: Buffer, target: Buffer, entries: Entries, values: Place, *, step_x: int = 1, step_y: int = 1,

@@ -81,6 +81,10 @@ class Layout:
         return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.span)
 
 
+# A value, or so many numbers of a type.
+Piece = Layout | tuple[int, torch.dtype]
+
+
 class Pool:
     """Buffers that are used again. A buffer comes back when the last tensor on it is gone.
 
@@ -89,28 +93,29 @@ class Pool:
     now, or blocks were frozen, which keep nothing.
 
     Args:
-        dtype: of the tensors that are handed out.
+        dtype: of values.
+
+    Attributes:
+        bytes: memory of all buffers, free or in use.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        # Free buffers by layout, each with the pass in which it came back; the one that came last is taken first.
-        self._free: dict[object, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
-        self._bytes = self._pass = self._phase = 0
+        # Free buffers, each with the pass in which it came back; the one that came last is taken first.
+        self._free: dict[Piece, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
+        self.bytes = self._pass = self._phase = 0
 
-    @property
-    def bytes(self) -> int:
-        """Memory of all buffers, free or in use."""
-        return self._bytes
-
-    def take(self, layout: Layout) -> Tensor:
-        """A flat tensor of ``layout.numel``; pixels hold anything, all else is zero."""
-        return self._take(layout, layout.numel, self.dtype)
-
-    def take_flat(self, numel: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A flat tensor of ``numel`` that holds anything."""
-        dtype = dtype or self.dtype
-        return self._take((numel, dtype), numel, dtype)
+    def take(self, piece: Piece) -> Tensor:
+        """A flat tensor. Pixels and mere numbers hold anything; what a layout has besides its pixels is zero."""
+        shelf = self._free.get(piece)
+        if shelf:
+            array = shelf.pop()[1]
+        else:
+            numel, dtype = (piece.numel, self.dtype) if isinstance(piece, Layout) else piece
+            array = _zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
+            self.bytes += array.nbytes
+        # The tensor's storage holds the array, the array its lease: no counting of our own.
+        return torch.from_numpy(np.asarray(_Lease(array, piece, self)))
 
     def begin_pass(self) -> None:
         """A forward pass begins: give back what the last ones left lying."""
@@ -130,40 +135,30 @@ class Pool:
         """Give the memory of the free buffers back to the system."""
         self._drop(self._pass + 1)
 
-    def give_back(self, key: object, array: np.ndarray[Any, Any]) -> None:
+    def give_back(self, piece: Piece, array: np.ndarray[Any, Any]) -> None:
         """Put a buffer on its shelf."""
-        self._free[key].append((self._pass, array))
+        self._free[piece].append((self._pass, array))
 
     def _drop(self, before: int) -> None:
         """Forget the free buffers that came back before that pass."""
         for key, shelf in list(self._free.items()):
             n_old = next((n for n, (at, _) in enumerate(shelf) if at >= before), len(shelf))
             if n_old:
-                self._bytes -= sum(array.nbytes for _, array in shelf[:n_old])
+                self.bytes -= sum(array.nbytes for _, array in shelf[:n_old])
                 del shelf[:n_old]
             if not shelf:
                 del self._free[key]
-
-    def _take(self, key: object, numel: int, dtype: torch.dtype) -> Tensor:
-        shelf = self._free.get(key)
-        if shelf:
-            array = shelf.pop()[1]
-        else:
-            array = _zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
-            self._bytes += array.nbytes
-        # The tensor's storage holds the array, the array its lease: no counting of our own.
-        return torch.from_numpy(np.asarray(_Lease(array, key, self)))
 
 
 class _Lease:
     """An array on loan; it goes back to its shelf when nothing refers to the lease any more."""
 
-    def __init__(self, array: np.ndarray[Any, Any], key: object, pool: Pool) -> None:
-        self._array, self._key, self._pool = array, key, pool
+    def __init__(self, array: np.ndarray[Any, Any], piece: Piece, pool: Pool) -> None:
+        self._array, self._piece, self._pool = array, piece, pool
         self.__array_interface__ = array.__array_interface__
 
     def __del__(self) -> None:
-        self._pool.give_back(self._key, self._array)
+        self._pool.give_back(self._piece, self._array)
 
 
 def _zeros(n_bytes: int) -> np.ndarray[Any, Any]:

@@ -84,11 +84,6 @@ class NativeModel:
         """What stays in PyTorch, with the reason where there is one."""
         return self._capture().left
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Memory of the engine's buffers."""
-        return self._pool.bytes
-
     def rebuild(self) -> None:
         """Make the lists of active weights anew, as the first step after a mutation does."""
         self._weights.rebuild()

@@ -6,7 +6,6 @@ It plays the tapes of its two passes, and writes another when one does not hold 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,27 +17,7 @@ from spfde.engines.native.kernels import ROWS, Kernels, KernelTape
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
-from spfde.engines.native.schedule import TABLE
-from spfde.engines.native.tape import Place
-
-
-@dataclass(frozen=True)
-class Written:
-    """A tape, and what it was written for.
-
-    Attributes:
-        tape: ready to be played.
-        key: what it depends on besides where parameters and buffers lie.
-        keep: buffers that are wanted afterwards.
-    """
-
-    tape: KernelTape
-    key: tuple[object, ...]
-    keep: Sequence[Place] = ()
-
-    def holds(self, key: tuple[object, ...]) -> bool:
-        """Would it be written the same way now?"""
-        return self.key == key and self.tape.is_current
+from spfde.engines.native.schedule import TABLE, Schedule, Strides
 
 
 class Program:
@@ -53,25 +32,25 @@ class Program:
 
     def __init__(self, plan: RegionPlan, *, weights: PackedWeights, kernels: Kernels, pool: Pool) -> None:
         self.plan, self.weights, self.kernels, self.pool = plan, weights, kernels, pool
-        self._forward: Written | None = None
-        self._backward: Written | None = None
+        # Each with what it depends on besides where parameters and buffers lie.
+        self._tapes: dict[type[Schedule], tuple[tuple[object, ...], KernelTape]] = {}
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The region's outputs, the table of its norms [5, channels], then what the backward pass reads."""
         plan, dtype = self.plan, self.kernels.dtype
         names = plan.region.inputs
-        tensors = [self._as_tokens(tensor.detach()) for tensor in inputs]
-        written = self._forward_tape([tensor.stride() for tensor in tensors])
+        tensors = [self._as_tokens(tensor) for tensor in inputs]
+        tape = self._tape(Forward, [tensor.stride() for tensor in tensors])
         table = torch.empty(ROWS, plan.n_channels, dtype=dtype)
         given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(names, tensors, strict=True))}
         outputs = []
-        for name, shape in zip(plan.region.outputs, plan.output_shapes, strict=False):
+        for name in plan.region.outputs:
             if name in given:  # an input that is passed on
                 outputs.append(inputs[names.index(name)].clone())
             else:
-                given[name] = torch.empty(shape, dtype=dtype)
+                given[name] = torch.empty(plan.shape_of(name), dtype=dtype)
                 outputs.append(given[name])
-        return [*outputs, table, *written.tape.play(given, self.pool, written.keep)]
+        return [*outputs, table, *tape.play(given, self.pool)]
 
     def backward(self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the region's inputs, then of its parameters; None where none is needed.
@@ -80,20 +59,22 @@ class Program:
             gradients: of the region's outputs.
             saved: what ``forward`` returned after the outputs.
         """
-        plan = self.plan
+        plan, dtype = self.plan, self.kernels.dtype
         flowing = [self._flowing(name, d) for name, d in zip(plan.region.outputs, gradients, strict=True)]
-        tape = self._backward_tape([None if d is None else d.stride() for d in flowing])
+        dense = self.weights.dense_among(plan.convolutions)
+        tape = self._tape(Backward, [None if d is None else d.stride() for d in flowing], dense)
         kept = [TABLE, *(("kept", name) for name in plan.saved_names)]
         kept += [("choice", step.y) for step in plan.pools_with_choice]
         given: dict[Hashable, Tensor] = dict(zip(kept, saved, strict=True))
         given.update({("to", name): d for name, d in zip(plan.region.outputs, flowing, strict=True) if d is not None})
         found: list[Tensor | None] = []
-        for name in plan.region.inputs:
-            if tape.is_given(("from", name)):
-                given["from", name] = torch.empty(plan.shape_of(name), dtype=self.kernels.dtype)
+        for name, wants in zip(plan.region.inputs, plan.mode.wants, strict=True):
+            if wants:
+                make = torch.empty if tape.is_given(("from", name)) else torch.zeros
+                given["from", name] = make(plan.shape_of(name), dtype=dtype)
             found.append(given.get(("from", name)))
         for parameter in plan.parameters:
-            if tape.is_given(("parameter", id(parameter))):
+            if plan.trains(parameter):
                 given["parameter", id(parameter)] = torch.zeros_like(parameter)
             found.append(given.get(("parameter", id(parameter))))
         tape.play(given, self.pool)
@@ -101,30 +82,19 @@ class Program:
 
     def forget(self) -> None:
         """Give up the tapes; others are written when they are wanted."""
-        self._forward = self._backward = None
+        self._tapes.clear()
 
-    def _forward_tape(self, strides: Sequence[tuple[int, ...]]) -> Written:
-        plan, threads = self.plan, torch.get_num_threads()
-        key = (threads, self.weights.version, *strides)
-        if self._forward is None or not self._forward.holds(key):
-            tape = self.kernels.tape(threads)
-            schedule = Forward(plan, self.weights, tape, strides)
-            schedule.write()
-            tape.finish()
-            keep: list[Place] = [schedule.kept[name] for name in plan.saved_names]
-            keep += [schedule.choices[step.y] for step in plan.pools_with_choice]
-            self._forward = Written(tape, key, keep)
-        return self._forward
-
-    def _backward_tape(self, strides: Sequence[tuple[int, ...] | None]) -> KernelTape:
-        plan, threads = self.plan, torch.get_num_threads()
-        key = (threads, self.weights.version, self.weights.dense_among(plan.convolutions), *strides)
-        if self._backward is None or not self._backward.holds(key):
-            tape = self.kernels.tape(threads)
-            Backward(plan, self.weights, tape).write(strides)
-            tape.finish()
-            self._backward = Written(tape, key)
-        return self._backward.tape
+    def _tape(self, schedule: type[Schedule], strides: Sequence[Strides], *more: object) -> KernelTape:
+        """The tape of a pass, written anew where it would be another one now."""
+        threads = torch.get_num_threads()
+        key = (threads, self.weights.version, *more, *strides)
+        written = self._tapes.get(schedule)
+        if written is not None and written[0] == key and written[1].is_current:
+            return written[1]
+        tape = self.kernels.tape(threads)
+        tape.finish(schedule(self.plan, self.weights, tape).write(strides))
+        self._tapes[schedule] = key, tape
+        return tape
 
     def _as_tokens(self, tensor: Tensor) -> Tensor:
         """Tokens [n, C] in one piece, where the region is one of tokens."""

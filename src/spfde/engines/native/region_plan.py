@@ -29,7 +29,6 @@ from spfde.engines.native.fusion import (
     parameters_of,
 )
 from spfde.engines.native.graph import Region
-from spfde.engines.native.kernels import ROWS
 from spfde.engines.native.layout import Layout
 
 # Of a value, what may be on its way through the front at a time: a few such fit into the caches.
@@ -86,15 +85,15 @@ class RegionPlan:
         self.parameters = parameters_of(steps)
         self._uses = Counter(value for step in self.steps for value in step.reads)
         self._uses.update(region.outputs)
-        self.maker = {step.writes: step for step in self.steps}
-        self.batch_readers = {step.y: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
+        self.maker = {step.y: step for step in self.steps}
+        self.batch_readers = {step.x: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
         self.fused = self._find_fused()
         self.saved_names = self._find_saved()
         self.slices, self.n_channels = self._place_statistics()
         self.front, self.images_at_once = self._find_front()
         self.uses_in_front = self._count_uses(self.front)
         self.uses_after_front = self._count_uses(self.steps[len(self.front) :])
-        made = [*region.inputs, *(step.writes for step in self.front)]
+        made = [*region.inputs, *(step.y for step in self.front)]
         self.handed_on = tuple(name for name in made if self.front and self.uses_after_front[name])
         self.convolutions = tuple(step.name for step in self.steps if isinstance(step, ConvStep))
         self._layouts_of: dict[int, dict[str, Layout]] = {}
@@ -104,7 +103,7 @@ class RegionPlan:
         slices, at = {}, 0
         for step in self.steps:
             if isinstance(step, PointStep) and step.norm is not None:
-                slices[step.z] = slice(at, at + step.norm.num_features)
+                slices[step.y] = slice(at, at + step.norm.num_features)
                 at += step.norm.num_features
         return slices, at
 
@@ -114,8 +113,8 @@ class RegionPlan:
         found = []
         for step in self.steps:
             if isinstance(step, PointStep) and step.norm is not None and self.uses_batch(step):
-                layout = self.layouts[step.y]
-                found.append((step.norm, self.slices[step.z], layout.batch * layout.height * layout.width))
+                layout = self.layouts[step.x]
+                found.append((step.norm, self.slices[step.y], layout.batch * layout.height * layout.width))
         return found
 
     # --- what is needed ----------------------------------------------------------------------------------------------
@@ -129,17 +128,17 @@ class RegionPlan:
     def _needs_grad(self) -> dict[str, bool]:
         needs = dict(zip(self.region.inputs, self.mode.wants, strict=True))
         for step in self.steps:
-            needs[step.writes] = any(needs[value] for value in step.reads) or any(map(self.trains, step.parameters))
+            needs[step.y] = any(needs[value] for value in step.reads) or any(map(self.trains, step.parameters))
         return needs
 
     def _find_fused(self) -> dict[str, PointStep]:
         """Pixelwise steps that their convolution does on the fly, by its output: no gradient comes back there."""
         fused = {}
         for step in self.steps:
-            if isinstance(step, PointStep) and not self.needs_grad[step.z] and not self.uses_batch(step):
-                maker = self.maker.get(step.y)
-                if isinstance(maker, ConvStep) and self._uses[step.y] == 1:
-                    fused[step.y] = step
+            if isinstance(step, PointStep) and not self.needs_grad[step.y] and not self.uses_batch(step):
+                maker = self.maker.get(step.x)
+                if isinstance(maker, ConvStep) and self._uses[step.x] == 1:
+                    fused[step.x] = step
         # The residual must be there when the convolution runs, so the convolution waits for its pixelwise step's turn.
         return fused
 
@@ -147,14 +146,14 @@ class RegionPlan:
         """Names of the values that the backward pass reads."""
         saved: dict[str, None] = {}
         for step in self.steps:
-            if not self.needs_grad[step.writes]:
+            if not self.needs_grad[step.y]:
                 continue
             if isinstance(step, PointStep):
                 scaled = step.norm is not None and (self.uses_batch(step) or self.trains(step.norm.weight))
                 if step.activation != "none" and step.residual is not None:
-                    saved[step.z] = None
-                if scaled or (step.activation != "none" and step.residual is None):
                     saved[step.y] = None
+                if scaled or (step.activation != "none" and step.residual is None):
+                    saved[step.x] = None
             elif isinstance(step, ConvStep) and self.trains(step.module.weight) and not self._can_recompute(step.x):
                 saved[step.x] = None
         return tuple(saved)
@@ -164,7 +163,7 @@ class RegionPlan:
         if self.region.is_tokens:
             return (), 0
         front = tuple(itertools.takewhile(self._is_free, self.steps))
-        names = {name for step in front for name in (*self.reads(step), step.writes) if name in self.layouts}
+        names = {name for step in front for name in (*self.reads(step), step.y) if name in self.layouts}
         largest = max((self.layouts[name] for name in names), key=lambda layout: layout.group, default=None)
         if largest is None:
             return (), 0
@@ -175,21 +174,21 @@ class RegionPlan:
         """Does nothing of the step tie the images of a batch together, or wait for the backward pass?"""
         if isinstance(step, ConvStep) and step.y in self.batch_readers:
             return False
-        return not self.needs_grad[step.writes] and not (isinstance(step, PointStep) and self.uses_batch(step))
+        return not self.needs_grad[step.y] and not (isinstance(step, PointStep) and self.uses_batch(step))
 
     def reads(self, step: FusedStep) -> tuple[str, ...]:
         """What the step reads when its turn comes: a fused convolution runs at the turn of its pixelwise step."""
         if isinstance(step, ConvStep) and step.y in self.fused:
             return ()
-        if isinstance(step, PointStep) and step.y in self.fused:
-            conv = self.maker[step.y]
+        if isinstance(step, PointStep) and step.x in self.fused:
+            conv = self.maker[step.x]
             assert isinstance(conv, ConvStep)
             return (conv.x,) if step.residual is None else (conv.x, step.residual)
         return step.reads
 
     def _count_uses(self, steps: Sequence[FusedStep]) -> Counter[str]:
         """How often these steps read each value; that one of theirs leaves the region counts too."""
-        made = {step.writes for step in steps}
+        made = {step.y for step in steps}
         uses = Counter(value for step in steps for value in self.reads(step))
         uses.update(name for name in self.region.outputs if name in made)
         return uses
@@ -219,33 +218,14 @@ class RegionPlan:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of a value as a tensor."""
+        maker = self.maker.get(name)
+        if isinstance(maker, GlobalPoolStep):
+            pooled = self.layouts[maker.x]
+            return (pooled.batch, pooled.channels, 1, 1) if maker.keepdim else (pooled.batch, pooled.channels)
         layout = self.layouts[name]
         if self.region.is_tokens:
             return (*self.mode.shapes[0][:-1], layout.channels)
         return layout.batch, layout.channels, layout.height, layout.width
-
-    @functools.cached_property
-    def output_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of what a forward pass gives: outputs, the table of norms, what is kept."""
-        shapes: list[tuple[int, ...]] = []
-        for name in self.region.outputs:
-            maker = self.maker.get(name)
-            if isinstance(maker, GlobalPoolStep):
-                from_ = self.layouts[maker.x]
-                shapes.append((from_.batch, from_.channels) + ((1, 1) if maker.keepdim else ()))
-            else:
-                shapes.append(self.shape_of(name))
-        shapes.append((ROWS, self.n_channels))
-        shapes += [(self.layouts[name].numel,) for name in self.saved_names]
-        for step in self.pools_with_choice:
-            to = self.layouts[step.y]
-            shapes.append((to.groups * to.channels * to.height * to.width * to.lanes,))
-        return shapes
-
-    @functools.cached_property
-    def wanted(self) -> tuple[bool, ...]:
-        """Which inputs, then which ``parameters``, need a gradient."""
-        return (*self.mode.wants, *(id(parameter) in self.mode.trains for parameter in self.parameters))
 
     @functools.cached_property
     def pools_with_choice(self) -> list[PoolStep]:

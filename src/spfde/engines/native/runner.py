@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.torch_private import lerp_each_, multiply_each
-from spfde.engines.native import op
 from spfde.engines.native.fusion import FusedStep, PointStep, Unsupported, parameters_of
 from spfde.engines.native.graph import Region
 from spfde.engines.native.kernels import MEAN, VARIANCE, Kernels
 from spfde.engines.native.layout import Pool
+from spfde.engines.native.op import RegionFunction
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.program import Program
 from spfde.engines.native.region_plan import Mode, RegionPlan
@@ -42,7 +42,7 @@ class RegionRunner(nn.Module):
         statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
         self._own = [*self._trainable, *(kept for kept in statistics if kept is not None)]
         self._version = weights.version
-        self._programs: OrderedDict[Mode, tuple[Program, int]] = OrderedDict()
+        self._programs: OrderedDict[Mode, Program] = OrderedDict()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The region's outputs: a tensor, or a tuple for several."""
@@ -54,16 +54,14 @@ class RegionRunner(nn.Module):
             inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
         try:
             self._check(inputs)
-            program, handle = self._program(inputs)
+            program = self._program(inputs)
         except Unsupported as error:
             warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
             found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
             return found
-        with torch.autocast("cpu", enabled=False):
-            values = op.region(list(inputs), list(program.plan.parameters), handle)
-        n = len(self._region.outputs)
-        self._track(program.plan, values[n])
-        return values[0] if n == 1 else tuple(values[:n])
+        *outputs, table = RegionFunction.apply(program, *inputs, *program.plan.parameters)
+        self._track(program.plan, table)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         for tensor in inputs:
@@ -77,15 +75,14 @@ class RegionRunner(nn.Module):
             if tensor.dim() == 1 and not tensor.is_contiguous():
                 raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
 
-    def _program(self, inputs: Sequence[Tensor]) -> tuple[Program, int]:
+    def _program(self, inputs: Sequence[Tensor]) -> Program:
         self._follow_masks()
         mode = self._mode(inputs)
         if mode not in self._programs:
             kernels = self._kernels
             plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
             _check_batches(plan)
-            program = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
-            self._programs[mode] = (program, op.register(program))
+            self._programs[mode] = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(mode)
@@ -95,7 +92,7 @@ class RegionRunner(nn.Module):
         """Where a mask is another one, what was written for the former goes, in waiting programs too."""
         if self._version != self._weights.version:
             self._version = self._weights.version
-            for program, _ in self._programs.values():
+            for program in self._programs.values():
                 program.forget()
 
     def _mode(self, inputs: Sequence[Tensor]) -> Mode:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from spfde.engines.native.fusion import PointStep
-from spfde.engines.native.kernels import SCALE, SHIFT, KernelTape
+from spfde.engines.native.kernels import KernelTape
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
 from spfde.engines.native.tape import Buffer, Place
 
 TABLE = "table of norms"  # under which a tape is given it; no value has such a name
 
+Strides = tuple[int, ...] | None  # of a tensor; None where there is none
 
-class Schedule:
+
+class Schedule(ABC):
     """The kernels that one pass through a region runs, in their order, as they are written on a tape.
 
     Args:
@@ -25,15 +28,26 @@ class Schedule:
     def __init__(self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape) -> None:
         self.plan, self.weights, self.tape = plan, weights, tape
 
+    @abstractmethod
+    def write(self, strides: Sequence[Strides]) -> Sequence[Place]:
+        """Write everything down.
+
+        Args:
+            strides: of what comes in: the region's inputs, or the gradients of its outputs.
+
+        Returns:
+            buffers that are wanted afterwards.
+        """
+
     def in_table(self, row: int, step: PointStep) -> Place:
         """Where a row of the table has the numbers of the step's norm."""
         plan = self.plan
-        at = row * plan.n_channels + plan.slices[step.z].start
+        at = row * plan.n_channels + plan.slices[step.y].start
         return self.tape.numbers_after(self.tape.given(TABLE), at)
 
-    def constants_of(self, step: PointStep) -> tuple[Place | None, Place | None]:
-        """Scale and shift that the step's norm came to; None for no norm."""
-        return (None, None) if step.norm is None else (self.in_table(SCALE, step), self.in_table(SHIFT, step))
+    def constants_of(self, step: PointStep, *rows: int) -> list[Place | None]:
+        """The same for several rows; None for no norm."""
+        return [None if step.norm is None else self.in_table(row, step) for row in rows]
 
     def pack(self, tensor: Place, strides: Sequence[int], buffer: Buffer) -> None:
         """Fill a buffer from a tensor."""

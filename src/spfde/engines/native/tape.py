@@ -11,44 +11,36 @@ import ctypes
 import threading
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import starmap
 
 import torch
 from torch import Tensor
 
-from spfde.engines.native.layout import Layout, Pool
+from spfde.engines.native.layout import Layout, Piece, Pool
 from spfde.engines.native.structs import struct
 
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
-
+@dataclass(frozen=True, eq=False)
 class Place:
     """A place in the memory of a slot.
 
     Attributes:
         slot: which one.
         offset: in bytes.
+        lease: its piece is free for others when neither it nor a place derived from it is left.
     """
 
-    def __init__(self, slot: int, offset: int, lease: object = None) -> None:
-        # Its piece is free for others when neither it nor a place derived from it is left.
-        self.slot, self.offset, self._lease = slot, offset, lease
-
-    def after(self, n_bytes: int) -> Place:
-        """The place so many bytes further on."""
-        return Place(self.slot, self.offset + n_bytes, self._lease)
+    slot: int
+    offset: int = 0
+    lease: object = None
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Buffer(Place):
     """A place where a value lies, blocked as its layout says."""
 
-    def __init__(self, slot: int, offset: int, layout: Layout, lease: object = None) -> None:
-        super().__init__(slot, offset, lease)
-        self.layout = layout
-
-    def part(self, layout: Layout, n_bytes: int) -> Buffer:
-        """What lies so many bytes further on, blocked in another way."""
-        return Buffer(self.slot, self.offset + n_bytes, layout, self._lease)
+    layout: Layout
 
 
 class _Lease:
@@ -59,26 +51,6 @@ class _Lease:
 
     def __del__(self) -> None:
         self._shelf.append(self._slot)
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [("kernel", _pointer), ("job", _int)]
-
-
-class _Patch(ctypes.Structure):
-    _fields_ = [("at", _int), ("slot", _int), ("offset", _int)]
-
-
-class _Ready(ctypes.Structure):
-    """``Tape`` of the kernels."""
-
-    _fields_ = [
-        ("jobs", _pointer),
-        ("patches", _pointer),
-        ("n_patches", _int),
-        ("calls", _pointer),
-        ("n_calls", _int),
-    ]
 
 
 class Tape:
@@ -94,8 +66,8 @@ class Tape:
         self._library = library
         self._n_slots = 0
         self._given: dict[Hashable, int] = {}
-        self._pieces: dict[int, Layout | tuple[int, torch.dtype]] = {}
-        self._shelves: dict[Hashable, list[int]] = defaultdict(list)
+        self._pieces: dict[int, Piece] = {}
+        self._shelves: dict[Piece, list[int]] = defaultdict(list)
         self._jobs = bytearray()
         self._patches: list[tuple[int, int, int]] = []
         self._calls: list[tuple[int, int]] = []
@@ -109,11 +81,11 @@ class Tape:
         """The start of what ``play`` is given under this key."""
         if key not in self._given:
             self._given[key] = self._new_slot()
-        return Place(self._given[key], 0)
+        return Place(self._given[key])
 
     def given_buffer(self, key: Hashable, layout: Layout) -> Buffer:
         """The same, of what is blocked like that."""
-        return Buffer(self.given(key).slot, 0, layout)
+        return Buffer(self.given(key).slot, layout=layout)
 
     def is_given(self, key: Hashable) -> bool:
         """Does anything read or write what would be given under this key?"""
@@ -121,17 +93,26 @@ class Tape:
 
     def take(self, layout: Layout) -> Buffer:
         """A buffer of this layout; pixels hold anything, all else is zero."""
-        slot, lease = self._take(layout, layout)
-        return Buffer(slot, 0, layout, lease)
+        slot, lease = self._take(layout)
+        return Buffer(slot, lease=lease, layout=layout)
 
     def take_flat(self, numel: int, dtype: torch.dtype | None = None) -> Place:
         """Room for so many numbers that holds anything; sizes of the usual type are rounded up, to be shared."""
         key = (1 << max(0, numel - 1).bit_length(), self.dtype) if dtype is None else (numel, dtype)
-        slot, lease = self._take(key, key)
-        return Place(slot, 0, lease)
+        slot, lease = self._take(key)
+        return Place(slot, lease=lease)
 
-    def _take(self, key: Hashable, piece: Layout | tuple[int, torch.dtype]) -> tuple[int, _Lease]:
-        shelf = self._shelves[key]
+    def numbers_after(self, place: Place, n: int) -> Place:
+        """The place so many numbers further on."""
+        return Place(place.slot, place.offset + n * self.dtype.itemsize, place.lease)
+
+    def groups_of(self, buffer: Buffer, start: int, layout: Layout) -> Buffer:
+        """The groups of images in a buffer from image ``start`` on, as many as ``layout`` has."""
+        offset = buffer.offset + start // layout.lanes * layout.group * self.dtype.itemsize
+        return replace(buffer, offset=offset, layout=layout)
+
+    def _take(self, piece: Piece) -> tuple[int, _Lease]:
+        shelf = self._shelves[piece]
         if shelf:
             slot = shelf.pop()
         else:
@@ -165,20 +146,21 @@ class Tape:
             else:
                 fields.append(value)
         self._jobs += bytes(job_type(*fields))
-        self._calls.append((ctypes.cast(getattr(self._library, kernel), _pointer).value or 0, at))
+        self._calls.append((ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p).value or 0, at))
 
     def hold(self, what: object) -> None:
         """Something whose address is written down as a number; it must live as long as the tape."""
         self._held.append(what)
 
-    def finish(self) -> None:
-        """Nothing more is written."""
+    def finish(self, keep: Sequence[Place] = ()) -> None:
+        """Nothing more is written; these buffers are wanted whenever it was played."""
+        self._keep = [place.slot for place in keep]
+        patch, call, at = struct("Patch"), struct("Call"), ctypes.addressof
         jobs = ctypes.create_string_buffer(bytes(self._jobs), max(1, len(self._jobs)))
-        patches = (_Patch * len(self._patches))(*starmap(_Patch, self._patches))
-        calls = (_Call * len(self._calls))(*starmap(_Call, self._calls))
+        patches = (patch * len(self._patches))(*starmap(patch, self._patches))
+        calls = (call * len(self._calls))(*starmap(call, self._calls))
         self._held += [jobs, patches, calls]
-        at = ctypes.addressof
-        self._ready = _Ready(at(jobs), at(patches), len(patches), at(calls), len(calls))
+        self._ready = struct("Tape")(at(jobs), at(patches), len(patches), at(calls), len(calls))
 
     # --- playing -----------------------------------------------------------------------------------------------------
 
@@ -190,22 +172,19 @@ class Tape:
             for tensor, address, strides in self._tensors.values()
         )
 
-    def play(self, given: Mapping[Hashable, Tensor], pool: Pool, keep: Sequence[Place] = ()) -> list[Tensor]:
-        """Run all jobs.
+    def play(self, given: Mapping[Hashable, Tensor], pool: Pool) -> list[Tensor]:
+        """Run all jobs; the buffers that are wanted.
 
         Args:
             given: tensors by the keys that ``given`` was asked for.
             pool: where the buffers come from.
-            keep: buffers that are wanted afterwards.
         """
-        slots = (_pointer * max(1, self._n_slots))()
+        slots = (ctypes.c_void_p * max(1, self._n_slots))()
         for key, slot in self._given.items():
             slots[slot] = given[key].data_ptr()
-        taken = {}
-        for slot, piece in self._pieces.items():
-            tensor = pool.take(piece) if isinstance(piece, Layout) else pool.take_flat(*piece)
-            taken[slot] = tensor
+        taken = {slot: pool.take(piece) for slot, piece in self._pieces.items()}
+        for slot, tensor in taken.items():
             slots[slot] = tensor.data_ptr()
         with self._lock:  # addresses are written into the jobs
             self._library.spfde_play(ctypes.byref(self._ready), slots)
-        return [taken[place.slot] for place in keep]
+        return [taken[slot] for slot in self._keep]

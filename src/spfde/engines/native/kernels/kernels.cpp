@@ -5,6 +5,4 @@
 #include "pooling.h"
 #include "tape.h"
 
-SPFDE_EXPORT int64_t spfde_abi() { return 2; }
-SPFDE_EXPORT int64_t spfde_lanes() { return LANES; }
-SPFDE_EXPORT int64_t spfde_real_bytes() { return sizeof(real); }
+SPFDE_EXPORT int spfde_lanes() { return LANES; }

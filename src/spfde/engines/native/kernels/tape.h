@@ -3,8 +3,10 @@
 
 #include "lanes.h"
 
+using Kernel = void(const void* job);
+
 struct Call {
-  void (*kernel)(const void* job);
+  Kernel* kernel;
   int64_t job;  // where it lies among the jobs, in bytes
 };
 
