@@ -139,7 +139,17 @@ struct Blocked {
     return mask;
   }
   bool is_short(int64_t g) const { return (g + 1) * LANES > batch; }
+  int64_t images(int64_t g) const { return is_short(g) ? batch - g * LANES : LANES; }
 };
+
+// each(g, c) for every channel of every group.
+template <class Each>
+static inline void each_plane(const Blocked& layout, int64_t threads, const Each& each) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t index = 0; index < layout.groups * layout.channels; index++) {
+    each(index / layout.channels, index % layout.channels);
+  }
+}
 
 enum Activation : int64_t { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3, GELU = 4 };
 

@@ -17,16 +17,14 @@ template <class Each>
 static inline void each_vector(const PackJob& job, const Each& each) {
   const Blocked blocked = job.layout;
   const int64_t* strides = job.strides;
-#pragma omp parallel for schedule(static) num_threads(job.threads)
-  for (int64_t index = 0; index < blocked.groups * blocked.channels; index++) {
-    const int64_t g = index / blocked.channels, c = index % blocked.channels;
-    const int64_t lanes = blocked.is_short(g) ? blocked.batch - g * LANES : LANES;
+  each_plane(blocked, job.threads, [&](int64_t g, int64_t c) {
+    const int64_t lanes = blocked.images(g);
     for (int64_t h = 0; h < blocked.height; h++) {
       real* s = job.tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
-      real* t = job.blocked + blocked.origin(g, c) + h * blocked.pitch();
+      real* t = job.blocked + blocked.at(g, c, h);
       for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes);
     }
-  }
+  });
 }
 
 SPFDE_EXPORT void spfde_pack(const void* data) {
@@ -77,58 +75,55 @@ struct TokensJob {
   int64_t threads;
 };
 
-SPFDE_EXPORT void spfde_pack_tokens(const void* data) {
-  const auto* job = static_cast<const TokensJob*>(data);
-  const Blocked to = job->layout;
-  const int64_t channels = to.channels, each = to.span, square = channels - channels % LANES;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t g = 0; g < to.groups; g++) {
+// square(s, t) for LANES tokens and as many channels, column(s, t, have) for each channel that is left of `have` tokens:
+// s is where they begin among the tokens, t in the layout.
+template <class Square, class Column>
+static inline void each_square(const TokensJob& job, const Square& square, const Column& column) {
+  const Blocked layout = job.layout;
+  const int64_t channels = layout.channels, each = layout.span;
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t g = 0; g < layout.groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
-      const int64_t first = g * each + i, left = job->n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
-      const real* s = job->tokens + first * channels;
-      real* t = job->blocked + to.origin(g, 0) + i;
+      const int64_t first = g * each + i, left = job.n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
+      real* token = job.tokens + first * channels;
+      real* t = job.blocked + layout.origin(g, 0) + i;
       int64_t c = 0;
       if (have == LANES) {
-        for (; c < square; c += LANES) {
-          vec rows[LANES];
-          SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load_anywhere(s + k * channels + c);
-          turn(rows);
-          SPFDE_UNROLL for (int k = 0; k < LANES; k++) store(t + (c + k) * each, rows[k]);
-        }
+        for (; c + LANES <= channels; c += LANES) square(token + c, t + c * each);
       }
-      for (; c < channels; c++) {
-        vec v{};
-        for (int64_t lane = 0; lane < have; lane++) v[lane] = s[lane * channels + c];
-        store(t + c * each, v);
-      }
+      for (; c < channels; c++) column(token + c, t + c * each, have);
     }
   }
 }
 
+SPFDE_EXPORT void spfde_pack_tokens(const void* data) {
+  const auto* job = static_cast<const TokensJob*>(data);
+  const int64_t channels = job->layout.channels, span = job->layout.span;
+  const auto square = [=](const real* s, real* t) {
+    vec rows[LANES];
+    SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load_anywhere(s + k * channels);
+    turn(rows);
+    SPFDE_UNROLL for (int k = 0; k < LANES; k++) store(t + k * span, rows[k]);
+  };
+  each_square(*job, square, [=](const real* s, real* t, int64_t have) {
+    vec v{};
+    for (int64_t lane = 0; lane < have; lane++) v[lane] = s[lane * channels];
+    store(t, v);
+  });
+}
+
 SPFDE_EXPORT void spfde_unpack_tokens(const void* data) {
   const auto* job = static_cast<const TokensJob*>(data);
-  const Blocked from = job->layout;
-  const int64_t channels = from.channels, each = from.span, square = channels - channels % LANES;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t g = 0; g < from.groups; g++) {
-    for (int64_t i = 0; i < each; i += LANES) {
-      const int64_t first = g * each + i, left = job->n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
-      const real* s = job->blocked + from.origin(g, 0) + i;
-      real* t = job->tokens + first * channels;
-      int64_t c = 0;
-      if (have == LANES) {
-        for (; c < square; c += LANES) {
-          vec rows[LANES];
-          SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load(s + (c + k) * each);
-          turn(rows);
-          SPFDE_UNROLL for (int k = 0; k < LANES; k++) store_anywhere(t + k * channels + c, rows[k]);
-        }
-      }
-      for (; c < channels; c++) {
-        for (int64_t lane = 0; lane < have; lane++) t[lane * channels + c] = s[c * each + lane];
-      }
-    }
-  }
+  const int64_t channels = job->layout.channels, span = job->layout.span;
+  const auto square = [=](real* s, const real* t) {
+    vec rows[LANES];
+    SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load(t + k * span);
+    turn(rows);
+    SPFDE_UNROLL for (int k = 0; k < LANES; k++) store_anywhere(s + k * channels, rows[k]);
+  };
+  each_square(*job, square, [=](real* s, const real* t, int64_t have) {
+    for (int64_t lane = 0; lane < have; lane++) s[lane * channels] = t[lane];
+  });
 }
 
 // values[k] = weights[index[k]], and back: added, or put there.

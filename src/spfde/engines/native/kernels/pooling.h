@@ -1,6 +1,8 @@
 // Pooling: maximum, average over a window, average over the whole plane.
 #pragma once
 
+#include <algorithm>
+
 #include "lanes.h"
 
 struct PoolJob {
@@ -12,122 +14,96 @@ struct PoolJob {
   int64_t count_padding, accumulate, threads;
 };
 
-static inline int64_t clip_low(int64_t start) { return start < 0 ? 0 : start; }
-static inline int64_t clip_high(int64_t end, int64_t size) { return end < size ? end : size; }
+// Rows and columns of the input under one pixel of the output, the ends not included; and what their sum is divided by.
+struct Window {
+  int64_t top, bottom, left, right;
+  real size;
+};
+
+// each(x, y, pixel, window) for every pixel of the output, y: x is the first pixel of the input's plane, and `pixel` counts
+// over all planes. On the way back the input's planes, which are the target then, are cleared before unless it adds to them.
+template <bool BACKWARD, class Each>
+static inline void each_window(const PoolJob& job, const Each& each) {
+  const Blocked in = job.input, out = job.output;
+  each_plane(in, job.threads, [&](int64_t g, int64_t c) {
+    real* x = (BACKWARD ? job.target : const_cast<real*>(job.source)) + in.origin(g, c);
+    real* y = (BACKWARD ? const_cast<real*>(job.source) : job.target) + out.origin(g, c);
+    int64_t pixel = (g * in.channels + c) * out.height * out.width;
+    if (BACKWARD && !job.accumulate) {
+      for (int64_t h = 0; h < in.height; h++) std::memset(x + h * in.pitch(), 0, sizeof(real) * in.width * LANES);
+    }
+    for (int64_t p = 0; p < out.height; p++) {
+      for (int64_t q = 0; q < out.width; q++, pixel++) {
+        const int64_t top = p * job.stride[0] - job.padding[0], left = q * job.stride[1] - job.padding[1];
+        const int64_t bottom = std::min(top + job.kernel[0], in.height + job.padding[0]);
+        const int64_t right = std::min(left + job.kernel[1], in.width + job.padding[1]);
+        Window window{std::max<int64_t>(top, 0), std::min(bottom, in.height), std::max<int64_t>(left, 0),
+                      std::min(right, in.width), real((bottom - top) * (right - left))};
+        if (!job.count_padding) window.size = real((window.bottom - window.top) * (window.right - window.left));
+        each(x, y + p * out.pitch() + q * LANES, pixel, window);
+      }
+    }
+  });
+}
 
 SPFDE_EXPORT void spfde_max_pool(const void* data) {
   const auto* job = static_cast<const PoolJob*>(data);
-  const Blocked in = job->input, out = job->output;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < in.groups * in.channels; index++) {
-    const int64_t g = index / in.channels, c = index % in.channels;
-    const real* x = job->source + in.origin(g, c);
-    real* y = job->target + out.origin(g, c);
-    int32_t* choice = job->choice + index * out.height * out.width * LANES;
-    for (int64_t p = 0; p < out.height; p++) {
-      for (int64_t q = 0; q < out.width; q++, choice += LANES) {
-        const int64_t top = p * job->stride[0] - job->padding[0], left = q * job->stride[1] - job->padding[1];
-        bool first = true;
-        vec best{};
-        for (int64_t h = clip_low(top); h < clip_high(top + job->kernel[0], in.height); h++) {
-          for (int64_t w = clip_low(left); w < clip_high(left + job->kernel[1], in.width); w++) {
-            const vec v = load(x + h * in.pitch() + w * LANES);
-            for (int lane = 0; lane < LANES; lane++) {
-              if (first || v[lane] > best[lane] || v[lane] != v[lane]) {
-                best[lane] = v[lane];
-                choice[lane] = int32_t(h * in.width + w);
-              }
-            }
-            first = false;
+  const int64_t pitch = job->input.pitch(), width = job->input.width;
+  each_window<false>(*job, [=](const real* x, real* y, int64_t pixel, const Window& window) {
+    int32_t* choice = job->choice + pixel * LANES;
+    bool first = true;
+    vec best{};
+    for (int64_t h = window.top; h < window.bottom; h++) {
+      for (int64_t w = window.left; w < window.right; w++) {
+        const vec v = load(x + h * pitch + w * LANES);
+        for (int lane = 0; lane < LANES; lane++) {
+          if (first || v[lane] > best[lane] || v[lane] != v[lane]) {
+            best[lane] = v[lane];
+            choice[lane] = int32_t(h * width + w);
           }
         }
-        store(y + p * out.pitch() + q * LANES, best);
+        first = false;
       }
     }
-  }
-}
-
-static void clear_planes(const PoolJob* job, int64_t g, int64_t c) {
-  if (job->accumulate) return;
-  for (int64_t h = 0; h < job->input.height; h++) {
-    std::memset(job->target + job->input.origin(g, c) + h * job->input.pitch(), 0, sizeof(real) * job->input.width * LANES);
-  }
+    store(y, best);
+  });
 }
 
 SPFDE_EXPORT void spfde_max_pool_backward(const void* data) {
   const auto* job = static_cast<const PoolJob*>(data);
-  const Blocked in = job->input, out = job->output;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < in.groups * in.channels; index++) {
-    const int64_t g = index / in.channels, c = index % in.channels;
-    clear_planes(job, g, c);
-    const real* d = job->source + out.origin(g, c);
-    real* dx = job->target + in.origin(g, c);
-    const int32_t* choice = job->choice + index * out.height * out.width * LANES;
-    for (int64_t p = 0; p < out.height; p++) {
-      for (int64_t q = 0; q < out.width; q++, choice += LANES) {
-        const real* t = d + p * out.pitch() + q * LANES;
-        for (int lane = 0; lane < LANES; lane++) {
-          dx[(choice[lane] / in.width) * in.pitch() + (choice[lane] % in.width) * LANES + lane] += t[lane];
-        }
-      }
+  const int64_t pitch = job->input.pitch(), width = job->input.width;
+  each_window<true>(*job, [=](real* dx, const real* d, int64_t pixel, const Window&) {
+    const int32_t* choice = job->choice + pixel * LANES;
+    for (int lane = 0; lane < LANES; lane++) {
+      dx[(choice[lane] / width) * pitch + (choice[lane] % width) * LANES + lane] += d[lane];
     }
-  }
-}
-
-// Number of pixels that a window's sum is divided by, as PyTorch counts it.
-static inline real window_size(const PoolJob* job, int64_t top, int64_t left) {
-  const int64_t bottom = clip_high(top + job->kernel[0], job->input.height + job->padding[0]);
-  const int64_t right = clip_high(left + job->kernel[1], job->input.width + job->padding[1]);
-  if (job->count_padding) return real((bottom - top) * (right - left));
-  return real((clip_high(bottom, job->input.height) - clip_low(top)) * (clip_high(right, job->input.width) - clip_low(left)));
+  });
 }
 
 SPFDE_EXPORT void spfde_avg_pool(const void* data) {
   const auto* job = static_cast<const PoolJob*>(data);
-  const Blocked in = job->input, out = job->output;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < in.groups * in.channels; index++) {
-    const int64_t g = index / in.channels, c = index % in.channels;
-    const real* x = job->source + in.origin(g, c);
-    real* y = job->target + out.origin(g, c);
-    for (int64_t p = 0; p < out.height; p++) {
-      for (int64_t q = 0; q < out.width; q++) {
-        const int64_t top = p * job->stride[0] - job->padding[0], left = q * job->stride[1] - job->padding[1];
-        vec sum{};
-        for (int64_t h = clip_low(top); h < clip_high(top + job->kernel[0], in.height); h++) {
-          for (int64_t w = clip_low(left); w < clip_high(left + job->kernel[1], in.width); w++) {
-            sum += load(x + h * in.pitch() + w * LANES);
-          }
-        }
-        store(y + p * out.pitch() + q * LANES, sum / window_size(job, top, left));
-      }
+  const int64_t pitch = job->input.pitch();
+  each_window<false>(*job, [=](const real* x, real* y, int64_t, const Window& window) {
+    vec sum{};
+    for (int64_t h = window.top; h < window.bottom; h++) {
+      for (int64_t w = window.left; w < window.right; w++) sum += load(x + h * pitch + w * LANES);
     }
-  }
+    store(y, sum / window.size);
+  });
 }
 
 SPFDE_EXPORT void spfde_avg_pool_backward(const void* data) {
   const auto* job = static_cast<const PoolJob*>(data);
-  const Blocked in = job->input, out = job->output;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < in.groups * in.channels; index++) {
-    const int64_t g = index / in.channels, c = index % in.channels;
-    clear_planes(job, g, c);
-    const real* d = job->source + out.origin(g, c);
-    real* dx = job->target + in.origin(g, c);
-    for (int64_t p = 0; p < out.height; p++) {
-      for (int64_t q = 0; q < out.width; q++) {
-        const int64_t top = p * job->stride[0] - job->padding[0], left = q * job->stride[1] - job->padding[1];
-        const vec t = load(d + p * out.pitch() + q * LANES) / window_size(job, top, left);
-        for (int64_t h = clip_low(top); h < clip_high(top + job->kernel[0], in.height); h++) {
-          for (int64_t w = clip_low(left); w < clip_high(left + job->kernel[1], in.width); w++) {
-            real* at = dx + h * in.pitch() + w * LANES;
-            store(at, load(at) + t);
-          }
-        }
+  const int64_t pitch = job->input.pitch();
+  each_window<true>(*job, [=](real* dx, const real* d, int64_t, const Window& window) {
+    const vec t = load(d) / window.size;
+    for (int64_t h = window.top; h < window.bottom; h++) {
+      for (int64_t w = window.left; w < window.right; w++) {
+        real* at = dx + h * pitch + w * LANES;
+        store(at, load(at) + t);
       }
     }
-  }
+  });
 }
 
 // Mean of each plane, to and from a contiguous (N, C).
@@ -140,35 +116,31 @@ struct GlobalPoolJob {
 
 SPFDE_EXPORT void spfde_global_pool(const void* data) {
   const auto* job = static_cast<const GlobalPoolJob*>(data);
-  const Blocked* layout = &job->layout;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < layout->groups * layout->channels; index++) {
-    const int64_t g = index / layout->channels, c = index % layout->channels;
+  const Blocked layout = job->layout;
+  each_plane(layout, job->threads, [&](int64_t g, int64_t c) {
     vec sum{};
-    for (int64_t h = 0; h < layout->height; h++) {
-      const real* s = job->blocked + layout->origin(g, c) + h * layout->pitch();
-      for (int64_t i = 0; i < layout->width * LANES; i += LANES) sum += load(s + i);
+    for (int64_t h = 0; h < layout.height; h++) {
+      const real* s = job->blocked + layout.at(g, c, h);
+      for (int64_t i = 0; i < layout.width * LANES; i += LANES) sum += load(s + i);
     }
-    sum /= real(layout->height * layout->width);
-    for (int64_t lane = 0; lane < LANES && g * LANES + lane < layout->batch; lane++) {
-      job->means[(g * LANES + lane) * layout->channels + c] = sum[lane];
+    sum /= real(layout.height * layout.width);
+    for (int64_t lane = 0; lane < layout.images(g); lane++) {
+      job->means[(g * LANES + lane) * layout.channels + c] = sum[lane];
     }
-  }
+  });
 }
 
 SPFDE_EXPORT void spfde_global_pool_backward(const void* data) {
   const auto* job = static_cast<const GlobalPoolJob*>(data);
-  const Blocked* layout = &job->layout;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t index = 0; index < layout->groups * layout->channels; index++) {
-    const int64_t g = index / layout->channels, c = index % layout->channels;
+  const Blocked layout = job->layout;
+  each_plane(layout, job->threads, [&](int64_t g, int64_t c) {
     vec d{};
-    for (int64_t lane = 0; lane < LANES && g * LANES + lane < layout->batch; lane++) {
-      d[lane] = job->means[(g * LANES + lane) * layout->channels + c] / real(layout->height * layout->width);
+    for (int64_t lane = 0; lane < layout.images(g); lane++) {
+      d[lane] = job->means[(g * LANES + lane) * layout.channels + c] / real(layout.height * layout.width);
     }
-    for (int64_t h = 0; h < layout->height; h++) {
-      real* t = job->blocked + layout->origin(g, c) + h * layout->pitch();
-      for (int64_t i = 0; i < layout->width * LANES; i += LANES) store(t + i, job->accumulate ? load(t + i) + d : d);
+    for (int64_t h = 0; h < layout.height; h++) {
+      real* t = job->blocked + layout.at(g, c, h);
+      for (int64_t i = 0; i < layout.width * LANES; i += LANES) store(t + i, job->accumulate ? load(t + i) + d : d);
     }
-  }
+  });
 }
