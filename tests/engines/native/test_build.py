@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,51 +27,64 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> Path:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source that compiles in no time."""
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "kernels.cpp").write_text(WHOLE)
+    monkeypatch.setattr(build, "SOURCES", folder)
     return folder
+
+
+def library_path(**options: Any) -> Path:
+    """Where the library that is loaded lies."""
+    return Path(build.load(**options)._name)
+
+
+def start_load(sources: Path) -> subprocess.Popen[str]:
+    """Another process that loads the library, and tells where it lies and how often it was told to wait."""
+    code = (
+        "import sys; from pathlib import Path; from spfde.engines.native import build; said = [];"
+        "build.SOURCES = Path(sys.argv[1]); print(build.load(on_build=said.append)._name, len(said))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(sources)], stdout=subprocess.PIPE, text=True)
 
 
 @needs_compiler
 def test_a_library_is_built_once_and_says_so_before(cache: Path, sources: Path) -> None:
     said: list[str] = []
-    first = build.library_path(sources=sources, on_build=said.append)
-    again = build.library_path(sources=sources, on_build=said.append)
+    first = library_path(on_build=said.append)
+    again = library_path(on_build=said.append)
     assert first == again
     assert first.parent == cache
     assert len(said) == 1
     assert "compiling the kernels" in said[0]
-    assert build.load(sources=sources).spfde_lanes() == 1
+    assert build.load().spfde_lanes() == 1
 
 
 @needs_compiler
 def test_another_source_or_number_type_is_another_library(cache: Path, sources: Path) -> None:
-    first = build.library_path(sources=sources)
-    assert build.library_path(sources=sources, real="double") != first
+    first = library_path()
+    assert library_path(real="double") != first
     (sources / "extra.h").write_text("// new\n")
-    assert build.library_path(sources=sources) != first
+    assert library_path() != first
 
 
 @needs_compiler
 def test_a_damaged_library_is_built_anew(cache: Path, sources: Path) -> None:
-    path = build.library_path(sources=sources)
-    path.unlink()
+    path = Path(start_load(sources).communicate(timeout=120)[0].split()[0])
     path.write_bytes(b"not a library")
-    build._open.cache_clear()
     said: list[str] = []
-    assert build.library_path(sources=sources, on_build=said.append) == path
+    assert library_path(on_build=said.append) == path
     assert said
-    assert build.load(sources=sources).spfde_lanes() == 1
+    assert build.load().spfde_lanes() == 1
 
 
 @needs_compiler
 def test_a_failing_build_gives_the_compilers_words_and_keeps_the_log(cache: Path, sources: Path) -> None:
     (sources / "kernels.cpp").write_text("int main( {")
     with pytest.raises(build.KernelsUnavailable, match="the build failed") as caught:
-        build.library_path(sources=sources)
+        library_path()
     assert "error" in caught.value.reason
     assert 'engine="masked"' in str(caught.value)
     [log] = cache.glob("*.log")
@@ -80,15 +94,10 @@ def test_a_failing_build_gives_the_compilers_words_and_keeps_the_log(cache: Path
 
 @needs_compiler
 def test_two_processes_at_once_build_one_library(cache: Path, sources: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from spfde.engines.native import build; said = [];"
-        "path = build.library_path(sources=Path(sys.argv[1]), on_build=said.append); print(len(said), path)"
-    )
-    command = [sys.executable, "-c", code, str(sources)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [start_load(sources) for _ in range(2)]
     told = [process.communicate(timeout=120)[0].split() for process in running]
-    assert sorted(count for count, _ in told) == ["0", "1"]
-    assert told[0][1] == told[1][1]
+    assert sorted(count for _, count in told) == ["0", "1"]
+    assert told[0][0] == told[1][0]
 
 
 @needs_compiler
@@ -98,7 +107,7 @@ def test_where_the_cache_cannot_be_written_to_a_temporary_folder_serves(
     occupied = tmp_path / "file"
     occupied.write_text("in the way")
     monkeypatch.setenv("SPFDE_CACHE_DIR", str(occupied / "cache"))
-    path = build.library_path(sources=sources)
+    path = library_path()
     assert path.is_file()
     assert "spfde-kernels-" in str(path)
 
@@ -124,7 +133,7 @@ def test_the_named_compiler_is_used(
     mine.write_text(f'#!/bin/sh\ntouch {tmp_path}/was-used\nexec {real} "$@"\n')
     mine.chmod(0o755)
     monkeypatch.setenv("CXX", str(mine))
-    build.library_path(sources=sources)
+    library_path()
     assert (tmp_path / "was-used").exists()
 
 
@@ -133,9 +142,9 @@ def test_the_named_compiler_may_come_with_arguments(
 ) -> None:
     monkeypatch.setenv("CXX", "g++ -DSPFDE_NOTHING")
     assert build.available() is None
-    first = build.library_path(sources=sources)
+    first = library_path()
     monkeypatch.setenv("CXX", "g++")
-    assert build.library_path(sources=sources) != first
+    assert library_path() != first
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     assert build.available() == "$CXX=no-such-compiler -O2 is no compiler"
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -49,66 +48,40 @@ class KernelsUnavailable(SpfdeError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class _Compiler:
-    command: tuple[str, ...]  # with what $CXX says besides the program: a cache's name, flags
-    version: str
-
-
 def available() -> str | None:
     """Why the kernels cannot be had here, as far as can be told without compiling; None where they can."""
     try:
-        _check_platform()
         _compiler()
     except KernelsUnavailable as error:
         return error.reason
     return None
 
 
-def load(
-    *,
-    real: Real = "float",
-    sanitize: bool = False,
-    sources: Path = SOURCES,
-    on_build: Callable[[str], None] | None = None,
-) -> ctypes.CDLL:
+def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[str], None] | None = None) -> ctypes.CDLL:
     """The library, built if need be.
 
     Args:
         real: the number type of the kernels; double is for tests.
         sanitize: with AddressSanitizer.
-        sources: folder of the sources.
         on_build: called with one line before a compilation, which takes seconds.
 
     Raises:
         KernelsUnavailable: no compiler, a failed build, or a platform that is not supported.
     """
-    path = library_path(real=real, sanitize=sanitize, sources=sources, on_build=on_build)
-    return _open(str(path))
-
-
-def library_path(
-    *,
-    real: Real = "float",
-    sanitize: bool = False,
-    sources: Path = SOURCES,
-    on_build: Callable[[str], None] | None = None,
-) -> Path:
-    """Where the built library is; see ``load``."""
-    _check_platform()
     compiler = _compiler()
     flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
     if sanitize:
         flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
-    name = f"kernels-{_digest(sources, flags, compiler)}.so"
+    name = f"kernels-{_digest(flags, compiler)}.so"
     for folder in (cache_folder(), Path(_private_folder().name)):
         with contextlib.suppress(OSError), _locked(folder, name):
             target = folder / name
-            if not _is_whole(target, sanitize=sanitize):
+            if not _is_whole(target):
                 if on_build is not None:
-                    on_build(f"compiling the kernels with {compiler.version} (once on this machine, some seconds)")
-                _compile(compiler, flags, sources / "kernels.cpp", target)
-            return target
+                    version = _version(compiler)
+                    on_build(f"compiling the kernels with {version} (once on this machine, some seconds)")
+                _compile(compiler, flags, target)
+            return _open(str(target))
     raise KernelsUnavailable("neither the cache folder nor a temporary one can be written to")
 
 
@@ -122,19 +95,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spfde"
 
 
-def _check_platform() -> None:
+def _compiler() -> tuple[str, ...]:
+    """The compiler that runs here, with what $CXX says besides the program: a cache's name, flags."""
     if sys.platform not in ("linux", "darwin"):
         raise KernelsUnavailable(f"the platform {sys.platform} is not supported")
-
-
-def _compiler() -> _Compiler:
     own = shlex.split(os.environ.get("CXX", ""))
     found = next((path for path in map(shutil.which, own[:1] or _COMPILERS) if path), None)
     if found is None:
         told = f"$CXX={shlex.join(own)} is no compiler" if own else f"no C++ compiler ({', '.join(_COMPILERS)})"
         raise KernelsUnavailable(told)
     command = (found, *own[1:])
-    return _Compiler(command, _version(command))
+    _version(command)
+    return command
 
 
 @functools.cache
@@ -150,11 +122,11 @@ def _machine_flag() -> str:
     return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
-def _digest(sources: Path, flags: list[str], compiler: _Compiler) -> str:
+def _digest(flags: list[str], compiler: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for source in sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h")):
+    for source in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for part in (*flags, *compiler.command, compiler.version, _processor()):
+    for part in (*flags, *compiler, _version(compiler), _processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -172,14 +144,10 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _is_whole(path: Path, *, sanitize: bool) -> bool:
+def _is_whole(path: Path) -> bool:
     """Is there a library that can be opened? A file that was cut short is built anew."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    if sanitize:
-        return True  # it opens only where its runtime was loaded before
     try:
-        return hasattr(_open(str(path)), "spfde_lanes")
+        return path.is_file() and hasattr(_open(str(path)), "spfde_lanes")
     except KernelsUnavailable:
         return False
 
@@ -195,13 +163,13 @@ def _open(path: str) -> ctypes.CDLL:
         raise KernelsUnavailable(f"the built library cannot be loaded ({error})") from error
 
 
-def _compile(compiler: _Compiler, flags: list[str], source: Path, target: Path) -> None:
+def _compile(compiler: tuple[str, ...], flags: list[str], target: Path) -> None:
     handle, made = tempfile.mkstemp(suffix=".so", prefix="building-", dir=target.parent)
     os.close(handle)
     try:
         failed = None
         for openmp in ([_OPENMP], []):
-            failed = _run([*compiler.command, *flags, *openmp, str(source), "-o", made, *_runtime(openmp)])
+            failed = _run([*compiler, *flags, *openmp, str(SOURCES / "kernels.cpp"), "-o", made, *_runtime(openmp)])
             if failed is None:
                 break
         if failed is not None:
