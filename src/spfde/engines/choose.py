@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import spfde.engines.builtin  # noqa: F401  # registers them
@@ -37,7 +37,8 @@ def check_engine(engine: str) -> None:
 
 def make_engine(name: str) -> Engine:
     """A new engine of that name, attached to nothing yet."""
-    return _known()[name]()
+    made: Engine = registered("engine")[name]()
+    return made
 
 
 def choose_engine(asked: str, job: Job, *, is_neutral: bool, tell: Callable[[str], None] | None = None) -> Choice:
@@ -55,7 +56,7 @@ def choose_engine(asked: str, job: Job, *, is_neutral: bool, tell: Callable[[str
     """
     check_engine(asked)
     choice = _choose(asked, job, is_neutral, tell)
-    reason = None if job.cache is None else _known()[choice.name].supports_cache(job)
+    reason = None if job.cache is None else registered("engine")[choice.name].supports_cache(job)
     if reason is not None:
         rule = f"cannot be kept by the {choice.name} engine ({choice.reason}): {reason}"
         raise InvalidArgument(Problem("cache", job.cache, rule, "Leave it out, or see docs/methods/freezing.md."))
@@ -67,7 +68,7 @@ def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] 
         return Choice(FALLBACK, "as asked", asked)
     engines = [
         engine
-        for name, engine in _known().items()
+        for name, engine in registered("engine").items()
         if (name == asked or (asked == AUTO and name != FALLBACK)) and (job.blueprint.target or not engine.needs_masks)
     ]
     if is_neutral or not engines:
@@ -80,11 +81,6 @@ def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] 
         rule = f"cannot work here: {reason}"
         raise InvalidArgument(Problem("engine", asked, rule, f'Use engine="{FALLBACK}" or "{AUTO}".'))
     return Choice(asked, "as asked", asked)
-
-
-def _known() -> Mapping[str, type[Engine]]:
-    """The registered engines by name."""
-    return registered("engine")
 
 
 def _fastest(engines: list[type[Engine]], job: Job, tell: Callable[[str], None] | None) -> Choice:

@@ -34,7 +34,7 @@ def test_what_was_put_in_comes_out(on_disk: bool, tmp_path: Path) -> None:
     first, second = store.get(torch.tensor([1, 4]))
     assert first.tolist() == [[3.0, 65504.0], [1.0, 2.0]]  # what half precision cannot hold becomes its largest number
     assert second.tolist() == [[[7.0, 8.0]], [[5.0, 6.0]]]
-    assert store.bytes == 2 * (2 * 2 + 4 + 2 * 2 + 4)
+    assert store.bytes_per_slot([(2,), (1, 2)], "fp16") == 2 * 2 + 4 + 2 * 2 + 4
     assert bool(list(tmp_path.iterdir())) is on_disk
     store.close()
     assert not list(tmp_path.iterdir())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -49,10 +48,10 @@ class Capture:
 
     Attributes:
         graph_module: calls the regions by ``region_name`` and, for the rest, the model's own modules.
-            The regions are to be filled in with ``add_submodule``.
+            The regions are to be filled in with ``add_submodule``. None: the model stays in PyTorch as it is.
+        left: what stayed in PyTorch, with the reason where there is one.
         regions: what was taken.
         plain: each region once more, in PyTorch, for inputs that the kernels do not take.
-        left: what stayed in PyTorch, with the reason where there is one.
         opaque: names of the user's modules that run as they are.
         draws: what takes random numbers, by name, with the name of the module that runs it.
         halves: with ``frozen``, the same in two: what the frozen layers compute, as a tuple, and what becomes of that.
@@ -60,30 +59,13 @@ class Capture:
             learns.
     """
 
-    graph_module: nn.Module
-    regions: tuple[Region, ...]
-    plain: tuple[nn.Module, ...]
+    graph_module: fx.GraphModule | None
     left: tuple[str, ...]
-    opaque: tuple[str, ...]
-    draws: Mapping[str, str]
+    regions: tuple[Region, ...] = ()
+    plain: tuple[nn.Module, ...] = ()
+    opaque: tuple[str, ...] = ()
+    draws: Mapping[str, str] = field(default_factory=dict)
     halves: tuple[fx.GraphModule, fx.GraphModule] | None = None
-
-
-class _Whole(nn.Module):
-    """A model's own forward pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = (model,)  # not a child: the model holds this one
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (model,) = self._model
-        return type(model).forward(model, *args, **kwargs)
-
-
-def whole(model: nn.Module, reason: str) -> Capture:
-    """A capture of a model that stays in PyTorch."""
-    return Capture(_Whole(model), (), (), (f"the model ({reason})",), (), {})
 
 
 def capture(
@@ -116,12 +98,20 @@ def capture(
     _copy_shared(traced, known)
     fixed = set() if frozen is None else _fixed(traced, model, frozen)
     groups = _group(graph, known, {node: (is_tokens, node in fixed) for node, is_tokens in tokens.items()})
-    captured, origin = _cut(model, traced, known, groups, why)
-    if frozen is None:
-        return captured
-    assert isinstance(captured.graph_module, fx.GraphModule)
-    halves = _halve(captured.graph_module, {node for node, source in origin.items() if source in fixed})
-    return dataclasses.replace(captured, halves=halves)
+    regions = tuple(_region(group, known) for group in groups)
+    graph_module, origin = _cut(model, graph, groups, regions)
+    halves = None
+    if frozen is not None:
+        halves = _halve(graph_module, {node for node, source in origin.items() if source in fixed})
+    return Capture(
+        graph_module,
+        _left(graph, {node for group in groups for node in group}, model, why),
+        regions,
+        tuple(_plain(model, traced.facts, group, region) for group, region in zip(groups, regions, strict=True)),
+        tuple(traced.leaves),
+        {node.name: traced.owner(node) for node, fact in traced.facts.items() if fact.draws},
+        halves,
+    )
 
 
 def _skip_identities(traced: Traced, model: nn.Module, training: bool | None) -> None:
@@ -256,15 +246,9 @@ def _group(
 
 
 def _cut(
-    model: nn.Module,
-    traced: Traced,
-    known: Mapping[fx.Node, Op],
-    groups: list[list[fx.Node]],
-    why: Mapping[fx.Node, str],
-) -> tuple[Capture, dict[fx.Node, fx.Node]]:
+    model: nn.Module, graph: fx.Graph, groups: list[list[fx.Node]], regions: Sequence[Region]
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """The new graph, and for each of its nodes one of the trace that it stands for."""
-    graph = traced.graph
-    regions = tuple(_region(group, known) for group in groups)
     group_of = {node: index for index, group in enumerate(groups) for node in group}
     by_name = {node.name: node for node in graph.nodes}
     new, values, called = fx.Graph(), dict[fx.Node, fx.Node](), set[int]()
@@ -293,19 +277,11 @@ def _cut(
         if node not in group_of or node.name in regions[group_of[node]].outputs:
             emit(node)
     new.lint()
-    captured = Capture(
-        _module(model, new),
-        regions,
-        tuple(_plain(model, traced.facts, group, region) for group, region in zip(groups, regions, strict=True)),
-        _left(graph, group_of, model, why),
-        tuple(traced.leaves),
-        {node.name: traced.owner(node) for node, fact in traced.facts.items() if fact.draws},
-    )
     origin = {made: node for node, made in values.items()}
     for index, region in enumerate(regions):
         call = next(node for node in new.nodes if node.target == region_name(index))
         origin[call] = by_name[region.outputs[0]]
-    return captured, origin
+    return _module(model, new), origin
 
 
 def _module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -370,9 +346,7 @@ def _region(group: list[fx.Node], known: Mapping[fx.Node, Op]) -> Region:
     return Region(inputs, tuple(known[node] for node in group), outputs)
 
 
-def _left(
-    graph: fx.Graph, taken: Mapping[fx.Node, int], model: nn.Module, why: Mapping[fx.Node, str]
-) -> tuple[str, ...]:
+def _left(graph: fx.Graph, taken: Collection[fx.Node], model: nn.Module, why: Mapping[fx.Node, str]) -> tuple[str, ...]:
     left = []
     for node in graph.nodes:
         if node in taken or node.op in ("placeholder", "output", "get_attr"):

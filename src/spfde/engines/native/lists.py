@@ -40,18 +40,19 @@ class Geometry:
         """The geometry of a module; 'same' padding is resolved. A linear layer is a convolution with a 1x1 kernel."""
         if isinstance(module, nn.Linear):
             return cls(module.out_features, module.in_features, (1, 1), 1, (0, 0), (1, 1), 1)
-        conv = module
-        kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
-        padding: Any = conv.padding
+        kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
+        padding: Any = module.padding
         extra = (0, 0)
         if padding == "valid":
             padding = (0, 0)
         elif padding == "same":
             rows, columns = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
             padding, extra = (rows // 2, columns // 2), (rows % 2, columns % 2)
-        stride = _pair(conv.stride)
-        assert stride[0] == stride[1], "graph.py takes equal strides only"
-        return cls(conv.out_channels, conv.in_channels, kernel, stride[0], _pair(padding), dilation, conv.groups, extra)
+        channels, stride = (
+            (module.out_channels, module.in_channels),
+            module.stride[0],
+        )  # ops.py takes equal strides only
+        return cls(*channels, kernel, stride, _pair(padding), dilation, module.groups, extra)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the output for an input of that size."""

@@ -15,7 +15,7 @@ from spfde.core.errors import InvalidArgument, UsageError
 from spfde.core.torch_private import has_global_hooks
 from spfde.engines.native import build
 from spfde.engines.native.fusion import fuse
-from spfde.engines.native.graph import Capture, Region, capture, region_name, whole
+from spfde.engines.native.graph import Capture, Region, capture, region_name
 from spfde.engines.native.guards import FORWARD, HELD, guards_of, is_same
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
@@ -141,6 +141,8 @@ class NativeModel:
             (samples, variant), self._announced = self._announced, None
             if captured.halves is not None and self._cached is not None and self._cached.store is not None:
                 return self._from_cache(captured.halves, samples, variant, args, kwargs)
+        if captured.graph_module is None:
+            return type(self._model).forward(self._model, *args, **kwargs)
         return captured.graph_module.forward(*args, **kwargs)
 
     def _from_cache(
@@ -194,7 +196,7 @@ class NativeModel:
             # It could be traced when the engine was attached: in the other mode, or before a change.
             rule = error.problems[0].rule
             warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
-            return self._take(GuardedCapture(self._model, whole(self._model, rule)))
+            return self._take(GuardedCapture(self._model, Capture(None, (f"the model ({rule})",))))
 
     def _trace(self) -> Capture:
         if self._sample is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -37,8 +36,7 @@ class PackedWeights:
         self, masks: Callable[[], Mapping[str, Tensor]], dense_gradients: Callable[[], frozenset[str]]
     ) -> None:
         self._masks, self._dense_gradients = masks, dense_gradients
-        self._built: dict[_Key, tuple[Tensor | None, WeightLists]] = {}
-        self._steps: dict[str, ConvStep] = {}
+        self._built: dict[_Key, tuple[ConvStep, Tensor | None, WeightLists]] = {}
         self._dense: dict[_Key, Entries] = {}
         self._current: dict[str, Tensor] = {}
         self.version = 0
@@ -60,33 +58,30 @@ class PackedWeights:
     def lists_of(self, step: ConvStep, source: Layout, target: Layout) -> WeightLists:
         """The lists of a convolution for its current mask."""
         mask = self._current.get(f"{step.name}.weight")
-        key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
+        key = _key(step, source, target)
         have = self._built.get(key)
-        if have is None or have[0] is not mask:
-            active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
-            have = (mask, self._build(step, active, source, target))
-            self._built[key] = have
-            self._steps[step.name] = step
-        return have[1]
+        if have is None or have[1] is not mask:
+            have = self._built[key] = (step, mask, self._build(step, mask, source, target))
+        return have[2]
 
     def rebuild(self) -> None:
         """Make every list anew that was made so far."""
-        built, self._built = list(self._built), {}
-        for name, _, _, source, target in built:
-            self.lists_of(self._steps[name], source, target)
+        built, self._built = self._built, {}
+        for (*_, source, target), (step, *_) in built.items():
+            self.lists_of(step, source, target)
 
     def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
         """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
         if f"{step.name}.weight" not in self._dense_gradients():
             return self.lists_of(step, source, target).forward
-        key = (step.name, step.geometry, step.module.weight.stride(), *_any_batch(source, target))
+        key = _key(step, source, target)
         if key not in self._dense:
-            everything = torch.ones_like(step.module.weight, dtype=torch.bool)
-            self._dense[key] = self._build(step, everything, source, target).forward
+            self._dense[key] = self._build(step, None, source, target).forward
         return self._dense[key]
 
-    def _build(self, step: ConvStep, active: Tensor, source: Layout, target: Layout) -> WeightLists:
+    def _build(self, step: ConvStep, mask: Tensor | None, source: Layout, target: Layout) -> WeightLists:
         strides = step.module.weight.stride()
+        active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
         if active.dim() == 2:
             active, strides = active[:, :, None, None], (*strides, 0, 0)
         density = int(active.count_nonzero()) / active.numel()
@@ -95,7 +90,7 @@ class PackedWeights:
         return build(step.geometry, active, strides, source, target, chunk_bytes=chunk_bytes)
 
 
-@functools.lru_cache(maxsize=4096)
-def _any_batch(source: Layout, target: Layout) -> tuple[Layout, Layout]:
-    """The lists do not depend on the number of images."""
-    return dataclasses.replace(source, batch=0), dataclasses.replace(target, batch=0)
+def _key(step: ConvStep, source: Layout, target: Layout) -> _Key:
+    """What the lists depend on besides the mask: not the number of images."""
+    strides = step.module.weight.stride()
+    return step.name, step.geometry, strides, dataclasses.replace(source, batch=0), dataclasses.replace(target, batch=0)

@@ -20,9 +20,8 @@ from torch import Tensor
 from spfde.engines.prefix_cache import Precision, PrefixCache
 
 _LARGEST_HALF = 65504.0
-_MULTIPLE = (
-    16  # batches that fill slots are a multiple of this, where they can be: fewer sizes to make kernels ready for
-)
+# Batches that fill slots are a multiple of this, where they can be: fewer sizes to make kernels ready for.
+_MULTIPLE = 16
 
 
 class OutputStore:
@@ -38,7 +37,7 @@ class OutputStore:
     def __init__(
         self, slots: int, shapes: Sequence[tuple[int, ...]], precision: Precision = "fp16", folder: Path | None = None
     ) -> None:
-        self.slots, self.shapes, self.precision = slots, [tuple(shape) for shape in shapes], precision
+        self.shapes, self.precision = [tuple(shape) for shape in shapes], precision
         self._have = torch.zeros(slots, dtype=torch.bool)
         self._file = None if folder is None else tempfile.TemporaryDirectory(prefix="spfde-prefix-", dir=folder)
         kind = np.float16 if precision == "fp16" else np.int8
@@ -50,11 +49,6 @@ class OutputStore:
         """Memory of one slot."""
         each = 2 if precision == "fp16" else 1
         return sum(math.prod(shape) * each + 4 for shape in shapes)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the slots that are filled."""
-        return int(self._have.sum()) * self.bytes_per_slot(self.shapes, self.precision)
 
     def has(self, slots: Tensor) -> Tensor:
         """Which of these slots are filled, bool like ``slots``."""

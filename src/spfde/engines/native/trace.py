@@ -109,7 +109,8 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
             if training is not None:
                 twin.train(training)
             with torch.no_grad(), global_generators_restored():
-                graph = _graph(tracer, twin)
+                with _unchanged(twin):
+                    graph = tracer.trace(twin)
                 with fake, plain_kernels():
                     facts = _run(graph, twin, args, kwargs, tracer.leaves)
             shared = _functionalise(graph, facts)
@@ -229,11 +230,6 @@ class _Tracer(fx.Tracer):
             if not is_known:
                 raise _Impure("makes a tensor anew in each pass")
         return super().create_arg(a)
-
-
-def _graph(tracer: _Tracer, twin: nn.Module) -> fx.Graph:
-    with _unchanged(twin):
-        return tracer.trace(twin)
 
 
 @contextmanager
