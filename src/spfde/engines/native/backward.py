@@ -146,7 +146,7 @@ class Backward(Schedule):
         self.flowing[step.x] = out
 
     def _kept(self, name: str) -> Buffer:
-        return self.tape.given_buffer(("kept", name), self.layouts[name])
+        return Buffer(self.tape.given(("kept", name)).slot, layout=self.layouts[name])
 
     def _value(self, name: str) -> Buffer:
         """A value of the forward pass, kept or computed anew."""

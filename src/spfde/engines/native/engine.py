@@ -14,9 +14,9 @@ from spfde.core.registry import register
 from spfde.core.torch_private import compiled_inside
 from spfde.engines.base import Engine, Job, Parts
 from spfde.engines.native import build
-from spfde.engines.native.graph import capture
+from spfde.engines.native.graph import Capture, capture
 from spfde.engines.native.layout import TOKEN_COLUMNS, likely_lanes
-from spfde.engines.native.model import GuardedCapture, NativeModel
+from spfde.engines.native.model import NativeModel
 from spfde.engines.native.prefix import CachedPrefix
 from spfde.engines.native.trace import check_forward
 
@@ -52,7 +52,7 @@ class NativeEngine(Engine):
         if (reason := build.available()) is not None:
             return reason
         try:
-            taken, left = _layers(job), _captured(job).captured.left
+            taken, left = _layers(job), _captured(job).left
         except InvalidArgument as error:
             return str(error)
         if taken.keys() & set(target):
@@ -93,7 +93,7 @@ class NativeEngine(Engine):
         freezes = zip(blueprint.partition.blocks, blueprint.freeze_plan.freeze_epochs, strict=True)
         frozen = {name for block, at in freezes if at is not None for name in block.modules}
         if all(module.training for module in model.modules()):
-            draws = _captured(job).captured.draws
+            draws = _captured(job).draws
         else:
             draws = capture(model, job.sample, blueprint.target, training=True).draws
         owner = next((owner for owner in draws.values() if owner in frozen), None)
@@ -144,23 +144,22 @@ class NativeEngine(Engine):
         return self._attached
 
 
-def _captured(job: Job) -> GuardedCapture:
+def _captured(job: Job) -> Capture:
     """The job's model, cut; traced once for as long as it is as it is.
 
     Raises:
         InvalidArgument: it cannot be traced.
     """
-    known: GuardedCapture | None = job.found.get(NativeEngine.name)
+    known: Capture | None = job.found.get(NativeEngine.name)
     if known is None or not known.is_current(job.model):
         check_forward(job.model)
         # With a cache a region must lie before what is frozen or behind it; at first nothing is frozen.
         frozen = None if job.cache is None else frozenset[str]()
-        known = GuardedCapture(job.model, capture(job.model, job.sample, job.blueprint.target, frozen))
-        job.found[NativeEngine.name] = known
+        known = job.found[NativeEngine.name] = capture(job.model, job.sample, job.blueprint.target, frozen)
     return known
 
 
 def _layers(job: Job) -> dict[str, str]:
     """The weights that the kernels take, with the kind of each one's layer."""
-    ops = [op for region in _captured(job).captured.regions for op in region.ops]
+    ops = [op for region in _captured(job).regions for op in region.ops]
     return {f"{op.module}.weight": op.kind for op in ops if op.kind in _LINES}

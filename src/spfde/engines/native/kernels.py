@@ -20,6 +20,7 @@ ROWS = 5
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 Activation = Literal["none", "relu", "relu6", "silu", "gelu"]
 PoolKernel = Literal["max_pool", "avg_pool", "max_pool_backward", "avg_pool_backward"]
+Way = Literal["pack", "unpack"]
 
 # Where numbers lie: a place, or a tensor that stays where it is.
 At = Place | Tensor
@@ -162,25 +163,14 @@ class KernelTape(Tape):
             "spfde_channel_sum", "ChannelSumJob", source, source.layout.c, around, out, divisor, self.threads
         )  # fmt: skip
 
-    def pack(self, tensor: Place, strides: Sequence[int], target: Buffer) -> None:
-        """From a tensor [N, C, H, W] of any strides."""
-        self._pack("spfde_pack", tensor, strides, target)
-
-    def unpack(self, source: Buffer, tensor: Place, strides: Sequence[int]) -> None:
-        """Into a tensor [N, C, H, W] of any strides."""
-        self._pack("spfde_unpack", tensor, strides, source)
-
-    def _pack(self, kernel: str, tensor: Place, strides: Sequence[int], blocked: Buffer) -> None:
+    def copy(self, way: Way, tensor: Place, strides: Sequence[int], blocked: Buffer) -> None:
+        """From a tensor [N, C, H, W] of any strides into a buffer, or back."""
         four = (ctypes.c_int64 * 4)(*strides)
-        self.call(kernel, "PackJob", tensor, four, blocked, blocked.layout.c, self.threads)
+        self.call(f"spfde_{way}", "PackJob", tensor, four, blocked, blocked.layout.c, self.threads)
 
-    def pack_tokens(self, tokens: Place, n: int, target: Buffer) -> None:
-        """From contiguous tokens [n, C]; what the layout holds beyond them becomes zero."""
-        self.call("spfde_pack_tokens", "TokensJob", tokens, n, target, target.layout.c, self.threads)
-
-    def unpack_tokens(self, source: Buffer, tokens: Place, n: int) -> None:
-        """Into contiguous tokens [n, C]."""
-        self.call("spfde_unpack_tokens", "TokensJob", tokens, n, source, source.layout.c, self.threads)
+    def copy_tokens(self, way: Way, tokens: Place, n: int, blocked: Buffer) -> None:
+        """The same of contiguous tokens [n, C]; what the buffer holds beyond them becomes zero."""
+        self.call(f"spfde_{way}_tokens", "TokensJob", tokens, n, blocked, blocked.layout.c, self.threads)
 
     def gather(self, weight: Tensor, entries: Entries) -> Place:
         """The entries' weights, in their order."""

@@ -60,11 +60,6 @@ class Layout:
         """Numbers from a channel to the next."""
         return (self.width + self.halo) * self.lanes
 
-    @property
-    def lead(self) -> int:
-        """Zeros before the first channel of a group."""
-        return self.halo * self.pitch + self.halo * self.lanes
-
     @functools.cached_property
     def group(self) -> int:
         """Numbers from a group of images to the next."""
@@ -73,7 +68,7 @@ class Layout:
     @functools.cached_property
     def numel(self) -> int:
         """Numbers in the buffer, halos and empty lanes included."""
-        return self.lead + self.groups * self.group
+        return self.halo * (self.pitch + self.lanes) + self.groups * self.group
 
     @functools.cached_property
     def c(self) -> ctypes.Structure:

@@ -16,7 +16,7 @@ from spfde.core.torch_private import has_global_hooks
 from spfde.engines.native import build
 from spfde.engines.native.fusion import fuse
 from spfde.engines.native.graph import Capture, Region, capture, region_name
-from spfde.engines.native.guards import FORWARD, HELD, guards_of, is_same
+from spfde.engines.native.guards import FORWARD, HELD, guards_of
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.packed import PackedWeights
@@ -54,7 +54,7 @@ class NativeModel:
         frozen: Callable[[], frozenset[str]] = frozenset,
         cached: CachedPrefix | None = None,
         sample: Sample | None = None,
-        captured: GuardedCapture | None = None,
+        captured: Capture | None = None,
     ) -> None:
         check_forward(model)
         self._model = model
@@ -65,7 +65,7 @@ class NativeModel:
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
         self._masks, self._weights = masks, PackedWeights(masks, dense_gradients)
         self._sample = sample
-        self._captures: list[GuardedCapture] = []  # the last used first
+        self._captures: list[Capture] = []  # the last used first
         self._n_captures = 0
         if captured is not None and captured.is_current(model):
             self._take(captured)
@@ -182,7 +182,7 @@ class NativeModel:
                 if position:
                     self._pool.begin_phase()
                     self._captures.insert(0, self._captures.pop(position))
-                return seen.captured
+                return seen
         return None
 
     def _capture(self) -> Capture:
@@ -196,19 +196,19 @@ class NativeModel:
             # It could be traced when the engine was attached: in the other mode, or before a change.
             rule = error.problems[0].rule
             warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
-            return self._take(GuardedCapture(self._model, Capture(None, (f"the model ({rule})",))))
+            return self._take(Capture(None, (f"the model ({rule})",), guards_of(self._model)))
 
     def _trace(self) -> Capture:
         if self._sample is None:
             raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
         frozen = None if self._cached is None else self._frozen_then
-        return self._take(GuardedCapture(self._model, capture(self._model, self._sample, self._masks(), frozen)))
+        return self._take(capture(self._model, self._sample, self._masks(), frozen))
 
-    def _take(self, guarded: GuardedCapture) -> Capture:
+    def _take(self, captured: Capture) -> Capture:
         """Compute by this capture from now on, for as long as the model is as it is."""
-        self._fill(guarded.captured)
+        self._fill(captured)
         self._pool.begin_phase()
-        self._captures.insert(0, guarded)
+        self._captures.insert(0, captured)
         del self._captures[_MOST_CAPTURES:]
         self._n_captures += 1
         if self._n_captures == _MANY_CAPTURES:
@@ -217,7 +217,7 @@ class NativeModel:
                 "attribute of it was another one. Change them less often, or keep what changes outside of the model.",
                 stacklevel=2,
             )
-        return guarded.captured
+        return captured
 
     def _fill(self, captured: Capture) -> None:
         """Put what computes each region in its place."""
@@ -229,18 +229,6 @@ class NativeModel:
             for made in (captured.graph_module, *(captured.halves or ())):
                 if hasattr(made, region_name(index)):
                     made.add_submodule(region_name(index), runner)
-
-
-class GuardedCapture:
-    """A capture, and the state of the model that it holds for."""
-
-    def __init__(self, model: nn.Module, captured: Capture) -> None:
-        self.captured = captured
-        self._opaque = {model.get_submodule(name) for name in captured.opaque}
-        self._guards = guards_of(model, self._opaque)
-
-    def is_current(self, model: nn.Module) -> bool:
-        return is_same(self._guards, guards_of(model, self._opaque))
 
 
 class _Held:

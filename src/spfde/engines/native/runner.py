@@ -81,7 +81,8 @@ class RegionRunner(nn.Module):
         if mode not in self._programs:
             kernels = self._kernels
             plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
-            _check_batches(plan)
+            if any(count <= 1 and norm.training for norm, _, count in plan.norms):
+                raise Unsupported("normalises by a batch of one number")
             self._programs[mode] = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
@@ -123,9 +124,3 @@ class RegionRunner(nn.Module):
                 # The unbiased variance, as PyTorch keeps it.
                 new = multiply_each([table[VARIANCE, where] for where in at], count / (count - 1))
                 lerp_each_(variances, new, share)
-
-
-def _check_batches(plan: RegionPlan) -> None:
-    for norm, _, count in plan.norms:
-        if count <= 1 and norm.training:
-            raise Unsupported("normalises by a batch of one number")

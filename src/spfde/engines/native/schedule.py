@@ -52,14 +52,14 @@ class Schedule(ABC):
     def pack(self, tensor: Place, strides: Sequence[int], buffer: Buffer) -> None:
         """Fill a buffer from a tensor."""
         if self.plan.region.is_tokens:
-            self.tape.pack_tokens(tensor, self.plan.n_tokens, buffer)
+            self.tape.copy_tokens("pack", tensor, self.plan.n_tokens, buffer)
         else:
-            self.tape.pack(tensor, strides, buffer)
+            self.tape.copy("pack", tensor, strides, buffer)
 
     def unpack(self, buffer: Buffer, tensor: Place) -> None:
         """Fill a contiguous tensor from a buffer."""
         if self.plan.region.is_tokens:
-            self.tape.unpack_tokens(buffer, tensor, self.plan.n_tokens)
+            self.tape.copy_tokens("unpack", tensor, self.plan.n_tokens, buffer)
         else:
             channels, plane = buffer.layout.channels, buffer.layout.height * buffer.layout.width
-            self.tape.unpack(buffer, tensor, (channels * plane, plane, buffer.layout.width, 1))
+            self.tape.copy("unpack", tensor, (channels * plane, plane, buffer.layout.width, 1), buffer)

@@ -83,10 +83,6 @@ class Tape:
             self._given[key] = self._new_slot()
         return Place(self._given[key])
 
-    def given_buffer(self, key: Hashable, layout: Layout) -> Buffer:
-        """The same, of what is blocked like that."""
-        return Buffer(self.given(key).slot, layout=layout)
-
     def is_given(self, key: Hashable) -> bool:
         """Does anything read or write what would be given under this key?"""
         return key in self._given
