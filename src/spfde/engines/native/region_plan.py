@@ -68,7 +68,7 @@ class RegionPlan:
         parameters: of all steps.
         maker: the step that writes a value.
         batch_readers: normalising steps that use the batch, by what they read.
-        fused: pixelwise steps that their convolution does on the fly, by what they read.
+        fused: what pixelwise steps read that their convolution does on the fly.
         saved_names: values that the backward pass reads.
         slices, n_channels: where the statistics of each normalising step lie, by its output, and how many there are.
         front, images_at_once: leading steps that run for some images at a time, and for how many.
@@ -131,16 +131,15 @@ class RegionPlan:
             needs[step.y] = any(needs[value] for value in step.reads) or any(map(self.trains, step.parameters))
         return needs
 
-    def _find_fused(self) -> dict[str, PointStep]:
-        """Pixelwise steps that their convolution does on the fly, by its output: no gradient comes back there."""
-        fused = {}
-        for step in self.steps:
-            if isinstance(step, PointStep) and not self.needs_grad[step.y] and not self.uses_batch(step):
-                maker = self.maker.get(step.x)
-                if isinstance(maker, ConvStep) and self._uses[step.x] == 1:
-                    fused[step.x] = step
+    def _find_fused(self) -> frozenset[str]:
+        """What convolutions write that do their pixelwise step on the fly: no gradient comes back there."""
         # The residual must be there when the convolution runs, so the convolution waits for its pixelwise step's turn.
-        return fused
+        return frozenset(
+            step.x
+            for step in self.steps
+            if isinstance(step, PointStep) and not self.needs_grad[step.y] and not self.uses_batch(step)
+            if isinstance(self.maker.get(step.x), ConvStep) and self._uses[step.x] == 1
+        )
 
     def _find_saved(self) -> tuple[str, ...]:
         """Names of the values that the backward pass reads."""
