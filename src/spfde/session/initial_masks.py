@@ -13,7 +13,7 @@ from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import tree_map_only
 from spfde.model.sample import Sample, batch_of, unwrap, without_traces
 from spfde.planning import Blueprint
-from spfde.sieving import population_of
+from spfde.sieving.loader import population_of
 from spfde.sparsity import PruningAtInitialisation, ScoreLoss
 
 
