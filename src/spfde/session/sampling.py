@@ -291,13 +291,6 @@ def make_sampling(setting: Setting, loader: DataLoader[Any], labels: Tensor | No
     return SievedSampling(setting, loader, labels) if setting.recipe.sieves else Sampling(setting, loader)
 
 
-def drive(loader: SievedLoader, call: Callable[[str], None]) -> None:
-    """Let a loader's events reach a session: ``call`` is told which."""
-    loader.on_start = lambda: call("start")
-    loader.on_batch = lambda indices: call("batch")
-    loader.on_end = lambda: call("end")
-
-
 def _samples_per_epoch(loader: DataLoader[Any]) -> int:
     """Samples that the plain loop trains on in an epoch."""
     assert loader.batch_size is not None

@@ -24,9 +24,10 @@ from spfde.session.convergence import make_convergence
 from spfde.session.freezing import Freezing, Rates
 from spfde.session.masks import make_masks
 from spfde.session.part import Part, Setting
-from spfde.session.sampling import drive, make_sampling
+from spfde.session.sampling import make_sampling
 from spfde.session.state import load_state, save_state
 from spfde.session.view import SessionView
+from spfde.sieving.loader import Event
 
 
 class Session(SessionView):
@@ -220,7 +221,7 @@ class Session(SessionView):
         self._begin_epoch()
         return self._computing.augmentation_seeds(self._sampling.samples_of("augmentation_seeds", indices))
 
-    def _on_loader(self, event: str) -> None:
+    def _on_loader(self, event: Event) -> None:
         if event == "start":
             if self._clock.is_resumed_at_end:
                 # A state from the bottom of an epoch, loaded by a loop that does not ask for epochs().
@@ -278,12 +279,12 @@ class Session(SessionView):
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
         of_session = weakref.ref(self)
 
-        def call(event: str) -> None:
+        def on_event(event: Event) -> None:
             session = of_session()
             if session is not None and session._attached:
                 session._on_loader(event)
 
-        drive(self.loader, call)
+        self.loader.on_event = on_event
 
     def _check_attached(self) -> None:
         if not self._attached:
