@@ -286,11 +286,6 @@ class SievedSampling(Sampling):
         self._observer.samples = state["observed"]
 
 
-def make_sampling(setting: Setting, loader: DataLoader[Any], labels: Tensor | None) -> Sampling:
-    """The part for a recipe, with or without a sieve."""
-    return SievedSampling(setting, loader, labels) if setting.recipe.sieves else Sampling(setting, loader)
-
-
 def _samples_per_epoch(loader: DataLoader[Any]) -> int:
     """Samples that the plain loop trains on in an epoch."""
     assert loader.batch_size is not None
