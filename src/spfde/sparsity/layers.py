@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -123,8 +123,3 @@ def _any_match(name: str, patterns: Sequence[str]) -> bool:
 def _nothing_prunable(model: nn.Module) -> Problem:
     remedy = "Use sparsity=None, or a model with convolutions, nn.Linear or nn.MultiheadAttention that learn."
     return Problem("model", type(model).__name__, "has no prunable layers", remedy)
-
-
-def shapes_of(layers: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    """Shape of each layer's weight, as the distributions take it."""
-    return {name: tuple(p.shape) for name, p in layers.items()}

@@ -43,10 +43,20 @@ def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Gen
         remedy = "Load a checkpoint of this sparsity, or lower the recipe's sparsity."
         raise InvalidArgument(Problem("n_active", n_active, f"the weight has {found} non-zeros, which is more", remedy))
     assert generator is not None, "filling a mask up needs a generator"
-    flat = mask.flatten()
-    empty = (~flat).nonzero().squeeze(1)
-    drawn = torch.randperm(len(empty), generator=generator)[: n_active - found]
-    flat[empty[drawn.to(empty.device)]] = True
+    return grow_random(mask, n_active, generator)
+
+
+def grow_random(mask: Tensor, n_final: int, generator: torch.Generator) -> Tensor:
+    """Activate inactive weights uniformly at random until ``n_final`` are active.
+
+    Source: Mocanu et al. (SET, arXiv 1707.04780); Yuan et al. (MEST, arXiv 2110.14032).
+    """
+    flat = mask.flatten().clone()
+    candidates = (~flat).nonzero().squeeze(1)
+    n_new = n_final - (len(flat) - len(candidates))
+    assert 0 <= n_new <= len(candidates), f"cannot grow {n_new} of {len(candidates)}"
+    drawn = torch.randperm(len(candidates), generator=generator)[:n_new]
+    flat[candidates[drawn.to(candidates.device)]] = True
     return flat.view(mask.shape)
 
 

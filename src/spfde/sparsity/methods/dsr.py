@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -59,16 +59,16 @@ class DSR(SparsityMethod):
         return 0.0 < progress < self.stop_fraction and self.drop_fraction > 0.0
 
     def strategy(self, masker: Masker) -> Redistribution:
-        return Redistribution(masker, allot=self.allot, grow=Random())
+        return Redistribution(masker, allot=self.allot, grow=Random(), memory={"threshold": self.threshold})
 
-    def allot(self, layers: Sequence[LayerView], progress: float, memory: MutableMapping[str, float]) -> list[Turnover]:
+    def allot(self, layers: Sequence[LayerView], progress: float, memory: dict[str, float]) -> list[Turnover]:
         """How many units each layer keeps and then holds; see ``Redistribution``."""
         wanted = round_half_up(
             (self.drop_fraction if progress < self.stop_fraction else 0.0) * sum(layer.active for layer in layers)
         )
         if not wanted:
             return [(layer.active, layer.active) for layer in layers]
-        threshold = memory.get("threshold", self.threshold)
+        threshold = memory["threshold"]
         keep = [max(1, int((layer.scores >= threshold).sum())) for layer in layers]
         dropped = sum(layer.active for layer in layers) - sum(keep)
         if dropped < (1.0 - self.tolerance) * wanted:

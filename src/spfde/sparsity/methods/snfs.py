@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -65,7 +65,7 @@ class SNFS(SparsityMethod):
     def strategy(self, masker: Masker) -> Redistribution:
         return Redistribution(masker, allot=self.allot, grow=Gradient(), momentum=self.momentum)
 
-    def allot(self, layers: Sequence[LayerView], progress: float, memory: MutableMapping[str, float]) -> list[Turnover]:
+    def allot(self, layers: Sequence[LayerView], progress: float, memory: dict[str, float]) -> list[Turnover]:
         """How many units each layer keeps and then holds; see ``Redistribution``."""
         share = self._drop_fraction_at(progress)
         keep = [max(1, layer.active - round_half_up(share * layer.active)) for layer in layers]
