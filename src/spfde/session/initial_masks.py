@@ -47,7 +47,6 @@ def first_masks(
         unwrap(model),
         blueprint.sparse_layers,
         units=units,
-        structure=structure,
         batches=batches,
         loss=loss or cross_entropy,
         sample=sample,

@@ -59,10 +59,13 @@ def erk(
     if not free:
         return fixed
     budget = active_count(sum(numel.values()), sparsity) - sum(fixed.values())
-    if not len(free) <= budget <= sum(numel[name] for name in free):
-        raise InvalidArgument(_impossible_budget(sparsity, budget, len(free), sum(numel[name] for name in free)))
+    room = [numel[name] for name in free]
+    if not len(free) <= budget <= sum(room):
+        rule = f"leaves {budget} active weights to {len(free)} layers that can have {len(free)} to {sum(room)}"
+        remedy = "Change the sparsity or the overrides, or use distribution='uniform'."
+        raise InvalidArgument(Problem("sparsity", sparsity, rule, remedy))
     dims = [float(sum(shapes[name])) for name in free]
-    shared = apportion(dims, [numel[name] for name in free], budget, least=1)
+    shared = apportion(dims, room, budget, least=1)
     counts = {**fixed, **dict(zip(free, shared, strict=True))}
     return {name: counts[name] for name in shapes}
 
@@ -114,12 +117,3 @@ def _round_shares(ideal: Sequence[float], capacity: Sequence[int], budget: int, 
         for place in movable[: abs(missing)]:
             counts[place] += step
     return counts
-
-
-def _impossible_budget(sparsity: float, budget: int, layers: int, available: int) -> Problem:
-    return Problem(
-        "sparsity",
-        sparsity,
-        f"leaves {budget} active weights to {layers} layers that can have {layers} to {available}",
-        "Change the sparsity or the overrides, or use distribution='uniform'.",
-    )

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.state import check_entries
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.masks import highest
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 class LatentWeights(Strategy):

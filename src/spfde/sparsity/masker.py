@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.sparsity import masks as masking
 from spfde.sparsity.gradients import DenseGradients
-from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.state import check_state, check_weights
 from spfde.sparsity.structure import Unstructured
 from spfde.sparsity.weight import MaskedWeight
+
+if TYPE_CHECKING:
+    from spfde.sparsity.methods.base import SparsityMethod
 
 
 class Masker:

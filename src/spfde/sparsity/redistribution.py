@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
 from spfde.sparsity.criteria import Criterion
 from spfde.sparsity.distribution import apportion
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 Turnover = tuple[int, int]
 """Active units that survive a mutation, and active units after it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from spfde.core.registry import register
 from spfde.core.state import check_entries
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.masks import grow_random
 from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")

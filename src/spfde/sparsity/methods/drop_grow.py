@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator
 from torch import Tensor
@@ -16,13 +16,11 @@ from spfde.core.technique import read_named, write_named
 from spfde.sparsity.criteria import Criterion, Magnitude, Random
 from spfde.sparsity.distribution import active_count
 from spfde.sparsity.gradients import unscaled
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 from spfde.sparsity.schedule import DenseGradients, MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")

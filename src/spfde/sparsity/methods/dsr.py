@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from spfde.core.numbers import round_half_up
 from spfde.core.registry import register
 from spfde.sparsity.criteria import Random
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 from spfde.sparsity.redistribution import LayerView, Redistribution, Turnover, share_out
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")

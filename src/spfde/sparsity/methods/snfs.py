@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from spfde.core.numbers import cosine, round_half_up
 from spfde.core.registry import register
 from spfde.sparsity.criteria import Gradient
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 from spfde.sparsity.redistribution import LayerView, Redistribution, Turnover, share_out
 from spfde.sparsity.schedule import DenseGradients
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,12 +12,10 @@ from torch import Tensor
 from spfde.core.registry import register
 from spfde.sparsity.gradients import unscaled
 from spfde.sparsity.latent import LatentWeights
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.masks import highest
 from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")
