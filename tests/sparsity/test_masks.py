@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
 from spfde.sparsity import infer_mask, pack, unpack
-from spfde.sparsity.masks import apply_, grow_random, highest
+from spfde.sparsity.masks import apply_, grow_random, highest, highest_overall
 
 _SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 
@@ -54,6 +54,13 @@ def test_scores_that_are_not_numbers_rank_lowest_and_do_not_break_the_count() ->
     score = torch.tensor([float("nan"), 1.0, float("inf"), float("-inf"), float("nan")])
     assert highest(score, 2).tolist() == [False, True, True, False, False]
     assert highest(score, 4).sum() == 4
+
+
+def test_the_highest_of_all_layers_leave_each_its_best() -> None:
+    scores = {"a": torch.tensor([[0.9, 0.8, 0.7]]), "b": torch.tensor([0.1, 0.2])}
+    for n, first in ((3, [True, True, False]), (2, [True, False, False])):
+        chosen = {name: mask.tolist() for name, mask in highest_overall(scores, n).items()}
+        assert chosen == {"a": [first], "b": [False, True]}
 
 
 def test_random_growth_reaches_every_candidate() -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import tree_map_only
-from spfde.model.sample import Sample, batch_of, unwrap, without_traces
+from spfde.model.sample import Sample, batch_of, without_traces
 from spfde.planning import Blueprint
 from spfde.sieving import population_of
 from spfde.sparsity import PruningAtInitialisation, ScoreLoss
@@ -44,7 +44,7 @@ def first_masks(
     structure = method.structure
     units = sum(count // structure.unit_size(_shape(blueprint, name)) for name, count in blueprint.target.items())
     return method.select(
-        unwrap(model),
+        model,
         blueprint.sparse_layers,
         units=units,
         batches=batches,

@@ -8,16 +8,15 @@ sparse weight is derived from the latent anew. No layer, and no optimizer, knows
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.state import check_entries
 from spfde.sparsity.masker import Masker
-from spfde.sparsity.masks import highest
+from spfde.sparsity.masks import highest_overall
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
@@ -80,8 +79,7 @@ class LatentWeights(Strategy):
                 self.choose(layer)
                 layer.parameter.detach().copy_(self.sparse(layer))
 
-    def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
-        layers = list(layers)
+    def prune_to_target(self, layers: Sequence[MaskedWeight]) -> None:
         self._give_up(layers)
         super().prune_to_target(layers)
 
@@ -155,18 +153,12 @@ class LatentWeights(Strategy):
         layers = [layer for layer in layers if layer.name in self._latents]
         if not layers:
             return
-        masks = final_masks([self.margin(layer) for layer in layers], sum(layer.target for layer in layers))
-        for layer, mask in zip(layers, masks, strict=True):
+        margins = {layer.name: self.margin(layer) for layer in layers}
+        masks = highest_overall(margins, sum(layer.target for layer in layers))
+        for layer in layers:
+            mask = masks[layer.name]
             layer.parameter.detach().copy_(self.sparse(layer))
             del self._latents[layer.name]
             layer.target, layer.wider = int(mask.sum()), None
             layer.set_mask(mask, layer.target)
             layer.clear_outside()
-
-
-def final_masks(margins: Sequence[Tensor], total: int) -> list[Tensor]:
-    """Masks of exactly ``total`` weights over all layers, those of the largest margins; one in each layer at least."""
-    kept = [margin.masked_fill(highest(margin, 1), torch.inf).flatten() for margin in margins]
-    chosen = highest(torch.cat(kept), max(total, len(margins)))
-    parts = torch.split(chosen, [margin.numel() for margin in margins])
-    return [part.view(margin.shape) for part, margin in zip(parts, margins, strict=True)]

@@ -152,9 +152,8 @@ class Masker:
     def begin_epoch(self, plan: MaskPlan) -> None:
         """Carry out the plan of an epoch; call it once at its top, before the blocks of the epoch are frozen."""
         self.reset_epoch_counters()
-        was_live = self.live
         frozen = [name for name, own in plan.layers.items() if own.frozen]
-        self.strategy.prune_to_target([x for x in was_live if x.name in frozen and plan.layers[x.name].to_target])
+        self.strategy.prune_to_target([x for x in self.live if x.name in frozen and plan.layers[x.name].to_target])
         self._set_live(frozen)
         self._dense.clear()
         for layer in self.live:

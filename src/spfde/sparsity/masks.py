@@ -6,7 +6,7 @@ Flat indices are row-major whatever the memory format, so that a mask depends on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -84,6 +84,22 @@ def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
     mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
     mask[candidates[chosen]] = True
     return mask.view(score.shape)
+
+
+def highest_overall(
+    scores: Mapping[str, Tensor], n: int, *, among: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Masks of the ``n`` highest of all layers' scores together, with the best of each layer always among them."""
+    device = next(iter(scores.values())).device
+    every = torch.cat([score.to(device).flatten() for score in scores.values()])
+    free = torch.ones_like(every, dtype=torch.bool)
+    if among is not None:
+        free = torch.cat([among[name].to(device).flatten() for name in scores])
+    sizes = [score.numel() for score in scores.values()]
+    parts = zip(torch.split(every, sizes), torch.split(free, sizes), strict=True)
+    kept = torch.cat([highest(score, 1, among=candidates) for score, candidates in parts])
+    chosen = torch.split(kept | highest(every, n - len(sizes), among=free & ~kept), sizes)
+    return {name: c.view(score.shape).to(score.device) for (name, score), c in zip(scores.items(), chosen, strict=True)}
 
 
 def largest_half(weight: Tensor, mask: Tensor) -> Tensor:

@@ -26,15 +26,10 @@ _KINDS = {**dict.fromkeys(_KINDS_BY_LAYER, dict), "steps": int, "strategy": dict
 def check_state(
     state: Mapping[str, Any], layers: Mapping[str, MaskedWeight], *, counts_known: bool
 ) -> dict[str, Tensor]:
-    """Check a saved state of a masker, and unpack its masks.
+    """Unpack the masks of a masker's saved state; raise ``StateMismatch`` where it does not fit the layers.
 
     Args:
-        state: what ``Masker.state_dict`` returned.
-        layers: what it must agree with.
         counts_known: whether the distribution alone says how many weights each layer keeps.
-
-    Raises:
-        StateMismatch: a part is missing or damaged, or layers, shapes or counts differ.
     """
     check_entries(state, "the masks", _KINDS)
     for part, kind in _KINDS_BY_LAYER.items():
@@ -43,11 +38,7 @@ def check_state(
 
 
 def check_weights(layers: Mapping[str, MaskedWeight], masks: Mapping[str, Tensor]) -> None:
-    """Refuse masks that would cut off weights which are not zero: those of another model state.
-
-    Raises:
-        StateMismatch: a weight outside its mask is not zero.
-    """
+    """Refuse masks that would cut off weights which are not zero: those of another model state."""
     for name, layer in layers.items():
         weight = layer.parameter.detach()
         outside = torch.count_nonzero(weight.masked_fill(masks[name].to(weight.device), 0))

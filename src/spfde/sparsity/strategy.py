@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +53,7 @@ class Strategy:
     def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
         """The top of an epoch, for the layers that are not frozen; what has to be pruned to target is already."""
 
-    def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
+    def prune_to_target(self, layers: Sequence[MaskedWeight]) -> None:
         """Drop what these layers hold above their target, by magnitude, and whatever they were waiting for."""
         for layer in layers:
             self.prune(layer, layer.target)

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import spfde
 from helpers.masking import MaskedRun, places
 from spfde.sparsity import STR
-from spfde.sparsity.latent import final_masks
 from spfde.sparsity.methods.str import soft_threshold, threshold, threshold_slope
 
 
@@ -177,9 +176,3 @@ def test_the_bill_charges_each_step_at_the_density_that_it_ran_at() -> None:
     assert fell >= 2
     assert int(session.masks["2.weight"].sum()) == 48
     assert [row.training_flops for row in session.cost.rows] == expected
-
-
-def test_final_masks_by_hand_leave_each_layer_a_weight() -> None:
-    first, second = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.1, 0.2])
-    assert [mask.tolist() for mask in final_masks([first, second], 3)] == [[True, True, False], [False, True]]
-    assert [mask.tolist() for mask in final_masks([first, second], 1)] == [[True, False, False], [False, True]]

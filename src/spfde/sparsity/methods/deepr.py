@@ -55,12 +55,7 @@ class DeepR(SparsityMethod):
 
 
 class Rewiring(Strategy):
-    """DEEP R's step after the optimizer's: penalty, noise, and who crosses zero gives way.
-
-    Args:
-        masker: see ``Strategy``.
-        l1, noise: see ``DeepR``.
-    """
+    """DEEP R's step after the optimizer's: penalty, noise, and who crosses zero gives way."""
 
     changes_every_step = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator
@@ -116,11 +116,6 @@ class Mutation(Strategy):
 
     Where a criterion needs a gradient, the mutation of a layer waits for the first step that has one: of the active
     weights for dropping, of all for growing. Each is given its own.
-
-    Args:
-        masker: see ``Strategy``.
-        drop: by which weights are kept.
-        grow: by which weights grow.
     """
 
     def __init__(self, masker: Masker, *, drop: Criterion, grow: Criterion) -> None:
@@ -134,17 +129,21 @@ class Mutation(Strategy):
         self.pending = {} if plan.update else {name: each for name, each in self.pending.items() if name in names}
         for layer in live:
             own = plan.layers[layer.name]
-            if own.mutates and not plan.last:
-                self._mutate_or_wait(layer, own.survive, int(own.active))
+            counts = min(own.survive, layer.active), int(own.active)
+            if own.mutates and not plan.last and counts != (layer.active, layer.active):
+                self.pending[layer.name] = counts
+        self._mutate({}, {})
 
-    def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
-        layers = list(layers)
+    def prune_to_target(self, layers: Sequence[MaskedWeight]) -> None:
         for layer in layers:
             self.pending.pop(layer.name, None)
         super().prune_to_target(layers)
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
-        return layer.name in self.pending and self._waits_for(layer, *self.pending[layer.name])[1]
+        if layer.name not in self.pending or not self._grow.needs_gradient:
+            return False
+        survive, final = self.pending[layer.name]
+        return final > survive
 
     def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
         if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
@@ -158,16 +157,8 @@ class Mutation(Strategy):
         self.masker.average_over_ranks(active)
         self.masker.average_over_ranks(dense)
         gradients = (*active.values(), *dense.values())
-        if was_skipped or not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            return
-        # In the order of the layers, so that the generator's draws do not depend on the backward pass.
-        for layer in self.masker.live:
-            name = layer.name
-            if name not in self.pending:
-                continue
-            for_dropping, for_growing = self._waits_for(layer, *self.pending[name])
-            if (name in active or not for_dropping) and (name in dense or not for_growing):
-                self._mutate(layer, *self.pending.pop(name), active.get(name), dense.get(name))
+        if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients):
+            self._mutate(active, dense)
 
     def adopt(self, layer: MaskedWeight) -> None:
         self.pending.pop(layer.name, None)
@@ -193,28 +184,26 @@ class Mutation(Strategy):
         saved = {name: (survive, final) for name, (survive, final) in state["pending"].items()}
         self.pending = {name: counts for name, counts in saved.items() if counts != (active[name], active[name])}
 
-    def _mutate_or_wait(self, layer: MaskedWeight, survive: int, final: int) -> None:
-        survive = min(survive, layer.active)
-        if survive == final == layer.active:
-            return
-        if any(self._waits_for(layer, survive, final)):
-            self.pending[layer.name] = (survive, final)
-        else:
-            self._mutate(layer, survive, final, None, None)
-
-    def _waits_for(self, layer: MaskedWeight, survive: int, final: int) -> tuple[bool, bool]:
-        """Whether a mutation needs the gradients of the active weights, and those of all."""
-        return self._drop.needs_gradient and survive < layer.active, self._grow.needs_gradient and final > survive
-
-    def _mutate(
-        self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None
-    ) -> None:
-        layer.mutate(
-            survive,
-            final,
-            drop_score=_score(self._drop, layer, active) if survive < layer.active else None,
-            grow_score=_score(self._grow, layer, dense) if final > survive else None,
-        )
+    def _mutate(self, active: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
+        """Mutate the layers that have the gradients that they need: those of active weights, and those of all."""
+        # In the order of the layers, so that the generator's draws do not depend on the backward pass.
+        for layer in self.masker.live:
+            name = layer.name
+            if name not in self.pending:
+                continue
+            survive, final = self.pending[name]
+            drops, grows = survive < layer.active, final > survive
+            lacks_active = drops and self._drop.needs_gradient and name not in active
+            lacks_dense = grows and self._grow.needs_gradient and name not in dense
+            if lacks_active or lacks_dense:
+                continue
+            del self.pending[name]
+            layer.mutate(
+                survive,
+                final,
+                drop_score=_score(self._drop, layer, active.get(name)) if drops else None,
+                grow_score=_score(self._grow, layer, dense.get(name)) if grows else None,
+            )
 
     def _take_snapshots(self, *, has_closure: bool) -> dict[str, Tensor]:
         """The gradients of active weights, for dropping; without the loss scale, which dense ones still have."""
@@ -235,11 +224,7 @@ def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
 
 
 def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:
-    """The criterion's score, which anybody may have written.
-
-    Raises:
-        UsageError: it is no score for each weight.
-    """
+    """The criterion's score, which anybody may have written: it is checked."""
     weight = layer.parameter.detach()
     score = criterion.score(weight, gradient)
     if score is None:
