@@ -124,7 +124,7 @@ class MaskedRun:
     @property
     def pending(self) -> tuple[str, ...]:
         """Layers whose mutation waits for a gradient."""
-        return tuple(self.masker.state_dict()["strategy"].get("pending", ()))
+        return tuple(getattr(self.masker.strategy, "pending", ()))
 
     @property
     def strategy_state(self) -> dict[str, Any]:

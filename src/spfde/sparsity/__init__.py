@@ -9,6 +9,7 @@ from spfde.sparsity.methods import (
     DSR,
     GMP,
     MEST,
+    METHODS,
     SET,
     SETITOP,
     SNFS,
@@ -25,11 +26,12 @@ from spfde.sparsity.methods import (
     SynFlow,
     TopKAST,
 )
-from spfde.sparsity.registered import METHODS, STRUCTURES
 from spfde.sparsity.saliency import ScoreLoss
 from spfde.sparsity.schedule import LayerPlan, MaskPlan
+from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.structure import (
     NM,
+    STRUCTURES,
     Block,
     Channels,
     Kernels,
@@ -71,6 +73,7 @@ __all__ = [
     "ScoreLoss",
     "SparsityMethod",
     "StaticSparse",
+    "Strategy",
     "Structure",
     "SynFlow",
     "TopKAST",
