@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spfde.analysis import (
-    MinibatchCKA,
-    batch_grams,
-    centred_gram,
-    linear_cka,
-    minibatch_cka,
-    unbiased_hsic,
-)
+from spfde.analysis import batch_grams, linear_cka, minibatch_cka
+from spfde.analysis.cka import MinibatchCKA, centred_gram, unbiased_hsic
 from spfde.core.errors import InvalidArgument
 
 

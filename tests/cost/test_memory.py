@@ -13,17 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spfde.cost import (
-    LayerCost,
-    MemoryBytes,
-    ModelCost,
-    SavedTensorBytes,
-    memory,
-    memory_of,
-    memory_timeline,
-    peak_bytes,
-    reset_peak,
-)
+from spfde.cost import SavedTensorBytes, memory, peak_bytes, reset_peak
+from spfde.cost.flops import LayerCost, ModelCost
+from spfde.cost.memory import MemoryBytes, memory_of, memory_timeline
 
 LAYERS = (
     LayerCost("a.weight", "a", 0, 1000, numel=20, activations=50),

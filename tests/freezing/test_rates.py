@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.freezing import BlockwiseCosine, GroupRates, learning_rate_factor, rate
+from spfde.freezing import BlockwiseCosine
+from spfde.freezing.rates import GroupRates, learning_rate_factor, rate
 
 
 def parameters(n: int) -> list[nn.Parameter]:

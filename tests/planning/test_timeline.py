@@ -14,22 +14,9 @@ import spfde
 from helpers.masking import timeline_of
 from spfde.core.errors import StateMismatch
 from spfde.freezing.schemes import paused
-from spfde.planning import Counts, Timeline
-from spfde.sparsity import (
-    DSR,
-    GMP,
-    MEST,
-    METHODS,
-    SET,
-    SNFS,
-    STR,
-    DeepR,
-    DropGrow,
-    Gradient,
-    RigL,
-    SparsityMethod,
-    TopKAST,
-)
+from spfde.planning.timeline import Counts, Timeline
+from spfde.sparsity import DSR, GMP, MEST, SET, SNFS, STR, DeepR, DropGrow, Gradient, RigL, SparsityMethod, TopKAST
+from spfde.sparsity.registered import METHODS
 
 TARGET, UNITS = 100, 1000
 """Of each layer at sparsity 0.9."""

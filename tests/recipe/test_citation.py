@@ -13,7 +13,7 @@ from spfde import presets
 from spfde.core.technique import Technique
 from spfde.recipe import citation
 from spfde.recipe.recipe import Recipe
-from spfde.sparsity import METHODS
+from spfde.sparsity.registered import METHODS
 
 
 def keys(text: str) -> list[str]:

@@ -15,7 +15,8 @@ from spfde import presets
 from spfde.core.errors import InvalidArgument
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
-from spfde.sparsity import METHODS, Block, Patterns, PruningAtInitialisation, SparsityMethod, Unstructured
+from spfde.sparsity import Block, Patterns, PruningAtInitialisation, SparsityMethod, Unstructured
+from spfde.sparsity.registered import METHODS
 
 shares = st.floats(0, 0.99)
 patterns = st.text(min_size=1, max_size=8)

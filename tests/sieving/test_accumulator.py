@@ -13,8 +13,9 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.core.registry import registered
-from spfde.sieving import ClassLabels, Scorer, accumulator
+from spfde.sieving import Scorer, accumulator
 from spfde.sieving.accumulator import Accumulator
+from spfde.sieving.balance import ClassLabels
 from spfde.sieving.criteria import Forgetting, Loss
 
 MAKE = {

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, DataSieving, OneTimeRemoval, Sieve, find_labels
-from spfde.sieving.balance import largest_remainder, spread, take_evenly
+from spfde.sieving import DataSieving, OneTimeRemoval
+from spfde.sieving.balance import ClassLabels, find_labels, largest_remainder, spread, take_evenly
+from spfde.sieving.sieve import Sieve
 
 
 def seeded(seed: int = 0) -> torch.Generator:

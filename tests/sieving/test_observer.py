@@ -10,9 +10,13 @@ from torch.utils.data import DataLoader
 
 from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, SievedLoader
+from spfde.sieving import Scorer
+from spfde.sieving.balance import ClassLabels
+from spfde.sieving.batch_sampler import SievedBatchSampler
 from spfde.sieving.criteria import Loss
 from spfde.sieving.evidence import label_bounds
+from spfde.sieving.loader import SievedLoader
+from spfde.sieving.observer import Observer
 
 
 def make_observer(scorer: Scorer, classes: ClassLabels, gather: Any = None) -> Observer:

@@ -22,15 +22,10 @@ from torch.utils.data import (
 )
 
 from spfde.core.errors import UsageError
-from spfde.sieving import (
-    DataSieving,
-    Sieve,
-    SievedBatchSampler,
-    SievedLoader,
-    check_loader,
-    loader_generators,
-    population_of,
-)
+from spfde.sieving import DataSieving
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.loader import SievedLoader, check_loader, loader_generators, population_of
+from spfde.sieving.sieve import Sieve
 
 N = 23
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import DataSieving, OneTimeRemoval, Sieve
+from spfde.sieving import DataSieving, OneTimeRemoval
+from spfde.sieving.sieve import Sieve
 from spfde.sieving.weights import inclusion_probabilities, loss_weights
 
 

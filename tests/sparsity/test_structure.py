@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import STRUCTURES
+from spfde.sparsity.registered import STRUCTURES
 from spfde.sparsity.structure import (
     NM,
     Block,

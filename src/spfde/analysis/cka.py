@@ -58,10 +58,6 @@ def centred_gram(features: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: there are fewer than four samples.
-
-    Example:
-        >>> spfde.analysis.centred_gram(torch.randn(16, 8)).shape
-        torch.Size([16, 16])
     """
     _check_samples(features, features, least=LEAST_SAMPLES)
     return _u_centred(_gram(features))
@@ -75,11 +71,6 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
         l: likewise of the other, of the same samples.
 
     Source: Song et al. 2012, equation 5, in the equivalent form of a product of U-centred matrices.
-
-    Example:
-        >>> gram = spfde.analysis.centred_gram(torch.randn(16, 8))
-        >>> spfde.analysis.unbiased_hsic(gram, gram) > 0
-        True
     """
     n = len(k)
     return float(torch.dot(k.flatten(), l.flatten())) / (n * (n - 3))
@@ -90,13 +81,6 @@ class MinibatchCKA:
 
     The value is ``Σ HSIC(x, y) / sqrt(Σ HSIC(x, x) · Σ HSIC(y, y))`` with the unbiased estimator, every minibatch
     counted alike. Pass batches of about equal size.
-
-    Example:
-        >>> cka = spfde.analysis.MinibatchCKA()
-        >>> for x, _ in loader:
-        ...     cka.update(x, 2 * x)
-        >>> round(cka.value, 3)
-        1.0
     """
 
     def __init__(self) -> None:

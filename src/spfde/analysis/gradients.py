@@ -82,10 +82,6 @@ def successive_differences(values: Sequence[float]) -> list[float]:
     """Absolute differences between each value and the one before; one fewer than there are values.
 
     Of gradient norms, this is what a criterion for freezing by convergence would watch (Yuan et al. 2022, figure 3b).
-
-    Example:
-        >>> spfde.analysis.successive_differences([1.0, 3.0, 2.5])
-        [2.0, 0.5]
     """
     return [abs(after - before) for before, after in pairwise(values)]
 

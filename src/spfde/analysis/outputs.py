@@ -132,11 +132,6 @@ def output_graph(model: nn.Module, modules: Sequence[str]) -> fx.GraphModule:
 
     Raises:
         InvalidArgument: a name is no module of the model or does not run, or ``forward`` cannot be traced.
-
-    Example:
-        >>> graph = spfde.analysis.output_graph(model, ["0", "3"])
-        >>> [tuple(output.shape) for output in graph(torch.zeros(2, 4))]
-        [(2, 8), (2, 8)]
     """
     model = unwrap(model)
     _find(model, modules)

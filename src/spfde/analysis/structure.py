@@ -28,11 +28,6 @@ def structural_overlap(weight: Tensor, final_mask: Tensor, *, fraction: float = 
         InvalidArgument: the shapes differ, or ``fraction`` is out of bounds.
 
     Source: Yuan et al., NeurIPS 2022 (arXiv 2209.11204), section 3.1.
-
-    Example:
-        >>> weight, final = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
-        >>> spfde.analysis.structural_overlap(weight, final)
-        (1, 2)
     """
     if weight.shape != final_mask.shape:
         rule = f"must have the shape of the weight, {tuple(weight.shape)}"

@@ -24,12 +24,6 @@ class LayerCost:
         forward_flops: dense forward FLOPs of one sample.
         numel: elements of the weight; 0 without one.
         activations: elements of its outputs for one sample.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20)
-        >>> first = bill.blueprint.cost.layers[0]
-        >>> first.name, first.forward_flops, first.numel
-        ('0.weight', 64, 32)
     """
 
     name: str
@@ -53,11 +47,6 @@ class ModelCost:
         layers: every counted layer, by its first use.
         uncounted: modules that ran without a counted operation: type name to number of calls.
         n_parameters: elements of all parameters, shared ones once, counted layers or not.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20)
-        >>> bill.blueprint.cost.forward
-        (64, 128, 128, 48)
     """
 
     layers: tuple[LayerCost, ...]
@@ -93,11 +82,6 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     Args:
         trace: what the model computes for one batch.
         model: the model that was traced; wrappers are looked through.
-
-    Example:
-        >>> from spfde.model.trace import trace
-        >>> spfde.cost.model_cost(trace(model, torch.zeros(1, 4)), model).forward_flops
-        368
     """
     parameters = dict(unwrap(model).named_parameters())
     layers: dict[str, LayerCost] = {}

@@ -28,14 +28,7 @@ _BYTES = 4  # the paper's accounting is in fp32, and so are the masked engine's 
 
 @dataclass(frozen=True)
 class MemoryBytes:
-    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper.
-
-    Example:
-        >>> spfde.cost.MemoryBytes(
-        ...     weights=400, masks=0, activations=800, weight_gradients=400, activation_gradients=800
-        ... ).total
-        2400
-    """
+    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper."""
 
     weights: int
     masks: int
@@ -125,11 +118,6 @@ def memory_of(
         frozen: whether the layer is frozen, per layer.
         batch_size: samples in a step.
         accounting: which of the two.
-
-    Example:
-        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
-        >>> spfde.cost.memory_of([layer], [0.1], [False], batch_size=8, accounting="paper").weights
-        204
     """
     as_paper = accounting == "paper"
     weights = masks = weight_gradients = activations = activation_gradients = 0
@@ -166,13 +154,6 @@ def memory_timeline(
         target_density: density of each layer at the target, without a soft bound: the sparse baseline's.
         batch_size: samples in a step.
         accounting: see ``memory_of``.
-
-    Example:
-        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
-        >>> epochs = [([0.1], [False]), ([0.1], [True])]
-        >>> run = spfde.cost.memory_timeline([layer], epochs, target_density=[0.1], batch_size=8, accounting="actual")
-        >>> run.per_epoch[1] < run.per_epoch[0]
-        True
     """
 
     def total(density: Sequence[float], frozen: Sequence[bool]) -> int:

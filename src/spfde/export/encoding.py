@@ -36,11 +36,6 @@ class Encoded:
         shape: of the tensor.
         values: what is kept, one-dimensional, of the tensor's own type; with ``dense`` all of it.
         positions: a packed mask (uint8); empty with ``dense``.
-
-    Example:
-        >>> encoded = spfde.export.encode(torch.eye(8))
-        >>> encoded.shape, encoded.values.numel()
-        ((8, 8), 8)
     """
 
     kind: Kind
@@ -55,12 +50,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's tensors, dense and as ``encode`` stores them; file headers not counted.
-
-    Example:
-        >>> spfde.export.weight_bytes({"weight": torch.eye(8)}, {"weight": torch.eye(8) > 0})
-        WeightBytes(dense=256, compressed=40)
-    """
+    """Bytes of a model's tensors, dense and as ``encode`` stores them; file headers not counted."""
 
     dense: int
     compressed: int
@@ -111,12 +101,6 @@ def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
 
     Raises:
         InvalidArgument: a value outside the mask is not zero, or the mask has another shape.
-
-    Example:
-        >>> weight = torch.zeros(100)
-        >>> weight[7] = 1.0
-        >>> spfde.export.encode(weight).kind
-        'mask'
     """
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     shape, nothing = tuple(tensor.shape), torch.empty(0, dtype=torch.uint8)
@@ -140,11 +124,6 @@ def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
 
     Raises:
         InvalidArgument: positions do not fit the shape or the values; the data are damaged.
-
-    Example:
-        >>> encoded = {"weight": spfde.export.encode(torch.eye(8))}
-        >>> torch.equal(spfde.export.decode(encoded)["weight"], torch.eye(8))
-        True
     """
     sizes = {name: math.prod(item.shape) * item.values.element_size() for name, item in encoded.items()}
     starts, total = {}, 0

@@ -21,10 +21,6 @@ def is_two_four(mask: Tensor) -> bool:
 
     Args:
         mask: of a linear layer, [out, in]; True where the weight exists.
-
-    Example:
-        >>> spfde.export.is_two_four(torch.tensor([[True, False, True, False]]))
-        True
     """
     if mask.dim() != 2 or mask.numel() == 0 or mask.shape[1] % 4:
         return False

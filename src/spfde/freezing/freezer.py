@@ -48,15 +48,6 @@ class Freezer:
         blocks: in order of execution.
         optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
             checkpoints go on fitting.
-
-    Example:
-        >>> from spfde.model.blocks import find_blocks
-        >>> from spfde.model.trace import trace
-        >>> blocks = find_blocks(model, trace(model, torch.zeros(1, 4))).blocks
-        >>> freezer = spfde.freezing.Freezer(model, blocks, optimizer)
-        >>> freezer.freeze_to(1)
-        >>> model[0].weight.requires_grad, model[2].weight.requires_grad
-        (False, True)
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> None:
@@ -148,13 +139,7 @@ def hold_in_eval(module: nn.Module) -> None:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?
-
-    Example:
-        >>> norm = torch.nn.BatchNorm2d(8)
-        >>> spfde.freezing.is_held(norm)
-        False
-    """
+    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?"""
     return _WANTED_MODE in vars(module)
 
 
@@ -182,10 +167,6 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
 
     A compiled model is compiled anew for each front that it has not had yet, none included, once for training and once
     for evaluation; beyond torch's limit it runs without compilation.
-
-    Example:
-        >>> spfde.freezing.recompile_warning(model, n_fronts=3) is None  # the model is not compiled
-        True
     """
     if not is_compiled(model):
         return None

@@ -150,11 +150,6 @@ class FreezePlan:
         pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
             is at its target before it is frozen.
         asked: the share that was asked for; more than ``reduction`` where no more could be reached.
-
-    Example:
-        >>> plan = spfde.freezing.FreezePlan(n_blocks=3, frozen=(0, 0, 1, 2), reduction=0.2)
-        >>> plan.freeze_epochs
-        (2, 3, None)
     """
 
     n_blocks: int
@@ -203,10 +198,6 @@ def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float
         n_layers: number of weighted layers of each block, front to back.
         total_layers: of the whole model, the head included.
         fraction: share of the layers to freeze. Source: two thirds, SpFDE section 3; whole blocks are ours.
-
-    Example:
-        >>> spfde.freezing.blocks_to_freeze([2, 2, 2], total_layers=7, fraction=2 / 3)
-        2
     """
     wanted, frozen, distances = fraction * total_layers, 0, []
     for count in n_layers:

@@ -45,10 +45,6 @@ def learning_rate_factor(epoch: int, *, stop: int, warmup: int) -> float:
         epoch: from 0.
         stop: the block's freeze epoch, or the length of the run; from there on it is 0.
         warmup: epochs of linear warm-up; in epoch ``e`` of them the factor is ``(e + 1) / warmup``.
-
-    Example:
-        >>> [round(spfde.freezing.learning_rate_factor(epoch, stop=10, warmup=0), 2) for epoch in (0, 5, 9)]
-        [1.0, 0.5, 0.02]
     """
     if epoch >= stop:
         return 0.0
@@ -65,10 +61,6 @@ def rate(base: float, factor: float, *, warms_up: bool, final: float) -> float:
         factor: of ``learning_rate_factor``.
         warms_up: whether the epoch is one of the warm-up.
         final: the rate that the cosine ends with.
-
-    Example:
-        >>> spfde.freezing.rate(0.1, 0.5, warms_up=False, final=0.0)
-        0.05
     """
     return base * factor if warms_up else final + (base - final) * factor
 
@@ -98,15 +90,6 @@ class GroupRates:
         InvalidArgument: the optimizer has a learning-rate scheduler (``initial_lr``) or supports one group only,
             ``final`` exceeds a group's rate, or a block would be frozen before its warm-up ends. Nothing has been
             changed then.
-
-    Example:
-        >>> block_of = {id(p): 0 for p in model[0].parameters()}
-        >>> rates = spfde.freezing.GroupRates(optimizer, block_of, stops=[5, 10], technique=spfde.BlockwiseCosine())
-        >>> len(optimizer.param_groups)
-        2
-        >>> rates.join()
-        >>> len(optimizer.param_groups)
-        1
     """
 
     def __init__(
@@ -217,10 +200,6 @@ def check_rates(
         optimizer: as it was given.
         technique: the shape of the cosine.
         stops: as ``GroupRates`` takes them; without them only the optimizer is looked at.
-
-    Example:
-        >>> spfde.freezing.check_rates(optimizer, spfde.BlockwiseCosine(final=1.0))[0].argument
-        'final'
     """
     problems = Problems()
     if isinstance(optimizer, torch.optim.LBFGS):

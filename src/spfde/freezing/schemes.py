@@ -141,13 +141,6 @@ def solve(
     Raises:
         InvalidArgument: the target cannot be reached (the most possible is named), a given epoch is no update epoch of
             the run, or there is no such scheme.
-
-    Example:
-        >>> savings = spfde.freezing.Savings(
-        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
-        ... )
-        >>> spfde.freezing.solve(savings).frozen
-        (0, 0, 1, 1, 2, 2, 2, 2)
     """
     kind: type[FreezingScheme] = find("freezing-scheme", scheme, argument="scheme")
     problems = Problems()

@@ -15,7 +15,8 @@ from spfde.core.registry import registered
 from spfde.core.technique import Technique
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import SievingMethod
-from spfde.sparsity import METHODS, SparsityMethod
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.registered import METHODS
 
 
 class Recipe(Technique):

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from spfde.cost import Ledger, LedgerRow, memory_of, peak_bytes
+from spfde.cost import Ledger, LedgerRow, peak_bytes
+from spfde.cost.memory import memory_of
 from spfde.export.encoding import weight_bytes
-from spfde.planning import price, scoring_flops
+from spfde.planning.bill import price, scoring_flops
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from spfde.core.errors import UsageError
-from spfde.planning import Counts, Row
+from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
-from spfde.sparsity import Masker
+from spfde.sparsity.masker import Masker
 
 
 class WholeModel(Part):

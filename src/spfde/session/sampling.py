@@ -13,17 +13,14 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
 from spfde.core.state import check_entries
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
-from spfde.sieving import (
-    ClassLabels,
-    Observer,
-    Sieve,
-    SievedBatchSampler,
-    SievedLoader,
-    population_of,
-)
+from spfde.sieving.balance import ClassLabels
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.loader import SievedLoader, population_of
+from spfde.sieving.observer import Observer
+from spfde.sieving.sieve import Sieve
 
 
 class Sampling(Part):

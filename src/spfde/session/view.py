@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spfde.core.clock import Clock
 from spfde.cost import Ledger
-from spfde.planning import Timeline
+from spfde.planning.timeline import Timeline
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.freezing import Freezing

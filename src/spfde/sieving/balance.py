@@ -80,12 +80,6 @@ class ClassLabels(Accumulator):
 
     Attributes:
         collects: whether reports have to tell the classes.
-
-    Example:
-        >>> classes = spfde.sieving.ClassLabels(3)
-        >>> classes.observe(torch.tensor([0, 2]), torch.tensor([5, 1]))
-        >>> classes.labels
-        tensor([ 5, -1,  1])
     """
 
     def __init__(self, n: int, known: Tensor | None = None) -> None:
@@ -144,10 +138,6 @@ def find_labels(dataset: Any, given: Tensor | Sequence[int] | None = None) -> Te
 
     Raises:
         InvalidArgument: there are labels, and they are no class indices, or not one for each sample.
-
-    Example:
-        >>> spfde.sieving.find_labels(torch.utils.data.TensorDataset(torch.zeros(2)), given=[0, 1])
-        tensor([0, 1])
     """
     if given is not None:
         return _class_indices("labels", given, len(dataset))

@@ -30,14 +30,7 @@ from spfde.sieving.batch_sampler import SievedBatchSampler, iterates_as, subset_
 
 
 def check_loader(loader: object) -> list[Problem]:
-    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing.
-
-    Example:
-        >>> spfde.sieving.check_loader(loader)
-        []
-        >>> spfde.sieving.check_loader([1, 2])[0].rule
-        'must be a DataLoader'
-    """
+    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing."""
     if isinstance(loader, SievedLoader):
         remedy = "Pass the DataLoader that it was made from, or detach the other session first."
         return [Problem("loader", _kind(loader), "is already the loader of a session", remedy)]
@@ -95,10 +88,6 @@ def population_of(loader: DataLoader[Any]) -> Tensor:
 
     The indices of a ``SubsetRandomSampler``; what ``RandomSampler`` and ``SequentialSampler`` run over; for any other
     sampler the whole data set.
-
-    Example:
-        >>> len(spfde.sieving.population_of(loader))
-        20
     """
     sampler: Any = loader.sampler
     if iterates_as(sampler, SubsetRandomSampler):
@@ -114,10 +103,6 @@ def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
     """The generators that a loader and its sampler own, each once, in this order; the global one is not among them.
 
     A sampler of the user's own is asked for an attribute ``generator``.
-
-    Example:
-        >>> spfde.sieving.loader_generators(loader)
-        []
     """
     found: list[Generator] = []
     for owner in (loader, loader.sampler):
@@ -145,11 +130,6 @@ class SievedLoader(DataLoader[Any]):
         on_batch: called with ``current_indices`` just before a batch is handed out.
         on_end: called when an iteration has come to its end; not where it was left early.
         had_workers: a run goes on whose persistent workers had been started before.
-
-    Example:
-        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sieving=spfde.DataSieving()), epochs=10)
-        >>> isinstance(session.loader, spfde.sieving.SievedLoader), len(session.loader)
-        (True, 2)
     """
 
     on_start: Callable[[], None] | None

@@ -22,14 +22,6 @@ class Observer:
 
     Attributes:
         samples: samples reported in this epoch.
-
-    Example:
-        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=lambda: None)
-        >>> from spfde.sieving.criteria import Loss
-        >>> scorer = Loss().scorer(20)
-        >>> observer = spfde.sieving.Observer(scorer, spfde.sieving.SievedLoader(loader, sampler))
-        >>> observer.samples
-        0
     """
 
     def __init__(

@@ -54,14 +54,6 @@ class Sieve:
         partial: ids that are trained on, long, ascending.
         removed: ids that are left out, long; the head of the queue comes first.
         n_swap: samples that leave at each update; as many come back, but for a one-time removal.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> sieve = spfde.sieving.Sieve(torch.arange(10), spfde.DataSieving(removed_fraction=0.2), generator)
-        >>> len(sieve.partial), len(sieve.removed)
-        (8, 2)
-        >>> sieve.update(torch.rand(10))
-        2
     """
 
     def __init__(

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import METHODS, SET, PruningAtInitialisation, SparsityMethod, StaticSparse
+from spfde.sparsity import SET, PruningAtInitialisation, SparsityMethod, StaticSparse
+from spfde.sparsity.registered import METHODS
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
