@@ -29,15 +29,10 @@ _UPDATED_IN_TRAINING = ("num_batches_tracked", "_u", "weight_u")
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What freezing a block changed.
+    """What freezing a block changed."""
 
-    Attributes:
-        trained: its parameters that required gradients.
-        held: its norms, each with the ``train`` that a user had put on it.
-    """
-
-    trained: list[nn.Parameter]
-    held: list[tuple[nn.Module, object]]
+    trained: list[nn.Parameter]  # those that required gradients
+    held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
 
 
 class Freezer:
@@ -58,8 +53,7 @@ class Freezer:
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
         self._norms = [
-            [modules[name] for name in block.modules if name in modules and _changes_in_training(modules[name])]
-            for block in blocks
+            [modules[name] for name in block.modules if _changes_in_training(modules[name])] for block in blocks
         ]
         self._frozen: list[_Frozen] = []
 
@@ -80,7 +74,7 @@ class Freezer:
         What freezing changed is put back: ``requires_grad`` as each parameter had it, and the modes of the norms.
         """
         while self.n_frozen > n_blocks:
-            self._thaw(self._frozen.pop())
+            _thaw(self._frozen.pop())
         for index in range(self.n_frozen, n_blocks):
             self._frozen.append(self._freeze(index))
 
@@ -91,20 +85,10 @@ class Freezer:
             # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
             parameter.grad = None
             self._optimizer.state.pop(parameter, None)
-        held = []
-        for norm in self._norms[index]:
-            held.append((norm, vars(norm).get("train")))
+        held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
+        for norm, _ in held:
             hold_in_eval(norm)
         return _Frozen(trained, held)
-
-    @staticmethod
-    def _thaw(frozen: _Frozen) -> None:
-        for parameter in frozen.trained:
-            parameter.requires_grad_(True)
-        for norm, own_train in frozen.held:
-            release(norm)
-            if own_train is not None:
-                norm.train = own_train  # type: ignore[assignment,method-assign]
 
     def state_dict(self) -> dict[str, Any]:
         """The number of frozen blocks, and the names of the blocks to check against when it is loaded."""
@@ -124,6 +108,15 @@ class Freezer:
                 f"has the blocks {mine}. Load it into the model and the recipe that it was saved with."
             )
         self.freeze_to(state["n_frozen"])
+
+
+def _thaw(frozen: _Frozen) -> None:
+    for parameter in frozen.trained:
+        parameter.requires_grad_(True)
+    for norm, own_train in frozen.held:
+        release(norm)
+        if own_train is not None:
+            norm.train = own_train  # type: ignore[assignment,method-assign]
 
 
 def hold_in_eval(module: nn.Module) -> None:
@@ -176,8 +169,7 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         return None
     return (
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
-        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to "
-        f"{needed}."
+        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to {needed}."
     )
 
 

@@ -194,10 +194,11 @@ class FreezePlan:
 def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float) -> int:
     """Number of blocks whose layers come nearest to ``fraction`` of all layers; at least 1, and the fewer in a tie.
 
+    Source: two thirds, SpFDE section 3; whole blocks are ours.
+
     Args:
         n_layers: number of weighted layers of each block, front to back.
         total_layers: of the whole model, the head included.
-        fraction: share of the layers to freeze. Source: two thirds, SpFDE section 3; whole blocks are ours.
     """
     wanted, frozen, distances = fraction * total_layers, 0, []
     for count in n_layers:
