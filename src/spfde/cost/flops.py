@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -78,10 +78,6 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     add up, and it stands at its first use. Of an operation that reads two matrices, the last one read is the weight
     (the first is an input or a bias that happens to be a parameter). A weight that is computed first (a
     parametrisation) is no parameter by the time it is multiplied: it counts as a product without a weight.
-
-    Args:
-        trace: what the model computes for one batch.
-        model: the model that was traced; wrappers are looked through.
     """
     parameters = dict(unwrap(model).named_parameters())
     layers: dict[str, LayerCost] = {}
@@ -89,16 +85,13 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     for op in trace.ops:
         if not op.flops:
             continue
-        name = _weight_of(op, parameters)
-        if name is None:
-            name = _product_name(op, repeats)
-        before = layers.get(name, LayerCost(name, op.module, op.position, 0, _numel(parameters, name), 0))
-        layers[name] = LayerCost(
-            name=name,
-            module=before.module,
-            position=before.position,
+        matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
+        name = matrices[-1] if matrices else _product_name(op, repeats)
+        numel = parameters[name].numel() if name in parameters else 0
+        before = layers.get(name, LayerCost(name, op.module, op.position, 0, numel, 0))
+        layers[name] = replace(
+            before,
             forward_flops=before.forward_flops + _per_sample(op.flops, trace.batch_size),
-            numel=before.numel,
             activations=before.activations + _per_sample(op.output_numel, trace.batch_size),
         )
     return ModelCost(
@@ -108,19 +101,10 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     )
 
 
-def _weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
-    return matrices[-1] if matrices else None
-
-
 def _product_name(op: TracedOp, repeats: Counter[str]) -> str:
     name = f"{op.module}:{op.name.rpartition('.')[2]}"
     repeats[name] += 1
     return name if repeats[name] == 1 else f"{name}#{repeats[name]}"
-
-
-def _numel(parameters: Mapping[str, nn.Parameter], name: str) -> int:
-    return parameters[name].numel() if name in parameters else 0
 
 
 def _per_sample(amount: int, batch_size: int) -> int:

@@ -38,7 +38,7 @@ class Bill(Part):
         dense = memory_of(
             cost.layers, (1.0,) * n_layers, (False,) * n_layers, batch_size=batch, accounting="actual"
         )  # fmt: skip
-        self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense.total)
+        self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
 
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
@@ -76,7 +76,7 @@ class Bill(Part):
                 partial_samples=len(sampling.partial_set),
                 seconds=clock.seconds,
                 peak_memory_bytes=peak_bytes(setting.device),
-                modelled_memory_bytes=memory.total,
+                modelled_memory_bytes=memory,
                 # The largest: the rate of the blocks that learn longest.
                 lr=max(float(group["lr"]) for group in setting.optimizer.param_groups),
                 dense_weight_bytes=weights.dense,
