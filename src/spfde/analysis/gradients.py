@@ -72,9 +72,8 @@ def gradient_norms(
         for name, p in chosen.items():
             p.requires_grad_(asked[name])
     if not seen:
-        raise InvalidArgument(
-            Problem("batches", 0, "must hold at least one sample", "Pass batches of inputs and targets.")
-        )
+        rule, remedy = "must hold at least one sample", "Pass batches of inputs and targets."
+        raise InvalidArgument(Problem("batches", 0, rule, remedy))
     return {name: _norm(total, (masks or {}).get(name)) / seen for name, total in totals.items()}
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 from spfde.core.errors import StateMismatch
-from spfde.core.state import check_entries
+from spfde.core.state import Kind, check_entries
 
 Phase = Literal["between", "begun", "running", "drained"]
 """Where in an epoch the session stands: before its top, at its top, among its batches, or with all batches drawn."""
@@ -40,8 +40,8 @@ class Clock:
     sieve_moved: int = 0
     overhead_flops: int = 0
     seconds: float = 0.0
-    is_resumed_at_end: bool = field(default=False, repr=False, compare=False)
-    started: float | None = field(default=None, repr=False, compare=False)
+    is_resumed_at_end: bool = False
+    started: float | None = None
 
     def begin_epoch(self) -> None:
         """Set the counts to zero and start the stop-watch."""
@@ -59,7 +59,7 @@ class Clock:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the running stop-watch."""
-        return {name: value for name, value in asdict(self).items() if name in _KINDS}
+        return {name: getattr(self, name) for name in _KINDS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; at the top of an epoch the stop-watch starts anew.
@@ -76,13 +76,5 @@ class Clock:
         self.is_resumed_at_end = self.phase == "drained"
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "epoch": int,
-    "step": int,
-    "phase": str,
-    "steps": int,
-    "samples_drawn": int,
-    "sieve_moved": int,
-    "overhead_flops": int,
-    "seconds": (int, float),
-}
+_COUNTS = ("epoch", "step", "steps", "samples_drawn", "sieve_moved", "overhead_flops")
+_KINDS: dict[str, Kind] = {**dict.fromkeys(_COUNTS, int), "phase": str, "seconds": (int, float)}
