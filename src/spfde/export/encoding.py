@@ -29,19 +29,12 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tensor as it is stored.
-
-    Attributes:
-        kind: how.
-        shape: of the tensor.
-        values: what is kept, one-dimensional, of the tensor's own type; with ``dense`` all of it.
-        positions: a packed mask (uint8); empty with ``dense``.
-    """
+    """A tensor as it is stored."""
 
     kind: Kind
     shape: tuple[int, ...]
-    values: Tensor
-    positions: Tensor
+    values: Tensor  # what is kept, one-dimensional, of the tensor's own type; with ``dense`` all of it
+    positions: Tensor  # a packed mask (uint8); empty with ``dense``
 
     @property
     def nbytes(self) -> int:
@@ -57,13 +50,7 @@ class WeightBytes:
 
 
 def encoded_bytes(numel: int, active: int, *, itemsize: int) -> int:
-    """Bytes of a tensor as ``encode`` stores it: the values that are kept and a bit for each, or all of it.
-
-    Args:
-        numel: entries.
-        active: entries to keep.
-        itemsize: bytes an entry.
-    """
+    """Bytes of a tensor as ``encode`` stores it: the values that are kept and a bit for each entry, or all of it."""
     return min(active * itemsize + math.ceil(numel / 8), numel * itemsize)
 
 
@@ -92,12 +79,10 @@ def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 
 
 def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
-    """The tensor in as few bytes as this module can; on the CPU.
+    """The strided tensor in as few bytes as this module can; on the CPU.
 
-    Args:
-        tensor: of any shape, type, device and memory format; strided.
-        mask: True for the values to keep, whatever they are; the others are zeros, whose signs are not kept. None:
-            every value with a bit set is kept.
+    Kept is what the mask says, whatever it is; other zeros lose their signs. Without a mask every value with a bit set
+    is kept.
 
     Raises:
         InvalidArgument: a value outside the mask is not zero, or the mask has another shape.
@@ -109,7 +94,7 @@ def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
     if flat.element_size() not in _BITS_OF:
         return Encoded("dense", shape, flat, nothing)
     bits = as_bits(flat)
-    kept = bits != 0 if mask is None else _flat(mask)
+    kept = bits != 0 if mask is None else mask.detach().cpu().contiguous().view(-1).numpy()
     positions = np.flatnonzero(kept)
     if encoded_bytes(flat.numel(), len(positions), itemsize=flat.element_size()) == flat.nbytes:
         return Encoded("dense", shape, flat, nothing)
@@ -181,7 +166,3 @@ def _check_mask(tensor: Tensor, mask: Tensor) -> None:
     if outside:
         rule, remedy = "all weights outside the mask must be zero", "Pass the masks that the weights were trained with."
         raise InvalidArgument(Problem("mask", f"{outside} other weights", rule, remedy))
-
-
-def _flat(mask: Tensor) -> np.ndarray[Any, Any]:
-    return mask.detach().cpu().contiguous().view(-1).numpy()

@@ -92,17 +92,13 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
     model = unwrap(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
-        raise InvalidArgument(
-            Problem("model", lazy[0], "is a lazy parameter without a shape yet", "Run the model once on a batch first.")
-        )
+        rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."
+        raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
     args, kwargs = call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].dim() == 0:
-        raise InvalidArgument(
-            Problem(
-                "sample", sample, "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
-            )
-        )
+        rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
+        raise InvalidArgument(Problem("sample", sample, rule, remedy))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
         twin, stand_ins = fake_copy(model, fake)
@@ -114,15 +110,13 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
             with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
                 twin.train(False)(*args, **kwargs)
         except Exception as error:
-            raise InvalidArgument(
-                Problem(
-                    "sample",
-                    _describe(sample),
-                    f"the model's forward pass cannot be traced with it ({type(error).__name__}: {error})",
-                    "Pass sample= with the inputs that the model is called with; a forward pass that branches on "
-                    "values of its inputs cannot be traced.",
-                )
-            ) from error
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            rule = f"the model's forward pass cannot be traced with it ({type(error).__name__}: {error})"
+            remedy = (
+                "Pass sample= with the inputs that the model is called with; a forward pass that branches on "
+                "values of its inputs cannot be traced."
+            )
+            raise InvalidArgument(Problem("sample", f"tensors of shape {shapes}", rule, remedy)) from error
     read = {name for op in recorder.ops for name in op.parameters}
     return Trace(
         batch_size=int(tensors[0].shape[0]),
@@ -226,13 +220,12 @@ class _Recorder(TorchDispatchMode):
 
 def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
     """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
-    memo: dict[int, Any] = {}
     stand_ins: dict[int, Tensor] = {}
     for p in model.parameters():
         stand_ins[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
     for buffer in model.buffers():
         stand_ins[id(buffer)] = fake.from_tensor(buffer.detach())
-    memo.update(stand_ins)
+    memo: dict[int, Any] = {**stand_ins}
     for module in model.modules():
         # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
         # norm, spectral norm and pruning compute the weight, so they stay.
@@ -260,8 +253,3 @@ def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor],
         return fake.from_tensor(tensor.detach()).to(device=device, dtype=dtype)
 
     return convert
-
-
-def _describe(sample: Sample) -> str:
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(sample) if isinstance(leaf, Tensor)]
-    return f"tensors of shape {', '.join(map(str, shapes))}"
