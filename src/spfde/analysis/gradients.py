@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.model.sample import Sample, call_arguments, unwrap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -47,11 +47,13 @@ def gradient_norms(
     """
     model = unwrap(model)
     known = dict(model.named_parameters())
-    if unknown := [name for name in parameters if name not in known]:
-        remedy = "Take names from model.named_parameters()."
-        raise InvalidArgument(
-            *(Problem("parameters", name, "is no parameter of the model", remedy) for name in unknown)
-        )
+    problems = Problems()
+    for name in parameters:
+        if name not in known:
+            problems.add(
+                "parameters", name, "is no parameter of the model", "Take names from model.named_parameters()."
+            )
+    problems.raise_if_any()
     chosen = {name: known[name] for name in parameters}
     asked = {name: p.requires_grad for name, p in chosen.items()}
     totals = {name: torch.zeros_like(p, requires_grad=False) for name, p in chosen.items()}

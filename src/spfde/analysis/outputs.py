@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.torch_private import tree_leaves
 from spfde.model.blocks import Partition
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
@@ -128,11 +128,11 @@ def output_graph(model: nn.Module, modules: Sequence[str]) -> fx.GraphModule:
     try:
         with _evaluating(model):
             graph = tracer.trace(model)
-        silent = [
-            Problem("modules", name, "does not run", "Leave it out.") for name in modules if name not in tracer.results
-        ]
-        if silent:
-            raise InvalidArgument(*silent)
+        problems = Problems()
+        for name in modules:
+            if name not in tracer.results:
+                problems.add("modules", name, "does not run", "Leave it out.")
+        problems.raise_if_any()
         results = [_tensor_of(name, tracer.results[name]) for name in modules]
     except InvalidArgument:
         raise
@@ -199,13 +199,11 @@ class _Tracer(fx.Tracer):
 
 def _find(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     known = dict(model.named_modules())
-    unknown = [
-        Problem("modules", name, "is no module of the model", nearest(name, known))
-        for name in names
-        if name not in known
-    ]
-    if unknown:
-        raise InvalidArgument(*unknown)
+    problems = Problems()
+    for name in names:
+        if name not in known:
+            problems.add("modules", name, "is no module of the model", nearest(name, known))
+    problems.raise_if_any()
     return {name: known[name] for name in names}
 
 

@@ -18,29 +18,17 @@ Phase = Literal["between", "begun", "running", "drained"]
 
 @dataclass
 class Clock:
-    """Epochs, steps and seconds.
+    """Epochs, steps and seconds."""
 
-    Attributes:
-        epoch: the epoch that runs now or comes next, from 0.
-        step: optimizer steps so far.
-        phase: where in the epoch it stands.
-        steps: optimizer steps in this epoch.
-        samples_drawn: samples handed out by the session's loader in this epoch.
-        sieve_moved: samples that the sieve moved at the top of this epoch.
-        overhead_flops: modelled FLOPs of this epoch beside its steps.
-        seconds: wall-clock seconds from the top of this epoch to its last batch, while the stop-watch ran.
-        is_resumed_at_end: whether a state was loaded that was taken after the last batch of this epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    phase: Phase = "between"
-    steps: int = 0
-    samples_drawn: int = 0
-    sieve_moved: int = 0
-    overhead_flops: int = 0
-    seconds: float = 0.0
-    is_resumed_at_end: bool = False
+    epoch: int = 0  # the epoch that runs now or comes next, from 0
+    step: int = 0  # optimizer steps so far
+    phase: Phase = "between"  # where in the epoch it stands
+    steps: int = 0  # optimizer steps in this epoch
+    samples_drawn: int = 0  # samples handed out by the session's loader in this epoch
+    sieve_moved: int = 0  # samples that the sieve moved at the top of this epoch
+    overhead_flops: int = 0  # modelled FLOPs of this epoch beside its steps
+    seconds: float = 0.0  # wall-clock seconds from the top of this epoch to its last batch, while the stop-watch ran
+    is_resumed_at_end: bool = False  # whether a state was loaded that was taken after the last batch of this epoch
     started: float | None = None
 
     def begin_epoch(self) -> None:

@@ -14,24 +14,16 @@ from spfde.model.trace import Trace, TracedOp
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One weight with all its uses, or one product without a weight (the two products of attention).
+    """One weight with all its uses, or one product without a weight (the two products of attention)."""
 
-    Attributes:
-        name: the weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
-            appended when the same module runs the same operation again.
-        module: qualified name of the module that ran it first.
-        position: place of its first use in the trace's order of execution.
-        forward_flops: dense forward FLOPs of one sample.
-        numel: elements of the weight; 0 without one.
-        activations: elements of its outputs for one sample.
-    """
-
+    # The weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
+    # appended when the same module runs the same operation again.
     name: str
-    module: str
-    position: int
-    forward_flops: int
-    numel: int
-    activations: int
+    module: str  # qualified name of the module that ran it first
+    position: int  # place of its first use in the trace's order of execution
+    forward_flops: int  # dense forward FLOPs of one sample
+    numel: int  # elements of the weight; 0 without one
+    activations: int  # elements of its outputs for one sample
 
     @property
     def weighted(self) -> bool:
@@ -41,17 +33,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one sample costs in the forward pass of a dense model.
+    """What one sample costs in the forward pass of a dense model."""
 
-    Attributes:
-        layers: every counted layer, by its first use.
-        uncounted: modules that ran without a counted operation: type name to number of calls.
-        n_parameters: elements of all parameters, shared ones once, counted layers or not.
-    """
-
-    layers: tuple[LayerCost, ...]
-    uncounted: Mapping[str, int]
-    n_parameters: int
+    layers: tuple[LayerCost, ...]  # every counted layer, by its first use
+    uncounted: Mapping[str, int]  # modules that ran without a counted operation: type name to number of calls
+    n_parameters: int  # elements of all parameters, shared ones once, counted layers or not
 
     @property
     def forward_flops(self) -> int:

@@ -141,22 +141,15 @@ class ProgressiveFreezing(Technique):
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """A timeline of freezing.
-
-    Attributes:
-        n_blocks: number of blocks.
-        frozen: for each epoch how many of the first blocks are frozen.
-        reduction: share of the training FLOPs without freezing that is saved.
-        pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
-            is at its target before it is frozen.
-        asked: the share that was asked for; more than ``reduction`` where no more could be reached.
-    """
+    """A timeline of freezing."""
 
     n_blocks: int
-    frozen: tuple[int, ...]
-    reduction: float
+    frozen: tuple[int, ...]  # for each epoch how many of the first blocks are frozen
+    reduction: float  # share of the training FLOPs without freezing that is saved
+    # True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block is at
+    # its target before it is frozen.
     pauses: bool = False
-    asked: float = 0.0
+    asked: float = 0.0  # the share that was asked for; more than ``reduction`` where no more could be reached
 
     @property
     def freeze_epochs(self) -> tuple[int | None, ...]:

@@ -27,38 +27,23 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Block:
-    """What is frozen at once.
+    """What is frozen at once."""
 
-    Attributes:
-        name: name of the module that the block is built on.
-        parameters: qualified names of its parameters.
-        modules: qualified names of the modules inside it.
-        start: position of its first operation in the trace.
-        stop: position after its last one.
-        n_layers: number of weighted layers: weights of convolutions and matrix products.
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    modules: tuple[str, ...]
-    start: int
-    stop: int
-    n_layers: int
+    name: str  # of the module that it is built on
+    parameters: tuple[str, ...]  # qualified names of its parameters
+    modules: tuple[str, ...]  # qualified names of the modules inside it
+    start: int  # position of its first operation in the trace
+    stop: int  # position after its last one
+    n_layers: int  # number of weighted layers: weights of convolutions and matrix products
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A model cut into blocks.
+    """A model cut into blocks."""
 
-    Attributes:
-        blocks: in order of execution; together with the head they cover the whole trace.
-        head: what follows the last block and is never frozen.
-        reason: why there is no block, where there is none.
-    """
-
-    blocks: tuple[Block, ...]
-    head: Block
-    reason: str | None = None
+    blocks: tuple[Block, ...]  # in order of execution; together with the head they cover the whole trace
+    head: Block  # what follows the last block and is never frozen
+    reason: str | None = None  # why there is no block, where there is none
 
 
 def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None = None) -> Partition:

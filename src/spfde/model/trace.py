@@ -13,7 +13,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,43 +38,27 @@ from spfde.model.sample import Sample, call_arguments, global_generators_restore
 
 @dataclass(frozen=True)
 class TracedOp:
-    """One operation that reads a parameter or costs counted FLOPs.
+    """One operation that reads a parameter or costs counted FLOPs."""
 
-    Attributes:
-        position: place in the order of execution.
-        module: qualified name of the innermost module that was running ('' is the model itself).
-        parameters: qualified names of the parameters that the operation reads, views included. For an operation with
-            counted FLOPs also those that its weight was computed from.
-        flops: forward FLOPs for the whole sample batch; one multiply-add is two.
-        output_numel: elements of the output for the whole sample batch.
-        name: the operation's name in ATen.
-    """
-
-    position: int
-    module: str
+    position: int  # place in the order of execution
+    module: str  # qualified name of the innermost module that was running ('' is the model itself)
+    # Qualified names of the parameters that the operation reads, views included. For an operation with counted FLOPs
+    # also those that its weight was computed from.
     parameters: tuple[str, ...]
-    flops: int
-    output_numel: int
-    name: str
+    flops: int  # forward FLOPs for the whole sample batch; one multiply-add is two
+    output_numel: int  # elements of the output for the whole sample batch
+    name: str  # the operation's name in ATen
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The forward pass of a model on one sample batch.
+    """The forward pass of a model on one sample batch."""
 
-    Attributes:
-        batch_size: number of samples in the traced batch.
-        ops: operations in order of execution.
-        uncounted: modules that ran and cost no counted FLOPs, by type name, with how often they ran.
-        unused: parameters that no operation read, directly or through a view.
-        first_run: for each module that ran, the position of the first operation that could be its own.
-    """
-
-    batch_size: int
-    ops: tuple[TracedOp, ...]
-    uncounted: Mapping[str, int]
-    unused: tuple[str, ...]
-    first_run: Mapping[str, int] = field(default_factory=dict)
+    batch_size: int  # number of samples in the traced batch
+    ops: tuple[TracedOp, ...]  # operations in order of execution
+    uncounted: Mapping[str, int]  # modules that ran and cost no counted FLOPs, by type name, with how often they ran
+    # For each module that ran, the position of the first operation that could be its own.
+    first_run: Mapping[str, int]
 
 
 def trace(model: nn.Module, sample: Sample) -> Trace:
@@ -117,12 +101,10 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
                 "values of its inputs cannot be traced."
             )
             raise InvalidArgument(Problem("sample", f"tensors of shape {shapes}", rule, remedy)) from error
-    read = {name for op in recorder.ops for name in op.parameters}
     return Trace(
         batch_size=int(tensors[0].shape[0]),
         ops=tuple(recorder.ops),
         uncounted=dict(sorted(recorder.uncounted().items())),
-        unused=tuple(name for name in names.values() if name not in read),
         first_run=recorder.first_run,
     )
 
