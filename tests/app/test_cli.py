@@ -31,7 +31,9 @@ from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.freezing.plan import FREEZE_CRITERIA
 from spfde.recipe.citation import describe
 from spfde.sieving import DataSieving
-from spfde.sparsity.registered import METHODS, STRUCTURES
+
+METHODS = registered("method")
+STRUCTURES = registered("structure")
 
 METRICS = (
     "epoch train_loss train_accuracy test_accuracy learning_rate density frozen_blocks partial_samples "
