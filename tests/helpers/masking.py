@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import spfde
-from spfde.cost import LayerCost, ModelCost
-from spfde.freezing import FreezePlan
+from spfde.cost.flops import LayerCost, ModelCost
+from spfde.freezing.plan import FreezePlan
 from spfde.model.blocks import Block, Partition
-from spfde.planning import Blueprint, Timeline
-from spfde.sparsity import Masker, SparsityMethod
+from spfde.planning.blueprint import Blueprint
+from spfde.planning.timeline import Timeline
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.masker import Masker
 
 
 def blueprint_of(

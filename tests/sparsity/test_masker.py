@@ -29,10 +29,10 @@ from spfde.sparsity import (
     SparsityMethod,
     StaticSparse,
     TopKAST,
-    active_count,
-    infer_mask,
-    select_layers,
 )
+from spfde.sparsity.distribution import active_count
+from spfde.sparsity.layers import select_layers
+from spfde.sparsity.masks import infer_mask
 
 EVERY_METHOD = [
     StaticSparse(sparsity=0.8),

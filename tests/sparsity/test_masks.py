@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import infer_mask, pack, unpack
-from spfde.sparsity.masks import apply_, grow_random, highest, highest_overall
+from spfde.sparsity.masks import apply_, grow_random, highest, highest_overall, infer_mask, pack, unpack
 
 _SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 

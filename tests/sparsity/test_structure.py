@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import STRUCTURES
+from spfde.core.registry import registered
 from spfde.sparsity.structure import (
     NM,
     Block,
@@ -18,6 +18,8 @@ from spfde.sparsity.structure import (
     Unstructured,
 )
 from spfde.sparsity.units import PATTERNS, highest_of_each
+
+STRUCTURES = registered("structure")
 
 _CUTS: list[Structure] = [
     Unstructured(),

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import tree_map_only
 from spfde.model.sample import Sample, batch_of, without_traces
-from spfde.planning import Blueprint
+from spfde.planning.blueprint import Blueprint
 from spfde.sieving.loader import population_of
-from spfde.sparsity import PruningAtInitialisation, ScoreLoss
+from spfde.sparsity import PruningAtInitialisation
+from spfde.sparsity.saliency import ScoreLoss
 
 
 def first_masks(

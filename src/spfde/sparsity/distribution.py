@@ -14,10 +14,6 @@ def active_count(numel: int, sparsity: float) -> int:
     """Number of active weights in a tensor of ``numel`` elements at ``sparsity``.
 
     Rounded half up, and never 0 while ``sparsity < 1``: a layer without weights would cut the network in two.
-
-    Example:
-        >>> spfde.sparsity.active_count(64, sparsity=0.9)
-        6
     """
     if numel == 0 or sparsity >= 1.0:
         return 0
@@ -44,10 +40,6 @@ def erk(
         InvalidArgument: the overrides leave the other layers more, or fewer, weights than they can have.
 
     Source: Evci et al., "Rigging the Lottery" (arXiv 1911.11134), section 3.
-
-    Example:
-        >>> spfde.sparsity.erk({"first": (8, 4), "second": (64, 64)}, sparsity=0.9)
-        {'first': 32, 'second': 381}
     """
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     fixed = {}

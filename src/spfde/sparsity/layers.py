@@ -41,11 +41,6 @@ def select_layers(
 
     Raises:
         InvalidArgument: a pattern matches nothing, or nothing is left to mask.
-
-    Example:
-        >>> order = ["0.weight", "2.weight", "4.weight", "5.weight"]
-        >>> list(spfde.sparsity.select_layers(model, spfde.SET(sparsity=0.9), order=order, head=["5.weight"]))
-        ['2.weight', '4.weight']
     """
     if method.sparsity == 0.0 and not any(method.overrides.values()):
         return {}

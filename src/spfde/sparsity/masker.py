@@ -40,13 +40,6 @@ class Masker:
         layers: the masked weights by name.
         live: those that the steps look after: masked at all, and not frozen.
         average: with several processes: replaces tensors by their mean over the ranks.
-
-    Example:
-        >>> layers = {"2.weight": model[2].weight}
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> masker = spfde.sparsity.Masker(layers, optimizer, spfde.SET(sparsity=0.75), generator=generator)
-        >>> masker.density, int((model[2].weight != 0).sum())
-        (0.25, 16)
     """
 
     def __init__(

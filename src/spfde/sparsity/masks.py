@@ -29,11 +29,6 @@ def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Gen
 
     Raises:
         InvalidArgument: there are more non-zeros than ``n_active``.
-
-    Example:
-        >>> spfde.sparsity.infer_mask(torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
-        tensor([[ True, False],
-                [False,  True]])
     """
     mask = weight.detach() != 0
     found = int(mask.sum())
@@ -103,13 +98,7 @@ def highest_overall(
 
 
 def largest_half(weight: Tensor, mask: Tensor) -> Tensor:
-    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU.
-
-    Example:
-        >>> weight = torch.tensor([3.0, 1.0, 2.0, 0.0])
-        >>> spfde.sparsity.largest_half(weight, weight != 0)
-        tensor([ True, False,  True, False])
-    """
+    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU."""
     weight, mask = weight.detach().cpu(), mask.cpu()
     return highest(weight.abs(), -(-int(mask.sum()) // 2), among=mask)
 
@@ -135,12 +124,7 @@ def apply_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first.
-
-    Example:
-        >>> spfde.sparsity.pack(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
+    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first."""
     flat = mask.detach().flatten().to("cpu")
     return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
 
@@ -150,10 +134,6 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
     Raises:
         InvalidArgument: the number of bytes does not fit the shape.
-
-    Example:
-        >>> spfde.sparsity.unpack(torch.tensor([5], dtype=torch.uint8), (3,))
-        tensor([ True, False,  True])
     """
     numel = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (math.ceil(numel / 8),):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import Masker, saliency
+from spfde.sparsity import saliency
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Structure, Unstructured
 
