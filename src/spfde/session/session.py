@@ -58,9 +58,9 @@ class Session:
         *,
         job: Job,
         choice: Choice,
-        labels: Tensor | None = None,
-        masks: Mapping[str, Tensor] | None = None,
-        probe: Sample | None = None,
+        labels: Tensor | None,
+        masks: Mapping[str, Tensor] | None,
+        probe: Sample | None,
     ) -> None:
         self._setting = setting
         self.recipe, self.seed = setting.recipe, setting.seed
@@ -245,7 +245,7 @@ class Session:
         """
         self._check_attached()
         self._begin_epoch()
-        self._sampling.observe(logits, y, indices, correct=correct, loss=loss)
+        self._sampling.observe(indices, logits=logits, y=y, correct=correct, loss=loss)
 
     def loss_weights(self, indices: Tensor | None = None) -> Tensor:
         """Weights for the losses of a batch, so that sieving leaves the gradient unbiased.
