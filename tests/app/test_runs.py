@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from rich.console import Console
 
 from helpers import commands
 from helpers.native import needs_kernels
@@ -21,6 +22,7 @@ from spfde import presets
 from spfde.app.runs.checkpoints import Checkpoints, described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train import models
+from spfde.app.train.display import ConsoleDisplay
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import RunFolderError, StateMismatch
@@ -31,22 +33,18 @@ MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds
 EPOCHS = 6
 
 
-class Silent:
+class Silent(ConsoleDisplay):
     """A display that shows nothing."""
 
-    def started(self, run: Any) -> None: ...
-
-    def batch_done(self, run: Any, done: int, total: int, loss: float) -> None: ...
-
-    def epoch_done(self, run: Any, row: dict[str, Any]) -> None: ...
-
-    def finished(self, run: Any, summary: dict[str, Any]) -> None: ...
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
 
 
 class Stopping(Silent):
     """Ends the run with Ctrl-C after some epochs."""
 
     def __init__(self, epochs: int) -> None:
+        super().__init__()
         self.left = epochs
 
     def epoch_done(self, run: Any, row: dict[str, Any]) -> None:

@@ -252,13 +252,11 @@ def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None
     try:
         train_loop(options, out, display, resume=resume)
     except KeyboardInterrupt:
-        display.stop()
         hint = f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else ""
         typer.echo(f"spfde: interrupted.{hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         logging.getLogger("spfde").setLevel(logging.NOTSET)
-        display.stop()
     if not quiet:
         typer.echo(f"run folder: {out}")
 

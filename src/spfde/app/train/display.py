@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -70,7 +70,15 @@ class ConsoleDisplay:
         self._shown = 0
         self._bar: Progress | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal as it was."""
+        self._stop_bar()
+
     def started(self, run: TrainingRun) -> None:
+        """The run is ready, before its first epoch."""
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
         images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
         self._print(
@@ -104,6 +112,7 @@ class ConsoleDisplay:
             self._bar.start()
 
     def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
+        """Some batches are through; ``loss`` is the mean of the epoch so far."""
         if self._bar is not None:
             description = f"epoch {run.session.epoch + 1}/{run.options.epochs}"
             self._bar.update(
@@ -111,13 +120,14 @@ class ConsoleDisplay:
             )
 
     def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
+        """An epoch is through and safe on disk; ``row`` is its line in ``metrics.jsonl``."""
         if self._shown % HEADER_EVERY == 0:
             self._line(_HEADER)
         self._shown += 1
         self._line(epoch_line(row, epochs=run.options.epochs, of_dense=run.session.cost.totals.flops_ratio))
 
     def finished(self, run: TrainingRun, summary: dict[str, Any]) -> None:
-        self.stop()
+        self._stop_bar()
         for line in ("", *results(summary), "", *str(run.session.cost).splitlines()):
             self._print(line)
         if dense := summary["dense_seconds_extrapolated"]:
@@ -130,8 +140,7 @@ class ConsoleDisplay:
                 "The masked engine computes densely: sparsity saves modelled FLOPs, freezing and sieving save time."
             )
 
-    def stop(self) -> None:
-        """Leave the terminal as it was; call it however the run ends."""
+    def _stop_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
