@@ -394,7 +394,7 @@ class TestDisk:
         checkpoints = Checkpoints(tmp_path / "checkpoints")
         monkeypatch.setattr(shutil, "copyfile", fill)
         with pytest.raises(RunFolderError, match=r"the disk is full .* Free some space and go on with --resume\.$"):
-            checkpoints.save(lambda draft: _ignore((draft / "weights").write_text("a")), epoch=1, best=True)
+            checkpoints.save(lambda draft: _ignore((draft / "weights").write_text("a")), epoch=1, best=True, about={})
         assert list(checkpoints.path.iterdir()) == []
 
     def test_a_disk_that_is_full_at_the_first_checkpoint_leaves_a_run_that_starts_over(
@@ -531,7 +531,7 @@ class TestCheckpoints:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with pytest.raises(RunFolderError, match="the disk is full"):
-            checkpoints.save(fail, epoch=2, best=True)
+            checkpoints.save(fail, epoch=2, best=True, about={})
         kept = {path.name: (path / "weights").read_text() for path in checkpoints.path.iterdir()}
         assert kept == {"latest": "a", "best": "a"}
 

@@ -170,11 +170,8 @@ def export(
 ) -> None:
     """Write a run's weights to a file: dense, without their zeros, or as an ONNX graph."""
     from spfde.app.export import export_run
-    from spfde.cost import format_bytes
 
-    done = export_run(run, kind=kind, out=out, which="best" if best else "last")
-    share = f"{done.size / done.dense_size:.1%} of the dense weights' {format_bytes(done.dense_size)}"
-    typer.echo(f"{done.path}: {format_bytes(done.size)}, {share}, from {done.checkpoint}")
+    typer.echo(export_run(run, kind=kind, out=out, which="best" if best else "last"))
 
 
 @command()

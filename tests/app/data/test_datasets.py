@@ -543,3 +543,9 @@ def test_channel_statistics_equal_the_plain_ones(n: int, channels: int, seed: in
     mean, std = channel_statistics(batch)
     torch.testing.assert_close(mean.double(), plain.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std.double(), plain.var((0, 2, 3), correction=0).sqrt(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "padding"), [((28, 28), 4), ((32, 32), 4), ((96, 96), 12), ((224, 300), 28)])
+def test_padding_is_four_for_small_images_and_grows_with_large_ones(size: tuple[int, int], padding: int) -> None:
+    data = load_data("fashion-mini", root="unused")
+    assert replace(data, spec=replace(data.spec, image_size=size)).padding == padding

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from inspect import signature
@@ -192,7 +192,5 @@ def _remove_empty(root: Path, missing: list[Path]) -> None:
     """Take away the empty folders that a failed download left, and the root when it was made for it."""
     nested = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if root.is_dir() else []
     for path in (*nested, *missing):
-        try:
+        with suppress(OSError):
             path.rmdir()
-        except OSError:
-            continue

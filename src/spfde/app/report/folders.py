@@ -33,7 +33,7 @@ class RecordedRun:
     name: str
     config: Mapping[str, Any]
     epochs: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    summary: Mapping[str, Any] | None = field(default=None)
+    summary: Mapping[str, Any] | None = None
 
     @property
     def finished(self) -> bool:

@@ -146,7 +146,7 @@ def build_model(
     Raises:
         InvalidArgument: the name is unknown, timm is missing, or the model does not take such images.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     check_model(name)
     if min(size) < SMALLEST.get(name, 1):
         rule = f"is too small for {name}, which needs at least {SMALLEST.get(name, 1)} pixels each way"
@@ -187,26 +187,18 @@ def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channe
         remedy = f"{hint}See timm.list_models() for all names."
         raise InvalidArgument(Problem("model", name, "is no model of timm", remedy))
 
-    def create(**size_argument: tuple[int, int]) -> nn.Module:
-        model: nn.Module = timm.create_model(
-            wanted, pretrained=False, num_classes=num_classes, in_chans=in_channels, **size_argument
-        )
-        return model
-
+    create = partial(timm.create_model, wanted, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    model: nn.Module
     try:
         try:
-            return create(img_size=size)
+            model = create(img_size=size)
         except TypeError as error:
             # Models whose weights do not depend on the size (most convolutional ones) have no such argument.
             if "img_size" not in str(error):
                 raise
-            return create()
+            model = create()
     except Exception as error:
-        raise InvalidArgument(
-            Problem(
-                "model",
-                name,
-                f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}",
-                "Choose another model of timm or another image size.",
-            )
-        ) from error
+        rule = f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}"
+        remedy = "Choose another model of timm or another image size."
+        raise InvalidArgument(Problem("model", name, rule, remedy)) from error
+    return model

@@ -70,7 +70,7 @@ class TrainingRun:
     plan: Plan
     augment: BatchAugment
     test_loader: DataLoader[Any]
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
     is_resumed: bool = False
     resumed_from: Path | None = None
 
@@ -99,8 +99,9 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
         run = _prepare(options, folder)
         run.is_resumed = resume
         if not resume:
-            _describe(run)
-        elif checkpoint is not None:
+            folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
+        folder.write_text(RECIPE, options.load_recipe().to_toml())
+        if checkpoint is not None:
             _load(run, checkpoint)
         folder.write_metrics(run.progress.rows)
         _start_trackers(run)
@@ -188,7 +189,6 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
 
 
 def _cache(options: TrainOptions) -> PrefixCache | None:
-    """What is kept of the frozen front; None for nothing."""
     if not options.cache_variants:
         return None
     return PrefixCache(
@@ -253,25 +253,20 @@ def _start_trackers(run: TrainingRun) -> None:
         run.accelerator.init_trackers("spfde", config=flat, init_kwargs=places)
 
 
-def _describe(run: TrainingRun) -> None:
-    """Write down everything that is needed to run again."""
+def _described(run: TrainingRun) -> dict[str, Any]:
+    """Everything that is needed to run again."""
     options, bill = run.options, run.plan
-    # config.json first: it is what a resumed run needs.
-    run.folder.write_json(
-        CONFIG,
-        {
-            "command": options.model_dump(mode="json"),
-            "data": {**run.data.facts(), "augment": run.augment.mode},
-            "model": options.model,
-            "recipe": options.recipe,
-            "engine": run.session.engine,
-            "plan": bill.to_dict(),
-            "timeline": bill.timeline.to_dict(),
-            "versions": versions(),
-            "hardware": hardware(run.accelerator.device),
-        },
-    )
-    run.folder.write_text(RECIPE, options.load_recipe().to_toml())
+    return {
+        "command": options.model_dump(mode="json"),
+        "data": {**run.data.facts(), "augment": run.augment.mode},
+        "model": options.model,
+        "recipe": options.recipe,
+        "engine": run.session.engine,
+        "plan": bill.to_dict(),
+        "timeline": bill.timeline.to_dict(),
+        "versions": versions(),
+        "hardware": hardware(run.accelerator.device),
+    }
 
 
 def _load(run: TrainingRun, checkpoint: Path) -> None:
@@ -286,8 +281,6 @@ def _load(run: TrainingRun, checkpoint: Path) -> None:
             f"checkpoint {checkpoint}: cannot be loaded ({reason}). It was written with {versions_then}, and these are "
             f"{versions()}. Resume with the versions that wrote it, or start a new run."
         ) from error
-    if not (run.folder.path / RECIPE).is_file():
-        run.folder.write_text(RECIPE, run.options.load_recipe().to_toml())
     run.resumed_from = checkpoint
 
 
