@@ -45,16 +45,7 @@ class AnalyzeOptions(Technique, AnalysisOptions):
 
 
 def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Callable[[str], None]) -> Path:
-    """Compare a run's kept checkpoints with the last of them, and write ``analysis.json``.
-
-    Args:
-        folder: of a run that was trained with ``keep_every``, finished or not.
-        options: what to measure on.
-        out: folder of the result; made when needed.
-        tell: takes a line of progress.
-
-    Returns:
-        The file.
+    """Compare a run's kept checkpoints with the last of them; the ``analysis.json`` that was written.
 
     Raises:
         RunFolderError: no run folder, fewer than two kept checkpoints, a damaged one, or ``out`` cannot be written.

@@ -23,16 +23,13 @@ _MODEL = "model.safetensors"
 
 
 def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["best", "last"]) -> str:
-    """Write a run's weights; the run may still be training.
+    """Write a run's weights; the run may still be training. What was written, in a line.
 
     Args:
         folder: the run's.
         kind: dense, compressed or onnx.
         out: the file; if None, in the run's folder, named after the checkpoint.
         which: the checkpoint with the best test accuracy, or the last one.
-
-    Returns:
-        What was written, in a line.
 
     Raises:
         InvalidArgument: there is no such kind; the nearest is named. Or ``out`` exists, or cannot be in its folder.

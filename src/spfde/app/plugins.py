@@ -15,10 +15,7 @@ GROUP = "spfde.plugins"
 
 
 def load_plugins(named: Sequence[str]) -> tuple[str, ...]:
-    """Import the modules that are named, here or under the entry points; they register what they have.
-
-    Returns:
-        Names of all of them.
+    """Import the modules that are named, here or under the entry points, and name all of them.
 
     Raises:
         InvalidArgument: one cannot be imported.

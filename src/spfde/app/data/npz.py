@@ -182,10 +182,9 @@ class _Reader:
             rule = f"y_test[{int(test.argmax())}] is {int(test.max())}, out of range: y_train ends at {num_classes - 1}"
             self._refuse(rule, "Every test class must be in the training set.")
         shape = headers["x_train"][0]
-        axes = {"NHW": (None, 1, 2), "NHWC": (3, 1, 2), "NCHW": (1, 2, 3)}[self._layout]
-        channels = 1 if axes[0] is None else shape[axes[0]]
-        size = (shape[axes[1]], shape[axes[2]])
-        return DataSpec(str(self._shown), num_classes, channels, size, len(train), len(test))
+        sizes = {"NHW": (1, *shape[1:]), "NHWC": (shape[-1], *shape[1:3]), "NCHW": shape[1:]}
+        channels, height, width = sizes[self._layout]
+        return DataSpec(str(self._shown), num_classes, channels, (height, width), len(train), len(test))
 
     def _check_gaps(self, train: Tensor, num_classes: int) -> None:
         """A class or two may lack images in a small set; where most do, a label has gone wrong or counts in steps."""

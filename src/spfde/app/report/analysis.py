@@ -31,14 +31,10 @@ Curves = Mapping[str, Sequence[float | None]]
 
 
 def draw_analysis(path: str | Path) -> list[Path]:
-    """Draw the curves in an ``analysis.json`` as PNG files beside it.
+    """Draw the curves in an ``analysis.json`` as PNG files beside it, which are named.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The files that were written: ``structural-similarity.png`` (only of sparse runs), ``cka.png`` and
-        ``gradient-norm.png`` (where it was measured).
+    Those are ``structural-similarity.png`` (only of sparse runs), ``cka.png`` and ``gradient-norm.png`` (where it was
+    measured).
 
     Raises:
         RunFolderError: the file is missing or damaged, or nothing can be written there.

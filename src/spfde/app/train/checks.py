@@ -18,13 +18,14 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 
 
 def check_named(options: Mapping[str, Any]) -> DataSpec:
-    """Refuse what a person named and is not there, all of it together, and describe the data.
+    """Describe the data.
 
     Args:
         options: as the fields of ``TrainOptions``, of which others may be wrong.
 
     Raises:
-        InvalidArgument: an unknown tracker, engine, device, data set or model, or one that this machine lacks.
+        InvalidArgument: an unknown tracker, engine, device, data set or model, or one that this machine lacks; all
+            are told together.
         DataError: the data are not what they should be.
     """
     problems = Problems()
@@ -36,20 +37,13 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
     ):
         with problems.collecting():
             check(options[name])
-    with problems.collecting():
-        _check_precision(options["precision"], options["device"])
-    spec = None
+    on_cpu = options["device"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if options["precision"] == "fp16" and on_cpu:
+        problems.add("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16.")
     with problems.collecting():
         spec = describe_data(options["data"])
     problems.raise_if_any()
-    assert spec is not None, "it raises, or describes the data"
     return spec
-
-
-def _check_precision(precision: str, device: str) -> None:
-    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if precision == "fp16" and on_cpu:
-        raise InvalidArgument(Problem("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16."))
 
 
 def _check_device(device: str) -> None:

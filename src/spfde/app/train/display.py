@@ -40,13 +40,7 @@ def frozen_bar(frozen: int, total: int) -> str:
 
 
 def epoch_line(row: Mapping[str, Any], *, epochs: int, of_dense: float) -> str:
-    """One epoch's line under the heading.
-
-    Args:
-        row: a line of ``metrics.jsonl``.
-        epochs: length of the run.
-        of_dense: training FLOPs of the run so far against dense.
-    """
+    """One epoch's line under the heading; ``of_dense`` are the run's training FLOPs so far against dense."""
     return (
         f"{row['epoch'] + 1:>3}/{epochs:<3}  {row['test_accuracy']:6.4f}  {row['train_accuracy']:6.4f}  "
         f"{row['density']:7.3f}  {frozen_bar(row['frozen_blocks'], row['total_blocks']):<16}  "
@@ -59,11 +53,7 @@ def _seconds(seconds: float) -> str:
 
 
 class ConsoleDisplay:
-    """Shows a run on a rich console.
-
-    Args:
-        console: where to; with a live bar if it is a terminal.
-    """
+    """Shows a run on a rich console; with a live bar if that is a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -159,11 +149,7 @@ def short_name(source: str) -> str:
 
 
 def results(summary: Mapping[str, Any]) -> list[str]:
-    """What came out, each figure with its kind.
-
-    Args:
-        summary: as in ``summary.json``.
-    """
+    """What came out by ``summary.json``, each figure with its kind."""
     last, best = summary["test_accuracy"], summary["best_test_accuracy"]
     lines = [f"test accuracy {last:.4f}, in the best epoch {best:.4f} (measured)"]
     if summary["final_sparsity"] > 0:

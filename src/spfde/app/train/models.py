@@ -46,13 +46,8 @@ class CifarResNet(nn.Module):
     """The CIFAR ResNet of He et al. (2016), section 4.2: a 3x3 stem and three stages of ``n`` basic blocks.
 
     The weighted layers are 6n + 2 without the shortcuts. Departure: shortcuts that change the shape are 1x1
-    convolutions with batch norm (the original's option B; its CIFAR experiments pad with zeros).
-
-    Args:
-        n: basic blocks in each stage.
-        widths: channels of the three stages; the stem has the first.
-        num_classes: outputs.
-        in_channels: channels of the images.
+    convolutions with batch norm (the original's option B; its CIFAR experiments pad with zeros). ``widths`` are the
+    channels of the stages; the stem has the first.
     """
 
     def __init__(self, n: int, widths: tuple[int, int, int], *, num_classes: int, in_channels: int) -> None:
@@ -79,12 +74,8 @@ def cifar_vgg(stages: tuple[tuple[int, int], ...], *, num_classes: int, in_chann
     """VGG with batch norm for small images: convolutions, global average, one linear layer.
 
     Departure from Simonyan and Zisserman (2015): no hidden linear layers, as is usual on CIFAR, and no fifth
-    max-pooling, which the global average replaces (so that 28-pixel images pass too).
-
-    Args:
-        stages: for each stage the channels and the number of 3x3 convolutions; 2x2 max-pooling between stages.
-        num_classes: outputs.
-        in_channels: channels of the images.
+    max-pooling, which the global average replaces (so that 28-pixel images pass too). ``stages`` are the channels and
+    the number of 3x3 convolutions of each; between them are 2x2 max-poolings.
     """
     layers: list[nn.Module] = []
     channels = in_channels

@@ -36,6 +36,12 @@ from spfde.sieving import DataSieving, check_fraction
 from spfde.sparsity import MEST, NM, Block, Structure
 
 
+def absolute_source(data: str) -> str:
+    """A file's or folder's absolute path, so that a run can be resumed from anywhere; a data set's name as it is."""
+    path = Path(data)
+    return str(path.absolute()) if path.exists() and data not in DATASETS else data
+
+
 @with_words
 class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, DataOptions, PluginOptions):
     """Everything that is needed to run again: what the command line takes, and the recipe that it came to.
@@ -49,27 +55,17 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     model_config = ConfigDict(validate_default=True)
 
     # What may differ between a checkpoint and the run that goes on from it: where things are, and who is told.
-    MOVABLE: ClassVar[frozenset[str]] = frozenset(
-        {
-            *names_of(MachineOptions),
-            *names_of(CacheOptions),
-            "data",
-            "plugin",
-            "recipe_name",
-            "keep_every",
-            "dense_timing_steps",
-        }
-    ) - {"precision"}
+    MOVABLE: ClassVar[set[str]] = {
+        *(name for name in names_of(MachineOptions) if name != "precision"),
+        *names_of(CacheOptions),
+        *("data", "plugin", "recipe_name", "keep_every", "dense_timing_steps"),
+    }
 
     recipe_name: str = "spfde"
     recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
     dense_timing_steps: Annotated[int, Ge(0)] = 5
 
-    @field_validator("data")
-    @classmethod
-    def _absolute_source(cls, data: str) -> str:
-        """A path becomes absolute, so that the run can be resumed from anywhere; a data set's name stays as it is."""
-        return absolute_source(data)
+    _absolute_source = field_validator("data")(absolute_source)
 
     @field_validator("data_root", "cache_folder")
     @classmethod
@@ -103,14 +99,10 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""
-        return self.model_dump(mode="json", exclude=set(self.MOVABLE))
+        return self.model_dump(mode="json", exclude=self.MOVABLE)
 
     def check_identity(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Refuse a checkpoint of another run.
-
-        Raises:
-            StateMismatch: naming the first option that differs.
-        """
+        """Raise ``StateMismatch`` for a checkpoint of another run, naming the first option that differs."""
         theirs = _flat(saved)
         for name, mine in _flat(self.identity()).items():
             if name in theirs and theirs[name] != mine:
@@ -121,14 +113,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
 
 def options_from(asked: Mapping[str, Any]) -> TrainOptions:
-    """The options of a run, as they were asked for on the command line; all that is wrong is told together.
-
-    Args:
-        asked: options of ``TrainOptions`` and ``RecipeOptions`` by name.
-
-    Raises:
-        InvalidArgument: an option breaks a rule, or names what there is not.
-    """
+    """The options of a run, as they were asked for on the command line; ``InvalidArgument`` tells all that is wrong."""
     problems = Problems()
     written = presets.PRESETS["spfde"].to_dict()
     with problems.collecting():
@@ -174,7 +159,7 @@ def choose_recipe(name: str, **changes: Any) -> Recipe:
     if asked.interval != "auto":
         interval = int(asked.interval) if asked.interval.isdecimal() else asked.interval
         with problems.collecting():
-            changed |= {"update_interval_epochs": Recipe(update_interval_epochs=interval).update_interval_epochs}
+            changed["update_interval_epochs"] = Recipe(update_interval_epochs=interval).update_interval_epochs
     problems.raise_if_any()
     return recipe.replace(**changed)
 
@@ -218,11 +203,7 @@ def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | 
 
 
 def read_structure(text: str) -> Structure:
-    """The structure that the command line names.
-
-    Raises:
-        InvalidArgument: there is none of that name; the nearest is given.
-    """
+    """The structure that the command line names."""
     if match := re.fullmatch(r"(\d+)x(\d+)", text):
         return Block(rows=int(match[1]), columns=int(match[2]))
     if match := re.fullmatch(r"(\d+):(\d+)", text):
@@ -250,19 +231,9 @@ def read_recipe(name: str) -> Recipe:
 
 
 def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int) -> None:
-    """Refuse to leave out so many samples that the rest fills no batch; needs no data, only their number.
-
-    Raises:
-        InvalidArgument: naming the most that can be left out.
-    """
+    """Raise ``InvalidArgument`` where so many samples are left out that the rest fills no batch."""
     if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size)):
         raise InvalidArgument(*found)
-
-
-def absolute_source(data: str) -> str:
-    """A file's or folder's absolute path, so that a run can be resumed from anywhere; a data set's name as it is."""
-    path = Path(data)
-    return str(path.absolute()) if path.exists() and data not in DATASETS else data
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
