@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
-from spfde.app.data.npz import describe_npz, layout_of, load_npz, to_nchw
+from spfde.app.data.npz import describe_npz, load_npz, to_nchw
 from spfde.app.train.augment import AugmentMode
 from spfde.core.errors import InvalidArgument, Problem, nearest
 
@@ -156,10 +156,7 @@ def _from_torchvision(named: NamedSet, root: Path, *, train: bool) -> ImageArray
     """One part of a torchvision set, as ``(N, C, H, W)`` of uint8."""
     dataset = _open_torchvision(named, root, train=train)
     raw_labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    images = np.asarray(dataset.data)
-    layout = layout_of(images.shape)
-    assert layout is not None, "all of them have one or three channels"
-    return ImageArray(to_nchw(images, layout), torch.as_tensor(np.asarray(raw_labels).astype(np.int64)))
+    return ImageArray(to_nchw(np.asarray(dataset.data)), torch.as_tensor(np.asarray(raw_labels).astype(np.int64)))
 
 
 def _open_torchvision(named: NamedSet, root: Path, *, train: bool) -> Any:

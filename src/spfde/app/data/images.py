@@ -21,10 +21,7 @@ class DataSpec:
     Attributes:
         name: the registered name, or the path as given.
         num_classes: labels are ``0 … num_classes - 1``.
-        channels: of the images.
         image_size: (height, width) in pixels.
-        train_samples: number of training images.
-        test_samples: number of test images.
     """
 
     name: str
