@@ -268,7 +268,6 @@ def _new_folder(options: TrainOptions) -> Path:
 
 
 def _given_options(context: typer.Context) -> set[str]:
-    """Names of the options that were given on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 

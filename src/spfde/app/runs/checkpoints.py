@@ -118,12 +118,9 @@ class Checkpoints:
                 damage = _damage(path)
                 if damage is None:
                     return path
-                spare = path != self.previous and self.previous.is_dir() and _damage(self.previous) is None
-                remedy = (
-                    f"Remove {path} to go on from {self.previous}, one epoch earlier."
-                    if spare
-                    else "Restore it from a copy, or start a new run."
-                )
+                remedy = "Restore it from a copy, or start a new run."
+                if path == self.latest and self.previous.is_dir() and _damage(self.previous) is None:
+                    remedy = f"Remove {path} to go on from {self.previous}, one epoch earlier."
                 raise RunFolderError(f"checkpoint {path}: is damaged ({damage}). {remedy}")
         return None
 

@@ -165,6 +165,14 @@ class RunFolder:
         self.write_text(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A file's nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def _check_empty(path: Path) -> None:
     contents = sorted(entry.name for entry in path.iterdir() if not _is_litter(entry.name))
     if CONFIG in contents:

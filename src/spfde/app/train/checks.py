@@ -53,9 +53,8 @@ def _check_device(device: str) -> None:
         raise InvalidArgument(Problem("device", device, "is no device", nearest(device, known)))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, True):
-        raise InvalidArgument(
-            Problem("device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
-        )
+        rule, remedy = "is not available to this PyTorch", "Use --device auto or --device cpu."
+        raise InvalidArgument(Problem("device", device, rule, remedy))
     if number and int(number) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InvalidArgument(Problem("device", device, f"there are {count} GPUs", f"Use cuda:0 … cuda:{count - 1}."))
@@ -66,6 +65,5 @@ def _check_trackers(names: tuple[str, ...]) -> None:
         if name not in TRACKERS:
             raise InvalidArgument(Problem("track", name, "is no tracker", nearest(name, TRACKERS)))
         if find_spec(name) is None:
-            raise InvalidArgument(
-                Problem("track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
-            )
+            remedy = f"Install it with `pip install {name}`, or leave it out."
+            raise InvalidArgument(Problem("track", name, "is not installed", remedy))

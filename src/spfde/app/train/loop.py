@@ -207,12 +207,8 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """A SIGTERM ends the run as Ctrl-C does: at once, with the folder fit to be resumed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread: signals are somebody else's
         yield
         return

@@ -167,9 +167,8 @@ def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channe
     try:
         import timm  # seconds to import, and an extra
     except ImportError as error:
-        raise InvalidArgument(
-            Problem("model", name, "needs the package timm", "Install it: pip install 'spfde[vision]'.")
-        ) from error
+        remedy = "Install it: pip install 'spfde[vision]'."
+        raise InvalidArgument(Problem("model", name, "needs the package timm", remedy)) from error
     wanted = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(wanted):
         # timm knows more than a thousand models: the nearest one is useful, the whole list is not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from spfde.app.options import (
     recipe_fields,
     with_words,
 )
-from spfde.app.plugins import missing_plugins
+from spfde.app.runs.folder import flat
 from spfde.app.train.checks import check_named
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
 from spfde.core.registry import registered
@@ -87,7 +88,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
         remedy = "Restore the file from a copy, or start a new run."
         if not isinstance(command, dict):
             raise RunFolderError(f'{path}: lacks the run\'s options ("command"). {remedy}')
-        if missing := missing_plugins(command.get("plugin") or ()):
+        if missing := [name for name in command.get("plugin") or () if name not in sys.modules]:
             again = " ".join(f"--plugin {name}" for name in missing)
             raise RunFolderError(f"{path}: the run was trained with {again}. Pass that again, or install the package.")
         try:
@@ -103,8 +104,8 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
     def check_identity(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
         """Raise ``StateMismatch`` for a checkpoint of another run, naming the first option that differs."""
-        theirs = _flat(saved)
-        for name, mine in _flat(self.identity()).items():
+        theirs = flat(saved)
+        for name, mine in flat(self.identity()).items():
             if name in theirs and theirs[name] != mine:
                 raise StateMismatch(
                     f"checkpoint {checkpoint}: is of another run: there {name} is {theirs[name]!r}, "
@@ -173,7 +174,6 @@ _TABLES: Mapping[str, tuple[type[Technique], str, str]] = {
 
 
 def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | None:
-    """A recipe's technique with the command line's changes."""
     options = {to.field: name for name, to in recipe_fields().items() if to.table == table}
     given = {field: getattr(asked, name) for field, name in options.items()}
     given = {field: value for field, value in given.items() if value not in (None, (), [])}
@@ -223,9 +223,8 @@ def read_recipe(name: str) -> Recipe:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument(
-                Problem("--recipe", name, f"cannot be read ({error})", "Pass a TOML file or a preset's name.")
-            ) from None
+            remedy = "Pass a TOML file or a preset's name."
+            raise InvalidArgument(Problem("--recipe", name, f"cannot be read ({error})", remedy)) from None
         return Recipe.from_toml(text)
     return presets.get(name)
 
@@ -234,11 +233,3 @@ def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int) -> None:
     """Raise ``InvalidArgument`` where so many samples are left out that the rest fills no batch."""
     if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size)):
         raise InvalidArgument(*found)
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

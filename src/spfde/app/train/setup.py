@@ -78,11 +78,10 @@ class TrainingRun:
         """A loader's batch on the device: augmented, normalised to float, channels last."""
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if augmented:
-            if self.session.caches_prefix:
-                images = self.augment.replay(images, self.session.augmentation_seeds())
-            else:
-                images = self.augment(images)
+        if augmented and self.session.caches_prefix:
+            images = self.augment.replay(images, self.session.augmentation_seeds())
+        elif augmented:
+            images = self.augment(images)
         x = normalise(images, self.data.mean, self.data.std)
         return x.contiguous(memory_format=torch.channels_last), labels
 
@@ -134,14 +133,9 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
     spec = check_named(options.model_dump())
     accelerator = _accelerator(options, folder.path)
     if accelerator.num_processes > 1:
-        raise InvalidArgument(
-            Problem(
-                "torchrun",
-                accelerator.num_processes,
-                "the command trains in one process: its run folder has one writer",
-                "Start one process, or attach a session to a DistributedDataParallel loop of your own.",
-            )
-        )
+        rule = "the command trains in one process: its run folder has one writer"
+        remedy = "Start one process, or attach a session to a DistributedDataParallel loop of your own."
+        raise InvalidArgument(Problem("torchrun", accelerator.num_processes, rule, remedy))
     set_seed(options.seed)
     recipe = options.load_recipe()
     model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
