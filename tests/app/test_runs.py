@@ -249,9 +249,12 @@ class TestResuming:
         resume(stopped)
         assert [row["epoch"] for row in lines(stopped / "metrics.jsonl")] == [0, 1, 2, 3]
 
-    def test_a_recipe_file_that_was_not_yet_written_is_written(self, stopped: Path) -> None:
+    @pytest.mark.parametrize("checkpoint", [True, False])
+    def test_a_recipe_file_that_was_not_yet_written_is_written(self, stopped: Path, checkpoint: bool) -> None:
         text = (stopped / RECIPE).read_text()
         (stopped / RECIPE).unlink()
+        if not checkpoint:
+            shutil.rmtree(stopped / "checkpoints")
         resume(stopped)
         assert (stopped / RECIPE).read_text() == text
 

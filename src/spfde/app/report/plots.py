@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby
 from typing import Any
 
 from matplotlib.lines import Line2D
@@ -139,14 +139,15 @@ def _freezing(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
 
 def _timeline(axes: Any, run: RecordedRun, theme: Theme) -> None:
     """One bar a block, front block on top, hatched while it is frozen; over them the number that was counted."""
-    names, end = run.block_names(), run.planned_epochs
+    names = run.block_names()
     hatched = {"color": theme.background, "edgecolor": theme.runs[5], "hatch": "////", "linewidth": 0.5}
-    for block, spans in enumerate(run.frozen_spans()):
-        edges = [0, *(edge for span in spans for edge in span), end]
-        for number, (start, stop) in enumerate(pairwise(edges)):
-            if start < stop:
-                look = hatched if number % 2 else {"color": theme.runs[0]}
-                axes.barh(block, stop - start, left=start, height=0.72, **look)
+    for block in range(len(names)):
+        start = 0
+        for is_frozen, within in groupby(count > block for count in run.frozen_blocks()):
+            length = len(list(within))
+            look = hatched if is_frozen else {"color": theme.runs[0]}
+            axes.barh(block, length, left=start, height=0.72, **look)
+            start += length
     epochs, counted = run.points("frozen_blocks")
     if epochs and run.planned_freezing():
         line = {"baseline": None, "color": theme.runs[1], "linewidth": 2.2}
@@ -155,7 +156,7 @@ def _timeline(axes: Any, run: RecordedRun, theme: Theme) -> None:
     ticks = range(0, len(names), step)
     axes.set_yticks(ticks, [label(names[block], 20) for block in ticks], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, end)
+    axes.set_xlim(0, run.planned_epochs)
     origin = "planned" if run.planned_freezing() else "as counted: the folder has no plan"
     axes.set_title(f"{label(run.name)} ({origin})", color=theme.text, fontsize=10, loc="left", pad=14)
     axes.grid(False, axis="y")
