@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,12 @@ from spfde.core.files import DRAFT, clear_errors, written_whole
 CONFIG, METRICS, SUMMARY, RECIPE = "config.json", "metrics.jsonl", "summary.json", "recipe.toml"
 _LOCK = ".lock"
 
-_held_locks: set[int] = set()
-
-
-def _forget_locks() -> None:
-    """Loader workers are forks, and would keep the lock alive after this process was killed."""
-    for handle in _held_locks:
-        os.close(handle)
-    _held_locks.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
 
 class RunFolder:
     """The folder of one run, locked by this process while it is open.
 
-    The lock is an ``flock``: the kernel drops it when the process ends, however it ends.
+    The kernel drops the lock when the process ends, however it ends. It is a record lock (``lockf``): loader workers,
+    which are forks, do not inherit it, so that it does not outlive a process that was killed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,21 +91,19 @@ class RunFolder:
     def _acquire(self) -> None:
         handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
-            if not isinstance(error, BlockingIOError):
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # systems differ in which of them it is
                 raise
             raise RunFolderError(
                 f"{self.path}: is in use by another process. Wait for it to end, or choose another folder."
             ) from None
         self._lock = handle
-        _held_locks.add(handle)
 
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:
-            _held_locks.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -131,12 +120,8 @@ class RunFolder:
 
     def _remove_made(self) -> None:
         for made in self._made:
-            try:
+            with suppress(OSError):  # not there, or somebody else is in there
                 made.rmdir()
-            except FileNotFoundError:
-                continue
-            except OSError:  # not empty: somebody else is in there
-                break
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -178,6 +163,14 @@ class RunFolder:
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write all lines anew: those of epochs that will be trained again are gone, as is a half-written one."""
         self.write_text(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A file's nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _check_empty(path: Path) -> None:
