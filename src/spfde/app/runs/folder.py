@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -19,12 +18,24 @@ from spfde.core.files import DRAFT, clear_errors, written_whole
 CONFIG, METRICS, SUMMARY, RECIPE = "config.json", "metrics.jsonl", "summary.json", "recipe.toml"
 _LOCK = ".lock"
 
+_held_locks: set[int] = set()
+
+
+def _forget_locks() -> None:
+    """Loader workers are forks, and would keep the lock alive after this process was killed."""
+    for handle in _held_locks:
+        os.close(handle)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
 
 class RunFolder:
     """The folder of one run, locked by this process while it is open.
 
-    The kernel drops the lock when the process ends, however it ends. It is a record lock (``lockf``): loader workers,
-    which are forks, do not inherit it, so that it does not outlive a process that was killed.
+    The lock is an ``flock``: the kernel drops it when the process ends, however it ends, and a second opening is
+    refused within one process, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,19 +102,21 @@ class RunFolder:
     def _acquire(self) -> None:
         handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # systems differ in which of them it is
+            if not isinstance(error, BlockingIOError):
                 raise
             raise RunFolderError(
                 f"{self.path}: is in use by another process. Wait for it to end, or choose another folder."
             ) from None
         self._lock = handle
+        _held_locks.add(handle)
 
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:
+            _held_locks.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
