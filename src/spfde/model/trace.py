@@ -23,12 +23,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.utils.flop_counter import flop_registry
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.plain_kernels import PlainKernels, attention_in_products, uncompiled
 from spfde.core.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
     hooks_to_copy,
     overloads_of,
-    plain_kernels,
     storage_id,
     tree_leaves,
     tree_map_only,
@@ -104,14 +104,14 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
             )
         )
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
         twin, stand_ins = fake_copy(model, fake)
         owners = {storage_id(stand_ins[key]): name for key, name in names.items()}
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
         recorder = _Recorder(owners, {storage_id(buffer) for buffer in twin.buffers()})
-        eager = torch.compiler.set_stance("force_eager")  # parts of the model may be compiled on their own
         try:
-            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
+            # Parts of the model may be compiled on their own.
+            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), uncompiled(), recorder:
                 twin.train(False)(*args, **kwargs)
         except Exception as error:
             raise InvalidArgument(
@@ -159,6 +159,11 @@ class _Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        products = attention_in_products(func, args, kwargs)
+        if products is not None:
+            with self:
+                products()
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
         inputs = [storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
