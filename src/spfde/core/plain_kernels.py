@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["attention_in_products", "PlainKernels", "uncompiled"]
+__all__ = ["PlainKernels", "attention_in_products", "uncompiled"]
 
 _aten = torch.ops.aten
 _RECURRENT = {

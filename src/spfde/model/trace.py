@@ -10,7 +10,6 @@ and buffers alone before it is used (weight norm, weight standardisation, a cast
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
 from torch.utils.flop_counter import flop_registry
 
 from spfde.core.errors import InvalidArgument, Problem
@@ -27,13 +25,13 @@ from spfde.core.plain_kernels import PlainKernels, attention_in_products, uncomp
 from spfde.core.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
-    hooks_to_copy,
     overloads_of,
     storage_id,
     tree_leaves,
     tree_map_only,
 )
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
+from spfde.model.twin import fake_copy
 
 
 @dataclass(frozen=True)
@@ -227,31 +225,6 @@ class _Recorder(TorchDispatchMode):
             if name not in counted and name not in parents:
                 found[self._types[name]] += calls
         return found
-
-
-def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
-    """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
-    memo: dict[int, Any] = {}
-    stand_ins: dict[int, Tensor] = {}
-    for p in model.parameters():
-        stand_ins[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
-    for buffer in model.buffers():
-        stand_ins[id(buffer)] = fake.from_tensor(buffer.detach())
-    memo.update(stand_ins)
-    for module in model.modules():
-        # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
-        # norm, spectral norm and pruning compute the weight, so they stay.
-        memo.update(hooks_to_copy(module, _computes_a_weight))
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = fake.from_tensor(value.detach())
-            elif isinstance(value, torch.Generator):
-                memo[id(value)] = value.clone_state()
-    return copy.deepcopy(model, memo), stand_ins
-
-
-def _computes_a_weight(hook: object) -> bool:
-    return isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils")
 
 
 def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor], Tensor]:

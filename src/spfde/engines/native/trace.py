@@ -36,7 +36,8 @@ from spfde.core.torch_private import (
 )
 from spfde.engines.native.guards import guards_of, is_same
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
-from spfde.model.trace import fake_copy, like_the_model
+from spfde.model.trace import like_the_model
+from spfde.model.twin import fake_copy
 
 # fx patches nn.Module while it traces, and the second of two threads would put back the first one's patch.
 _PATCHING = threading.RLock()
