@@ -32,6 +32,7 @@ __all__ = [
     "least_two_four_shape",
     "lerp_each_",
     "multiply_each",
+    "norm_each",
     "overloads_of",
     "recompile_limit",
     "storage_id",
@@ -45,7 +46,7 @@ PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # One call for many tensors, as the optimizers of PyTorch make it.
-lerp_each_, multiply_each = torch._foreach_lerp_, torch._foreach_mul
+lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
 
 
 def compiled_inside(model: nn.Module) -> nn.Module | None:
