@@ -10,7 +10,6 @@ and buffers alone before it is used (weight norm, weight standardisation, a cast
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,21 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
 from torch.utils.flop_counter import flop_registry
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.plain_kernels import PlainKernels, attention_in_products, uncompiled
 from spfde.core.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
-    hooks_to_copy,
     overloads_of,
-    plain_kernels,
     storage_id,
     tree_leaves,
     tree_map_only,
 )
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
+from spfde.model.twin import fake_copy
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,14 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
         rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
         raise InvalidArgument(Problem("sample", sample, rule, remedy))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
         twin, stand_ins = fake_copy(model, fake)
         owners = {storage_id(stand_ins[key]): name for key, name in names.items()}
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
         recorder = _Recorder(owners, {storage_id(buffer) for buffer in twin.buffers()})
-        eager = torch.compiler.set_stance("force_eager")  # parts of the model may be compiled on their own
         try:
-            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
+            # Parts of the model may be compiled on their own.
+            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), uncompiled(), recorder:
                 twin.train(False)(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
@@ -135,6 +133,11 @@ class _Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        products = attention_in_products(func, args, kwargs)
+        if products is not None:
+            with self:
+                products()
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
         inputs = [storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -198,30 +201,6 @@ class _Recorder(TorchDispatchMode):
             if name not in counted and name not in parents:
                 found[self._types[name]] += calls
         return found
-
-
-def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
-    """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
-    stand_ins: dict[int, Tensor] = {}
-    for p in model.parameters():
-        stand_ins[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
-    for buffer in model.buffers():
-        stand_ins[id(buffer)] = fake.from_tensor(buffer.detach())
-    memo: dict[int, Any] = {**stand_ins}
-    for module in model.modules():
-        # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
-        # norm, spectral norm and pruning compute the weight, so they stay.
-        memo.update(hooks_to_copy(module, _computes_a_weight))
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = fake.from_tensor(value.detach())
-            elif isinstance(value, torch.Generator):
-                memo[id(value)] = value.clone_state()
-    return copy.deepcopy(model, memo), stand_ins
-
-
-def _computes_a_weight(hook: object) -> bool:
-    return isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils")
 
 
 def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor], Tensor]:
