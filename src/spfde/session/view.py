@@ -31,6 +31,16 @@ class SessionView:
     _bill: Bill
 
     @property
+    def is_attached(self) -> bool:
+        """Whether it follows the loop; False once it is detached."""
+        return self._attached
+
+    @property
+    def samples_observed(self) -> int:
+        """Samples that were reported in this epoch, by this process; 0 where nothing is sieved."""
+        return self._sampling.samples_observed
+
+    @property
     def epoch(self) -> int:
         """The epoch that runs now or comes next, from 0."""
         return self._clock.epoch
