@@ -110,3 +110,24 @@ def run_until_killed(folder: str, after: int) -> None:
     """Train with a checkpoint an epoch, until the process is killed."""
     callback = SpfdeCallback(RECIPE, engine="masked")
     trainer(callback, saving(Path(folder)), Kill(after)).fit(Module())
+
+
+def train_rank(folder: str) -> None:
+    """One of several processes: trains, and leaves its weights and the samples that it was dealt."""
+    refused = []
+    try:
+        trainer(SpfdeCallback(RECIPE), devices=2, strategy="ddp").fit(Module())
+    except spfde.InvalidArgument as error:
+        refused = [problem.argument for problem in error.problems]
+    callback, module = SpfdeCallback(RECIPE, engine="masked"), Module()
+    trainer(callback, devices=2, strategy="ddp_find_unused_parameters_true").fit(module)
+    assert callback.session is not None
+    samples = [row.samples for row in callback.session.cost.rows]
+    found = {"weights": dict(module.net.named_parameters()), "samples": samples, "refused": refused}
+    torch.save(found, Path(folder, f"rank{module.global_rank}.pt"))
+
+
+if __name__ == "__main__":
+    import sys
+
+    {"killed": run_until_killed, "rank": train_rank}[sys.argv[1]](sys.argv[2], *map(int, sys.argv[3:]))

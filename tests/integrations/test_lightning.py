@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import spfde
+from helpers.processes import start
 from helpers.training import make_parts, step
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -173,3 +175,24 @@ def test_early_stopping_ends_the_run_between_two_epochs() -> None:
     with warnings.catch_warnings():
         runs.trainer(callback, Stop()).fit(runs.Module())
     assert callback.session.epoch == 4
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    done = start(runs.__file__, "killed", str(tmp_path), "18")  # in the fifth epoch of four batches each
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    last = max(tmp_path.glob("*.ckpt"), key=lambda path: path.name)
+    assert last.name.startswith("epoch=3")
+    resumed, whole = runs.Module(), runs.Module()
+    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked")).fit(resumed, ckpt_path=last)
+    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked")).fit(whole)
+    assert same(whole.net, resumed.net)
+
+
+def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path) -> None:
+    done = start(runs.__file__, "rank", str(tmp_path), ranks=2)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["refused"] == second["refused"] == ["strategy"]  # without find_unused_parameters
+    assert first["samples"] == second["samples"] == [32] * 8
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
