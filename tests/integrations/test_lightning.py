@@ -52,7 +52,7 @@ def test_it_trains_what_the_loop_of_the_library_trains_bit_for_bit_and_at_the_sa
     assert same(module.net, parts.model)
     assert [bill(row) for row in callback.session.cost.rows] == [bill(row) for row in session.cost.rows]
     assert callback.session.cost.rows[-1].samples == 32  # of 40
-    assert not callback.session.is_attached
+    assert not callback.session.holds(module.net)
 
 
 def test_a_neutral_recipe_is_the_trainer_without_the_callback_bit_for_bit() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.sieving import DataSieving, Sieve, check_fraction
-from spfde.sieving.sieve import easiest, rotate
+from spfde.sieving import DataSieving
+from spfde.sieving.methods import check_fraction
+from spfde.sieving.sieve import Sieve, easiest, rotate
 
 INF = float("inf")
 

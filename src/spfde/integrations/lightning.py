@@ -122,11 +122,11 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         self._running().begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._reported = self._running().samples_observed
+        self._reported = self._running()._sampling.samples_observed
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         session = self._running()
-        if self._recipe.sieving is None or session.samples_observed != self._reported:
+        if self._recipe.sieving is None or session._sampling.samples_observed != self._reported:
             return
         given = outputs if isinstance(outputs, Mapping) else {}
         for names in _REPORTS:
@@ -152,7 +152,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into its checkpoint: the session's state, tensors and primitives alone."""
-        state = self.session.state_dict() if self.session is not None and self.session.is_attached else self._state
+        state = self.session.state_dict() if self.session is not None and self.session._attached else self._state
         return {} if state is None else {"session": state}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def _leave(self) -> None:
         session = self._running()
-        if session.is_attached:
+        if session._attached:
             with suppress(UsageError):  # in the middle of an epoch that was interrupted
                 self._state = session.state_dict()
             session.detach()

@@ -26,7 +26,10 @@ from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
 from spfde.session.part import Setting
 from spfde.session.session import Session
-from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
+from spfde.sieving import DataSieving
+from spfde.sieving.balance import find_labels
+from spfde.sieving.loader import check_loader, population_of
+from spfde.sieving.methods import check_fraction
 from spfde.sparsity import ScoreLoss
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -34,10 +32,9 @@ class Bill(Part):
         self._setting, self._sampling, self._masks = setting, sampling, masks
         cost = setting.blueprint.cost
         n_layers, batch = len(cost.layers), sampling.batch_size
-        dense = memory_of(
-            cost.layers, (1.0,) * n_layers, (False,) * n_layers, batch_size=batch, accounting="actual"
-        )  # fmt: skip
-        self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense.total)
+        whole, unfrozen = (1.0,) * n_layers, (False,) * n_layers
+        dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
+        self.ledger = self.remembers = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense.total)
 
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
@@ -82,12 +79,3 @@ class Bill(Part):
                 compressed_weight_bytes=weights.compressed,
             )
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.ledger.state_dict()
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        Ledger().load_state_dict(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ledger.load_state_dict(state)

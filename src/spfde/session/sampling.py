@@ -16,14 +16,11 @@ from spfde.core.state import check_entries
 from spfde.planning import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
-from spfde.sieving import (
-    ClassLabels,
-    Observer,
-    Sieve,
-    SievedBatchSampler,
-    SievedLoader,
-    population_of,
-)
+from spfde.sieving.balance import ClassLabels
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.loader import SievedLoader, population_of
+from spfde.sieving.observer import Observer
+from spfde.sieving.sieve import Sieve
 
 
 class Sampling(Part):
@@ -187,7 +184,7 @@ class SievedSampling(Sampling):
         self._observer = Observer(
             self._scorer,
             self.loader,
-            setting.world.gather if setting.world.is_shared else None,
+            setting.world.gather,
             classes=self._classes,
             is_needed=criterion.needs_every_batch or collects,
         )
@@ -250,9 +247,13 @@ class SievedSampling(Sampling):
         return self._sieve.loss_weights(self.samples_of("loss_weights", indices)).to(self._setting.device)
 
     def check_reported(self) -> None:
-        clock = self._setting.clock
         self._observer.check_reported()
-        self._observer.check_any(clock.steps, clock.samples_drawn)
+        clock = self._setting.clock
+        if clock.steps and not clock.samples_drawn and not self.samples_observed:
+            raise UsageError(
+                "steps were taken without session.loader and without observe(). While samples are sieved, train on "
+                "session.loader, or call session.observe(logits, y, indices=...)."
+            )
 
     def on_loader_start(self) -> None:
         self._observer.check_reported()
@@ -266,6 +267,8 @@ class SievedSampling(Sampling):
         self._observer.exchange()
 
     def state_dict(self) -> dict[str, Any]:
+        if not self._setting.world.is_shared:
+            self.exchange()
         return {
             "observed": self._observer.samples,
             **{name: own.state_dict() for name, own in self._remembering.items()},
@@ -281,18 +284,6 @@ class SievedSampling(Sampling):
             own.load_state_dict(state[name])
         self._observer.begin_epoch()
         self._observer.samples = state["observed"]
-
-
-def make_sampling(setting: Setting, loader: DataLoader[Any], labels: Tensor | None) -> Sampling:
-    """The part for a recipe, with or without a sieve."""
-    return SievedSampling(setting, loader, labels) if setting.recipe.sieves else Sampling(setting, loader)
-
-
-def drive(loader: SievedLoader, call: Callable[[str], None]) -> None:
-    """Let a loader's events reach a session: ``call`` is told which."""
-    loader.on_start = lambda: call("start")
-    loader.on_batch = lambda indices: call("batch")
-    loader.on_end = lambda: call("end")
 
 
 def _samples_per_epoch(loader: DataLoader[Any]) -> int:

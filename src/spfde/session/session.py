@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
+from spfde.cost import Ledger
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
 from spfde.session.bill import Bill
-from spfde.session.computing import Computing, what_engines_read
-from spfde.session.convergence import make_convergence
+from spfde.session.computing import Computing
+from spfde.session.convergence import Convergence
 from spfde.session.freezing import Freezing, Rates
-from spfde.session.masks import make_masks
+from spfde.session.masks import Masks, WholeModel
 from spfde.session.part import Part, Setting
-from spfde.session.sampling import drive, make_sampling
+from spfde.session.sampling import Sampling, SievedSampling
 from spfde.session.state import load_state, save_state
-from spfde.session.view import SessionView
+from spfde.sieving.loader import Event
 
 
-class Session(SessionView):
+class Session:
     """A recipe attached to a training loop; made by ``spfde.attach``.
 
     Attributes:
@@ -70,24 +71,96 @@ class Session(SessionView):
 
         # First what may still be refused: from here on the model and the optimizer are changed.
         rates = [Rates(setting)] if self.recipe.learning_rate is not None else []
-        self._masks = make_masks(setting, masks)
+        method = self.blueprint.method
+        self._masks = WholeModel() if method is None else Masks(setting, method, masks)
         self._freezing = Freezing(setting)
-        self._sampling = make_sampling(setting, loader, labels)
+        self._sampling = SievedSampling(setting, loader, labels) if self.recipe.sieves else Sampling(setting, loader)
         self.loader = self._sampling.loader
         self._handles = [
             setting.optimizer.register_step_pre_hook(self._before_step),
             setting.optimizer.register_step_post_hook(self._after_step),
         ]
         self._masks.install()
-        self._computing = Computing(setting, job, choice, what_engines_read(self._masks, self._freezing))
+        self._computing = Computing(setting, job, choice, self._masks, self._freezing)
         self._bill = Bill(setting, self._sampling, self._masks)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
-        converging = [make_convergence(setting, self._masks, self._computing, probe)] if adapts else []
+        converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.
         self._parts: list[Part] = [
             self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill
         ]  # fmt: skip
         self._listen_to_loader()
+
+    # --- what there is to see ----------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that runs now or comes next, from 0."""
+        return self._clock.epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._clock.step
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that computes the model."""
+        return self._computing.choice.name
+
+    @property
+    def engine_reason(self) -> str:
+        """Why it was taken, in a few words."""
+        return self._computing.choice.reason
+
+    @property
+    def cost(self) -> Ledger:
+        """The bill so far."""
+        return self._bill.ledger
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Number of frozen blocks."""
+        return self._freezing.n_frozen
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Masks by parameter name; True where the weight exists."""
+        return dict(self._masks.masks)
+
+    @property
+    def density(self) -> float:
+        """Active share of the masked tensors; 1.0 where none is masked."""
+        return self._masks.density
+
+    @property
+    def explored(self) -> float:
+        """Share of the masked weights that have been active at some time (ITOP's rate); 1.0 where none is masked."""
+        return self._masks.explored
+
+    @property
+    def partial_set(self) -> Tensor:
+        """Indices of the samples in use, ascending."""
+        return self._sampling.partial_set
+
+    @property
+    def removed_set(self) -> Tensor:
+        """Indices of the samples that are out, the queue's head first."""
+        return self._sampling.removed_set
+
+    @property
+    def sieve_turnover(self) -> Mapping[str, int]:
+        """Samples moved at the top of this epoch, and distinct samples used so far."""
+        return {"moved": self._clock.sieve_moved, "ever_used": self._sampling.n_used}
+
+    def __repr__(self) -> str:
+        state = "attached" if self._attached else "detached"
+        what = f"engine={self.engine}, epoch {self.epoch} of {len(self.timeline)}, step {self.step}"
+        lines = [f"Session({state}, {what})", *(f"  {line}" for part in self._parts for line in part.summarise())]
+        if self._attached:
+            lines.append("  hooked: the optimizer's steps (clock)")
+            lines += [f"  {line}" for part in self._parts for line in part.describe()]
+        return "\n".join(lines)
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
@@ -220,7 +293,7 @@ class Session(SessionView):
         self._begin_epoch()
         return self._computing.augmentation_seeds(self._sampling.samples_of("augmentation_seeds", indices))
 
-    def _on_loader(self, event: str) -> None:
+    def _on_loader(self, event: Event) -> None:
         if event == "start":
             if self._clock.is_resumed_at_end:
                 # A state from the bottom of an epoch, loaded by a loop that does not ask for epochs().
@@ -232,7 +305,7 @@ class Session(SessionView):
             self._sampling.on_loader_end()
         elif self.epoch < len(self.timeline):
             self._sampling.on_batch()
-            self._computing.on_batch()
+            self._computing.engine.on_batch()
 
     def _before_step(self, *_: Any) -> None:
         self._begin_epoch()
@@ -278,12 +351,12 @@ class Session(SessionView):
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
         of_session = weakref.ref(self)
 
-        def call(event: str) -> None:
+        def on_event(event: Event) -> None:
             session = of_session()
             if session is not None and session._attached:
                 session._on_loader(event)
 
-        drive(self.loader, call)
+        self.loader.on_event = on_event
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -18,7 +18,7 @@ from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.core.state import check_entries
 from spfde.sieving.balance import shuffled_evenly, take_evenly
 from spfde.sieving.methods import SievingMethod
-from spfde.sieving.weights import inclusion_probabilities, loss_weights
+from spfde.sieving.weights import inclusion_probabilities
 
 
 def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
@@ -54,14 +54,6 @@ class Sieve:
         partial: ids that are trained on, long, ascending.
         removed: ids that are left out, long; the head of the queue comes first.
         n_swap: samples that leave at each update; as many come back, but for a one-time removal.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> sieve = spfde.sieving.Sieve(torch.arange(10), spfde.DataSieving(removed_fraction=0.2), generator)
-        >>> len(sieve.partial), len(sieve.removed)
-        (8, 2)
-        >>> sieve.update(torch.rand(10))
-        2
     """
 
     def __init__(
@@ -224,7 +216,7 @@ class Sieve:
             return torch.ones(self.partial.numel())  # all samples are treated alike: the probabilities are equal
         included = self._included[torch.searchsorted(self.population, self.partial)]
         share = self.partial.numel() / self.population.numel()
-        weights = loss_weights(inclusion_probabilities(included, self._updates, initial=share), partial_fraction=share)
+        weights = share / inclusion_probabilities(included, self._updates, initial=share)
         # While the history is short, those who are in the set now look too frequent, which would lower every step.
         return (weights / weights.mean()).float()
 

@@ -32,7 +32,8 @@ from spfde.core.technique import Technique
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
-from spfde.sieving import DataSieving, check_fraction
+from spfde.sieving import DataSieving
+from spfde.sieving.methods import check_fraction
 from spfde.sparsity import MEST, NM, Block, Structure
 
 
