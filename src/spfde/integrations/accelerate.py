@@ -92,10 +92,8 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
             )
         batches = batches.batch_sampler
     sampler = getattr(batches, "sampler", None)
-    if batches is inner.batch_sampler and not isinstance(sampler, SeedableRandomSampler):
-        return inner
-    if type(batches) is not BatchSampler:
-        return inner  # attach says what it cannot do with it
+    if inner.batch_size is not None or type(batches) is not BatchSampler:
+        return inner  # the user's own, or one of which attach says why it cannot take it
     if isinstance(sampler, SeedableRandomSampler):
         # It seeds itself anew in each epoch by counting: the session counts, saves and resumes the generator instead.
         generator = torch.Generator().manual_seed(sampler.initial_seed)
@@ -112,6 +110,7 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
         timeout=inner.timeout,
         worker_init_fn=inner.worker_init_fn,
         multiprocessing_context=inner.multiprocessing_context,
+        generator=inner.generator,
         prefetch_factor=inner.prefetch_factor,
         persistent_workers=inner.persistent_workers,
         **by_presence,
