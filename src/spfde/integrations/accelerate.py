@@ -65,7 +65,7 @@ def attach(
     optimizers = [getattr(each, "optimizer", each) for each in _listed(optimizer)]
     plain = plain_loader(loader)
     if accelerator.num_processes > 1:
-        _share_order(plain)
+        share_order(plain)
     session = attach_with(
         model,
         optimizers[0] if len(optimizers) == 1 else optimizers,
@@ -135,7 +135,7 @@ def _check_accelerator(accelerator: Accelerator) -> None:
         raise InvalidArgument(Problem("accelerator", kind, rule, "Train on one device, or with DDP (MULTI_GPU)."))
 
 
-def _share_order(loader: DataLoader[Any]) -> None:
+def share_order(loader: DataLoader[Any]) -> None:
     """Give the samplers of all processes rank 0's order; the session deals out the batches of one order."""
     generator = getattr(loader.sampler, "generator", None)
     if generator is None and type(loader.sampler) is RandomSampler:
