@@ -27,10 +27,13 @@ from spfde.app.data.datasets import DATASETS, load_data
 from spfde.app.train import models, setup
 from spfde.core.registry import registered
 from spfde.engines.native import build
-from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing.plan import FREEZE_CRITERIA
 from spfde.recipe.citation import describe
 from spfde.sieving import DataSieving
-from spfde.sparsity import METHODS, STRUCTURES
+
+METHODS = registered("method")
+STRUCTURES = registered("structure")
 
 METRICS = (
     "epoch train_loss train_accuracy test_accuracy learning_rate density frozen_blocks partial_samples "

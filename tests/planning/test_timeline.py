@@ -13,23 +13,12 @@ from torch import nn
 import spfde
 from helpers.masking import timeline_of
 from spfde.core.errors import StateMismatch
+from spfde.core.registry import registered
 from spfde.freezing.schemes import paused
-from spfde.planning import Counts, Timeline
-from spfde.sparsity import (
-    DSR,
-    GMP,
-    MEST,
-    METHODS,
-    SET,
-    SNFS,
-    STR,
-    DeepR,
-    DropGrow,
-    Gradient,
-    RigL,
-    SparsityMethod,
-    TopKAST,
-)
+from spfde.planning.timeline import Counts, Timeline
+from spfde.sparsity import DSR, GMP, MEST, SET, SNFS, STR, DeepR, DropGrow, Gradient, RigL, SparsityMethod, TopKAST
+
+METHODS = registered("method")
 
 TARGET, UNITS = 100, 1000
 """Of each layer at sparsity 0.9."""

@@ -15,13 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spfde.analysis import (
-    batch_grams,
-    gradient_norms,
-    minibatch_cka,
-    structural_overlap,
-    successive_differences,
-)
+from spfde.analysis import batch_grams, gradient_norms, minibatch_cka
+from spfde.analysis.gradients import successive_differences
+from spfde.analysis.structure import structural_overlap
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, draw
 from spfde.app.options import AnalysisOptions, with_words

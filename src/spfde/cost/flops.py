@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -14,30 +14,16 @@ from spfde.model.trace import Trace, TracedOp
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One weight with all its uses, or one product without a weight (the two products of attention).
+    """One weight with all its uses, or one product without a weight (the two products of attention)."""
 
-    Attributes:
-        name: the weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
-            appended when the same module runs the same operation again.
-        module: qualified name of the module that ran it first.
-        position: place of its first use in the trace's order of execution.
-        forward_flops: dense forward FLOPs of one sample.
-        numel: elements of the weight; 0 without one.
-        activations: elements of its outputs for one sample.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20)
-        >>> first = bill.blueprint.cost.layers[0]
-        >>> first.name, first.forward_flops, first.numel
-        ('0.weight', 64, 32)
-    """
-
+    # The weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
+    # appended when the same module runs the same operation again.
     name: str
-    module: str
-    position: int
-    forward_flops: int
-    numel: int
-    activations: int
+    module: str  # qualified name of the module that ran it first
+    position: int  # place of its first use in the trace's order of execution
+    forward_flops: int  # dense forward FLOPs of one sample
+    numel: int  # elements of the weight; 0 without one
+    activations: int  # elements of its outputs for one sample
 
     @property
     def weighted(self) -> bool:
@@ -47,22 +33,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one sample costs in the forward pass of a dense model.
+    """What one sample costs in the forward pass of a dense model."""
 
-    Attributes:
-        layers: every counted layer, by its first use.
-        uncounted: modules that ran without a counted operation: type name to number of calls.
-        n_parameters: elements of all parameters, shared ones once, counted layers or not.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20)
-        >>> bill.blueprint.cost.forward
-        (64, 128, 128, 48)
-    """
-
-    layers: tuple[LayerCost, ...]
-    uncounted: Mapping[str, int]
-    n_parameters: int
+    layers: tuple[LayerCost, ...]  # every counted layer, by its first use
+    uncounted: Mapping[str, int]  # modules that ran without a counted operation: type name to number of calls
+    n_parameters: int  # elements of all parameters, shared ones once, counted layers or not
 
     @property
     def forward_flops(self) -> int:
@@ -89,15 +64,6 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     add up, and it stands at its first use. Of an operation that reads two matrices, the last one read is the weight
     (the first is an input or a bias that happens to be a parameter). A weight that is computed first (a
     parametrisation) is no parameter by the time it is multiplied: it counts as a product without a weight.
-
-    Args:
-        trace: what the model computes for one batch.
-        model: the model that was traced; wrappers are looked through.
-
-    Example:
-        >>> from spfde.model.trace import trace
-        >>> spfde.cost.model_cost(trace(model, torch.zeros(1, 4)), model).forward_flops
-        368
     """
     parameters = dict(unwrap(model).named_parameters())
     layers: dict[str, LayerCost] = {}
@@ -105,16 +71,13 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     for op in trace.ops:
         if not op.flops:
             continue
-        name = _weight_of(op, parameters)
-        if name is None:
-            name = _product_name(op, repeats)
-        before = layers.get(name, LayerCost(name, op.module, op.position, 0, _numel(parameters, name), 0))
-        layers[name] = LayerCost(
-            name=name,
-            module=before.module,
-            position=before.position,
+        matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
+        name = matrices[-1] if matrices else _product_name(op, repeats)
+        numel = parameters[name].numel() if name in parameters else 0
+        before = layers.get(name, LayerCost(name, op.module, op.position, 0, numel, 0))
+        layers[name] = replace(
+            before,
             forward_flops=before.forward_flops + _per_sample(op.flops, trace.batch_size),
-            numel=before.numel,
             activations=before.activations + _per_sample(op.output_numel, trace.batch_size),
         )
     return ModelCost(
@@ -124,19 +87,10 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     )
 
 
-def _weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
-    return matrices[-1] if matrices else None
-
-
 def _product_name(op: TracedOp, repeats: Counter[str]) -> str:
     name = f"{op.module}:{op.name.rpartition('.')[2]}"
     repeats[name] += 1
     return name if repeats[name] == 1 else f"{name}#{repeats[name]}"
-
-
-def _numel(parameters: Mapping[str, nn.Parameter], name: str) -> int:
-    return parameters[name].numel() if name in parameters else 0
 
 
 def _per_sample(amount: int, batch_size: int) -> int:

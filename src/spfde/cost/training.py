@@ -25,8 +25,8 @@ class EpochCost:
             probes that tell whether a block has converged.
 
     Example:
-        >>> cost = spfde.cost.epoch_cost([100, 200], [0.1, 1.0], [True, False], samples=10, population=10)
-        >>> cost.dense_training_flops - cost.saved_by_sparsity - cost.saved_by_freezing == cost.training_flops
+        >>> cost = spfde.plan(model, torch.zeros(1, 4), spfde.presets.static, epochs=1, samples=20).cost
+        >>> cost.dense_training_flops - cost.saved_by_sparsity == cost.training_flops
         True
     """
 
@@ -43,13 +43,7 @@ class EpochCost:
 
 
 def total_cost(epochs: Iterable[EpochCost]) -> EpochCost:
-    """The sum over epochs; zero for none.
-
-    Example:
-        >>> cost = spfde.cost.epoch_cost([100], [0.1], [False], samples=10, population=10)
-        >>> spfde.cost.total_cost([cost, cost]).training_flops
-        600
-    """
+    """The sum over epochs; zero for none."""
     return sum(epochs, EpochCost(0, 0, 0, 0, 0))
 
 
@@ -78,10 +72,6 @@ def epoch_cost(
             layers (RigL: one step of an update interval; SNFS: every step).
         gradient_density: share of the weights whose gradient these samples computed, per layer; None: all.
         overhead_flops: computed beside the training steps.
-
-    Example:
-        >>> spfde.cost.epoch_cost([100, 200], [0.1, 1.0], [True, False], samples=10, population=10).training_flops
-        6100
     """
     reach = (1.0,) * len(forward) if gradient_density is None else gradient_density
     never = (False,) * len(forward)

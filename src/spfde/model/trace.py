@@ -13,7 +13,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,43 +38,27 @@ from spfde.model.sample import Sample, call_arguments, global_generators_restore
 
 @dataclass(frozen=True)
 class TracedOp:
-    """One operation that reads a parameter or costs counted FLOPs.
+    """One operation that reads a parameter or costs counted FLOPs."""
 
-    Attributes:
-        position: place in the order of execution.
-        module: qualified name of the innermost module that was running ('' is the model itself).
-        parameters: qualified names of the parameters that the operation reads, views included. For an operation with
-            counted FLOPs also those that its weight was computed from.
-        flops: forward FLOPs for the whole sample batch; one multiply-add is two.
-        output_numel: elements of the output for the whole sample batch.
-        name: the operation's name in ATen.
-    """
-
-    position: int
-    module: str
+    position: int  # place in the order of execution
+    module: str  # qualified name of the innermost module that was running ('' is the model itself)
+    # Qualified names of the parameters that the operation reads, views included. For an operation with counted FLOPs
+    # also those that its weight was computed from.
     parameters: tuple[str, ...]
-    flops: int
-    output_numel: int
-    name: str
+    flops: int  # forward FLOPs for the whole sample batch; one multiply-add is two
+    output_numel: int  # elements of the output for the whole sample batch
+    name: str  # the operation's name in ATen
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The forward pass of a model on one sample batch.
+    """The forward pass of a model on one sample batch."""
 
-    Attributes:
-        batch_size: number of samples in the traced batch.
-        ops: operations in order of execution.
-        uncounted: modules that ran and cost no counted FLOPs, by type name, with how often they ran.
-        unused: parameters that no operation read, directly or through a view.
-        first_run: for each module that ran, the position of the first operation that could be its own.
-    """
-
-    batch_size: int
-    ops: tuple[TracedOp, ...]
-    uncounted: Mapping[str, int]
-    unused: tuple[str, ...]
-    first_run: Mapping[str, int] = field(default_factory=dict)
+    batch_size: int  # number of samples in the traced batch
+    ops: tuple[TracedOp, ...]  # operations in order of execution
+    uncounted: Mapping[str, int]  # modules that ran and cost no counted FLOPs, by type name, with how often they ran
+    # For each module that ran, the position of the first operation that could be its own.
+    first_run: Mapping[str, int]
 
 
 def trace(model: nn.Module, sample: Sample) -> Trace:
@@ -92,17 +76,13 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
     model = unwrap(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
-        raise InvalidArgument(
-            Problem("model", lazy[0], "is a lazy parameter without a shape yet", "Run the model once on a batch first.")
-        )
+        rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."
+        raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
     args, kwargs = call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].dim() == 0:
-        raise InvalidArgument(
-            Problem(
-                "sample", sample, "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
-            )
-        )
+        rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
+        raise InvalidArgument(Problem("sample", sample, rule, remedy))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
         twin, stand_ins = fake_copy(model, fake)
@@ -114,21 +94,17 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
             with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
                 twin.train(False)(*args, **kwargs)
         except Exception as error:
-            raise InvalidArgument(
-                Problem(
-                    "sample",
-                    _describe(sample),
-                    f"the model's forward pass cannot be traced with it ({type(error).__name__}: {error})",
-                    "Pass sample= with the inputs that the model is called with; a forward pass that branches on "
-                    "values of its inputs cannot be traced.",
-                )
-            ) from error
-    read = {name for op in recorder.ops for name in op.parameters}
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            rule = f"the model's forward pass cannot be traced with it ({type(error).__name__}: {error})"
+            remedy = (
+                "Pass sample= with the inputs that the model is called with; a forward pass that branches on "
+                "values of its inputs cannot be traced."
+            )
+            raise InvalidArgument(Problem("sample", f"tensors of shape {shapes}", rule, remedy)) from error
     return Trace(
         batch_size=int(tensors[0].shape[0]),
         ops=tuple(recorder.ops),
         uncounted=dict(sorted(recorder.uncounted().items())),
-        unused=tuple(name for name in names.values() if name not in read),
         first_run=recorder.first_run,
     )
 
@@ -226,13 +202,12 @@ class _Recorder(TorchDispatchMode):
 
 def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
     """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
-    memo: dict[int, Any] = {}
     stand_ins: dict[int, Tensor] = {}
     for p in model.parameters():
         stand_ins[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
     for buffer in model.buffers():
         stand_ins[id(buffer)] = fake.from_tensor(buffer.detach())
-    memo.update(stand_ins)
+    memo: dict[int, Any] = {**stand_ins}
     for module in model.modules():
         # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
         # norm, spectral norm and pruning compute the weight, so they stay.
@@ -260,8 +235,3 @@ def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor],
         return fake.from_tensor(tensor.detach()).to(device=device, dtype=dtype)
 
     return convert
-
-
-def _describe(sample: Sample) -> str:
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(sample) if isinstance(leaf, Tensor)]
-    return f"tensors of shape {', '.join(map(str, shapes))}"

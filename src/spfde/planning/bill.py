@@ -11,16 +11,9 @@ from torch import nn
 
 from spfde.core.errors import Problems
 from spfde.core.say import say_on_stderr
-from spfde.cost import (
-    Accounting,
-    EpochCost,
-    MemoryTimeline,
-    epoch_cost,
-    format_bytes,
-    format_flops,
-    memory_timeline,
-    total_cost,
-)
+from spfde.cost import EpochCost, MemoryTimeline, format_bytes, format_flops
+from spfde.cost.memory import Accounting, memory_timeline
+from spfde.cost.training import epoch_cost, total_cost
 from spfde.model.sample import Sample
 from spfde.planning.blueprint import Blueprint, check_recipe, draw
 from spfde.planning.timeline import Row, Timeline

@@ -9,14 +9,17 @@ from functools import cached_property
 from torch import nn
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.cost import ModelCost, model_cost
-from spfde.freezing import FreezePlan, Savings, blocks_to_freeze, solve
+from spfde.cost.flops import ModelCost, model_cost
+from spfde.freezing import Savings
+from spfde.freezing.plan import FreezePlan, blocks_to_freeze
+from spfde.freezing.schemes import solve
 from spfde.model.blocks import Partition, find_blocks
 from spfde.model.sample import Sample, unwrap
 from spfde.model.trace import trace
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
-from spfde.sparsity import SparsityMethod, select_layers
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.layers import select_layers
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
-from spfde.freezing import learning_rate_factor
-from spfde.sparsity import LayerPlan, MaskPlan
-from spfde.sparsity.schedule import DenseGradients
+from spfde.freezing.rates import learning_rate_factor
+from spfde.sparsity.schedule import DenseGradients, LayerPlan, MaskPlan
 
 if TYPE_CHECKING:
     from spfde.planning.blueprint import Blueprint
@@ -80,14 +79,6 @@ class Timeline:
         blueprint: what the recipe means for the model.
         recipe: the recipe.
         samples: size of the whole training set.
-
-    Example:
-        >>> import spfde, torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-        >>> recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.5))
-        >>> timeline = spfde.plan(net, torch.zeros(1, 8), recipe, epochs=10, samples=100).timeline
-        >>> [timeline[epoch].layers["1.weight"].active for epoch in (0, 6, 9)]
-        [35, 34, 32]
     """
 
     def __init__(self, blueprint: Blueprint, recipe: Recipe, samples: int) -> None:

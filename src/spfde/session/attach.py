@@ -18,9 +18,12 @@ from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
 from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
-from spfde.freezing import check_rates, recompile_warning
+from spfde.freezing.freezer import recompile_warning
+from spfde.freezing.rates import check_rates
 from spfde.model.sample import Sample, sample_from, unwrap
-from spfde.planning import Blueprint, Plan, Timeline, check_epochs, check_recipe, draw
+from spfde.planning import Plan
+from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
+from spfde.planning.timeline import Timeline
 from spfde.recipe.recipe import Recipe
 from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
@@ -30,7 +33,7 @@ from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
 from spfde.sieving.loader import check_loader, population_of
 from spfde.sieving.methods import check_fraction
-from spfde.sparsity import ScoreLoss
+from spfde.sparsity.saliency import ScoreLoss
 
 
 def attach(

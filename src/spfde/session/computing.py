@@ -14,7 +14,7 @@ from spfde.core.say import say, say_on_stderr
 from spfde.core.state import check_entries
 from spfde.engines.base import Job, Parts
 from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting

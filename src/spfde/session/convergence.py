@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spfde.analysis import BlockOutputs, MinibatchCKA, centred_gram, output_modules
+from spfde.analysis import BlockOutputs, output_modules
+from spfde.analysis.cka import MinibatchCKA, centred_gram
 from spfde.core.errors import StateMismatch
 from spfde.core.numbers import round_half_up
 from spfde.core.state import check_all, check_entries
 from spfde.model.blocks import Block, Partition
 from spfde.model.sample import Sample
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.computing import Computing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
-from spfde.sparsity import largest_half, pack, unpack
+from spfde.sparsity.masks import largest_half, pack, unpack
 
 Look = dict[str, Tensor]
 

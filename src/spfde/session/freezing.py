@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spfde.core.state import check_entries
-from spfde.freezing import Freezer, GroupRates, is_held
-from spfde.planning import Row
+from spfde.freezing.freezer import Freezer, is_held
+from spfde.freezing.rates import GroupRates
+from spfde.planning.timeline import Row
 from spfde.session.part import Part, Setting
 
 

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import tree_map_only
-from spfde.model.sample import Sample, batch_of, unwrap, without_traces
-from spfde.planning import Blueprint
+from spfde.model.sample import Sample, batch_of, without_traces
+from spfde.planning.blueprint import Blueprint
 from spfde.sieving.loader import population_of
-from spfde.sparsity import PruningAtInitialisation, ScoreLoss
+from spfde.sparsity import PruningAtInitialisation
+from spfde.sparsity.saliency import ScoreLoss
 
 
 def first_masks(
@@ -44,10 +45,9 @@ def first_masks(
     structure, layers = method.structure, blueprint.sparse_layers
     units = sum(blueprint.target[name] // structure.unit_size(tuple(layer.shape)) for name, layer in layers.items())
     return method.select(
-        unwrap(model),
+        model,
         layers,
         units=units,
-        structure=structure,
         batches=batches,
         loss=loss or cross_entropy,
         sample=sample,

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from spfde.core.errors import UsageError
-from spfde.planning import Counts, Row
+from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
-from spfde.sparsity import Masker, SparsityMethod
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.masker import Masker
 
 
 class WholeModel(Part):

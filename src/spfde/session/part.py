@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from spfde.core.clock import Clock
 from spfde.core.state import check_entries
-from spfde.planning import Blueprint, Row, Timeline
+from spfde.planning.blueprint import Blueprint
+from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
 from spfde.session.distributed import World
 

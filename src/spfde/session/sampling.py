@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
 from spfde.core.state import check_entries
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.sieving.balance import ClassLabels

@@ -1,9 +1,6 @@
-"""The dense gradients that a mutation needs: those of one step, or of many, smoothed."""
+"""The gradients that a mutation needs: dense ones, and those without a loss scale."""
 
 from __future__ import annotations
-
-from collections.abc import Container, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,41 +48,6 @@ class DenseGradients:
         """Forget the collected gradients; the count of passes stays."""
         self._buffers = {}
         self._left = {}
-
-
-class SmoothedGradients:
-    """An exponential mean of dense gradients over the steps, by layer.
-
-    Attributes:
-        values: the means so far; a layer's starts with its first gradient.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, gradients: Mapping[str, Tensor], *, momentum: float) -> None:
-        """Take in the gradients of one step."""
-        for name, gradient in gradients.items():
-            if name in self.values:
-                self.values[name].mul_(momentum).add_(gradient, alpha=1.0 - momentum)
-            else:
-                self.values[name] = gradient.detach() * (1.0 - momentum)
-
-    def keep(self, names: Container[str]) -> None:
-        """Forget those of all other layers."""
-        self.values = {name: value for name, value in self.values.items() if name in names}
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self.values = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The means by layer."""
-        return {name: value.clone() for name, value in self.values.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.values = {name: value.detach().clone() for name, value in state.items()}
 
 
 def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -41,28 +41,23 @@ def select_layers(
 
     Raises:
         InvalidArgument: a pattern matches nothing, or nothing is left to mask.
-
-    Example:
-        >>> order = ["0.weight", "2.weight", "4.weight", "5.weight"]
-        >>> list(spfde.sparsity.select_layers(model, spfde.SET(sparsity=0.9), order=order, head=["5.weight"]))
-        ['2.weight', '4.weight']
     """
     if method.sparsity == 0.0 and not any(method.overrides.values()):
         return {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    maskable = set(_maskable(model))
+    maskable = dict(_maskable(model))
     candidates = [name for name in dict.fromkeys(order) if name in maskable]
     if not candidates:
-        raise InvalidArgument(_nothing_prunable(model))
+        remedy = "Use sparsity=None, or a model with convolutions, nn.Linear or nn.MultiheadAttention that learn."
+        raise InvalidArgument(Problem("model", type(model).__name__, "has no prunable layers", remedy))
     dense = set(head) if method.dense_head else set()
     if method.dense_first:
         dense.add(candidates[0])
-    depthwise = _depthwise(model)
-    included = [
-        name for name in candidates if _any_match(name, method.include) or not (method.include or name in depthwise)
-    ]
-    included = [name for name in included if not _any_match(name, method.exclude)]
-    selected = [name for name in included if name not in dense]
+    if method.include:
+        included = [name for name in candidates if _any_match(name, method.include)]
+    else:
+        included = [name for name in candidates if not _is_depthwise(maskable[name])]
+    selected = [name for name in included if name not in dense and not _any_match(name, method.exclude)]
     problems = Problems()
     _check_patterns(problems, method, candidates, selected)
     if not selected and not problems.found:
@@ -73,8 +68,8 @@ def select_layers(
     return {name: parameters[name] for name in selected}
 
 
-def _maskable(model: nn.Module) -> Iterator[str]:
-    """Names of all weights that may be masked, tied ones under each of their names."""
+def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names of all weights that may be masked, tied ones under each of their names, and the modules that have them."""
     embedded = {id(p) for module in model.modules() if isinstance(module, _EMBEDDINGS) for p in module.parameters()}
     for prefix, module in model.named_modules(remove_duplicate=False):
         names: tuple[str, ...] = ()
@@ -86,16 +81,12 @@ def _maskable(model: nn.Module) -> Iterator[str]:
             # A parametrised weight is a computed tensor here: its parts are no weights to mask.
             weight = module._parameters.get(name)
             if weight is not None and weight.dim() >= 2 and weight.requires_grad and id(weight) not in embedded:
-                yield f"{prefix}.{name}" if prefix else name
+                yield f"{prefix}.{name}" if prefix else name, module
 
 
-def _depthwise(model: nn.Module) -> frozenset[str]:
-    """Names of the weights of convolutions that treat each input channel by itself."""
-    return frozenset(
-        f"{prefix}.weight" if prefix else "weight"
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _CONVOLUTIONS) and module.groups == module.in_channels > 1
-    )
+def _is_depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution that treats each input channel by itself."""
+    return isinstance(module, _CONVOLUTIONS) and module.groups == module.in_channels > 1
 
 
 def _check_patterns(
@@ -118,13 +109,3 @@ def _check_patterns(
 
 def _any_match(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _nothing_prunable(model: nn.Module) -> Problem:
-    remedy = "Use sparsity=None, or a model with convolutions, nn.Linear or nn.MultiheadAttention that learn."
-    return Problem("model", type(model).__name__, "has no prunable layers", remedy)
-
-
-def shapes_of(layers: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    """Shape of each layer's weight, as the distributions take it."""
-    return {name: tuple(p.shape) for name, p in layers.items()}

@@ -19,7 +19,7 @@ from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import TrainingRun, opened, versions
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
-from spfde.freezing import learning_rate_factor
+from spfde.freezing.rates import learning_rate_factor
 
 PULSE = 20
 """Steps between two looks at the loss: each look waits for the device."""
