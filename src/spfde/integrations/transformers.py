@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
 from spfde.integrations._resuming import attach_with
@@ -53,7 +54,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         engine: as in ``spfde.attach``.
         report: called with a batch and the model's outputs for it; returns arguments of ``session.observe``, such as
             ``{"loss": ...}`` with one loss a sample, [N].
-        attach_options: further arguments of ``spfde.attach``. ``sample`` is by default the first batch's first sample.
+        attach_options: further arguments of ``spfde.attach``.
 
     Attributes:
         session: the session of the newest ``train``; detached when that has ended, with ``cost`` and ``masks`` to read.
@@ -83,8 +84,10 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self._recipe, self._report = recipe, report
         self._options = {**attach_options, "seed": seed, "engine": engine}
         self._trainer: Any = None
+        self._trial: Any = None
         self._checkpoint: str | None = None
         self._order: tuple[torch.Generator, int] | None = None
+        self._hook: RemovableHandle | None = None
         self._outputs: list[Any] = []
 
     # --- the Trainer's methods ---------------------------------------------------------------------------------------
@@ -98,11 +101,11 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         def train_with_session(resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
             _check_arguments(trainer, self._recipe)
             self._checkpoint = _folder(resume_from_checkpoint, args)
+            self._trial = rest[0] if rest else named.get("trial")
             try:
                 return train(resume_from_checkpoint, *rest, **named)
             finally:
-                if self.session is not None:
-                    self.session.detach()
+                self._leave()
 
         def loader_of_session() -> Any:
             return self._attach(make_loader())
@@ -121,8 +124,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def _attach(self, loader: Any) -> Any:
         trainer, args = self._trainer, self._trainer.args
-        if self.session is not None:
-            self.session.detach()
+        self._leave()
         plain = plain_loader(loader)
         self._order = _reseeded(loader, plain)
         if args.world_size > 1:
@@ -130,11 +132,9 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         trainer.create_optimizer()
         model = trainer.model
         state = self._saved_state()
-        options = {"sample": _first_sample(plain, model), **self._options}
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        session = attach_with(
-            model, optimizer, plain, self._recipe, state, epochs=int(args.num_train_epochs), **options
-        )
+        epochs = int(args.num_train_epochs)
+        session = attach_with(model, optimizer, plain, self._recipe, state, epochs=epochs, **self._options)
         self.session = session
         if len({row.samples for row in session.timeline}) > 1:
             session.detach()
@@ -142,11 +142,11 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             remedy = "Take DataSieving, or sieving=None."
             raise InvalidArgument(Problem("recipe.sieving", type(self._recipe.sieving).__name__, rule, remedy))
         if self._recipe.sieving is not None:
-            model.register_forward_hook(self._note_outputs)
+            self._hook = model.register_forward_hook(self._note_outputs)
         return session.loader
 
     def _note_outputs(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        if model.training and self.session is not None and self.session._attached:
+        if model.training:
             self._outputs.append(outputs)
 
     def _observe(self, batch: Mapping[str, Any]) -> None:
@@ -182,12 +182,18 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = self._running().state_dict()
         if args.should_save:
-            folder = Path(self._trainer._get_output_dir(None), f"checkpoint-{state.global_step}")
+            folder = Path(self._trainer._get_output_dir(self._trial), f"checkpoint-{state.global_step}")
             part = folder / f"{STATE_NAME}.part"
             torch.save(saved, part)
             os.replace(part, folder / STATE_NAME)
 
     # -----------------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        if self.session is not None:
+            self.session.detach()
+        if self._hook is not None:
+            self._hook.remove()
 
     def _running(self) -> Session:
         assert self.session is not None, "on_train_begin comes first"
@@ -263,18 +269,6 @@ def _reseeded(prepared: Any, plain: Any) -> tuple[torch.Generator, int] | None:
     if seed is None or not isinstance(plain.sampler, RandomSampler):
         return None
     return plain.sampler.generator, seed
-
-
-def _first_sample(loader: Any, model: nn.Module) -> Any:
-    """What the model is called with: the first sample, collated, without what its forward does not take."""
-    batch = loader.collate_fn([loader.dataset[0]])
-    if not isinstance(batch, Mapping):
-        return None
-    takes = inspect.signature(model.forward).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
-        batch = {name: value for name, value in batch.items() if name in takes}
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _class_report(batch: Mapping[str, Any], outputs: Any) -> Mapping[str, Tensor]:
