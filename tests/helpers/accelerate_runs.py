@@ -29,7 +29,9 @@ EPOCHS = 8
 class Run:
     """The loop that Accelerate's documentation shows, with a session; saves at the end of each epoch where told to."""
 
-    def __init__(self, recipe: Any = RECIPE, *, prepared: str = "before", accumulation: int = 1, **options: Any) -> None:
+    def __init__(
+        self, recipe: Any = RECIPE, *, prepared: str = "before", accumulation: int = 1, **options: Any
+    ) -> None:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=accumulation, kwargs_handlers=[unused], **options

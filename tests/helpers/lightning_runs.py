@@ -40,7 +40,10 @@ class Module(pl.LightningModule):
 
     def loader(self, *, shuffle: bool) -> DataLoader[Any]:
         return DataLoader(
-            make_images(), batch_size=BATCH, shuffle=shuffle, generator=torch.Generator().manual_seed(0) if shuffle else None
+            make_images(),
+            batch_size=BATCH,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(0) if shuffle else None,
         )
 
     def train_dataloader(self) -> Any:
@@ -84,8 +87,13 @@ def trainer(callback: Any, *others: Any, **options: Any) -> pl.Trainer:
     saves = any(isinstance(other, ModelCheckpoint) for other in others)
     callbacks = [*([] if callback is None else [callback]), *others]
     settings = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 8, "limit_val_batches": 0,
-        "num_sanity_val_steps": 0, "enable_checkpointing": saves, **options,
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 8,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": saves,
+        **options,
     }
     return pl.Trainer(callbacks=callbacks, **quiet, **settings)
 

@@ -56,12 +56,22 @@ class Classifier(SmallNet):
         return {"loss": loss, "logits": logits}
 
 
-def trainer(folder: Path, callback: Any = None, *others: Any, model: Any = None, kind: Any = Trainer, **named: Any) -> Trainer:
+def trainer(
+    folder: Path, callback: Any = None, *others: Any, model: Any = None, kind: Any = Trainer, **named: Any
+) -> Trainer:
     """A Trainer on the CPU that prints nothing and, unless told, saves nothing."""
     options = {
-        "output_dir": str(folder), "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "use_cpu": True,
-        "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "learning_rate": 0.01,
-        "lr_scheduler_type": "constant", **named,
+        "output_dir": str(folder),
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        **named,
     }
     return kind(
         model=Classifier() if model is None else model,

@@ -11,12 +11,9 @@ import torch
 from torch import nn
 
 import spfde
+from helpers import accelerate_runs as runs
 from helpers.processes import start
 from helpers.training import make_parts, train
-
-pytest.importorskip("accelerate")
-
-from helpers import accelerate_runs as runs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UNSIEVED = runs.RECIPE.model_copy(update={"sieving": None})

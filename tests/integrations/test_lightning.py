@@ -1,4 +1,4 @@
-"""The callback in Lightning's own trainer: it trains what the library's loop trains, and goes on from its checkpoints."""
+"""The callback in Lightning's own trainer trains what the library's loop trains, and goes on from its checkpoints."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
 import spfde
+from helpers import lightning_runs as runs
 from helpers.processes import start
 from helpers.training import make_parts, step
-
-pl = pytest.importorskip("lightning.pytorch")
-
-from helpers import lightning_runs as runs  # noqa: E402
-from spfde.integrations.lightning import SpfdeCallback  # noqa: E402
+from spfde.integrations.lightning import SpfdeCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -195,4 +193,3 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
     assert first["refused"] == second["refused"] == ["strategy"]  # without find_unused_parameters
     assert first["samples"] == second["samples"] == [32] * 8
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
-

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import spfde
+from helpers import transformers_runs as runs
 from helpers.processes import start
-
-transformers = pytest.importorskip("transformers")
-
-from helpers import transformers_runs as runs  # noqa: E402
-from spfde.integrations.transformers import SpfdeCallback  # noqa: E402
+from spfde.integrations.transformers import SpfdeCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

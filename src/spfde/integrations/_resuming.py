@@ -9,7 +9,9 @@ from spfde.session.attach import attach
 from spfde.session.session import Session
 
 
-def attach_with(model: Any, optimizer: Any, loader: Any, recipe: Any, state: Mapping[str, Any] | None, **how: Any) -> Session:
+def attach_with(
+    model: Any, optimizer: Any, loader: Any, recipe: Any, state: Mapping[str, Any] | None, **how: Any
+) -> Session:
     """A new session, or one that goes on from a saved state of weights that the model has already."""
     if state is None:
         return attach(model, optimizer, loader, recipe, **how)

@@ -1,7 +1,7 @@
 """Accelerate: attach to what ``accelerator.prepare`` takes or gives, in any order.
 
-Accelerate's prepared loader draws one batch ahead, puts batches on the device, and tells ``accelerator.accumulate`` where
-an epoch ends. So the session's loader is put inside one of its kind.
+Accelerate's prepared loader draws one batch ahead, puts batches on the device, and tells ``accelerator.accumulate``
+where an epoch ends. So the session's loader is put inside one of its kind.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ except ImportError:
 
 
 def attach(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, loader: Any, recipe: Recipe, *, epochs: int, **options: Any
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    loader: Any,
+    recipe: Recipe,
+    *,
+    epochs: int,
+    **options: Any,
 ) -> Session:
     """Attach a recipe to a loop with Accelerate, before or after ``accelerator.prepare``.
 
@@ -87,8 +94,12 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
         if batches.split_batches:
             remedy = "Set DataLoaderConfiguration(split_batches=False), or attach before prepare."
             raise InvalidArgument(
-                Problem("loader", "split_batches", "cuts each batch over the processes, and the session deals out whole "
-                        "batches", remedy)
+                Problem(
+                    "loader",
+                    "split_batches",
+                    "cuts each batch over the processes, and the session deals out whole batches",
+                    remedy,
+                )
             )
         batches = batches.batch_sampler
     sampler = getattr(batches, "sampler", None)
@@ -98,7 +109,7 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
         # It seeds itself anew in each epoch by counting: the session counts, saves and resumes the generator instead.
         generator = torch.Generator().manual_seed(sampler.initial_seed)
         sampler = RandomSampler(sampler.data_source, generator=generator)
-    by_presence = {"in_order": inner.in_order} if hasattr(inner, "in_order") else {}
+    by_presence: dict[str, Any] = {"in_order": inner.in_order} if hasattr(inner, "in_order") else {}
     return DataLoader(
         inner.dataset,
         batch_size=batches.batch_size,

@@ -1,8 +1,8 @@
 """Lightning: a callback that attaches a session to the module, the optimizers and the train dataloader of ``fit``.
 
-The order in which Lightning does things decides where what happens. ``fit`` loads the weights and the callbacks' states,
-wraps the module and makes the optimizers, calls ``on_fit_start`` (here the session is attached, with the saved state if
-there is one), loads the optimizers' states, fetches the train dataloader (here it finds the session's) and iterates it.
+Lightning's order decides where what happens. ``fit`` loads the weights and the callbacks' states, wraps the module and
+makes the optimizers, calls ``on_fit_start`` (here the session is attached, with the saved state if there is one), loads
+the optimizers' states, fetches the train dataloader (here it finds the session's) and iterates it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _REPORTS = (("logits", "y"), ("correct",), ("sample_loss",))
 class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there for mypy
     """Train a LightningModule with SpFDE: ``Trainer(callbacks=[SpfdeCallback(recipe)])``.
 
-    ``Trainer(max_epochs=...)`` is the length of the run. With a recipe that sieves, ``training_step`` says how the batch
-    went: it returns ``{"loss": loss, "logits": logits, "y": y}`` (or, instead of the last two, ``"correct"``: bool [N],
-    or ``"sample_loss"``: the loss of each sample, [N]), or calls ``callback.session.observe(...)`` itself. Lightning's
-    checkpoints hold the session's state, and ``fit(ckpt_path=...)`` goes on from it.
+    ``Trainer(max_epochs=...)`` is the length of the run. With a recipe that sieves, ``training_step`` says how the
+    batch went: it returns ``{"loss": loss, "logits": logits, "y": y}`` (or, instead of the last two, ``"correct"``,
+    bool [N], or ``"sample_loss"``, the loss of each sample, [N]), or calls ``callback.session.observe(...)`` itself.
+    Lightning's checkpoints hold the session's state, and ``fit(ckpt_path=...)`` goes on from it.
 
     Args:
         recipe: what to save, and how.
@@ -59,7 +59,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         session: the session of the newest ``fit``; detached when that has ended, with ``cost`` and ``masks`` to read.
 
     Raises:
-        InvalidArgument: as ``fit`` begins, where the trainer is set to something that cannot work, each with its remedy.
+        InvalidArgument: as ``fit`` begins, with all that the trainer is set to and that cannot work, and the remedies.
         UsageError: as training goes on: nobody said how a batch went, or a checkpoint holds no state of this callback.
 
     Example:
@@ -113,7 +113,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         session = self._running()
         if session.epoch != trainer.current_epoch:
             raise UsageError(
-                f"the trainer goes on with epoch {trainer.current_epoch}, and SpfdeCallback with epoch {session.epoch}: "
+                f"the trainer goes on with epoch {trainer.current_epoch}, SpfdeCallback with epoch {session.epoch}: "
                 "the checkpoint holds no state of SpfdeCallback. Take one that was saved with this callback in "
                 "Trainer(callbacks=[...]), or start a new run without ckpt_path."
             )
@@ -134,9 +134,9 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
                 session.observe(**{name.removeprefix("sample_"): given[name] for name in names})
                 return
         raise UsageError(
-            "training_step did not say how the batch went, which sieving needs. Return {'loss': loss, 'logits': logits, "
-            "'y': y} from training_step, or 'correct' or 'sample_loss' with one entry a sample instead of the last two, "
-            "or call callback.session.observe(...) in it."
+            "training_step did not say how the batch went, which sieving needs. Return {'loss': loss, 'logits': logits,"
+            " 'y': y} from training_step, or 'correct' or 'sample_loss' with an entry a sample instead of the last two,"
+            " or call callback.session.observe(...) in it."
         )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -230,11 +230,7 @@ def _check_strategy(trainer: Any, recipe: Recipe, problems: Problems) -> None:
         rule = "shards or replaces the parameters, which masks and freezing work on"
         problems.add("strategy", type(trainer.strategy).__name__, rule, "Take one device, or strategy='ddp'.")
     wrapped = trainer.strategy.model
-    if (
-        recipe.freezes
-        and isinstance(wrapped, DistributedDataParallel)
-        and not wrapped.find_unused_parameters
-    ):
+    if recipe.freezes and isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
         rule = "waits for the gradients of all parameters, and frozen ones have none"
         remedy = "Pass strategy='ddp_find_unused_parameters_true'."
         problems.add("strategy", "ddp", rule, remedy)

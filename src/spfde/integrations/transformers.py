@@ -1,8 +1,8 @@
 """The Trainer of Hugging Face: a callback that attaches a session where the Trainer makes its train dataloader.
 
-The Trainer counts its steps and makes its schedule from the length of that loader, and calls no callback before. So the
-callback takes hold of the Trainer that it is given to, and stands at three of its methods: ``train`` (which checkpoint?),
-``get_train_dataloader`` (the weights are loaded: here the session is attached, with its saved state) and
+The Trainer counts its steps and makes its schedule from the length of that loader, and calls no callback before. So
+the callback takes hold of the Trainer that it is given to, and stands at three of its methods: ``train`` (from which
+checkpoint?), ``get_train_dataloader`` (the weights are loaded: here the session is attached, with its saved state) and
 ``training_step`` (how did the batch go?).
 """
 
@@ -165,7 +165,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.session is None or not self.session._attached:
             raise UsageError(
-                "SpfdeCallback was given to the Trainer too late. Pass it as Trainer(..., callbacks=[SpfdeCallback(...)])."
+                "SpfdeCallback was given to the Trainer too late. Pass it as Trainer(..., callbacks=[...])."
             )
         _check_wrapped(self._trainer.model_wrapped, self._recipe)
 
@@ -263,7 +263,7 @@ def _check_wrapped(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _reseeded(prepared: Any, plain: Any) -> tuple[torch.Generator, int] | None:
-    """The generator and the seed of a sampler that the Trainer seeds anew in each epoch, so that the order stays its."""
+    """Generator and seed of a sampler that the Trainer seeds anew in each epoch, so that the order stays its."""
     batches = prepared.batch_sampler
     seed = getattr(getattr(getattr(batches, "batch_sampler", batches), "sampler", None), "initial_seed", None)
     if seed is None or not isinstance(plain.sampler, RandomSampler):
@@ -282,8 +282,8 @@ def _class_report(batch: Mapping[str, Any], outputs: Any) -> Mapping[str, Tensor
         or labels.is_floating_point()
     ):
         raise UsageError(
-            "it cannot be told from the batch's labels and the model's logits how each sample went: only for one class a "
-            "sample (labels [N], logits [N, classes]). Pass SpfdeCallback(recipe, report=...), a function of the batch and "
-            "the outputs that returns {'loss': one loss a sample} or {'correct': ...}."
+            "it cannot be told from the batch's labels and the model's logits how each sample went: only for one class "
+            "a sample (labels [N], logits [N, classes]). Pass SpfdeCallback(recipe, report=...), a function of the "
+            "batch and the outputs that returns {'loss': one loss a sample} or {'correct': ...}."
         )
     return {"logits": logits.detach(), "y": labels}
