@@ -10,7 +10,7 @@ from torch import nn
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.cost.flops import ModelCost, model_cost
-from spfde.freezing import Savings
+from spfde.freezing import ProgressiveFreezing, Savings
 from spfde.freezing.plan import FreezePlan, blocks_to_freeze
 from spfde.freezing.schemes import solve
 from spfde.model.blocks import Partition, find_blocks
@@ -153,19 +153,19 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
         target=target,
         interval=interval,
         freeze_plan=unfrozen,
-        block_of_layer=tuple(_block_at(layer.position, partition) for layer in cost.layers),
+        # In no block is the head.
+        block_of_layer=tuple(sum(block.stop <= layer.position for block in partition.blocks) for layer in cost.layers),
     )
-    if not recipe.freezes:
+    if recipe.freezing is None or not recipe.freezes:
         return blueprint
-    return _with_freeze_plan(blueprint, recipe)
+    return _with_freeze_plan(blueprint, recipe, recipe.freezing)
 
 
-def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
-    assert recipe.freezing is not None
-    technique, blocks, epochs = recipe.freezing, blueprint.partition.blocks, blueprint.epochs
-    if not blocks and technique.as_far_as_possible:
-        return replace(blueprint, freeze_plan=replace(blueprint.freeze_plan, asked=technique.flops_reduction))
+def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: ProgressiveFreezing) -> Blueprint:
+    blocks, epochs = blueprint.partition.blocks, blueprint.epochs
     if not blocks:
+        if technique.as_far_as_possible:
+            return replace(blueprint, freeze_plan=replace(blueprint.freeze_plan, asked=technique.flops_reduction))
         raise InvalidArgument(
             Problem(
                 "freezing",
@@ -211,10 +211,3 @@ def check_epochs(epochs: object) -> None:
     """Raise ``InvalidArgument`` for anything but a whole number from 1 on."""
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InvalidArgument(Problem("epochs", epochs, "must be a whole number from 1 on", "Pass the run's length."))
-
-
-def _block_at(position: int, partition: Partition) -> int:
-    for index, block in enumerate(partition.blocks):
-        if block.start <= position < block.stop:
-            return index
-    return len(partition.blocks)

@@ -82,15 +82,7 @@ class Sampling(Part):
         clock = self._setting.clock
         return self._setting.world.sum(clock.samples_drawn or self.samples_observed or clock.steps * self.batch_size)
 
-    def observe(
-        self,
-        logits: Tensor | None,
-        y: Tensor | None,
-        indices: Tensor | None,
-        *,
-        correct: Tensor | None,
-        loss: Tensor | None,
-    ) -> None:
+    def observe(self, indices: Tensor | None, **report: Tensor | None) -> None:
         """Take a report on a batch; see ``Session.observe``."""
 
     def loss_weights(self, indices: Tensor | None) -> Tensor:
@@ -226,17 +218,10 @@ class SievedSampling(Sampling):
                 )
         self.exchange()
 
-    def observe(
-        self,
-        logits: Tensor | None,
-        y: Tensor | None,
-        indices: Tensor | None,
-        *,
-        correct: Tensor | None,
-        loss: Tensor | None,
-    ) -> None:
+    def observe(self, indices: Tensor | None, **report: Tensor | None) -> None:
+        logits, y = report["logits"], report["y"]
         self._observer.check_labels(logits, y)
-        values = self._scorer.criterion.evidence(logits, y, correct=correct, loss=loss)
+        values = self._scorer.criterion.evidence(**report)
         labels = self._classes.from_report(logits, y) if self._classes is not None else None
         self._observer.report(values, indices, labels)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
-from spfde.cost import Ledger
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
@@ -27,10 +26,11 @@ from spfde.session.masks import Masks, WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling, SievedSampling
 from spfde.session.state import load_state, save_state
+from spfde.session.view import SessionView
 from spfde.sieving.loader import Event
 
 
-class Session:
+class Session(SessionView):
     """A recipe attached to a training loop; made by ``spfde.attach``.
 
     Attributes:
@@ -58,9 +58,9 @@ class Session:
         *,
         job: Job,
         choice: Choice,
-        labels: Tensor | None = None,
-        masks: Mapping[str, Tensor] | None = None,
-        probe: Sample | None = None,
+        labels: Tensor | None,
+        masks: Mapping[str, Tensor] | None,
+        probe: Sample | None,
     ) -> None:
         self._setting = setting
         self.recipe, self.seed = setting.recipe, setting.seed
@@ -90,77 +90,6 @@ class Session:
             self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill
         ]  # fmt: skip
         self._listen_to_loader()
-
-    # --- what there is to see ----------------------------------------------------------------------------------------
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that runs now or comes next, from 0."""
-        return self._clock.epoch
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps so far."""
-        return self._clock.step
-
-    @property
-    def engine(self) -> str:
-        """Name of the engine that computes the model."""
-        return self._computing.choice.name
-
-    @property
-    def engine_reason(self) -> str:
-        """Why it was taken, in a few words."""
-        return self._computing.choice.reason
-
-    @property
-    def cost(self) -> Ledger:
-        """The bill so far."""
-        return self._bill.ledger
-
-    @property
-    def frozen_blocks(self) -> int:
-        """Number of frozen blocks."""
-        return self._freezing.n_frozen
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """Masks by parameter name; True where the weight exists."""
-        return dict(self._masks.masks)
-
-    @property
-    def density(self) -> float:
-        """Active share of the masked tensors; 1.0 where none is masked."""
-        return self._masks.density
-
-    @property
-    def explored(self) -> float:
-        """Share of the masked weights that have been active at some time (ITOP's rate); 1.0 where none is masked."""
-        return self._masks.explored
-
-    @property
-    def partial_set(self) -> Tensor:
-        """Indices of the samples in use, ascending."""
-        return self._sampling.partial_set
-
-    @property
-    def removed_set(self) -> Tensor:
-        """Indices of the samples that are out, the queue's head first."""
-        return self._sampling.removed_set
-
-    @property
-    def sieve_turnover(self) -> Mapping[str, int]:
-        """Samples moved at the top of this epoch, and distinct samples used so far."""
-        return {"moved": self._clock.sieve_moved, "ever_used": self._sampling.n_used}
-
-    def __repr__(self) -> str:
-        state = "attached" if self._attached else "detached"
-        what = f"engine={self.engine}, epoch {self.epoch} of {len(self.timeline)}, step {self.step}"
-        lines = [f"Session({state}, {what})", *(f"  {line}" for part in self._parts for line in part.summarise())]
-        if self._attached:
-            lines.append("  hooked: the optimizer's steps (clock)")
-            lines += [f"  {line}" for part in self._parts for line in part.describe()]
-        return "\n".join(lines)
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
@@ -245,7 +174,7 @@ class Session:
         """
         self._check_attached()
         self._begin_epoch()
-        self._sampling.observe(logits, y, indices, correct=correct, loss=loss)
+        self._sampling.observe(indices, logits=logits, y=y, correct=correct, loss=loss)
 
     def loss_weights(self, indices: Tensor | None = None) -> Tensor:
         """Weights for the losses of a batch, so that sieving leaves the gradient unbiased.

@@ -35,17 +35,6 @@ def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
     return shuffled[torch.argsort(difficulty[shuffled], stable=True)[:k]]
 
 
-def rotate(queue: Tensor, incoming: Tensor, returning: int) -> tuple[Tensor, Tensor]:
-    """Append ``incoming`` to the tail of a queue and take ``returning`` from its head.
-
-    Returns:
-        The queue afterwards, and what came out of its head: nothing that has just gone in, as long as ``returning`` is
-        no more than the queue's length.
-    """
-    joined = torch.cat([queue, incoming])
-    return joined[returning:], joined[:returning]
-
-
 class Sieve:
     """The partial set and the removed queue.
 
@@ -133,7 +122,8 @@ class Sieve:
         else:
             order = easiest(candidates, candidates.numel(), self._generator)
             leaving = take_evenly(order, labels[positions], self.n_swap)
-        self.removed, returning = rotate(self.removed, self.partial[leaving], self._n_returning)
+        queue = torch.cat([self.removed, self.partial[leaving]])
+        returning, self.removed = queue[: self._n_returning], queue[self._n_returning :]
         self.partial = torch.cat([_without(self.partial, leaving), returning]).sort().values
         self._updates += 1
         if self.all_retrieved and not once:

@@ -11,32 +11,28 @@ class DenseGradients:
     """What each layer's ``p.grad`` would hold at the step if it were not masked.
 
     Masking after each backward pass removes the inactive part, so that part is kept here and added up over the
-    backward passes of one step (gradient accumulation). A pass belongs to the same step when ``p.grad`` is still the
-    tensor that the last pass left and was changed by one accumulation only: a gradient that was reset, replaced or
-    unscaled since then (``zero_grad``, a step that ``GradScaler`` skipped) starts anew.
+    backward passes of one step (gradient accumulation).
     """
 
     def __init__(self) -> None:
         self.passes: dict[str, int] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._left: dict[str, tuple[Tensor, int]] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._buffers
 
-    def collect(self, name: str, grad: Tensor, mask: Tensor) -> None:
-        """Take in one backward pass. Call it before ``grad`` is masked, and :meth:`note` after."""
-        left = self._left.get(name)
-        if left is not None and left[0] is grad and grad._version == left[1] + 1:
+    def collect(self, name: str, grad: Tensor, mask: Tensor, *, accumulates: bool) -> None:
+        """Take in one backward pass, before ``grad`` is masked.
+
+        Args:
+            accumulates: whether it added to what the last pass of this step has left.
+        """
+        if accumulates and name in self._buffers:
             # The active part has accumulated in p.grad itself, the inactive part only here.
             self._buffers[name].masked_fill_(mask, 0).add_(grad.detach())
         else:
             self._buffers[name] = grad.detach().to(torch.promote_types(grad.dtype, torch.float32), copy=True)
         self.passes[name] = self.passes.get(name, 0) + 1
-
-    def note(self, name: str, grad: Tensor) -> None:
-        """Remember the gradient as masking left it."""
-        self._left[name] = (grad, grad._version)
 
     def take(self) -> dict[str, Tensor]:
         """Hand over the gradients collected so far and forget them."""
@@ -47,7 +43,6 @@ class DenseGradients:
     def clear(self) -> None:
         """Forget the collected gradients; the count of passes stays."""
         self._buffers = {}
-        self._left = {}
 
 
 def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

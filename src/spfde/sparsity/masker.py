@@ -237,8 +237,10 @@ class Masker:
     # --- for strategies ----------------------------------------------------------------------------------------------
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients that were collected for this step, which are forgotten."""
-        return self._dense.take()
+        """The dense gradients that were collected for this step, which are forgotten; their mean over the ranks."""
+        gradients = self._dense.take()
+        self.average_over_ranks(gradients)
+        return gradients
 
     def average_over_ranks(self, gradients: Mapping[str, Tensor]) -> None:
         """With several processes: replace the gradients by their mean over the ranks."""
@@ -278,13 +280,13 @@ class Masker:
             return
         layer.follow()
         layer.arrived = True
-        collects = self.strategy.wants_dense(layer)
-        if collects:
-            self._dense.collect(layer.name, grad, layer.mask)
+        if self.strategy.wants_dense(layer):
+            # A gradient that was reset, replaced or unscaled since the last pass (zero_grad, a step that GradScaler
+            # skipped) has another version, and starts anew.
+            accumulates = layer.clean == (id(grad), grad._version - 1)
+            self._dense.collect(layer.name, grad, layer.mask, accumulates=accumulates)
         masking.apply_(grad, layer.gradient_mask)
         layer.clean = (id(grad), grad._version)
-        if collects:
-            self._dense.note(layer.name, grad)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: mask gradients that were set by hand."""
@@ -299,7 +301,7 @@ class Masker:
             if grad is not None:
                 layer.follow()
                 if layer.name not in self._dense and not layer.arrived and self.strategy.wants_dense(layer):
-                    self._dense.collect(layer.name, grad, layer.mask)
+                    self._dense.collect(layer.name, grad, layer.mask, accumulates=False)
                 # Nothing has written to the gradient since its backward pass: it is masked already.
                 if layer.clean != (id(grad), grad._version):
                     masking.apply_(grad, layer.gradient_mask)

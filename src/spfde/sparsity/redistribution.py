@@ -90,7 +90,6 @@ class Redistribution(Strategy):
             return
         assert self._momentum is not None, "only with momentum anything is smoothed"
         gradients = self.masker.take_dense_gradients()
-        self.masker.average_over_ranks(gradients)
         if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             add_smoothly(self._smoothed, gradients, momentum=self._momentum)
 

@@ -155,7 +155,6 @@ class Mutation(Strategy):
         active = self._take_snapshots(has_closure=has_closure)
         dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
         self.masker.average_over_ranks(active)
-        self.masker.average_over_ranks(dense)
         gradients = (*active.values(), *dense.values())
         if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients):
             self._mutate(active, dense)
