@@ -77,6 +77,7 @@ def trainer(
         model=Classifier() if model is None else model,
         args=TrainingArguments(**options),
         train_dataset=Items(),
+        eval_dataset=Items(),
         callbacks=[*([] if callback is None else [callback]), *others],
     )
 

@@ -193,3 +193,33 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
     assert first["refused"] == second["refused"] == ["strategy"]  # without find_unused_parameters
     assert first["samples"] == second["samples"] == [32] * 8
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lower_precision_trains_and_keeps_the_masks(precision: str) -> None:
+    callback = SpfdeCallback(runs.RECIPE, engine="masked")
+    module = fit(callback, precision=precision)
+    weights = dict(module.net.named_parameters())
+    assert callback.session.epoch == 8
+    assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())
+
+
+def test_an_epoch_that_is_cut_short_is_billed_for_what_was_drawn() -> None:
+    callback = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
+    fit(callback, limit_train_batches=2)
+    assert [row.samples for row in callback.session.cost.rows] == [16] * 8
+
+
+def test_a_scheduler_counts_the_batches_that_are_left_or_is_told_that_it_cannot() -> None:
+    class Scheduled(runs.Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            steps = self.trainer.estimated_stepping_batches
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    with pytest.raises(spfde.InvalidArgument, match="estimated_stepping_batches"):
+        fit(SpfdeCallback(runs.RECIPE, engine="masked"), Scheduled())
+    callback = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
+    fit(callback, Scheduled())
+    assert callback.session.step == 8 * 5

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 import spfde
@@ -191,3 +192,53 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
     assert first["samples"] == second["samples"] == [32] * 8
     assert first["steps"] == 8 * 2
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 12},
+        {"bf16": True},
+        {"dataloader_num_workers": 1},
+        {"eval_strategy": "steps", "eval_steps": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_settings_of_the_trainer_go_together_with_a_session(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback = SpfdeCallback(runs.RECIPE, engine="masked")
+    run = runs.trainer(tmp_path, callback, **options)
+    run.train()
+    session = callback.session
+    assert session is not None
+    assert session.epoch == 8
+    expected = 24 if "dataloader_drop_last" in options else 32
+    assert [row.samples for row in session.cost.rows] == [expected] * 8
+
+
+def test_a_train_dataloader_of_ones_own_is_sieved(tmp_path: Path) -> None:
+    class Own(transformers.Trainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=10, shuffle=True)
+
+    callback = SpfdeCallback(runs.RECIPE, engine="masked")
+    runs.trainer(tmp_path, callback, kind=Own).train()
+    assert callback.session is not None
+    assert callback.session.step == 8 * 4  # 32 samples in batches of 10
+
+
+def test_a_sampler_that_does_not_tell_how_many_samples_are_left_is_refused(tmp_path: Path) -> None:
+    class Grouping(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return transformers.trainer_pt_utils.LengthGroupedSampler(8, lengths=list(range(40)))
+
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"), kind=Grouping).train()
+    assert caught.value.problems[0].argument == "train_sampling_strategy"
+
+
+def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path: Path) -> None:
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    run = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"), learning_rate=1.0, **options)
+    run.train()
+    best = load_file(Path(run.state.best_model_checkpoint, "model.safetensors"))
+    assert all(torch.equal(tensor, best[name]) for name, tensor in run.model.state_dict().items())

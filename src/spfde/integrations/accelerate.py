@@ -20,11 +20,9 @@ from spfde.session.session import Session
 try:
     from accelerate import Accelerator
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
-except ImportError:
+except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
-    raise InvalidArgument(
-        Problem("spfde.integrations.accelerate", None, "needs the package accelerate", remedy)
-    ) from None
+    raise InvalidArgument(Problem("import", __name__, "needs the package accelerate", remedy)) from error
 
 
 def attach(

@@ -29,11 +29,9 @@ try:
 except ImportError:
     try:
         from pytorch_lightning import Callback
-    except ImportError:
+    except ImportError as error:
         remedy = "Install it: pip install 'spfde[lightning]'."
-        raise InvalidArgument(
-            Problem("spfde.integrations.lightning", None, "needs the package lightning", remedy)
-        ) from None
+        raise InvalidArgument(Problem("import", __name__, "needs the package lightning", remedy)) from error
 
 #: What training_step may return beside "loss", under the names of observe's arguments.
 _REPORTS = (("logits", "y"), ("correct",), ("sample_loss",))
@@ -105,7 +103,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             epochs=trainer.max_epochs,
             **self._options,
         )
-        _check_batches_counted(trainer, len(self.session.loader))
+        _check_batches_counted(trainer, self.session.loader)
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop._data_source = replace(source, instance=_TrainLoader(self.session.loader))
 
@@ -281,9 +279,12 @@ def _optimizers_of(trainer: Any, model: nn.Module) -> Optimizer | list[Optimizer
     return found[0] if len(found) == 1 else found
 
 
-def _check_batches_counted(trainer: Any, n_batches: int) -> None:
+def _check_batches_counted(trainer: Any, loader: Any) -> None:
     """Has ``configure_optimizers`` had the batches counted before the session left samples out?"""
-    if trainer.fit_loop._combined_loader is not None and trainer.fit_loop.max_batches != n_batches:
-        rule = f"was counted with {trainer.fit_loop.max_batches} batches an epoch, and sieving leaves {n_batches}"
+    if trainer.fit_loop._combined_loader is None:
+        return
+    counted, left = trainer.fit_loop.max_batches, len(loader)
+    if counted > left:
+        rule = f"was counted with {counted} batches an epoch, and sieving leaves {left}"
         remedy = "Give the scheduler its number of steps yourself, or let it step once an epoch (interval='epoch')."
         raise InvalidArgument(Problem("trainer.estimated_stepping_batches", None, rule, remedy))

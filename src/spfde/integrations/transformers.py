@@ -29,11 +29,9 @@ try:
     from transformers.trainer_utils import get_last_checkpoint
 
     from spfde.integrations.accelerate import plain_loader, share_order
-except ImportError:
+except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
-    raise InvalidArgument(
-        Problem("spfde.integrations.transformers", None, "needs the package transformers", remedy)
-    ) from None
+    raise InvalidArgument(Problem("import", __name__, "needs the package transformers", remedy)) from error
 
 STATE_NAME = "spfde.pt"
 """The session's state in each of the Trainer's checkpoint folders."""
@@ -136,11 +134,11 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         epochs = int(args.num_train_epochs)
         session = attach_with(model, optimizer, plain, self._recipe, state, epochs=epochs, **self._options)
         self.session = session
-        if len({row.samples for row in session.timeline}) > 1:
+        try:
+            _check_length(session)
+        except InvalidArgument:
             session.detach()
-            rule = "changes the number of samples within the run, and the Trainer counts its steps once, before it"
-            remedy = "Take DataSieving, or sieving=None."
-            raise InvalidArgument(Problem("recipe.sieving", type(self._recipe.sieving).__name__, rule, remedy))
+            raise
         if self._recipe.sieving is not None:
             self._hook = model.register_forward_hook(self._note_outputs)
         return session.loader
@@ -260,6 +258,20 @@ def _check_wrapped(model: nn.Module, recipe: Recipe) -> None:
         rule = "waits for the gradients of all parameters, and frozen ones have none"
         remedy = "Pass ddp_find_unused_parameters=True."
         raise InvalidArgument(Problem("ddp_find_unused_parameters", False, rule, remedy))
+
+
+def _check_length(session: Session) -> None:
+    """Is an epoch's number of batches known, and the same in all? The Trainer counts its steps once, before the run."""
+    kind = type(session.recipe.sieving).__name__
+    if len({row.samples for row in session.timeline}) > 1:
+        rule = "changes the number of samples within the run, and the Trainer counts its steps before it"
+        raise InvalidArgument(Problem("recipe.sieving", kind, rule, "Take DataSieving, or sieving=None."))
+    try:
+        len(session.loader)
+    except TypeError as error:
+        sampler = type(session.loader.sampler).__name__
+        remedy = "Let the Trainer shuffle (train_sampling_strategy='random'), or set sieving=None."
+        raise InvalidArgument(Problem("train_sampling_strategy", sampler, str(error), remedy)) from None
 
 
 def _reseeded(prepared: Any, plain: Any) -> tuple[torch.Generator, int] | None:
