@@ -223,3 +223,29 @@ def test_a_scheduler_counts_the_batches_that_are_left_or_is_told_that_it_cannot(
     callback = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
     fit(callback, Scheduled())
     assert callback.session.step == 8 * 5
+
+
+def test_what_is_saved_after_the_validation_of_an_epoch_resumes_bit_for_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"limit_val_batches": 1.0}
+    whole = runs.Module()
+    saving = runs.saving(tmp_path, save_on_train_epoch_end=False)
+    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked"), saving, **options).fit(whole)
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    assert len(saved) == 8
+    for path in (saved[1], saved[4]):
+        resumed, callback = runs.Module(), SpfdeCallback(runs.RECIPE, engine="masked")
+        runs.trainer(callback, **options).fit(resumed, ckpt_path=path)
+        assert same(whole.net, resumed.net), path
+        assert [row.epoch for row in callback.session.cost.rows] == list(range(8))
+
+
+def test_what_is_saved_after_the_last_batch_of_an_epoch_goes_on_to_the_end(tmp_path: Path) -> None:
+    saving = runs.saving(tmp_path, every_n_train_steps=4)
+    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked"), saving).fit(runs.Module())
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    assert len(saved) == 8
+    callback, module = SpfdeCallback(runs.RECIPE, engine="masked"), runs.Module()
+    runs.trainer(callback).fit(module, ckpt_path=saved[3])
+    assert callback.session.epoch == 8
+    weights = dict(module.net.named_parameters())
+    assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())

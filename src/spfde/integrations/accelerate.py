@@ -1,11 +1,12 @@
 """Accelerate: attach to what ``accelerator.prepare`` takes or gives, in any order.
 
-Accelerate's prepared loader draws one batch ahead, puts batches on the device, and tells ``accelerator.accumulate``
-where an epoch ends. So the session's loader is put inside one of its kind.
+Accelerate's prepared loader puts batches on the device, and tells ``accelerator.accumulate`` where an epoch ends. So
+the session's loader is put inside one of its kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from spfde.session.session import Session
 try:
     from accelerate import Accelerator
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
+    from accelerate.utils import send_to_device
 except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
     raise InvalidArgument(Problem("import", __name__, "needs the package accelerate", remedy)) from error
@@ -80,7 +82,7 @@ def attach(
         epochs=epochs,
         **options,
     )
-    session.loader = shard_over(session.loader, accelerator.device if accelerator.device_placement else None)
+    session.loader = _SessionLoader(session.loader, accelerator.device if accelerator.device_placement else None)
     return session
 
 
@@ -126,11 +128,35 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
     )
 
 
-def shard_over(loader: Any, device: torch.device | None) -> Any:
-    """Accelerate's kind of loader around the session's: batches on the device, and the end of an epoch announced."""
-    shard = DataLoaderShard(loader.dataset, device=device, batch_sampler=loader.batch_sampler)
-    shard.base_dataloader = loader
-    return shard
+class _SessionLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate is not there for mypy
+    """The session's loader as Accelerate's: batches on the device, and the last one announced.
+
+    Accelerate's own draws one batch ahead to know the last one; here the length tells it.
+    """
+
+    def __init__(self, loader: Any, device: torch.device | None) -> None:
+        super().__init__(loader.dataset, device=device, batch_sampler=loader.batch_sampler)
+        self.base_dataloader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begin()
+        try:
+            last: int | None = None
+            for number, batch in enumerate(self.base_dataloader, 1):
+                if last is None:
+                    last = sized(self.base_dataloader)
+                self.end_of_dataloader = number == last
+                yield batch if self.device is None else send_to_device(batch, self.device)
+        finally:
+            self.end()
+
+
+def sized(loader: Any) -> int:
+    """Batches of an epoch; 0 where that is not known."""
+    try:
+        return len(loader)
+    except TypeError:
+        return 0
 
 
 def _listed(optimizer: Any) -> list[Any]:

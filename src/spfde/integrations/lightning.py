@@ -109,6 +109,8 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()
+        if session._clock.is_resumed_at_end and session.epoch < trainer.current_epoch:
+            session.end_epoch()  # saved after an epoch's last batch, and Lightning takes the epoch for ended
         if session.epoch != trainer.current_epoch:
             raise UsageError(
                 f"the trainer goes on with epoch {trainer.current_epoch}, SpfdeCallback with epoch {session.epoch}: "
@@ -124,18 +126,11 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         session = self._running()
-        if self._recipe.sieving is None or session._sampling.samples_observed != self._reported:
-            return
-        given = outputs if isinstance(outputs, Mapping) else {}
-        for names in _REPORTS:
-            if all(name in given for name in names):
-                session.observe(**{name.removeprefix("sample_"): given[name] for name in names})
-                return
-        raise UsageError(
-            "training_step did not say how the batch went, which sieving needs. Return {'loss': loss, 'logits': logits,"
-            " 'y': y} from training_step, or 'correct' or 'sample_loss' with an entry a sample instead of the last two,"
-            " or call callback.session.observe(...) in it."
-        )
+        if self._recipe.sieving is not None and session._sampling.samples_observed == self._reported:
+            _report(session, outputs)
+        if trainer.is_last_batch:
+            # Lightning asks for no batch more, and what it saves now is saved at the end of the epoch.
+            session._on_loader("end")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()
@@ -188,6 +183,20 @@ class _TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.loader
+
+
+def _report(session: Session, outputs: Any) -> None:
+    """Tell the session what training_step returned."""
+    given = outputs if isinstance(outputs, Mapping) else {}
+    for names in _REPORTS:
+        if all(name in given for name in names):
+            session.observe(**{name.removeprefix("sample_"): given[name] for name in names})
+            return
+    raise UsageError(
+        "training_step did not say how the batch went, which sieving needs. Return {'loss': loss, 'logits': logits, "
+        "'y': y} from training_step, or 'correct' or 'sample_loss' with an entry a sample instead of the last two, or "
+        "call callback.session.observe(...) in it."
+    )
 
 
 def _check_trainer(trainer: Any, recipe: Recipe) -> None:

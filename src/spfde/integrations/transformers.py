@@ -128,6 +128,8 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         if args.world_size > 1:
             share_order(plain)
         trainer.create_optimizer()
+        if self._recipe.learning_rate is not None:
+            trainer.lr_scheduler = _NoSchedule(trainer.optimizer)
         model = trainer.model
         state = self._saved_state()
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -210,6 +212,27 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         return state
 
 
+class _NoSchedule:
+    """Stands where the Trainer's scheduler would: the recipe drives the rates, and the Trainer logs them."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        """Leave the rates alone."""
+
+    def get_last_lr(self) -> list[float]:
+        """The rates as they are."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
+
+
 def _calling_trainer(callback: TrainerCallback) -> Trainer:
     """The Trainer whose construction calls the callback: events name everything but it."""
     frame = inspect.currentframe()
@@ -246,7 +269,9 @@ def _check_arguments(trainer: Any, recipe: Recipe) -> None:
         rule = "shards or replaces the parameters, which masks and freezing work on"
         problems.add("deepspeed or fsdp", True, rule, "Train on one device, or with torchrun alone (DDP).")
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if recipe.learning_rate is not None and (schedule != "constant" or trainer.lr_scheduler is not None):
+    if recipe.learning_rate is not None and (
+        schedule != "constant" or not isinstance(trainer.lr_scheduler, _NoSchedule | None)
+    ):
         rule = "sets learning rates, which the recipe's learning_rate does, too"
         remedy = 'Pass lr_scheduler_type="constant", or set learning_rate=None.'
         problems.add("lr_scheduler_type", schedule, rule, remedy)
