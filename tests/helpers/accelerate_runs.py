@@ -67,18 +67,21 @@ class Run:
                 self.accelerator.save_state(str(folder / f"epoch{epoch}"))
 
 
-def train_rank(folder: str) -> None:
-    run = Run(prepared=sys.argv[3])
+def run_until_killed(folder: Path, after: int) -> None:
+    """Train with a checkpoint an epoch, until the process is killed."""
+    Run().train(folder, kill_after=after)
+
+
+def train_rank(folder: Path, prepared: str) -> None:
+    run = Run(prepared=prepared)
     run.train()
     samples = [row.samples for row in run.session.cost.rows]
     torch.save(
         {"weights": dict(run.net.named_parameters()), "samples": samples},
-        Path(folder, f"rank{run.accelerator.process_index}.pt"),
+        folder / f"rank{run.accelerator.process_index}.pt",
     )
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "killed":
-        Run().train(Path(sys.argv[2]), kill_after=18)
-    else:
-        train_rank(sys.argv[2])
+    folder, how = Path(sys.argv[1]), sys.argv[2]
+    run_until_killed(folder, int(how)) if how.isdigit() else train_rank(folder, how)

@@ -114,13 +114,13 @@ def saving(folder: Path, **when: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **when)
 
 
-def run_until_killed(folder: str, after: int) -> None:
+def run_until_killed(folder: Path, after: int) -> None:
     """Train with a checkpoint an epoch, until the process is killed."""
     callback = SpfdeCallback(RECIPE, engine="masked")
-    trainer(callback, saving(Path(folder)), Kill(after)).fit(Module())
+    trainer(callback, saving(folder), Kill(after)).fit(Module())
 
 
-def train_rank(folder: str) -> None:
+def train_rank(folder: Path) -> None:
     """One of several processes: trains, and leaves its weights and the samples that it was dealt."""
     refused = []
     try:
@@ -138,4 +138,5 @@ def train_rank(folder: str) -> None:
 if __name__ == "__main__":
     import sys
 
-    {"killed": run_until_killed, "rank": train_rank}[sys.argv[1]](sys.argv[2], *map(int, sys.argv[3:]))
+    folder, after = Path(sys.argv[1]), sys.argv[2:]
+    run_until_killed(folder, int(after[0])) if after else train_rank(folder)

@@ -93,7 +93,12 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_rank(folder: str) -> None:
+def run_until_killed(folder: Path, after: int) -> None:
+    """Train with a checkpoint an epoch, until the process is killed."""
+    trainer(folder, SpfdeCallback(RECIPE, engine="masked"), Kill(after), save_strategy="epoch").train()
+
+
+def train_rank(folder: Path) -> None:
     """One of several processes: trains, and leaves its weights and the samples that it was dealt."""
     callback = SpfdeCallback(RECIPE, engine="masked")
     run = trainer(Path(folder), callback, ddp_find_unused_parameters=True)
@@ -105,8 +110,5 @@ def train_rank(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "killed":
-        callback = SpfdeCallback(RECIPE, engine="masked")
-        trainer(Path(sys.argv[2]), callback, Kill(18), save_strategy="epoch").train()
-    else:
-        train_rank(sys.argv[2])
+    folder, after = Path(sys.argv[1]), sys.argv[2:]
+    run_until_killed(folder, int(after[0])) if after else train_rank(folder)

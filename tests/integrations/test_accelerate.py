@@ -44,7 +44,7 @@ def test_accumulation_ends_with_the_epoch() -> None:
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    done = start(runs.__file__, "killed", str(tmp_path))
+    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four batches each
     assert done.returncode == -signal.SIGKILL, done.stderr
     last = max(tmp_path.glob("epoch*"))
     assert last.name == "epoch3"
@@ -56,10 +56,15 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: 
     assert [row.epoch for row in resumed.session.cost.rows] == list(range(runs.EPOCHS))
 
 
-@pytest.mark.parametrize("prepared", ["before", pytest.param("never", marks=pytest.mark.long)])
+@pytest.mark.parametrize("prepared", ["before", pytest.param("after", marks=pytest.mark.long)])
 def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path, prepared: str) -> None:
-    done = start(runs.__file__, "rank", str(tmp_path), prepared, ranks=2)
+    done = start(runs.__file__, str(tmp_path), prepared, ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["samples"] == second["samples"] == [32] * runs.EPOCHS
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+def test_a_session_loader_that_is_prepared_all_the_same_stays_what_it_is() -> None:
+    run = runs.Run()
+    assert run.accelerator.prepare(run.session.loader) is run.session.loader

@@ -176,7 +176,7 @@ def test_early_stopping_ends_the_run_between_two_epochs() -> None:
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    done = start(runs.__file__, "killed", str(tmp_path), "18")  # in the fifth epoch of four batches each
+    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four batches each
     assert done.returncode == -signal.SIGKILL, done.stderr
     last = max(tmp_path.glob("*.ckpt"), key=lambda path: path.name)
     assert last.name.startswith("epoch=3")
@@ -186,8 +186,9 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: 
     assert same(whole.net, resumed.net)
 
 
+@pytest.mark.long
 def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path) -> None:
-    done = start(runs.__file__, "rank", str(tmp_path), ranks=2)
+    done = start(runs.__file__, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["refused"] == second["refused"] == ["strategy"]  # without find_unused_parameters

@@ -177,7 +177,7 @@ def test_a_second_train_is_a_new_run(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    done = start(runs.__file__, "killed", str(tmp_path))  # in the fifth epoch of four steps each
+    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four steps each
     assert done.returncode == -signal.SIGKILL, done.stderr
     resumed = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"))
     resumed.train(resume_from_checkpoint=True)
@@ -186,8 +186,9 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: 
     assert same(whole.model, resumed.model)
 
 
+@pytest.mark.long
 def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path) -> None:
-    done = start(runs.__file__, "rank", str(tmp_path), ranks=2)
+    done = start(runs.__file__, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["samples"] == second["samples"] == [32] * 8

@@ -137,6 +137,7 @@ class _SessionLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate is no
     def __init__(self, loader: Any, device: torch.device | None) -> None:
         super().__init__(loader.dataset, device=device, batch_sampler=loader.batch_sampler)
         self.base_dataloader = loader
+        self._is_accelerate_prepared = True  # so that prepare() leaves it as it is
 
     def __iter__(self) -> Iterator[Any]:
         self.begin()
