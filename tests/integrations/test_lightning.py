@@ -250,3 +250,40 @@ def test_what_is_saved_after_the_last_batch_of_an_epoch_goes_on_to_the_end(tmp_p
     assert callback.session.epoch == 8
     weights = dict(module.net.named_parameters())
     assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())
+
+
+@pytest.mark.xfail(raises=spfde.UsageError, reason="a state cannot yet be taken between two batches")
+def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: Path) -> None:
+    saving = runs.saving(tmp_path, every_n_train_steps=3)
+    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked"), saving).fit(runs.Module())
+    for path in sorted(tmp_path.glob("*.ckpt"))[:4]:
+        callback, module = SpfdeCallback(runs.RECIPE, engine="masked"), runs.Module()
+        runs.trainer(callback).fit(module, ckpt_path=path)
+        assert callback.session.epoch == 8
+        assert [row.samples for row in callback.session.cost.rows] == [32] * 8
+        weights = dict(module.net.named_parameters())
+        assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())
+
+
+@pytest.mark.xfail(raises=spfde.InvalidArgument, reason="attach takes no list of optimizers yet")
+def test_several_optimizers_are_one_run() -> None:
+    class Two(runs.Manual):
+        def configure_optimizers(self) -> Any:
+            head = list(self.net.fc.parameters())
+            body = [each for each in self.net.parameters() if not any(each is own for own in head)]
+            return torch.optim.SGD(body, lr=0.05, momentum=0.9), torch.optim.AdamW(head, lr=1e-3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            logits = self.net(batch[0])
+            loss = nn.functional.cross_entropy(logits, batch[1])
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.report(logits, batch[1])
+
+    callback = SpfdeCallback(runs.RECIPE, engine="masked")
+    module = fit(callback, Two(callback))
+    weights = dict(module.net.named_parameters())
+    assert callback.session.step == 8 * 4
+    assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())

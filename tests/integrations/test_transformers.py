@@ -244,3 +244,17 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path: Path) -> Non
     run.train()
     best = load_file(Path(run.state.best_model_checkpoint, "model.safetensors"))
     assert all(torch.equal(tensor, best[name]) for name, tensor in run.model.state_dict().items())
+
+
+@pytest.mark.xfail(raises=spfde.UsageError, reason="a state cannot yet be taken between two batches")
+def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"), **saving).train()
+    for step in (3, 6, 9, 12):
+        callback = SpfdeCallback(runs.RECIPE, engine="masked")
+        run = runs.trainer(tmp_path, callback)
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert callback.session is not None
+        assert callback.session.epoch == 8
+        assert run.state.global_step == 32
+        assert [row.samples for row in callback.session.cost.rows] == [32] * 8
