@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from spfde.model.sample import unwrap
-from spfde.model.trace import Trace, TracedOp
+from spfde.model.trace import Trace, TracedOp, weight_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class LayerCost:
     forward_flops: int  # dense forward FLOPs of one sample
     numel: int  # elements of the weight; 0 without one
     activations: int  # elements of its outputs for one sample
+    learns: bool = True  # whether the weight has a gradient
+    # Forward FLOPs whose inputs need a gradient, as (position, FLOPs): as long as anything learns that is first read
+    # at that position or after it. Only for what has no gradient of a weight.
+    input_gradients: tuple[tuple[int, int], ...] = ()
+    computed: bool = False  # whether it is computed from the parameter in a way that keeps no zeros
+    inputs_first: bool = False  # whether the weight is (in, out), or of a layout that is not known
 
     @property
     def weighted(self) -> bool:
@@ -38,6 +44,16 @@ class ModelCost:
     layers: tuple[LayerCost, ...]  # every counted layer, by its first use
     uncounted: Mapping[str, int]  # modules that ran without a counted operation: type name to number of calls
     n_parameters: int  # elements of all parameters, shared ones once, counted layers or not
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Weights that are computed before they are used, in a way that keeps no zeros."""
+        return tuple(layer.name for layer in self.layers if layer.computed)
+
+    @property
+    def inputs_first(self) -> tuple[str, ...]:
+        """Weights that are (in, out), or of a layout that is not known."""
+        return tuple(layer.name for layer in self.layers if layer.inputs_first)
 
     @property
     def forward_flops(self) -> int:
@@ -61,9 +77,9 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     """Gather the operations of a trace into layers.
 
     A weight that is used several times (tied weights, a module called twice) is one layer: its FLOPs and activations
-    add up, and it stands at its first use. Of an operation that reads two matrices, the last one read is the weight
-    (the first is an input or a bias that happens to be a parameter). A weight that is computed first (a
-    parametrisation) is no parameter by the time it is multiplied: it counts as a product without a weight.
+    add up, and it stands at its first use. A weight that is computed first (a parametrisation, weight standardisation)
+    belongs to the parameter that it is computed from; where the model's input has a part in it, the layer is a product
+    without a weight.
     """
     parameters = dict(unwrap(model).named_parameters())
     layers: dict[str, LayerCost] = {}
@@ -71,20 +87,32 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     for op in trace.ops:
         if not op.flops:
             continue
-        matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
-        name = matrices[-1] if matrices else _product_name(op, repeats)
-        numel = parameters[name].numel() if name in parameters else 0
-        before = layers.get(name, LayerCost(name, op.module, op.position, 0, numel, 0))
+        weight = weight_of(op, parameters)
+        name = weight or _product_name(op, repeats)
+        numel = parameters[weight].numel() if weight else 0
+        flops = _per_sample(op.flops, trace.batch_size)
+        before = layers.get(name, LayerCost(name, op.module, op.position, 0, numel, 0, learns=False))
         layers[name] = replace(
             before,
-            forward_flops=before.forward_flops + _per_sample(op.flops, trace.batch_size),
+            forward_flops=before.forward_flops + flops,
             activations=before.activations + _per_sample(op.output_numel, trace.batch_size),
+            learns=before.learns or (weight is not None and _weight_learns(op, weight, parameters)),
+            # The products of attention have two inputs.
+            input_gradients=before.input_gradients
+            + (() if op.learns_from is None else ((op.learns_from, flops if weight else 2 * flops),)),
+            computed=before.computed or weight in op.dense,
+            inputs_first=before.inputs_first or weight in op.inputs_first,
         )
     return ModelCost(
         layers=tuple(layers.values()),
         uncounted=dict(trace.uncounted),
         n_parameters=sum(p.numel() for p in parameters.values()),
     )
+
+
+def _weight_learns(op: TracedOp, weight: str, parameters: Mapping[str, nn.Parameter]) -> bool:
+    is_read = weight in op.parameters[: op.n_read]
+    return any(parameters[name].requires_grad for name in ([weight] if is_read else op.parameters[op.n_read :]))
 
 
 def _product_name(op: TracedOp, repeats: Counter[str]) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from spfde.core.errors import Problems, nearest
 from spfde.model.sample import unwrap
-from spfde.model.trace import Trace
+from spfde.model.trace import Trace, weight_of
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -213,11 +213,11 @@ class _Reader:
 def weighted_layers(model: nn.Module, trace: Trace) -> frozenset[str]:
     """Names of the weights of convolutions and matrix products: read by a counted operation, two dimensions or more.
 
-    Of a weight that is computed from several parameters (weight norm) the first one stands for the layer.
+    Of a weight that is computed from several parameters (weight norm) the largest one stands for the layer.
     """
-    dims = {name: p.dim() for name, p in model.named_parameters()}
-    read = ([name for name in op.parameters if dims[name] >= 2] for op in trace.ops if op.flops)
-    return frozenset(names[0] for names in read if names)
+    parameters = dict(model.named_parameters())
+    weights = (weight_of(op, parameters) for op in trace.ops if op.flops)
+    return frozenset(name for name in weights if name is not None)
 
 
 def _trunk_opened(reader: _Reader) -> list[_Unit]:

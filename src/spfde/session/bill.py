@@ -80,3 +80,7 @@ class Bill(Part):
                 compressed_weight_bytes=weights.compressed,
             )
         )
+
+    def summarise(self) -> list[str]:
+        untraced = self._setting.blueprint.untraced
+        return [] if untraced is None else [f"bill: FLOPs are not known: {untraced}"]

@@ -105,7 +105,12 @@ class Masks(WholeModel):
         self.masker.remove()
 
     def summarise(self) -> list[str]:
-        return [f"sparsity: {self._setting.recipe.sparsity!r}, density now {self.density:.4f}"]
+        lines = [f"sparsity: {self._setting.recipe.sparsity!r}, density now {self.density:.4f}"]
+        left = self._setting.blueprint.left_dense
+        if left:
+            lines.append(f"  dense: {sum(weight.numel for weight in left):,} weights that could be sparse:")
+            lines += [f"    {weight.name}: {weight.numel:,}, {weight.reason}" for weight in left]
+        return lines
 
     def describe(self) -> list[str]:
         names = list(self.masks)
