@@ -42,8 +42,8 @@ class Freezer:
     Args:
         model: the model; parameters and modules are found by the names in the blocks.
         blocks: in order of execution.
-        optimizer: one or several; their state for frozen parameters is freed. Parameter groups are left alone, so that schedulers and
-            checkpoints go on fitting.
+        optimizer: one or several; their state for frozen parameters is freed. Parameter groups are left alone, so that
+            schedulers and checkpoints go on fitting.
     """
 
     def __init__(
@@ -64,6 +64,11 @@ class Freezer:
     def n_frozen(self) -> int:
         """Number of frozen blocks; they are the first ones."""
         return len(self._frozen)
+
+    @property
+    def n_paused(self) -> int:
+        """Parameters in frozen blocks that train when these thaw."""
+        return sum(len(block.trained) for block in self._frozen)
 
     @property
     def frozen_parameters(self) -> frozenset[str]:

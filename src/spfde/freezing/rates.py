@@ -109,7 +109,7 @@ class GroupRates:
         for (group, _), value in zip(groups, self._set, strict=False):
             if float(group["lr"]) != value:
                 raise UsageError(
-                    f"a learning rate was set to {float(group['lr']):.4g} by a scheduler (ReduceLROnPlateau, say) or by "
+                    f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler such as ReduceLROnPlateau or by "
                     f"hand, while BlockwiseCosine drives the rates and had set it to {value:.4g}. Remove one of them; "
                     "Recipe(learning_rate=None) leaves the rates to you."
                 )
@@ -215,11 +215,15 @@ def _set_rate(group: dict[str, Any], value: float) -> None:
 
 
 def check_rates(
-    optimizer: Optimizer | Sequence[Optimizer] | Optimizers, technique: BlockwiseCosine, stops: Sequence[int] = ()
+    optimizer: Optimizer | Sequence[Optimizer] | Optimizers,
+    technique: BlockwiseCosine,
+    stops: Sequence[int] = (),
+    *,
+    decayed: bool = False,
 ) -> list[Problem]:
     """What keeps ``GroupRates`` from driving the optimizer's learning rates; nothing is changed.
 
-    Without ``stops`` only the optimizer is looked at.
+    Without ``stops`` only the optimizer is looked at. ``decayed``: its rates may be those of a run that goes on.
     """
     problems = Problems()
     optimizers = Optimizers.of(optimizer)
@@ -236,7 +240,7 @@ def check_rates(
             remedy = "Leave the scheduler out, or set learning_rate=None in the recipe to keep it."
             problems.add("optimizer", name, rule, remedy)
     for index, group in enumerate(optimizers.param_groups):
-        if technique.final > float(group["lr"]):
+        if technique.final > float(group["lr"]) and not decayed:
             rule = f"must be at most the learning rate of each group; group {index} has {float(group['lr'])}"
             problems.add("final", technique.final, rule, "Lower final or raise the learning rate.")
     early = [stop for stop in stops if 0 < stop <= technique.warmup_epochs]

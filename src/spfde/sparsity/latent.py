@@ -97,8 +97,8 @@ class LatentWeights(Strategy):
         if has_moved:
             raise UsageError(
                 f"{type(self.masker.stepping).__name__} moves the weights before it runs its closure, and "
-                f"{self.masker.method.name} keeps others for the model to compute with. Take an optimizer that runs the "
-                "closure first, as SGD and AdamW do, or another sparse training method."
+                f"{self.masker.method.name} keeps others for the model to compute with. Take an optimizer that runs "
+                "the closure first, as SGD and AdamW do, or another sparse training method."
             )
 
     def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
@@ -117,6 +117,20 @@ class LatentWeights(Strategy):
         layers = [layer for layer in self.masker.live if layer.name in self._latents]
         if self.changes_every_step and sum(x.active for x in layers) <= sum(x.target for x in layers):
             self._give_up(layers)
+
+    def take_over(self, layer: MaskedWeight) -> bool:
+        if layer.name not in self._latents:
+            return False
+        weight, sparse = layer.parameter.detach(), self.sparse(layer)
+        written = layer.mask & (weight != sparse)
+        if not bool(written.any()):
+            return False
+        self._latents[layer.name] = torch.where(written, self.latent_of(layer, weight), self.latent(layer))
+        return True
+
+    def latent_of(self, layer: MaskedWeight, weight: Tensor) -> Tensor:
+        """The latent from which :meth:`sparse` makes an active ``weight``."""
+        return weight
 
     def clear_idle_state(self, layer: MaskedWeight) -> None:
         if layer.name not in self._latents or not self.changes_every_step:

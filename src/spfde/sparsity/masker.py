@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from spfde.core.checksum import together
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.optimizers import LeadingSteps, Optimizers, around_closure
 from spfde.sparsity import masks as masking
@@ -160,6 +161,22 @@ class Masker:
             self.strategy.prune_to_target(self.live)
         self.strategy.begin_epoch(plan, self.live)
 
+    def enforce(self) -> list[str]:
+        """Zero what somebody has written outside the masks, state included, and take over what is within.
+
+        Returns:
+            The names of the layers in which there was something.
+        """
+        layers = [layer for layer in self.layers.values() if not layer.is_dense]
+        for layer in layers:
+            layer.follow()
+        outside = together(torch.count_nonzero(x.parameter.detach().masked_fill(x.mask, 0)) for x in layers)
+        found = [layer for layer, count in zip(layers, outside, strict=True) if self.strategy.take_over(layer) or count]
+        for layer in found:
+            masking.apply_(layer.parameter, layer.mask)
+            self.strategy.clear_idle_state(layer)
+        return [layer.name for layer in found]
+
     def infer_masks(self, most: Mapping[str, int]) -> None:
         """Take the masks from the zeros of the weights, after a sparse checkpoint without masks was loaded.
 
@@ -242,7 +259,7 @@ class Masker:
     # --- for strategies ----------------------------------------------------------------------------------------------
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients that were collected for this step of its layers, and are forgotten; their mean over the ranks."""
+        """The dense gradients of the layers that step, which are forgotten; their mean over the ranks."""
         gradients = self._dense.take({layer.name for layer in self._own(self.stepping)})
         self.average_over_ranks(gradients)
         return gradients

@@ -83,6 +83,10 @@ class Strategy:
     def end_step(self, *, was_skipped: bool) -> None:
         """After the ``after_step`` of all layers that stepped: mutations that waited for a gradient."""
 
+    def take_over(self, layer: MaskedWeight) -> bool:
+        """Note active weights that somebody else has written, where others are kept beside them; whether there were."""
+        return False
+
     def clear_idle_state(self, layer: MaskedWeight) -> None:
         """Zero the optimizer state of the weights that no step moves."""
         layer.clear_state_outside(layer.gradient_mask)

@@ -112,7 +112,7 @@ class MaskedWeight:
             apply_(value, mask)
 
     def optimizer_state(self) -> list[Tensor]:
-        """Floating-point state of the weight's shape. Integers (a quantised moment) have no zero that bits would tell."""
+        """Floating-point state of its shape. Integers (a quantised moment) have no zero that their bits would tell."""
         shape = self.parameter.shape
         values = [value for state in self.optimizers.states_of(self.parameter) for value in state.values()]
         return [v for v in values if isinstance(v, Tensor) and v.shape == shape and v.is_floating_point()]

@@ -100,6 +100,9 @@ class SoftThresholdLatents(LatentWeights):
         above = soft_threshold(self.latent(layer), self._s[layer.name])
         return above.masked_fill(~layer.mask, 0.0)
 
+    def latent_of(self, layer: MaskedWeight, weight: Tensor) -> Tensor:
+        return (weight.abs() + threshold(self._s[layer.name])).copysign_(weight)
+
     def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
         super().before_step(layer, gradient)
         if layer.name not in self._latents:
