@@ -109,8 +109,8 @@ class GroupRates:
         for (group, _), value in zip(groups, self._set, strict=False):
             if float(group["lr"]) != value:
                 raise UsageError(
-                    f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler such as ReduceLROnPlateau or by "
-                    f"hand, while BlockwiseCosine drives the rates and had set it to {value:.4g}. Remove one of them; "
+                    f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler such as ReduceLROnPlateau or "
+                    f"by hand, while BlockwiseCosine drives it and had set {value:.4g}. Remove one of them: "
                     "Recipe(learning_rate=None) leaves the rates to you."
                 )
 

@@ -144,9 +144,9 @@ class Guards(Part):
         if found and not self._said:
             self._said = True
             warnings.warn(
-                f"weights outside the masks were not zero in {len(found)} tensors ({found[0]}), or are not those that the "
-                "last step left: something has loaded, averaged or moved them beside the optimizer. They are masked again, "
-                "now and from here on. Average and load masked weights, or attach to what steps.",
+                f"weights outside the masks were not zero in {len(found)} tensors ({found[0]}), or are not those that "
+                "the last step left: something has loaded, averaged or moved them beside the optimizer. They are "
+                "masked again, now and from here on. Average and load masked weights, or attach to what steps.",
                 stacklevel=5,
             )
 
@@ -191,23 +191,23 @@ class Guards(Part):
 
     def _on_forward(self, model: nn.Module, _: Any = None) -> None:
         wrapper = active_ddp()
-        if wrapper is None or not model.training:
+        if wrapper is None or not model.training or self._setting.clock.epoch >= len(self._setting.timeline):
             return
         self._stop_looking()
         timeline, epoch = self._setting.timeline, self._setting.clock.epoch
         now, later = timeline.frozen[epoch], timeline.frozen[epoch:]
         trained = sum(p.requires_grad for p in wrapper.module.parameters())
-        knows_all = n_reduced(wrapper) >= trained + self._freezing.freezer.n_paused
+        thaws = any(count < now for count in later)
+        known, needed = n_reduced(wrapper), trained + (self._freezing.freezer.n_paused if thaws else 0)
         if any(count != now for count in later) and (not wrapper.find_unused_parameters or wrapper.static_graph):
             raise UsageError(
                 "the model is in a DistributedDataParallel without find_unused_parameters=True, or with static_graph: "
                 "it waits for the gradients of frozen blocks. Wrap it with find_unused_parameters=True alone."
             )
-        if any(count < now for count in later) and not knows_all:
+        if known < needed:
             raise UsageError(
-                "DistributedDataParallel was made while blocks were frozen that will train again, and does not know "
-                "their parameters. Wrap the model, with find_unused_parameters=True, before the session's state is "
-                "loaded."
+                "DistributedDataParallel was made while blocks were frozen that train again, and does not know their "
+                "parameters. Wrap the model, with find_unused_parameters=True, before the session's state is loaded."
             )
 
     # --- state -------------------------------------------------------------------------------------------------------
