@@ -68,6 +68,7 @@ class LatentWeights(Strategy):
     def start(self, layer: MaskedWeight) -> bool:
         self._latents[layer.name] = layer.parameter.detach().clone()
         self.choose(layer)
+        layer.parameter.detach().copy_(self.sparse(layer))
         return True
 
     def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
@@ -121,7 +122,8 @@ class LatentWeights(Strategy):
     def take_over(self, layer: MaskedWeight) -> bool:
         if layer.name not in self._latents:
             return False
-        weight, sparse = layer.parameter.detach(), self.sparse(layer)
+        weight = layer.parameter.detach()
+        sparse = self.sparse(layer).to(weight.dtype)
         written = layer.mask & (weight != sparse)
         if not bool(written.any()):
             return False
