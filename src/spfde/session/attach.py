@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.optimizers import Optimizers
 from spfde.core.say import say, say_on_stderr
 from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
@@ -25,9 +25,11 @@ from spfde.planning import Plan
 from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
 from spfde.planning.timeline import Timeline
 from spfde.recipe.recipe import Recipe
+from spfde.session.checks import are_optimizers, check_model, note_session
 from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
 from spfde.session.part import Setting
+from spfde.session.resuming import Kept, resume
 from spfde.session.session import Session
 from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
@@ -38,7 +40,7 @@ from spfde.sparsity.saliency import ScoreLoss
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     loader: DataLoader[Any],
     recipe: Recipe,
     *,
@@ -51,15 +53,18 @@ def attach(
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
     probe: Sample | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Session:
     """Attach a recipe to a training loop.
 
     The model and the optimizer stay the caller's own: hooks are added, nothing is wrapped. Everything that can be wrong
-    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order.
+    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order;
+    or load the model first, and pass the session's state as ``state``.
 
     Args:
         model: the model, on the device where it will be trained.
-        optimizer: the optimizer; it must hold exactly the model's trainable parameters.
+        optimizer: the optimizer, or a list of several; together they must hold exactly the model's trainable
+            parameters, each once.
         loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
         recipe: what to save, and how.
         epochs: length of the run.
@@ -78,9 +83,12 @@ def attach(
             ``model(x)`` against ``y``.
         probe: for freezing with ``criterion="representation"``: what the model is called with to compare its outputs,
             ``probe_samples`` samples; by default random ones of the data set.
+        state: of a session, from ``state_dict``, to go on from. The weights stay as they are, so load them before; the
+            optimizer's state may come before or after.
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
+        StateMismatch: ``state`` is of another run, or a weight outside its masks is not zero.
 
     Example:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.mest, epochs=2)
@@ -95,14 +103,16 @@ def attach(
         0.1
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
-    _check_together(model, optimizer, loader, recipe, epochs, cache)
+    optimizers = Optimizers.of(optimizer)
+    _check_together(model, optimizers, loader, recipe, epochs, cache, is_resumed=state is not None)
     world = World.current()
     classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
     sample_given = sample is not None
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     if recipe.learning_rate is not None:
-        Problems(check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)).raise_if_any()
+        stops = blueprint.learning_stops
+        Problems(check_rates(optimizers, recipe.learning_rate, stops, decayed=state is not None)).raise_if_any()
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
@@ -119,16 +129,17 @@ def attach(
         cache=cache,
     )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
-    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
+    masks = None if state is not None else first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
     setting = Setting(
         model=unwrap(model),
-        optimizer=optimizer,
+        optimizer=optimizers,
         recipe=recipe,
         blueprint=blueprint,
         timeline=timeline,
         seed=seed,
         world=world,
     )
+    kept = None if state is None else Kept(optimizers, blueprint.sparse_layers.values())
     session = Session(
         setting,
         loader,
@@ -138,9 +149,11 @@ def attach(
         masks=masks,
         probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
     )
+    if state is not None and kept is not None:
+        resume(session, state, kept)
     if world.is_shared and not recipe.is_neutral:
         _check_ranks_agree(session, world)
-    _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    note_session(session)
     if plan is None and blueprint.shortfall is not None:
         say_on_stderr(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
@@ -167,8 +180,9 @@ def _check_kinds(
     problems = Problems()
     if not isinstance(model, nn.Module):
         problems.add("model", model, "must be a torch.nn.Module", "Pass the model that is trained.")
-    if not isinstance(optimizer, Optimizer):
-        problems.add("optimizer", optimizer, "must be a torch.optim.Optimizer", "Pass the model's optimizer.")
+    if not are_optimizers(optimizer):
+        rule = "must be a torch.optim.Optimizer, or a list of some"
+        problems.add("optimizer", optimizer, rule, "Pass the model's optimizer.")
     if not isinstance(loader, DataLoader):
         problems.found.extend(check_loader(loader))
     with problems.collecting():
@@ -184,20 +198,20 @@ def _check_kinds(
 
 def _check_together(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizers: Optimizers,
     loader: DataLoader[Any],
     recipe: Recipe,
     epochs: int,
     cache: PrefixCache | None,
+    *,
+    is_resumed: bool,
 ) -> None:
     """Do the arguments fit each other? Nothing here is slow, or touches them."""
     problems = Problems()
-    problems.found.extend(_check_optimizer(unwrap(model), optimizer))
-    problems.found.extend(_check_hooks(optimizer, recipe))
-    problems.found.extend(_check_unattached(unwrap(model), optimizer))
+    problems.found.extend(check_model(model, optimizers, recipe))
     problems.found.extend(find_cache_problems(cache, recipe))
     if recipe.learning_rate is not None:
-        problems.found.extend(check_rates(optimizer, recipe.learning_rate))
+        problems.found.extend(check_rates(optimizers, recipe.learning_rate, decayed=is_resumed))
     interval = None
     with problems.collecting():
         interval = recipe.interval(epochs)
@@ -229,68 +243,6 @@ def _probe(
     device = next(unwrap(model).parameters()).device
     moved: Sample = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     return moved
-
-
-_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
-"""Attached sessions by the identity of their model and of their optimizer."""
-
-
-def _check_unattached(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
-    """Two sessions on one model would undo each other's masks."""
-    for name, target in (("model", model), ("optimizer", optimizer)):
-        session = _SESSIONS.get(id(target))
-        if session is not None and session.holds(target):
-            return [
-                Problem(name, type(target).__name__, "has a session already", "Call detach() on that session first.")
-            ]
-    return []
-
-
-def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
-    """Can the optimizer's steps be hooked, and does freezing keep a parameter from moving?"""
-    name = type(optimizer).__name__
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except AttributeError:
-        return [
-            Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
-        ]
-    if recipe.sparsity is not None and recipe.sparsity.refuses_closures and isinstance(optimizer, torch.optim.LBFGS):
-        rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
-        remedy = "Take an optimizer that steps without a closure, such as SGD or AdamW."
-        return [Problem("optimizer", name, rule, remedy)]
-    if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
-        remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
-        return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
-    return []
-
-
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = [tuple(p.shape) for p in held if id(p) not in names]
-    in_optimizer = {id(p) for p in held}
-    missing = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in in_optimizer]
-    problems = []
-    if foreign:
-        problems.append(
-            Problem(
-                "optimizer",
-                f"{len(foreign)} parameters of shapes {foreign[:3]}",
-                "holds parameters that are not the model's",
-                "Make the optimizer from model.parameters(), after the model is complete.",
-            )
-        )
-    if missing:
-        problems.append(
-            Problem(
-                "optimizer",
-                ", ".join(missing[:3]) + (" …" if len(missing) > 3 else ""),
-                f"lacks {len(missing)} trainable parameters of the model",
-                "Add them to the optimizer, or set requires_grad=False on them.",
-            )
-        )
-    return problems
 
 
 def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:

@@ -8,13 +8,15 @@ frozen now are pruned to their target first), blocks are frozen, learning rates 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
+from spfde.core.optimizers import LeadingSteps
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
@@ -22,6 +24,7 @@ from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.convergence import Convergence
 from spfde.session.freezing import Freezing, Rates
+from spfde.session.guards import Guards
 from spfde.session.masks import Masks, WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling, SievedSampling
@@ -76,18 +79,17 @@ class Session(SessionView):
         self._freezing = Freezing(setting)
         self._sampling = SievedSampling(setting, loader, labels) if self.recipe.sieves else Sampling(setting, loader)
         self.loader = self._sampling.loader
-        self._handles = [
-            setting.optimizer.register_step_pre_hook(self._before_step),
-            setting.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._leading = LeadingSteps()
+        self._handles = setting.optimizer.hook(self._before_step, self._after_step)
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
         self._bill = Bill(setting, self._sampling, self._masks)
+        self._guards = Guards(setting, self._masks, self._freezing)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
         converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.
         self._parts: list[Part] = [
-            self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill
+            self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill, self._guards
         ]  # fmt: skip
         self._listen_to_loader()
 
@@ -133,16 +135,38 @@ class Session(SessionView):
                 "end_epoch() was called while no epoch is running. Call it once after the batches of an epoch; "
                 "session.epochs() calls it for you."
             )
+        if not clock.is_resumed_at_end:
+            self.verify()
         for part in self._parts:
             part.end_epoch()
         clock.epoch += 1
         clock.phase = "between"
         clock.is_resumed_at_end = False
 
+    def verify(self) -> None:
+        """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
+
+        Weights outside the masks are masked again, which a warning says once. With several processes every rank has to
+        call it. ``docs/guards.md`` lists what is looked for.
+
+        Raises:
+            UsageError: parameters were replaced, another optimizer steps than the attached one, a scheduler moves the
+                rates that the recipe sets, or ranks differ; with the remedy.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.verify()
+        """
+        self._check_attached()
+        for part in self._parts:
+            part.verify()
+
     def _begin_epoch(self) -> None:
         clock = self._clock
         if clock.phase != "between" or clock.epoch >= len(self.timeline):
             return
+        self._guards.before_masks()
+        self._leading.reset()
         clock.begin_epoch()
         for part in self._parts:
             part.begin_epoch(self.timeline[clock.epoch])
@@ -238,8 +262,11 @@ class Session(SessionView):
 
     def _before_step(self, *_: Any) -> None:
         self._begin_epoch()
+        self._guards.before_step()
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._leading.leads(optimizer):
+            return
         clock = self._clock
         if clock.phase == "begun":
             # A batch from elsewhere: only the end of the epoch can be resumed from now on.
@@ -251,7 +278,17 @@ class Session(SessionView):
 
     def holds(self, target: object) -> bool:
         """Is this session attached to that model or optimizer?"""
-        return self._attached and (target is self._setting.model or target is self._setting.optimizer)
+        held = (self._setting.model, *self._setting.optimizer.each)
+        return self._attached and any(target is each for each in held)
+
+    def holds_parameters(self, ids: Collection[int]) -> int:
+        """How many of these parameters, by ``id``, are this session's."""
+        return sum(id(p) in ids for p in self._setting.model.parameters()) if self._attached else 0
+
+    @property
+    def name_of_model(self) -> str:
+        """The class of its model."""
+        return type(self._setting.model).__name__
 
     def detach(self) -> None:
         """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.
@@ -309,12 +346,19 @@ class Session(SessionView):
             self._sampling.check_reported()
         return save_state(self._setting, self._parts, self._sampling)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken. Load the model and the optimizer first.
+    def load_state_dict(self, state: Mapping[str, Any], *, trust_weights: bool = False) -> None:
+        """Go on where ``state_dict`` was taken. Load the model and the optimizer first, after ``attach``.
+
+        Args:
+            state: from ``state_dict``.
+            trust_weights: take other weights than those that the state was saved with, as long as they are zero outside
+                its masks.
 
         Raises:
-            StateMismatch: the state is from another recipe, model, run length, data set or version, or damaged.
+            StateMismatch: the state is from another recipe, model, run length, data set or version, or damaged; or the
+                masked weights are not those that it was saved with.
         """
         self._check_attached()
+        self._guards.trusts_weights = trust_weights
         load_state(self._setting, self._parts, self._sampling, state)
         self.seed = self._setting.seed
