@@ -55,10 +55,13 @@ def test_the_faq_resumes_what_the_readme_saved(new_names: Callable[[], Names]) -
     assert torch.equal(after.partial_set, before.partial_set)
 
 
-def test_the_page_on_the_trainers_of_others_trains_in_each(new_names: Callable[[], Names], tmp_path: Path) -> None:
+def test_the_page_on_the_trainers_of_others_trains_in_each(
+    new_names: Callable[[], Names], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from helpers.lightning_runs import RECIPE, Module
     from helpers.transformers_runs import Classifier, Items
 
+    monkeypatch.chdir(tmp_path)  # Lightning's checkpoints and logs go where it is started
     module = Module()
     names = {"recipe": RECIPE, "module": module, "loader": module.train_dataloader(), "classifier": Classifier()}
     page = ROOT / "docs" / "integrations.md"
