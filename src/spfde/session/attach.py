@@ -20,7 +20,7 @@ from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing.freezer import recompile_warning
 from spfde.freezing.rates import check_rates
-from spfde.model.sample import Sample, sample_from, unwrap
+from spfde.model.sample import Sample, sample_from, sample_of, unwrap
 from spfde.planning import Plan
 from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
 from spfde.planning.timeline import Timeline
@@ -33,16 +33,18 @@ from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
 from spfde.sieving.loader import check_loader, population_of
 from spfde.sieving.methods import check_fraction
+from spfde.sieving.stream import Batches, StreamLoader, check_stream, is_stream, stream_of
 from spfde.sparsity.saliency import ScoreLoss
 
 
 def attach(
     model: nn.Module,
     optimizer: Optimizer,
-    loader: DataLoader[Any],
+    loader: DataLoader[Any] | Batches,
     recipe: Recipe,
     *,
     epochs: int,
+    samples_per_epoch: int | None = None,
     seed: int = 0,
     engine: str = "auto",
     cache: PrefixCache | None = None,
@@ -60,9 +62,12 @@ def attach(
     Args:
         model: the model, on the device where it will be trained.
         optimizer: the optimizer; it must hold exactly the model's trainable parameters.
-        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
+        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop. Where nothing
+            is sieved it may be of any kind: over a stream, with a batch sampler of your own, an iterable of batches, a
+            function that returns one for each epoch, or None (batches come from elsewhere).
         recipe: what to save, and how.
         epochs: length of the run.
+        samples_per_epoch: samples that this process trains on in an epoch; needed where the loader does not tell.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
             "auto": the one that is expected to be the fastest, which a line on the standard error tells.
@@ -97,29 +102,31 @@ def attach(
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
     _check_together(model, optimizer, loader, recipe, epochs, cache)
     world = World.current()
-    classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
+    batches, stream = _loader_of(loader, recipe, model, sample=sample, samples_per_epoch=samples_per_epoch)
+    sieving = recipe.sieving if stream is None else None
+    classes = find_labels(batches.dataset, labels) if sieving is not None and sieving.balanced else None
     sample_given = sample is not None
-    sample = sample_from(loader, model) if sample is None else sample
+    sample = sample_of(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     if recipe.learning_rate is not None:
         Problems(check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)).raise_if_any()
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
-    population = population_of(loader)
+    population = population_of(batches) if stream is None else torch.arange(stream.samples)
     n_ids = int(population.max()) + 1
     timeline = Timeline(blueprint, recipe, len(population))
     job = Job(
         given=model,
         blueprint=blueprint,
         sample=sample,
-        batch_size=loader.batch_size or 1,
+        batch_size=(batches.batch_size or 1) if stream is None else stream.batch_size,
         density=blueprint.density(timeline[0]),
         n_samples=n_ids,
         cache=cache,
     )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
-    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
+    masks = first_masks(model, batches, blueprint, sample=sample, seed=seed, loss=loss)
     setting = Setting(
         model=unwrap(model),
         optimizer=optimizer,
@@ -131,14 +138,14 @@ def attach(
     )
     session = Session(
         setting,
-        loader,
+        batches if stream is None else stream,
         job=job,
         choice=choice,
         labels=classes,
         masks=masks,
-        probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
+        probe=_probe(model, batches, recipe, seed=seed, sample_given=sample_given, probe=probe),
     )
-    if world.is_shared and not recipe.is_neutral:
+    if world.is_shared:
         _check_ranks_agree(session, world)
     _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
     if plan is None and blueprint.shortfall is not None:
@@ -146,6 +153,19 @@ def attach(
     if engine == "auto" and blueprint.target:
         say(f"engine {choice.name}: {choice.reason}")
     return session
+
+
+def _loader_of(
+    loader: Any, recipe: Recipe, model: nn.Module, *, sample: Sample | None, samples_per_epoch: int | None
+) -> tuple[DataLoader[Any], StreamLoader | None]:
+    """The user's loader, and what the session iterates where its samples have no ids; None where they have."""
+    if samples_per_epoch is not None and (isinstance(samples_per_epoch, bool) or samples_per_epoch < 1):
+        raise InvalidArgument(Problem("samples_per_epoch", samples_per_epoch, "must be at least 1", "Count them."))
+    if recipe.sieves or not is_stream(loader):
+        return loader, None
+    if sample is None and not hasattr(loader, "dataset"):
+        sample = sample_of(loader, model)
+    return loader, stream_of(loader, samples_per_epoch=samples_per_epoch, sample=sample)
 
 
 def _planned(plan: Plan, model: nn.Module, recipe: Recipe, epochs: int) -> Blueprint:
@@ -170,7 +190,8 @@ def _check_kinds(
     if not isinstance(optimizer, Optimizer):
         problems.add("optimizer", optimizer, "must be a torch.optim.Optimizer", "Pass the model's optimizer.")
     if not isinstance(loader, DataLoader):
-        problems.found.extend(check_loader(loader))
+        sieves = not isinstance(recipe, Recipe) or recipe.sieves
+        problems.found.extend(check_loader(loader) if sieves else check_stream(loader))
     with problems.collecting():
         check_recipe(recipe)
     with problems.collecting():
@@ -201,11 +222,12 @@ def _check_together(
     interval = None
     with problems.collecting():
         interval = recipe.interval(epochs)
-    found = check_loader(loader)
+    streams = not recipe.sieves and is_stream(loader)
+    found = check_stream(loader) if streams else check_loader(loader)
     problems.found.extend(found)
-    if not found and recipe.sieving is not None:
+    if not found and recipe.sieving is not None and not streams:
         problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
-    if not problems.found and not recipe.is_neutral:
+    if not problems.found and not streams:
         problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
     problems.raise_if_any()
 
