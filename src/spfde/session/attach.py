@@ -206,7 +206,7 @@ def _check_kinds(
 def _check_together(
     model: nn.Module,
     optimizer: Optimizer,
-    loader: DataLoader[Any],
+    loader: Any,
     recipe: Recipe,
     epochs: int,
     cache: PrefixCache | None,

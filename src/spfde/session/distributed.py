@@ -121,17 +121,17 @@ def join_first(world: World) -> None:
     now = World.current()
     if now != world:
         raise UsageError(
-            f"the session was attached in a group of {world.size}, and now {now.size} processes train together: it would "
-            "go on by itself, on samples and masks of its own. Join the process group first "
+            f"the session was attached in a group of {world.size}, and now {now.size} train together: it would go on "
+            "by itself, on samples and masks of its own. Join the process group first "
             "(torch.distributed.init_process_group, or what your trainer calls), then attach."
         )
 
 
 def refuse_another_loader(world: World) -> None:
-    """Raise ``UsageError`` where another loader draws from ``session.loader``'s batches, which are dealt out already."""
+    """Raise ``UsageError`` where another loader takes ``session.loader``'s batches, which are dealt out already."""
     if world.is_shared:
         raise UsageError(
-            "another loader takes the batches of session.loader, to deal them out over the ranks once more, and some "
-            "samples would never be seen. Do not prepare session.loader (leave it out of accelerator.prepare), and pass "
-            "use_distributed_sampler=False to Lightning's Trainer; iterate session.loader itself."
+            "another loader takes the batches of session.loader, to deal them out over the ranks once more, and "
+            "some samples would never be seen. Do not prepare session.loader (leave it out of prepare()), and "
+            "pass use_distributed_sampler=False to Lightning's Trainer; iterate session.loader itself."
         )

@@ -130,7 +130,9 @@ class Sampling(Part):
             return torch.as_tensor(indices).cpu().long()
         ticket = self.tickets.ask()
         # Two backward passes of one batch close its ticket, and it is still the one in hand.
-        samples = self.loader.current_indices if ticket is None and not self._by_report else ticket and ticket.ids
+        samples: Tensor | None = None if ticket is None else ticket.ids
+        if ticket is None and not self._by_report:
+            samples = self.loader.current_indices
         if samples is None:
             raise UsageError(
                 f"{asked}() cannot tell which samples are in this batch. Draw it from session.loader (not with "
@@ -193,8 +195,8 @@ class Sampling(Part):
         if allowed is not None and clock.steps > max(allowed, self._batches) and not self._is_warned:
             self._is_warned = True
             warnings.warn(
-                f"epoch {clock.epoch} has had more optimizer steps than the loader has batches ({allowed}), and has not "
-                "ended, so nothing is mutated, frozen or sieved. Loop over session.epochs(), or call "
+                f"epoch {clock.epoch} has had more optimizer steps than the loader has batches ({allowed}), and has "
+                "not ended, so nothing is mutated, frozen or sieved. Loop over session.epochs(), or call "
                 "session.end_epoch() after each epoch.",
                 stacklevel=4,
             )
@@ -278,9 +280,9 @@ class Sampling(Part):
         self._steps_allowed = None if length is None else length + (clock.steps if taken == ANEW else 0)
         if taken == ANEW:
             warnings.warn(
-                f"The state was taken in the middle of epoch {clock.epoch}, and what was taken of its batches cannot be "
-                "passed over (they are not from session.loader, or several processes sieve): the epoch begins anew, and "
-                "what is done twice is billed.",
+                f"The state was taken in the middle of epoch {clock.epoch}, and the batches taken of it cannot be "
+                "passed over (they are not from session.loader, or several processes sieve): the epoch begins anew, "
+                "and what is done twice is billed.",
                 stacklevel=4,
             )
 
@@ -294,8 +296,8 @@ class Sampling(Part):
             return
         if self.tickets.is_asked and self.loader.is_ended and not self._by_report and (left := self._left()):
             raise UsageError(
-                f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which batch "
-                "augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
+                f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "
+                "batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
             )
         if self._is_dealt and self._setting.world.disagrees(self.loader.started_with[:-1]):
             raise UsageError(
@@ -331,7 +333,7 @@ def _hook_gradients(setting: Setting, tickets: Tickets) -> list[Any]:
             alive.train()
 
     learning = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
-    return [parameter.register_post_accumulate_grad_hook(hook) for parameter in learning[-2:]]
+    return [p.register_post_accumulate_grad_hook(hook) for p in learning[-2:]]  # type: ignore[no-untyped-call]
 
 
 def _samples_per_epoch(loader: DataLoader[Any]) -> int:

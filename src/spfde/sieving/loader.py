@@ -102,13 +102,15 @@ def population_of(loader: DataLoader[Any]) -> Tensor:
     return torch.arange(len(whole))
 
 
-def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
-    """The generators that a loader and its sampler own, each once, in this order; the global one is not among them.
+def loader_generators(loader: Any) -> list[Generator]:
+    """The generators that a loader and its samplers own, each once, in this order; the global one is not among them.
 
     A sampler of the user's own is asked for an attribute ``generator``.
     """
     found: list[Generator] = []
-    for owner in (loader, loader.sampler):
+    loader = getattr(loader, "source", loader)
+    own = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), own, getattr(own, "sampler", None)):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, Generator) and not any(generator is known for known in found):
             found.append(generator)
