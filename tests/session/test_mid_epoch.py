@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import pytest
-import torch
 
 import spfde
-from helpers.resuming import METHODS, Loop, Stopped, assert_equal, everything, load, recipe_with, save
-from helpers.training import BATCH, EPOCHS, SAMPLES, Parts, make_parts, step
+from helpers.resuming import METHODS, Loop, assert_equal, everything, recipe_with, save
+from helpers.training import Parts, step
 
 STOPS = [(0, 1), (2, 3), (2, 4), (3, 2), (5, 1)]
 """Epoch, and batches that were trained on in it; an epoch has four."""

@@ -46,8 +46,8 @@ class Clock:
             self.started = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it; what the stop-watch shows counts."""
-        running = 0.0 if self.started is None else time.perf_counter() - self.started
+        """All of it; amid an epoch what the stop-watch shows is added."""
+        running = 0.0 if self.started is None or self.phase == "begun" else time.perf_counter() - self.started
         return {**{name: getattr(self, name) for name in _KINDS}, "seconds": self.seconds + running}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -160,7 +160,8 @@ class Sampling(Part):
         """The epoch of the iteration has begun: what is handed out from now on adds to what was drawn before."""
         if self.is_surplus:
             return
-        self._drawn_before = self._setting.clock.samples_drawn
+        # Batches of an iteration that was left early, and that nobody trained on, are drawn once more.
+        self._drawn_before = self._setting.clock.samples_drawn - self._samples_left()
         self._is_iterated = True
         self.tickets.begin(self.loader.iteration + 1)
         if self._place is not None:
@@ -231,7 +232,10 @@ class Sampling(Part):
         return self.tickets.left(is_ended=self.loader.is_ended)
 
     def _samples_left(self) -> int:
-        return sum(ticket.size for ticket in self._left()) if self._is_iterated else 0
+        return sum(ticket.size for ticket in self._untrained()) if self._is_iterated else 0
+
+    def _untrained(self) -> list[Ticket]:
+        return self._left()
 
     @property
     def is_all_drawn(self) -> bool:

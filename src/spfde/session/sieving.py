@@ -18,6 +18,7 @@ from spfde.sieving.balance import ClassLabels
 from spfde.sieving.loader import population_of
 from spfde.sieving.observer import Observer
 from spfde.sieving.sieve import Sieve
+from spfde.sieving.tickets import Ticket
 
 
 class SievedSampling(Sampling):
@@ -145,6 +146,13 @@ class SievedSampling(Sampling):
         """With several processes a state must be complete without the others' help."""
         if self._setting.world.is_shared and self._by_report and not self.is_surplus and self.is_complete:
             self._observer.exchange()
+
+    def _untrained(self) -> list[Ticket]:
+        left = self._left()
+        if not self._by_report:
+            return left
+        # A step without a report came of the oldest one.
+        return left[max(0, self._setting.clock.steps - self._n_reports) :]
 
     def _can_go_on(self) -> bool:
         # What the others observed in this epoch is not known yet.
