@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.core.say import say, say_on_stderr
@@ -34,6 +34,7 @@ from spfde.sieving.balance import find_labels
 from spfde.sieving.loader import check_loader, population_of
 from spfde.sieving.methods import check_fraction
 from spfde.sieving.stream import Batches, StreamLoader, check_stream, is_stream, stream_of
+from spfde.sparsity import PruningAtInitialisation
 from spfde.sparsity.saliency import ScoreLoss
 
 
@@ -159,8 +160,9 @@ def _loader_of(
     loader: Any, recipe: Recipe, model: nn.Module, *, sample: Sample | None, samples_per_epoch: int | None
 ) -> tuple[DataLoader[Any], StreamLoader | None]:
     """The user's loader, and what the session iterates where its samples have no ids; None where they have."""
-    if samples_per_epoch is not None and (isinstance(samples_per_epoch, bool) or samples_per_epoch < 1):
-        raise InvalidArgument(Problem("samples_per_epoch", samples_per_epoch, "must be at least 1", "Count them."))
+    count = samples_per_epoch
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise InvalidArgument(Problem("samples_per_epoch", count, "must be a whole number from 1 on", "Count them."))
     if recipe.sieves or not is_stream(loader):
         return loader, None
     if sample is None and not hasattr(loader, "dataset"):
@@ -223,13 +225,21 @@ def _check_together(
     with problems.collecting():
         interval = recipe.interval(epochs)
     streams = not recipe.sieves and is_stream(loader)
-    found = check_stream(loader) if streams else check_loader(loader)
+    found = [*check_stream(loader), *_check_data(loader, recipe)] if streams else check_loader(loader)
     problems.found.extend(found)
     if not found and recipe.sieving is not None and not streams:
         problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
     if not problems.found and not streams:
         problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
     problems.raise_if_any()
+
+
+def _check_data(loader: Any, recipe: Recipe) -> list[Problem]:
+    """Does the recipe take samples by their index, where the loader's have none?"""
+    kind, remedy = type(loader).__name__, "Pass a DataLoader over a map-style data set, with a batch_size."
+    if isinstance(recipe.sparsity, PruningAtInitialisation) and recipe.sparsity.n_batches:
+        return [Problem("loader", kind, f"gives {recipe.sparsity.name} no batches of random samples", remedy)]
+    return []
 
 
 def _probe(
@@ -241,6 +251,9 @@ def _probe(
         return probe
     if sample_given:
         rule = "is needed where sample is given, for the data set's items are not the model's inputs then"
+        raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
+    if not hasattr(getattr(loader, "dataset", None), "__getitem__") or isinstance(loader.dataset, IterableDataset):
+        rule = "is needed, for this loader's samples cannot be drawn by index"
         raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
     population = population_of(loader)
     if len(population) < technique.probe_samples:

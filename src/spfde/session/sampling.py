@@ -81,7 +81,7 @@ class Sampling(Part):
     def _reset(self) -> None:
         self.tickets.forget()
         self.is_surplus = self._is_iterated = False
-        self._drawn_before = self._batches = 0
+        self._drawn_before = self._batches = self._steps_before = 0
         self._n_batches: int | None = None
         self._steps_allowed: int | None = None
 
@@ -111,7 +111,8 @@ class Sampling(Part):
         drawn = clock.samples_drawn - (0 if clock.is_resumed_at_end else self._samples_left())
         own = drawn or self.samples_observed or clock.steps * self.batch_size
         if isinstance(self.loader, StreamLoader) and not drawn and clock.steps:
-            own = self.loader.samples
+            # What was taken before an epoch began anew counts in proportion.
+            own = self.loader.samples * clock.steps // max(1, clock.steps - self._steps_before)
         return self._setting.world.sum(own)
 
     def observe(self, indices: Tensor | None, **report: Tensor | None) -> None:
@@ -283,6 +284,7 @@ class Sampling(Part):
         self._batches, length = max(taken, 0), self._length()
         self._steps_allowed = None if length is None else length + (clock.steps if taken == ANEW else 0)
         if taken == ANEW:
+            self._steps_before = clock.steps
             warnings.warn(
                 f"The state was taken in the middle of epoch {clock.epoch}, and the batches taken of it cannot be "
                 "passed over (they are not from session.loader, or several processes sieve): the epoch begins anew, "
