@@ -6,7 +6,7 @@ Each name says what for, and why no public one does. Tested with torch 2.6.0 and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch

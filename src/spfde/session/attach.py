@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.core.optimizers import Optimizers
@@ -20,7 +20,7 @@ from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing.freezer import recompile_warning
 from spfde.freezing.rates import check_rates
-from spfde.model.sample import Sample, sample_from, unwrap
+from spfde.model.sample import Sample, sample_from, sample_of, unwrap
 from spfde.planning import Plan
 from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
 from spfde.planning.timeline import Timeline
@@ -35,16 +35,19 @@ from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
 from spfde.sieving.loader import check_loader, population_of
 from spfde.sieving.methods import check_fraction
+from spfde.sieving.stream import Batches, StreamLoader, check_stream, is_stream, stream_of
+from spfde.sparsity import PruningAtInitialisation
 from spfde.sparsity.saliency import ScoreLoss
 
 
 def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    loader: DataLoader[Any],
+    loader: DataLoader[Any] | Batches,
     recipe: Recipe,
     *,
     epochs: int,
+    samples_per_epoch: int | None = None,
     seed: int = 0,
     engine: str = "auto",
     cache: PrefixCache | None = None,
@@ -65,9 +68,12 @@ def attach(
         model: the model, on the device where it will be trained.
         optimizer: the optimizer, or a list of several; together they must hold exactly the model's trainable
             parameters, each once.
-        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
+        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop. Where nothing
+            is sieved it may be of any kind: over a stream, with a batch sampler of your own, an iterable of batches, a
+            function that returns one for each epoch, or None (batches come from elsewhere).
         recipe: what to save, and how.
         epochs: length of the run.
+        samples_per_epoch: samples that this process trains on in an epoch; needed where the loader does not tell.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
             "auto": the one that is expected to be the fastest, which a line on the standard error tells.
@@ -106,9 +112,11 @@ def attach(
     optimizers = Optimizers.of(optimizer)
     _check_together(model, optimizers, loader, recipe, epochs, cache, is_resumed=state is not None)
     world = World.current()
-    classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
+    batches, stream = _loader_of(loader, recipe, model, sample=sample, samples_per_epoch=samples_per_epoch)
+    sieving = recipe.sieving if stream is None else None
+    classes = find_labels(batches.dataset, labels) if sieving is not None and sieving.balanced else None
     sample_given = sample is not None
-    sample = sample_from(loader, model) if sample is None else sample
+    sample = sample_of(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     if recipe.learning_rate is not None:
         stops = blueprint.learning_stops
@@ -116,20 +124,20 @@ def attach(
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
-    population = population_of(loader)
+    population = population_of(batches) if stream is None else torch.arange(stream.samples)
     n_ids = int(population.max()) + 1
     timeline = Timeline(blueprint, recipe, len(population))
     job = Job(
         given=model,
         blueprint=blueprint,
         sample=sample,
-        batch_size=loader.batch_size or 1,
+        batch_size=(batches.batch_size or 1) if stream is None else stream.batch_size,
         density=blueprint.density(timeline[0]),
         n_samples=n_ids,
         cache=cache,
     )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
-    masks = None if state is not None else first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
+    masks = None if state is not None else first_masks(model, batches, blueprint, sample=sample, seed=seed, loss=loss)
     setting = Setting(
         model=unwrap(model),
         optimizer=optimizers,
@@ -142,16 +150,16 @@ def attach(
     kept = None if state is None else Kept(optimizers, blueprint.sparse_layers.values())
     session = Session(
         setting,
-        loader,
+        batches if stream is None else stream,
         job=job,
         choice=choice,
         labels=classes,
         masks=masks,
-        probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
+        probe=_probe(model, batches, recipe, seed=seed, sample_given=sample_given, probe=probe),
     )
     if state is not None and kept is not None:
         resume(session, state, kept)
-    if world.is_shared and not recipe.is_neutral:
+    if world.is_shared:
         _check_ranks_agree(session, world)
     note_session(session)
     if plan is None and blueprint.shortfall is not None:
@@ -159,6 +167,20 @@ def attach(
     if engine == "auto" and blueprint.target:
         say(f"engine {choice.name}: {choice.reason}")
     return session
+
+
+def _loader_of(
+    loader: Any, recipe: Recipe, model: nn.Module, *, sample: Sample | None, samples_per_epoch: int | None
+) -> tuple[DataLoader[Any], StreamLoader | None]:
+    """The user's loader, and what the session iterates where its samples have no ids; None where they have."""
+    count = samples_per_epoch
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise InvalidArgument(Problem("samples_per_epoch", count, "must be a whole number from 1 on", "Count them."))
+    if recipe.sieves or not is_stream(loader):
+        return loader, None
+    if sample is None and not hasattr(loader, "dataset"):
+        sample = sample_of(loader, model)
+    return loader, stream_of(loader, samples_per_epoch=samples_per_epoch, sample=sample)
 
 
 def _planned(plan: Plan, model: nn.Module, recipe: Recipe, epochs: int) -> Blueprint:
@@ -184,7 +206,8 @@ def _check_kinds(
         rule = "must be a torch.optim.Optimizer, or a list of some"
         problems.add("optimizer", optimizer, rule, "Pass the model's optimizer.")
     if not isinstance(loader, DataLoader):
-        problems.found.extend(check_loader(loader))
+        sieves = not isinstance(recipe, Recipe) or recipe.sieves
+        problems.found.extend(check_loader(loader) if sieves else check_stream(loader))
     with problems.collecting():
         check_recipe(recipe)
     with problems.collecting():
@@ -199,7 +222,7 @@ def _check_kinds(
 def _check_together(
     model: nn.Module,
     optimizers: Optimizers,
-    loader: DataLoader[Any],
+    loader: Any,
     recipe: Recipe,
     epochs: int,
     cache: PrefixCache | None,
@@ -215,13 +238,22 @@ def _check_together(
     interval = None
     with problems.collecting():
         interval = recipe.interval(epochs)
-    found = check_loader(loader)
+    streams = not recipe.sieves and is_stream(loader)
+    found = [*check_stream(loader), *_check_data(loader, recipe)] if streams else check_loader(loader)
     problems.found.extend(found)
-    if not found and recipe.sieving is not None:
+    if not found and recipe.sieving is not None and not streams:
         problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
-    if not problems.found and not recipe.is_neutral:
+    if not problems.found and not streams:
         problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
     problems.raise_if_any()
+
+
+def _check_data(loader: Any, recipe: Recipe) -> list[Problem]:
+    """Does the recipe take samples by their index, where the loader's have none?"""
+    kind, remedy = type(loader).__name__, "Pass a DataLoader over a map-style data set, with a batch_size."
+    if isinstance(recipe.sparsity, PruningAtInitialisation) and recipe.sparsity.n_batches:
+        return [Problem("loader", kind, f"gives {recipe.sparsity.name} no batches of random samples", remedy)]
+    return []
 
 
 def _probe(
@@ -233,6 +265,9 @@ def _probe(
         return probe
     if sample_given:
         rule = "is needed where sample is given, for the data set's items are not the model's inputs then"
+        raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
+    if not hasattr(getattr(loader, "dataset", None), "__getitem__") or isinstance(loader.dataset, IterableDataset):
+        rule = "is needed, for this loader's samples cannot be drawn by index"
         raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
     population = population_of(loader)
     if len(population) < technique.probe_samples:
