@@ -71,6 +71,11 @@ def test_however_the_loop_draws_its_batches(through: Any, sieves: bool, own_gene
     check(Loop(recipe, own_generator=own_generator), STOPS[:4], through)
 
 
+@pytest.mark.parametrize("through", [iter, one_ahead, exactly])
+def test_a_last_batch_that_is_full_leaves_the_sampler_unasked_for_its_end(through: Any) -> None:
+    check(Loop(recipe_with("mest-ems").replace(sieving=None)), [(1, 5), (3, 5)], through)
+
+
 @pytest.mark.parametrize("how", [{"workers": 1}, {"workers": 1, "persistent": True}], ids=str)
 def test_workers_pass_over_the_batches_that_were_taken(how: dict[str, Any]) -> None:
     check(Loop(recipe_with("mest-ems"), **how), [(2, 3)])

@@ -16,7 +16,7 @@ from spfde.planning.timeline import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.sieving.batch_sampler import SievedBatchSampler
-from spfde.sieving.loader import SievedLoader, population_of
+from spfde.sieving.loader import SievedLoader, loader_generators, population_of
 from spfde.sieving.stream import StreamLoader
 from spfde.sieving.tickets import Ticket, Tickets
 
@@ -252,17 +252,23 @@ class Sampling(Part):
         """Whether each batch of this epoch was handed out, and is done with."""
         return self.is_surplus or (self.is_all_drawn and not self._left())
 
-    def place(self) -> dict[str, Any]:
-        """Where the epoch stands, to go on there: the batches taken of it, and the generators when it started."""
-        if self._place is not None:
+    def place(self, phase: str) -> dict[str, Any]:
+        """Where an epoch of this phase stands, to go on there: the batches taken, the generators when it started."""
+        loader, taken, started_with = self.loader, 0, list[Tensor]()
+        if phase != "running":
+            pass
+        elif self._place is not None:
             taken, started_with = self._place
         elif not self._is_iterated or not self._can_go_on():
-            taken, started_with = ANEW, []
+            taken = ANEW
         else:
-            loader = self.loader
             taken = loader.passed_over + loader.batches_handed - len(self._left())
             started_with = loader.started_with
-        return {"taken": taken, "started_with": [state.clone() for state in started_with]}
+        return {
+            "taken": taken,
+            "started_with": [state.clone() for state in started_with],
+            "asks_for_more": loader.asks_for_more,
+        }
 
     def _can_go_on(self) -> bool:
         return isinstance(self.loader, SievedLoader)
@@ -297,9 +303,17 @@ class Sampling(Part):
         self._place = None
         self._steps_allowed = self._length()
 
+    def generator_states(self) -> list[Tensor]:
+        """The states of the loader's own generators that go with ``clock_state``."""
+        if self._setting.clock.phase in ("running", "drained") and self._is_iterated and self.is_complete:
+            return self.loader.states_at_end()
+        return [generator.get_state() for generator in loader_generators(self.loader)]
+
     def end_epoch(self) -> None:
         if self._setting.clock.is_resumed_at_end:
             return
+        if self.is_all_drawn and not self.is_surplus:
+            self.loader.asks_for_more = self.loader.is_ended
         if self.tickets.is_asked and self.loader.is_ended and not self._by_report and (left := self._left()):
             raise UsageError(
                 f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "

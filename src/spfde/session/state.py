@@ -41,9 +41,9 @@ def save_state(setting: Setting, parts: Sequence[Part], sampling: Sampling) -> d
         "run": _run(setting, sampling),
         "seed": setting.seed,
         "clock": clock,
-        "place": sampling.place() if clock["phase"] == "running" else {"taken": 0, "started_with": []},
+        "place": sampling.place(clock["phase"]),
         "generator": setting.generator.get_state(),
-        "loader_generators": [generator.get_state() for generator in loader_generators(sampling.loader)],
+        "loader_generators": sampling.generator_states(),
         "timeline": setting.timeline.state_dict(),
         "parts": {part.name: part.state_dict() for part in parts},
     }
@@ -73,6 +73,7 @@ def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, stat
         generator.set_state(own.cpu())
     setting.seed = state["seed"]
     sampling.loader.had_workers = setting.clock.epoch > 0 or setting.clock.is_resumed_at_end
+    sampling.loader.asks_for_more = state["place"]["asks_for_more"]
     if setting.clock.phase == "running":
         sampling.go_on(state["place"]["taken"], state["place"]["started_with"])
 
@@ -121,7 +122,7 @@ def _check_generators(saved: Sequence[Any], count: int) -> None:
 
 def _check_place(place: Mapping[str, Any], n_generators: int) -> None:
     """Refuse what cannot be the place of an epoch that goes on."""
-    check_entries(place, "the place in the epoch", {"taken": int, "started_with": list})
+    check_entries(place, "the place in the epoch", {"taken": int, "started_with": list, "asks_for_more": bool})
     if place["started_with"]:
         _check_generators(place["started_with"], n_generators + 1)
     if place["taken"] < ANEW:

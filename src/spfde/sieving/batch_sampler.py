@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class SievedBatchSampler(BatchSampler):
         self.share = share
         #: Of the iteration of ``SievedLoader`` that starts: where batches are noted, and how many are passed over.
         self.handed_on: deque[list[Any]] | None = None
-        self.passed_over: int | None = None
+        self.passed_over = 0
         self.newest: Rest | None = None
         #: Looks after iterations that ``SievedLoader`` does not make: somebody reads the batches, or another loader.
         self.watch: Callable[[Callable[[], Iterator[list[int]]]], Iterator[list[int]]] | None = None
@@ -65,8 +65,6 @@ class SievedBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         if self.handed_on is None:
             return self._batches() if self.watch is None else self.watch(self._batches)
-        if self.passed_over is None:
-            return _recorded(self._batches(), self.handed_on)
         self.newest = Rest(self._batches(), self.handed_on, self.passed_over)
         return self.newest
 
@@ -130,14 +128,8 @@ def _dealt(batches: Iterator[list[int]], rank: int, size: int, *, drop_rest: boo
         yield (hand + (first * size)[: size - len(hand)])[rank]
 
 
-def _recorded(batches: Iterator[list[int]], queue: deque[list[Any]]) -> Iterator[list[int]]:
-    for batch in batches:
-        queue.append(list(batch))  # a copy: a data set's __getitems__ may change the list that it is given
-        yield batch
-
-
 class Rest(Iterator[list[int]]):
-    """The batches of an epoch that goes on, from the first one that was not taken.
+    """The batches of an epoch, from the first one that was not taken.
 
     Args:
         batches: all of them.
@@ -147,20 +139,20 @@ class Rest(Iterator[list[int]]):
 
     def __init__(self, batches: Iterator[list[int]], queue: deque[list[Any]], taken: int) -> None:
         self._batches, self._queue, self._taken = batches, queue, taken
-        self._is_there = False
+        self._ahead: list[list[int]] = []
 
-    def draw(self) -> None:
-        """Draw from the sampler what was drawn before: the order of the epoch, and what was taken of it."""
-        if not self._is_there:
-            self._is_there = True
-            rest = islice(self._batches, self._taken, None)
-            first = next(rest, None)
-            self._batches = rest if first is None else chain([first], rest)
+    def look_ahead(self) -> bool:
+        """Draw one batch more from the sampler, for the next call; returns whether there is one."""
+        if not self._ahead:
+            rest, self._taken = islice(self._batches, self._taken, self._taken + 1), 0
+            self._ahead = list(rest)
+        return bool(self._ahead)
 
     def __next__(self) -> list[int]:
-        self.draw()
-        batch = next(self._batches)
-        self._queue.append(list(batch))
+        if not self.look_ahead():
+            raise StopIteration
+        batch = self._ahead.pop()
+        self._queue.append(list(batch))  # a copy: a data set's __getitems__ may change the list that it is given
         return batch
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import (
 )
 
 from spfde.core.errors import Problem, UsageError
-from spfde.sieving.batch_sampler import SievedBatchSampler, iterates_as, subset_indices
+from spfde.sieving.batch_sampler import Rest, SievedBatchSampler, iterates_as, subset_indices
 from spfde.sieving.tickets import as_ids
 
 Event = Literal["start", "batch", "end", "taken over"]
@@ -134,6 +134,7 @@ class SievedLoader(DataLoader[Any]):
         started_with: the states of the generators when it started, the global one's last.
         handed_by: the iteration that handed out the last batch, ``handed_keys`` what the sampler gave for its samples
             (None where that is not known), and ``handed_size`` their number.
+        asks_for_more: whether the loop asks for one batch more than there are, as a for loop does.
         had_workers: a run goes on whose persistent workers had been started before.
     """
 
@@ -171,6 +172,7 @@ class SievedLoader(DataLoader[Any]):
         vars(self).update(batch_size=loader.batch_size, drop_last=loader.drop_last, sampler=loader.sampler)
         self.on_event = lambda event: None
         self.had_workers = False
+        self.asks_for_more = True
         self._source: SievedBatchSampler = batch_sampler
         batch_sampler.watch = self._watch
         self._goes_on: tuple[int, Sequence[Tensor]] | None = None
@@ -184,6 +186,8 @@ class SievedLoader(DataLoader[Any]):
         self.batches_handed = self.samples_handed = self.handed_size = 0
         self.passed_over = passed_over
         self.handed_keys: list[Any] | None = None
+        self._rest: Rest | None = None
+        self._at_end: list[Tensor] | None = None
         self.started_with = _states(self)
 
     def go_on(self, taken: int | None, started_with: Sequence[Tensor] = ()) -> None:
@@ -201,7 +205,7 @@ class SievedLoader(DataLoader[Any]):
         # A new queue for each iteration: one that was left early may have batches in it that nobody fetched. Workers
         # are sent their first batches in here, so the sampler has to know the queue before.
         queue: deque[list[Any]] = deque()
-        self._source.handed_on, self._source.passed_over = queue, taken
+        self._source.handed_on, self._source.passed_over = queue, taken or 0
         own = self.generator
         try:
             with self._drawing_as_before(started_with):
@@ -212,10 +216,11 @@ class SievedLoader(DataLoader[Any]):
                     self.generator = torch.Generator()
                     self.generator.set_state(torch.get_rng_state() if own is None else own.get_state())
                 inner = super().__iter__()
-                if taken is not None and self._source.newest is not None:
-                    self._source.newest.draw()
+                self._rest, self._source.newest = self._source.newest, None
+                if taken is not None and self._rest is not None:
+                    self._rest.look_ahead()
         finally:
-            self._source.handed_on = self._source.passed_over = self._source.newest = None
+            self._source.handed_on, self._source.passed_over = None, 0
             self.generator = own
         return _Iteration(self, inner, queue)
 
@@ -228,8 +233,7 @@ class SievedLoader(DataLoader[Any]):
         *owned, shared = started_with
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(shared)
-            for generator, state in zip(loader_generators(self), owned, strict=True):
-                generator.set_state(state)
+            self._set(owned)
             yield
 
     def hand_out(self, iteration: int, keys: list[Any], *, is_known: bool = True) -> None:
@@ -245,7 +249,28 @@ class SievedLoader(DataLoader[Any]):
         """An iteration has come to its end."""
         if iteration == self.iteration:
             self.is_ended = True
+            self._set(self._at_end)
         self.on_event("end")
+
+    def states_at_end(self) -> list[Tensor]:
+        """The states of the loader's own generators when the newest iteration, which has handed out all, has ended.
+
+        Samplers may draw once more when they are asked for one batch too many. Not every loop asks for it: a state goes
+        on as this one does in its other epochs.
+        """
+        now = _states(self)[:-1]
+        if not self.asks_for_more or self.is_ended or self._rest is None:
+            return now
+        if self._at_end is None:
+            with torch.random.fork_rng(devices=[]):
+                self._rest.look_ahead()
+            self._at_end = _states(self)[:-1]
+            self._set(now)
+        return self._at_end
+
+    def _set(self, states: Sequence[Tensor] | None) -> None:
+        for generator, state in zip(loader_generators(self), states or (), strict=False):
+            generator.set_state(state)
 
     def _watch(self, batches: Callable[[], Iterator[list[int]]]) -> Iterator[list[int]]:
         """Batches that are drawn from the batch sampler without this loader."""

@@ -86,6 +86,11 @@ class Observer:
         short = next(
             (len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None
         )
+        if short is not None and not is_told and len(self._tickets) > 1:
+            raise UsageError(
+                f"observe() was not called for a batch of session.loader before this one: the oldest without a report "
+                f"has {len(indices)} samples, and this one {short}. Call it once a batch, or pass indices=."
+            )
         if short is not None:
             raise InvalidArgument(
                 Problem(

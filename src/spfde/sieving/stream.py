@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, UsageError
-from spfde.sieving.loader import Event, SievedLoader, check_loader
+from spfde.sieving.loader import Event, SievedLoader, check_loader, loader_generators
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]] | None
 """Batches of an epoch: what can be iterated once for each, a function that returns it, or None (they are elsewhere)."""
@@ -27,7 +27,7 @@ class StreamLoader:
     on_event: Callable[[Event], None]
     passed_over = 0
     current_indices = handed_keys = None
-    had_workers = False
+    had_workers = asks_for_more = False
 
     def __init__(self, source: Batches, *, samples: int, batch_size: int) -> None:
         self.source, self.samples, self.batch_size = source, samples, batch_size
@@ -64,6 +64,10 @@ class StreamLoader:
 
     def go_on(self, taken: int | None, started_with: Sequence[Tensor] = ()) -> None:
         """An epoch of such batches is not resumed amid itself."""
+
+    def states_at_end(self) -> list[Tensor]:
+        """The states of the generators that the loader inside owns."""
+        return [generator.get_state() for generator in loader_generators(self)]
 
     def end_workers(self) -> None:
         """There are none of its own."""

@@ -61,6 +61,9 @@ class Tickets:
         self._is_plain: bool | None = None  # whether the loop draws a batch only when it is done with the last one
         self._drawing = 0
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     # --- from the loader ---------------------------------------------------------------------------------------------
 
     def begin(self, iteration: int) -> None:
