@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import spfde
-from helpers.training import BATCH, EPOCHS, make_parts
+from helpers.training import BATCH, EPOCHS, Parts, make_parts, step
 from spfde.core.registry import find
 
 
@@ -57,6 +59,61 @@ def train(rank: int, size: int, folder: str, method: str) -> None:
     }
     torch.save(result, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def share_and_resume(rank: int, size: int, folder: str, _: str) -> None:
+    """A neutral recipe, one that attaches before the group is there, a rank that looks at a batch, a resumed epoch."""
+    early = _small(spfde.Recipe())
+    join(rank, size, folder)
+    found: dict[str, Any] = {"early": _refusal(lambda: next(early[1].epochs()))}
+
+    parts, session = _small(spfde.Recipe())
+    found["neutral"] = [int(i) for _ in session.loader for i in session.loader.current_indices]
+    other = torch.utils.data.DataLoader(parts.loader.dataset, batch_sampler=session.loader.batch_sampler)
+    found["remade"] = _refusal(lambda: next(iter(other)))
+
+    parts, session = _small(spfde.Recipe())
+    if rank == 0:
+        next(iter(session.loader))
+    found["looks"] = _refusal(lambda: _epoch(parts, session))
+
+    for name, how in (("sieves", recipe("mest")), ("sparse", recipe("mest").replace(sieving=None))):
+        parts, session = _small(how)
+        _epoch(parts, session)
+        x, y = next(iter(session.loader))
+        step(parts, session, x, y)
+        state = [session.state_dict(), parts.model.state_dict(), parts.optimizer.state_dict()]
+        dist.broadcast_object_list(state, src=0)  # the first rank's alone
+        parts, session = _small(how)
+        parts.model.load_state_dict(state[1])
+        parts.optimizer.load_state_dict(state[2])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            session.load_state_dict(state[0])
+        _epoch(parts, session)
+        row = session.cost.rows[1]
+        found[name] = {"samples": row.samples, "steps": row.steps, "said": any("anew" in str(w.message) for w in said)}
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _small(how: spfde.Recipe) -> tuple[Parts, spfde.Session]:
+    parts = make_parts()
+    return parts, spfde.attach(parts.model, parts.optimizer, parts.loader, how, epochs=EPOCHS, engine="masked")
+
+
+def _epoch(parts: Parts, session: spfde.Session) -> None:
+    for x, y in session.loader:
+        step(parts, session, x, y)
+    session.end_epoch()
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except spfde.UsageError as error:
+        return str(error)
+    return "accepted"
 
 
 def attach_with_other_seeds(rank: int, size: int, folder: str, _: str) -> None:

@@ -49,6 +49,20 @@ def test_ranks_that_disagree_are_refused_with_what_differs(tmp_path: Path) -> No
         assert seed.startswith("seed=")
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_ranks_share_every_epoch_or_are_told_why_not(tmp_path: Path) -> None:
+    first, second = run(worker.share_and_resume, tmp_path)
+    assert len(set(first["neutral"] + second["neutral"])) == SAMPLES
+    for found in (first, second):
+        assert "init_process_group" in found["early"]
+        assert "use_distributed_sampler=False" in found["remade"]
+        assert "different orders" in found["looks"]
+        # Each rank took a batch of 8 before it stopped. What the others observed is not in the first rank's state.
+        assert found["sieves"] == {"samples": 2 * 8 + 30, "steps": 1 + 2, "said": True}
+        # Five batches, the first one of the two ranks twice: three steps, one of them before the stop.
+        assert found["sparse"] == {"samples": SAMPLES + 8, "steps": 3, "said": False}
+
+
 def test_batches_are_dealt_out_evenly_and_the_first_come_again_where_they_do_not_divide() -> None:
     def dealt(rank: int, size: int, *, drop_last: bool) -> list[list[int]]:
         sampler = SievedBatchSampler(range(10), 2, drop_last, keep=lambda: None, share=(rank, size))
