@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from spfde.core.torch_private import steps_running
+
 
 class Optimizers:
     """Parameter groups, state and hooks of several optimizers.
@@ -60,15 +62,32 @@ class Optimizers:
         for optimizer in self._with_state:
             optimizer.state.pop(parameter, None)
 
-    def hook(self, before: Callable[..., Any] | None, after: Callable[..., Any] | None) -> list[RemovableHandle]:
-        """Hook the steps of all."""
-        handles = []
-        for optimizer in self.each:
-            if before is not None:
-                handles.append(optimizer.register_step_pre_hook(before))
-            if after is not None:
-                handles.append(optimizer.register_step_post_hook(after))
-        return handles
+    def hook(self, before: Callable[..., Any], after: Callable[..., Any]) -> list[RemovableHandle]:
+        """Hook the steps of all. A ``step`` that calls that of its base class is one step, though hooks run twice."""
+        depth: dict[int, int] = {}
+
+        def outer_before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            within = depth.get(id(optimizer), 0)
+            # A step that failed has left its depth behind.
+            if within and steps_running(optimizer) > 1:
+                depth[id(optimizer)] = within + 1
+                return None
+            depth[id(optimizer)] = 1
+            return before(optimizer, args, kwargs)
+
+        def outer_after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            depth[id(optimizer)] -= 1
+            if not depth[id(optimizer)]:
+                after(optimizer, args, kwargs)
+
+        return [
+            handle
+            for optimizer in self.each
+            for handle in (
+                optimizer.register_step_pre_hook(outer_before),
+                optimizer.register_step_post_hook(outer_after),
+            )
+        ]
 
 
 class LeadingSteps:

@@ -5,12 +5,15 @@ Each name says what for, and why no public one does. Tested with torch 2.6.0 and
 
 from __future__ import annotations
 
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.modules.module as modules
+import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -38,6 +41,7 @@ __all__ = [
     "norm_each",
     "overloads_of",
     "recompile_limit",
+    "steps_running",
     "storage_id",
     "tree_leaves",  # the tensors in nested arguments and results
     "tree_map_only",
@@ -47,6 +51,8 @@ __all__ = [
 # Where a module keeps what it holds. A guard reads them at every pass, and the public iterators take ten times as long.
 PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # where steps are wrapped to run hooks
 
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
@@ -75,6 +81,20 @@ def active_ddp() -> nn.parallel.DistributedDataParallel | None:
 def n_reduced(wrapper: nn.parallel.DistributedDataParallel) -> int:
     """Parameters whose gradients a DistributedDataParallel averages: those that were to train when it was made."""
     return int(wrapper._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
+
+
+def steps_running(optimizer: torch.optim.Optimizer) -> int:
+    """How many ``step`` methods of an optimizer, its own and inherited ones, are on the stack, of those that run hooks.
+
+    PyTorch patches ``step`` class by class, each when its first instance is made: what runs twice is not known before.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZERS:
+            found += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found
 
 
 def is_compiled(model: nn.Module) -> bool:

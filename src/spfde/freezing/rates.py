@@ -109,9 +109,9 @@ class GroupRates:
         for (group, _), value in zip(groups, self._set, strict=False):
             if float(group["lr"]) != value:
                 raise UsageError(
-                    f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler such as ReduceLROnPlateau or "
-                    f"by hand, while BlockwiseCosine drives it and had set {value:.4g}. Remove one of them: "
-                    "Recipe(learning_rate=None) leaves the rates to you."
+                    f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler like ReduceLROnPlateau, by "
+                    "hand or with the optimizer's state alone, while BlockwiseCosine drives it and had set "
+                    f"{value:.4g}. Remove one of them: Recipe(learning_rate=None) leaves the rates to you."
                 )
 
     def _groups(self) -> list[tuple[dict[str, Any], int]]:
