@@ -9,7 +9,7 @@ the training loop calls ``model.train()``. SpFDE does not say what BatchNorm doe
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
-from spfde.core.torch_private import is_compiled, recompile_limit
+from spfde.core.torch_private import is_compiled, recompile_limit, version_of
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
@@ -33,6 +33,7 @@ class _Frozen:
 
     trained: list[nn.Parameter]  # those that required gradients
     held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
+    buffers: dict[str, tuple[int, torch.Tensor]]  # version and value of each, to notice what changes them
 
 
 class Freezer:
@@ -43,9 +44,16 @@ class Freezer:
         blocks: in order of execution.
         optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
             checkpoints go on fitting.
+        updating: names of modules whose forward pass changes buffers in training, beside PyTorch's own norms.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer,
+        updating: Collection[str] = (),
+    ) -> None:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
@@ -53,8 +61,11 @@ class Freezer:
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
         self._norms = [
-            [modules[name] for name in block.modules if _changes_in_training(modules[name])] for block in blocks
+            [modules[name] for name in block.modules if name in updating or _changes_in_training(modules[name])]
+            for block in blocks
         ]
+        self._buffers = [_buffers_of(model, block) for block in blocks]
+        self._warned: set[str] = set()
         self._frozen: list[_Frozen] = []
 
     @property
@@ -88,7 +99,30 @@ class Freezer:
         held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
         for norm, _ in held:
             hold_in_eval(norm)
-        return _Frozen(trained, held)
+        kept = {name: (version_of(buffer), buffer.detach().clone()) for name, buffer in self._values(index)}
+        return _Frozen(trained, held, kept)
+
+    def _values(self, index: int) -> list[tuple[str, torch.Tensor]]:
+        """The buffers of a block as they are now."""
+        found = ((name, module._buffers.get(name.rpartition(".")[2])) for name, module in self._buffers[index])
+        return [(name, buffer) for name, buffer in found if buffer is not None and buffer.is_floating_point()]
+
+    def changed_buffers(self) -> list[str]:
+        """Buffers of frozen blocks that have changed since they were frozen, each named once; counters are left out.
+
+        Something changes them in evaluation mode, too, or from outside the block.
+        """
+        changed = []
+        for index, frozen in enumerate(self._frozen):
+            modules = dict(self._buffers[index])
+            for name, buffer in self._values(index):
+                version, value = frozen.buffers.get(name, (-1, None))
+                if version == version_of(buffer) or value is None or name in self._warned:
+                    continue
+                if value.shape != buffer.shape or not torch.equal(value, buffer.to(value.device)):
+                    self._warned.add(name)
+                    changed.append(f"{name} of {type(modules[name]).__name__}")
+        return changed
 
     def state_dict(self) -> dict[str, Any]:
         """The number of frozen blocks, and the names of the blocks to check against when it is loaded."""
@@ -171,6 +205,16 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
         f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to {needed}."
     )
+
+
+def _buffers_of(model: nn.Module, block: Block) -> list[tuple[str, nn.Module]]:
+    """Names of the buffers in a block, and the modules that have them."""
+    modules = dict(model.named_modules())
+    return [
+        (f"{name}.{buffer}", modules[name])
+        for name in block.modules
+        for buffer, _ in modules[name].named_buffers(recurse=False)
+    ]
 
 
 def _changes_in_training(module: nn.Module) -> bool:

@@ -63,7 +63,7 @@ def weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | Non
     return max(computed, key=lambda name: parameters[name].numel(), default=None)
 
 
-def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
+def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bool = False) -> Trace:
     """Trace ``model`` on ``sample`` without running it for real.
 
     Args:
@@ -71,6 +71,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
         sample: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
             The first dimension of the first tensor is the batch.
         training: run it in training mode; by default in evaluation mode.
+        calls: ``sample`` is the positional and the keyword arguments of a call.
 
     Raises:
         Untraceable: the model cannot be called with this sample, or its forward pass needs real values.
@@ -81,7 +82,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
     if lazy:
         rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."
         raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
-    args, kwargs = call_arguments(sample)
+    args, kwargs = sample if calls else call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].dim() == 0:
         rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
@@ -123,8 +124,8 @@ def memory_shared_by(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, 
     spans: dict[int, list[tuple[int, int, str]]] = {}
     for name, p in parameters.items():
         if p.numel() and p.layout == torch.strided and not p.is_meta and type(p) is nn.Parameter:
-            first = p.storage_offset() * p.element_size()
-            reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
+            first = int(p.storage_offset()) * p.element_size()
+            reach = sum((int(size) - 1) * int(stride) for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
             spans.setdefault(storage_id(p), []).append((first, first + reach * p.element_size(), name))
     pairs = []
     for of_storage in spans.values():
@@ -185,6 +186,9 @@ def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor],
 
     def convert(tensor: Tensor) -> Tensor:
         dtype = next(iter(dtypes)) if len(dtypes) == 1 and tensor.is_floating_point() else tensor.dtype
+        if tensor.is_meta:
+            with fake:
+                return torch.empty_strided(tensor.shape, tensor.stride(), device=device, dtype=dtype)
         return fake.from_tensor(tensor.detach()).to(device=device, dtype=dtype)
 
     return convert

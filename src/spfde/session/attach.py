@@ -103,6 +103,8 @@ def attach(
     blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     if recipe.learning_rate is not None:
         Problems(check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)).raise_if_any()
+    if plan is None and blueprint.left_dense_warning is not None:
+        warnings.warn(blueprint.left_dense_warning, stacklevel=2)
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)

@@ -82,7 +82,7 @@ class Session(SessionView):
         ]
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
-        self._bill = Bill(setting, self._sampling, self._masks)
+        self._bill = Bill(setting, self._sampling, self._masks, job)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
         converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.
@@ -139,11 +139,13 @@ class Session(SessionView):
         clock.phase = "between"
         clock.is_resumed_at_end = False
 
-    def _begin_epoch(self) -> None:
+    def _begin_epoch(self, *, is_late: bool = False) -> None:
+        """``is_late``: a batch of the epoch has gone through the model already."""
         clock = self._clock
         if clock.phase != "between" or clock.epoch >= len(self.timeline):
             return
         clock.begin_epoch()
+        clock.is_late = is_late
         for part in self._parts:
             part.begin_epoch(self.timeline[clock.epoch])
 
@@ -173,7 +175,7 @@ class Session(SessionView):
                 labels that are no classes (those on an accelerator are looked at when the epoch ends).
         """
         self._check_attached()
-        self._begin_epoch()
+        self._begin_epoch(is_late=True)
         self._sampling.observe(indices, logits=logits, y=y, correct=correct, loss=loss)
 
     def loss_weights(self, indices: Tensor | None = None) -> Tensor:
@@ -237,7 +239,7 @@ class Session(SessionView):
             self._computing.engine.on_batch()
 
     def _before_step(self, *_: Any) -> None:
-        self._begin_epoch()
+        self._begin_epoch(is_late=True)
 
     def _after_step(self, *_: Any) -> None:
         clock = self._clock
