@@ -6,22 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
 from spfde.sieving.balance import ClassLabels
-from spfde.sieving.batch_sampler import SievedBatchSampler
 from spfde.sieving.criteria import Loss, Scorer
 from spfde.sieving.evidence import label_bounds
-from spfde.sieving.loader import SievedLoader
 from spfde.sieving.observer import Observer
+from spfde.sieving.tickets import Tickets
 
 
 def make_observer(scorer: Scorer, classes: ClassLabels, **arguments: Any) -> Observer:
-    loader = DataLoader(make_images(), batch_size=2)
-    sampler = SievedBatchSampler(loader.sampler, 2, False, keep=lambda: None)
-    return Observer(scorer, SievedLoader(loader, sampler), classes=classes, **arguments)
+    return Observer(scorer, Tickets(by_report=True), classes=classes, **arguments)
 
 
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:

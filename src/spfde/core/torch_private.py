@@ -5,17 +5,14 @@ Each name says what for, and why no public one does. Tested with torch 2.6.0 and
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.modules.module as modules
-import torch.nn.modules.transformer as transformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -28,15 +25,18 @@ __all__ = [
     "FakeTensorMode",  # tensors without numbers: a model is traced without being run
     "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
     "TorchDispatchMode",  # sees every operator that runs
+    "active_ddp",
     "compiled_inside",
     "has_global_hooks",
     "hooks_to_copy",
     "is_compiled",
+    "layers_of_wrapping",
     "least_two_four_shape",
     "lerp_each_",
     "multiply_each",
+    "n_reduced",
+    "norm_each",
     "overloads_of",
-    "plain_kernels",
     "recompile_limit",
     "storage_id",
     "tree_leaves",  # the tensors in nested arguments and results
@@ -49,13 +49,32 @@ PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # One call for many tensors, as the optimizers of PyTorch make it.
-lerp_each_, multiply_each = torch._foreach_lerp_, torch._foreach_mul
+lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
 
 
 def compiled_inside(model: nn.Module) -> nn.Module | None:
     """The module that ``torch.compile`` wrapped; None for one that is not compiled. Its wrapper has no public name."""
     inside = getattr(model, "_orig_mod", None)
     return inside if isinstance(inside, nn.Module) else None
+
+
+def layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what is in its wrapper, and so on: the outermost first."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        wraps = isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = inner.get_submodule("module") if wraps else compiled_inside(inner)
+
+
+def active_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass runs now. It leaves no public mark on the model that it wraps."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def n_reduced(wrapper: nn.parallel.DistributedDataParallel) -> int:
+    """Parameters whose gradients a DistributedDataParallel averages: those that were to train when it was made."""
+    return int(wrapper._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -110,38 +129,3 @@ def least_two_four_shape(dtype: torch.dtype) -> tuple[int, int] | None:
     kernel = tensors.SparseSemiStructuredTensorCUTLASS if forced else tensors.SparseSemiStructuredTensorCUSPARSELT
     least = getattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS", {}).get(dtype)
     return None if least is None else (least.sparse_min_rows, least.sparse_min_cols)
-
-
-@contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Fused attention and recurrent kernels hide their products from the counter: take the plain paths."""
-    attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about TF32 on CPUs
-    try:
-        with _values_unread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(attention)
-        torch._C._set_mkldnn_enabled(onednn)
-
-
-@contextlib.contextmanager
-def _values_unread() -> Iterator[None]:
-    """Keep PyTorch from looking at what fake tensors, or a sample of one item, do not have.
-
-    ``nn.TransformerEncoder`` reads an attention mask to see whether it is causal, and the products are the same
-    whatever the answer; batch norms refuse a single value a channel, where a batch has more.
-    """
-    stand_ins: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-        (transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
-        (torch.nn.functional, "_verify_batch_size", lambda size: None),
-    )
-    found = [(owner, name, getattr(owner, name), new) for owner, name, new in stand_ins if hasattr(owner, name)]
-    for owner, name, _, new in found:
-        setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        for owner, name, old, _ in found:
-            setattr(owner, name, old)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from spfde.core.errors import StateMismatch
+from spfde.core.optimizers import Optimizers
 from spfde.core.state import check_entries
 from spfde.core.torch_private import is_compiled, recompile_limit, version_of
 from spfde.model.blocks import Block
@@ -33,7 +34,7 @@ class _Frozen:
 
     trained: list[nn.Parameter]  # those that required gradients
     held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
-    buffers: dict[str, tuple[int, torch.Tensor]]  # version and value of each, to notice what changes them
+    buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]]  # with version and value, to notice what changes them
 
 
 class Freezer:
@@ -42,8 +43,8 @@ class Freezer:
     Args:
         model: the model; parameters and modules are found by the names in the blocks.
         blocks: in order of execution.
-        optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
-            checkpoints go on fitting.
+        optimizer: one or several; their state for frozen parameters is freed. Parameter groups are left alone, so that
+            schedulers and checkpoints go on fitting.
         updating: names of modules whose forward pass changes buffers in training, beside PyTorch's own norms.
     """
 
@@ -51,13 +52,13 @@ class Freezer:
         self,
         model: nn.Module,
         blocks: Sequence[Block],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Optimizers,
         updating: Collection[str] = (),
     ) -> None:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        self._optimizer = optimizer
+        self._optimizers = Optimizers.of(optimizer)
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
         self._norms = [
@@ -72,6 +73,11 @@ class Freezer:
     def n_frozen(self) -> int:
         """Number of frozen blocks; they are the first ones."""
         return len(self._frozen)
+
+    @property
+    def n_paused(self) -> int:
+        """Parameters in frozen blocks that train when these thaw."""
+        return sum(len(block.trained) for block in self._frozen)
 
     @property
     def frozen_parameters(self) -> frozenset[str]:
@@ -95,11 +101,11 @@ class Freezer:
             parameter.requires_grad_(False)
             # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
             parameter.grad = None
-            self._optimizer.state.pop(parameter, None)
+            self._optimizers.forget(parameter)
         held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
         for norm, _ in held:
             hold_in_eval(norm)
-        kept = {name: (version_of(buffer), buffer.detach().clone()) for name, buffer in self._values(index)}
+        kept = {name: (buffer, version_of(buffer), buffer.detach().clone()) for name, buffer in self._values(index)}
         return _Frozen(trained, held, kept)
 
     def _values(self, index: int) -> list[tuple[str, torch.Tensor]]:
@@ -116,8 +122,11 @@ class Freezer:
         for index, frozen in enumerate(self._frozen):
             modules = dict(self._buffers[index])
             for name, buffer in self._values(index):
-                version, value = frozen.buffers.get(name, (-1, None))
-                if version == version_of(buffer) or value is None or name in self._warned:
+                before = frozen.buffers.get(name)
+                if before is None or name in self._warned:
+                    continue
+                same, version, value = before
+                if same is buffer and version == version_of(buffer):
                     continue
                 if value.shape != buffer.shape or not torch.equal(value, buffer.to(value.device)):
                     self._warned.add(name)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
+from spfde.core.plain_kernels import attention_in_products
 from spfde.core.torch_private import TorchDispatchMode, overloads_of, storage_id, tree_leaves
 
 
@@ -87,11 +88,15 @@ class Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        products = attention_in_products(func, args, kwargs)
+        if products is not None:
+            with self:
+                products()
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         inputs = [storage_id(tensor) for tensor in tensors]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        count = flop_registry.get(packet)
+        count = None if products is not None else flop_registry.get(packet)
         flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
         direct = tuple(dict.fromkeys(self._owners[key] for key in inputs if key in self._owners))
         origins = [name for key in inputs for name in self._computed.get(key, ())]

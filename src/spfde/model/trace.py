@@ -9,33 +9,26 @@ and buffers alone before it is used (weight norm, weight standardisation, a cast
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.plain_kernels import PlainKernels, uncompiled
 from spfde.core.torch_private import (
     FakeTensorMode,
-    hooks_to_copy,
-    plain_kernels,
     storage_id,
     tree_leaves,
     tree_map_only,
 )
 from spfde.model.recorder import Recorder, TracedOp
-from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
+from spfde.model.sample import Sample, Untraceable, call_arguments, global_generators_restored, unwrap
+from spfde.model.twin import fake_copy
 
 __all__ = ["Trace", "TracedOp", "Untraceable", "fake_copy", "like_the_model", "memory_shared_by", "trace", "weight_of"]
-
-
-class Untraceable(InvalidArgument):
-    """The model's forward pass cannot be followed on fake tensors."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +81,16 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bo
         rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
         raise Untraceable(Problem("sample", sample, rule, remedy))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, plain_kernels():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
         twin, stand_ins = fake_copy(model, fake)
         owners = {storage_id(stand_ins[key]): name for key, name in names.items()}
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
         buffers = {storage_id(buffer): name for name, buffer in twin.named_buffers()}
         learning = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         recorder = Recorder(owners, buffers, learning)
-        eager = torch.compiler.set_stance("force_eager")  # parts of the model may be compiled on their own
         try:
-            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), eager, recorder:
+            # Parts of the model may be compiled on their own.
+            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), uncompiled(), recorder:
                 twin.train(training)(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
@@ -136,46 +129,6 @@ def memory_shared_by(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, 
             if end > reaching:
                 reaching, holder = end, name
     return pairs
-
-
-def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
-    """A copy of the model on fake tensors, and the fake tensor of each parameter by the id of the real one."""
-    stand_ins: dict[int, Tensor] = {}
-    side_by_side = _views_side_by_side(list(model.parameters()))
-    for p in model.parameters():
-        if id(p) in side_by_side:
-            # Told apart by its storage, so it gets one of its own.
-            with fake:
-                own = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
-        else:
-            own = fake.from_tensor(p.detach())
-        stand_ins[id(p)] = nn.Parameter(own, requires_grad=p.requires_grad)
-    for buffer in model.buffers():
-        stand_ins[id(buffer)] = fake.from_tensor(buffer.detach())
-    memo: dict[int, Any] = {**stand_ins}
-    for module in model.modules():
-        # The user's own hooks may record, count or hold anything: the copy has none of them. Those of torch's weight
-        # norm, spectral norm and pruning compute the weight, so they stay.
-        memo.update(hooks_to_copy(module, _computes_a_weight))
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = fake.from_tensor(value.detach())
-            elif isinstance(value, torch.Generator):
-                memo[id(value)] = value.clone_state()
-    return copy.deepcopy(model, memo), stand_ins
-
-
-def _views_side_by_side(parameters: Sequence[nn.Parameter]) -> set[int]:
-    """Ids of the parameters that share their storage with others."""
-    of_storage: dict[int, list[nn.Parameter]] = {}
-    for p in parameters:
-        if p.layout == torch.strided and type(p) is nn.Parameter:
-            of_storage.setdefault(storage_id(p), []).append(p)
-    return {id(p) for group in of_storage.values() if len(group) > 1 for p in group}
-
-
-def _computes_a_weight(hook: object) -> bool:
-    return isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils")
 
 
 def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor], Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from torch import Tensor
 
 from spfde.core.clock import Clock
+from spfde.core.errors import UsageError
 from spfde.cost.ledger import Ledger
 from spfde.planning.timeline import Timeline
 from spfde.session.bill import Bill
@@ -98,3 +100,12 @@ class SessionView:
             lines.append("  hooked: the optimizer's steps (clock)")
             lines += [f"  {line}" for part in self._parts for line in part.describe()]
         return "\n".join(lines)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a model that holds its session is another model, and has none."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(
+            "a session cannot be pickled, nor a model that holds one. Save model.state_dict(), optimizer.state_dict() "
+            "and session.state_dict(), or keep the session elsewhere than on the model."
+        )

@@ -7,6 +7,7 @@ import gc
 import types
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import spfde
 from helpers.native import kernels, needs_kernels, random_masks, relative_error, twin
 from spfde.app.train.models import build_model
 from spfde.engines.native.model import NativeModel
+from spfde.engines.native.program import Program
 
 pytestmark = needs_kernels
 
@@ -335,3 +337,65 @@ def test_switching_at_every_step_keeps_the_buffers() -> None:
         if n >= 4:
             found.add(engine._pool.bytes)
     assert len(found) == 1
+
+
+# --- weights that others bring ---------------------------------------------------------------------------------------
+
+
+def _swap(model: nn.Module, other: nn.Module) -> None:
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data, theirs.data = theirs.data, mine.data
+
+
+def _average(model: nn.Module, other: nn.Module) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5)
+
+
+def _copy(model: nn.Module, other: nn.Module) -> None:
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data.copy_(theirs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "bring",
+    [
+        lambda model, other: model.load_state_dict(other.state_dict()),
+        lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+        _swap,
+        _copy,
+        _average,
+    ],
+    ids=["load", "assign", "swap", "copy", "average"],
+)
+def test_weights_outside_the_masks_are_computed_with_and_the_kernels_come_back_without_them(
+    bring: Callable[[nn.Module, nn.Module], object], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[int] = []
+    play = Program.forward
+    monkeypatch.setattr(Program, "forward", lambda *args: (played.append(1), play(*args))[1])
+    model, masks, _ = attached()
+    model.train(training)
+    before = copy.deepcopy(model.state_dict())
+    model(X)
+    bring(model, Net())
+    assert not all(bool((model.state_dict()[name][~mask] == 0).all()) for name, mask in masks.items())
+    played.clear()
+    assert_follows(model)
+    assert not played
+    model.load_state_dict(before)
+    assert_follows(model)
+    assert played
+
+
+def test_weights_outside_the_masks_learn_as_in_pytorch() -> None:
+    model, _, _ = attached()
+    model.load_state_dict(Net().state_dict())
+    reference = copy.deepcopy(model)
+    for each in (model, reference):
+        each(X).square().sum().backward()
+    for (name, ours), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None, name
+        assert relative_error(ours.grad, expected.grad) < 1e-5, name

@@ -192,6 +192,21 @@ def test_the_front_is_computed_once_a_sample_variant_and_freeze_step(monkeypatch
         assert images == 40 * sum(at <= epoch for at in freeze_steps)
 
 
+def test_a_front_that_gets_other_weights_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(monkeypatch)
+    parts = make_parts()
+    session = attach(parts, RECIPE.replace(sieving=None))
+    for epoch in session.epochs():
+        if epoch == EPOCHS - 1:
+            name = min(session._computing._parts.frozen())
+            weight = parts.model.get_parameter(name)
+            weight.data.mul_(2)
+            counted.images = 0
+        for x, y in session.loader:
+            step(parts, session, shifted(x, session.augmentation_seeds()), y)
+    assert counted.images == 40
+
+
 def test_seeds_repeat_while_variants_are_kept_and_never_else() -> None:
     parts = make_parts()
     session = attach(parts, RECIPE.replace(sieving=None), cache=spfde.PrefixCache(2))

@@ -360,6 +360,7 @@ def test_what_is_left_comes_with_the_reason(layer: nn.Module, reason: str) -> No
     assert reason in captured.left[0]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(
     "layer",
     [nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d((3, 1)), nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((None, 1)),

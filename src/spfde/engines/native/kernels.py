@@ -53,6 +53,14 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32) -> None:
         self._library, self.dtype = library, dtype
         self.lanes = int(library.spfde_lanes())
+        self._outside = library.spfde_outside
+        self._outside.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+    def has_outside(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether a weight is not zero where its mask, a bool tensor of its shape, has none."""
+        if weight.dtype == self.dtype and weight.is_contiguous() and mask.is_contiguous():
+            return bool(self._outside(weight.data_ptr(), mask.data_ptr(), weight.numel()))
+        return bool(((weight.detach() != 0) & ~mask).any())
 
     def tape(self, threads: int) -> KernelTape:
         """A new tape, for so many threads."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, UsageError
-from spfde.core.torch_private import has_global_hooks
+from spfde.core.torch_private import has_global_hooks, norm_each
 from spfde.engines.native import build
 from spfde.engines.native.fusion import fuse
 from spfde.engines.native.graph import Capture, Region, capture, region_name
@@ -60,6 +60,7 @@ class NativeModel:
         self._model = model
         self._frozen, self._cached = frozen, cached
         self._frozen_then: frozenset[str] = frozenset()
+        self._front: Tensor | None = None  # norms of its numbers
         self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
@@ -169,14 +170,29 @@ class NativeModel:
                 )
 
         assert self._cached is not None
+        if not self._front_is_the_same():
+            self._cached.forget()
         return back(*self._cached(samples, variant, compute))
+
+    def _front_is_the_same(self) -> bool:
+        """Does the frozen front have the numbers that what is kept was made with? Loading gives it others."""
+        owners = {name.rpartition(".")[0] for name in self._frozen_then}
+        buffers = [kept for name, kept in self._model.named_buffers() if name.rpartition(".")[0] in owners]
+        numbers = [self._model.get_parameter(name) for name in sorted(self._frozen_then)] + buffers
+        numbers = [number for number in numbers if number.is_floating_point()]
+        if not numbers:
+            return True
+        with torch.no_grad():
+            norms = torch.stack(norm_each(numbers))
+        before, self._front = self._front, norms
+        return before is None or torch.equal(before, norms)
 
     def _known(self) -> Capture | None:
         """The graph of the model as it is now, where it was in this state before."""
         if self._cached is not None and (frozen := self._frozen()) != self._frozen_then:
             self._captures.clear()
             self._cached.clear()
-            self._frozen_then = frozen
+            self._frozen_then, self._front = frozen, None
         for position, seen in enumerate(self._captures):
             if seen.is_current(self._model):
                 if position:

@@ -50,6 +50,10 @@ class PackedWeights:
         )
         self.version += not same
 
+    def mask_of(self, step: ConvStep) -> Tensor | None:
+        """The current mask of a convolution; None where it has none."""
+        return self._current.get(f"{step.name}.weight")
+
     def dense_among(self, convolutions: Sequence[str]) -> frozenset[str]:
         """Which of them have a weight whose next gradient must be dense."""
         dense = self._dense_gradients()
@@ -57,7 +61,7 @@ class PackedWeights:
 
     def lists_of(self, step: ConvStep, source: Layout, target: Layout) -> WeightLists:
         """The lists of a convolution for its current mask."""
-        mask = self._current.get(f"{step.name}.weight")
+        mask = self.mask_of(step)
         key = _key(step, source, target)
         have = self._built.get(key)
         if have is None or have[1] is not mask:

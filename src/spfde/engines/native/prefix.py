@@ -77,6 +77,10 @@ class OutputStore:
             found.append(value.view(len(slots), *shape))
         return found
 
+    def empty(self) -> None:
+        """Nothing is filled any more; the place stays."""
+        self._have.zero_()
+
     def close(self) -> None:
         """Give the memory or the file back."""
         self._values = []
@@ -109,6 +113,11 @@ class CachedPrefix:
         if self.store is not None:
             self.store.close()
         self.store, self.variants = None, self._wanted.variants
+
+    def forget(self) -> None:
+        """The front computes something else: what is kept is wrong."""
+        if self.store is not None:
+            self.store.empty()
 
     def make_room(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Take the place that the front's outputs need, for as many variants as the limit allows."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.torch_private import lerp_each_, multiply_each
-from spfde.engines.native.fusion import FusedStep, PointStep, Unsupported, parameters_of
+from spfde.engines.native.fusion import ConvStep, FusedStep, PointStep, Unsupported, parameters_of
 from spfde.engines.native.graph import Region
 from spfde.engines.native.kernels import MEAN, VARIANCE, Kernels
 from spfde.engines.native.layout import Pool
@@ -38,6 +38,7 @@ class RegionRunner(nn.Module):
         self._region, self._steps, self._plain = region, tuple(steps), plain
         self._kernels, self._pool, self._weights = kernels, pool, weights
         self._norms = [step.norm for step in steps if isinstance(step, PointStep) and step.norm is not None]
+        self._convolutions = [step for step in steps if isinstance(step, ConvStep)]
         self._trainable = parameters_of(steps)
         statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
         self._own = [*self._trainable, *(kept for kept in statistics if kept is not None)]
@@ -54,14 +55,24 @@ class RegionRunner(nn.Module):
             inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
         try:
             self._check(inputs)
-            program = self._program(inputs)
+            program = None if self._is_denser_than_its_masks() else self._program(inputs)
         except Unsupported as error:
             warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
+            program = None
+        if program is None:
             found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
             return found
         *outputs, table = RegionFunction.apply(program, *inputs, *program.plan.parameters)
         self._track(program.plan, table)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _is_denser_than_its_masks(self) -> bool:
+        """Has somebody loaded or averaged weights that the kernels would leave out?
+
+        Only the weights tell: what is written through ``p.data`` leaves PyTorch's version counters as they were.
+        """
+        masks = ((step.module.weight, self._weights.mask_of(step)) for step in self._convolutions)
+        return any(mask is not None and self._kernels.has_outside(weight, mask) for weight, mask in masks)
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         for tensor in inputs:

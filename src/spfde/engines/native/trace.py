@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import random
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.plain_kernels import PlainKernels, attention_in_products
 from spfde.core.torch_private import (
     HOOKS,
     MODULES,
     FakeTensorMode,
     NormBase,
     TorchDispatchMode,
-    plain_kernels,
     storage_id,
     tree_leaves,
     tree_map_only,
@@ -35,7 +36,11 @@ from spfde.core.torch_private import (
 )
 from spfde.engines.native.guards import guards_of, is_same
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
-from spfde.model.trace import fake_copy, like_the_model
+from spfde.model.trace import like_the_model
+from spfde.model.twin import fake_copy
+
+# fx patches nn.Module while it traces, and the second of two threads would put back the first one's patch.
+_PATCHING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,9 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
             if training is not None:
                 twin.train(training)
             with torch.no_grad(), global_generators_restored():
-                with _unchanged(twin):
+                with _PATCHING, _unchanged(twin):
                     graph = tracer.trace(twin)
-                with fake, plain_kernels():
+                with fake, PlainKernels():
                     facts = _run(graph, twin, args, kwargs, tracer.leaves)
             shared = _functionalise(graph, facts)
         except _Impure as error:
@@ -201,6 +206,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.modules, self.leaves = modules, dict(leaves)
         self.stack: list[str] = []
+        self.thread = threading.get_ident()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -215,9 +221,17 @@ class _Tracer(fx.Tracer):
             return True
         return m.__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList))
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # fx traces by patching nn.Module, so that all threads come by here.
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         self.stack.append(self.path_of_module(m))
         with _unchanged(m):
             found = super().call_module(m, forward, args, kwargs)
@@ -290,7 +304,13 @@ class _Draws(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            products = attention_in_products(func, args, kwargs or {})
+            if products is None:
+                self.seen = True
+            else:  # a fused attention draws where it drops out
+                with self:
+                    products()
         return func(*args, **(kwargs or {}))
 
 

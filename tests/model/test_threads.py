@@ -1,0 +1,143 @@
+"""What tracing a model leaves of the process: other threads compute, and attach, as if nobody traced."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import spfde
+from helpers.native import NATIVE
+from spfde.model.trace import trace
+
+
+@pytest.fixture(autouse=True)
+def _often_switching() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(work: Callable[[int], object], number: int = 4) -> list[object]:
+    """What each thread returns, all started at once; the first one's error is raised."""
+    found: list[object] = [None] * number
+    errors: list[BaseException] = []
+    start = threading.Barrier(number)
+
+    def run(index: int) -> None:
+        start.wait()
+        try:
+            found[index] = work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    convolutions = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def attached(model: nn.Module, engine: str) -> spfde.Session:
+    loader = DataLoader(TensorDataset(torch.randn(16, 3, 8, 8), torch.randint(4, (16,))), batch_size=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.8), update_interval_epochs=1)
+    return spfde.attach(model, optimizer, loader, recipe, epochs=3, engine=engine)
+
+
+def switches() -> dict[str, object]:
+    return {
+        "oneDNN": torch.backends.mkldnn.enabled,
+        "cuDNN": torch.backends.cudnn.enabled,
+        "fast attention": torch.backends.mha.get_fastpath_enabled(),
+        "flash attention": torch.backends.cuda.flash_sdp_enabled(),
+        "batches of one": torch.nn.functional._verify_batch_size,
+        "calls of modules": nn.Module.__call__,
+        "attributes of modules": nn.Module.__getattr__,
+    }
+
+
+@pytest.mark.parametrize("engine", ["masked", NATIVE])
+def test_attaching_in_several_threads_gives_each_the_same_and_leaves_every_switch(engine: str) -> None:
+    before = switches()
+    sessions = in_threads(lambda _: attached(net(), engine))
+    assert switches() == before
+    first, *others = sessions
+    for other in others:
+        assert isinstance(first, spfde.Session)
+        assert isinstance(other, spfde.Session)
+        assert str(other.cost) == str(first.cost)
+        assert all(torch.equal(mask, other.masks[name]) for name, mask in first.masks.items())
+
+
+class Attending(nn.Module):
+    """Attention by its own call, and an encoder, both with fast paths; a recurrent layer; a compiled part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = nn.functional.scaled_dot_product_attention(x, x, x)
+        return self.encoder(self.lstm(attended)[0])
+
+
+@pytest.mark.parametrize("engine", ["masked", NATIVE])
+def test_a_thread_computes_the_same_while_another_one_attaches(engine: str) -> None:
+    model, images = Attending().eval(), net().eval()
+    x, pictures = torch.randn(2, 5, 8), torch.randn(2, 3, 8, 8)
+    over = threading.Event()
+
+    def compute() -> list[Tensor]:
+        with torch.no_grad():
+            return [model(x), images(pictures)]
+
+    expected = compute()
+
+    def work(index: int) -> int:
+        if index:
+            for _ in range(3):
+                attached(net(), engine)
+            over.set()
+            return 0
+        n_wrong = 0
+        while not over.is_set():
+            n_wrong += any(not torch.equal(*pair) for pair in zip(compute(), expected, strict=True))
+        return n_wrong
+
+    assert in_threads(work, 2)[0] == 0
+
+
+def test_products_are_found_behind_fused_attention_and_recurrent_kernels_without_a_switch() -> None:
+    read: list[object] = []
+
+    class Watched(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            read.append(switches())
+            return super().forward(x)
+
+    before = switches()
+    found = trace(Watched(), torch.zeros(1, 5, 8))
+    assert read == [before]
+    products = [op for op in found.ops if op.flops and not op.parameters]
+    assert len(products) == 4, "twice queries by keys, and weights by values"
+    assert {"lstm.weight_ih_l0", "lstm.weight_hh_l0"} <= {
+        name for op in found.ops if op.flops for name in op.parameters
+    }
