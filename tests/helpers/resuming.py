@@ -168,7 +168,7 @@ def load(saved: bytes, parts: Parts, session: spfde.Session) -> None:
 def everything(parts: Parts, session: spfde.Session) -> dict[str, Any]:
     """What two equal runs have in common: all states but for what was measured."""
     state = session.state_dict()
-    for row in state["parts"]["bill"]["ledger"]["rows"]:
+    for row in state["parts"]["bill"]["rows"]:
         row["seconds"] = row["peak_memory_bytes"] = None  # measured: never the same twice
     state["clock"]["seconds"] = None
     return {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict(), "spfde": state}

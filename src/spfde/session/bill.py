@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from spfde.core.errors import StateMismatch
 from spfde.core.numbers import round_half_up
-from spfde.core.state import check_entries
 from spfde.cost import Ledger, LedgerRow, peak_bytes
 from spfde.cost.memory import memory_of
 from spfde.engines.base import Job
@@ -47,6 +47,7 @@ class Bill(Part):
         dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
         self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
         is_known = setting.blueprint.untraced is None
+        self._estimated = 0  # samples of shapes that were not measured, in the epochs that ended
         self.passes = Passes(job.given, setting.model, cost, job.sample, is_known=is_known)
 
     def begin_epoch(self, row: Row) -> None:
@@ -76,6 +77,7 @@ class Bill(Part):
         )
         if passed and not clock.samples_drawn and not sampling.samples_observed:
             samples = passed  # batches from elsewhere
+        self._estimated += self.passes.estimated
         self.passes.clear()
         memory = memory_of(
             blueprint.cost.layers,
@@ -129,15 +131,14 @@ class Bill(Part):
         return max(self._sampling.batch_size, -(-computed // max(1, self._setting.clock.steps)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.state_dict(), "passes": self.passes.state_dict()}
+        return {**self.ledger.state_dict(), "passes": self.passes.state_dict()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        check_entries(state, "the bill", {"ledger": dict, "passes": dict})
-        copy(self.ledger).load_state_dict(state["ledger"])
+        copy(self.ledger).load_state_dict(_without_passes(state))
         self.passes.check_state(state["passes"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ledger.load_state_dict(state["ledger"])
+        self.ledger.load_state_dict(_without_passes(state))
         self.passes.load_state_dict(state["passes"])
 
     def detach(self) -> None:
@@ -147,5 +148,17 @@ class Bill(Part):
         return ["hooked: the model's forward pass, to count what is computed in training (bill)"]
 
     def summarise(self) -> list[str]:
-        untraced = self._setting.blueprint.untraced
-        return [] if untraced is None else [f"bill: FLOPs are not known: {untraced}"]
+        untraced, estimated = self._setting.blueprint.untraced, self._estimated + self.passes.estimated
+        lines = [] if untraced is None else [f"bill: FLOPs are not known: {untraced}"]
+        if estimated:
+            lines.append(
+                f"bill: {estimated:,} samples of shapes that were not measured cost as much as the nearest one"
+            )
+        return lines
+
+
+def _without_passes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The ledger's part of the state."""
+    if "passes" not in state:
+        raise StateMismatch("the state of the bill lacks passes. It is damaged, or of another version.")
+    return {name: value for name, value in state.items() if name != "passes"}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spfde.core.errors import InvalidArgument
-from spfde.core.state import check_all, check_entries
+from spfde.core.errors import InvalidArgument, StateMismatch
+from spfde.core.state import check_entries
 from spfde.core.torch_private import compiled_inside, tree_leaves, tree_map_only
 from spfde.cost.flops import ModelCost, model_cost
 from spfde.model.sample import Sample, call_arguments
@@ -150,8 +150,15 @@ class Passes:
         """Raise ``StateMismatch`` for a state that cannot be loaded."""
         kinds = {"samples": int, "estimated": int, "is_usual": bool, "flops": list, "measured": list}
         check_entries(state, "the counts of the bill", kinds)
-        numbers = {str(index): number for index, number in enumerate(state["flops"])}
-        check_all(numbers, "FLOPs in the state of the bill", int)
+        measured = state["measured"]
+        is_whole = all(isinstance(own, (list, tuple)) and len(own) == 3 for own in measured)
+        of_layers = [state["flops"], *(own[2] for own in measured)] if is_whole else []
+        sound = is_whole and all(type(own[0]) is str and type(own[1]) is int for own in measured)
+        if not sound or any(not self._fits(flops) for flops in of_layers):
+            raise StateMismatch("the counts in the state of the bill are damaged, or of another model.")
+
+    def _fits(self, flops: Any) -> bool:
+        return isinstance(flops, list) and len(flops) == len(self._forward) and all(type(f) is int for f in flops)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
