@@ -594,9 +594,9 @@ def test_a_model_whose_inputs_cannot_be_told_from_a_batch_asks_for_a_sample() ->
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(Records(), batch_size=4)
     with pytest.raises(spfde.InvalidArgument, match="sample="):
-        spfde.attach(model, optimizer, loader, spfde.Recipe(), epochs=2)
+        spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
     sample = torch.zeros(1, 2, 8, 8)
-    session = spfde.attach(model, optimizer, loader, spfde.Recipe(), epochs=2, sample=sample)
+    session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2, sample=sample)
     assert len(list(session.loader)) == 4
 
 

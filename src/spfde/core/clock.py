@@ -29,6 +29,7 @@ class Clock:
     overhead_flops: int = 0  # modelled FLOPs of this epoch beside its steps
     seconds: float = 0.0  # wall-clock seconds from the top of this epoch to its last batch, while the stop-watch ran
     is_resumed_at_end: bool = False  # whether a state was loaded that was taken after the last batch of this epoch
+    is_late: bool = False  # whether this epoch began when a batch of it had gone through the model already
     started: float | None = None
 
     def begin_epoch(self) -> None:

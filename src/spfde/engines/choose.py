@@ -73,6 +73,8 @@ def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] 
     ]
     if is_neutral or not engines:
         return Choice(FALLBACK, "nothing is sparse", asked)
+    if asked == AUTO and job.blueprint.untraced is not None:
+        return Choice(FALLBACK, "the model cannot be traced", asked)
     if asked == AUTO:
         return _fastest(engines, job, tell)
     (engine,) = engines

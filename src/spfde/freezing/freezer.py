@@ -9,7 +9,7 @@ the training loop calls ``model.train()``. SpFDE does not say what BatchNorm doe
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from spfde.core.errors import StateMismatch
 from spfde.core.optimizers import Optimizers
 from spfde.core.state import check_entries
-from spfde.core.torch_private import is_compiled, recompile_limit
+from spfde.core.torch_private import is_compiled, recompile_limit, version_of
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
@@ -34,6 +34,7 @@ class _Frozen:
 
     trained: list[nn.Parameter]  # those that required gradients
     held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
+    buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]]  # with version and value, to notice what changes them
 
 
 class Freezer:
@@ -44,10 +45,15 @@ class Freezer:
         blocks: in order of execution.
         optimizer: one or several; their state for frozen parameters is freed. Parameter groups are left alone, so that
             schedulers and checkpoints go on fitting.
+        updating: names of modules whose forward pass changes buffers in training, beside PyTorch's own norms.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer | Optimizers
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer | Optimizers,
+        updating: Collection[str] = (),
     ) -> None:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
@@ -56,8 +62,11 @@ class Freezer:
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
         self._norms = [
-            [modules[name] for name in block.modules if _changes_in_training(modules[name])] for block in blocks
+            [modules[name] for name in block.modules if name in updating or _changes_in_training(modules[name])]
+            for block in blocks
         ]
+        self._buffers = [_buffers_of(model, block) for block in blocks]
+        self._warned: set[str] = set()
         self._frozen: list[_Frozen] = []
 
     @property
@@ -96,7 +105,33 @@ class Freezer:
         held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
         for norm, _ in held:
             hold_in_eval(norm)
-        return _Frozen(trained, held)
+        kept = {name: (buffer, version_of(buffer), buffer.detach().clone()) for name, buffer in self._values(index)}
+        return _Frozen(trained, held, kept)
+
+    def _values(self, index: int) -> list[tuple[str, torch.Tensor]]:
+        """The buffers of a block as they are now."""
+        found = ((name, module._buffers.get(name.rpartition(".")[2])) for name, module in self._buffers[index])
+        return [(name, buffer) for name, buffer in found if buffer is not None and buffer.is_floating_point()]
+
+    def changed_buffers(self) -> list[str]:
+        """Buffers of frozen blocks that have changed since they were frozen, each named once; counters are left out.
+
+        Something changes them in evaluation mode, too, or from outside the block.
+        """
+        changed = []
+        for index, frozen in enumerate(self._frozen):
+            modules = dict(self._buffers[index])
+            for name, buffer in self._values(index):
+                before = frozen.buffers.get(name)
+                if before is None or name in self._warned:
+                    continue
+                same, version, value = before
+                if same is buffer and version == version_of(buffer):
+                    continue
+                if value.shape != buffer.shape or not torch.equal(value, buffer.to(value.device)):
+                    self._warned.add(name)
+                    changed.append(f"{name} of {type(modules[name]).__name__}")
+        return changed
 
     def state_dict(self) -> dict[str, Any]:
         """The number of frozen blocks, and the names of the blocks to check against when it is loaded."""
@@ -179,6 +214,16 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
         f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to {needed}."
     )
+
+
+def _buffers_of(model: nn.Module, block: Block) -> list[tuple[str, nn.Module]]:
+    """Names of the buffers in a block, and the modules that have them."""
+    modules = dict(model.named_modules())
+    return [
+        (f"{name}.{buffer}", modules[name])
+        for name in block.modules
+        for buffer, _ in modules[name].named_buffers(recurse=False)
+    ]
 
 
 def _changes_in_training(module: nn.Module) -> bool:

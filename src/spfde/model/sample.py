@@ -21,6 +21,10 @@ from spfde.core.torch_private import compiled_inside
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
+class Untraceable(InvalidArgument):
+    """The model's forward pass cannot be followed: it fails on tensors without values, or its inputs are not known."""
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside ``torch.compile``'s or a data-parallel wrapper."""
     while True:
@@ -50,7 +54,7 @@ def sample_of(loader: Any, model: nn.Module) -> Sample:
     dataset = getattr(loader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
         rule = "is needed, for the model's inputs cannot be told from this loader"
-        raise InvalidArgument(Problem("sample", None, rule, "Pass sample= to attach: an input of the model."))
+        raise Untraceable(Problem("sample", None, rule, "Pass sample= to attach: an input of the model."))
     return sample_from(loader, model)
 
 
@@ -65,7 +69,7 @@ def _inputs_of(batch: Any, model: nn.Module) -> Sample:
     elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return (batch[0],)
     rule = "the model's inputs cannot be told from a batch of the loader"
-    raise InvalidArgument(Problem("sample", None, rule, "Pass sample= to attach."))
+    raise Untraceable(Problem("sample", None, rule, "Pass sample= to attach."))
 
 
 def batch_of(loader: Any, indices: Sequence[int]) -> Any:

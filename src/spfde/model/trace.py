@@ -25,14 +25,10 @@ from spfde.core.torch_private import (
     tree_map_only,
 )
 from spfde.model.recorder import Recorder, TracedOp
-from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
+from spfde.model.sample import Sample, Untraceable, call_arguments, global_generators_restored, unwrap
 from spfde.model.twin import fake_copy
 
 __all__ = ["Trace", "TracedOp", "Untraceable", "fake_copy", "like_the_model", "memory_shared_by", "trace", "weight_of"]
-
-
-class Untraceable(InvalidArgument):
-    """The model's forward pass cannot be followed on fake tensors."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | Non
     return max(computed, key=lambda name: parameters[name].numel(), default=None)
 
 
-def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
+def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bool = False) -> Trace:
     """Trace ``model`` on ``sample`` without running it for real.
 
     Args:
@@ -68,6 +64,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
         sample: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
             The first dimension of the first tensor is the batch.
         training: run it in training mode; by default in evaluation mode.
+        calls: ``sample`` is the positional and the keyword arguments of a call.
 
     Raises:
         Untraceable: the model cannot be called with this sample, or its forward pass needs real values.
@@ -78,7 +75,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
     if lazy:
         rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."
         raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
-    args, kwargs = call_arguments(sample)
+    args, kwargs = sample if calls else call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].dim() == 0:
         rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
@@ -142,6 +139,9 @@ def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor],
 
     def convert(tensor: Tensor) -> Tensor:
         dtype = next(iter(dtypes)) if len(dtypes) == 1 and tensor.is_floating_point() else tensor.dtype
+        if tensor.is_meta:
+            with fake:
+                return torch.empty_strided(tensor.shape, tensor.stride(), device=device, dtype=dtype)
         return fake.from_tensor(tensor.detach()).to(device=device, dtype=dtype)
 
     return convert

@@ -172,8 +172,17 @@ class Blueprint:
         ]
 
 
-def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Blueprint:
+def draw(
+    model: nn.Module, sample: Sample | None, recipe: Recipe, epochs: int, *, refusal: Untraceable | None = None
+) -> Blueprint:
     """Work out what ``recipe`` means for ``model`` over ``epochs``.
+
+    Args:
+        model: the model.
+        sample: what it is called with; None where that is not known.
+        recipe: the recipe.
+        epochs: length of the run.
+        refusal: why no sample is known.
 
     Raises:
         InvalidArgument: the model cannot be traced and the recipe needs it, it has no prunable layers or no block to
@@ -187,6 +196,8 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
     model = unwrap(model)
     method = recipe.sparsity if recipe.is_sparse else None
     try:
+        if sample is None:
+            raise refusal or Untraceable(Problem("sample", None, "is not known", "Pass sample=."))
         traced = trace(model, sample)
     except Untraceable as error:
         return _untraced(model, recipe, epochs, interval, error)

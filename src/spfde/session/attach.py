@@ -20,7 +20,7 @@ from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing.freezer import recompile_warning
 from spfde.freezing.rates import check_rates
-from spfde.model.sample import Sample, sample_from, sample_of, unwrap
+from spfde.model.sample import Sample, Untraceable, sample_from, sample_of, unwrap
 from spfde.planning import Plan
 from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
 from spfde.planning.timeline import Timeline
@@ -116,11 +116,22 @@ def attach(
     sieving = recipe.sieving if stream is None else None
     classes = find_labels(batches.dataset, labels) if sieving is not None and sieving.balanced else None
     sample_given = sample is not None
-    sample = sample_of(loader, model) if sample is None else sample
-    blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
+    refusal = None
+    if sample is None:
+        try:
+            sample = sample_of(loader, model)
+        except Untraceable as error:
+            refusal = error  # not every recipe needs one
+    if plan is None:
+        blueprint = draw(model, sample, recipe, epochs, refusal=refusal)
+    else:
+        blueprint = _planned(plan, model, recipe, epochs)
+    sample = () if sample is None else sample
     if recipe.learning_rate is not None:
         stops = blueprint.learning_stops
         Problems(check_rates(optimizers, recipe.learning_rate, stops, decayed=state is not None)).raise_if_any()
+    if plan is None and blueprint.left_dense_warning is not None:
+        warnings.warn(blueprint.left_dense_warning, stacklevel=2)
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
 
 from torch import Tensor
 
+from spfde.core.errors import StateMismatch
+from spfde.core.numbers import round_half_up
 from spfde.cost import Ledger, LedgerRow, peak_bytes
 from spfde.cost.memory import memory_of
+from spfde.engines.base import Job
 from spfde.export.encoding import weight_bytes
 from spfde.planning.bill import price, scoring_flops
+from spfde.planning.timeline import Row
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
+from spfde.session.passes import Passes
 from spfde.session.sampling import Sampling
 
 
@@ -22,20 +30,29 @@ class Bill(Part):
         setting: the session's.
         sampling: says which samples were seen.
         masks: of the weights.
+        job: the model, and what it is called with.
 
     Attributes:
         ledger: the bill so far.
+        passes: what was computed in this epoch.
     """
 
     name = "bill"
 
-    def __init__(self, setting: Setting, sampling: Sampling, masks: WholeModel) -> None:
+    def __init__(self, setting: Setting, sampling: Sampling, masks: WholeModel, job: Job) -> None:
         self._setting, self._sampling, self._masks = setting, sampling, masks
         cost = setting.blueprint.cost
         n_layers, batch = len(cost.layers), sampling.batch_size
         whole, unfrozen = (1.0,) * n_layers, (False,) * n_layers
         dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
-        self.ledger = self.remembers = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
+        self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
+        is_known = setting.blueprint.untraced is None
+        self._estimated = 0  # samples of shapes that were not measured, in the epochs that ended
+        self.passes = Passes(job.given, setting.model, cost, job.sample, is_known=is_known)
+
+    def begin_epoch(self, row: Row) -> None:
+        if not self._setting.clock.is_late:
+            self.passes.clear()  # what ran before the epoch is no part of it
 
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
@@ -47,14 +64,21 @@ class Bill(Part):
         overhead = clock.overhead_flops
         if clock.epoch == 0:
             overhead += scoring_flops(blueprint, samples=len(sampling.population), batch_size=sampling.batch_size)
+        passed, flops = self._passed()
+        computed = passed or samples
         cost = price(
             blueprint,
             row,
-            samples=samples,
-            population=sampling.dense_samples,
-            dense_gradient_samples=min(samples, self._masks.dense_gradient_steps * sampling.batch_size),
+            samples=computed,
+            population=self._dense_samples(computed, samples),
+            dense_gradient_samples=min(computed, self._masks.dense_gradient_steps * self._samples_of_step(computed)),
             overhead_flops=overhead,
+            computed=flops,
         )
+        if passed and not clock.samples_drawn and not sampling.samples_observed:
+            samples = passed  # batches from elsewhere
+        self._estimated += self.passes.estimated
+        self.passes.clear()
         memory = memory_of(
             blueprint.cost.layers,
             blueprint.density(row),
@@ -83,6 +107,58 @@ class Bill(Part):
             )
         )
 
+    def _passed(self) -> tuple[int, list[int] | None]:
+        """Samples that all processes computed, and the FLOPs by layer; None where all had the usual shape."""
+        self.passes.settle()
+        of_ranks = self._setting.world.gather((self.passes.samples, self.passes.flops, self.passes.dense_flops))
+        samples = sum(own[0] for own in of_ranks)
+        if all(own[1] is None for own in of_ranks):
+            return samples, None
+        return samples, [sum(of_layer) for of_layer in zip(*(own[2] for own in of_ranks), strict=True)]
+
+    def _dense_samples(self, computed: int, seen: int) -> int:
+        """Samples that the dense run would have computed: more by those that the sieve left out, and by no others."""
+        sampling, dense = self._sampling, self._sampling.dense_samples
+        if not self._setting.recipe.sieves:
+            return computed
+        in_use = round_half_up(dense * len(sampling.partial_set) / len(sampling.population))
+        if self._setting.clock.phase == "drained" and 0 < seen <= dense:
+            in_use = seen
+        return (2 * computed * dense + in_use) // (2 * in_use) if in_use else dense
+
+    def _samples_of_step(self, computed: int) -> int:
+        """Samples behind an optimizer step: a batch, or several where gradients are accumulated."""
+        return max(self._sampling.batch_size, -(-computed // max(1, self._setting.clock.steps)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.ledger.state_dict(), "passes": self.passes.state_dict()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        copy(self.ledger).load_state_dict(_without_passes(state))
+        self.passes.check_state(state["passes"])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ledger.load_state_dict(_without_passes(state))
+        self.passes.load_state_dict(state["passes"])
+
+    def detach(self) -> None:
+        self.passes.remove()
+
+    def describe(self) -> list[str]:
+        return ["hooked: the model's forward pass, to count what is computed in training (bill)"]
+
     def summarise(self) -> list[str]:
-        untraced = self._setting.blueprint.untraced
-        return [] if untraced is None else [f"bill: FLOPs are not known: {untraced}"]
+        untraced, estimated = self._setting.blueprint.untraced, self._estimated + self.passes.estimated
+        lines = [] if untraced is None else [f"bill: FLOPs are not known: {untraced}"]
+        if estimated:
+            lines.append(
+                f"bill: {estimated:,} samples of shapes that were not measured cost as much as the nearest one"
+            )
+        return lines
+
+
+def _without_passes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The ledger's part of the state."""
+    if "passes" not in state:
+        raise StateMismatch("the state of the bill lacks passes. It is damaged, or of another version.")
+    return {name: value for name, value in state.items() if name != "passes"}

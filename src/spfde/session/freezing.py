@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,9 @@ class Freezing(Part):
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self.freezer = Freezer(setting.model, setting.blueprint.partition.blocks, setting.optimizer)
+        self.freezer = Freezer(
+            setting.model, setting.blueprint.partition.blocks, setting.optimizer, setting.blueprint.updating
+        )
         self.remembers = self.freezer
 
     @property
@@ -29,6 +32,16 @@ class Freezing(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self.freezer.freeze_to(row.frozen_blocks)
+
+    def end_epoch(self) -> None:
+        changed = self.freezer.changed_buffers()
+        if changed:
+            warnings.warn(
+                f"{', '.join(changed)} changes although its block is frozen: the module was held in evaluation mode, "
+                "and is changed there, too, or from elsewhere. Change it only `if self.training`, in the module that "
+                "has the buffer, or name other blocks in ProgressiveFreezing(blocks=...).",
+                stacklevel=4,
+            )
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         check_entries(state, "the frozen blocks", {"n_frozen": int, "blocks": list})

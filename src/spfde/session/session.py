@@ -90,7 +90,7 @@ class Session(SessionView):
         self._handles = setting.optimizer.hook(self._before_step, self._after_step)
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
-        self._bill = Bill(setting, self._sampling, self._masks)
+        self._bill = Bill(setting, self._sampling, self._masks, job)
         self._guards = Guards(setting, self._masks, self._freezing)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
         converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
@@ -174,7 +174,8 @@ class Session(SessionView):
         for part in self._parts:
             part.verify()
 
-    def _begin_epoch(self) -> None:
+    def _begin_epoch(self, *, is_late: bool = False) -> None:
+        """``is_late``: a batch of the epoch has gone through the model already."""
         clock = self._clock
         if clock.phase == "between" and clock.epoch < len(self.timeline):
             join_first(self._setting.world)
@@ -182,6 +183,7 @@ class Session(SessionView):
             self._leading.reset()
             self._to_begin, self._have_ended = list(self._parts), []
             clock.begin_epoch()
+            clock.is_late = is_late
         while self._to_begin:
             self._to_begin[0].begin_epoch(self.timeline[clock.epoch])
             del self._to_begin[0]
@@ -220,7 +222,7 @@ class Session(SessionView):
                 labels that are no classes (those on an accelerator are looked at when the epoch ends).
         """
         self._check_attached()
-        self._begin_epoch()
+        self._begin_epoch(is_late=True)
         self._sampling.check_surplus()
         self._sampling.observe(indices, logits=logits, y=y, correct=correct, loss=loss)
 
@@ -289,7 +291,7 @@ class Session(SessionView):
             self._computing.engine.on_batch()
 
     def _before_step(self, *_: Any) -> None:
-        self._begin_epoch()
+        self._begin_epoch(is_late=True)
         self._guards.before_step()
         self._sampling.before_step()
 

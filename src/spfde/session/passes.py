@@ -1,0 +1,201 @@
+"""What was really computed: the forward passes of the model in training, and the shapes that they had.
+
+A hook before the model's forward pass looks up its arguments' shapes and counts. What a shape costs is measured once,
+at the end of an epoch, on fake tensors; shapes that differ in the batch alone cost the same a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spfde.core.errors import InvalidArgument, StateMismatch
+from spfde.core.state import check_entries
+from spfde.core.torch_private import compiled_inside, tree_leaves, tree_map_only
+from spfde.cost.flops import ModelCost, model_cost
+from spfde.model.sample import Sample, call_arguments
+from spfde.model.trace import trace
+
+MOST_SHAPES = 32
+"""How many shapes are measured; others cost as much as the nearest one, by the number of elements."""
+
+Shapes = tuple[torch.Size, ...]
+
+
+class Passes:
+    """Counts forward passes in training mode with gradients, by the shapes of their tensors.
+
+    Args:
+        given: the model as attached. What is compiled inside it is not counted: its caller is.
+        model: the user's own module.
+        cost: of the model on ``sample``.
+        sample: what the model is called with, as far as is known.
+        is_known: whether the model could be traced.
+
+    Attributes:
+        samples: samples that went through the model, as the first dimension of its first tensor counts them.
+        estimated: samples whose shape was not measured.
+    """
+
+    def __init__(
+        self, given: nn.Module, model: nn.Module, cost: ModelCost, sample: Sample | None, *, is_known: bool
+    ) -> None:
+        self._model, self._cost, self._is_known = model, cost, is_known
+        self._forward = list(cost.forward)
+        self._usual = None if sample is None else _kind(_shapes(call_arguments(sample)))
+        self._counts: dict[Shapes, int] = {}
+        self._calls: dict[Shapes, Any] = {}  # arguments on no device, of shapes that have not been measured
+        self._measured: dict[str, tuple[int, list[int]]] = {}  # elements and FLOPs of a sample, by kind
+        hooked = given if compiled_inside(given) is not None else model
+        self._handle = hooked.register_forward_pre_hook(_Count(self), with_kwargs=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin to count anew."""
+        self._counts.clear()
+        self.samples, self.estimated = 0, 0
+        self._is_usual = True
+        self._flops = [0] * len(self._forward)
+
+    def count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pass with these arguments begins."""
+        if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
+            shapes: Shapes = (args[0].shape,)
+        else:
+            shapes = _shapes((args, kwargs))
+        known = self._counts.get(shapes)
+        if known is None:
+            self._counts[shapes] = 1
+            if shapes and _kind(shapes) not in self._measured and len(self._calls) < MOST_SHAPES:
+                on_meta = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (args, dict(kwargs)))
+                self._calls.setdefault(shapes, on_meta)
+        else:
+            self._counts[shapes] = known + 1
+
+    def settle(self) -> None:
+        """Price what was counted since the last time."""
+        for shapes, passes in self._counts.items():
+            rows = passes * _rows(shapes)
+            kind = _kind(shapes)
+            self.samples += rows
+            if kind == self._usual or not self._is_known or not shapes:
+                flops = self._forward
+            else:
+                self._is_usual = False
+                flops = self._cost_of(shapes, kind, rows)
+            for index, of_layer in enumerate(flops):
+                self._flops[index] += rows * of_layer
+        self._counts.clear()
+        self._calls.clear()
+
+    @property
+    def flops(self) -> list[int] | None:
+        """Dense forward FLOPs of what was counted, per layer; None where every sample had the usual shape."""
+        return None if self._is_usual else list(self._flops)
+
+    @property
+    def dense_flops(self) -> list[int]:
+        """The same, in any case."""
+        return list(self._flops)
+
+    def _cost_of(self, shapes: Shapes, kind: str, rows: int) -> list[int]:
+        """Forward FLOPs of one sample of these shapes, per layer."""
+        if kind not in self._measured and len(self._measured) < MOST_SHAPES and shapes in self._calls:
+            with contextlib.suppress(InvalidArgument):
+                measured = model_cost(trace(self._model, self._calls[shapes], training=False, calls=True), self._model)
+                self._measured[kind] = _elements(shapes), self._as_layers(measured)
+        if kind in self._measured:
+            return self._measured[kind][1]
+        self.estimated += rows
+        size = _elements(shapes)
+        known = [*self._measured.values()]
+        if not known:
+            return self._forward
+        nearest, flops = min(known, key=lambda own: abs(own[0] - size))
+        return [(2 * of_layer * size + nearest) // (2 * nearest) if nearest else of_layer for of_layer in flops]
+
+    def _as_layers(self, measured: ModelCost) -> list[int]:
+        """FLOPs of another trace, for the layers of the first; what only the other has joins the last layer."""
+        index_of = {layer.name: index for index, layer in enumerate(self._cost.layers)}
+        flops = [0] * len(index_of)
+        for layer in measured.layers:
+            # The products of a loop are numbered; a longer loop has more of them.
+            index = index_of.get(layer.name, index_of.get(layer.name.partition("#")[0], len(flops) - 1))
+            if index >= 0:
+                flops[index] += layer.forward_flops
+        return flops
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted, in primitives."""
+        self.settle()
+        return {
+            "samples": self.samples,
+            "estimated": self.estimated,
+            "is_usual": self._is_usual,
+            "flops": list(self._flops),
+            "measured": [[kind, size, list(flops)] for kind, (size, flops) in self._measured.items()],
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``StateMismatch`` for a state that cannot be loaded."""
+        kinds = {"samples": int, "estimated": int, "is_usual": bool, "flops": list, "measured": list}
+        check_entries(state, "the counts of the bill", kinds)
+        measured = state["measured"]
+        is_whole = all(isinstance(own, (list, tuple)) and len(own) == 3 for own in measured)
+        of_layers = [state["flops"], *(own[2] for own in measured)] if is_whole else []
+        sound = is_whole and all(type(own[0]) is str and type(own[1]) is int for own in measured)
+        if not sound or any(not self._fits(flops) for flops in of_layers):
+            raise StateMismatch("the counts in the state of the bill are damaged, or of another model.")
+
+    def _fits(self, flops: Any) -> bool:
+        return isinstance(flops, list) and len(flops) == len(self._forward) and all(type(f) is int for f in flops)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.clear()
+        self.samples, self.estimated = state["samples"], state["estimated"]
+        self._is_usual, self._flops = state["is_usual"], list(state["flops"])
+        self._measured = {kind: (size, list(flops)) for kind, size, flops in state["measured"]}
+
+
+class _Count:
+    """The hook. A copied or pickled model has one that does nothing, and needs no package to be loaded."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+            self._passes.count(args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes three arguments and returns None
+
+
+def _shapes(arguments: Any) -> Shapes:
+    return tuple(leaf.shape for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+
+
+def _rows(shapes: Sequence[torch.Size]) -> int:
+    return int(shapes[0][0]) if shapes and shapes[0] else 0
+
+
+def _kind(shapes: Shapes) -> str:
+    """The shapes without the batch, which is the first dimension of the first tensor."""
+    rows = _rows(shapes)
+    return repr([["N", *shape[1:]] if shape and shape[0] == rows else [*shape] for shape in shapes])
+
+
+def _elements(shapes: Shapes) -> int:
+    """Elements of a sample, in the first tensor."""
+    return shapes[0].numel() // max(1, _rows(shapes))

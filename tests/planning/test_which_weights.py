@@ -1,0 +1,211 @@
+"""Which weights are masked, what is said of the others, and what layers that the user froze cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spfde
+from spfde.core.errors import InvalidArgument
+
+
+class Bare(nn.Module):
+    """A matrix of the model's own, between two layers."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.w, self.head = nn.Linear(8, 16), nn.Parameter(torch.randn(16, 16)), nn.Linear(16, 4)
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.product(F.relu(self.first(x)), self.w)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.memory = kind(8, 16, batch_first=True, **options)
+        self.middle, self.head = nn.LazyLinear(16), nn.Linear(16, 4)
+        self(torch.zeros(1, 3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.memory(x)[0][:, -1]))
+
+
+def plan(model: nn.Module, sample: Tensor, *, freezing: Any = None, **fields: Any) -> spfde.planning.Plan:
+    sparsity = spfde.SET(**{"sparsity": 0.5, **fields}) if fields else None
+    return spfde.plan(model, sample, spfde.Recipe(sparsity=sparsity, freezing=freezing), 4, 10)
+
+
+X = torch.zeros(1, 8)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: F.linear(x, w),
+        lambda x, w: x @ w,
+        lambda x, w: torch.einsum("bi,oi->bo", x, w),
+        lambda x, w: (w @ x.t()).t(),
+        lambda x, w: F.linear(x, w * 2.0),
+        lambda x, w: F.linear(x, (w * 8).round() / 8),
+        lambda x, w: F.linear(x, w / w.norm()),
+        lambda x, w: torch.cat([F.linear(x, w[:8]), F.linear(x, w[8:])], 1),
+    ],
+    ids=["linear", "matmul", "einsum", "from the left", "scaled", "quantised", "divided", "in slices"],
+)
+def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(product: Any) -> None:
+    bill = plan(Bare(product), X, include=("w",))
+    assert list(bill.blueprint.sparse_layers) == ["w"]
+    dense = 2 * (8 * 16 + 16 * 16 + 16 * 4)
+    assert bill.flops_ratio == pytest.approx((dense - 16 * 16) / dense)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [lambda w: w - w.mean(), lambda w: w.softmax(-1), lambda w: w + 1, lambda w: F.layer_norm(w, (16,))],
+    ids=["centred", "softmax", "shifted", "normalised"],
+)
+def test_a_weight_whose_zeros_are_lost_before_its_product_cannot_be_named(computed: Any) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        plan(Bare(lambda x, w: F.linear(x, computed(w))), X, include=("w",))
+    (problem,) = caught.value.problems
+    assert problem.argument == "include"
+    assert "zeros" in problem.rule
+
+
+def test_a_weight_whose_zeros_are_lost_stays_dense_by_default_with_a_warning_and_in_the_bill() -> None:
+    class Standardised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+    model = nn.Sequential(nn.Linear(8, 16), Standardised(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    with pytest.warns(UserWarning, match=r"1\.weight"):
+        bill = plan(model, X, sparsity=0.5)
+    assert list(bill.blueprint.sparse_layers) == ["2.weight"]
+    assert [weight.name for weight in bill.blueprint.left_dense] == ["1.weight"]
+    assert "1.weight" in str(bill)
+    dense = 2 * (8 * 16 + 2 * 16 * 16 + 16 * 4)
+    assert bill.flops_ratio == pytest.approx((dense - 16 * 16) / dense)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "matrices"),
+    [
+        (nn.LSTM, {"num_layers": 2}, 4),
+        (nn.LSTM, {"bidirectional": True}, 4),
+        (nn.LSTM, {"proj_size": 4}, 3),
+        (nn.GRU, {}, 2),
+        (nn.RNN, {}, 2),
+    ],
+)
+def test_matrices_of_recurrent_layers_are_masked_where_they_are_named(kind: Any, options: Any, matrices: int) -> None:
+    model = Recurrent(kind, **options)
+    bill = plan(model, torch.zeros(1, 5, 8), include=("memory.*",), dense_first=False)
+    assert set(bill.blueprint.sparse_layers) == {n for n, p in model.named_parameters() if "memory.weight" in n}
+    assert len(bill.blueprint.sparse_layers) == matrices
+    assert bill.flops_ratio < 0.8
+
+
+def test_recurrent_matrices_that_are_not_named_are_said_to_stay_dense() -> None:
+    with pytest.warns(UserWarning, match="LSTM"):
+        bill = plan(Recurrent(nn.LSTM), torch.zeros(1, 5, 8), sparsity=0.5, dense_first=False)
+    assert list(bill.blueprint.sparse_layers) == ["middle.weight"]
+
+
+def test_what_is_used_with_the_inputs_in_front_takes_no_structure() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        plan(Bare(lambda x, w: x @ w), X, include=("w",), structure=spfde.Channels())
+    assert caught.value.problems[0].argument == "structure"
+    assert "w" in plan(Bare(F.linear), X, include=("w",), structure=spfde.Channels()).blueprint.sparse_layers
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4))
+
+
+def test_views_side_by_side_in_one_buffer_are_parameters_like_any_others() -> None:
+    model, place = _mlp(), 0
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for p in model.parameters():
+        p.data = flat[place : place + p.numel()].view_as(p)
+        place += p.numel()
+    assert list(plan(model, X, sparsity=0.5).blueprint.sparse_layers) == ["2.weight", "4.weight"]
+
+
+def test_two_parameters_in_the_same_memory_are_refused_with_both_names() -> None:
+    model = _mlp()
+    model[4].weight.data = model[2].weight.data
+    with pytest.raises(InvalidArgument) as caught:
+        plan(model, X, sparsity=0.5)
+    assert {"2.weight", "4.weight"} <= {caught.value.problems[0].value, *str(caught.value).split("'")}
+
+
+F0, F1, F2, F3 = 2 * 8 * 16, 2 * 16 * 16, 2 * 16 * 16, 2 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("frozen", "flops"),
+    [
+        ((), 3 * (F0 + F1 + F2 + F3)),
+        ((0, 2), F0 + F1 + 3 * (F2 + F3)),
+        ((2,), 3 * F0 + 2 * F1 + 3 * (F2 + F3)),
+        ((5,), 3 * (F0 + F1 + F2) + 2 * F3),
+        ((0, 2, 4, 5), F0 + F1 + F2 + F3),
+    ],
+    ids=["none", "front", "middle", "head", "all"],
+)
+def test_a_layer_that_the_user_froze_has_no_gradient_of_its_weight(frozen: tuple[int, ...], flops: int) -> None:
+    model = _mlp()
+    for index in frozen:
+        model[index].requires_grad_(False)
+    bill = plan(model, X)
+    assert bill.training_flops == bill.dense_training_flops == 4 * 10 * flops
+
+
+def test_freezing_saves_only_what_is_spent() -> None:
+    model = _mlp()
+    for index in (2, 4):
+        model[index].requires_grad_(False)
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0, start_epoch=1, fraction=1.0)
+    bill = plan(model, X, freezing=freezing)
+    # Once the first block is frozen, nothing before the head needs a gradient.
+    assert bill.epoch_costs[0].saved_by_freezing == 0
+    assert bill.epoch_costs[1].saved_by_freezing == 10 * (2 * F0 + F1 + F2)
+    assert bill.epoch_costs[1].training_flops == 10 * (F0 + F1 + F2 + 3 * F3)
+
+
+class Branching(nn.Module):
+    """Reads a value of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(self.middle(x) if float(x.sum()) > 0 else x)
+
+
+def test_a_model_that_cannot_be_traced_is_planned_where_weights_are_named_and_its_flops_are_said_to_be_unknown() -> (
+    None
+):
+    bill = plan(Branching(), X, include=("middle.weight",))
+    assert dict(bill.blueprint.target) == {"middle.weight": 128}
+    assert bill.training_flops == 0
+    assert bill.to_dict()["uncounted"] == {"Branching": 1}
+    assert "FLOPs" in str(bill).splitlines()[-1]
+
+
+@pytest.mark.parametrize("fields", [{"sparsity": 0.5}, {"freezing": spfde.ProgressiveFreezing()}])
+def test_a_model_that_cannot_be_traced_is_refused_where_the_recipe_needs_it(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        plan(Branching(), X, **fields)
+    (problem,) = caught.value.problems
+    assert problem.argument == "sample"
+    assert ("include" if "sparsity" in fields else "freezing") in problem.remedy

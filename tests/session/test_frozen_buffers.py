@@ -1,0 +1,101 @@
+"""A frozen block stays as it is, whoever wrote its norms."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import spfde
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Replaced(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("spread", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.average, self.spread, training=self.training)
+
+
+class Always(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+def run(norm: type[nn.Module]) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
+    """The norm of the first block, what it was when that was frozen, and what was said."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), norm(), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = DataLoader(TensorDataset(torch.randn(16, 8), torch.arange(16) % 4), batch_size=8)
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.1)
+    recipe = spfde.Recipe(freezing=freezing, update_interval_epochs=1)
+    kept: dict[str, Tensor] = {}
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        session = spfde.attach(model, optimizer, data, recipe, epochs=6)
+        for _ in session.epochs():
+            model.train()
+            if session.frozen_blocks and not kept:
+                kept = {name: value.clone() for name, value in blocks[0][1].state_dict().items()}
+            for x, y in session.loader:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert kept
+    return blocks[0][1], kept, [str(warning.message) for warning in heard]
+
+
+@pytest.mark.parametrize("norm", [InPlace, Replaced, Functional])
+def test_statistics_of_a_hand_written_norm_are_still_in_a_frozen_block(norm: type[nn.Module]) -> None:
+    module, kept, said = run(norm)
+    assert all(value.equal(kept[name]) for name, value in module.state_dict().items())
+    assert not said
+    assert not module.training
+
+
+def test_what_changes_in_evaluation_mode_too_is_named_once() -> None:
+    _, _, said = run(Always)
+    assert sum("0.1.mean of Always" in text for text in said) == 1
+
+
+def test_a_counter_goes_on_without_a_word() -> None:
+    module, kept, said = run(Counter)
+    assert module.calls > kept["calls"]
+    assert not said
