@@ -24,7 +24,7 @@ from spfde.analysis import BlockOutputs, batch_grams, minibatch_cka, native_outp
 from spfde.app.train.models import build_model
 from spfde.engines.native import build
 from spfde.planning.bill import draw
-from spfde.sparsity.mutation import grow_random
+from spfde.sparsity.masks import grow_random
 
 SIZE, BATCH, TARGET = 32, 125, 120.0
 

@@ -24,8 +24,14 @@ from torch.optim import SGD
 
 import spfde
 from _common import Figure, Result, Table, begin, compare, interleave, parser, publish, show
-from spfde.planning import Timeline, draw
-from spfde.sparsity import METHODS, Masker, PruningAtInitialisation, SparsityMethod, pack
+from spfde.core.registry import registered
+from spfde.planning.blueprint import draw
+from spfde.planning.timeline import Timeline
+from spfde.sparsity import PruningAtInitialisation, SparsityMethod
+from spfde.sparsity.masker import Masker
+from spfde.sparsity.masks import pack
+
+METHODS = registered("method")
 
 SPARSITY, MOST_STEPS, PACKED, RUNNING = 0.9, 5.0, 1 / 32, 1 / 4
 EPOCHS, INTERVAL, FIRST_UPDATE = 100, 2, 10

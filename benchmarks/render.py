@@ -25,6 +25,7 @@ METHODS_START, METHODS_END = "<!-- methods:start -->", "<!-- methods:end -->"
 # The order of the page; a result that is not named here follows after.
 ORDER = (
     "bookkeeping",
+    "integrations",
     "freezing",
     "sieving",
     "data_path",

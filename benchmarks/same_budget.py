@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -40,6 +41,7 @@ import spfde
 from _common import BENCHMARKS, Figure, Result, Table, begin, compare, interleave, parser, publish
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageArray
+from spfde.app.train.display import ConsoleDisplay
 from spfde.app.train.loop import train
 from spfde.app.train.models import MODELS, CifarResNet
 from spfde.app.train.options import TrainOptions, choose_recipe
@@ -84,22 +86,6 @@ class Entry:
             cache_variants=self.cache_variants,
             dense_timing_steps=0,
         )
-
-
-class Quiet:
-    """A display that says one line a run."""
-
-    def started(self, run: Any) -> None:
-        """Nothing to say yet."""
-
-    def batch_done(self, run: Any, done: int, total: int, loss: float) -> None:
-        """Nothing to say yet."""
-
-    def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
-        """Nothing to say yet."""
-
-    def finished(self, run: Any, summary: dict[str, Any]) -> None:
-        print(f"  accuracy {summary['test_accuracy']:.4f} in {summary['seconds']:.0f} s", flush=True)
 
 
 class Runs:
@@ -147,7 +133,9 @@ class Runs:
         if not (path / "summary.json").is_file():
             register(entry.width)
             print(f"{entry.label}, {entry.epochs} epochs, seed {seed}: {path}", flush=True)
-            train(options, path, Quiet(), resume=(path / "config.json").is_file())
+            quiet = ConsoleDisplay(Console(quiet=True))
+            summary = train(options, path, quiet, resume=(path / "config.json").is_file())
+            print(f"  accuracy {summary['test_accuracy']:.4f} in {summary['seconds']:.0f} s", flush=True)
         found: dict[str, Any] = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         return found
 

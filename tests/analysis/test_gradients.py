@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spfde.analysis import gradient_norms, successive_differences
+from spfde.analysis import gradient_norms
+from spfde.analysis.gradients import successive_differences
 from spfde.core.errors import InvalidArgument
 
 X = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spfde.analysis import BlockOutputs, output_graph, output_modules
+from spfde.analysis import BlockOutputs, output_modules
+from spfde.analysis.outputs import output_graph
 from spfde.app.train.models import build_model
 from spfde.core.errors import InvalidArgument
 from spfde.model.blocks import find_blocks

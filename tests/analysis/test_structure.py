@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spfde.analysis import structural_overlap, structural_similarity
+from spfde.analysis import structural_similarity
+from spfde.analysis.structure import structural_overlap
 from spfde.core.errors import InvalidArgument
 
 WEIGHT = torch.tensor([[5.0, 0.0, -4.0, 1.0], [0.0, 3.0, 0.0, -2.0]])

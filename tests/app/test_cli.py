@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,17 @@ from helpers import commands
 from helpers.commands import Spfde
 from spfde import presets
 from spfde.app.data import folders
-from spfde.app.data.datasets import DATASETS, load_data
+from spfde.app.data.datasets import DATASETS
 from spfde.app.train import models, setup
 from spfde.core.registry import registered
 from spfde.engines.native import build
-from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing.plan import FREEZE_CRITERIA
 from spfde.recipe.citation import describe
 from spfde.sieving import DataSieving
-from spfde.sparsity import METHODS, STRUCTURES
+
+METHODS = registered("method")
+STRUCTURES = registered("structure")
 
 METRICS = (
     "epoch train_loss train_accuracy test_accuracy learning_rate density frozen_blocks partial_samples "
@@ -560,7 +562,7 @@ class TestBadData:
         broken = here / "photos" / "train" / "cat" / "5.png"
         broken.write_bytes(broken.read_bytes()[:200])
         monkeypatch.setattr(folders, "STATISTICS_SAMPLES", 2)
-        monkeypatch.setattr(setup, "load_data", partial(load_data, in_memory_bytes=0))
+        monkeypatch.setattr(setup, "load_data", lambda data, root: folders.load_folder(data, in_memory_bytes=0))
         # What a loader that raised waits for its worker's end.
         monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
         argv = ["train", "--data", "photos", "--recipe", "mest", "--epochs", 1, "--batch-size", 8, "--out", "run"]

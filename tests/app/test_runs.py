@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from rich.console import Console
 
 from helpers import commands
 from helpers.native import needs_kernels
@@ -21,6 +22,7 @@ from spfde import presets
 from spfde.app.runs.checkpoints import Checkpoints, described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train import models
+from spfde.app.train.display import ConsoleDisplay
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import RunFolderError, StateMismatch
@@ -31,22 +33,18 @@ MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds
 EPOCHS = 6
 
 
-class Silent:
+class Silent(ConsoleDisplay):
     """A display that shows nothing."""
 
-    def started(self, run: Any) -> None: ...
-
-    def batch_done(self, run: Any, done: int, total: int, loss: float) -> None: ...
-
-    def epoch_done(self, run: Any, row: dict[str, Any]) -> None: ...
-
-    def finished(self, run: Any, summary: dict[str, Any]) -> None: ...
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
 
 
 class Stopping(Silent):
     """Ends the run with Ctrl-C after some epochs."""
 
     def __init__(self, epochs: int) -> None:
+        super().__init__()
         self.left = epochs
 
     def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
@@ -251,9 +249,12 @@ class TestResuming:
         resume(stopped)
         assert [row["epoch"] for row in lines(stopped / "metrics.jsonl")] == [0, 1, 2, 3]
 
-    def test_a_recipe_file_that_was_not_yet_written_is_written(self, stopped: Path) -> None:
+    @pytest.mark.parametrize("checkpoint", [True, False])
+    def test_a_recipe_file_that_was_not_yet_written_is_written(self, stopped: Path, checkpoint: bool) -> None:
         text = (stopped / RECIPE).read_text()
         (stopped / RECIPE).unlink()
+        if not checkpoint:
+            shutil.rmtree(stopped / "checkpoints")
         resume(stopped)
         assert (stopped / RECIPE).read_text() == text
 
@@ -396,7 +397,7 @@ class TestDisk:
         checkpoints = Checkpoints(tmp_path / "checkpoints")
         monkeypatch.setattr(shutil, "copyfile", fill)
         with pytest.raises(RunFolderError, match=r"the disk is full .* Free some space and go on with --resume\.$"):
-            checkpoints.save(lambda draft: _ignore((draft / "weights").write_text("a")), epoch=1, best=True)
+            checkpoints.save(lambda draft: _ignore((draft / "weights").write_text("a")), epoch=1, best=True, about={})
         assert list(checkpoints.path.iterdir()) == []
 
     def test_a_disk_that_is_full_at_the_first_checkpoint_leaves_a_run_that_starts_over(
@@ -533,7 +534,7 @@ class TestCheckpoints:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with pytest.raises(RunFolderError, match="the disk is full"):
-            checkpoints.save(fail, epoch=2, best=True)
+            checkpoints.save(fail, epoch=2, best=True, about={})
         kept = {path.name: (path / "weights").read_text() for path in checkpoints.path.iterdir()}
         assert kept == {"latest": "a", "best": "a"}
 

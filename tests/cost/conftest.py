@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spfde.cost import ModelCost, model_cost
+from spfde.cost.flops import ModelCost, model_cost
 from spfde.model.trace import trace
 
 

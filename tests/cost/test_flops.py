@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from spfde.cost import ModelCost, model_cost
+from spfde.cost.flops import ModelCost, model_cost
 from spfde.model.trace import trace
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.cost import Ledger, LedgerRow, epoch_cost, format_bytes, format_flops, format_seconds
+from spfde.cost import Ledger, LedgerRow, format_bytes, format_flops, format_seconds
+from spfde.cost.training import epoch_cost
 
 
 def row(epoch: int = 0, **changes: object) -> LedgerRow:

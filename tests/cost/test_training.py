@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spfde.cost import EpochCost, ModelCost, epoch_cost, total_cost
-from spfde.cost.training import share
+from spfde.cost import EpochCost
+from spfde.cost.flops import ModelCost
+from spfde.cost.training import epoch_cost, share, total_cost
 
 FORWARD = (100, 40, 20)
 ALL_ACTIVE = (False, False, False)

@@ -15,6 +15,10 @@ EXAMPLES = ROOT / "examples"
 
 # Small settings, and what the output has to show.
 CASES = {
+    "in_accelerate.py": (["--samples", "200", "--epochs", "8"], ["epoch 7: 160 samples", "Cost of 8 epochs"]),
+    "in_lightning.py": (["--samples", "200", "--epochs", "8"], ["density 0.20", "Cost of 8 epochs"]),
+    "in_timm.py": (["--samples", "200", "--epochs", "8"], ["2 blocks frozen", "Cost of 8 epochs"]),
+    "in_transformers.py": (["--samples", "200", "--epochs", "8"], ["density 0.20", "Cost of 8 epochs"]),
     "own_criterion.py": ([], ["300 samples in use", "made in Python: loss 0.", "read from TOML: loss 0."]),
     "own_loop.py": (["--samples", "200", "--epochs", "6"], ["stopped after epoch 2", "epoch 5:", "Cost of 6 epochs"]),
     "per_sample_loss.py": (["--samples", "200", "--epochs", "8"], ["150 samples in use", "Cost of 8 epochs"]),

@@ -55,6 +55,19 @@ def test_the_faq_resumes_what_the_readme_saved(new_names: Callable[[], Names]) -
     assert torch.equal(after.partial_set, before.partial_set)
 
 
+def test_the_page_on_the_trainers_of_others_trains_in_each(new_names: Callable[[], Names], tmp_path: Path) -> None:
+    from helpers.lightning_runs import RECIPE, Module
+    from helpers.transformers_runs import Classifier, Items
+
+    module = Module()
+    names = {"recipe": RECIPE, "module": module, "loader": module.train_dataloader(), "classifier": Classifier()}
+    page = ROOT / "docs" / "integrations.md"
+    lightning, trainer, accelerate = (block.replace("160", "8") for block in blocks(page, "python"))
+    exec(compile(lightning, page.name, "exec"), names)
+    exec(compile(trainer, page.name, "exec"), names | {"folder": tmp_path, "dataset": Items()})
+    exec(compile(accelerate.replace("()", "(cpu=True)", 1), page.name, "exec"), new_names() | {"recipe": RECIPE})
+
+
 def test_the_page_on_the_command_line_names_every_command_and_option() -> None:
     from typer.main import get_command
 

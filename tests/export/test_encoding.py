@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
-from spfde.export import Encoded, WeightBytes, decode, encode, weight_bytes
-from spfde.export.encoding import as_bits, encoded_bytes
+from spfde.export import weight_bytes
+from spfde.export.encoding import Encoded, WeightBytes, as_bits, decode, encode, encoded_bytes
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64,

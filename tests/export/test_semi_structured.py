@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from spfde.core.errors import InvalidArgument, UsageError
-from spfde.export import is_two_four, semi_structured, to_semi_structured
+from spfde.export import semi_structured, to_semi_structured
+from spfde.export.semi_structured import is_two_four
 
 
 def mask(rows: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from helpers.compiling import RECOMPILE_LIMIT, recompile_limit
 from helpers.models import SmallResNet, images, partition
 from spfde.core.errors import StateMismatch
-from spfde.freezing import Freezer, recompile_warning
+from spfde.freezing.freezer import Freezer, recompile_warning
 from spfde.model.blocks import find_blocks
 from spfde.model.trace import trace
 

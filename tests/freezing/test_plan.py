@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, ProgressiveFreezing, Savings, blocks_to_freeze, solve
+from spfde.freezing import ProgressiveFreezing, Savings
+from spfde.freezing.plan import FreezePlan, blocks_to_freeze
+from spfde.freezing.schemes import solve
 
 EPOCHS, INTERVAL = 160, 5
 

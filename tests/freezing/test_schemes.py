@@ -16,8 +16,9 @@ from helpers.training import EPOCHS, SAMPLES, train
 from spfde.app.methods import render_catalogue
 from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import FreezePlan, FreezingScheme, ProgressiveFreezing, Savings, solve
-from spfde.freezing.schemes import paused
+from spfde.freezing import FreezingScheme, ProgressiveFreezing, Savings
+from spfde.freezing.plan import FreezePlan
+from spfde.freezing.schemes import paused, solve
 
 SCHEMES = ("single-shot", "single-shot-resume", "periodic", "delayed-periodic")
 

@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spfde
 from helpers.training import BATCH, EPOCHS, make_parts
+from spfde.core.registry import find
 
 
 def recipe(method: str) -> spfde.Recipe:
     return spfde.Recipe(
-        sparsity=spfde.sparsity.METHODS[method](sparsity=0.8),
+        sparsity=find("method", method, argument="method")(sparsity=0.8),
         freezing=spfde.ProgressiveFreezing(flops_reduction=0.15),
         sieving=spfde.DataSieving(removed_fraction=0.25),
         learning_rate=spfde.BlockwiseCosine(),

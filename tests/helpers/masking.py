@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import spfde
-from spfde.cost import LayerCost, ModelCost
-from spfde.freezing import FreezePlan
+from spfde.cost.flops import LayerCost, ModelCost
+from spfde.freezing.plan import FreezePlan
 from spfde.model.blocks import Block, Partition
-from spfde.planning import Blueprint, Timeline
-from spfde.sparsity import Masker, SparsityMethod
+from spfde.planning.blueprint import Blueprint
+from spfde.planning.timeline import Timeline
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.masker import Masker
 
 
 def blueprint_of(
@@ -124,7 +126,7 @@ class MaskedRun:
     @property
     def pending(self) -> tuple[str, ...]:
         """Layers whose mutation waits for a gradient."""
-        return tuple(self.masker.state_dict()["strategy"].get("pending", ()))
+        return tuple(getattr(self.masker.strategy, "pending", ()))
 
     @property
     def strategy_state(self) -> dict[str, Any]:

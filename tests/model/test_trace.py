@@ -46,7 +46,6 @@ def test_operations_come_in_order_with_hand_counted_flops():
     assert found.ops[0].parameters == ("conv.weight",)
     assert set(found.ops[1].parameters) == {"norm.weight", "norm.bias"}
     assert found.uncounted == {"BatchNorm2d": 1, "Dropout": 1}
-    assert found.unused == ()
     assert found.first_run == {"": 0, "conv": 0, "norm": 1, "drop": 2, "head": 2}
 
 
@@ -122,7 +121,6 @@ def test_attention_is_counted_with_its_projections_and_products():
     assert by_parameter["in_proj_weight"] == 2 * 3 * 5 * 8 * 24
     assert by_parameter["out_proj.weight"] == 2 * 3 * 5 * 8 * 8
     assert by_parameter["products"] == 2 * (2 * 3 * 2 * 5 * 5 * 4)
-    assert found.unused == ()
 
 
 def test_encoder_layers_are_counted_though_their_fast_path_would_hide_them():
@@ -205,12 +203,6 @@ def test_what_is_computed_from_the_input_is_attributed_to_no_earlier_parameter()
             return self.out(mixed)
 
     assert weights(Written(), torch.zeros(2, 4)) == [("out.weight",)]
-
-
-def test_unused_parameters_are_listed():
-    model = Small()
-    model.spare = nn.Linear(2, 2)
-    assert trace(model, torch.zeros(1, 3, 4, 4)).unused == ("spare.weight", "spare.bias")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
+from spfde.core.registry import registered
 from spfde.cost import EpochCost
-from spfde.planning import Row, price, scoring_flops
-from spfde.planning.bill import planned_dense_samples
-from spfde.sparsity import METHODS, DropGrow, PruningAtInitialisation, SparsityMethod
+from spfde.planning.bill import planned_dense_samples, price, scoring_flops
+from spfde.planning.timeline import Row
+from spfde.sparsity import DropGrow, PruningAtInitialisation, SparsityMethod
+
+METHODS = registered("method")
 
 pytestmark = pytest.mark.filterwarnings("ignore:update_interval_epochs is 1")
 

@@ -10,10 +10,12 @@ import pytest
 import spfde
 from helpers import ROOT
 from spfde import presets
+from spfde.core.registry import registered
 from spfde.core.technique import Technique
 from spfde.recipe import citation
 from spfde.recipe.recipe import Recipe
-from spfde.sparsity import METHODS
+
+METHODS = registered("method")
 
 
 def keys(text: str) -> list[str]:

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 import spfde
 from spfde import presets
 from spfde.core.errors import InvalidArgument
+from spfde.core.registry import registered
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
-from spfde.sparsity import METHODS, Block, Patterns, PruningAtInitialisation, SparsityMethod, Unstructured
+from spfde.sparsity import Block, Patterns, PruningAtInitialisation, SparsityMethod, Unstructured
+
+METHODS = registered("method")
 
 shares = st.floats(0, 0.99)
 patterns = st.text(min_size=1, max_size=8)

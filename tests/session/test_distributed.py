@@ -12,7 +12,7 @@ from torch import multiprocessing
 from helpers import distributed_worker as worker
 from helpers.training import EPOCHS, SAMPLES
 from spfde.session.distributed import fingerprint
-from spfde.sieving import SievedBatchSampler
+from spfde.sieving.batch_sampler import SievedBatchSampler
 
 
 def run(function: Any, folder: Path, method: str = "") -> list[Any]:

@@ -15,7 +15,7 @@ from helpers.compiling import recompile_limit
 from helpers.native import both_engines
 from helpers.resuming import METHODS, Loop, assert_equal, finish, top
 from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
-from spfde.freezing import learning_rate_factor
+from spfde.freezing.rates import learning_rate_factor
 
 EPOCHS = 12
 SCHEMES = {

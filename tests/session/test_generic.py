@@ -14,7 +14,7 @@ from helpers.models import TextModel
 from helpers.native import needs_kernels
 from helpers.tasks import SAMPLES, TASKS, CharacterModel, Task, class_loss, token_loss
 from spfde.core.errors import InvalidArgument
-from spfde.freezing import is_held
+from spfde.freezing.freezer import is_held
 
 EPOCHS, BATCH, IN_USE = 8, 4, 12
 

@@ -12,12 +12,7 @@ from helpers.training import step
 
 STOP = 5
 # Tables whose entries come with use, so that none is known to be missing; their values have their types all the same.
-TABLES = (
-    "['parts']['bill']['uncounted'][",
-    "['parts']['masks']['strategy']['latents'][",
-    "['parts']['masks']['strategy']['memory'][",
-    "['parts']['masks']['strategy']['smoothed'][",
-)
+TABLES = ("['parts']['bill']['uncounted'][",)
 
 SIEVING = {
     "by loss, balanced, rescaled": spfde.DataSieving(

@@ -1,4 +1,4 @@
-"""What is noted in the loop is added up later, as if it had been added up at once; states are checked."""
+"""Presentations add up however they come; states are checked."""
 
 from __future__ import annotations
 
@@ -13,30 +13,15 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, StateMismatch
 from spfde.core.registry import registered
-from spfde.sieving import ClassLabels, Scorer, accumulator
 from spfde.sieving.accumulator import Accumulator
-from spfde.sieving.criteria import Forgetting, Loss
+from spfde.sieving.balance import ClassLabels
+from spfde.sieving.criteria import Forgetting, Loss, Scorer
 
 MAKE = {
     **{name: lambda n, kind=kind: kind().scorer(n) for name, kind in registered("sieving-criterion").items()},
     "classes": ClassLabels,
 }
 every_kind = pytest.mark.parametrize("kind", MAKE)
-
-
-class Calls(Accumulator):
-    """Remembers how many presentations came together."""
-
-    def __init__(self, n: int) -> None:
-        self.calls: list[int] = []
-        super().__init__(n, "calls")
-
-    def _start(self) -> dict[str, Tensor]:
-        return {"last": torch.zeros(self.n)}
-
-    def _add(self, indices: Tensor, values: Tensor) -> None:
-        self.calls.append(indices.numel())
-        self._kept["last"][indices] = values
 
 
 def observe(into: Accumulator, *batches: tuple[list[int], list[float]]) -> None:
@@ -50,29 +35,8 @@ def entries(of: Accumulator) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in of.state_dict().items()}
 
 
-def test_adding_up_waits_until_about_an_epoch_has_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulator, "ADD_UP_AT_LEAST", 6)
-    noted = Calls(5)
-    for _ in range(5):
-        observe(noted, ([0, 1, 2], [1, 0, 1]))
-    assert noted.calls == [6, 6]
-    noted.state_dict()
-    assert noted.calls == [6, 6, 3]
-
-
-def test_buffers_that_the_caller_uses_again_do_not_change_what_was_observed() -> None:
+def test_a_reset_forgets_what_was_added_up() -> None:
     scorer = Loss().scorer(2)
-    indices, loss = torch.tensor([0, 1]), torch.tensor([1.0, 3.0])
-    scorer.observe(indices, loss)
-    loss.fill_(9.0)
-    indices.fill_(0)
-    assert scorer.difficulty().tolist() == [1.0, 3.0]
-
-
-def test_a_reset_forgets_what_was_added_up_and_what_still_waits() -> None:
-    scorer = Loss().scorer(2)
-    observe(scorer, ([0, 1], [5.0, 5.0]))
-    scorer.difficulty()
     observe(scorer, ([0, 1], [5.0, 5.0]))
     scorer.reset()
     observe(scorer, ([0], [1.0]))

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, DataSieving, OneTimeRemoval, Sieve, find_labels
-from spfde.sieving.balance import largest_remainder, spread, take_evenly
+from spfde.sieving import DataSieving, OneTimeRemoval
+from spfde.sieving.balance import ClassLabels, find_labels, largest_remainder, spread, take_evenly
+from spfde.sieving.sieve import Sieve
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -201,7 +202,5 @@ def test_a_report_without_classes_is_refused_with_the_remedy(logits, y, told):
 
 
 def test_a_report_with_a_negative_class_is_refused():
-    classes = ClassLabels(2)
-    classes.observe(torch.tensor([0]), torch.tensor([-100]))
     with pytest.raises(InvalidArgument, match="y=-100"):
-        _ = classes.labels
+        ClassLabels(2).observe(torch.tensor([0]), torch.tensor([-100]))

@@ -96,7 +96,6 @@ def test_a_report_never_looks_at_values_so_that_no_device_has_to_wait(criterion:
     values = make(criterion).evidence(torch.zeros(4, 3, device="meta", requires_grad=True), y.to("meta"))
     assert values.shape == (4,)
     assert not values.requires_grad
-    make(criterion).scorer(9).observe(torch.arange(4), values)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

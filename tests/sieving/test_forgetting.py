@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import Scorer
-from spfde.sieving.criteria import Forgetting
+from spfde.sieving.criteria import Forgetting, Scorer
 
 INF = float("inf")
 

@@ -10,26 +10,50 @@ from torch.utils.data import DataLoader
 
 from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import ClassLabels, Observer, Scorer, SievedBatchSampler, SievedLoader
-from spfde.sieving.criteria import Loss
+from spfde.sieving.balance import ClassLabels
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.criteria import Loss, Scorer
 from spfde.sieving.evidence import label_bounds
+from spfde.sieving.loader import SievedLoader
+from spfde.sieving.observer import Observer
 
 
-def make_observer(scorer: Scorer, classes: ClassLabels, gather: Any = None) -> Observer:
+def make_observer(scorer: Scorer, classes: ClassLabels, **arguments: Any) -> Observer:
     loader = DataLoader(make_images(), batch_size=2)
     sampler = SievedBatchSampler(loader.sampler, 2, False, keep=lambda: None)
-    return Observer(scorer, SievedLoader(loader, sampler), gather, classes=classes)
+    return Observer(scorer, SievedLoader(loader, sampler), classes=classes, **arguments)
 
 
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:
-    other = [(torch.tensor([2, 3]), torch.tensor([5.0, 7.0]), torch.tensor([1, 0]))]
+    other = [torch.tensor([2, 3]), torch.tensor([5.0, 7.0]), torch.tensor([1, 0])]
     scorer, classes = Loss().scorer(5), ClassLabels(5)
-    observer = make_observer(scorer, classes, lambda mine: [mine, other])
+    observer = make_observer(scorer, classes, gather=lambda mine: [mine, other, []])
     observer.report(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([1, 1]))
     assert scorer.difficulty().isinf().all()
     observer.exchange()
     assert scorer.difficulty().tolist() == [1.0, 3.0, 5.0, 7.0, float("inf")]
     assert classes.labels.tolist() == [1, 1, 1, 0, -1]
+
+
+def test_buffers_that_the_caller_uses_again_do_not_change_what_was_reported() -> None:
+    scorer, classes = Loss().scorer(2), ClassLabels(2)
+    observer = make_observer(scorer, classes)
+    buffers = torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([1, 1])
+    observer.report(*buffers)
+    for buffer in buffers:
+        buffer.fill_(0)
+    observer.report(*buffers)
+    observer.exchange()
+    assert scorer.difficulty().tolist() == [1 / 3, 3.0]
+    assert classes.labels.tolist() == [0, 1]
+
+
+def test_a_report_never_looks_at_values_so_that_no_device_has_to_wait() -> None:
+    # On the meta device there are no values: whoever looks at one is refused.
+    values, labels = torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    observer = make_observer(Loss().scorer(5), ClassLabels(5))
+    observer.report(values, torch.arange(4), labels)
+    assert observer.samples == 4
 
 
 def test_labels_of_another_length_than_the_batch_are_refused() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.sieving import DataSieving, Sieve, check_fraction
-from spfde.sieving.sieve import easiest, rotate
+from spfde.sieving import DataSieving
+from spfde.sieving.methods import check_fraction
+from spfde.sieving.sieve import Sieve, easiest
 
 INF = float("inf")
 
@@ -119,12 +120,6 @@ def test_equals_are_chosen_with_equal_chance():
         drawn[easiest(torch.zeros(10), 3, generator)] += 1
     expected, deviation = 600, math.sqrt(2000 * 0.3 * 0.7)
     assert ((drawn - expected).abs() < 5 * deviation).all()
-
-
-def test_the_queue_takes_in_at_the_tail_and_gives_from_the_head():
-    queue, out = rotate(torch.tensor([7, 8, 9]), torch.tensor([1, 2]), 2)
-    assert queue.tolist() == [9, 1, 2]
-    assert out.tolist() == [7, 8]
 
 
 # --- the sieve -------------------------------------------------------------------------------------------------------

@@ -22,15 +22,10 @@ from torch.utils.data import (
 )
 
 from spfde.core.errors import UsageError
-from spfde.sieving import (
-    DataSieving,
-    Sieve,
-    SievedBatchSampler,
-    SievedLoader,
-    check_loader,
-    loader_generators,
-    population_of,
-)
+from spfde.sieving import DataSieving
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.loader import SievedLoader, check_loader, loader_generators, population_of
+from spfde.sieving.sieve import Sieve
 
 N = 23
 
@@ -393,7 +388,7 @@ def test_the_indices_are_those_of_the_batch_in_hand_also_after_a_loop_left_early
     loader = wrap(DataLoader(Tuples(), 4, shuffle=True, **arguments), keep)
     assert loader.current_indices is None
     ended = []
-    loader.on_end = lambda: ended.append("end")
+    loader.on_event = lambda event: ended.append(event) if event == "end" else None
     for leave_after in (2, 1, None):
         handed = samples = 0
         for batch in loader:
@@ -416,24 +411,22 @@ def test_starting_again_begins_a_new_count():
     assert len(iterator) == len(loader)
 
 
-def test_callbacks_come_before_the_start_before_each_batch_and_at_the_end():
+def test_events_come_before_the_start_before_each_batch_and_at_the_end():
     events = []
     loader = wrap(DataLoader(Tuples(), 10))
-    loader.on_start = lambda: events.append("start")
-    loader.on_batch = lambda indices: events.append(indices.tolist())
-    loader.on_end = lambda: events.append("end")
+    loader.on_event = lambda event: events.append(loader.current_indices.tolist() if event == "batch" else event)
     for batch in loader:
         events.append(f"batch from {int(batch[0][0])}")
     tens = [list(range(10)), list(range(10, 20)), list(range(20, N))]
     assert events == ["start", tens[0], "batch from 0", tens[1], "batch from 10", tens[2], "batch from 20", "end"]
 
 
-def test_an_error_in_the_start_callback_prevents_the_start_before_anything_is_drawn():
-    def refuse():
+def test_an_error_at_the_start_prevents_it_before_anything_is_drawn():
+    def refuse(event):
         raise UsageError("not now")
 
     loader = wrap(DataLoader(Tuples(), 4, shuffle=True))
-    loader.on_start = refuse
+    loader.on_event = refuse
     before = torch.get_rng_state()
     with pytest.raises(UsageError, match="not now"):
         iter(loader)
@@ -443,7 +436,7 @@ def test_an_error_in_the_start_callback_prevents_the_start_before_anything_is_dr
 def test_batches_out_of_order_have_no_indices_but_are_counted():
     given = []
     loader = wrap(DataLoader(Tuples(), 4, num_workers=2, in_order=False), without(0))
-    loader.on_batch = given.append
+    loader.on_event = lambda event: given.append(loader.current_indices) if event == "batch" else None
     seen = flat(loader)
     assert sorted(seen) == list(range(1, N))
     assert given == [None] * 6
@@ -578,8 +571,7 @@ def test_a_usual_loader_has_no_problems_and_checking_draws_nothing(name):
     before = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
     assert check_loader(loader) == []
     population_of(loader)
-    wrapped = wrap(loader)
-    assert wrapped.on_start is None
+    wrap(loader)
     after = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

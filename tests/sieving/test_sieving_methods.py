@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument, StateMismatch
-from spfde.sieving import DataSieving, OneTimeRemoval, Sieve
+from spfde.sieving import DataSieving, OneTimeRemoval
+from spfde.sieving.sieve import Sieve
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from spfde.core.errors import InvalidArgument
-from spfde.sieving import DataSieving, OneTimeRemoval, Sieve
-from spfde.sieving.weights import inclusion_probabilities, loss_weights
+from spfde.sieving import DataSieving, OneTimeRemoval
+from spfde.sieving.sieve import Sieve
+from spfde.sieving.weights import inclusion_probabilities
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -31,7 +32,7 @@ def test_with_exact_probabilities_the_weighted_mean_is_unbiased_by_enumeration()
     included = torch.zeros(4, dtype=torch.float64)
     for members, p in zip(sets, chance, strict=True):
         included[list(members)] += p
-    weights = loss_weights(included, partial_fraction=0.5)
+    weights = 0.5 / included
     weighted = sum(p * (weights * gradient)[list(members)].mean() for members, p in zip(sets, chance, strict=True))
     plain = sum(p * gradient[list(members)].mean() for members, p in zip(sets, chance, strict=True))
     mean_weight = sum(p * weights[list(members)].mean() for members, p in zip(sets, chance, strict=True))
@@ -78,7 +79,7 @@ def test_with_the_final_frequencies_the_time_average_is_the_full_mean_exactly():
         sieve.update(torch.arange(n).float())
         sets.append(sieve.partial)
     frequency = torch.bincount(torch.cat(sets), minlength=n).double() / updates
-    weights = loss_weights(frequency, partial_fraction=0.75)
+    weights = 0.75 / frequency
     average = sum((weights * gradient)[ids].mean() for ids in sets) / updates
     assert float(average) == pytest.approx(float(gradient.mean()))
 

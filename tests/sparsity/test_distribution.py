@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import active_count, erk
+from spfde.sparsity.distribution import active_count, erk
 
 
 @pytest.mark.parametrize(

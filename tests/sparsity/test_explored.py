@@ -6,15 +6,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from spfde.sparsity.explored import Explored
+from spfde.sparsity.structure import Unstructured
+from spfde.sparsity.weight import MaskedWeight
 
 
 def test_the_union_of_masks_by_hand() -> None:
-    explored = Explored(10)
+    parameter = nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    weight = MaskedWeight("w", parameter, Unstructured(), 2, optimizer=optimizer, generator=torch.Generator())
+    assert weight.n_explored == 0
     for taken in ({0, 1}, {1, 2}, {9}, {0, 9}):
-        explored.add(torch.tensor([place in taken for place in range(10)]))
-    assert explored.count == 4
-    assert len(explored.packed) == 2
+        weight.set_mask(torch.tensor([place in taken for place in range(10)]), len(taken))
+    assert weight.n_explored == 4
+    assert len(weight.explored) == 2
 
 
 @pytest.mark.parametrize("name", ["set-itop", "rigl-itop", "static", "deepr", "gmp"])

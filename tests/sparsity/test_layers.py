@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import StaticSparse, select_layers
+from spfde.sparsity import StaticSparse
+from spfde.sparsity.layers import select_layers
 
 
 class Net(nn.Module):

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from helpers.masking import MaskedRun
-from spfde.sparsity import (
-    MEST,
-    SET,
-    DropGrow,
-    Gradient,
-    MagnitudePlusGradient,
-    RigL,
-    SparsityMethod,
-    StaticSparse,
-    select_layers,
-)
+from spfde.sparsity import MEST, SET, DropGrow, Gradient, MagnitudePlusGradient, RigL, SparsityMethod, StaticSparse
+from spfde.sparsity.layers import select_layers
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import infer_mask, pack, unpack
-from spfde.sparsity.masks import apply_, highest
+from spfde.sparsity.masks import apply_, grow_random, highest, highest_overall, infer_mask, pack, unpack
 
 _SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 
@@ -54,6 +53,34 @@ def test_scores_that_are_not_numbers_rank_lowest_and_do_not_break_the_count() ->
     score = torch.tensor([float("nan"), 1.0, float("inf"), float("-inf"), float("nan")])
     assert highest(score, 2).tolist() == [False, True, True, False, False]
     assert highest(score, 4).sum() == 4
+
+
+def test_the_highest_of_all_layers_leave_each_its_best() -> None:
+    scores = {"a": torch.tensor([[0.9, 0.8, 0.7]]), "b": torch.tensor([0.1, 0.2])}
+    for n, first in ((3, [True, True, False]), (2, [True, False, False])):
+        chosen = {name: mask.tolist() for name, mask in highest_overall(scores, n).items()}
+        assert chosen == {"a": [first], "b": [False, True]}
+
+
+def test_random_growth_reaches_every_candidate() -> None:
+    mask = torch.tensor([True, False, False, False])
+    generator = _generator()
+    seen = sum(grow_random(mask, 2, generator).int() for _ in range(100))
+    assert seen[0] == 100
+    assert (seen[1:] > 10).all()
+
+
+@given(data=st.data(), shape=_SHAPES, seed=st.integers(0, 99))
+def test_random_growth_is_exact_and_keeps_what_exists(data: st.DataObject, shape: tuple[int, ...], seed: int) -> None:
+    numel = math.prod(shape)
+    n_active = data.draw(st.integers(0, numel))
+    n_final = data.draw(st.integers(n_active, numel))
+    mask = grow_random(torch.zeros(shape, dtype=torch.bool), n_active, _generator(seed))
+    grown = grow_random(mask, n_final, _generator(seed))
+    assert mask.sum() == n_active
+    assert grown.sum() == n_final
+    assert grown.shape == shape
+    assert not (mask & ~grown).any()
 
 
 def test_a_mask_is_inferred_from_the_zeros() -> None:

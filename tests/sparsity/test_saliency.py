@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from spfde.core.errors import InvalidArgument
+from spfde.sparsity.masks import highest_overall
 from spfde.sparsity.saliency import (
     choose_units,
     connection_sensitivity,
     gradient_flow,
-    highest_overall,
     synaptic_flow,
     untouched,
 )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import STRUCTURES
+from spfde.core.registry import registered
 from spfde.sparsity.structure import (
     NM,
     Block,
@@ -18,6 +18,8 @@ from spfde.sparsity.structure import (
     Unstructured,
 )
 from spfde.sparsity.units import PATTERNS, highest_of_each
+
+STRUCTURES = registered("structure")
 
 _CUTS: list[Structure] = [
     Unstructured(),
@@ -65,6 +67,46 @@ def test_a_weight_for_itself_is_scored_chosen_and_placed_as_it_lies() -> None:
     assert structure.expand(units, (2, 2)).tolist() == [[False, True], [True, False]]
 
 
+def test_drop_keeps_the_highest_scores_among_what_exists() -> None:
+    units = torch.tensor([True, True, False, True, True])
+    score = torch.tensor([0.1, 0.4, 9.0, 0.3, 0.2])
+    assert Unstructured().drop(units, score, 2).tolist() == [False, True, False, True, False]
+
+
+def test_of_equal_scores_the_lower_index_stays() -> None:
+    units = torch.tensor([False, True, True, True])
+    assert Unstructured().drop(units, torch.ones(4), 2).tolist() == [False, True, True, False]
+
+
+def test_growth_takes_the_highest_of_those_that_do_not_exist() -> None:
+    units = torch.tensor([True, False, False, False])
+    score = torch.tensor([9.0, 0.1, 0.3, 0.2])
+    assert Unstructured().grow(units, score, 3).tolist() == [True, False, True, True]
+
+
+def test_growth_counts_zero_scores_and_what_was_just_dropped_as_candidates() -> None:
+    dropped = Unstructured().drop(torch.tensor([True, True]), torch.tensor([1.0, 2.0]), 1)
+    assert Unstructured().grow(dropped, torch.zeros(2), 2).tolist() == [True, True]
+
+
+@given(data=st.data(), numel=st.integers(1, 200), seed=st.integers(0, 99))
+def test_drop_and_growth_are_exact_and_nested(data: st.DataObject, numel: int, seed: int) -> None:
+    n_active = data.draw(st.integers(0, numel))
+    n_keep = data.draw(st.integers(0, n_active))
+    n_final = data.draw(st.integers(n_keep, numel))
+    generator = _generator(seed)
+    units = Unstructured().choose(torch.rand(numel, generator=generator), n_active)
+    score = torch.randint(0, 3, (numel,), generator=generator).float()  # many ties
+    kept = Unstructured().drop(units, score, n_keep)
+    assert kept.sum() == n_keep
+    assert not (kept & ~units).any()
+    if 0 < n_keep < n_active:
+        assert score[kept].min() >= score[units & ~kept].max()
+    grown = Unstructured().grow(kept, score, n_final)
+    assert grown.sum() == n_final
+    assert not (kept & ~grown).any()
+
+
 def test_a_block_is_some_outputs_by_some_columns_of_the_flattened_matrix() -> None:
     structure = Block(rows=2, columns=2)
     values = torch.arange(16.0).view(4, 4)
@@ -104,10 +146,14 @@ def test_a_group_that_lost_both_weights_gets_two_others_back() -> None:
     assert grown.int().tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
+def test_in_a_group_no_score_takes_the_place_of_a_weight_that_exists() -> None:
+    units = torch.tensor([False, False, True, True])
+    assert NM().grow(units, torch.tensor([math.inf, math.inf, 0.0, 0.0]), 2).tolist() == units.tolist()
+
+
 def test_not_a_number_ranks_below_every_score_in_a_group() -> None:
     score = torch.tensor([math.nan, -math.inf, -1.0, -2.0])
     assert NM().choose(score, 2).tolist() == [False, False, True, True]
-    assert NM(n=3, m=4).choose(score.nan_to_num(0.0), 3, torch.tensor([0, 1, 1, 1]).bool()).tolist() == [0, 1, 1, 1]
 
 
 @given(rows=st.integers(1, 6), m=st.integers(2, 9), data=st.data(), seed=st.integers(0, 99))

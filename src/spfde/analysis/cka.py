@@ -18,9 +18,6 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem
 
-LEAST_SAMPLES = 4
-"""The unbiased estimator of HSIC divides by the number of samples less three."""
-
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """Linear CKA of two representations of the same samples, all at once.
@@ -41,7 +38,10 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
         >>> round(spfde.analysis.linear_cka(x, 3 * x + 1), 3)
         1.0
     """
-    _check_samples(x, y, least=2)
+    if len(x) != len(y):
+        rule = f"must have as many samples as the other, {len(x)}"
+        raise InvalidArgument(Problem("y", tuple(y.shape), rule, "Compare features of the same samples."))
+    _check_enough(x, least=2)
     k, l = _centred(_gram(x)), _centred(_gram(y))  # noqa: E741 - the names of the literature
     return _ratio(float((k * l).sum()), float((k * k).sum()), float((l * l).sum()))
 
@@ -58,28 +58,20 @@ def centred_gram(features: Tensor) -> Tensor:
 
     Raises:
         InvalidArgument: there are fewer than four samples.
-
-    Example:
-        >>> spfde.analysis.centred_gram(torch.randn(16, 8)).shape
-        torch.Size([16, 16])
     """
-    _check_samples(features, features, least=LEAST_SAMPLES)
-    return _u_centred(_gram(features))
+    _check_enough(features, least=4)  # the unbiased estimator divides by the number of samples less three
+    n = len(features)
+    # Off-diagonal entries less their row's and column's means, corrected so that products estimate HSIC unbiasedly.
+    k = _gram(features).fill_diagonal_(0.0)
+    rows = k.sum(1) / (n - 2)
+    k -= rows[:, None] + rows[None, :] - rows.sum() / (n - 1)
+    return k.fill_diagonal_(0.0)
 
 
 def unbiased_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    """Unbiased estimate of HSIC, which may be negative.
-
-    Args:
-        k: :func:`centred_gram` matrix ``(n, n)`` of one representation.
-        l: likewise of the other, of the same samples.
+    """Unbiased estimate of HSIC, which may be negative, from two :func:`centred_gram` matrices of the same samples.
 
     Source: Song et al. 2012, equation 5, in the equivalent form of a product of U-centred matrices.
-
-    Example:
-        >>> gram = spfde.analysis.centred_gram(torch.randn(16, 8))
-        >>> spfde.analysis.unbiased_hsic(gram, gram) > 0
-        True
     """
     n = len(k)
     return float(torch.dot(k.flatten(), l.flatten())) / (n * (n - 3))
@@ -90,26 +82,10 @@ class MinibatchCKA:
 
     The value is ``Σ HSIC(x, y) / sqrt(Σ HSIC(x, x) · Σ HSIC(y, y))`` with the unbiased estimator, every minibatch
     counted alike. Pass batches of about equal size.
-
-    Example:
-        >>> cka = spfde.analysis.MinibatchCKA()
-        >>> for x, _ in loader:
-        ...     cka.update(x, 2 * x)
-        >>> round(cka.value, 3)
-        1.0
     """
 
     def __init__(self) -> None:
         self._xy = self._xx = self._yy = 0.0
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add a minibatch: features ``(n, …)`` and ``(n, …)`` of the same ``n`` samples, four or more.
-
-        Raises:
-            InvalidArgument: the numbers of samples differ, or there are fewer than four.
-        """
-        _check_samples(x, y, least=LEAST_SAMPLES)
-        self.add(centred_gram(x), centred_gram(y))
 
     def add(self, k: Tensor, l: Tensor) -> None:  # noqa: E741
         """Add a minibatch by its :func:`centred_gram` matrices."""
@@ -179,23 +155,11 @@ def _centred(gram: Tensor) -> Tensor:
     return gram - gram.mean(0)[None, :] - gram.mean(1)[:, None] + gram.mean()
 
 
-def _u_centred(gram: Tensor) -> Tensor:
-    """Off-diagonal entries less their row's and column's means, corrected so that products estimate HSIC unbiasedly."""
-    n = len(gram)
-    k = gram.to("cpu", torch.float64).clone().fill_diagonal_(0.0)
-    rows = k.sum(1) / (n - 2)
-    k -= rows[:, None] + rows[None, :] - rows.sum() / (n - 1)
-    return k.fill_diagonal_(0.0)
-
-
 def _ratio(xy: float, xx: float, yy: float) -> float:
     return xy / math.sqrt(xx * yy) if xx > 0.0 and yy > 0.0 else math.nan
 
 
-def _check_samples(x: Tensor, y: Tensor, *, least: int) -> None:
-    if len(x) != len(y):
-        rule = f"must have as many samples as the other, {len(x)}"
-        raise InvalidArgument(Problem("y", tuple(y.shape), rule, "Compare features of the same samples."))
+def _check_enough(x: Tensor, *, least: int) -> None:
     if len(x) < least:
         rule = f"must have at least {least} samples"
         raise InvalidArgument(Problem("x", tuple(x.shape), rule, "Use larger minibatches."))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.model.sample import Sample, call_arguments, unwrap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -47,11 +47,13 @@ def gradient_norms(
     """
     model = unwrap(model)
     known = dict(model.named_parameters())
-    if unknown := [name for name in parameters if name not in known]:
-        remedy = "Take names from model.named_parameters()."
-        raise InvalidArgument(
-            *(Problem("parameters", name, "is no parameter of the model", remedy) for name in unknown)
-        )
+    problems = Problems()
+    for name in parameters:
+        if name not in known:
+            problems.add(
+                "parameters", name, "is no parameter of the model", "Take names from model.named_parameters()."
+            )
+    problems.raise_if_any()
     chosen = {name: known[name] for name in parameters}
     asked = {name: p.requires_grad for name, p in chosen.items()}
     totals = {name: torch.zeros_like(p, requires_grad=False) for name, p in chosen.items()}
@@ -72,9 +74,8 @@ def gradient_norms(
         for name, p in chosen.items():
             p.requires_grad_(asked[name])
     if not seen:
-        raise InvalidArgument(
-            Problem("batches", 0, "must hold at least one sample", "Pass batches of inputs and targets.")
-        )
+        rule, remedy = "must hold at least one sample", "Pass batches of inputs and targets."
+        raise InvalidArgument(Problem("batches", 0, rule, remedy))
     return {name: _norm(total, (masks or {}).get(name)) / seen for name, total in totals.items()}
 
 
@@ -82,10 +83,6 @@ def successive_differences(values: Sequence[float]) -> list[float]:
     """Absolute differences between each value and the one before; one fewer than there are values.
 
     Of gradient norms, this is what a criterion for freezing by convergence would watch (Yuan et al. 2022, figure 3b).
-
-    Example:
-        >>> spfde.analysis.successive_differences([1.0, 3.0, 2.5])
-        [2.0, 0.5]
     """
     return [abs(after - before) for before, after in pairwise(values)]
 

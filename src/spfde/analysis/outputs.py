@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
-from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.torch_private import tree_leaves
 from spfde.model.blocks import Partition
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
@@ -89,15 +89,11 @@ class BlockOutputs:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        def listen(name: str) -> Callable[..., None]:
-            return lambda module, args, output: self._note(name, output)
-
-        self._handles = [module.register_forward_hook(listen(name)) for name, module in self._modules.items()]
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(partial(self._note, name)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -108,35 +104,23 @@ class BlockOutputs:
         self._found = {}  # somebody else may have run the model since
         with _evaluating(self._model):
             self._model(*args, **kwargs)
-        found, self._found = self._found, {}
+        found, self._found = self._found, {}  # outputs are large: they go with the caller
         for name in self._modules:
             if name not in found:
                 remedy = "Leave it out, or enter the context before calling."
                 raise InvalidArgument(Problem("modules", name, "did not run in the forward pass", remedy))
         return {name: found[name] for name in self._modules}
 
-    def _note(self, name: str, output: Any) -> None:
+    def _note(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         if name not in self._found:
             self._found[name] = _tensor_of(name, output)
 
 
 def output_graph(model: nn.Module, modules: Sequence[str]) -> fx.GraphModule:
-    """A graph that returns a tuple of what ``modules`` give out, in evaluation mode.
+    """A graph that returns a tuple of what ``modules`` give out, in evaluation mode; see :func:`native_outputs`.
 
     It shares the modules with ``model``, so that it follows whatever is loaded into them; call it while the model is in
     evaluation mode. What no output needs, as a head behind the last one, is not computed.
-
-    Args:
-        model: the model; nothing runs and nothing changes.
-        modules: qualified names, as for :class:`BlockOutputs`.
-
-    Raises:
-        InvalidArgument: a name is no module of the model or does not run, or ``forward`` cannot be traced.
-
-    Example:
-        >>> graph = spfde.analysis.output_graph(model, ["0", "3"])
-        >>> [tuple(output.shape) for output in graph(torch.zeros(2, 4))]
-        [(2, 8), (2, 8)]
     """
     model = unwrap(model)
     _find(model, modules)
@@ -144,11 +128,11 @@ def output_graph(model: nn.Module, modules: Sequence[str]) -> fx.GraphModule:
     try:
         with _evaluating(model):
             graph = tracer.trace(model)
-        silent = [
-            Problem("modules", name, "does not run", "Leave it out.") for name in modules if name not in tracer.results
-        ]
-        if silent:
-            raise InvalidArgument(*silent)
+        problems = Problems()
+        for name in modules:
+            if name not in tracer.results:
+                problems.add("modules", name, "does not run", "Leave it out.")
+        problems.raise_if_any()
         results = [_tensor_of(name, tracer.results[name]) for name in modules]
     except InvalidArgument:
         raise
@@ -177,7 +161,7 @@ def native_outputs(
         masks: gives the masks by parameter name; a mask that changes is another tensor.
 
     Raises:
-        InvalidArgument: as :func:`output_graph`.
+        InvalidArgument: a name is no module of the model or does not run, or ``forward`` cannot be traced.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
@@ -208,21 +192,18 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        name = self.path_of_module(m)
         found = super().call_module(m, forward, args, kwargs)
-        self.results.setdefault(name, found)
+        self.results.setdefault(self.path_of_module(m), found)
         return found
 
 
 def _find(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     known = dict(model.named_modules())
-    unknown = [
-        Problem("modules", name, "is no module of the model", nearest(name, known))
-        for name in names
-        if name not in known
-    ]
-    if unknown:
-        raise InvalidArgument(*unknown)
+    problems = Problems()
+    for name in names:
+        if name not in known:
+            problems.add("modules", name, "is no module of the model", nearest(name, known))
+    problems.raise_if_any()
     return {name: known[name] for name in names}
 
 

@@ -16,23 +16,8 @@ def structural_overlap(weight: Tensor, final_mask: Tensor, *, fraction: float = 
 
     Counts can be added up over layers, so that a block's similarity weighs each layer by its size.
 
-    Args:
-        weight: of the intermediate model, any shape; zero where it is inactive.
-        final_mask: of the same shape, True where the final model has a weight.
-        fraction: share of the non-zeros, in (0, 1], the largest magnitudes first; of equal ones the lower flat index.
-
     Returns:
         ``(common, chosen)``; at least one is chosen where there is a non-zero at all.
-
-    Raises:
-        InvalidArgument: the shapes differ, or ``fraction`` is out of bounds.
-
-    Source: Yuan et al., NeurIPS 2022 (arXiv 2209.11204), section 3.1.
-
-    Example:
-        >>> weight, final = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
-        >>> spfde.analysis.structural_overlap(weight, final)
-        (1, 2)
     """
     if weight.shape != final_mask.shape:
         rule = f"must have the shape of the weight, {tuple(weight.shape)}"
@@ -51,10 +36,18 @@ def structural_overlap(weight: Tensor, final_mask: Tensor, *, fraction: float = 
 def structural_similarity(weight: Tensor, final_mask: Tensor, *, fraction: float = 0.5) -> float:
     """Share of a weight's most significant non-zeros whose locations exist in the final mask.
 
-    Args, Raises: as :func:`structural_overlap`.
+    Args:
+        weight: of the intermediate model, any shape; zero where it is inactive.
+        final_mask: of the same shape, True where the final model has a weight.
+        fraction: share of the non-zeros, in (0, 1], the largest magnitudes first; of equal ones the lower flat index.
 
     Returns:
         A share in [0, 1]; NaN for a weight that is zero everywhere.
+
+    Raises:
+        InvalidArgument: the shapes differ, or ``fraction`` is out of bounds.
+
+    Source: Yuan et al., NeurIPS 2022 (arXiv 2209.11204), section 3.1.
 
     Example:
         >>> weight, final = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False])

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic_core import to_json
 from torch import Tensor
 
-from spfde.analysis import (
-    batch_grams,
-    gradient_norms,
-    minibatch_cka,
-    structural_overlap,
-    successive_differences,
-)
+from spfde.analysis import batch_grams, gradient_norms, minibatch_cka
+from spfde.analysis.gradients import successive_differences
+from spfde.analysis.structure import structural_overlap
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, draw
 from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder
-from spfde.app.runs.kept_model import BlockLayers, CheckpointedModel
+from spfde.app.runs.kept_model import CheckpointedModel
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
@@ -45,16 +41,7 @@ class AnalyzeOptions(Technique, AnalysisOptions):
 
 
 def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Callable[[str], None]) -> Path:
-    """Compare a run's kept checkpoints with the last of them, and write ``analysis.json``.
-
-    Args:
-        folder: of a run that was trained with ``keep_every``, finished or not.
-        options: what to measure on.
-        out: folder of the result; made when needed.
-        tell: takes a line of progress.
-
-    Returns:
-        The file.
+    """Compare a run's kept checkpoints with the last of them; the ``analysis.json`` that was written.
 
     Raises:
         RunFolderError: no run folder, fewer than two kept checkpoints, a damaged one, or ``out`` cannot be written.
@@ -81,10 +68,9 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
         "versions": versions(),
         "hardware": hardware(model.device),
     }
-    # What is no number at a checkpoint (an output that is the same for all samples, say) is null in the file.
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with clear_errors(out), written_whole(out / RESULT) as (draft,):
-        draft.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        # What is no number at a checkpoint (an output that is the same for all samples, say) is null in the file.
+        draft.write_bytes(to_json(content, indent=2, inf_nan_mode="null") + b"\n")
     return out / RESULT
 
 
@@ -141,75 +127,64 @@ def _measure(
     if len(images) < 4:
         raise DataError(f"{model.data.spec.name}: has {len(images)} test images, and CKA needs 4. Use a larger set.")
     n_batches = min(math.ceil(len(images) / options.batch_size), len(images) // 4)
-    watch = _Stopwatch()
-    columns = []
+    seconds: dict[str, float] = defaultdict(float)
+    # Structural overlap by layer, CKA by module and gradient norms by layer: each a value a checkpoint.
+    overlaps, alignments, norms = (defaultdict[str, list[Any]](list) for _ in range(3))
     model.load(checkpoints[max(checkpoints)])
     final_masks = model.masks
     with model.outputs() as outputs:
-        with watch("cka"):
+        with _timed(seconds, "cka"):
             reference = list(batch_grams(outputs, model.batches(images, n_batches)))
         for number, (epoch, path) in enumerate(checkpoints.items(), start=1):
             tell(f"checkpoint {number}/{len(checkpoints)}: after {epoch} epochs")
             model.load(path)
-            with watch("structural_similarity"):
-                overlaps = _overlaps(model, final_masks)
-            with watch("cka"):
+            with _timed(seconds, "structural_similarity"):
+                weights = dict(model.module.named_parameters())
+                for name, mask in final_masks.items():
+                    overlaps[name].append(structural_overlap(weights[name], mask, fraction=FRACTION))
+            with _timed(seconds, "cka"):
                 is_reference = epoch == max(checkpoints)
                 grams = reference if is_reference else batch_grams(outputs, model.batches(images, n_batches))
-                alignment = minibatch_cka(grams, reference)
-            with watch("gradient_norm"):
-                norms = _norms(model, train, options.batch_size) if train is not None else {}
-            columns.append(Column(overlaps, alignment, norms))
+                for module, value in minibatch_cka(grams, reference).items():
+                    alignments[module].append(value)
+            with _timed(seconds, "gradient_norm"):
+                for name, norm in _norms(model, train, options.batch_size).items() if train is not None else ():
+                    norms[name].append(norm)
     return {
         "samples": len(images),
         "batch_size": math.ceil(len(images) / n_batches),
         "gradient_samples": 0 if train is None else len(train[0]),
         "engine": model.engine,
-        "seconds": watch.seconds,
-        "blocks": [_block(block, columns) for block in model.blocks],
+        "seconds": seconds,
+        "blocks": [
+            {
+                "name": block.name,
+                "module": block.module,
+                "structural_similarity": _similarity(*(overlaps[name] for name in block.weights if name in overlaps)),
+                "cka": None if block.module is None else alignments[block.module],
+                "layers": [_layer(name, overlaps, norms) for name in block.weights],
+            }
+            for block in model.blocks
+        ],
     }
 
 
-@dataclass(frozen=True)
-class Column:
-    """What was found at one checkpoint: overlaps and gradient norms by layer, CKA by module."""
-
-    overlaps: Mapping[str, tuple[int, int]]
-    alignment: Mapping[str, float]
-    norms: Mapping[str, float]
-
-
-def _block(block: BlockLayers, columns: Sequence[Column]) -> dict[str, Any]:
-    """One block over all checkpoints; null where there is nothing to tell."""
-    masked = [name for name in block.weights if name in columns[0].overlaps]
-    pooled = [[sum(counts) for counts in zip(*(c.overlaps[name] for name in masked), strict=True)] for c in columns]
-    return {
-        "name": block.name,
-        "module": block.module,
-        "structural_similarity": [_share(*counts) for counts in pooled] if masked else None,
-        "cka": [c.alignment[block.module] for c in columns] if block.module is not None else None,
-        "layers": [_layer(name, columns) for name in block.weights],
-    }
-
-
-def _layer(name: str, columns: Sequence[Column]) -> dict[str, Any]:
-    has_mask, has_norm = name in columns[0].overlaps, name in columns[0].norms
-    norms = [c.norms[name] for c in columns] if has_norm else None
+def _layer(name: str, overlaps: Mapping[str, Any], norms: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
-        "structural_similarity": [_share(*c.overlaps[name]) for c in columns] if has_mask else None,
-        "gradient_norm": norms,
-        "gradient_norm_difference": None if norms is None else successive_differences(norms),
+        "structural_similarity": _similarity(overlaps[name]) if name in overlaps else None,
+        "gradient_norm": norms.get(name),
+        "gradient_norm_difference": successive_differences(norms[name]) if name in norms else None,
     }
 
 
-def _share(common: int, chosen: int) -> float | None:
-    return common / chosen if chosen else None
-
-
-def _overlaps(model: CheckpointedModel, final_masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    weights = dict(model.module.named_parameters())
-    return {name: structural_overlap(weights[name], mask, fraction=FRACTION) for name, mask in final_masks.items()}
+def _similarity(*layers: Sequence[tuple[int, int]]) -> list[float | None] | None:
+    """Structural similarity of layers together at each checkpoint; None where there are no layers."""
+    shares = []
+    for counts in zip(*layers, strict=True):
+        common, chosen = (sum(column) for column in zip(*counts, strict=True))
+        shares.append(common / chosen if chosen else None)
+    return shares or None
 
 
 def _norms(model: CheckpointedModel, train: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
@@ -225,14 +200,8 @@ def _norms(model: CheckpointedModel, train: tuple[Tensor, Tensor], batch_size: i
     )
 
 
-class _Stopwatch:
-    """Seconds by name, measured."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start

@@ -18,12 +18,11 @@ def cite_source(source: str) -> str:
         InvalidArgument: it is none of them; the nearest preset is named.
         RunFolderError: the folder is no run's, or its recipe is damaged.
     """
-    return cite(_recipe_of_run(Path(source)) if Path(source).is_dir() else read_recipe(source))
-
-
-def _recipe_of_run(folder: Path) -> Recipe:
+    folder = Path(source)
+    if not folder.is_dir():
+        return cite(read_recipe(source))
     path = RunFolder.existing(folder, needs=RECIPE).path / RECIPE
     try:
-        return Recipe.from_toml(path.read_text(encoding="utf-8"))
+        return cite(Recipe.from_toml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, InvalidArgument) as error:
         raise RunFolderError(f"{path}: is damaged ({error}). Restore it from a copy.") from error

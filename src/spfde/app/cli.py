@@ -170,11 +170,8 @@ def export(
 ) -> None:
     """Write a run's weights to a file: dense, without their zeros, or as an ONNX graph."""
     from spfde.app.export import export_run
-    from spfde.cost import format_bytes
 
-    done = export_run(run, kind=kind, out=out, which="best" if best else "last")
-    share = f"{done.size / done.dense_size:.1%} of the dense weights' {format_bytes(done.dense_size)}"
-    typer.echo(f"{done.path}: {format_bytes(done.size)}, {share}, from {done.checkpoint}")
+    typer.echo(export_run(run, kind=kind, out=out, which="best" if best else "last"))
 
 
 @command()
@@ -252,13 +249,11 @@ def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None
     try:
         train_loop(options, out, display, resume=resume)
     except KeyboardInterrupt:
-        display.stop()
         hint = f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else ""
         typer.echo(f"spfde: interrupted.{hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         logging.getLogger("spfde").setLevel(logging.NOTSET)
-        display.stop()
     if not quiet:
         typer.echo(f"run folder: {out}")
 
@@ -273,7 +268,6 @@ def _new_folder(options: TrainOptions) -> Path:
 
 
 def _given_options(context: typer.Context) -> set[str]:
-    """Names of the options that were given on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,38 +15,20 @@ from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, Problem, RunFolderError, nearest
+from spfde.cost import format_bytes
 from spfde.export import save_compressed, save_dense, save_onnx
 
 SUFFIX = {"dense": ".safetensors", "compressed": ".compressed.safetensors", "onnx": ".onnx"}
 _MODEL = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        size: its bytes.
-        dense_size: bytes of the weights, dense.
-        checkpoint: where they are from.
-    """
-
-    path: Path
-    size: int
-    dense_size: int
-    checkpoint: Path
-
-
-def export_run(
-    folder: Path, *, kind: str = "compressed", out: Path | None = None, which: Literal["best", "last"] = "best"
-) -> Exported:
-    """Write a run's weights; the run may still be training.
+def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["best", "last"]) -> str:
+    """Write a run's weights; the run may still be training. What was written, in a line.
 
     Args:
         folder: the run's.
         kind: dense, compressed or onnx.
-        out: the file; by default in the run's folder, named after the checkpoint.
+        out: the file; if None, in the run's folder, named after the checkpoint.
         which: the checkpoint with the best test accuracy, or the last one.
 
     Raises:
@@ -73,19 +55,22 @@ def export_run(
         save_compressed(state, path)
     else:
         save_onnx(model, sample, path)
-    return Exported(path, path.stat().st_size, sum(tensor.nbytes for tensor in state.values()), checkpoint)
+    size, dense_size = path.stat().st_size, sum(tensor.nbytes for tensor in state.values())
+    share = f"{size / dense_size:.1%} of the dense weights' {format_bytes(dense_size)}"
+    return f"{path}: {format_bytes(size)}, {share}, from {checkpoint}"
 
 
 def _checkpoint(run: RunFolder, which: Literal["best", "last"]) -> Path:
-    checkpoints = run.checkpoints
-    if which == "best" and checkpoints.best.is_dir():
-        check_whole(checkpoints.best)
-        return checkpoints.best
-    newest = checkpoints.newest()
-    if newest is None or which == "best":
-        has = "has no checkpoint yet" if newest is None else "has no best checkpoint"
-        remedy = "Wait for its first epoch, or go on with" if newest is None else "Pass --last, or go on with"
-        raise RunFolderError(f"{run.path}: {has}. {remedy} `spfde train --resume {run.path}`.")
+    best = run.checkpoints.best
+    if which == "best" and best.is_dir():
+        check_whole(best)
+        return best
+    newest = run.checkpoints.newest()
+    go_on = f"go on with `spfde train --resume {run.path}`."
+    if newest is None:
+        raise RunFolderError(f"{run.path}: has no checkpoint yet. Wait for its first epoch, or {go_on}")
+    if which == "best":
+        raise RunFolderError(f"{run.path}: has no best checkpoint. Pass --last, or {go_on}")
     return newest
 
 

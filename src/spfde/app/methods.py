@@ -6,7 +6,8 @@ import textwrap
 
 import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.registry import registered
-from spfde.freezing import FREEZE_CRITERIA, BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
+from spfde.freezing.plan import FREEZE_CRITERIA
 from spfde.recipe import presets
 from spfde.recipe.citation import describe
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _SAVINGS, _TRAINING, _MACHINE = "What to save", "How to train", "Where to run"
 
 
-def _option(words: str, panel: str | None = None, *, shown: bool | str = True, flag: str | None = None) -> Any:
-    return typer.Option(*([flag] if flag else []), help=words, rich_help_panel=panel, show_default=shown)
+def _option(words: str, panel: str | None = None, *, shown: bool | str = True) -> Any:
+    return typer.Option(help=words, rich_help_panel=panel, show_default=shown)
 
 
-def _save(words: str, *, flag: str | None = None) -> Any:
-    return _option(words, _SAVINGS, shown="recipe", flag=flag)
+def _save(words: str) -> Any:
+    return _option(words, _SAVINGS, shown="recipe")
 
 
 class PluginOptions:
@@ -97,11 +97,7 @@ class RecipeOptions:
         Sets("sieving", "criterion"),
         _save("which samples are easy: forgetting, loss, el2n or random"),
     ] = None
-    soft_bound: Annotated[
-        bool | None,
-        Sets("sparsity", "soft_bound"),
-        _save("MEST's soft memory bound (EM&S)", flag="--soft-bound/--no-soft-bound"),
-    ] = None
+    soft_bound: Annotated[bool | None, Sets("sparsity", "soft_bound"), _save("MEST's soft memory bound (EM&S)")] = None
     interval: Annotated[
         str,
         Sets("", "update_interval_epochs"),

@@ -15,10 +15,7 @@ GROUP = "spfde.plugins"
 
 
 def load_plugins(named: Sequence[str]) -> tuple[str, ...]:
-    """Import the modules that are named, here or under the entry points; they register what they have.
-
-    Returns:
-        Names of all of them.
+    """Import the modules that are named, here or under the entry points, and name all of them.
 
     Raises:
         InvalidArgument: one cannot be imported.
@@ -36,8 +33,3 @@ def load_plugins(named: Sequence[str]) -> tuple[str, ...]:
             remedy = "Name a module that Python finds, in this folder or installed."
             raise InvalidArgument(Problem("plugin", name, rule, remedy)) from error
     return modules
-
-
-def missing_plugins(modules: Sequence[str]) -> list[str]:
-    """Those that nobody has imported."""
-    return [name for name in modules if name not in sys.modules]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 from spfde.core.errors import StateMismatch
-from spfde.core.state import check_entries
+from spfde.core.state import Kind, check_entries
 
 Phase = Literal["between", "begun", "running", "drained"]
 """Where in an epoch the session stands: before its top, at its top, among its batches, or with all batches drawn."""
@@ -18,30 +18,18 @@ Phase = Literal["between", "begun", "running", "drained"]
 
 @dataclass
 class Clock:
-    """Epochs, steps and seconds.
+    """Epochs, steps and seconds."""
 
-    Attributes:
-        epoch: the epoch that runs now or comes next, from 0.
-        step: optimizer steps so far.
-        phase: where in the epoch it stands.
-        steps: optimizer steps in this epoch.
-        samples_drawn: samples handed out by the session's loader in this epoch.
-        sieve_moved: samples that the sieve moved at the top of this epoch.
-        overhead_flops: modelled FLOPs of this epoch beside its steps.
-        seconds: wall-clock seconds from the top of this epoch to its last batch, while the stop-watch ran.
-        is_resumed_at_end: whether a state was loaded that was taken after the last batch of this epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    phase: Phase = "between"
-    steps: int = 0
-    samples_drawn: int = 0
-    sieve_moved: int = 0
-    overhead_flops: int = 0
-    seconds: float = 0.0
-    is_resumed_at_end: bool = field(default=False, repr=False, compare=False)
-    started: float | None = field(default=None, repr=False, compare=False)
+    epoch: int = 0  # the epoch that runs now or comes next, from 0
+    step: int = 0  # optimizer steps so far
+    phase: Phase = "between"  # where in the epoch it stands
+    steps: int = 0  # optimizer steps in this epoch
+    samples_drawn: int = 0  # samples handed out by the session's loader in this epoch
+    sieve_moved: int = 0  # samples that the sieve moved at the top of this epoch
+    overhead_flops: int = 0  # modelled FLOPs of this epoch beside its steps
+    seconds: float = 0.0  # wall-clock seconds from the top of this epoch to its last batch, while the stop-watch ran
+    is_resumed_at_end: bool = False  # whether a state was loaded that was taken after the last batch of this epoch
+    started: float | None = None
 
     def begin_epoch(self) -> None:
         """Set the counts to zero and start the stop-watch."""
@@ -59,7 +47,7 @@ class Clock:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the running stop-watch."""
-        return {name: value for name, value in asdict(self).items() if name in _KINDS}
+        return {name: getattr(self, name) for name in _KINDS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; at the top of an epoch the stop-watch starts anew.
@@ -76,13 +64,5 @@ class Clock:
         self.is_resumed_at_end = self.phase == "drained"
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "epoch": int,
-    "step": int,
-    "phase": str,
-    "steps": int,
-    "samples_drawn": int,
-    "sieve_moved": int,
-    "overhead_flops": int,
-    "seconds": (int, float),
-}
+_COUNTS = ("epoch", "step", "steps", "samples_drawn", "sieve_moved", "overhead_flops")
+_KINDS: dict[str, Kind] = {**dict.fromkeys(_COUNTS, int), "phase": str, "seconds": (int, float)}

@@ -23,10 +23,7 @@ def clear_errors(
 ) -> Iterator[None]:
     """Turn the system's errors into one that names ``path``, the reason and the remedy.
 
-    Args:
-        path: what is being written, or the folder of it.
-        kind: the error that is raised.
-        again: what to do once there is room on the disk.
+    ``again`` is what to do once there is room on the disk.
     """
     try:
         yield

@@ -13,10 +13,7 @@ Kind = type | tuple[type, ...]
 def check_entries(state: Any, what: str, kinds: Mapping[str, Kind]) -> None:
     """Raise ``StateMismatch`` unless ``state`` is a mapping that has exactly these entries, each of its kind.
 
-    Args:
-        state: what was saved.
-        what: whose state it is, for the message.
-        kinds: type of each entry, or several; ``int`` and ``float`` take no booleans.
+    The message names ``what``. ``int`` and ``float`` take no booleans.
     """
     if not isinstance(state, Mapping):
         raise StateMismatch(f"the state of {what} is a {type(state).__name__} and no mapping. Use another checkpoint.")

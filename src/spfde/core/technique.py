@@ -38,13 +38,9 @@ class Technique(BaseModel):
 
 
 def read_named(kind: str, value: Any, *, argument: str, key: str = "name") -> Any:
-    """The registered technique that a recipe's name, or table with a name, stands for; anything else as it is.
+    """The registered technique that a name, or a mapping of fields with the name under ``key``, stands for.
 
-    Args:
-        kind: of the registry.
-        value: a name, a mapping of fields with the name under ``key``, or what a validator is to judge.
-        argument: where it stands, for errors.
-        key: of the name in a mapping.
+    Anything else is left to a validator. ``argument`` says in errors where the value stands.
     """
     if isinstance(value, str):
         return find(kind, value, argument=argument)()

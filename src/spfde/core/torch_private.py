@@ -101,12 +101,7 @@ def recompile_limit() -> tuple[str, int]:
 
 def has_global_hooks() -> bool:
     """Whether there are hooks on every module, which a graph would not call. Only the tables themselves tell."""
-    return bool(
-        modules._global_forward_hooks
-        or modules._global_forward_pre_hooks
-        or modules._global_backward_hooks
-        or modules._global_backward_pre_hooks
-    )
+    return any(getattr(modules, f"_global{table}") for table in HOOKS)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -125,12 +120,7 @@ def overloads_of(operator: Any) -> Any:
 
 
 def hooks_to_copy(module: nn.Module, keep: Callable[[object], bool]) -> dict[int, OrderedDict[int, Any]]:
-    """What ``copy.deepcopy`` is to take for a module's tables of hooks, by identity: the pre-hooks that are to be kept.
-
-    Args:
-        module: it stays as it is.
-        keep: says of a forward pre-hook whether the copy has it; it has no others.
-    """
+    """What ``copy.deepcopy`` is to take for a module's tables of hooks, by identity: the pre-hooks to keep."""
     tables = {
         id(hooks): OrderedDict[int, Any]()
         for name, hooks in vars(module).items()

@@ -16,39 +16,20 @@ The convention, stated here once and used everywhere:
 
 from __future__ import annotations
 
-from spfde.cost.flops import LayerCost, ModelCost, model_cost
 from spfde.cost.ledger import Ledger, LedgerRow, LedgerTotals, format_bytes, format_flops, format_seconds
-from spfde.cost.memory import (
-    Accounting,
-    MemoryBytes,
-    MemoryTimeline,
-    SavedTensorBytes,
-    memory_of,
-    memory_timeline,
-    peak_bytes,
-    reset_peak,
-)
-from spfde.cost.training import EpochCost, epoch_cost, total_cost
+from spfde.cost.memory import MemoryTimeline, SavedTensorBytes, peak_bytes, reset_peak
+from spfde.cost.training import EpochCost
 
 __all__ = [
-    "Accounting",
     "EpochCost",
-    "LayerCost",
     "Ledger",
     "LedgerRow",
     "LedgerTotals",
-    "MemoryBytes",
     "MemoryTimeline",
-    "ModelCost",
     "SavedTensorBytes",
-    "epoch_cost",
     "format_bytes",
     "format_flops",
     "format_seconds",
-    "memory_of",
-    "memory_timeline",
-    "model_cost",
     "peak_bytes",
     "reset_peak",
-    "total_cost",
 ]

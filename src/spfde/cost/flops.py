@@ -4,40 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from spfde.model.sample import unwrap
-from spfde.model.trace import Trace, TracedOp
+from spfde.model.trace import Trace, TracedOp, weight_of
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One weight with all its uses, or one product without a weight (the two products of attention).
+    """One weight with all its uses, or one product without a weight (the two products of attention)."""
 
-    Attributes:
-        name: the weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
-            appended when the same module runs the same operation again.
-        module: qualified name of the module that ran it first.
-        position: place of its first use in the trace's order of execution.
-        forward_flops: dense forward FLOPs of one sample.
-        numel: elements of the weight; 0 without one.
-        activations: elements of its outputs for one sample.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20)
-        >>> first = bill.blueprint.cost.layers[0]
-        >>> first.name, first.forward_flops, first.numel
-        ('0.weight', 64, 32)
-    """
-
+    # The weight's parameter name; ``"module:operation"`` for a product without a weight, with ``#2``, ``#3`` …
+    # appended when the same module runs the same operation again.
     name: str
-    module: str
-    position: int
-    forward_flops: int
-    numel: int
-    activations: int
+    module: str  # qualified name of the module that ran it first
+    position: int  # place of its first use in the trace's order of execution
+    forward_flops: int  # dense forward FLOPs of one sample
+    numel: int  # elements of the weight; 0 without one
+    activations: int  # elements of its outputs for one sample
+    learns: bool = True  # whether the weight has a gradient
+    # Forward FLOPs whose inputs need a gradient, as (position, FLOPs): as long as anything learns that is first read
+    # at that position or after it. Only for what has no gradient of a weight.
+    input_gradients: tuple[tuple[int, int], ...] = ()
+    computed: bool = False  # whether it is computed from the parameter in a way that keeps no zeros
+    inputs_first: bool = False  # whether the weight is (in, out), or of a layout that is not known
 
     @property
     def weighted(self) -> bool:
@@ -47,22 +39,21 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one sample costs in the forward pass of a dense model.
+    """What one sample costs in the forward pass of a dense model."""
 
-    Attributes:
-        layers: every counted layer, by its first use.
-        uncounted: modules that ran without a counted operation: type name to number of calls.
-        n_parameters: elements of all parameters, shared ones once, counted layers or not.
+    layers: tuple[LayerCost, ...]  # every counted layer, by its first use
+    uncounted: Mapping[str, int]  # modules that ran without a counted operation: type name to number of calls
+    n_parameters: int  # elements of all parameters, shared ones once, counted layers or not
 
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.dense, epochs=1, samples=20)
-        >>> bill.blueprint.cost.forward
-        (64, 128, 128, 48)
-    """
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Weights that are computed before they are used, in a way that keeps no zeros."""
+        return tuple(layer.name for layer in self.layers if layer.computed)
 
-    layers: tuple[LayerCost, ...]
-    uncounted: Mapping[str, int]
-    n_parameters: int
+    @property
+    def inputs_first(self) -> tuple[str, ...]:
+        """Weights that are (in, out), or of a layout that is not known."""
+        return tuple(layer.name for layer in self.layers if layer.inputs_first)
 
     @property
     def forward_flops(self) -> int:
@@ -86,18 +77,9 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     """Gather the operations of a trace into layers.
 
     A weight that is used several times (tied weights, a module called twice) is one layer: its FLOPs and activations
-    add up, and it stands at its first use. Of an operation that reads two matrices, the last one read is the weight
-    (the first is an input or a bias that happens to be a parameter). A weight that is computed first (a
-    parametrisation) is no parameter by the time it is multiplied: it counts as a product without a weight.
-
-    Args:
-        trace: what the model computes for one batch.
-        model: the model that was traced; wrappers are looked through.
-
-    Example:
-        >>> from spfde.model.trace import trace
-        >>> spfde.cost.model_cost(trace(model, torch.zeros(1, 4)), model).forward_flops
-        368
+    add up, and it stands at its first use. A weight that is computed first (a parametrisation, weight standardisation)
+    belongs to the parameter that it is computed from; where the model's input has a part in it, the layer is a product
+    without a weight.
     """
     parameters = dict(unwrap(model).named_parameters())
     layers: dict[str, LayerCost] = {}
@@ -105,17 +87,21 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     for op in trace.ops:
         if not op.flops:
             continue
-        name = _weight_of(op, parameters)
-        if name is None:
-            name = _product_name(op, repeats)
-        before = layers.get(name, LayerCost(name, op.module, op.position, 0, _numel(parameters, name), 0))
-        layers[name] = LayerCost(
-            name=name,
-            module=before.module,
-            position=before.position,
-            forward_flops=before.forward_flops + _per_sample(op.flops, trace.batch_size),
-            numel=before.numel,
+        weight = weight_of(op, parameters)
+        name = weight or _product_name(op, repeats)
+        numel = parameters[weight].numel() if weight else 0
+        flops = _per_sample(op.flops, trace.batch_size)
+        before = layers.get(name, LayerCost(name, op.module, op.position, 0, numel, 0, learns=False))
+        layers[name] = replace(
+            before,
+            forward_flops=before.forward_flops + flops,
             activations=before.activations + _per_sample(op.output_numel, trace.batch_size),
+            learns=before.learns or (weight is not None and _weight_learns(op, weight, parameters)),
+            # The products of attention have two inputs.
+            input_gradients=before.input_gradients
+            + (() if op.learns_from is None else ((op.learns_from, flops if weight else 2 * flops),)),
+            computed=before.computed or weight in op.dense,
+            inputs_first=before.inputs_first or weight in op.inputs_first,
         )
     return ModelCost(
         layers=tuple(layers.values()),
@@ -124,19 +110,15 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
     )
 
 
-def _weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    matrices = [name for name in op.parameters if parameters[name].dim() >= 2]
-    return matrices[-1] if matrices else None
+def _weight_learns(op: TracedOp, weight: str, parameters: Mapping[str, nn.Parameter]) -> bool:
+    is_read = weight in op.parameters[: op.n_read]
+    return any(parameters[name].requires_grad for name in ([weight] if is_read else op.parameters[op.n_read :]))
 
 
 def _product_name(op: TracedOp, repeats: Counter[str]) -> str:
     name = f"{op.module}:{op.name.rpartition('.')[2]}"
     repeats[name] += 1
     return name if repeats[name] == 1 else f"{name}#{repeats[name]}"
-
-
-def _numel(parameters: Mapping[str, nn.Parameter], name: str) -> int:
-    return parameters[name].numel() if name in parameters else 0
 
 
 def _per_sample(amount: int, batch_size: int) -> int:

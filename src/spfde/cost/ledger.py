@@ -222,7 +222,7 @@ _KINDS = {name: (*(get_args(hint) or (hint,)), int) for name, hint in get_type_h
 def _render(totals: LedgerTotals, uncounted: Mapping[str, int] | None, dense_memory: float | None) -> str:
     """Modelled and measured in columns of their own, and against dense."""
     cost = totals.cost
-    dense = cost.dense_training_flops
+    spent, dense = cost.training_flops, cost.dense_training_flops
 
     def source(label: str, saved: int) -> tuple[str, ...]:
         amount = format_flops(-saved) if saved else "0 FLOP"
@@ -233,13 +233,7 @@ def _render(totals: LedgerTotals, uncounted: Mapping[str, int] | None, dense_mem
 
     table = [
         ("", "modelled", "measured", "dense", "of dense"),
-        (
-            "training FLOPs",
-            format_flops(cost.training_flops),
-            "",
-            format_flops(dense),
-            _percent(cost.training_flops, dense),
-        ),
+        ("training FLOPs", format_flops(spent), "", format_flops(dense), _percent(spent, dense)),
         source("saved by sparsity", cost.saved_by_sparsity),
         source("saved by freezing", cost.saved_by_freezing),
         source("saved by sieving", cost.saved_by_sieving),

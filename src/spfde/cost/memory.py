@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -27,31 +26,8 @@ _BYTES = 4  # the paper's accounting is in fp32, and so are the masked engine's 
 
 
 @dataclass(frozen=True)
-class MemoryBytes:
-    """Modelled bytes of one training step, by component, in fp32. No optimizer state, as in the paper.
-
-    Example:
-        >>> spfde.cost.MemoryBytes(
-        ...     weights=400, masks=0, activations=800, weight_gradients=400, activation_gradients=800
-        ... ).total
-        2400
-    """
-
-    weights: int
-    masks: int
-    activations: int
-    weight_gradients: int
-    activation_gradients: int
-
-    @property
-    def total(self) -> int:
-        """Sum of the components."""
-        return self.weights + self.masks + self.activations + self.weight_gradients + self.activation_gradients
-
-
-@dataclass(frozen=True)
 class MemoryTimeline:
-    """Modelled bytes over the epochs of a run, and the two baselines. All are totals of ``MemoryBytes``.
+    """Modelled bytes of a training step over the epochs of a run, and the two baselines.
 
     Attributes:
         per_epoch: one entry an epoch.
@@ -106,8 +82,8 @@ def memory_of(
     *,
     batch_size: int,
     accounting: Accounting,
-) -> MemoryBytes:
-    """Modelled memory of one training step.
+) -> int:
+    """Modelled bytes of one training step, in fp32. No optimizer state, as in the paper.
 
     ``"paper"``: the components of SpFDE's Fig. 4. Weights and their gradients by active count (positions of the
     non-zeros are free), outputs of layers with weights, and the gradients of those. A frozen layer loses both gradients
@@ -120,34 +96,25 @@ def memory_of(
     ``peak_bytes`` measure.
 
     Args:
-        layers: of a ``ModelCost``.
-        density: share of active weights, per layer.
-        frozen: whether the layer is frozen, per layer.
+        layers: of a ``ModelCost``; ``density`` and ``frozen`` have an entry for each.
+        density: share of active weights.
+        frozen: whether the layer is frozen.
         batch_size: samples in a step.
         accounting: which of the two.
-
-    Example:
-        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
-        >>> spfde.cost.memory_of([layer], [0.1], [False], batch_size=8, accounting="paper").weights
-        204
     """
     as_paper = accounting == "paper"
-    weights = masks = weight_gradients = activations = activation_gradients = 0
+    weights = masks = activations = 0  # gradients included
     for layer, d, is_frozen in zip(layers, density, frozen, strict=True):
         stored = share(layer.numel, d) if as_paper else layer.numel
         outputs = layer.activations if layer.weighted or not as_paper else 0
-        weights += stored
         masks += layer.numel if d < 1 and not as_paper else 0
-        activations += outputs if as_paper or not is_frozen else 0
-        weight_gradients += 0 if is_frozen else stored
-        activation_gradients += 0 if is_frozen else outputs
-    return MemoryBytes(
-        weights=_BYTES * weights,
-        masks=masks,
-        activations=_BYTES * batch_size * activations,
-        weight_gradients=_BYTES * weight_gradients,
-        activation_gradients=_BYTES * batch_size * activation_gradients,
-    )
+        if is_frozen:
+            weights += stored
+            activations += outputs if as_paper else 0
+        else:
+            weights += 2 * stored
+            activations += 2 * outputs
+    return masks + _BYTES * (weights + batch_size * activations)
 
 
 def memory_timeline(
@@ -166,18 +133,8 @@ def memory_timeline(
         target_density: density of each layer at the target, without a soft bound: the sparse baseline's.
         batch_size: samples in a step.
         accounting: see ``memory_of``.
-
-    Example:
-        >>> layer = spfde.cost.LayerCost("weight", "", 0, forward_flops=1024, numel=512, activations=16)
-        >>> epochs = [([0.1], [False]), ([0.1], [True])]
-        >>> run = spfde.cost.memory_timeline([layer], epochs, target_density=[0.1], batch_size=8, accounting="actual")
-        >>> run.per_epoch[1] < run.per_epoch[0]
-        True
     """
-
-    def total(density: Sequence[float], frozen: Sequence[bool]) -> int:
-        return memory_of(layers, density, frozen, batch_size=batch_size, accounting=accounting).total
-
+    total = partial(memory_of, layers, batch_size=batch_size, accounting=accounting)
     never = (False,) * len(layers)
     return MemoryTimeline(
         per_epoch=tuple(total(density, frozen) for density, frozen in schedule),
@@ -208,7 +165,7 @@ class SavedTensorBytes:
         self._model = model
         self._left_out: set[StorageWeakRef] = set()
         self._seen: dict[StorageWeakRef, int] = {}
-        self._hooks: saved_tensors_hooks | None = None
+        self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
 
     @property
     def bytes(self) -> int:
@@ -219,17 +176,11 @@ class SavedTensorBytes:
         held = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
         self._left_out = {_key(part.untyped_storage()) for tensor in held for part in _parts(tensor)}
         self._seen = {}
-        self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._hooks is not None
-        self._hooks.__exit__(kind, error, traceback)
-        self._hooks = None
-        self._left_out = set()
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
 
     def _note(self, tensor: Tensor) -> Tensor:
         for part in _parts(tensor):
@@ -282,14 +233,11 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
         reset(device)
         return True
     try:
-        # "5" resets VmHWM to the current resident set. A plain descriptor: the kernel wants the write in one piece.
-        descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY)
-        try:
-            return os.write(descriptor, b"5") == 1
-        finally:
-            os.close(descriptor)
+        # "5" resets VmHWM to the current resident set.
+        Path("/proc/self/clear_refs").write_bytes(b"5")
     except OSError:
         return False
+    return True
 
 
 def _peak_from_getrusage() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class EpochCost:
             probes that tell whether a block has converged.
 
     Example:
-        >>> cost = spfde.cost.epoch_cost([100, 200], [0.1, 1.0], [True, False], samples=10, population=10)
-        >>> cost.dense_training_flops - cost.saved_by_sparsity - cost.saved_by_freezing == cost.training_flops
+        >>> cost = spfde.plan(model, torch.zeros(1, 4), spfde.presets.static, epochs=1, samples=20).cost
+        >>> cost.dense_training_flops - cost.saved_by_sparsity == cost.training_flops
         True
     """
 
@@ -43,13 +44,7 @@ class EpochCost:
 
 
 def total_cost(epochs: Iterable[EpochCost]) -> EpochCost:
-    """The sum over epochs; zero for none.
-
-    Example:
-        >>> cost = spfde.cost.epoch_cost([100], [0.1], [False], samples=10, population=10)
-        >>> spfde.cost.total_cost([cost, cost]).training_flops
-        600
-    """
+    """The sum over epochs; zero for none."""
     return sum(epochs, EpochCost(0, 0, 0, 0, 0))
 
 
@@ -63,6 +58,8 @@ def epoch_cost(
     dense_gradient_samples: int = 0,
     gradient_density: Sequence[float] | None = None,
     overhead_flops: int = 0,
+    backward: tuple[Sequence[Fraction], Sequence[Fraction]] | None = None,
+    computed: Sequence[int] | None = None,
 ) -> EpochCost:
     """FLOPs of one epoch: 3x the sparse forward pass for active layers, 1x for frozen ones, as SpFDE counts them.
 
@@ -78,20 +75,27 @@ def epoch_cost(
             layers (RigL: one step of an update interval; SNFS: every step).
         gradient_density: share of the weights whose gradient these samples computed, per layer; None: all.
         overhead_flops: computed beside the training steps.
-
-    Example:
-        >>> spfde.cost.epoch_cost([100, 200], [0.1, 1.0], [True, False], samples=10, population=10).training_flops
-        6100
+        backward: what a layer's backward pass costs in forward passes, per layer: without any frozen block, and in
+            this epoch. None: 2, and 0 where ``frozen``.
+        computed: dense forward FLOPs of all samples, per layer, where samples are not alike; None: ``samples`` times
+            ``forward``. The dense run's samples are taken to be like them.
     """
     reach = (1.0,) * len(forward) if gradient_density is None else gradient_density
-    never = (False,) * len(forward)
-    dense = 3 * sum(forward) * population
-    sparse = _training_flops(forward, density, never, population)
-    with_freezing = _training_flops(forward, density, frozen, population)
-    with_sieving = _training_flops(forward, density, frozen, samples)
+    if backward is None:
+        backward = [Fraction(2)] * len(forward), [Fraction(0 if is_frozen else 2) for is_frozen in frozen]
+    seen = [samples * flops for flops in forward] if computed is None else computed
+    whole = [population * flops for flops in forward] if computed is None else _scaled(seen, population, samples)
+    wide_part = [dense_gradient_samples * flops for flops in forward]
+    if computed is not None:
+        wide_part = _scaled(seen, dense_gradient_samples, samples)
+    never, now = backward
+    dense = _training_flops(whole, (1.0,) * len(whole), never)
+    sparse = _training_flops(whole, density, never)
+    with_freezing = _training_flops(whole, density, now)
+    with_sieving = _training_flops(seen, density, now)
     extra = sum(
-        share(dense_gradient_samples * f, max(wide, d)) - share(dense_gradient_samples * f, d)
-        for f, d, wide, is_frozen in zip(forward, density, reach, frozen, strict=True)
+        share(amount, max(wide, d)) - share(amount, d)
+        for amount, d, wide, is_frozen in zip(wide_part, density, reach, frozen, strict=True)
         if not is_frozen
     )
     return EpochCost(
@@ -105,14 +109,21 @@ def epoch_cost(
     )
 
 
+def _scaled(amounts: Sequence[int], to: int, of: int) -> list[int]:
+    """Amounts that belong to ``of`` samples, for ``to`` samples; rounded half up."""
+    return [(2 * amount * to + of) // (2 * of) if of else 0 for amount in amounts]
+
+
 def share(amount: int, density: float) -> int:
     """``density * amount`` in integers, rounded half up; exact for any size of ``amount``."""
     numerator, denominator = density.as_integer_ratio()
     return (2 * amount * numerator + denominator) // (2 * denominator)
 
 
-def _training_flops(forward: Sequence[int], density: Sequence[float], frozen: Sequence[bool], samples: int) -> int:
-    return sum(
-        (1 if is_frozen else 3) * share(samples * f, d)
-        for f, d, is_frozen in zip(forward, density, frozen, strict=True)
-    )
+def _training_flops(forward: Sequence[int], density: Sequence[float], backward: Sequence[Fraction]) -> int:
+    """Forward and backward passes, of the dense forward FLOPs of each layer."""
+    total = 0
+    for flops, d, factor in zip(forward, density, backward, strict=True):
+        sparse = share(flops, d)
+        total += sparse + (2 * sparse * factor.numerator + factor.denominator) // (2 * factor.denominator)
+    return total

@@ -19,7 +19,7 @@ from spfde.model.sample import Sample, unwrap
 
 if TYPE_CHECKING:
     from spfde.engines.prefix_cache import PrefixCache
-    from spfde.planning import Blueprint
+    from spfde.planning.blueprint import Blueprint
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,12 @@
 Files need the extra ``export`` (``pip install 'spfde[export]'``), which is imported when they are written or read.
 """
 
-from spfde.export.encoding import Encoded, WeightBytes, decode, encode, weight_bytes
+from spfde.export.encoding import weight_bytes
 from spfde.export.files import load, save_compressed, save_dense
 from spfde.export.onnx import save_onnx
-from spfde.export.semi_structured import is_two_four, to_semi_structured
+from spfde.export.semi_structured import to_semi_structured
 
 __all__ = [
-    "Encoded",
-    "WeightBytes",
-    "decode",
-    "encode",
-    "is_two_four",
     "load",
     "save_compressed",
     "save_dense",

@@ -29,24 +29,12 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tensor as it is stored.
-
-    Attributes:
-        kind: how.
-        shape: of the tensor.
-        values: what is kept, one-dimensional, of the tensor's own type; with ``dense`` all of it.
-        positions: a packed mask (uint8); empty with ``dense``.
-
-    Example:
-        >>> encoded = spfde.export.encode(torch.eye(8))
-        >>> encoded.shape, encoded.values.numel()
-        ((8, 8), 8)
-    """
+    """A tensor as it is stored."""
 
     kind: Kind
     shape: tuple[int, ...]
-    values: Tensor
-    positions: Tensor
+    values: Tensor  # what is kept, one-dimensional, of the tensor's own type; with ``dense`` all of it
+    positions: Tensor  # a packed mask (uint8); empty with ``dense``
 
     @property
     def nbytes(self) -> int:
@@ -55,25 +43,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's tensors, dense and as ``encode`` stores them; file headers not counted.
-
-    Example:
-        >>> spfde.export.weight_bytes({"weight": torch.eye(8)}, {"weight": torch.eye(8) > 0})
-        WeightBytes(dense=256, compressed=40)
-    """
+    """Bytes of a model's tensors, dense and as ``encode`` stores them; file headers not counted."""
 
     dense: int
     compressed: int
 
 
 def encoded_bytes(numel: int, active: int, *, itemsize: int) -> int:
-    """Bytes of a tensor as ``encode`` stores it: the values that are kept and a bit for each, or all of it.
-
-    Args:
-        numel: entries.
-        active: entries to keep.
-        itemsize: bytes an entry.
-    """
+    """Bytes of a tensor as ``encode`` stores it: the values that are kept and a bit for each entry, or all of it."""
     return min(active * itemsize + math.ceil(numel / 8), numel * itemsize)
 
 
@@ -102,21 +79,13 @@ def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 
 
 def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
-    """The tensor in as few bytes as this module can; on the CPU.
+    """The strided tensor in as few bytes as this module can; on the CPU.
 
-    Args:
-        tensor: of any shape, type, device and memory format; strided.
-        mask: True for the values to keep, whatever they are; the others are zeros, whose signs are not kept. None:
-            every value with a bit set is kept.
+    Kept is what the mask says, whatever it is; other zeros lose their signs. Without a mask every value with a bit set
+    is kept.
 
     Raises:
         InvalidArgument: a value outside the mask is not zero, or the mask has another shape.
-
-    Example:
-        >>> weight = torch.zeros(100)
-        >>> weight[7] = 1.0
-        >>> spfde.export.encode(weight).kind
-        'mask'
     """
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     shape, nothing = tuple(tensor.shape), torch.empty(0, dtype=torch.uint8)
@@ -125,7 +94,7 @@ def encode(tensor: Tensor, mask: Tensor | None = None) -> Encoded:
     if flat.element_size() not in _BITS_OF:
         return Encoded("dense", shape, flat, nothing)
     bits = as_bits(flat)
-    kept = bits != 0 if mask is None else _flat(mask)
+    kept = bits != 0 if mask is None else mask.detach().cpu().contiguous().view(-1).numpy()
     positions = np.flatnonzero(kept)
     if encoded_bytes(flat.numel(), len(positions), itemsize=flat.element_size()) == flat.nbytes:
         return Encoded("dense", shape, flat, nothing)
@@ -140,11 +109,6 @@ def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
 
     Raises:
         InvalidArgument: positions do not fit the shape or the values; the data are damaged.
-
-    Example:
-        >>> encoded = {"weight": spfde.export.encode(torch.eye(8))}
-        >>> torch.equal(spfde.export.decode(encoded)["weight"], torch.eye(8))
-        True
     """
     sizes = {name: math.prod(item.shape) * item.values.element_size() for name, item in encoded.items()}
     starts, total = {}, 0
@@ -202,7 +166,3 @@ def _check_mask(tensor: Tensor, mask: Tensor) -> None:
     if outside:
         rule, remedy = "all weights outside the mask must be zero", "Pass the masks that the weights were trained with."
         raise InvalidArgument(Problem("mask", f"{outside} other weights", rule, remedy))
-
-
-def _flat(mask: Tensor) -> np.ndarray[Any, Any]:
-    return mask.detach().cpu().contiguous().view(-1).numpy()

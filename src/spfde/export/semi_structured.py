@@ -17,15 +17,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def is_two_four(mask: Tensor) -> bool:
-    """Whether at most two of each four consecutive weights along the input dimension exist.
-
-    Args:
-        mask: of a linear layer, [out, in]; True where the weight exists.
-
-    Example:
-        >>> spfde.export.is_two_four(torch.tensor([[True, False, True, False]]))
-        True
-    """
+    """Whether of a linear layer's mask, [out, in], at most two of each four consecutive inputs exist."""
     if mask.dim() != 2 or mask.numel() == 0 or mask.shape[1] % 4:
         return False
     return bool((mask.reshape(len(mask), -1, 4).sum(2) <= 2).all())

@@ -29,15 +29,10 @@ _UPDATED_IN_TRAINING = ("num_batches_tracked", "_u", "weight_u")
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What freezing a block changed.
+    """What freezing a block changed."""
 
-    Attributes:
-        trained: its parameters that required gradients.
-        held: its norms, each with the ``train`` that a user had put on it.
-    """
-
-    trained: list[nn.Parameter]
-    held: list[tuple[nn.Module, object]]
+    trained: list[nn.Parameter]  # those that required gradients
+    held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
 
 
 class Freezer:
@@ -48,15 +43,6 @@ class Freezer:
         blocks: in order of execution.
         optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
             checkpoints go on fitting.
-
-    Example:
-        >>> from spfde.model.blocks import find_blocks
-        >>> from spfde.model.trace import trace
-        >>> blocks = find_blocks(model, trace(model, torch.zeros(1, 4))).blocks
-        >>> freezer = spfde.freezing.Freezer(model, blocks, optimizer)
-        >>> freezer.freeze_to(1)
-        >>> model[0].weight.requires_grad, model[2].weight.requires_grad
-        (False, True)
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> None:
@@ -67,8 +53,7 @@ class Freezer:
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
         self._norms = [
-            [modules[name] for name in block.modules if name in modules and _changes_in_training(modules[name])]
-            for block in blocks
+            [modules[name] for name in block.modules if _changes_in_training(modules[name])] for block in blocks
         ]
         self._frozen: list[_Frozen] = []
 
@@ -89,7 +74,7 @@ class Freezer:
         What freezing changed is put back: ``requires_grad`` as each parameter had it, and the modes of the norms.
         """
         while self.n_frozen > n_blocks:
-            self._thaw(self._frozen.pop())
+            _thaw(self._frozen.pop())
         for index in range(self.n_frozen, n_blocks):
             self._frozen.append(self._freeze(index))
 
@@ -100,20 +85,10 @@ class Freezer:
             # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
             parameter.grad = None
             self._optimizer.state.pop(parameter, None)
-        held = []
-        for norm in self._norms[index]:
-            held.append((norm, vars(norm).get("train")))
+        held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
+        for norm, _ in held:
             hold_in_eval(norm)
         return _Frozen(trained, held)
-
-    @staticmethod
-    def _thaw(frozen: _Frozen) -> None:
-        for parameter in frozen.trained:
-            parameter.requires_grad_(True)
-        for norm, own_train in frozen.held:
-            release(norm)
-            if own_train is not None:
-                norm.train = own_train  # type: ignore[assignment,method-assign]
 
     def state_dict(self) -> dict[str, Any]:
         """The number of frozen blocks, and the names of the blocks to check against when it is loaded."""
@@ -135,6 +110,15 @@ class Freezer:
         self.freeze_to(state["n_frozen"])
 
 
+def _thaw(frozen: _Frozen) -> None:
+    for parameter in frozen.trained:
+        parameter.requires_grad_(True)
+    for norm, own_train in frozen.held:
+        release(norm)
+        if own_train is not None:
+            norm.train = own_train  # type: ignore[assignment,method-assign]
+
+
 def hold_in_eval(module: nn.Module) -> None:
     """Keep ``module`` in evaluation mode whatever ``train()`` is called with; its children go on following.
 
@@ -148,13 +132,7 @@ def hold_in_eval(module: nn.Module) -> None:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?
-
-    Example:
-        >>> norm = torch.nn.BatchNorm2d(8)
-        >>> spfde.freezing.is_held(norm)
-        False
-    """
+    """Is ``module`` kept in evaluation mode by ``hold_in_eval``?"""
     return _WANTED_MODE in vars(module)
 
 
@@ -182,10 +160,6 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
 
     A compiled model is compiled anew for each front that it has not had yet, none included, once for training and once
     for evaluation; beyond torch's limit it runs without compilation.
-
-    Example:
-        >>> spfde.freezing.recompile_warning(model, n_fronts=3) is None  # the model is not compiled
-        True
     """
     if not is_compiled(model):
         return None
@@ -195,8 +169,7 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
         return None
     return (
         f"The compiled model will have {n_fronts} frozen fronts, and is compiled anew for each, for training and for "
-        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to "
-        f"{needed}."
+        f"evaluation. Beyond {setting}={limit} torch runs it uncompiled: set the limit to {needed}."
     )
 
 

@@ -141,27 +141,15 @@ class ProgressiveFreezing(Technique):
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """A timeline of freezing.
-
-    Attributes:
-        n_blocks: number of blocks.
-        frozen: for each epoch how many of the first blocks are frozen.
-        reduction: share of the training FLOPs without freezing that is saved.
-        pauses: True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block
-            is at its target before it is frozen.
-        asked: the share that was asked for; more than ``reduction`` where no more could be reached.
-
-    Example:
-        >>> plan = spfde.freezing.FreezePlan(n_blocks=3, frozen=(0, 0, 1, 2), reduction=0.2)
-        >>> plan.freeze_epochs
-        (2, 3, None)
-    """
+    """A timeline of freezing."""
 
     n_blocks: int
-    frozen: tuple[int, ...]
-    reduction: float
+    frozen: tuple[int, ...]  # for each epoch how many of the first blocks are frozen
+    reduction: float  # share of the training FLOPs without freezing that is saved
+    # True where freezing is a short pause: masks wait in it as they are, under a soft bound too. Else a block is at
+    # its target before it is frozen.
     pauses: bool = False
-    asked: float = 0.0
+    asked: float = 0.0  # the share that was asked for; more than ``reduction`` where no more could be reached
 
     @property
     def freeze_epochs(self) -> tuple[int | None, ...]:
@@ -199,14 +187,11 @@ class FreezePlan:
 def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float) -> int:
     """Number of blocks whose layers come nearest to ``fraction`` of all layers; at least 1, and the fewer in a tie.
 
+    Source: two thirds, SpFDE section 3; whole blocks are ours.
+
     Args:
         n_layers: number of weighted layers of each block, front to back.
         total_layers: of the whole model, the head included.
-        fraction: share of the layers to freeze. Source: two thirds, SpFDE section 3; whole blocks are ours.
-
-    Example:
-        >>> spfde.freezing.blocks_to_freeze([2, 2, 2], total_layers=7, fraction=2 / 3)
-        2
     """
     wanted, frozen, distances = fraction * total_layers, 0, []
     for count in n_layers:

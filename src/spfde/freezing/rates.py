@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -45,40 +44,12 @@ def learning_rate_factor(epoch: int, *, stop: int, warmup: int) -> float:
         epoch: from 0.
         stop: the block's freeze epoch, or the length of the run; from there on it is 0.
         warmup: epochs of linear warm-up; in epoch ``e`` of them the factor is ``(e + 1) / warmup``.
-
-    Example:
-        >>> [round(spfde.freezing.learning_rate_factor(epoch, stop=10, warmup=0), 2) for epoch in (0, 5, 9)]
-        [1.0, 0.5, 0.02]
     """
     if epoch >= stop:
         return 0.0
     if epoch < warmup:
         return (epoch + 1) / warmup
     return cosine((epoch - warmup) / (stop - warmup), 1.0)
-
-
-def rate(base: float, factor: float, *, warms_up: bool, final: float) -> float:
-    """Learning rate of a block: the warm-up starts from zero, the cosine ends at ``final``.
-
-    Args:
-        base: the rate that the cosine starts from.
-        factor: of ``learning_rate_factor``.
-        warms_up: whether the epoch is one of the warm-up.
-        final: the rate that the cosine ends with.
-
-    Example:
-        >>> spfde.freezing.rate(0.1, 0.5, warms_up=False, final=0.0)
-        0.05
-    """
-    return base * factor if warms_up else final + (base - final) * factor
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a parameter group comes from: the index of the user's group, and its block."""
-
-    origin: int
-    block: int
 
 
 class GroupRates:
@@ -92,21 +63,7 @@ class GroupRates:
         block_of: index of the block of each parameter, by the ``id`` of the parameter. Those without one belong with
             the head.
         stops: for each block the epoch at which it is frozen, or the length of the run; the last one is the head's.
-        technique: the shape of the cosine.
-
-    Raises:
-        InvalidArgument: the optimizer has a learning-rate scheduler (``initial_lr``) or supports one group only,
-            ``final`` exceeds a group's rate, or a block would be frozen before its warm-up ends. Nothing has been
-            changed then.
-
-    Example:
-        >>> block_of = {id(p): 0 for p in model[0].parameters()}
-        >>> rates = spfde.freezing.GroupRates(optimizer, block_of, stops=[5, 10], technique=spfde.BlockwiseCosine())
-        >>> len(optimizer.param_groups)
-        2
-        >>> rates.join()
-        >>> len(optimizer.param_groups)
-        1
+        technique: the shape of the cosine, which ``check_rates`` has found fit.
     """
 
     def __init__(
@@ -116,17 +73,17 @@ class GroupRates:
         stops: Sequence[int],
         technique: BlockwiseCosine,
     ) -> None:
-        Problems(check_rates(optimizer, technique, stops)).raise_if_any()
         self._optimizer = optimizer
         self._technique = technique
         self._originals: list[dict[str, Any]] = list(optimizer.param_groups)
         self._bases = [float(group["lr"]) for group in self._originals]
-        self._layout: list[_Part] = []
+        # Of each group that was made: the index of the user's group, and the block.
+        self._layout: list[tuple[int, int]] = []
         split = []
         for origin, group in enumerate(self._originals):
             home = [block_of.get(id(p), len(stops) - 1) for p in group["params"]]
             for block in sorted(set(home)) or [len(stops) - 1]:
-                self._layout.append(_Part(origin, block))
+                self._layout.append((origin, block))
                 split.append(_part_of(group, [index for index, at in enumerate(home) if at == block]))
         optimizer.param_groups[:] = split
 
@@ -145,10 +102,9 @@ class GroupRates:
                 "a learning-rate scheduler was put on the optimizer (initial_lr in its groups) while BlockwiseCosine "
                 "drives the rates. Remove one of them; Recipe(learning_rate=None) leaves the rates to you."
             )
-        warms_up = epoch < self._technique.warmup_epochs
-        for group, part in zip(self._optimizer.param_groups, self._layout, strict=False):
-            base, factor = self._bases[part.origin], factors[part.block]
-            _set_rate(group, rate(base, factor, warms_up=warms_up, final=self._technique.final))
+        final = 0.0 if epoch < self._technique.warmup_epochs else self._technique.final  # a warm-up starts from zero
+        for group, (origin, block) in zip(self._optimizer.param_groups, self._layout, strict=False):
+            _set_rate(group, final + (self._bases[origin] - final) * factors[block])
 
     def join(self) -> None:
         """Restore the user's groups, each at its base rate; options changed meanwhile keep their new values."""
@@ -156,13 +112,11 @@ class GroupRates:
             return
         groups = self._optimizer.param_groups
         first: dict[int, dict[str, Any]] = {}
-        for group, part in zip(groups, self._layout, strict=False):
-            first.setdefault(part.origin, group)
+        for group, (origin, _) in zip(groups, self._layout, strict=False):
+            first.setdefault(origin, group)
         for origin, original in enumerate(self._originals):
-            kept = {key: original[key] for key in _PER_PARAMETER & original.keys()}
-            rate_before = original["lr"]
-            original.update(first[origin])
-            original.update(kept, lr=rate_before)
+            kept = {key: original[key] for key in {"lr", *_PER_PARAMETER} & original.keys()}
+            original.update(first[origin] | kept)
             _set_rate(original, self._bases[origin])
         groups[: len(self._layout)] = self._originals
         self._layout = []
@@ -213,28 +167,16 @@ def check_rates(
 ) -> list[Problem]:
     """What keeps ``GroupRates`` from driving the optimizer's learning rates; nothing is changed.
 
-    Args:
-        optimizer: as it was given.
-        technique: the shape of the cosine.
-        stops: as ``GroupRates`` takes them; without them only the optimizer is looked at.
-
-    Example:
-        >>> spfde.freezing.check_rates(optimizer, spfde.BlockwiseCosine(final=1.0))[0].argument
-        'final'
+    Without ``stops`` only the optimizer is looked at.
     """
     problems = Problems()
     if isinstance(optimizer, torch.optim.LBFGS):
         rule = "supports one parameter group only, and BlockwiseCosine needs one for each block"
         problems.add("optimizer", type(optimizer).__name__, rule, "Use another optimizer, or learning_rate=None.")
     if any("initial_lr" in group for group in optimizer.param_groups):
-        problems.found.append(
-            Problem(
-                "optimizer",
-                type(optimizer).__name__,
-                "has a learning-rate scheduler ('initial_lr' in its groups), and BlockwiseCosine drives the rate too",
-                "Leave the scheduler out, or set learning_rate=None in the recipe to keep it.",
-            )
-        )
+        rule = "has a learning-rate scheduler ('initial_lr' in its groups), and BlockwiseCosine drives the rate too"
+        remedy = "Leave the scheduler out, or set learning_rate=None in the recipe to keep it."
+        problems.add("optimizer", type(optimizer).__name__, rule, remedy)
     for index, group in enumerate(optimizer.param_groups):
         if technique.final > float(group["lr"]):
             rule = f"must be at most the learning rate of each group; group {index} has {float(group['lr'])}"

@@ -130,24 +130,12 @@ def solve(
 ) -> FreezePlan:
     """Plan the freezing of a run by its scheme, so that the target is met, with as little more as can be.
 
-    Args:
-        savings: what there is to save, and how much of it is wanted; 0 freezes nothing, or with ``start_epoch`` all
-            ``n_blocks``.
-        scheme: name of a scheme.
-        start_epoch: fixes the start instead of solving for it; a multiple of the interval.
-        resume_epochs: how long everything trains again in the end; a multiple of the interval.
-        as_far_as_possible: take the largest reduction that can be reached where the target cannot, be it none.
+    A target of 0 freezes nothing, or with ``start_epoch`` all ``n_blocks``. The other arguments are the fields of
+    ``ProgressiveFreezing``.
 
     Raises:
         InvalidArgument: the target cannot be reached (the most possible is named), a given epoch is no update epoch of
             the run, or there is no such scheme.
-
-    Example:
-        >>> savings = spfde.freezing.Savings(
-        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
-        ... )
-        >>> spfde.freezing.solve(savings).frozen
-        (0, 0, 1, 1, 2, 2, 2, 2)
     """
     kind: type[FreezingScheme] = find("freezing-scheme", scheme, argument="scheme")
     problems = Problems()
@@ -267,15 +255,7 @@ class DelayedPeriodic(Periodic):
 
 
 def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) -> Timeline:
-    """Frozen blocks in each epoch: the front ones train in one epoch of four, those behind, up to the middle's end, in
-    one of two.
-
-    Args:
-        epochs: length of the run.
-        n_front: number of front blocks.
-        n_up_to_middle: number of front and middle blocks.
-        delay: epochs before the first period.
-    """
+    """Frozen blocks in each epoch, of which the first ``delay`` are before the first period."""
     front, middle = PERIODS
 
     def frozen(since: int) -> int:

@@ -1,4 +1,5 @@
-"""Trainers that own the loop: one file each, imported when it is asked for.
+"""SpFDE inside the trainers of others: one file each, imported when it is asked for.
 
-None is here yet. A callback calls ``session.begin_epoch()``, ``observe()`` and ``end_epoch()`` (docs/faq.md).
+``spfde.integrations.lightning.SpfdeCallback``, ``spfde.integrations.transformers.SpfdeCallback`` and
+``spfde.integrations.accelerate.attach``. Importing this package imports none of the three.
 """

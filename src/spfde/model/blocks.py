@@ -20,43 +20,30 @@ from torch import nn
 
 from spfde.core.errors import Problems, nearest
 from spfde.model.sample import unwrap
-from spfde.model.trace import Trace
+from spfde.model.trace import Trace, weight_of
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
 class Block:
-    """What is frozen at once.
+    """What is frozen at once."""
 
-    Attributes:
-        name: name of the module that the block is built on.
-        parameters: qualified names of its parameters.
-        modules: qualified names of the modules inside it.
-        start: position of its first operation in the trace.
-        stop: position after its last one.
-        n_layers: number of weighted layers: weights of convolutions and matrix products.
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    modules: tuple[str, ...]
-    start: int
-    stop: int
-    n_layers: int
+    name: str  # of the module that it is built on
+    parameters: tuple[str, ...]  # qualified names of its parameters
+    modules: tuple[str, ...]  # qualified names of the modules inside it
+    start: int  # position of its first operation in the trace
+    stop: int  # position after its last one
+    n_layers: int  # number of weighted layers: weights of convolutions and matrix products
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A model cut into blocks.
+    """A model cut into blocks."""
 
-    Attributes:
-        blocks: in order of execution; together with the head they cover the whole trace.
-        head: what follows the last block and is never frozen.
-        reason: why there is no block, where there is none.
-    """
-
-    blocks: tuple[Block, ...]
-    head: Block
-    reason: str | None = None
+    blocks: tuple[Block, ...]  # in order of execution; together with the head they cover the whole trace
+    head: Block  # what follows the last block and is never frozen
+    reason: str | None = None  # why there is no block, where there is none
 
 
 def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None = None) -> Partition:
@@ -87,39 +74,28 @@ def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None 
         units = _merged(_trunk_opened(reader))
         anchors = _anchors(units)
     cuts = _cuts(units, anchors)
-    ends = [*(units[cut].first for cut in cuts[1:]), len(trace.ops)]
-    found: list[Block] = []
-    for index, (cut, stop) in enumerate(zip(cuts, ends, strict=True)):
-        after = cuts[index + 1] if index + 1 < len(cuts) else len(units)
-        start = found[-1].stop if found else 0
-        is_head = index + 1 == len(cuts)
-        name = (
-            next((u.name for u in reversed(units) if u.layers), "") if is_head else units[anchors[index]].named(given)
-        )
-        found.append(reader.block(name, units[cut:after], start=start, stop=stop, all_units=units))
+    head = next((unit.name for unit in reversed(units) if unit.layers), "")
+    names = [*(units[anchor].named(given) for anchor in anchors[:-1]), head]
+    starts = [0, *(units[cut].first for cut in cuts[1:])]
+    ends = zip([*cuts[1:], len(units)], [*starts[1:], len(trace.ops)], strict=True)
+    found = [
+        reader.block(name, units[cut:after], start=start, stop=stop, all_units=units)
+        for name, cut, start, (after, stop) in zip(names, cuts, starts, ends, strict=True)
+    ]
     reason = _reason(units, reader) if len(found) == 1 else None
     return Partition(tuple(found[:-1]), found[-1], reason)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A part of the model that is never cut: a module, a bare parameter, or several of them that cannot be separated.
-
-    Attributes:
-        names: of the modules or bare parameters.
-        parameters: names of its parameters that are used.
-        layers: those of them that are weights of a layer.
-        first: position of the first operation that reads one of them.
-        last: position of the last one.
-        composite: a module of several layers, hence a block; what is not composite joins one.
-    """
+    """What is never cut: a module, a bare parameter, or several of them that cannot be separated."""
 
     names: tuple[str, ...]
-    parameters: frozenset[str]
-    layers: frozenset[str]
-    first: int
+    parameters: frozenset[str]  # those that are used
+    layers: frozenset[str]  # the weights of layers among them
+    first: int  # position of the first operation that reads one
     last: int
-    composite: bool
+    composite: bool  # a module of several layers, hence a block; what is not composite joins one
 
     @property
     def name(self) -> str:
@@ -162,11 +138,9 @@ class _Reader:
         return {self.names[id(p)] for p in module.parameters(recurse=recurse)} & self.layers
 
     def units(self, *, opened: Container[str] = (), named: frozenset[str] = frozenset()) -> list[_Unit]:
-        """Containers and modules that hold a list of blocks are opened; every other module is a unit.
+        """Containers, modules that hold a list of blocks, and those in ``opened`` are opened; others are units.
 
-        Args:
-            opened: names of further modules to open.
-            named: modules that are units and alone are composite; what holds one is opened.
+        Modules in ``named`` are units in any case, and alone are composite; what holds one is opened.
         """
         seen: set[int] = set()
         claimed: set[str] = set()
@@ -186,7 +160,13 @@ class _Reader:
                 return
             seen.add(id(module))
             holds_named = any(other.startswith(f"{name}.") for other in named)
-            is_open = not name or holds_named or name in opened or _is_container(module) or self._holds_blocks(module)
+            is_open = (
+                not name
+                or holds_named
+                or name in opened
+                or isinstance(module, _CONTAINERS)
+                or self._holds_blocks(module)
+            )
             if name in named or not is_open:
                 add(name, module.parameters())
                 return
@@ -208,7 +188,9 @@ class _Reader:
             is_item = isinstance(child, nn.Sequential) and all(next(part.children(), None) is None for part in child)
             return not is_item and len(self.layers_in(child)) >= 2
 
-        return any(sum(map(is_block, inner.children())) >= 2 for inner in module.modules() if _is_container(inner))
+        return any(
+            sum(map(is_block, inner.children())) >= 2 for inner in module.modules() if isinstance(inner, _CONTAINERS)
+        )
 
     def block(self, name: str, units: Sequence[_Unit], *, start: int, stop: int, all_units: Sequence[_Unit]) -> Block:
         """The block of ``units``, with the modules inside them and those without parameters that ran among them."""
@@ -231,15 +213,11 @@ class _Reader:
 def weighted_layers(model: nn.Module, trace: Trace) -> frozenset[str]:
     """Names of the weights of convolutions and matrix products: read by a counted operation, two dimensions or more.
 
-    Of a weight that is computed from several parameters (weight norm) the first one stands for the layer.
+    Of a weight that is computed from several parameters (weight norm) the largest one stands for the layer.
     """
-    dims = {name: p.dim() for name, p in model.named_parameters()}
-    read = ([name for name in op.parameters if dims[name] >= 2] for op in trace.ops if op.flops)
-    return frozenset(names[0] for names in read if names)
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    parameters = dict(model.named_parameters())
+    weights = (weight_of(op, parameters) for op in trace.ops if op.flops)
+    return frozenset(name for name in weights if name is not None)
 
 
 def _trunk_opened(reader: _Reader) -> list[_Unit]:
@@ -280,9 +258,7 @@ def _anchors(units: list[_Unit]) -> list[int]:
     """Indices of the units that blocks are built on; the last one starts the head."""
     weighted = [index for index, unit in enumerate(units) if unit.layers]
     composite = [index for index in weighted if units[index].composite]
-    if not weighted or composite == weighted[-1:]:
-        return weighted
-    if not composite:
+    if not composite or composite == weighted[-1:]:
         return weighted
     return composite if composite[-1] == weighted[-1] else [*composite, composite[-1] + 1]
 

@@ -6,7 +6,8 @@ import contextlib
 import inspect
 import random
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,13 @@ Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside ``torch.compile``'s or a data-parallel wrapper."""
-    seen = model
     while True:
-        inner = compiled_inside(seen)
-        if inner is None and isinstance(seen, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = seen.module
+        inner = compiled_inside(model)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
         if inner is None:
-            return seen
-        seen = inner
+            return model
+        model = inner
 
 
 def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) -> Sample:
@@ -48,11 +48,8 @@ def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) ->
         return batch
     elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return (batch[0],)
-    raise InvalidArgument(
-        Problem(
-            "sample", None, "the model's inputs cannot be told from a batch of the loader", "Pass sample= to attach."
-        )
-    )
+    rule = "the model's inputs cannot be told from a batch of the loader"
+    raise InvalidArgument(Problem("sample", None, rule, "Pass sample= to attach."))
 
 
 def batch_of(loader: Any, indices: Sequence[int]) -> Any:
@@ -94,31 +91,29 @@ def global_generators_restored() -> Iterator[None]:
 @contextlib.contextmanager
 def _own_generators_restored(dataset: object) -> Iterator[None]:
     """Put back the generators that a data set holds, itself or in the transforms and data sets that it wraps."""
-    found = [vars(owner)[name] for owner, name in _generators_in(dataset, depth=4)]
-    states = [(generator, _state_of(generator)) for generator in found]
+    put_back = [_putting_back(generator) for generator in _generators_in(dataset, depth=4)]
     try:
         yield
     finally:
-        for generator, state in states:
-            if isinstance(generator, (torch.Generator, np.random.RandomState)):
-                generator.set_state(state)
-            elif isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = state
-            else:
-                generator.setstate(state)
+        for restore in put_back:
+            restore()
 
 
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, (torch.Generator, np.random.RandomState)):
-        return generator.get_state()
-    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+def _putting_back(generator: Any) -> Callable[[], object]:
+    """What puts a generator back into the state that it has now."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())
 
 
-def _generators_in(owner: object, depth: int) -> Iterator[tuple[object, str]]:
+def _generators_in(owner: object, depth: int) -> Iterator[object]:
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    for name, value in list(getattr(owner, "__dict__", {}).items()):
+    for value in getattr(owner, "__dict__", {}).values():
         if isinstance(value, kinds):
-            yield owner, name
+            yield value
         elif depth > 0:
             inner = value if isinstance(value, (list, tuple)) and len(value) < 100 else (value,)
             for item in inner:

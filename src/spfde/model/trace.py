@@ -9,222 +9,129 @@ and buffers alone before it is used (weight norm, weight standardisation, a cast
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import flop_registry
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.core.plain_kernels import PlainKernels, attention_in_products, uncompiled
+from spfde.core.plain_kernels import PlainKernels, uncompiled
 from spfde.core.torch_private import (
     FakeTensorMode,
-    TorchDispatchMode,
-    overloads_of,
     storage_id,
     tree_leaves,
     tree_map_only,
 )
+from spfde.model.recorder import Recorder, TracedOp
 from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
 from spfde.model.twin import fake_copy
 
+__all__ = ["Trace", "TracedOp", "Untraceable", "fake_copy", "like_the_model", "memory_shared_by", "trace", "weight_of"]
 
-@dataclass(frozen=True)
-class TracedOp:
-    """One operation that reads a parameter or costs counted FLOPs.
 
-    Attributes:
-        position: place in the order of execution.
-        module: qualified name of the innermost module that was running ('' is the model itself).
-        parameters: qualified names of the parameters that the operation reads, views included. For an operation with
-            counted FLOPs also those that its weight was computed from.
-        flops: forward FLOPs for the whole sample batch; one multiply-add is two.
-        output_numel: elements of the output for the whole sample batch.
-        name: the operation's name in ATen.
-    """
-
-    position: int
-    module: str
-    parameters: tuple[str, ...]
-    flops: int
-    output_numel: int
-    name: str
+class Untraceable(InvalidArgument):
+    """The model's forward pass cannot be followed on fake tensors."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The forward pass of a model on one sample batch.
+    """The forward pass of a model on one sample batch."""
 
-    Attributes:
-        batch_size: number of samples in the traced batch.
-        ops: operations in order of execution.
-        uncounted: modules that ran and cost no counted FLOPs, by type name, with how often they ran.
-        unused: parameters that no operation read, directly or through a view.
-        first_run: for each module that ran, the position of the first operation that could be its own.
+    batch_size: int  # number of samples in the traced batch
+    ops: tuple[TracedOp, ...]  # operations in order of execution
+    uncounted: Mapping[str, int]  # modules that ran and cost no counted FLOPs, by type name, with how often they ran
+    # For each module that ran, the position of the first operation that could be its own.
+    first_run: Mapping[str, int]
+    written: Mapping[str, str]  # buffers that the pass wrote to, with the module that was running then
+
+
+def weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """The parameter that is the weight of a product or convolution; None where it has none.
+
+    Of several matrices that it reads, the last one is the weight: those before are an input or a bias that happens to
+    be a parameter. Of those that its weight was computed from, the largest.
     """
+    read = [name for name in op.parameters[: op.n_read] if parameters[name].dim() >= 2]
+    if read:
+        return read[-1]
+    computed = [name for name in op.parameters[op.n_read :] if parameters[name].dim() >= 2]
+    return max(computed, key=lambda name: parameters[name].numel(), default=None)
 
-    batch_size: int
-    ops: tuple[TracedOp, ...]
-    uncounted: Mapping[str, int]
-    unused: tuple[str, ...]
-    first_run: Mapping[str, int] = field(default_factory=dict)
 
-
-def trace(model: nn.Module, sample: Sample) -> Trace:
+def trace(model: nn.Module, sample: Sample, *, training: bool = False) -> Trace:
     """Trace ``model`` on ``sample`` without running it for real.
 
     Args:
         model: the model; only its structure is read.
         sample: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
             The first dimension of the first tensor is the batch.
+        training: run it in training mode; by default in evaluation mode.
 
     Raises:
-        InvalidArgument: the model cannot be called with this sample, its forward pass needs real values, or it holds
-            lazy parameters that have no shape yet.
+        Untraceable: the model cannot be called with this sample, or its forward pass needs real values.
+        InvalidArgument: it holds lazy parameters that have no shape yet.
     """
     model = unwrap(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
-        raise InvalidArgument(
-            Problem("model", lazy[0], "is a lazy parameter without a shape yet", "Run the model once on a batch first.")
-        )
+        rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."
+        raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
     args, kwargs = call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].dim() == 0:
-        raise InvalidArgument(
-            Problem(
-                "sample", sample, "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
-            )
-        )
+        rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
+        raise Untraceable(Problem("sample", sample, rule, remedy))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
         twin, stand_ins = fake_copy(model, fake)
         owners = {storage_id(stand_ins[key]): name for key, name in names.items()}
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
-        recorder = _Recorder(owners, {storage_id(buffer) for buffer in twin.buffers()})
+        buffers = {storage_id(buffer): name for name, buffer in twin.named_buffers()}
+        learning = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        recorder = Recorder(owners, buffers, learning)
         try:
             # Parts of the model may be compiled on their own.
             with recorder.watching(twin), torch.no_grad(), global_generators_restored(), uncompiled(), recorder:
-                twin.train(False)(*args, **kwargs)
+                twin.train(training)(*args, **kwargs)
         except Exception as error:
-            raise InvalidArgument(
-                Problem(
-                    "sample",
-                    _describe(sample),
-                    f"the model's forward pass cannot be traced with it ({type(error).__name__}: {error})",
-                    "Pass sample= with the inputs that the model is called with; a forward pass that branches on "
-                    "values of its inputs cannot be traced.",
-                )
-            ) from error
-    read = {name for op in recorder.ops for name in op.parameters}
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            rule = f"the model's forward pass cannot be traced with it ({type(error).__name__}: {error})"
+            remedy = (
+                "Pass sample= with the inputs that the model is called with; a forward pass that branches on "
+                "values of its inputs cannot be traced."
+            )
+            raise Untraceable(Problem("sample", f"tensors of shape {shapes}", rule, remedy)) from error
     return Trace(
         batch_size=int(tensors[0].shape[0]),
         ops=tuple(recorder.ops),
         uncounted=dict(sorted(recorder.uncounted().items())),
-        unused=tuple(name for name in names.values() if name not in read),
         first_run=recorder.first_run,
+        written=recorder.written,
     )
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes each operation with its module, its parameters and its FLOPs."""
+def memory_shared_by(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Pairs of parameters that lie in the same memory, in whole or in part, although they are not one.
 
-    def __init__(self, owners: Mapping[int, str], buffers: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.ops: list[TracedOp] = []
-        self.first_run: dict[str, int] = {}
-        self._owners = owners
-        # Storages that do not depend on the input, with the parameters that they were computed from.
-        self._computed: dict[int, tuple[str, ...]] = dict.fromkeys(buffers, ())
-        self._kept: list[Tensor] = []  # keeps those alive, so that no later storage takes their address
-        self._stack: list[str] = [""]
-        self._types: dict[str, str] = {}
-        self._calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        packet = overloads_of(func)
-        if packet not in flop_registry and func is not torch.ops.prim.device.default:
-            # Composite operations (matmul, linear) arrive whole under no_grad; their parts are what is counted.
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        products = attention_in_products(func, args, kwargs)
-        if products is not None:
-            with self:
-                products()
-            return func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        inputs = [storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        count = flop_registry.get(packet)
-        flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-        direct = [self._owners[key] for key in inputs if key in self._owners]
-        origins = [name for key in inputs for name in self._computed.get(key, ())]
-        parameters = tuple(dict.fromkeys(direct + origins if flops else direct))
-        # A view of a parameter is no use of it yet: whoever reads the view is.
-        is_view = any(storage_id(t) in self._owners for t in outputs)
-        if outputs and (flops or (parameters and not is_view)):
-            op = TracedOp(len(self.ops), self._stack[-1], parameters, flops, outputs[0].numel(), str(packet))
-            self.ops.append(op)
-        if not is_view:
-            known = not flops and all(key in self._owners or key in self._computed for key in inputs)
-            self._note(outputs, tuple(dict.fromkeys(direct + origins)) if known else None)
-        return out
-
-    def _note(self, outputs: list[Tensor], origins: tuple[str, ...] | None) -> None:
-        """Remember from which parameters these were computed; None when the model's input had a part in it."""
-        for tensor in outputs:
-            key = storage_id(tensor)
-            if origins is not None:
-                self._computed[key] = tuple(dict.fromkeys(self._computed.get(key, ()) + origins))
-                self._kept.append(tensor)
-            else:
-                self._computed.pop(key, None)
-
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        handles = []
-        for name, module in model.named_modules():
-            self._types[name] = type(module).__name__
-
-            def enter(_: nn.Module, __: Any, name: str = name) -> None:
-                self._calls[name] += 1
-                self.first_run.setdefault(name, len(self.ops))
-                self._stack.append(name)
-
-            def leave(_: nn.Module, __: Any, ___: Any) -> None:
-                self._stack.pop()
-
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def uncounted(self) -> Counter[str]:
-        """Types of the modules that ran without a counted operation in them or below them."""
-        counted = set()
-        for op in self.ops:
-            if op.flops:
-                parts = op.module.split(".")
-                counted |= {".".join(parts[:depth]) for depth in range(len(parts) + 1)}
-        parents = {name.rpartition(".")[0] for name in self._types if name}
-        found: Counter[str] = Counter()
-        for name, calls in self._calls.items():
-            if name not in counted and name not in parents:
-                found[self._types[name]] += calls
-        return found
+    Views of one flat buffer that lie side by side share their storage and no memory.
+    """
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, p in parameters.items():
+        if p.numel() and p.layout == torch.strided and not p.is_meta and type(p) is nn.Parameter:
+            first = p.storage_offset() * p.element_size()
+            reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
+            spans.setdefault(storage_id(p), []).append((first, first + reach * p.element_size(), name))
+    pairs = []
+    for of_storage in spans.values():
+        reaching, holder = 0, ""
+        for first, end, name in sorted(of_storage):
+            if holder and first < reaching:
+                pairs.append((holder, name))
+            if end > reaching:
+                reaching, holder = end, name
+    return pairs
 
 
 def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor], Tensor]:
@@ -238,8 +145,3 @@ def like_the_model(model: nn.Module, fake: FakeTensorMode) -> Callable[[Tensor],
         return fake.from_tensor(tensor.detach()).to(device=device, dtype=dtype)
 
     return convert
-
-
-def _describe(sample: Sample) -> str:
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(sample) if isinstance(leaf, Tensor)]
-    return f"tensors of shape {', '.join(map(str, shapes))}"

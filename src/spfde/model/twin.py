@@ -11,7 +11,7 @@ import copy
 import enum
 import types
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from spfde.core.torch_private import BUFFERS, MODULES, PARAMETERS, FakeTensorMode, hooks_to_copy
+from spfde.core.torch_private import BUFFERS, MODULES, PARAMETERS, FakeTensorMode, hooks_to_copy, storage_id
 
 _ATOMS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), type, enum.Enum, range, slice),
@@ -38,8 +38,15 @@ _MOST_OBJECTS = 20_000
 def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, Tensor]]:
     """A copy of the model on fake tensors, and the fake one of each parameter and buffer by the id of the real one."""
     memo: dict[int, Any] = {}
+    side_by_side = _views_side_by_side(list(model.parameters()))
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
+        if id(p) in side_by_side:
+            # Told apart by its storage, so it gets one of its own.
+            with fake:
+                made = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
+        else:
+            made = fake.from_tensor(p.detach())
+        memo[id(p)] = nn.Parameter(made, requires_grad=p.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = fake.from_tensor(buffer.detach())
     stand_ins: dict[int, Tensor] = dict(memo)
@@ -56,6 +63,15 @@ def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[i
     except Exception:  # an attribute says only now that it cannot be copied
         shared = {id(value): value for module in model.modules() for value in _objects_of(module, own)}
         return copy.deepcopy(model, {**shared, **memo}), stand_ins
+
+
+def _views_side_by_side(parameters: Sequence[nn.Parameter]) -> set[int]:
+    """Ids of the parameters that share their storage with others."""
+    of_storage: dict[int, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.layout == torch.strided and type(p) is nn.Parameter:
+            of_storage.setdefault(storage_id(p), []).append(p)
+    return {id(p) for group in of_storage.values() if len(group) > 1 for p in group}
 
 
 def _computes_a_weight(hook: object) -> bool:

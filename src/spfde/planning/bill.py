@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
@@ -11,20 +12,14 @@ from torch import nn
 
 from spfde.core.errors import Problems
 from spfde.core.say import say_on_stderr
-from spfde.cost import (
-    Accounting,
-    EpochCost,
-    MemoryTimeline,
-    epoch_cost,
-    format_bytes,
-    format_flops,
-    memory_timeline,
-    total_cost,
-)
+from spfde.cost import EpochCost, MemoryTimeline, format_bytes, format_flops
+from spfde.cost.memory import Accounting, memory_timeline
+from spfde.cost.training import epoch_cost, total_cost
 from spfde.model.sample import Sample
 from spfde.planning.blueprint import Blueprint, check_recipe, draw
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
+from spfde.sparsity.layers import describe_left
 
 
 def price(
@@ -35,6 +30,7 @@ def price(
     population: int,
     dense_gradient_samples: int,
     overhead_flops: int = 0,
+    computed: Sequence[int] | None = None,
 ) -> EpochCost:
     """What an epoch of the timeline costs.
 
@@ -46,6 +42,7 @@ def price(
         dense_gradient_samples: samples whose backward pass computes the gradients of all weights of layers that are not
             frozen.
         overhead_flops: computed beside the training steps.
+        computed: dense forward FLOPs of all samples, per layer, where they are not those of the blueprint's sample.
     """
     density, reach = blueprint.density(row), blueprint.gradient_density(row)
     is_wider = reach != density
@@ -58,6 +55,8 @@ def price(
         dense_gradient_samples=samples if is_wider else dense_gradient_samples,
         gradient_density=reach if is_wider else None,
         overhead_flops=overhead_flops,
+        backward=(blueprint.backward(), blueprint.backward(row.frozen_blocks)),
+        computed=computed,
     )
 
 
@@ -204,6 +203,10 @@ class Plan:
             )
         left_out = ", ".join(f"{name} x{calls}" for name, calls in self.blueprint.cost.uncounted.items()) or "nothing"
         lines += ["", f"not counted in FLOPs: {left_out}"]
+        if self.blueprint.untraced is not None:
+            lines.append(f"no FLOPs are known: {self.blueprint.untraced}")
+        if self.blueprint.left_dense:
+            lines.append(f"dense, though they could be sparse: {describe_left(self.blueprint.left_dense)}")
         return "\n".join(lines)
 
     def _freezing(self) -> str:
@@ -276,6 +279,8 @@ def plan(
     blueprint = draw(model, sample, recipe, epochs)
     if blueprint.shortfall is not None:
         say_on_stderr(blueprint.shortfall)
+    if blueprint.left_dense_warning is not None:
+        warnings.warn(blueprint.left_dense_warning, stacklevel=2)
     timeline = Timeline(blueprint, recipe, samples)
     rows = timeline.rows
     scoring = scoring_flops(blueprint, samples=samples, batch_size=batch_size)

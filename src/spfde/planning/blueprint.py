@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.cost import ModelCost, model_cost
-from spfde.freezing import FreezePlan, Savings, blocks_to_freeze, solve
-from spfde.model.blocks import Partition, find_blocks
+from spfde.cost.flops import LayerCost, ModelCost, model_cost
+from spfde.freezing import ProgressiveFreezing, Savings
+from spfde.freezing.plan import FreezePlan, blocks_to_freeze
+from spfde.freezing.schemes import solve
+from spfde.model.blocks import Block, Partition, find_blocks
 from spfde.model.sample import Sample, unwrap
-from spfde.model.trace import trace
+from spfde.model.trace import Untraceable, trace
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
-from spfde.sparsity import SparsityMethod, select_layers
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.layers import LeftDense, describe_left, left_dense, select_layers
+
+LEFT_DENSE_AT_MOST = 0.1
+"""What share of the weights that could be sparse may stay dense without a warning."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class Blueprint:
         interval: Δτ in epochs.
         freeze_plan: when each block is frozen.
         block_of_layer: index of the block of each layer in ``cost.layers``; the head has index ``len(blocks)``.
+        untraced: why the model could not be traced, as a clause; None where it was. Its FLOPs are not known then.
+        left_dense: weights that could be sparse and stay dense, though the recipe does not say so.
+        updating: modules that change buffers in training, found by tracing a forward pass; empty where nothing is
+            frozen.
     """
 
     method: SparsityMethod | None
@@ -59,6 +71,9 @@ class Blueprint:
     interval: int
     freeze_plan: FreezePlan
     block_of_layer: tuple[int, ...]
+    untraced: str | None = None
+    left_dense: tuple[LeftDense, ...] = ()
+    updating: frozenset[str] = frozenset()
 
     @cached_property
     def masked(self) -> Mapping[str, MaskedLayer]:
@@ -73,6 +88,18 @@ class Blueprint:
             size = structure.unit_size(shape)
             sizes[name] = MaskedLayer(count // size, structure.n_units(shape), size, block_of[name])
         return sizes
+
+    @property
+    def left_dense_warning(self) -> str | None:
+        """A text where much of what could be sparse is dense, and not because the recipe says so."""
+        left, masked = (
+            sum(weight.numel for weight in self.left_dense),
+            sum(p.numel() for p in self.sparse_layers.values()),
+        )
+        if left <= LEFT_DENSE_AT_MOST * (left + masked):
+            return None
+        share = f"{left / (left + masked):.0%} of those that could be sparse"
+        return f"{left:,} weights ({share}) stay dense: {describe_left(self.left_dense)}."
 
     @property
     def shortfall(self) -> str | None:
@@ -102,8 +129,35 @@ class Blueprint:
         return self._shares({name: own.gradient for name, own in row.layers.items()})
 
     def frozen_layers(self, row: Row) -> list[bool]:
-        """For each layer in ``cost.layers``: is it frozen?"""
-        return [block < row.frozen_blocks for block in self.block_of_layer]
+        """For each layer in ``cost.layers``: has it no backward pass?"""
+        return [factor == 0 for factor in self.backward(row.frozen_blocks)]
+
+    def backward(self, frozen_blocks: int = 0) -> list[Fraction]:
+        """What the backward pass of each layer in ``cost.layers`` costs, in forward passes.
+
+        2 where its weight learns: the gradients of the input and of the weight. 1 where the weight was frozen by the
+        user and something before it learns; 0 where nothing does, and in a frozen block.
+        """
+        return [
+            Fraction(0)
+            if block < frozen_blocks
+            else Fraction(2)
+            if layer.learns
+            else Fraction(sum(flops for at, flops in self._input_gradients(layer) if at >= frozen_blocks))
+            / (layer.forward_flops or 1)
+            for layer, block in zip(self.cost.layers, self.block_of_layer, strict=True)
+        ]
+
+    def _input_gradients(self, layer: LayerCost) -> list[tuple[int, int]]:
+        """The block up to which what learns before the layer must be frozen, and the FLOPs that this saves."""
+        return [(_block_at(position, self.partition), flops) for position, flops in layer.input_gradients]
+
+    def saved_by_block(self, index: int) -> list[tuple[int, int]]:
+        """Blocks whose freezing ends the backward pass of a layer in ``cost.layers``, and FLOPs saved."""
+        layer, own = self.cost.layers[index], self.block_of_layer[index]
+        found = [(own, 2 * layer.forward_flops)] if layer.learns else self._input_gradients(layer)
+        n_blocks = len(self.partition.blocks)
+        return [(min(block, own), flops) for block, flops in found if min(block, own) < n_blocks]
 
     def target_density(self) -> list[float]:
         """Density of each layer in ``cost.layers`` at the target, without a soft bound."""
@@ -122,23 +176,30 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
     """Work out what ``recipe`` means for ``model`` over ``epochs``.
 
     Raises:
-        InvalidArgument: the model cannot be traced with the sample, has no prunable layers or no block to freeze, the
-            interval is longer than the run, or the FLOPs reduction cannot be reached (the most possible is named).
+        InvalidArgument: the model cannot be traced and the recipe needs it, it has no prunable layers or no block to
+            freeze, the interval is longer than the run, or the FLOPs reduction cannot be reached (the most possible is
+            named).
     """
     check_epochs(epochs)
     interval = recipe.interval(epochs)
     if recipe.sieving is not None:
         recipe.sieving.check_length(epochs, interval)
     model = unwrap(model)
-    traced = trace(model, sample)
+    method = recipe.sparsity if recipe.is_sparse else None
+    try:
+        traced = trace(model, sample)
+    except Untraceable as error:
+        return _untraced(model, recipe, epochs, interval, error)
     cost = model_cost(traced, model)
     partition = find_blocks(model, traced, blocks=recipe.freezing.blocks if recipe.freezing is not None else None)
-    method = recipe.sparsity if recipe.is_sparse else None
     layers: Mapping[str, nn.Parameter] = {}
+    dense: Sequence[LeftDense] = ()
     target: Mapping[str, int] = {}
     if method is not None:
         weights = [layer.name for layer in cost.layers if layer.weighted]
-        layers = select_layers(model, method, order=weights, head=weights[-1:])
+        found: dict[str, Any] = {"order": weights, "head": weights[-1:], "computed": cost.computed}
+        layers = select_layers(model, method, **found, inputs_first=cost.inputs_first)
+        dense = left_dense(model, method, **found, selected=layers)
         target = method.counts({name: tuple(p.shape) for name, p in layers.items()})
     unfrozen = FreezePlan(len(partition.blocks), (0,) * epochs, reduction=0.0)
     blueprint = Blueprint(
@@ -151,18 +212,77 @@ def draw(model: nn.Module, sample: Sample, recipe: Recipe, epochs: int) -> Bluep
         interval=interval,
         freeze_plan=unfrozen,
         block_of_layer=tuple(_block_at(layer.position, partition) for layer in cost.layers),
+        left_dense=tuple(dense),
+        updating=_updating(model, sample) if recipe.freezes else frozenset(),
     )
-    if not recipe.freezes:
+    if recipe.freezing is None or not recipe.freezes:
         return blueprint
-    return _with_freeze_plan(blueprint, recipe)
+    return _with_freeze_plan(blueprint, recipe, recipe.freezing)
 
 
-def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
-    assert recipe.freezing is not None
-    technique, blocks, epochs = recipe.freezing, blueprint.partition.blocks, blueprint.epochs
-    if not blocks and technique.as_far_as_possible:
-        return replace(blueprint, freeze_plan=replace(blueprint.freeze_plan, asked=technique.flops_reduction))
+def _untraced(model: nn.Module, recipe: Recipe, epochs: int, interval: int, error: Untraceable) -> Blueprint:
+    """The blueprint of a model that cannot be traced, for recipes that can do without.
+
+    Its FLOPs are not known. Weights to be masked are those that ``include`` names, in the model's own order.
+
+    Raises:
+        Untraceable: the recipe needs a trace.
+    """
+    method = recipe.sparsity if recipe.is_sparse else None
+    needs = [
+        *(["freezing"] if recipe.freezes else []),
+        *(["sparsity without include"] if method is not None and not method.include else []),
+    ]
+    (problem,) = error.problems
+    if needs:
+        remedy = f"{problem.remedy} What needs it is {' and '.join(needs)}."
+        if not recipe.freezes:
+            remedy += " Name the weights to be masked in include, and no trace is needed."
+        raise Untraceable(replace(problem, remedy=remedy)) from error
+    layers: Mapping[str, nn.Parameter] = {}
+    if method is not None:
+        order = [name for name, p in model.named_parameters() if p.dim() >= 2]
+        layers = select_layers(model, method, order=order, head=order[-1:])
+    costs = (
+        LayerCost(name, name.rpartition(".")[0], position, 0, p.numel(), 0)
+        for position, (name, p) in enumerate(layers.items())
+    )
+    sizes = sum(p.numel() for p in model.parameters())
+    head = Block("", (), (), 0, len(layers), len(layers))
+    partition = Partition((), head, "it cannot be traced")
+    return Blueprint(
+        method=method,
+        epochs=epochs,
+        cost=ModelCost(tuple(costs), {type(model).__name__: 1}, sizes),
+        partition=partition,
+        sparse_layers=layers,
+        target={} if method is None else method.counts({name: tuple(p.shape) for name, p in layers.items()}),
+        interval=interval,
+        freeze_plan=FreezePlan(0, (0,) * epochs, reduction=0.0),
+        block_of_layer=(0,) * len(layers),
+        untraced=problem.rule,
+    )
+
+
+def _updating(model: nn.Module, sample: Sample) -> frozenset[str]:
+    """Names of the modules that change buffers in training: those that run then, and those that have the buffers.
+
+    Counters are left out: what counts batches is no reason to keep a module from training mode.
+    """
+    try:
+        written = trace(model, sample, training=True).written
+    except InvalidArgument:
+        return frozenset()  # the freezer notices what changes
+    buffers = dict(model.named_buffers())
+    changing = {name: module for name, module in written.items() if buffers[name].is_floating_point()}
+    return frozenset(changing.values()) | {name.rpartition(".")[0] for name in changing}
+
+
+def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: ProgressiveFreezing) -> Blueprint:
+    blocks, epochs = blueprint.partition.blocks, blueprint.epochs
     if not blocks:
+        if technique.as_far_as_possible:
+            return replace(blueprint, freeze_plan=replace(blueprint.freeze_plan, asked=technique.flops_reduction))
         raise InvalidArgument(
             Problem(
                 "freezing",
@@ -178,11 +298,13 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
     forward = [layer.forward_flops for layer in blueprint.cost.layers]
     backward = [[0.0] * epochs for _ in blocks]
     total = 0.0
+    whole = [float(factor) for factor in blueprint.backward()]
+    saved = [blueprint.saved_by_block(index) for index in range(len(forward))]
     for row in Timeline(blueprint, recipe, samples=1):
-        for flops, share, block in zip(forward, blueprint.density(row), blueprint.block_of_layer, strict=True):
-            total += 3 * flops * share
-            if block < len(blocks):
-                backward[block][row.epoch] += 2 * flops * share
+        for flops, share, factor, by_block in zip(forward, blueprint.density(row), whole, saved, strict=True):
+            total += (1 + factor) * flops * share
+            for block, amount in by_block:
+                backward[block][row.epoch] += amount * share
     sizes = [block.n_layers for block in blocks]
     n_blocks = blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction)
     savings = Savings(backward, total, technique.flops_reduction, blueprint.interval, n_blocks)
@@ -211,7 +333,5 @@ def check_epochs(epochs: object) -> None:
 
 
 def _block_at(position: int, partition: Partition) -> int:
-    for index, block in enumerate(partition.blocks):
-        if block.start <= position < block.stop:
-            return index
-    return len(partition.blocks)
+    """Index of the block; in no block is the head."""
+    return sum(block.stop <= position for block in partition.blocks)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
-from spfde.freezing import learning_rate_factor
-from spfde.sparsity import LayerPlan, MaskPlan
-from spfde.sparsity.schedule import DenseGradients
+from spfde.freezing.rates import learning_rate_factor
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.schedule import DenseGradients, LayerPlan, MaskPlan
 
 if TYPE_CHECKING:
     from spfde.planning.blueprint import Blueprint
@@ -81,19 +81,14 @@ class Timeline:
         recipe: the recipe.
         samples: size of the whole training set.
 
-    Example:
-        >>> import spfde, torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-        >>> recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.5))
-        >>> timeline = spfde.plan(net, torch.zeros(1, 8), recipe, epochs=10, samples=100).timeline
-        >>> [timeline[epoch].layers["1.weight"].active for epoch in (0, 6, 9)]
-        [35, 34, 32]
+    Attributes:
+        frozen: for each epoch how many of the first blocks are frozen.
     """
 
     def __init__(self, blueprint: Blueprint, recipe: Recipe, samples: int) -> None:
         self._blueprint, self._recipe, self._samples = blueprint, recipe, samples
         self._epochs, self._interval = blueprint.epochs, blueprint.interval
-        self._frozen = blueprint.freeze_plan.frozen
+        self.frozen = blueprint.freeze_plan.frozen
         self._stops, self._resume_epoch = blueprint.learning_stops, blueprint.freeze_plan.resume_epoch
         self._layers: list[Layers] = []
         self._amended: tuple[int, Layers] | None = None
@@ -114,7 +109,7 @@ class Timeline:
         return Row(
             epoch=epoch,
             update=update,
-            frozen_blocks=self._frozen[epoch],
+            frozen_blocks=self.frozen[epoch],
             samples=self._samples if sieving is None else sieving.samples_in_use(self._samples, epoch, **times),
             sieve_update=self._recipe.sieves and sieving is not None and sieving.updates_at(epoch, **times),
             rates=self._rates(epoch),
@@ -133,11 +128,6 @@ class Timeline:
         """All epochs."""
         return tuple(self)
 
-    @property
-    def frozen(self) -> tuple[int, ...]:
-        """For each epoch how many of the first blocks are frozen."""
-        return self._frozen
-
     def most_active(self) -> dict[str, int]:
         """The most active weights that each layer may have in any epoch."""
         method, sizes = self._blueprint.method, self._blueprint.masked
@@ -155,17 +145,12 @@ class Timeline:
 
         What happens before ``since`` may change too: a block comes to its target one update epoch before.
         """
-        later = (max(count, n_blocks) for count in self._frozen[since:])
-        self._frozen = (*self._frozen[:since], *later)
-        self.__dict__.pop("_last_training_updates", None)
+        later = (max(count, n_blocks) for count in self.frozen[since:])
+        self.frozen = (*self.frozen[:since], *later)
         self._forget(max(0, since - self._interval))
 
-    def amend(self, epoch: int, actual: Mapping[str, Counts]) -> bool:
-        """Put what layers really had in ``epoch`` in the place of what was planned, and let the rest follow from it.
-
-        Returns:
-            Whether anything differs from the plan.
-        """
+    def amend(self, epoch: int, actual: Mapping[str, Counts]) -> None:
+        """Put what layers really had in ``epoch`` in the place of what was planned, and let the rest follow from it."""
         planned, layers, after = self[epoch].layers, {}, {}
         for name, plan in planned.items():
             own = actual.get(name)
@@ -176,12 +161,10 @@ class Timeline:
             after[name] = replace(
                 layers[name], active=own.now, gradient=max(own.now, own.gradient - own.active + own.now)
             )
-        if layers == planned and after == layers:
-            return False
-        self._forget(epoch)
-        self._layers.append(layers)
-        self._amended = (epoch, after)
-        return True
+        if layers != planned or after != layers:
+            self._forget(epoch)
+            self._layers.append(layers)
+            self._amended = (epoch, after)
 
     def _forget(self, epoch: int) -> None:
         """Work out ``epoch`` and what follows anew."""
@@ -196,28 +179,26 @@ class Timeline:
         if method is None:
             return {}
         if epoch == 0:
-            before: Layers = {name: self._first(name) for name in self._blueprint.masked}
+            before: Layers = {name: self._first(name, method) for name in self._blueprint.masked}
         elif self._amended is not None and self._amended[0] == epoch - 1:
             before = self._amended[1]
         else:
             before = self._layers[epoch - 1]
-        after = {name: self._next(name, was, epoch) for name, was in before.items()}
+        after = {name: self._next(name, was, epoch, method) for name, was in before.items()}
         # Most epochs are like the one before: they share what is the same.
         return self._layers[epoch - 1] if epoch and after == self._layers[epoch - 1] else after
 
-    def _first(self, name: str) -> LayerPlan:
-        method, layer = self._blueprint.method, self._blueprint.masked[name]
-        assert method is not None, "only sparse recipes have masked layers"
+    def _first(self, name: str, method: SparsityMethod) -> LayerPlan:
+        layer = self._blueprint.masked[name]
         if layer.target == layer.n_units:
             return LayerPlan(layer.target, layer.target, layer.target, layer.target)
         first = method.first_count(layer.target, layer.n_units)
         return LayerPlan(layer.target, first, first, method.gradient_count(layer.n_units, first, 0.0))
 
-    def _next(self, name: str, was: LayerPlan, epoch: int) -> LayerPlan:
+    def _next(self, name: str, was: LayerPlan, epoch: int, method: SparsityMethod) -> LayerPlan:
         """A layer in ``epoch``, after what it was before."""
-        method, layer = self._blueprint.method, self._blueprint.masked[name]
-        assert method is not None, "only sparse recipes have masked layers"
-        is_frozen = layer.block < self._frozen[epoch]
+        layer = self._blueprint.masked[name]
+        is_frozen = layer.block < self.frozen[epoch]
         unchanged = replace(was, survive=int(was.active), frozen=is_frozen, mutates=False, to_target=False)
         if layer.target == layer.n_units:
             return unchanged
@@ -254,15 +235,10 @@ class Timeline:
         if block >= len(self._blueprint.partition.blocks):
             return False
         if self._blueprint.freeze_plan.pauses:
-            return epoch < self._epochs - 1 and self._last_training_updates[block] == epoch
-        return self._frozen[min(epoch + self._interval, self._epochs - 1)] > block
-
-    @cached_property
-    def _last_training_updates(self) -> list[int]:
-        """For each block the last update epoch, or the last epoch, in which it trains; -1 where there is none."""
-        moments = {*range(0, self._epochs, self._interval), self._epochs - 1}
-        blocks = range(len(self._blueprint.partition.blocks))
-        return [max((at for at in moments if self._frozen[at] <= block), default=-1) for block in blocks]
+            updates = {*range(0, self._epochs, self._interval), self._epochs - 1}
+            last: int = max(at for at in updates if self.frozen[at] <= block)
+            return last == epoch < self._epochs - 1
+        return self.frozen[min(epoch + self._interval, self._epochs - 1)] > block
 
     def _dense_gradients(self, epoch: int) -> DenseGradients:
         method = self._blueprint.method
@@ -309,7 +285,7 @@ class Timeline:
     def state_dict(self) -> dict[str, Any]:
         """What has been amended, and what led there: the layers up to now, and the frozen blocks of all epochs."""
         return {
-            "frozen": list(self._frozen),
+            "frozen": list(self.frozen),
             "layers": _run_lengths([_numbers(layers) for layers in self._layers]),
             "after": None if self._amended is None else [self._amended[0], _numbers(self._amended[1])],
         }
@@ -333,8 +309,7 @@ class Timeline:
             amended = None if state["after"] is None else self._read_amended(*state["after"], known=len(layers))
         except (TypeError, ValueError, AttributeError) as error:
             raise StateMismatch(f"the state's timeline is damaged ({error}).") from error
-        self.__dict__.pop("_last_training_updates", None)
-        self._frozen, self._layers, self._amended = tuple(frozen), layers, amended
+        self.frozen, self._layers, self._amended = tuple(frozen), layers, amended
 
     def _read_amended(self, epoch: Any, numbers: Any, *, known: int) -> tuple[int, Layers]:
         if type(epoch) is not int or not 0 <= epoch < known:

@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from spfde.core.errors import InvalidArgument, Problem, nearest
-from spfde.core.registry import registered
-from spfde.core.technique import Technique
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.technique import Technique, read_named, write_named
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import SievingMethod
-from spfde.sparsity import METHODS, SparsityMethod
+from spfde.sparsity import SparsityMethod
 
 
 class Recipe(Technique):
@@ -55,11 +54,12 @@ class Recipe(Technique):
         default="auto", description='a whole number of epochs from 1 on, or "auto"'
     )
 
-    KINDS: ClassVar[Mapping[str, tuple[Mapping[str, type[Technique]], str]]] = {
-        "sparsity": (METHODS, "mest"),
-        "sieving": (registered("sieving-method"), "circular"),
+    KINDS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "sparsity": ("method", "mest"),
+        "sieving": ("sieving-method", "circular"),
     }
-    """Tables that hold one of several techniques: these by their method's name, and the one that is meant without."""
+    """Tables that hold one of several techniques: their kind in the registry, and the one that a table without a
+    method means."""
     TABLES: ClassVar[Mapping[str, type[Technique]]] = {
         "freezing": ProgressiveFreezing,
         "learning_rate": BlockwiseCosine,
@@ -70,22 +70,13 @@ class Recipe(Technique):
     def _a_technique(cls, value: object, info: ValidationInfo) -> object:
         if value is None or isinstance(value, Technique):
             return value
-        if isinstance(value, Mapping):
-            return cls._read_table(str(info.field_name), value)
-        raise ValueError("must be a technique or None")
-
-    @classmethod
-    def _read_table(cls, name: str, written: Mapping[str, Any]) -> Technique:
+        if not isinstance(value, Mapping):
+            raise ValueError("must be a technique or None")
+        name = str(info.field_name)
         if name in cls.TABLES:
-            return cls.TABLES[name](**written)
-        kinds, default = cls.KINDS[name]
-        fields = dict(written)
-        method = str(fields.pop("method", default))
-        if method not in kinds:
-            raise InvalidArgument(
-                Problem(f"{name}.method", method, "is no method of this table", nearest(method, kinds))
-            )
-        return kinds[method](**fields)
+            return cls.TABLES[name](**value)
+        kind, default = cls.KINDS[name]
+        return read_named(kind, {"method": default, **value}, argument=name, key="method")
 
     @field_validator("update_interval_epochs", mode="before")
     @classmethod
@@ -127,14 +118,8 @@ class Recipe(Technique):
         if given == "auto":
             return max(min(5, max(1, round(epochs / 32))), 2 if epochs >= 4 else 1)
         if given > epochs:
-            raise InvalidArgument(
-                Problem(
-                    "update_interval_epochs",
-                    given,
-                    f"must not be longer than the run of {epochs} epochs",
-                    'Train longer, or leave it at "auto".',
-                )
-            )
+            rule, remedy = f"must not be longer than the run of {epochs} epochs", 'Train longer, or leave it at "auto".'
+            raise InvalidArgument(Problem("update_interval_epochs", given, rule, remedy))
         return given
 
     def replace(self, **changes: Any) -> Self:
@@ -144,13 +129,12 @@ class Recipe(Technique):
     def to_dict(self) -> dict[str, Any]:
         """Nested primitives; of sparsity and sieving ``method`` names the kind. ``from_dict`` is its inverse."""
         written: dict[str, Any] = {"update_interval_epochs": self.update_interval_epochs}
-        for name, technique in (("sparsity", self.sparsity), ("sieving", self.sieving)):
-            if technique is not None:
-                written[name] = {"method": technique.name, **technique.model_dump(mode="json")}
-        for name in self.TABLES:
+        for name in (*self.KINDS, *self.TABLES):
             technique = getattr(self, name)
             if technique is not None:
-                written[name] = technique.model_dump(mode="json")
+                written[name] = (
+                    technique.model_dump(mode="json") if name in self.TABLES else write_named(technique, key="method")
+                )
         return written
 
     @classmethod

@@ -18,16 +18,22 @@ from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
 from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
-from spfde.freezing import check_rates, recompile_warning
+from spfde.freezing.freezer import recompile_warning
+from spfde.freezing.rates import check_rates
 from spfde.model.sample import Sample, sample_from, unwrap
-from spfde.planning import Blueprint, Plan, Timeline, check_epochs, check_recipe, draw
+from spfde.planning import Plan
+from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
+from spfde.planning.timeline import Timeline
 from spfde.recipe.recipe import Recipe
 from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
 from spfde.session.part import Setting
 from spfde.session.session import Session
-from spfde.sieving import DataSieving, check_fraction, check_loader, find_labels, population_of
-from spfde.sparsity import ScoreLoss
+from spfde.sieving import DataSieving
+from spfde.sieving.balance import find_labels
+from spfde.sieving.loader import check_loader, population_of
+from spfde.sieving.methods import check_fraction
+from spfde.sparsity.saliency import ScoreLoss
 
 
 def attach(
@@ -95,8 +101,11 @@ def attach(
     sample_given = sample is not None
     sample = sample_from(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
-    _check_rates(optimizer, recipe, blueprint)
-    _warn_of_recompiles(model, blueprint)
+    if recipe.learning_rate is not None:
+        Problems(check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)).raise_if_any()
+    warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     population = population_of(loader)
     n_ids = int(population.max()) + 1
     timeline = Timeline(blueprint, recipe, len(population))
@@ -300,13 +309,6 @@ def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interva
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
 
 
-def _check_rates(optimizer: Optimizer, recipe: Recipe, blueprint: Blueprint) -> None:
-    """Does every block train beyond the warm-up?"""
-    if recipe.learning_rate is not None:
-        problems = check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)
-        Problems(problems).raise_if_any()
-
-
 def _check_ranks_agree(session: Session, world: World) -> None:
     """Equal settings and weights on all ranks, or the masks would drift apart."""
     weights = dict(session.blueprint.sparse_layers)
@@ -326,10 +328,3 @@ def _check_ranks_agree(session: Session, world: World) -> None:
                     "Pass the same values everywhere, and make the model under the same seed or from one checkpoint.",
                 )
             )
-
-
-def _warn_of_recompiles(model: nn.Module, blueprint: Blueprint) -> None:
-    """Warn where freezing a compiled model would meet torch's limit of recompilations."""
-    warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
-    if warning is not None:
-        warnings.warn(warning, stacklevel=3)

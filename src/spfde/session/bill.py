@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from spfde.cost import Ledger, LedgerRow, memory_of, peak_bytes
+from spfde.cost import Ledger, LedgerRow, peak_bytes
+from spfde.cost.memory import memory_of
 from spfde.export.encoding import weight_bytes
-from spfde.planning import price, scoring_flops
+from spfde.planning.bill import price, scoring_flops
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
@@ -34,10 +33,9 @@ class Bill(Part):
         self._setting, self._sampling, self._masks = setting, sampling, masks
         cost = setting.blueprint.cost
         n_layers, batch = len(cost.layers), sampling.batch_size
-        dense = memory_of(
-            cost.layers, (1.0,) * n_layers, (False,) * n_layers, batch_size=batch, accounting="actual"
-        )  # fmt: skip
-        self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense.total)
+        whole, unfrozen = (1.0,) * n_layers, (False,) * n_layers
+        dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
+        self.ledger = self.remembers = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
 
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
@@ -75,7 +73,7 @@ class Bill(Part):
                 partial_samples=len(sampling.partial_set),
                 seconds=clock.seconds,
                 peak_memory_bytes=peak_bytes(setting.device),
-                modelled_memory_bytes=memory.total,
+                modelled_memory_bytes=memory,
                 # The largest: the rate of the blocks that learn longest.
                 lr=max(float(group["lr"]) for group in setting.optimizer.param_groups),
                 dense_weight_bytes=weights.dense,
@@ -83,11 +81,6 @@ class Bill(Part):
             )
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.ledger.state_dict()
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        Ledger().load_state_dict(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ledger.load_state_dict(state)
+    def summarise(self) -> list[str]:
+        untraced = self._setting.blueprint.untraced
+        return [] if untraced is None else [f"bill: FLOPs are not known: {untraced}"]

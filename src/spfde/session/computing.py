@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -15,9 +14,9 @@ from spfde.core.say import say, say_on_stderr
 from spfde.core.state import check_entries
 from spfde.engines.base import Job, Parts
 from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.freezing import Freezing
-from spfde.session.masks import Masks, WholeModel
+from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 
 
@@ -28,7 +27,8 @@ class Computing(Part):
         setting: the session's.
         job: what the engine computes.
         choice: the engine, and why.
-        parts: what it reads before each pass; nothing of the session itself, which would stay alive with it.
+        masks: of the weights.
+        freezing: of the blocks.
 
     Attributes:
         engine: the engine.
@@ -37,25 +37,25 @@ class Computing(Part):
 
     name = "engine"
 
-    def __init__(self, setting: Setting, job: Job, choice: Choice, parts: Parts) -> None:
-        self._setting, self.job, self._parts = setting, job, parts
+    def __init__(self, setting: Setting, job: Job, choice: Choice, masks: WholeModel, freezing: Freezing) -> None:
+        self._setting, self.job = setting, job
+        self._parts = Parts(
+            masks=lambda: masks.masks,
+            dense_gradients=lambda: masks.wants_dense_gradients,
+            frozen=lambda: freezing.freezer.frozen_parameters,
+        )
+        self._take(choice)
+        self._asked_for_seeds = False
+
+    def _take(self, choice: Choice) -> None:
         self.choice = choice
         self.engine = make_engine(choice.name)
-        self.engine.attach(job, parts)
-        self._asked_for_seeds = False
+        self.engine.attach(self.job, self._parts)
 
     @property
     def caches_prefix(self) -> bool:
         """Whether outputs of the frozen front are kept."""
         return self.job.cache is not None
-
-    def bypass(self) -> AbstractContextManager[None]:
-        """A context in which the model runs through its own modules."""
-        return self.engine.bypass()
-
-    def on_batch(self) -> None:
-        """A batch is handed out."""
-        self.engine.on_batch()
 
     def augmentation_seeds(self, samples: Tensor) -> Tensor:
         """See ``Session.augmentation_seeds``."""
@@ -114,9 +114,7 @@ class Computing(Part):
             say(f"engine {self.choice.name}: {reason}")
             return
         self.engine.detach()
-        self.choice = Choice(choice.name, "as the state was saved with", asked)
-        self.engine = make_engine(choice.name)
-        self.engine.attach(self.job, self._parts)
+        self._take(Choice(choice.name, "as the state was saved with", asked))
 
     def detach(self) -> None:
         self.engine.detach()
@@ -126,16 +124,3 @@ class Computing(Part):
 
     def describe(self) -> list[str]:
         return self.engine.describe()
-
-
-def what_engines_read(masks: WholeModel, freezing: Freezing) -> Parts:
-    """What an engine reads before each pass; nothing of the session itself, which would stay alive with it."""
-    freezer = freezing.freezer
-    if not isinstance(masks, Masks):
-        return Parts(masks=dict, frozen=lambda: freezer.frozen_parameters)
-    masker = masks.masker
-    return Parts(
-        masks=lambda: masker.masks,
-        dense_gradients=lambda: masker.wants_dense_gradients,
-        frozen=lambda: freezer.frozen_parameters,
-    )

@@ -13,40 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spfde.analysis import BlockOutputs, MinibatchCKA, centred_gram, output_modules
+from spfde.analysis import BlockOutputs, output_modules
+from spfde.analysis.cka import MinibatchCKA, centred_gram
 from spfde.core.errors import StateMismatch
 from spfde.core.numbers import round_half_up
 from spfde.core.state import check_all, check_entries
 from spfde.model.blocks import Block, Partition
 from spfde.model.sample import Sample
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.computing import Computing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
-from spfde.sparsity import largest_half, pack, unpack
+from spfde.sparsity.masks import largest_half, pack, unpack
 
 Look = dict[str, Tensor]
-
-
-class Criterion(Protocol):
-    """What a block is compared by.
-
-    Attributes:
-        samples: samples that one look runs forward through the model.
-    """
-
-    samples: int
-
-    def look(self, blocks: Sequence[Block]) -> Look:
-        """What is kept of each block until the next update epoch, by the block's name."""
-
-    def similarity(self, before: Tensor, now: Tensor) -> float:
-        """How alike two looks at a block are: 1 for the same."""
 
 
 class StructureCriterion:
@@ -55,6 +40,9 @@ class StructureCriterion:
     Args:
         weights: the masked weights by name.
         masks: gives their masks.
+
+    Attributes:
+        samples: samples that one look runs forward through the model.
     """
 
     samples = 0
@@ -63,6 +51,7 @@ class StructureCriterion:
         self._weights, self._masks = weights, masks
 
     def look(self, blocks: Sequence[Block]) -> Look:
+        """What is kept of each block until the next update epoch, by the block's name."""
         masks = self._masks()
         found = {}
         for block in blocks:
@@ -73,6 +62,7 @@ class StructureCriterion:
         return found
 
     def similarity(self, before: Tensor, now: Tensor) -> float:
+        """How alike two looks at a block are: 1 for the same."""
         kept, all_of_it = _bits(before & now), _bits(before)
         return kept / all_of_it if all_of_it else 1.0
 
@@ -121,8 +111,9 @@ class Convergence(Part):
 
     Args:
         setting: the session's.
-        criterion: what blocks are compared by.
-        masks: of the weights, for the cost of a look.
+        masks: of the weights.
+        computing: whose engine is passed over for a look.
+        probe: the samples that representations are compared on.
 
     Attributes:
         similarity: of the block that was looked at last; None before the first comparison.
@@ -130,10 +121,22 @@ class Convergence(Part):
 
     name = "convergence"
 
-    def __init__(self, setting: Setting, criterion: Criterion, masks: WholeModel) -> None:
+    def __init__(self, setting: Setting, masks: WholeModel, computing: Computing, probe: Sample | None) -> None:
         technique, blueprint = setting.recipe.freezing, setting.blueprint
         assert technique is not None, "made for recipes that freeze"
-        self._setting, self._criterion, self._masks = setting, criterion, masks
+        self._setting, self._masks = setting, masks
+        self._criterion: StructureCriterion | RepresentationCriterion
+        if technique.criterion == "structure":
+            self._criterion = StructureCriterion(blueprint.sparse_layers, lambda: masks.masks)
+        else:
+            assert probe is not None, "attach draws the probe samples"
+            self._criterion = RepresentationCriterion(
+                setting.model,
+                blueprint.partition,
+                probe,
+                technique.probe_samples,
+                lambda: computing.engine.bypass(),
+            )
         self._threshold = technique.threshold
         self._blocks = blueprint.partition.blocks[: max(blueprint.freeze_plan.frozen)]
         self._before: Look = {}
@@ -177,27 +180,6 @@ class Convergence(Part):
         cost = self._setting.blueprint.cost
         density = cost.densities(self._masks.densities())
         return sum(round_half_up(samples * flops * share) for flops, share in zip(cost.forward, density, strict=True))
-
-
-def make_convergence(setting: Setting, masks: WholeModel, computing: Computing, probe: Sample | None) -> Convergence:
-    """The part for a recipe whose blocks are frozen when they have converged.
-
-    Args:
-        setting: the session's.
-        masks: of the weights.
-        computing: whose engine is passed over for a look.
-        probe: the samples that representations are compared on.
-    """
-    technique, blueprint = setting.recipe.freezing, setting.blueprint
-    assert technique is not None, "made for recipes that freeze"
-    criterion: Criterion
-    if technique.criterion == "structure":
-        criterion = StructureCriterion(blueprint.sparse_layers, lambda: masks.masks)
-    else:
-        assert probe is not None, "attach draws the probe samples"
-        samples = technique.probe_samples
-        criterion = RepresentationCriterion(setting.model, blueprint.partition, probe, samples, computing.bypass)
-    return Convergence(setting, criterion, masks)
 
 
 def _bits(packed: Tensor) -> int:

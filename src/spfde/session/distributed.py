@@ -8,7 +8,6 @@ a mutation ranks weights by, and the counts of the bill.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from spfde.core.errors import Problem
+from spfde.core.torch_private import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class World:
 
     def sum(self, value: int) -> int:
         """The sum over the ranks. Every rank has to call it."""
-        return sum(self.gather(value)) if self.is_shared else value
+        return sum(self.gather(value))
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks. Every rank has to call it, with tensors of equal shapes."""
@@ -70,9 +70,12 @@ class World:
 
 def fingerprint(item: Any) -> str:
     """A short text that is equal for equal primitives and tensors."""
-    digest = hashlib.sha256()
-    _feed(digest, item)
-    return digest.hexdigest()
+    return hashlib.sha256(repr(tree_map_only(Tensor, _digest, item)).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> tuple[str, str]:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {tuple(tensor.shape)}", hashlib.sha256(content).hexdigest()
 
 
 def check_shared_loader(loader: DataLoader[Any], world: World, *, sieves: bool) -> list[Problem]:
@@ -111,15 +114,3 @@ def check_shared_loader(loader: DataLoader[Any], world: World, *, sieves: bool) 
 def deals_out(loader: DataLoader[Any], world: World) -> bool:
     """Whether the session has to deal out the loader's batches over the ranks."""
     return world.is_shared and not isinstance(loader.sampler, DistributedSampler)
-
-
-def _feed(digest: Any, item: Any) -> None:
-    if isinstance(item, Tensor):
-        digest.update(str((item.dtype, tuple(item.shape))).encode())
-        digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(item, dict):
-        for key, value in item.items():
-            digest.update(str(key).encode())
-            _feed(digest, value)
-    else:
-        digest.update(pickle.dumps(item))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from typing import Any
 
 from spfde.core.state import check_entries
-from spfde.freezing import Freezer, GroupRates, is_held
-from spfde.planning import Row
+from spfde.freezing.freezer import Freezer, is_held
+from spfde.freezing.rates import GroupRates
+from spfde.planning.timeline import Row
 from spfde.session.part import Part, Setting
 
 
@@ -20,6 +20,7 @@ class Freezing(Part):
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self.freezer = Freezer(setting.model, setting.blueprint.partition.blocks, setting.optimizer)
+        self.remembers = self.freezer
 
     @property
     def n_frozen(self) -> int:
@@ -29,14 +30,8 @@ class Freezing(Part):
     def begin_epoch(self, row: Row) -> None:
         self.freezer.freeze_to(row.frozen_blocks)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.freezer.state_dict()
-
     def check_state(self, state: Mapping[str, Any]) -> None:
         check_entries(state, "the frozen blocks", {"n_frozen": int, "blocks": list})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.freezer.load_state_dict(state)
 
     def detach(self) -> None:
         self.freezer.freeze_to(0)
@@ -69,23 +64,13 @@ class Rates(Part):
         blocks = enumerate(blueprint.partition.blocks)
         block_of = {id(by_name[name]): index for index, block in blocks for name in block.parameters}
         self._optimizer, self._technique = setting.optimizer, technique
-        self._rates = GroupRates(setting.optimizer, block_of, blueprint.learning_stops, technique)
+        self.remembers = GroupRates(setting.optimizer, block_of, blueprint.learning_stops, technique)
 
     def begin_epoch(self, row: Row) -> None:
-        self._rates.apply(row.epoch, row.rates)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._rates.state_dict()
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        check_entries(state, "the learning rates", {"base_rates": list})
-        copy(self._rates).load_state_dict(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rates.load_state_dict(state)
+        self.remembers.apply(row.epoch, row.rates)
 
     def detach(self) -> None:
-        self._rates.join()
+        self.remembers.join()
 
     def summarise(self) -> list[str]:
         return [f"learning rate: {self._technique!r}"]

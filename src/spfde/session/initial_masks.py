@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import tree_map_only
-from spfde.model.sample import Sample, batch_of, unwrap, without_traces
-from spfde.planning import Blueprint
-from spfde.sieving import population_of
-from spfde.sparsity import PruningAtInitialisation, ScoreLoss
+from spfde.model.sample import Sample, batch_of, without_traces
+from spfde.planning.blueprint import Blueprint
+from spfde.sieving.loader import population_of
+from spfde.sparsity import PruningAtInitialisation
+from spfde.sparsity.saliency import ScoreLoss
 
 
 def first_masks(
@@ -41,13 +42,12 @@ def first_masks(
     batches = _batches(loader, method.n_batches, seed=seed, device=device)
     if loss is None and batches:
         _check_pair(batches[0])
-    structure = method.structure
-    units = sum(count // structure.unit_size(_shape(blueprint, name)) for name, count in blueprint.target.items())
+    structure, layers = method.structure, blueprint.sparse_layers
+    units = sum(blueprint.target[name] // structure.unit_size(tuple(layer.shape)) for name, layer in layers.items())
     return method.select(
-        unwrap(model),
-        blueprint.sparse_layers,
+        model,
+        layers,
         units=units,
-        structure=structure,
         batches=batches,
         loss=loss or cross_entropy,
         sample=sample,
@@ -105,7 +105,3 @@ def _batches(loader: DataLoader[Any], count: int, *, seed: int, device: torch.de
 def _check_pair(batch: Any) -> None:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise _loss_is_needed(f"a batch of the loader is {type(batch).__name__}, and not a pair of inputs and labels")
-
-
-def _shape(blueprint: Blueprint, name: str) -> tuple[int, ...]:
-    return tuple(blueprint.sparse_layers[name].shape)

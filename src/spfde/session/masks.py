@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from spfde.core.errors import UsageError
-from spfde.planning import Counts, Row
+from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
-from spfde.sparsity import Masker
+from spfde.sparsity import SparsityMethod
+from spfde.sparsity.masker import Masker
 
 
 class WholeModel(Part):
@@ -21,6 +22,7 @@ class WholeModel(Part):
     density = 1.0
     explored = 1.0
     dense_gradient_steps = 0
+    wants_dense_gradients: frozenset[str] = frozenset()
 
     def densities(self) -> dict[str, float]:
         """Active share of each masked tensor, by name."""
@@ -42,11 +44,14 @@ class Masks(WholeModel):
 
     Args:
         setting: the session's.
-        masker: of the model's masked layers.
+        masks: the first masks, for methods that choose them from data.
     """
 
-    def __init__(self, setting: Setting, masker: Masker) -> None:
-        self._setting, self.masker = setting, masker
+    def __init__(self, setting: Setting, method: SparsityMethod, masks: Mapping[str, Tensor] | None) -> None:
+        layers = setting.blueprint.sparse_layers
+        self._setting = setting
+        self.masker = masker = Masker(layers, setting.optimizer, method, generator=setting.generator, masks=masks)
+        self.remembers = masker
         if setting.world.is_shared:
             masker.average = setting.world.average_
         if any(layer.target != setting.blueprint.masked[name].target for name, layer in masker.layers.items()):
@@ -72,6 +77,11 @@ class Masks(WholeModel):
         """Backward passes of this epoch that computed gradients of all weights."""
         return self.masker.dense_gradient_steps
 
+    @property
+    def wants_dense_gradients(self) -> frozenset[str]:  # type: ignore[override]
+        """Names of the parameters whose next gradient must be dense."""
+        return self.masker.wants_dense_gradients
+
     def densities(self) -> dict[str, float]:
         return self.masker.densities()
 
@@ -88,20 +98,19 @@ class Masks(WholeModel):
         """Take the masks from the model's zeros."""
         self.masker.infer_masks(self._setting.timeline.most_active())
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.masker.state_dict()
-
     def check_state(self, state: Mapping[str, Any]) -> None:
         self.masker.check_state(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.masker.load_state_dict(state)
 
     def detach(self) -> None:
         self.masker.remove()
 
     def summarise(self) -> list[str]:
-        return [f"sparsity: {self._setting.recipe.sparsity!r}, density now {self.density:.4f}"]
+        lines = [f"sparsity: {self._setting.recipe.sparsity!r}, density now {self.density:.4f}"]
+        left = self._setting.blueprint.left_dense
+        if left:
+            lines.append(f"  dense: {sum(weight.numel for weight in left):,} weights that could be sparse:")
+            lines += [f"    {weight.name}: {weight.numel:,}, {weight.reason}" for weight in left]
+        return lines
 
     def describe(self) -> list[str]:
         names = list(self.masks)
@@ -124,23 +133,3 @@ class Masks(WholeModel):
                 for name, layer in self.masker.layers.items()
             },
         )
-
-
-def make_masks(setting: Setting, masks: Mapping[str, Tensor] | None) -> WholeModel:
-    """The part for a recipe, with or without masks.
-
-    Args:
-        setting: the session's.
-        masks: the first masks, for methods that choose them from data.
-    """
-    blueprint = setting.blueprint
-    if blueprint.method is None:
-        return WholeModel()
-    masker = Masker(
-        blueprint.sparse_layers,
-        setting.optimizer,
-        blueprint.method,
-        generator=setting.generator,
-        masks=masks,
-    )
-    return Masks(setting, masker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 
 from spfde.core.clock import Clock
 from spfde.core.state import check_entries
-from spfde.planning import Blueprint, Row, Timeline
+from spfde.planning.blueprint import Blueprint
+from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
 from spfde.session.distributed import World
 
@@ -54,9 +56,11 @@ class Part:
 
     Attributes:
         name: under which its state is saved.
+        remembers: what has the state; None where there is none to save.
     """
 
     name: ClassVar[str]
+    remembers: Any = None
 
     def begin_epoch(self, row: Row) -> None:
         """The top of an epoch, in the order of the parts; ``row`` is the timeline's, as the parts before amended it."""
@@ -70,11 +74,15 @@ class Part:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ``StateMismatch`` for a state that cannot be loaded."""
-        check_entries(state, self.name, {})
+        if self.remembers is None:
+            check_entries(state, self.name, {})
+        else:
+            copy(self.remembers).load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as tensors and primitives."""
-        return {}
+        found: dict[str, Any] = {} if self.remembers is None else self.remembers.state_dict()
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state.
@@ -82,6 +90,8 @@ class Part:
         Raises:
             StateMismatch: it does not fit, or is damaged.
         """
+        if self.remembers is not None:
+            self.remembers.load_state_dict(state)
 
     def detach(self) -> None:
         """Undo what it has changed of the model, the optimizer or the loader."""

@@ -13,17 +13,14 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
 from spfde.core.state import check_entries
-from spfde.planning import Row
+from spfde.planning.timeline import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
-from spfde.sieving import (
-    ClassLabels,
-    Observer,
-    Sieve,
-    SievedBatchSampler,
-    SievedLoader,
-    population_of,
-)
+from spfde.sieving.balance import ClassLabels
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.loader import SievedLoader, population_of
+from spfde.sieving.observer import Observer
+from spfde.sieving.sieve import Sieve
 
 
 class Sampling(Part):
@@ -85,15 +82,7 @@ class Sampling(Part):
         clock = self._setting.clock
         return self._setting.world.sum(clock.samples_drawn or self.samples_observed or clock.steps * self.batch_size)
 
-    def observe(
-        self,
-        logits: Tensor | None,
-        y: Tensor | None,
-        indices: Tensor | None,
-        *,
-        correct: Tensor | None,
-        loss: Tensor | None,
-    ) -> None:
+    def observe(self, indices: Tensor | None, **report: Tensor | None) -> None:
         """Take a report on a batch; see ``Session.observe``."""
 
     def loss_weights(self, indices: Tensor | None) -> Tensor:
@@ -187,7 +176,7 @@ class SievedSampling(Sampling):
         self._observer = Observer(
             self._scorer,
             self.loader,
-            setting.world.gather if setting.world.is_shared else None,
+            setting.world.gather,
             classes=self._classes,
             is_needed=criterion.needs_every_batch or collects,
         )
@@ -229,17 +218,10 @@ class SievedSampling(Sampling):
                 )
         self.exchange()
 
-    def observe(
-        self,
-        logits: Tensor | None,
-        y: Tensor | None,
-        indices: Tensor | None,
-        *,
-        correct: Tensor | None,
-        loss: Tensor | None,
-    ) -> None:
+    def observe(self, indices: Tensor | None, **report: Tensor | None) -> None:
+        logits, y = report["logits"], report["y"]
         self._observer.check_labels(logits, y)
-        values = self._scorer.criterion.evidence(logits, y, correct=correct, loss=loss)
+        values = self._scorer.criterion.evidence(**report)
         labels = self._classes.from_report(logits, y) if self._classes is not None else None
         self._observer.report(values, indices, labels)
 
@@ -250,9 +232,13 @@ class SievedSampling(Sampling):
         return self._sieve.loss_weights(self.samples_of("loss_weights", indices)).to(self._setting.device)
 
     def check_reported(self) -> None:
-        clock = self._setting.clock
         self._observer.check_reported()
-        self._observer.check_any(clock.steps, clock.samples_drawn)
+        clock = self._setting.clock
+        if clock.steps and not clock.samples_drawn and not self.samples_observed:
+            raise UsageError(
+                "steps were taken without session.loader and without observe(). While samples are sieved, train on "
+                "session.loader, or call session.observe(logits, y, indices=...)."
+            )
 
     def on_loader_start(self) -> None:
         self._observer.check_reported()
@@ -266,6 +252,8 @@ class SievedSampling(Sampling):
         self._observer.exchange()
 
     def state_dict(self) -> dict[str, Any]:
+        if not self._setting.world.is_shared:
+            self.exchange()
         return {
             "observed": self._observer.samples,
             **{name: own.state_dict() for name, own in self._remembering.items()},
@@ -281,18 +269,6 @@ class SievedSampling(Sampling):
             own.load_state_dict(state[name])
         self._observer.begin_epoch()
         self._observer.samples = state["observed"]
-
-
-def make_sampling(setting: Setting, loader: DataLoader[Any], labels: Tensor | None) -> Sampling:
-    """The part for a recipe, with or without a sieve."""
-    return SievedSampling(setting, loader, labels) if setting.recipe.sieves else Sampling(setting, loader)
-
-
-def drive(loader: SievedLoader, call: Callable[[str], None]) -> None:
-    """Let a loader's events reach a session: ``call`` is told which."""
-    loader.on_start = lambda: call("start")
-    loader.on_batch = lambda indices: call("batch")
-    loader.on_end = lambda: call("end")
 
 
 def _samples_per_epoch(loader: DataLoader[Any]) -> int:

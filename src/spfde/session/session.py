@@ -19,14 +19,15 @@ from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
 from spfde.session.bill import Bill
-from spfde.session.computing import Computing, what_engines_read
-from spfde.session.convergence import make_convergence
+from spfde.session.computing import Computing
+from spfde.session.convergence import Convergence
 from spfde.session.freezing import Freezing, Rates
-from spfde.session.masks import make_masks
+from spfde.session.masks import Masks, WholeModel
 from spfde.session.part import Part, Setting
-from spfde.session.sampling import drive, make_sampling
+from spfde.session.sampling import Sampling, SievedSampling
 from spfde.session.state import load_state, save_state
 from spfde.session.view import SessionView
+from spfde.sieving.loader import Event
 
 
 class Session(SessionView):
@@ -57,9 +58,9 @@ class Session(SessionView):
         *,
         job: Job,
         choice: Choice,
-        labels: Tensor | None = None,
-        masks: Mapping[str, Tensor] | None = None,
-        probe: Sample | None = None,
+        labels: Tensor | None,
+        masks: Mapping[str, Tensor] | None,
+        probe: Sample | None,
     ) -> None:
         self._setting = setting
         self.recipe, self.seed = setting.recipe, setting.seed
@@ -70,19 +71,20 @@ class Session(SessionView):
 
         # First what may still be refused: from here on the model and the optimizer are changed.
         rates = [Rates(setting)] if self.recipe.learning_rate is not None else []
-        self._masks = make_masks(setting, masks)
+        method = self.blueprint.method
+        self._masks = WholeModel() if method is None else Masks(setting, method, masks)
         self._freezing = Freezing(setting)
-        self._sampling = make_sampling(setting, loader, labels)
+        self._sampling = SievedSampling(setting, loader, labels) if self.recipe.sieves else Sampling(setting, loader)
         self.loader = self._sampling.loader
         self._handles = [
             setting.optimizer.register_step_pre_hook(self._before_step),
             setting.optimizer.register_step_post_hook(self._after_step),
         ]
         self._masks.install()
-        self._computing = Computing(setting, job, choice, what_engines_read(self._masks, self._freezing))
+        self._computing = Computing(setting, job, choice, self._masks, self._freezing)
         self._bill = Bill(setting, self._sampling, self._masks)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
-        converging = [make_convergence(setting, self._masks, self._computing, probe)] if adapts else []
+        converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.
         self._parts: list[Part] = [
             self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill
@@ -172,7 +174,7 @@ class Session(SessionView):
         """
         self._check_attached()
         self._begin_epoch()
-        self._sampling.observe(logits, y, indices, correct=correct, loss=loss)
+        self._sampling.observe(indices, logits=logits, y=y, correct=correct, loss=loss)
 
     def loss_weights(self, indices: Tensor | None = None) -> Tensor:
         """Weights for the losses of a batch, so that sieving leaves the gradient unbiased.
@@ -220,7 +222,7 @@ class Session(SessionView):
         self._begin_epoch()
         return self._computing.augmentation_seeds(self._sampling.samples_of("augmentation_seeds", indices))
 
-    def _on_loader(self, event: str) -> None:
+    def _on_loader(self, event: Event) -> None:
         if event == "start":
             if self._clock.is_resumed_at_end:
                 # A state from the bottom of an epoch, loaded by a loop that does not ask for epochs().
@@ -232,7 +234,7 @@ class Session(SessionView):
             self._sampling.on_loader_end()
         elif self.epoch < len(self.timeline):
             self._sampling.on_batch()
-            self._computing.on_batch()
+            self._computing.engine.on_batch()
 
     def _before_step(self, *_: Any) -> None:
         self._begin_epoch()
@@ -278,12 +280,12 @@ class Session(SessionView):
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
         of_session = weakref.ref(self)
 
-        def call(event: str) -> None:
+        def on_event(event: Event) -> None:
             session = of_session()
             if session is not None and session._attached:
                 session._on_loader(event)
 
-        drive(self.loader, call)
+        self.loader.on_event = on_event
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -14,7 +14,7 @@ from spfde.core.state import check_entries
 from spfde.session.freezing import Freezing
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
-from spfde.sieving import loader_generators
+from spfde.sieving.loader import loader_generators
 
 STATE_FORMAT = 2
 

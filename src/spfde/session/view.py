@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spfde.core.clock import Clock
 from spfde.core.errors import UsageError
-from spfde.cost import Ledger
-from spfde.planning import Timeline
+from spfde.cost.ledger import Ledger
+from spfde.planning.timeline import Timeline
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.freezing import Freezing

@@ -19,16 +19,9 @@ UNKNOWN = -1
 
 
 def largest_remainder(counts: Tensor, k: int) -> Tensor:
-    """Share ``k`` out over groups in proportion to their sizes, in integers.
+    """Share ``k`` out over groups in proportion to their sizes ``counts``, long: integers with the sum ``k``.
 
     Each group gets its exact share rounded down; what is left goes to the largest remainders, equals from the front.
-
-    Args:
-        counts: sizes, shape (groups,), long.
-        k: how many, from 0 to ``counts.sum()``.
-
-    Returns:
-        Shape (groups,), long, with sum ``k``; no group gets more than its size.
     """
     total = max(int(counts.sum()), 1)
     shares = k * counts // total
@@ -39,14 +32,7 @@ def largest_remainder(counts: Tensor, k: int) -> Tensor:
 
 
 def spread(labels: Tensor) -> Tensor:
-    """An order in which every class is spread evenly, so that any stretch of it holds about the same share of each.
-
-    Args:
-        labels: shape (n,), long. Within a class the order stays.
-
-    Returns:
-        Positions, shape (n,), long.
-    """
+    """Positions in an order in which any stretch holds about the same share of each class; within one it stays."""
     classes, label = torch.unique(labels, return_inverse=True)
     position = torch.zeros(labels.numel(), dtype=torch.float64)
     for index in range(classes.numel()):
@@ -80,12 +66,6 @@ class ClassLabels(Accumulator):
 
     Attributes:
         collects: whether reports have to tell the classes.
-
-    Example:
-        >>> classes = spfde.sieving.ClassLabels(3)
-        >>> classes.observe(torch.tensor([0, 2]), torch.tensor([5, 1]))
-        >>> classes.labels
-        tensor([ 5, -1,  1])
     """
 
     def __init__(self, n: int, known: Tensor | None = None) -> None:
@@ -98,7 +78,6 @@ class ClassLabels(Accumulator):
     @property
     def labels(self) -> Tensor:
         """Class of each sample, shape (n,), long; -1 where unknown."""
-        self._add_up()
         return self._kept["labels"]
 
     def from_report(self, logits: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -144,10 +123,6 @@ def find_labels(dataset: Any, given: Tensor | Sequence[int] | None = None) -> Te
 
     Raises:
         InvalidArgument: there are labels, and they are no class indices, or not one for each sample.
-
-    Example:
-        >>> spfde.sieving.find_labels(torch.utils.data.TensorDataset(torch.zeros(2)), given=[0, 1])
-        tensor([0, 1])
     """
     if given is not None:
         return _class_indices("labels", given, len(dataset))

@@ -17,13 +17,6 @@ class SievedBatchSampler(BatchSampler):
     Laziness is kept: nothing is drawn from the sampler before the first batch is asked for, and no index before it is
     needed. ``DataLoader`` draws its base seed between the two and makes the iterator twice when it has workers, so this
     is what keeps the draws in the plain loader's order.
-
-    Example:
-        >>> def keep():
-        ...     return torch.arange(20) < 16  # samples 16 to 19 are left out
-        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=keep)
-        >>> sorted(index for batch in sampler for index in batch) == list(range(16))
-        True
     """
 
     def __init__(

@@ -21,7 +21,6 @@ from spfde.sieving.evidence import (
     el2n_from_logits,
     loss_from_logits,
 )
-from spfde.sieving.forgetting import count_forgetting
 
 NeverLearned = Literal["hard", "literal"]
 
@@ -150,13 +149,6 @@ class Scorer(Accumulator):
 
     Attributes:
         criterion: the criterion.
-
-    Example:
-        >>> from spfde.sieving.criteria import Loss
-        >>> scorer = Loss().scorer(3)
-        >>> scorer.observe(torch.tensor([0, 1]), torch.tensor([0.5, 2.0]))
-        >>> scorer.difficulty()
-        tensor([0.5000, 2.0000,    inf], dtype=torch.float64)
     """
 
     def __init__(self, criterion: SievingCriterion, n: int) -> None:
@@ -165,7 +157,6 @@ class Scorer(Accumulator):
 
     def difficulty(self) -> Tensor:
         """Difficulty per sample id, shape (n,), without NaN; the lowest are the easiest."""
-        self._add_up()
         return self.criterion.difficulty(self._kept)
 
     def _start(self) -> dict[str, Tensor]:
@@ -177,7 +168,11 @@ class Scorer(Accumulator):
 
 @register("sieving-criterion")
 class Forgetting(SievingCriterion):
-    """Forgetting events: how often a sample goes from right to wrong within an interval.
+    """Forgetting events: how often a sample goes from right at one presentation to wrong at the next.
+
+    They are counted within each update interval, as in the paper, so that samples which came back from the removed set
+    are treated as the others are (arXiv 2209.11204, section on circular data sieving; the measure is from Toneva et
+    al., arXiv 1812.05159).
 
     A sample that was never right cannot be forgotten: its count is 0, the same as that of the easiest samples. The
     paper does not say what happens to these; ``"hard"`` gives them infinite difficulty (as Toneva et al. do),
@@ -211,14 +206,21 @@ class Forgetting(SievingCriterion):
     def start(self, n: int) -> dict[str, Tensor]:
         return {
             "forgotten": torch.zeros(n, dtype=torch.long),
-            "last": torch.full((n,), -1, dtype=torch.int8),
+            "last": torch.full((n,), -1, dtype=torch.int8),  # -1 unseen, 0 wrong, 1 right
             "learned": torch.zeros(n, dtype=torch.bool),
         }
 
     def add(self, kept: dict[str, Tensor], indices: Tensor, values: Tensor) -> None:
-        forgotten, kept["last"], learned = count_forgetting(indices, values, kept["last"])
-        kept["forgotten"] += forgotten
-        kept["learned"] |= learned
+        # A stable sort brings the presentations of a sample together and keeps their order in time.
+        samples, order = torch.sort(indices, stable=True)
+        now = values[order]
+        first = torch.ones_like(now)
+        first[1:] = samples[1:] != samples[:-1]
+        final = first.roll(-1)  # the entry before a new sample, and the very last one, as the very first is a first
+        before = torch.where(first, kept["last"][samples], now.roll(1).to(torch.int8))
+        kept["forgotten"] += torch.bincount(samples[(before == 1) & ~now], minlength=len(kept["forgotten"]))
+        kept["last"][samples[final]] = now[final].to(torch.int8)
+        kept["learned"][samples[now]] = True
 
     def difficulty(self, kept: Mapping[str, Tensor]) -> Tensor:
         hard = kept["last"] < 0 if self.never_learned == "literal" else ~kept["learned"]

@@ -16,22 +16,15 @@ from spfde.core.errors import InvalidArgument, Problem
 
 
 def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether each sample is classified correctly.
+    """Whether each sample is classified correctly, bool [N], on the device of ``logits``.
 
     Args:
         logits: shape (batch, classes); or (batch,) or (batch, 1) for two classes, positive meaning class 1.
         y: class indices, shape (batch,) (or (batch, 1) with two classes); or class probabilities, shape
             (batch, classes), as label smoothing and mixup make them: the most probable class is the right one.
 
-    Returns:
-        Shape (batch,), bool, on the device of ``logits``.
-
     Raises:
         InvalidArgument: the shapes are none of the above.
-
-    Example:
-        >>> spfde.sieving.correct_from_logits(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
-        tensor([ True, False])
     """
     kind = labels_kind(logits, y)
     if kind == "binary":
@@ -40,13 +33,7 @@ def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def average_loss(loss: Tensor) -> Tensor:
-    """One loss a sample: all dimensions but the first are averaged, such as the pixels of a segmentation.
-
-    Args:
-        loss: shape (batch, ...).
-
-    Returns:
-        Shape (batch,), detached.
+    """One loss a sample, [N], detached: all dimensions but the first are averaged, such as a segmentation's pixels.
 
     Raises:
         InvalidArgument: ``loss`` is a scalar, or the batch is empty.
@@ -75,21 +62,8 @@ def loss_from_logits(logits: Tensor, y: Tensor) -> Tensor:
 def el2n_from_logits(logits: Tensor, y: Tensor) -> Tensor:
     """EL2N: the L2 norm of the error ``softmax(logits) - one_hot(y)`` of each sample (arXiv 2107.07075, section 2).
 
-    Args:
-        logits: shapes as in ``correct_from_logits``. One logit z stands for the two logits (0, z).
-        y: class indices, or class probabilities in place of the one-hot vector.
-
-    Returns:
-        Shape (batch,), float32, in [0, sqrt(2)].
-
-    Raises:
-        InvalidArgument: the shapes are none of those.
-
-    Example:
-        >>> spfde.sieving.el2n_from_logits(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])).round(
-        ...     decimals=1
-        ... )
-        tensor([0.0000, 1.4000])
+    Shapes as in ``correct_from_logits``, float32 [N], in [0, sqrt(2)]. One logit z stands for the two logits (0, z);
+    class probabilities take the one-hot vector's place.
     """
     logits = logits.float()
     kind = labels_kind(logits, y)
@@ -139,10 +113,6 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
-
-    Example:
-        >>> spfde.sieving.label_bounds(torch.zeros(2, 10), torch.tensor([3, 7]))
-        (tensor([3, 7]), 10)
     """
     kind = labels_kind(logits, y)
     if kind == "soft" or not y.numel():

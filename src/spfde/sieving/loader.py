@@ -10,10 +10,8 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import (
@@ -28,16 +26,11 @@ from torch.utils.data import (
 from spfde.core.errors import Problem, UsageError
 from spfde.sieving.batch_sampler import SievedBatchSampler, iterates_as, subset_indices
 
+Event = Literal["start", "batch", "end"]
+
 
 def check_loader(loader: object) -> list[Problem]:
-    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing.
-
-    Example:
-        >>> spfde.sieving.check_loader(loader)
-        []
-        >>> spfde.sieving.check_loader([1, 2])[0].rule
-        'must be a DataLoader'
-    """
+    """Find what keeps a loader from being sieved; empty when all is well. Draws and iterates nothing."""
     if isinstance(loader, SievedLoader):
         remedy = "Pass the DataLoader that it was made from, or detach the other session first."
         return [Problem("loader", _kind(loader), "is already the loader of a session", remedy)]
@@ -95,10 +88,6 @@ def population_of(loader: DataLoader[Any]) -> Tensor:
 
     The indices of a ``SubsetRandomSampler``; what ``RandomSampler`` and ``SequentialSampler`` run over; for any other
     sampler the whole data set.
-
-    Example:
-        >>> len(spfde.sieving.population_of(loader))
-        20
     """
     sampler: Any = loader.sampler
     if iterates_as(sampler, SubsetRandomSampler):
@@ -114,10 +103,6 @@ def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
     """The generators that a loader and its sampler own, each once, in this order; the global one is not among them.
 
     A sampler of the user's own is asked for an attribute ``generator``.
-
-    Example:
-        >>> spfde.sieving.loader_generators(loader)
-        []
     """
     found: list[Generator] = []
     for owner in (loader, loader.sampler):
@@ -127,34 +112,19 @@ def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
     return found
 
 
-@dataclass
-class _Tally:
-    """What one iteration of a loader has handed out."""
-
-    samples: int = 0
-    ended: bool = False
-
-
 class SievedLoader(DataLoader[Any]):
     """The loader of a session: batches of the partial set, and their sample ids.
 
     ``batch_size``, ``drop_last`` and ``sampler`` read as those of the user's loader.
 
     Attributes:
-        on_start: called before an iteration starts, before anything is drawn; an exception prevents the start.
-        on_batch: called with ``current_indices`` just before a batch is handed out.
-        on_end: called when an iteration has come to its end; not where it was left early.
+        on_event: told of what happens: "start" before an iteration, before anything is drawn (an exception prevents
+            it), "batch" just before one is handed out, and "end" after the last; not where an iteration is left early.
+        samples_handed: samples handed out in the newest iteration.
         had_workers: a run goes on whose persistent workers had been started before.
-
-    Example:
-        >>> session = spfde.attach(model, optimizer, loader, spfde.Recipe(sieving=spfde.DataSieving()), epochs=10)
-        >>> isinstance(session.loader, spfde.sieving.SievedLoader), len(session.loader)
-        (True, 2)
     """
 
-    on_start: Callable[[], None] | None
-    on_batch: Callable[[Tensor | None], None] | None
-    on_end: Callable[[], None] | None
+    on_event: Callable[[Event], None]
 
     def __init__(self, loader: DataLoader[Any], batch_sampler: SievedBatchSampler) -> None:
         """Build a loader with the arguments of another one that takes its batches from ``batch_sampler``.
@@ -186,18 +156,17 @@ class SievedLoader(DataLoader[Any]):
         # With a batch sampler DataLoader sets these to None, False and a sequential sampler, and locks them. It makes
         # no use of them for a map-style data set, while users read them.
         vars(self).update(batch_size=loader.batch_size, drop_last=loader.drop_last, sampler=loader.sampler)
-        self.on_start = None
-        self.on_batch = None
-        self.on_end = None
+        self.on_event = lambda event: None
         self.had_workers = False
+        self.samples_handed = 0
         self._source: SievedBatchSampler = batch_sampler
-        self._tally = _Tally()
+        self._newest = object()
         self._handed_out: list[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # PyTorch names its private iterator here
-        if self.on_start is not None:
-            self.on_start()
-        self._tally = _Tally()
+        self.on_event("start")
+        self.samples_handed = 0
+        self._newest = object()
         self._handed_out = None
         # A new queue for each iteration: one that was left early may have batches in it that nobody fetched. Workers
         # are sent their first batches in here, so the sampler has to know the queue before.
@@ -214,7 +183,7 @@ class SievedLoader(DataLoader[Any]):
         finally:
             self._source.handed_on = None
             self.generator = own
-        return _Iteration(self, inner, queue, self._tally)
+        return _Iteration(self, inner, queue)
 
     def end_workers(self) -> None:
         """End the workers that would stay for the next iteration, which starts others."""
@@ -231,11 +200,6 @@ class SievedLoader(DataLoader[Any]):
             return None
         return _as_ids(self._handed_out)
 
-    @property
-    def samples_handed(self) -> int:
-        """Samples handed out in the newest iteration."""
-        return self._tally.samples
-
 
 class _Iteration(Iterator[Any]):
     """One pass over a ``SievedLoader``: PyTorch's own iterator, and the ids that belong to each batch.
@@ -243,11 +207,12 @@ class _Iteration(Iterator[Any]):
     The loader holds no reference to it, so that leaving a loop early ends the workers as with the plain loader.
     """
 
-    def __init__(self, loader: SievedLoader, inner: Iterator[Any], queue: deque[list[Any]], tally: _Tally) -> None:
+    def __init__(self, loader: SievedLoader, inner: Iterator[Any], queue: deque[list[Any]]) -> None:
         self._loader = loader
         self._inner = inner
         self._queue = queue
-        self._tally = tally
+        self._token = loader._newest
+        self._ended = False
         self._in_order = loader.num_workers == 0 or bool(getattr(loader, "in_order", True))
 
     def __len__(self) -> int:
@@ -255,7 +220,8 @@ class _Iteration(Iterator[Any]):
 
     def __next__(self) -> Any:
         loader = self._loader
-        if self._tally is not loader._tally and self._inner is loader._iterator:
+        is_newest = self._token is loader._newest
+        if not is_newest and self._inner is loader._iterator:
             # Persistent workers serve one iteration at a time: fetching here would take batches from the newer one.
             raise UsageError(
                 "this iteration of the loader ended when a newer one began, as both use the same persistent workers. "
@@ -264,19 +230,18 @@ class _Iteration(Iterator[Any]):
         try:
             batch = next(self._inner)
         except StopIteration:
-            if not self._tally.ended:
-                self._tally.ended = True
-                if loader.on_end is not None:
-                    loader.on_end()
+            if not self._ended:
+                self._ended = True
+                loader.on_event("end")
             raise
         except Exception:
             self._lose_track()
             raise
         indices = self._queue.popleft() if self._queue else []
-        self._tally.samples += len(indices)
+        if is_newest:
+            loader.samples_handed += len(indices)
         loader._handed_out = indices if self._in_order else None
-        if loader.on_batch is not None:
-            loader.on_batch(loader.current_indices)
+        loader.on_event("batch")
         return batch
 
     def _lose_track(self) -> None:
@@ -290,12 +255,9 @@ class _Iteration(Iterator[Any]):
 
 def _as_ids(indices: list[Any]) -> Tensor | None:
     try:
-        found = np.asarray(indices)  # the fast way, for the plain ints that samplers yield as a rule
-        if found.dtype != np.int64 or found.ndim != 1:
-            found = np.array([operator.index(index) for index in indices], dtype=np.int64)
+        return torch.tensor([operator.index(index) for index in indices], dtype=torch.long)
     except (TypeError, ValueError):
         return None
-    return torch.from_numpy(found)
 
 
 def _kind(value: object) -> str:

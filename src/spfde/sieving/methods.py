@@ -223,10 +223,6 @@ def check_fraction(technique: SievingMethod, n: int, batch_size: int) -> list[Pr
     """Find out whether the partial set of ``n`` samples still fills a batch; empty when all is well.
 
     Nothing is wrong while nothing is removed: a data set smaller than a batch is then the user's own choice.
-
-    Example:
-        >>> spfde.sieving.check_fraction(spfde.DataSieving(removed_fraction=0.9), n=20, batch_size=8)[0].rule
-        'leaves 2 of 20 samples, no full batch of 8'
     """
     removed = technique.n_removed(n)
     if removed == 0 or n - removed >= batch_size:

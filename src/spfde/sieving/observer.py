@@ -14,29 +14,21 @@ from spfde.sieving.criteria import Scorer
 from spfde.sieving.evidence import check_label_bounds, label_bounds
 from spfde.sieving.loader import SievedLoader
 
-Gather = Callable[[Any], list[Any]]
-
 
 class Observer:
     """Takes one report a batch, and notices when one is missing.
 
+    Reports wait until ``exchange``, so that a training step on a GPU waits for none, and count then all at once.
+
     Attributes:
         samples: samples reported in this epoch.
-
-    Example:
-        >>> sampler = spfde.sieving.SievedBatchSampler(loader.sampler, 8, False, keep=lambda: None)
-        >>> from spfde.sieving.criteria import Loss
-        >>> scorer = Loss().scorer(20)
-        >>> observer = spfde.sieving.Observer(scorer, spfde.sieving.SievedLoader(loader, sampler))
-        >>> observer.samples
-        0
     """
 
     def __init__(
         self,
         scorer: Scorer,
         loader: SievedLoader,
-        gather: Gather | None = None,
+        gather: Callable[[Any], list[Any]] = lambda own: [own],
         *,
         classes: ClassLabels | None = None,
         is_needed: bool = True,
@@ -46,21 +38,19 @@ class Observer:
         Args:
             scorer: where reports go.
             loader: the session's.
-            gather: with several processes, collects an object from all ranks; reports then wait for ``exchange``.
+            gather: collects an object from all ranks.
             classes: where the classes in reports go.
             is_needed: whether a batch without a report is a mistake.
         """
         self._scorer, self._loader, self._gather = scorer, loader, gather
         self._classes, self._is_needed = classes, is_needed
-        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._bounds: list[Tensor] = []
         self._n_classes = 0
-        self._awaited = False
-        self.samples = 0
+        self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Forget about the batches of the epoch before."""
-        self._bounds = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._bounds: list[Tensor] = []
         self._awaited = False
         self.samples = 0
 
@@ -79,14 +69,6 @@ class Observer:
             raise UsageError(
                 "observe() was not called for the last batch of session.loader. While samples are sieved, call "
                 "session.observe(logits, y) once a batch, and use another loader for evaluation."
-            )
-
-    def check_any(self, steps: int, drawn: int) -> None:
-        """Raise ``UsageError`` where an epoch's steps were taken on batches from elsewhere that nobody reported."""
-        if steps and not self.samples and not drawn:
-            raise UsageError(
-                "steps were taken without session.loader and without observe(). While samples are sieved, train on "
-                "session.loader, or call session.observe(logits, y, indices=...)."
             )
 
     def check_labels(self, logits: Tensor | None, y: Tensor | None) -> None:
@@ -132,16 +114,14 @@ class Observer:
                     "Pass the whole batch's outputs and labels.",
                 )
             )
-        if self._gather is None:
-            self._take(indices, values, labels)
-        else:
-            self._scorer.check_range(indices)
-            self._waiting.append((indices, values.detach(), labels))
+        self._scorer.check_range(indices)
+        # Copies: a caller may reuse its buffers before the values are added up.
+        self._waiting.append((indices.clone(), values.detach().clone(), None if labels is None else labels.clone()))
         self.samples += len(indices)
         self._awaited = False
 
     def exchange(self) -> None:
-        """Count the reports of all ranks, the same on each. With one process they are counted already.
+        """Count the reports of all ranks, the same on each. Every rank has to call it.
 
         Raises:
             InvalidArgument: see ``check_labels``.
@@ -149,21 +129,13 @@ class Observer:
         if self._bounds:
             bounds, self._bounds = torch.stack(self._bounds).cpu(), []
             check_label_bounds(bounds, self._n_classes)
-        if self._gather is None:
-            return
-        mine = [
-            (indices, values.cpu(), None if labels is None else labels.cpu())
-            for indices, values, labels in self._waiting
-        ]
+        mine = [_joined(column) for column in zip(*self._waiting, strict=True)]
         self._waiting = []
-        for reports in self._gather(mine):
-            for report in reports:
-                self._take(*report)
-
-    def _take(self, indices: Tensor, values: Tensor, labels: Tensor | None) -> None:
-        self._scorer.observe(indices, values)
-        if self._classes is not None and labels is not None:
-            self._classes.observe(indices, labels)
+        for report in filter(None, self._gather(mine)):
+            indices, values, labels = report
+            self._scorer.observe(indices, values)
+            if self._classes is not None and labels is not None:
+                self._classes.observe(indices, labels)
 
     def _current(self) -> Tensor:
         if not self._awaited:
@@ -178,3 +150,12 @@ class Observer:
                 "any order. Let the data set return each sample's index, and pass it as indices=."
             )
         return current
+
+
+def _joined(batches: tuple[Any, ...]) -> Tensor | None:
+    """One tensor on the CPU; None where nothing was told."""
+    if batches[0] is None:
+        return None
+    if len({batch.device for batch in batches}) > 1:
+        batches = tuple(batch.cpu() for batch in batches)
+    return torch.cat(batches).cpu()  # one transfer, not one a step

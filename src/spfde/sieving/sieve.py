@@ -18,7 +18,7 @@ from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.core.state import check_entries
 from spfde.sieving.balance import shuffled_evenly, take_evenly
 from spfde.sieving.methods import SievingMethod
-from spfde.sieving.weights import inclusion_probabilities, loss_weights
+from spfde.sieving.weights import inclusion_probabilities
 
 
 def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
@@ -35,17 +35,6 @@ def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
     return shuffled[torch.argsort(difficulty[shuffled], stable=True)[:k]]
 
 
-def rotate(queue: Tensor, incoming: Tensor, returning: int) -> tuple[Tensor, Tensor]:
-    """Append ``incoming`` to the tail of a queue and take ``returning`` from its head.
-
-    Returns:
-        The queue afterwards, and what came out of its head: nothing that has just gone in, as long as ``returning`` is
-        no more than the queue's length.
-    """
-    joined = torch.cat([queue, incoming])
-    return joined[returning:], joined[:returning]
-
-
 class Sieve:
     """The partial set and the removed queue.
 
@@ -54,14 +43,6 @@ class Sieve:
         partial: ids that are trained on, long, ascending.
         removed: ids that are left out, long; the head of the queue comes first.
         n_swap: samples that leave at each update; as many come back, but for a one-time removal.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> sieve = spfde.sieving.Sieve(torch.arange(10), spfde.DataSieving(removed_fraction=0.2), generator)
-        >>> len(sieve.partial), len(sieve.removed)
-        (8, 2)
-        >>> sieve.update(torch.rand(10))
-        2
     """
 
     def __init__(
@@ -141,7 +122,8 @@ class Sieve:
         else:
             order = easiest(candidates, candidates.numel(), self._generator)
             leaving = take_evenly(order, labels[positions], self.n_swap)
-        self.removed, returning = rotate(self.removed, self.partial[leaving], self._n_returning)
+        queue = torch.cat([self.removed, self.partial[leaving]])
+        returning, self.removed = queue[: self._n_returning], queue[self._n_returning :]
         self.partial = torch.cat([_without(self.partial, leaving), returning]).sort().values
         self._updates += 1
         if self.all_retrieved and not once:
@@ -224,7 +206,7 @@ class Sieve:
             return torch.ones(self.partial.numel())  # all samples are treated alike: the probabilities are equal
         included = self._included[torch.searchsorted(self.population, self.partial)]
         share = self.partial.numel() / self.population.numel()
-        weights = loss_weights(inclusion_probabilities(included, self._updates, initial=share), partial_fraction=share)
+        weights = share / inclusion_probabilities(included, self._updates, initial=share)
         # While the history is short, those who are in the set now look too frequent, which would lower every step.
         return (weights / weights.mean()).float()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def inclusion_probabilities(included: Tensor, updates: int, *, initial: float) -> Tensor:
-    """The probability that a sample is in the partial set, from the history of the sieve.
+    """The probability that a sample is in the partial set, from the history of the sieve, float64 in (0, 1].
 
     The first set is drawn uniformly at random, so its probability is known exactly and stands in the mean in place of
     its outcome. Who leaves later is decided by difficulty, for which there is no coin to know: the share of the updates
@@ -26,29 +26,5 @@ def inclusion_probabilities(included: Tensor, updates: int, *, initial: float) -
         included: number of updates after which each sample was in the partial set, shape (n,), integers.
         updates: number of updates so far.
         initial: share of the samples that the first set holds.
-
-    Returns:
-        Shape (n,), float64, in (0, 1].
-
-    Example:
-        >>> spfde.sieving.inclusion_probabilities(torch.tensor([3, 0]), 3, initial=0.8)
-        tensor([0.9500, 0.2000], dtype=torch.float64)
     """
     return (included.double() + initial) / (1 + updates)
-
-
-def loss_weights(probabilities: Tensor, *, partial_fraction: float) -> Tensor:
-    """Horvitz-Thompson weights: their mean over the partial set has the expectation 1.
-
-    Args:
-        probabilities: of each sample to be in the partial set, any shape.
-        partial_fraction: size of the partial set, in share of all samples.
-
-    Returns:
-        Of the same shape.
-
-    Example:
-        >>> spfde.sieving.loss_weights(torch.tensor([0.8, 0.4]), partial_fraction=0.8)
-        tensor([1., 2.])
-    """
-    return partial_fraction / probabilities

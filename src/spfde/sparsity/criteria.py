@@ -13,7 +13,6 @@ from torch import Tensor
 
 from spfde.core.registry import register
 from spfde.core.technique import Technique
-from spfde.sparsity import mutation
 
 
 class Criterion(Technique):
@@ -68,7 +67,7 @@ class Magnitude(Criterion):
     summary: ClassVar[str] = "The largest weights stay."
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        return mutation.magnitude(weight)
+        return weight.abs()
 
 
 @register("drop")
@@ -96,8 +95,8 @@ class MagnitudePlusGradient(Criterion):
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         if gradient is None:
-            return mutation.magnitude(weight)
-        return mutation.magnitude_plus_gradient(weight, gradient, self.gradient_weight)
+            return weight.abs()
+        return weight.abs().add(gradient.abs(), alpha=self.gradient_weight)
 
 
 @register("drop")
@@ -134,4 +133,4 @@ class Gradient(Criterion):
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None, "a criterion that needs a gradient is given one"
-        return mutation.gradient(gradient)
+        return gradient.abs()

@@ -14,10 +14,6 @@ def active_count(numel: int, sparsity: float) -> int:
     """Number of active weights in a tensor of ``numel`` elements at ``sparsity``.
 
     Rounded half up, and never 0 while ``sparsity < 1``: a layer without weights would cut the network in two.
-
-    Example:
-        >>> spfde.sparsity.active_count(64, sparsity=0.9)
-        6
     """
     if numel == 0 or sparsity >= 1.0:
         return 0
@@ -44,10 +40,6 @@ def erk(
         InvalidArgument: the overrides leave the other layers more, or fewer, weights than they can have.
 
     Source: Evci et al., "Rigging the Lottery" (arXiv 1911.11134), section 3.
-
-    Example:
-        >>> spfde.sparsity.erk({"first": (8, 4), "second": (64, 64)}, sparsity=0.9)
-        {'first': 32, 'second': 381}
     """
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     fixed = {}
@@ -59,11 +51,15 @@ def erk(
     if not free:
         return fixed
     budget = active_count(sum(numel.values()), sparsity) - sum(fixed.values())
-    if not len(free) <= budget <= sum(numel[name] for name in free):
-        raise InvalidArgument(_impossible_budget(sparsity, budget, len(free), sum(numel[name] for name in free)))
-    dims = {name: float(sum(shapes[name])) for name in free}
-    shared = apportion(dims, {name: numel[name] for name in free}, budget, least=1)
-    return {name: fixed[name] if name in fixed else shared[name] for name in shapes}
+    room = [numel[name] for name in free]
+    if not len(free) <= budget <= sum(room):
+        rule = f"leaves {budget} active weights to {len(free)} layers that can have {len(free)} to {sum(room)}"
+        remedy = "Change the sparsity or the overrides, or use distribution='uniform'."
+        raise InvalidArgument(Problem("sparsity", sparsity, rule, remedy))
+    dims = [float(sum(shapes[name])) for name in free]
+    shared = apportion(dims, room, budget, least=1)
+    counts = {**fixed, **dict(zip(free, shared, strict=True))}
+    return {name: counts[name] for name in shapes}
 
 
 def override_for(name: str, overrides: Mapping[str, float]) -> float | None:
@@ -72,9 +68,7 @@ def override_for(name: str, overrides: Mapping[str, float]) -> float | None:
     return found[-1] if found else None
 
 
-def apportion(
-    weights: Mapping[str, float], capacity: Mapping[str, int], budget: int, *, least: int = 0
-) -> dict[str, int]:
+def apportion(weights: Sequence[float], capacity: Sequence[int], budget: int, *, least: int = 0) -> list[int]:
     """Share ``budget`` out in proportion to ``weights``: integers that add up, by largest remainder, first wins.
 
     Who is full hands the rest on to the others, in the same proportion. With weights of zero all have the same claim.
@@ -85,42 +79,33 @@ def apportion(
         budget: what there is, from ``least * len(capacity)`` to the sum of the capacities.
         least: what each gets in any case.
     """
-    claims = dict(weights) if any(weights.values()) else dict.fromkeys(weights, 1.0)
+    claims = weights if any(weights) else [1.0] * len(weights)
     return _round_shares(_fill(claims, capacity, budget), capacity, budget, least)
 
 
-def _fill(claims: Mapping[str, float], capacity: Mapping[str, int], budget: int) -> dict[str, float]:
+def _fill(claims: Sequence[float], capacity: Sequence[int], budget: int) -> list[float]:
     """Real-valued shares ``min(capacity, scale * claim)`` that add up to ``budget``."""
-    full: set[str] = set()
+    full: set[int] = set()
     while True:
-        rest = [name for name in claims if name not in full]
-        left, wanted = budget - sum(capacity[name] for name in full), math.fsum(claims[name] for name in rest)
-        if not rest or not wanted:
+        rest = [place for place in range(len(claims)) if place not in full]
+        left, wanted = budget - sum(capacity[place] for place in full), math.fsum(claims[place] for place in rest)
+        shares = [float(most) for most in capacity]
+        for place in rest:
             # Those who claim nothing get what nobody else can take.
-            return {name: float(capacity[name]) if name in full else left / len(rest) for name in claims}
-        scale = left / wanted
-        overfull = {name for name in rest if scale * claims[name] > capacity[name]}
+            shares[place] = left / wanted * claims[place] if wanted else left / len(rest)
+        overfull = {place for place in rest if wanted and shares[place] > capacity[place]}
         if not overfull:
-            return {name: float(capacity[name]) if name in full else scale * claims[name] for name in claims}
+            return shares
         full |= overfull
 
 
-def _round_shares(ideal: Mapping[str, float], capacity: Mapping[str, int], budget: int, least: int) -> dict[str, int]:
+def _round_shares(ideal: Sequence[float], capacity: Sequence[int], budget: int, least: int) -> list[int]:
     """Integers next to ``ideal`` between ``least`` and ``capacity`` that add up to ``budget``."""
-    counts = {name: min(capacity[name], max(least, math.floor(round(value, 6)))) for name, value in ideal.items()}
-    while (missing := budget - sum(counts.values())) != 0:
+    counts = [min(most, max(least, math.floor(round(value, 6)))) for value, most in zip(ideal, capacity, strict=True)]
+    while (missing := budget - sum(counts)) != 0:
         step = 1 if missing > 0 else -1
-        movable = [name for name in counts if least <= counts[name] + step <= capacity[name]]
-        movable.sort(key=lambda name: step * (counts[name] - ideal[name]))
-        for name in movable[: abs(missing)]:
-            counts[name] += step
+        movable = [place for place, most in enumerate(capacity) if least <= counts[place] + step <= most]
+        movable.sort(key=lambda place: step * (counts[place] - ideal[place]))
+        for place in movable[: abs(missing)]:
+            counts[place] += step
     return counts
-
-
-def _impossible_budget(sparsity: float, budget: int, layers: int, available: int) -> Problem:
-    return Problem(
-        "sparsity",
-        sparsity,
-        f"leaves {budget} active weights to {layers} layers that can have {layers} to {available}",
-        "Change the sparsity or the overrides, or use distribution='uniform'.",
-    )

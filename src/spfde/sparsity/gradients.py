@@ -1,9 +1,6 @@
-"""The dense gradients that a mutation needs: those of one step, or of many, smoothed."""
+"""The gradients that a mutation needs: dense ones, and those without a loss scale."""
 
 from __future__ import annotations
-
-from collections.abc import Container, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,32 +11,28 @@ class DenseGradients:
     """What each layer's ``p.grad`` would hold at the step if it were not masked.
 
     Masking after each backward pass removes the inactive part, so that part is kept here and added up over the
-    backward passes of one step (gradient accumulation). A pass belongs to the same step when ``p.grad`` is still the
-    tensor that the last pass left and was changed by one accumulation only: a gradient that was reset, replaced or
-    unscaled since then (``zero_grad``, a step that ``GradScaler`` skipped) starts anew.
+    backward passes of one step (gradient accumulation).
     """
 
     def __init__(self) -> None:
         self.passes: dict[str, int] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._left: dict[str, tuple[Tensor, int]] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._buffers
 
-    def collect(self, name: str, grad: Tensor, mask: Tensor) -> None:
-        """Take in one backward pass. Call it before ``grad`` is masked, and :meth:`note` after."""
-        left = self._left.get(name)
-        if left is not None and left[0] is grad and grad._version == left[1] + 1:
+    def collect(self, name: str, grad: Tensor, mask: Tensor, *, accumulates: bool) -> None:
+        """Take in one backward pass, before ``grad`` is masked.
+
+        Args:
+            accumulates: whether it added to what the last pass of this step has left.
+        """
+        if accumulates and name in self._buffers:
             # The active part has accumulated in p.grad itself, the inactive part only here.
             self._buffers[name].masked_fill_(mask, 0).add_(grad.detach())
         else:
             self._buffers[name] = grad.detach().to(torch.promote_types(grad.dtype, torch.float32), copy=True)
         self.passes[name] = self.passes.get(name, 0) + 1
-
-    def note(self, name: str, grad: Tensor) -> None:
-        """Remember the gradient as masking left it."""
-        self._left[name] = (grad, grad._version)
 
     def take(self) -> dict[str, Tensor]:
         """Hand over the gradients collected so far and forget them."""
@@ -50,42 +43,6 @@ class DenseGradients:
     def clear(self) -> None:
         """Forget the collected gradients; the count of passes stays."""
         self._buffers = {}
-        self._left = {}
-
-
-class SmoothedGradients:
-    """An exponential mean of dense gradients over the steps, by layer.
-
-    Attributes:
-        values: the means so far; a layer's starts with its first gradient.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, gradients: Mapping[str, Tensor], *, momentum: float) -> None:
-        """Take in the gradients of one step."""
-        for name, gradient in gradients.items():
-            if name in self.values:
-                self.values[name].mul_(momentum).add_(gradient, alpha=1.0 - momentum)
-            else:
-                self.values[name] = gradient.detach() * (1.0 - momentum)
-
-    def keep(self, names: Container[str]) -> None:
-        """Forget those of all other layers."""
-        self.values = {name: value for name, value in self.values.items() if name in names}
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self.values = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The means by layer."""
-        return {name: value.clone() for name, value in self.values.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.values = {name: value.detach().clone() for name, value in state.items()}
 
 
 def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.sparsity import masks as masking
 from spfde.sparsity.gradients import DenseGradients
-from spfde.sparsity.layers import shapes_of
-from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.schedule import MaskPlan
-from spfde.sparsity.state import Bounds, check_state, check_weights
+from spfde.sparsity.state import check_state, check_weights
 from spfde.sparsity.structure import Unstructured
 from spfde.sparsity.weight import MaskedWeight
+
+if TYPE_CHECKING:
+    from spfde.sparsity.methods.base import SparsityMethod
 
 
 class Masker:
@@ -39,13 +40,6 @@ class Masker:
         layers: the masked weights by name.
         live: those that the steps look after: masked at all, and not frozen.
         average: with several processes: replaces tensors by their mean over the ranks.
-
-    Example:
-        >>> layers = {"2.weight": model[2].weight}
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> masker = spfde.sparsity.Masker(layers, optimizer, spfde.SET(sparsity=0.75), generator=generator)
-        >>> masker.density, int((model[2].weight != 0).sum())
-        (0.25, 16)
     """
 
     def __init__(
@@ -58,7 +52,7 @@ class Masker:
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.method, self.optimizer, self.generator = method, optimizer, generator
-        self.layers = _masked_weights(layers, method)
+        self.layers = _masked_weights(layers, method, optimizer, generator)
         self.live: list[MaskedWeight] = []
         self.average: Callable[[Iterable[Tensor]], None] | None = None
         self._dense = DenseGradients()
@@ -93,7 +87,7 @@ class Masker:
     def explored(self) -> float:
         """Share of the masked weights that have been active at some time: ITOP's over-parameterisation rate."""
         weights = sum(layer.numel for layer in self.layers.values())
-        return sum(layer.explored.count for layer in self.layers.values()) / weights
+        return sum(layer.n_explored for layer in self.layers.values()) / weights
 
     @property
     def density(self) -> float:
@@ -151,9 +145,8 @@ class Masker:
     def begin_epoch(self, plan: MaskPlan) -> None:
         """Carry out the plan of an epoch; call it once at its top, before the blocks of the epoch are frozen."""
         self.reset_epoch_counters()
-        was_live = self.live
         frozen = [name for name, own in plan.layers.items() if own.frozen]
-        self.strategy.prune_to_target([x for x in was_live if x.name in frozen and plan.layers[x.name].to_target])
+        self.strategy.prune_to_target([x for x in self.live if x.name in frozen and plan.layers[x.name].to_target])
         self._set_live(frozen)
         self._dense.clear()
         for layer in self.live:
@@ -189,8 +182,7 @@ class Masker:
         for name, layer in self.layers.items():
             layer.set_mask(masking.infer_mask(layer.parameter, found[name], self.generator), found[name])
             self.strategy.adopt(layer)
-            layer.clear_outside(self.optimizer)
-            layer.note_explored()
+            layer.clear_outside()
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -204,8 +196,8 @@ class Masker:
         return {
             "masks": {name: masking.pack(layer.mask) for name, layer in layers.items()},
             "target": {name: layer.target * layer.unit_size for name, layer in layers.items()},
-            "explored": {name: layer.explored.packed.clone() for name, layer in layers.items()},
-            "dense_gradient_passes": dict(self._dense.passes),
+            "explored": {name: layer.explored.clone() for name, layer in layers.items()},
+            "dense_gradient_passes": {name: self._dense.passes.get(name, 0) for name in layers},
             "steps": self._steps,
             "active_over_steps": dict(self._active_over_steps),
             "strategy": self.strategy.state_dict(),
@@ -223,7 +215,7 @@ class Masker:
             layer.target = state["target"][name] // layer.unit_size
             layer.wider = None
             layer.set_mask(loaded[name], int(loaded[name].sum()) // layer.unit_size)
-            layer.explored.packed = state["explored"][name].clone()
+            layer.explored = state["explored"][name].to("cpu", copy=True)
             masking.apply_(layer.parameter, layer.mask)
         self._dense.clear()
         self._dense.passes = dict(state["dense_gradient_passes"])
@@ -237,16 +229,18 @@ class Masker:
 
     def check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """The masks of a saved state, if it can be loaded; otherwise raise ``StateMismatch``."""
-        loaded = check_state(state, {name: self._bounds(layer) for name, layer in self.layers.items()})
-        check_weights({name: layer.parameter for name, layer in self.layers.items()}, loaded)
+        loaded = check_state(state, self.layers, counts_known=self.method.counts_known)
+        check_weights(self.layers, loaded)
         self.strategy.check_state(state["strategy"], loaded)
         return loaded
 
     # --- for strategies ----------------------------------------------------------------------------------------------
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients that were collected for this step, which are forgotten."""
-        return self._dense.take()
+        """The dense gradients that were collected for this step, which are forgotten; their mean over the ranks."""
+        gradients = self._dense.take()
+        self.average_over_ranks(gradients)
+        return gradients
 
     def average_over_ranks(self, gradients: Mapping[str, Tensor]) -> None:
         """With several processes: replace the gradients by their mean over the ranks."""
@@ -263,28 +257,19 @@ class Masker:
 
     def _draw(self, layer: MaskedWeight, given: Tensor | None) -> None:
         """The layer's first mask."""
-        if layer.is_dense and given is None:
-            layer.note_explored()
-            return
         if given is not None:
             layer.target, layer.is_dense = int(given.sum()) // layer.unit_size, False
+            layer.explored.zero_()
             layer.set_mask(given, layer.target)
+        elif layer.is_dense:
+            return
         elif not self.strategy.start(layer):
             first = self.method.first_count(layer.target, layer.n_units)
-            layer.draw(first, by=self.method.init, generator=self.generator)
-        layer.clear_outside(self.optimizer)
-        layer.note_explored()
+            layer.draw(first, by=self.method.init)
+        layer.clear_outside()
 
     def _set_live(self, frozen: Sequence[str]) -> None:
         self.live = [layer for layer in self.layers.values() if not layer.is_dense and layer.name not in frozen]
-
-    def _bounds(self, layer: MaskedWeight) -> Bounds:
-        target = layer.target * layer.unit_size
-        return Bounds(
-            shape=tuple(layer.parameter.shape),
-            unit_size=layer.unit_size,
-            target=target if self.method.counts_known else None,
-        )
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -295,13 +280,13 @@ class Masker:
             return
         layer.follow()
         layer.arrived = True
-        collects = self.strategy.wants_dense(layer)
-        if collects:
-            self._dense.collect(layer.name, grad, layer.mask)
+        if self.strategy.wants_dense(layer):
+            # A gradient that was reset, replaced or unscaled since the last pass (zero_grad, a step that GradScaler
+            # skipped) has another version, and starts anew.
+            accumulates = layer.clean == (id(grad), grad._version - 1)
+            self._dense.collect(layer.name, grad, layer.mask, accumulates=accumulates)
         masking.apply_(grad, layer.gradient_mask)
         layer.clean = (id(grad), grad._version)
-        if collects:
-            self._dense.note(layer.name, grad)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: mask gradients that were set by hand."""
@@ -316,7 +301,7 @@ class Masker:
             if grad is not None:
                 layer.follow()
                 if layer.name not in self._dense and not layer.arrived and self.strategy.wants_dense(layer):
-                    self._dense.collect(layer.name, grad, layer.mask)
+                    self._dense.collect(layer.name, grad, layer.mask, accumulates=False)
                 # Nothing has written to the gradient since its backward pass: it is masked already.
                 if layer.clean != (id(grad), grad._version):
                     masking.apply_(grad, layer.gradient_mask)
@@ -332,13 +317,15 @@ class Masker:
         self.strategy.end_step(was_skipped=was_skipped, has_closure=_closure_of(args, kwargs) is not None)
 
 
-def _masked_weights(layers: Mapping[str, nn.Parameter], method: SparsityMethod) -> dict[str, MaskedWeight]:
-    shapes, counts = shapes_of(layers), method.counts(shapes_of(layers))
+def _masked_weights(
+    layers: Mapping[str, nn.Parameter], method: SparsityMethod, optimizer: Optimizer, generator: torch.Generator
+) -> dict[str, MaskedWeight]:
+    counts = method.counts({name: tuple(parameter.shape) for name, parameter in layers.items()})
     weights = {}
     for name, parameter in layers.items():
-        is_dense = counts[name] == parameter.numel()
-        structure = Unstructured() if is_dense else method.structure
-        weights[name] = MaskedWeight(name, parameter, structure, counts[name] // structure.unit_size(shapes[name]))
+        structure = Unstructured() if counts[name] == parameter.numel() else method.structure
+        target = counts[name] // structure.unit_size(tuple(parameter.shape))
+        weights[name] = MaskedWeight(name, parameter, structure, target, optimizer=optimizer, generator=generator)
     return weights
 
 

@@ -6,7 +6,7 @@ Flat indices are row-major whatever the memory format, so that a mask depends on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,11 +29,6 @@ def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Gen
 
     Raises:
         InvalidArgument: there are more non-zeros than ``n_active``.
-
-    Example:
-        >>> spfde.sparsity.infer_mask(torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
-        tensor([[ True, False],
-                [False,  True]])
     """
     mask = weight.detach() != 0
     found = int(mask.sum())
@@ -43,10 +38,20 @@ def infer_mask(weight: Tensor, n_active: int | None = None, generator: torch.Gen
         remedy = "Load a checkpoint of this sparsity, or lower the recipe's sparsity."
         raise InvalidArgument(Problem("n_active", n_active, f"the weight has {found} non-zeros, which is more", remedy))
     assert generator is not None, "filling a mask up needs a generator"
-    flat = mask.flatten()
-    empty = (~flat).nonzero().squeeze(1)
-    drawn = torch.randperm(len(empty), generator=generator)[: n_active - found]
-    flat[empty[drawn.to(empty.device)]] = True
+    return grow_random(mask, n_active, generator)
+
+
+def grow_random(mask: Tensor, n_final: int, generator: torch.Generator) -> Tensor:
+    """Activate inactive weights uniformly at random until ``n_final`` are active.
+
+    Source: Mocanu et al. (SET, arXiv 1707.04780); Yuan et al. (MEST, arXiv 2110.14032).
+    """
+    flat = mask.flatten().clone()
+    candidates = (~flat).nonzero().squeeze(1)
+    n_new = n_final - (len(flat) - len(candidates))
+    assert 0 <= n_new <= len(candidates), f"cannot grow {n_new} of {len(candidates)}"
+    drawn = torch.randperm(len(candidates), generator=generator)[:n_new]
+    flat[candidates[drawn.to(candidates.device)]] = True
     return flat.view(mask.shape)
 
 
@@ -76,14 +81,24 @@ def highest(score: Tensor, n: int, *, among: Tensor | None = None) -> Tensor:
     return mask.view(score.shape)
 
 
-def largest_half(weight: Tensor, mask: Tensor) -> Tensor:
-    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU.
+def highest_overall(
+    scores: Mapping[str, Tensor], n: int, *, among: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Masks of the ``n`` highest of all layers' scores together, with the best of each layer always among them."""
+    device = next(iter(scores.values())).device
+    every = torch.cat([score.to(device).flatten() for score in scores.values()])
+    free = torch.ones_like(every, dtype=torch.bool)
+    if among is not None:
+        free = torch.cat([among[name].to(device).flatten() for name in scores])
+    sizes = [score.numel() for score in scores.values()]
+    parts = zip(torch.split(every, sizes), torch.split(free, sizes), strict=True)
+    kept = torch.cat([highest(score, 1, among=candidates) for score, candidates in parts])
+    chosen = torch.split(kept | highest(every, n - len(sizes), among=free & ~kept), sizes)
+    return {name: c.view(score.shape).to(score.device) for (name, score), c in zip(scores.items(), chosen, strict=True)}
 
-    Example:
-        >>> weight = torch.tensor([3.0, 1.0, 2.0, 0.0])
-        >>> spfde.sparsity.largest_half(weight, weight != 0)
-        tensor([ True, False,  True, False])
-    """
+
+def largest_half(weight: Tensor, mask: Tensor) -> Tensor:
+    """The larger half of the active weights by magnitude, rounded up, as a mask on the CPU."""
     weight, mask = weight.detach().cpu(), mask.cpu()
     return highest(weight.abs(), -(-int(mask.sum()) // 2), among=mask)
 
@@ -109,12 +124,7 @@ def apply_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first.
-
-    Example:
-        >>> spfde.sparsity.pack(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
+    """A mask as a one-dimensional uint8 tensor on the CPU, eight weights per byte, lowest bit first."""
     flat = mask.detach().flatten().to("cpu")
     return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
 
@@ -124,10 +134,6 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
     Raises:
         InvalidArgument: the number of bytes does not fit the shape.
-
-    Example:
-        >>> spfde.sparsity.unpack(torch.tensor([5], dtype=torch.uint8), (3,))
-        tensor([ True, False,  True])
     """
     numel = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (math.ceil(numel / 8),):

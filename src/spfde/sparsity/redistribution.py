@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from spfde.core.errors import StateMismatch
-from spfde.core.state import check_all, check_entries
-from spfde.sparsity.criteria import Criterion, Magnitude
+from spfde.core.state import check_entries
+from spfde.sparsity.criteria import Criterion
 from spfde.sparsity.distribution import apportion
-from spfde.sparsity.gradients import SmoothedGradients
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 Turnover = tuple[int, int]
 """Active units that survive a mutation, and active units after it."""
@@ -44,7 +42,7 @@ class LayerView:
         return self.scores.numel()
 
 
-Allot = Callable[[Sequence[LayerView], float, MutableMapping[str, float]], list[Turnover]]
+Allot = Callable[[Sequence[LayerView], float, dict[str, float]], list[Turnover]]
 """Says for each layer how many units it keeps and then holds, from the layers that learn, the run's progress, and what
 the method remembers from one mutation to the next."""
 
@@ -56,23 +54,33 @@ class Redistribution(Strategy):
         masker: see ``Strategy``.
         allot: the method's rule.
         grow: by which weights grow within a layer; of the smoothed gradient, where it needs one.
-        momentum: of the smoothed gradient; None: none is kept.
+        momentum: of the smoothed gradient, an exponential mean of the dense ones over the steps; None: none is kept.
+        memory: what the method remembers at first.
     """
 
-    def __init__(self, masker: Masker, *, allot: Allot, grow: Criterion, momentum: float | None = None) -> None:
+    def __init__(
+        self,
+        masker: Masker,
+        *,
+        allot: Allot,
+        grow: Criterion,
+        momentum: float | None = None,
+        memory: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(masker)
         self._allot, self._grow, self._momentum = allot, grow, momentum
-        self._smoothed = SmoothedGradients()
-        self._memory: dict[str, float] = {}
+        self._smoothed: dict[str, Tensor] = {}
+        self._memory = dict(memory or {})
         self._smooths = False
 
     def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
-        self._smoothed.keep({layer.name for layer in live})
+        names = {layer.name for layer in live}
+        self._smoothed = {name: value for name, value in self._smoothed.items() if name in names}
         if plan.update and plan.epoch > 0 and not plan.last:
             self._redistribute(plan.progress, live)
         self._smooths = self._momentum is not None and plan.dense_gradients == "every step"
         if not self._smooths:
-            self._smoothed.clear()
+            self._smoothed = {}
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
         return self._smooths
@@ -82,56 +90,63 @@ class Redistribution(Strategy):
             return
         assert self._momentum is not None, "only with momentum anything is smoothed"
         gradients = self.masker.take_dense_gradients()
-        self.masker.average_over_ranks(gradients)
         if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-            self._smoothed.add(gradients, momentum=self._momentum)
+            add_smoothly(self._smoothed, gradients, momentum=self._momentum)
 
     def clear(self) -> None:
-        self._smoothed.clear()
+        self._smoothed = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"smoothed": self._smoothed.state_dict(), "memory": dict(self._memory), "smooths": self._smooths}
+        # Where nothing is smoothed there is a tensor without elements. So it is seen if a layer is missing.
+        smoothed = {name: self._smoothed.get(name, torch.empty(0)).clone() for name in self.masker.layers}
+        return {"smoothed": smoothed, "memory": dict(self._memory), "smooths": self._smooths}
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         check_entries(state, "the redistribution", {"smoothed": dict, "memory": dict, "smooths": bool})
-        check_entries(state["smoothed"], "the smoothed gradients", {n: Tensor for n in masks if n in state["smoothed"]})
+        check_entries(state["smoothed"], "the smoothed gradients", dict.fromkeys(masks, Tensor))
         for name, gradient in state["smoothed"].items():
-            if gradient.shape != masks[name].shape:
+            if gradient.numel() and gradient.shape != masks[name].shape:
                 raise StateMismatch(f"the smoothed gradient of {name} in the state has shape {tuple(gradient.shape)}.")
-        check_all(state["memory"], "the redistribution's memory", (int, float))
+        check_entries(state["memory"], "the redistribution's memory", dict.fromkeys(self._memory, (int, float)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._smoothed.load_state_dict(state["smoothed"])
+        layers = self.masker.layers
+        self._smoothed = {
+            name: value.detach().to(layers[name].parameter.device, copy=True)
+            for name, value in state["smoothed"].items()
+            if value.numel()
+        }
         self._memory, self._smooths = dict(state["memory"]), state["smooths"]
 
     def _redistribute(self, progress: float, live: Sequence[MaskedWeight]) -> None:
-        smoothed = self._smoothed.values
-        layers = [layer for layer in live if self._momentum is None or layer.name in smoothed]
-        views = [_view(layer, smoothed.get(layer.name)) for layer in layers]
+        layers = [layer for layer in live if self._momentum is None or layer.name in self._smoothed]
+        views = [_view(layer, self._smoothed.get(layer.name)) for layer in layers]
         for layer, (survive, final) in zip(layers, self._allot(views, progress, self._memory), strict=True):
             if (survive, final) != (layer.active, layer.active):
                 weight = layer.parameter.detach()
-                self.mutate(
-                    layer,
-                    survive,
-                    final,
-                    drop_score=Magnitude().score(weight, None),
-                    grow_score=self._grow.score(weight, smoothed.get(layer.name)),
-                )
+                grow_score = self._grow.score(weight, self._smoothed.get(layer.name))
+                layer.mutate(survive, final, drop_score=weight.abs(), grow_score=grow_score)
             layer.target = layer.active
+
+
+def add_smoothly(means: dict[str, Tensor], gradients: Mapping[str, Tensor], *, momentum: float) -> None:
+    """Take the gradients of one step into their exponential means, of which each starts with its first gradient."""
+    for name, gradient in gradients.items():
+        if name in means:
+            means[name].mul_(momentum).add_(gradient, alpha=1.0 - momentum)
+        else:
+            means[name] = gradient.detach() * (1.0 - momentum)
 
 
 def share_out(layers: Sequence[LayerView], keep: Sequence[int], *, claims: Sequence[float]) -> list[Turnover]:
     """Give what all layers dropped together back to them, in proportion to ``claims``."""
-    names = [str(index) for index in range(len(layers))]
-    room = {name: layer.n_units - kept for name, layer, kept in zip(names, layers, keep, strict=True)}
+    room = [layer.n_units - kept for layer, kept in zip(layers, keep, strict=True)]
     dropped = sum(layer.active - kept for layer, kept in zip(layers, keep, strict=True))
-    grown = apportion(dict(zip(names, claims, strict=True)), room, dropped)
-    return [(kept, kept + grown[name]) for name, kept in zip(names, keep, strict=True)]
+    return [(kept, kept + grown) for kept, grown in zip(keep, apportion(claims, room, dropped), strict=True)]
 
 
 def _view(layer: MaskedWeight, smoothed: Tensor | None) -> LayerView:
     units = layer.structure.units_of(layer.mask)
-    scores = layer.unit_scores(layer.parameter.detach().abs())[units]
+    scores = layer.structure.reduce(layer.parameter.detach().abs())[units]
     momentum = 0.0 if smoothed is None else float(smoothed.abs()[layer.mask].mean())
     return LayerView(layer.n_units, scores, momentum)

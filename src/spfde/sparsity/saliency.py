@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import tree_leaves, tree_map_only
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
-from spfde.sparsity.masks import highest
+from spfde.sparsity.masks import highest_overall
 from spfde.sparsity.structure import Structure
 
 ScoreLoss = Callable[[nn.Module, Any], Tensor]
@@ -170,22 +170,6 @@ def choose_units(
         )
         for name, score in scores.items()
     }
-
-
-def highest_overall(
-    scores: Mapping[str, Tensor], n: int, *, among: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The ``n`` highest of all layers' scores (n_units,), with the best of each layer always among them."""
-    device = next(iter(scores.values())).device
-    sizes = [len(score) for score in scores.values()]
-    every = torch.cat([score.to(device) for score in scores.values()])
-    free = torch.ones_like(every, dtype=torch.bool)
-    if among is not None:
-        free = torch.cat([among[name].to(device) for name in scores])
-    parts = zip(torch.split(every, sizes), torch.split(free, sizes), strict=True)
-    kept = torch.cat([highest(score, 1, among=candidates) for score, candidates in parts])
-    chosen = kept | highest(every, n - len(sizes), among=free & ~kept)
-    return {name: c.to(scores[name].device) for name, c in zip(scores, torch.split(chosen, sizes), strict=True)}
 
 
 def _summed_gradients(model: nn.Module, weights: Weights, batches: Sequence[Any], loss: ScoreLoss) -> list[Tensor]:

@@ -22,12 +22,6 @@ class LayerPlan:
         mutates: whether the mask may change at the top of the epoch.
         to_target: whether it comes to its target at the top of this epoch: at the last mutation before its block is
             frozen for good, in the first epoch in which it is, and in the last epoch.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.set, epochs=20, samples=20)
-        >>> layer = bill.timeline[bill.blueprint.interval].layers["2.weight"]
-        >>> layer.active, layer.survive, layer.mutates
-        (6, 4, True)
     """
 
     target: int
@@ -50,12 +44,6 @@ class MaskPlan:
         last: whether it is the run's last epoch: masks are pruned to their target and stay.
         dense_gradients: in which steps gradients of inactive weights are computed.
         layers: by name, in order of execution.
-
-    Example:
-        >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.rigl, epochs=20, samples=20)
-        >>> masks = bill.timeline[bill.blueprint.interval].masks
-        >>> masks.update, masks.dense_gradients, list(masks.layers)
-        (True, 'one step', ['2.weight', '4.weight'])
     """
 
     epoch: int

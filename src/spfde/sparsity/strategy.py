@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from spfde.core.state import check_entries
-from spfde.sparsity import mutation
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 class Strategy:
     """Masks stay as they are, but for what the plan prunes to target: the base, and the strategy of static masks.
 
+    A method of another kind returns its own from ``SparsityMethod.strategy``; masks change by ``MaskedWeight.mutate``.
+
     Args:
         masker: gives the layers, the optimizer and the generator.
+
+    Example:
+        >>> class Shuffle(spfde.sparsity.Strategy):
+        ...     def begin_epoch(self, plan, live):
+        ...         for layer in live:
+        ...             layer.mutate(layer.active // 2, layer.active)  # half are dropped at random, and as many grow
+        >>> class Shuffled(spfde.sparsity.SparsityMethod):
+        ...     name = "shuffled"
+        ...     summary = "Half of the weights change places at random in every epoch."
+        ...
+        ...     def strategy(self, masker):
+        ...         return Shuffle(masker)
+        >>> recipe = spfde.Recipe(sparsity=Shuffled(sparsity=0.9))
+        >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=10)
+        >>> before = dict(session.masks)
+        >>> session.begin_epoch()
+        >>> any(not mask.equal(before[name]) for name, mask in session.masks.items()), round(session.density, 2)
+        (True, 0.09)
     """
 
     changes_every_step = False
@@ -36,7 +53,7 @@ class Strategy:
     def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
         """The top of an epoch, for the layers that are not frozen; what has to be pruned to target is already."""
 
-    def prune_to_target(self, layers: Iterable[MaskedWeight]) -> None:
+    def prune_to_target(self, layers: Sequence[MaskedWeight]) -> None:
         """Drop what these layers hold above their target, by magnitude, and whatever they were waiting for."""
         for layer in layers:
             self.prune(layer, layer.target)
@@ -44,7 +61,7 @@ class Strategy:
     def prune(self, layer: MaskedWeight, n_active: int) -> None:
         """Drop the smallest units beyond ``n_active``; a layer that has no more keeps them."""
         if layer.active > n_active:
-            self.mutate(layer, n_active, n_active, drop_score=mutation.magnitude(layer.parameter))
+            layer.mutate(n_active, n_active, drop_score=layer.parameter.detach().abs())
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
         """Whether the next gradient of the layer must hold inactive weights too."""
@@ -55,33 +72,14 @@ class Strategy:
 
     def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
         """The optimizer has stepped, or a scaler kept it from it: whatever it did, inactive weights are zero."""
-        layer.clear_outside(self.masker.optimizer)
+        layer.clear_outside()
 
     def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
         """After all layers' ``after_step``: mutations that waited for a gradient."""
 
-    def mutate(
-        self,
-        layer: MaskedWeight,
-        survive: int,
-        final: int,
-        *,
-        drop_score: Tensor | None = None,
-        grow_score: Tensor | None = None,
-    ) -> None:
-        """Drop and grow; see ``MaskedWeight.mutate``."""
-        layer.mutate(
-            survive,
-            final,
-            drop_score=drop_score,
-            grow_score=grow_score,
-            optimizer=self.masker.optimizer,
-            generator=self.masker.generator,
-        )
-
     def clear_idle_state(self, layer: MaskedWeight) -> None:
         """Zero the optimizer state of the weights that no step moves."""
-        layer.clear_state_outside(self.masker.optimizer, layer.gradient_mask)
+        layer.clear_state_outside(layer.gradient_mask)
 
     def adopt(self, layer: MaskedWeight) -> None:
         """A mask was taken from the weight's zeros: what is kept beside it begins anew, and nothing waits any more."""

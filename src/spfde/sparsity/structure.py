@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from spfde.core.numbers import round_half_up
-from spfde.core.registry import register
+from spfde.core.registry import register, registered
 from spfde.core.technique import Technique
-from spfde.sparsity import mutation
 from spfde.sparsity.masks import highest
 from spfde.sparsity.units import PATTERNS, Norm, finite, highest_of_each, pattern_scores, pool
 
@@ -95,29 +94,30 @@ class Structure(Technique):
             generator: for random patterns where there is no score.
             norm: as in :meth:`reduce`.
         """
-        return units.repeat_interleave(self.unit_size(shape)).view(*shape)
+        return self._spread(units, shape)
 
-    def choose(self, score: Tensor, n: int, among: Tensor | None = None) -> Tensor:
-        """The ``n`` units of the highest scores; of equal ones the lower index wins, and NaN ranks lowest.
-
-        Args:
-            score: (n_units,).
-            n: number of units to choose.
-            among: boolean (n_units,), the candidates; None: all.
-        """
-        return highest(score, n, among=among)
+    def choose(self, score: Tensor, n: int) -> Tensor:
+        """The ``n`` units of the highest scores, (n_units,); of equal ones the lower index wins; NaN ranks lowest."""
+        return highest(score, n)
 
     def drop(self, units: Tensor, score: Tensor, n_keep: int) -> Tensor:
         """The ``n_keep`` units of the highest scores among ``units``."""
-        return mutation.drop(units, score, n_keep)
+        return highest(score, n_keep, among=units)
 
     def grow(self, units: Tensor, score: Tensor, n_final: int) -> Tensor:
-        """``units`` and, of those that do not exist, the highest scores, ``n_final`` in all."""
-        return mutation.grow_by_score(units, score, n_final)
+        """``units`` and, of those that do not exist, the highest scores, ``n_final`` in all.
+
+        What was dropped just before may come back.
+        """
+        return units | highest(score, n_final - int(units.sum()), among=~units)
 
     def _cut(self, values: Tensor) -> Tensor:
         """The weights of each unit as a row: (n_units, weights in it)."""
         return values.reshape(self.n_units(values.shape), -1)
+
+    def _spread(self, units: Tensor, shape: Sequence[int]) -> Tensor:
+        """A value of each unit given to all its weights."""
+        return units.repeat_interleave(self.unit_size(shape)).view(*shape)
 
 
 @register("structure")
@@ -173,19 +173,6 @@ class Block(Structure):
             return f"must have a number of weights per output that {self.columns} divides; it has {columns}"
         return None
 
-    def expand(
-        self,
-        units: Tensor,
-        shape: Sequence[int],
-        *,
-        previous: Tensor | None = None,
-        score: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        norm: Norm = "l2",
-    ) -> Tensor:
-        blocks = units.view(self._grid(shape))
-        return blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1).view(*shape)
-
     def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
         return shape[0] // self.rows, math.prod(shape[1:]) // self.columns
 
@@ -193,6 +180,10 @@ class Block(Structure):
         down, across = self._grid(values.shape)
         blocks = values.reshape(down, self.rows, across, self.columns).transpose(1, 2)
         return blocks.reshape(down * across, self.rows * self.columns)
+
+    def _spread(self, units: Tensor, shape: Sequence[int]) -> Tensor:
+        blocks = units.view(self._grid(shape))
+        return blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1).view(*shape)
 
 
 @register("structure")
@@ -240,21 +231,19 @@ class NM(Structure):
     def target_units(self, shape: Sequence[int], sparsity: float) -> int:
         return math.prod(shape) // self.m * self.n
 
-    def choose(self, score: Tensor, n: int, among: Tensor | None = None) -> Tensor:
+    def choose(self, score: Tensor, n: int) -> Tensor:
         """The best of each group, ``n`` in all, which must be what :meth:`target_units` says."""
-        assert n * self.m == len(score) * self.n, f"{self.n}:{self.m} of {len(score)} weights cannot be {n}"
-        ranked = finite(score)
-        if among is not None:
-            ranked = ranked.masked_fill(~among, -math.inf)
-        chosen = highest_of_each(ranked.view(-1, self.m), self.n).view(-1)
-        assert among is None or not bool((chosen & ~among).any()), f"a group has fewer than {self.n} candidates"
-        return chosen
+        return self._best_of_each_group(finite(score), n)
 
     def grow(self, units: Tensor, score: Tensor, n_final: int) -> Tensor:
         """Fills each group up to ``n`` by the highest scores; no group of ``units`` may have more."""
-        grown = self.choose(finite(score).masked_fill(units, math.inf), n_final)
+        grown = self._best_of_each_group(finite(score).masked_fill(units, math.inf), n_final)
         assert not bool((units & ~grown).any()), f"a group has more than {self.n} active weights"
         return grown
+
+    def _best_of_each_group(self, score: Tensor, n: int) -> Tensor:
+        assert n * self.m == len(score) * self.n, f"{self.n}:{self.m} of {len(score)} weights cannot be {n}"
+        return highest_of_each(score.view(-1, self.m), self.n).view(-1)
 
 
 @register("structure")
@@ -352,3 +341,7 @@ class Channels(Structure):
 
     def n_units(self, shape: Sequence[int]) -> int:
         return shape[0]
+
+
+STRUCTURES = cast("Mapping[str, type[Structure]]", registered("structure"))
+"""Structures by name."""

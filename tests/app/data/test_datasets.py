@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,8 @@ def _npz(folder: Path, arrays: Arrays) -> Path:
     return path
 
 
-def _load(path: Path | str, **options: Any) -> ImageData:
-    return load_data(path, root=Path(path).parent / "unused", **options)
+def _load(path: Path | str) -> ImageData:
+    return load_data(path, root=Path(path).parent / "unused")
 
 
 class TestNamedSets:
@@ -159,7 +159,7 @@ class TestTorchvisionSets:
     def _small_mnist(self, monkeypatch: pytest.MonkeyPatch, *, train: int = 60) -> None:
         entry = DATASETS["mnist"]
         small = replace(entry, spec=replace(entry.spec, train_samples=train, test_samples=20))
-        monkeypatch.setattr(data_module, "DATASETS", MappingProxyType({**DATASETS, "mnist": small}))
+        monkeypatch.setattr(data_module, "DATASETS", {**DATASETS, "mnist": small})
 
     def test_files_that_are_there_are_read_without_the_network(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +200,7 @@ class TestTorchvisionSets:
         from torchvision import datasets
 
         entry = replace(DATASETS[name], spec=replace(DATASETS[name].spec, train_samples=5, test_samples=3))
-        monkeypatch.setattr(data_module, "DATASETS", MappingProxyType({name: entry}))
+        monkeypatch.setattr(data_module, "DATASETS", {name: entry})
         c, h, w = entry.spec.sample_shape
         shape = {"CIFAR10": (h, w, c), "CIFAR100": (h, w, c)}.get(str(entry.loader), (c, h, w) if c == 3 else (h, w))
         asked: list[str] = []
@@ -398,7 +398,7 @@ class TestFolders:
 
     def test_a_streamed_folder_gives_the_same_samples_and_statistics_as_one_in_memory(self, tmp_path: Path) -> None:
         path = _folder(tmp_path / "set", height=80, width=100)
-        kept, streamed = _load(path), _load(path, in_memory_bytes=0)
+        kept, streamed = _load(path), folders.load_folder(path, in_memory_bytes=0)
         assert (kept.in_memory, streamed.in_memory) == (True, False)
         loader = DataLoader(streamed.train, batch_size=4, collate_fn=collate, num_workers=1)
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
@@ -429,7 +429,7 @@ class TestFolders:
         bad = path / "train" / "bee" / "1.png"
         bad.write_bytes(bad.read_bytes()[:60])
         with pytest.raises(DataError, match=f"{bad}.*cannot be read as an image"):
-            _load(path, in_memory_bytes=0 if streamed else 2**20)
+            folders.load_folder(path, in_memory_bytes=0 if streamed else 2**20)
 
     @pytest.mark.parametrize("part", ["train", "test"])
     def test_a_file_that_is_no_image_is_found_before_training_in_a_streamed_set_too(
@@ -440,11 +440,11 @@ class TestFolders:
         bad = path / part / "bee" / "0.png"
         bad.write_bytes(b"")
         with pytest.raises(DataError, match=f"{bad}.*cannot be read as an image"):
-            _load(path, in_memory_bytes=0)
+            folders.load_folder(path, in_memory_bytes=0)
 
     def test_an_unreadable_image_is_named_by_a_loaders_worker_too(self, tmp_path: Path) -> None:
         path = _folder(tmp_path / "set")
-        streamed = _load(path, in_memory_bytes=0)
+        streamed = folders.load_folder(path, in_memory_bytes=0)
         bad = path / "test" / "bee" / "1.png"
         bad.write_bytes(b"")
         batches = iter(DataLoader(streamed.test, batch_size=2, num_workers=1, collate_fn=collate))
@@ -543,3 +543,9 @@ def test_channel_statistics_equal_the_plain_ones(n: int, channels: int, seed: in
     mean, std = channel_statistics(batch)
     torch.testing.assert_close(mean.double(), plain.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std.double(), plain.var((0, 2, 3), correction=0).sqrt(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "padding"), [((28, 28), 4), ((32, 32), 4), ((96, 96), 12), ((224, 300), 28)])
+def test_padding_is_four_for_small_images_and_grows_with_large_ones(size: tuple[int, int], padding: int) -> None:
+    data = load_data("fashion-mini", root="unused")
+    assert replace(data, spec=replace(data.spec, image_size=size)).padding == padding

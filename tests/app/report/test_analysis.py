@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from spfde.app.report import analysis
-from spfde.app.report.analysis import Curve, draw_analysis
+from spfde.app.report.analysis import draw_analysis
 from spfde.app.report.canvas import LIGHT
 from spfde.core.errors import RunFolderError
 
@@ -35,7 +35,7 @@ def test_a_plot_is_drawn_of_what_there_is(tmp_path: Path) -> None:
 
 
 def test_of_many_curves_a_few_from_front_to_end_are_named_and_all_are_drawn() -> None:
-    curves = [Curve(f"layer{index}.weight", [0.1 * index, 1.0]) for index in range(17)]
+    curves = {f"layer{index}.weight": [0.1 * index, 1.0] for index in range(17)}
     figure = Figure(layout="constrained")
     analysis._shares([2, 4], "CKA", curves, figure, LIGHT)
     assert len(figure.axes[0].lines) == 17
@@ -45,7 +45,7 @@ def test_of_many_curves_a_few_from_front_to_end_are_named_and_all_are_drawn() ->
 
 def test_differences_stand_at_the_later_checkpoint() -> None:
     figure = Figure(layout="constrained")
-    analysis._trend([2, 4, 6], [Curve("a", [3.0, 2.0, 1.0])], [Curve("a", [1.0, 1.0])], figure, LIGHT)
+    analysis._trend([2, 4, 6], {"a": [3.0, 2.0, 1.0]}, {"a": [1.0, 1.0]}, figure, LIGHT)
     above, below = figure.axes
     assert list(above.lines[0].get_xdata()) == [2, 4, 6]
     assert list(below.lines[0].get_xdata()) == [4, 6]

@@ -101,7 +101,7 @@ def test_nan_and_missing_fields_are_not_recorded(make_run: MakeRun) -> None:
 def test_the_freezing_of_a_run_is_the_timeline_that_it_was_planned_with(make_run: MakeRun) -> None:
     for run in (read_run(make_run("runs/a")), read_run(make_run("runs/b", done=2))):
         assert run.planned_freezing() == [0, 0, 0, 1, 1, 2]
-        assert run.frozen_spans() == [[(3, 6)], [(5, 6)], []]
+        assert run.frozen_blocks() == [0, 0, 0, 1, 1, 2]
         assert run.block_names() == ["stem", "stage1", "stage2"]
         assert run.freezes
 
@@ -111,10 +111,10 @@ def test_a_timeline_is_coded_by_run_lengths_and_blocks_may_thaw(make_run: MakeRu
     settings = json.loads((folder / "config.json").read_text())
     settings["timeline"]["rows"] = [[1, {"frozen_blocks": 0}], [2, {"frozen_blocks": 2}], [3, {"frozen_blocks": 1}]]
     (folder / "config.json").write_text(json.dumps(settings))
-    assert read_run(folder).frozen_spans() == [[(1, 6)], [(1, 3)], []]
+    assert read_run(folder).frozen_blocks() == [0, 2, 2, 1, 1, 1]
     settings["timeline"]["rows"][1][1]["frozen_blocks"] = 0
     (folder / "config.json").write_text(json.dumps(settings))
-    assert read_run(folder).frozen_spans() == [[(3, 6)], [], []]
+    assert read_run(folder).frozen_blocks() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_without_a_timeline_the_freezing_is_what_was_counted(make_run: MakeRun, 
     (folder / "config.json").write_text(json.dumps(settings))
     run = read_run(folder)
     assert run.planned_freezing() == []
-    assert run.frozen_spans() == [[(3, 5)], [], []]
+    assert run.frozen_blocks() == [0, 0, 0, 1, 1, 0]
     assert run.block_names() == ["block 0", "block 1", "block 2"]
 
 

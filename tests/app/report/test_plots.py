@@ -103,6 +103,16 @@ def test_a_block_of_the_timeline_is_trained_until_it_is_frozen(make_run: MakeRun
     assert list(counted.get_data().values) == [count - 0.5 for count in (0, 0, 0, 1, 1, 2)]
 
 
+def test_a_block_of_the_timeline_may_thaw(make_run: MakeRun) -> None:
+    folder = make_run()
+    settings = json.loads((folder / "config.json").read_text())
+    settings["timeline"]["rows"] = [[1, {"frozen_blocks": 0}], [2, {"frozen_blocks": 2}], [3, {"frozen_blocks": 1}]]
+    (folder / "config.json").write_text(json.dumps(settings))
+    *found, _ = drawn("freezing", read_run(folder)).axes[0].patches
+    bars = [(round(bar.get_y() + bar.get_height() / 2), bar.get_x(), bar.get_width()) for bar in found]
+    assert bars == [(0, 0, 1), (0, 1, 5), (1, 0, 1), (1, 1, 2), (1, 3, 3), (2, 0, 6)]
+
+
 def test_what_was_frozen_is_shown_over_the_plan_up_to_where_the_run_is(make_run: MakeRun) -> None:
     run = read_run(make_run(done=4, changes={"frozen_blocks": 3}))
     counted = drawn("freezing", run).axes[0].patches[-1].get_data()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spfde.app.train.augment import BatchAugment, crop_flip, normalise, padding_for
+from spfde.app.train.augment import BatchAugment, crop_flip, normalise
 from spfde.core.errors import StateMismatch
 
 
@@ -150,8 +150,3 @@ def test_uint8_is_normalised_as_shares_of_255_and_float_as_it_is() -> None:
     torch.testing.assert_close(normalise(floats, mean, std), expected)
     assert torch.equal(floats, kept)
     assert normalise(floats.double(), mean, std).dtype == torch.float32
-
-
-@pytest.mark.parametrize(("size", "padding"), [((28, 28), 4), ((32, 32), 4), ((96, 96), 12), ((224, 300), 28)])
-def test_padding_is_four_for_small_images_and_grows_with_large_ones(size: tuple[int, int], padding: int) -> None:
-    assert padding_for(size) == padding

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import METHODS, SET, PruningAtInitialisation, SparsityMethod, StaticSparse
+from spfde.core.registry import registered
+from spfde.sparsity import SET, PruningAtInitialisation, SparsityMethod, StaticSparse
+
+METHODS = registered("method")
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 

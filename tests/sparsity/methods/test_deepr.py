@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from helpers.masking import HandRun, places
 from spfde.sparsity import DeepR
-from spfde.sparsity.mutation import rewire
+from spfde.sparsity.methods.deepr import rewire
 
 FOUR = [0.5, -0.5, 0.5, -0.5, 0.5, -0.5, 0.5, -0.5]  # at sparsity 0.5 four of these eight are active
 

@@ -17,7 +17,7 @@ LAYERS = [_view(10, 0.0005, 0.002, 0.003, 0.5), _view(8, 0.0001, 0.0002, 0.9, 0.
 
 
 def test_a_mutation_by_hand_gives_in_proportion_to_what_each_layer_kept() -> None:
-    memory: dict[str, float] = {}
+    memory = {"threshold": 1e-3}
     method = DSR(sparsity=0.5, drop_fraction=0.25, threshold=1e-3)
     # One falls in the first layer and two in the second; three go back in the proportion 3:2, that is 1.8 and 1.2.
     assert method.allot(LAYERS, progress=0.0, memory=memory) == [(3, 5), (2, 3)]
@@ -39,7 +39,7 @@ def test_the_threshold_doubles_after_too_few_and_halves_after_too_many(
 
 @pytest.mark.parametrize(("tolerance", "adapted"), [(0.4, 5e-4), (0.5, 1e-3)])
 def test_within_the_tolerance_the_threshold_stays(tolerance: float, adapted: float) -> None:
-    memory: dict[str, float] = {}
+    memory = {"threshold": 1e-3}
     DSR(sparsity=0.5, drop_fraction=0.25, tolerance=tolerance).allot(LAYERS, progress=0.0, memory=memory)
     assert memory["threshold"] == adapted  # three dropped for two wanted
 
@@ -64,10 +64,10 @@ def test_a_full_layer_hands_on_what_it_cannot_take() -> None:
 
 
 def test_nothing_moves_after_the_stop_fraction() -> None:
-    memory: dict[str, float] = {}
+    memory = {"threshold": 1e-3}
     turnovers = DSR(sparsity=0.5, stop_fraction=0.5).allot(LAYERS, progress=0.5, memory=memory)
     assert turnovers == [(4, 4), (4, 4)]
-    assert not memory
+    assert memory == {"threshold": 1e-3}
 
 
 def test_weights_move_between_layers_and_start_from_nothing() -> None:

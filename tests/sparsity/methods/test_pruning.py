@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spfde.core.errors import InvalidArgument
-from spfde.sparsity import Masker, saliency
+from spfde.sparsity import saliency
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
 from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Structure, Unstructured
 
@@ -47,8 +48,10 @@ def _select(
     method: PruningAtInitialisation, model: nn.Module, units: int, structure: Structure | None = None
 ) -> dict[str, Tensor]:
     batches = _batches() if method.n_batches else []
+    if structure is not None:
+        method = method.model_copy(update={"structure": structure})
     return method.select(
-        model, _weights(model), units=units, structure=structure or Unstructured(), batches=batches, loss=_loss,
+        model, _weights(model), units=units, batches=batches, loss=_loss,
         sample=(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),),
     )  # fmt: skip
 
@@ -85,7 +88,7 @@ def test_snip_keeps_the_largest_product_of_weight_and_gradient() -> None:
         model.weight.copy_(torch.tensor([[1.0, -1.0], [4.0, 0.5]]))
     # The loss is the sum of outputs on the inputs (1, 3): gradients 1 and 3, sensitivities 1, 3, 4, 1.5.
     masks = SNIP(sparsity=0.5).select(
-        model, {"weight": model.weight}, units=2, structure=Unstructured(), batches=[torch.tensor([[1.0, 3.0]])],
+        model, {"weight": model.weight}, units=2, batches=[torch.tensor([[1.0, 3.0]])],
         loss=lambda m, batch: m(batch).sum(), sample=torch.ones(1, 2),
     )  # fmt: skip
     assert masks["weight"].tolist() == [[False, True], [True, False]]
@@ -97,7 +100,7 @@ def test_grasp_removes_the_highest_of_the_papers_scores() -> None:
         model.weight.copy_(torch.tensor([[1.0, 2.0, -1.0]]))
     # Loss y²/2 on the input (1, 1, 2): y = 1, g = (1, 1, 2), H = g gᵀ, Hg = 6 g, S = -w * Hg = (-6, -12, 12).
     arguments: dict[str, Any] = {
-        "structure": Unstructured(), "batches": [torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64)],
+        "batches": [torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64)],
         "loss": lambda m, batch: 0.5 * m(batch).square().sum(), "sample": torch.ones(1, 3, dtype=torch.float64),
     }  # fmt: skip
     score = saliency.gradient_flow(
@@ -119,7 +122,7 @@ def test_synflow_leaves_a_path_through_a_chain_at_99_9_percent_sparsity() -> Non
     model = _chain(width=100)
     units = round(sum(w.numel() for w in _weights(model).values()) * 0.001)
     masks = SynFlow(sparsity=0.999).select(
-        model, _weights(model), units=units, structure=Unstructured(), batches=[], loss=_loss, sample=torch.ones(1, 4)
+        model, _weights(model), units=units, batches=[], loss=_loss, sample=torch.ones(1, 4)
     )
     flow: Tensor = torch.ones(4)
     for mask in masks.values():
@@ -132,7 +135,7 @@ def test_synflow_leaves_a_path_through_a_chain_at_99_9_percent_sparsity() -> Non
 def test_synflow_in_one_round_is_not_synflow_in_many() -> None:
     model = _chain()
     arguments: dict[str, Any] = {
-        "units": 60, "structure": Unstructured(), "batches": [], "loss": _loss, "sample": torch.ones(1, 4)
+        "units": 60, "batches": [], "loss": _loss, "sample": torch.ones(1, 4)
     }  # fmt: skip
     once = SynFlow(sparsity=0.9, iterations=1).select(model, _weights(model), **arguments)
     often = SynFlow(sparsity=0.9).select(model, _weights(model), **arguments)
@@ -156,7 +159,7 @@ def test_a_tied_weight_cannot_have_two_masks(method: PruningAtInitialisation) ->
     weights = {name: weights[name] for name in ("0.weight", "1.weight")}
     with pytest.raises(InvalidArgument, match=r"1\.weight.*0\.weight"):
         method.select(
-            model, weights, units=4, structure=Unstructured(), batches=[torch.ones(1, 4)],
+            model, weights, units=4, batches=[torch.ones(1, 4)],
             loss=lambda m, batch: m(batch).square().sum(), sample=torch.ones(1, 4),
         )  # fmt: skip
 
@@ -164,9 +167,7 @@ def test_a_tied_weight_cannot_have_two_masks(method: PruningAtInitialisation) ->
 def test_scoring_by_data_needs_data() -> None:
     model = _net()
     with pytest.raises(InvalidArgument, match="batches"):
-        SNIP(sparsity=0.9).select(
-            model, _weights(model), units=9, structure=Unstructured(), batches=[], loss=_loss, sample=torch.ones(1)
-        )
+        SNIP(sparsity=0.9).select(model, _weights(model), units=9, batches=[], loss=_loss, sample=torch.ones(1))
 
 
 @pytest.mark.parametrize("method", _METHODS, ids=_named)
@@ -203,7 +204,7 @@ def test_the_modelled_flops_of_scoring_are_those_that_are_counted(method: Prunin
     counter = FlopCounterMode(display=False)
     with counter:
         method.select(
-            model, _weights(model), units=100, structure=Unstructured(), batches=batches,
+            model, _weights(model), units=100, batches=batches,
             loss=lambda m, batch: m(batch).square().mean(), sample=torch.ones(1, 8),
         )  # fmt: skip
     modelled = method.scoring_flops(30 * 2 * 8 * 8, samples=10, batch_size=5)
@@ -216,7 +217,7 @@ def test_a_wrapped_model_is_scored_as_the_module_inside() -> None:
     plain = _select(SNIP(sparsity=0.9), model, 50)
     wrapped = nn.DataParallel(model)
     masks = SNIP(sparsity=0.9).select(
-        wrapped, _weights(model), units=50, structure=Unstructured(), batches=_batches(), loss=_loss,
+        wrapped, _weights(model), units=50, batches=_batches(), loss=_loss,
         sample=torch.ones(1, 4, 8, 8),
     )  # fmt: skip
     assert all(torch.equal(masks[name], plain[name]) for name in plain)

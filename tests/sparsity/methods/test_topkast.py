@@ -83,7 +83,7 @@ def test_from_the_stop_fraction_on_the_sparse_weights_learn_alone() -> None:
     run.step(w=[1.0] * 10)
     run.begin_epoch(3)
     assert run.masker.layers["w"].n_gradient == 2
-    assert run.strategy_state["latents"] == {}
+    assert run.strategy_state["latents"] == {"w": {}}
     active = run.active()
     run.step(w=[1.0] * 10)
     assert run.active() == active == [0, 1]

@@ -6,25 +6,23 @@ The named sets' shapes and counts are written down here, so that a plan needs no
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from inspect import signature
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
-from spfde.app.data.npz import describe_npz, layout_of, load_npz, to_nchw
+from spfde.app.data.npz import describe_npz, load_npz, to_nchw
 from spfde.app.train.augment import AugmentMode
 from spfde.core.errors import InvalidArgument, Problem, nearest
 
 EMBEDDED = "fashion-mini"
-IN_MEMORY_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -44,30 +42,27 @@ class NamedSet:
     files: str = ""
 
 
-def _idx_files(folder: str) -> str:
-    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+def _mnist_like(name: str, loader: str, augmentation: AugmentMode) -> NamedSet:
+    parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     # Unpacked: torchvision takes these as they are, but compares the archives with its own checksums.
-    return f"{folder}/raw/ (unpacked): " + ", ".join(f"{name}-ubyte" for name in names)
+    files = f"{loader}/raw/ (unpacked): " + ", ".join(f"{part}-ubyte" for part in parts)
+    return NamedSet(DataSpec(name, 10, 1, (28, 28), 60_000, 10_000), augmentation, loader, files)
 
 
-# Name, classes, channels, height and width, training and test images; augmentation; class and files of torchvision.
-_TABLE: tuple[tuple[tuple[str, int, int, int, int, int], AugmentMode, str | None, str], ...] = (
-    ((EMBEDDED, 10, 1, 28, 10_000, 2_000), "crop+flip", None, ""),
-    (("fashion-mnist", 10, 1, 28, 60_000, 10_000), "crop+flip", "FashionMNIST", _idx_files("FashionMNIST")),
-    (("mnist", 10, 1, 28, 60_000, 10_000), "crop", "MNIST", _idx_files("MNIST")),
-    (("kmnist", 10, 1, 28, 60_000, 10_000), "crop", "KMNIST", _idx_files("KMNIST")),
-    (("usps", 10, 1, 16, 7_291, 2_007), "crop", "USPS", "usps.bz2, usps.t.bz2"),
-    (("cifar10", 10, 3, 32, 50_000, 10_000), "crop+flip", "CIFAR10", "cifar-10-python.tar.gz"),
-    (("cifar100", 100, 3, 32, 50_000, 10_000), "crop+flip", "CIFAR100", "cifar-100-python.tar.gz"),
-    (("svhn", 10, 3, 32, 73_257, 26_032), "crop", "SVHN", "train_32x32.mat, test_32x32.mat"),
-    (("stl10", 10, 3, 96, 5_000, 8_000), "crop+flip", "STL10", "stl10_binary.tar.gz"),
+_SETS = (
+    NamedSet(DataSpec(EMBEDDED, 10, 1, (28, 28), 10_000, 2_000), "crop+flip"),
+    _mnist_like("fashion-mnist", "FashionMNIST", "crop+flip"),
+    _mnist_like("mnist", "MNIST", "crop"),
+    _mnist_like("kmnist", "KMNIST", "crop"),
+    NamedSet(DataSpec("usps", 10, 1, (16, 16), 7_291, 2_007), "crop", "USPS", "usps.bz2, usps.t.bz2"),
+    NamedSet(DataSpec("cifar10", 10, 3, (32, 32), 50_000, 10_000), "crop+flip", "CIFAR10", "cifar-10-python.tar.gz"),
+    NamedSet(
+        DataSpec("cifar100", 100, 3, (32, 32), 50_000, 10_000), "crop+flip", "CIFAR100", "cifar-100-python.tar.gz"
+    ),
+    NamedSet(DataSpec("svhn", 10, 3, (32, 32), 73_257, 26_032), "crop", "SVHN", "train_32x32.mat, test_32x32.mat"),
+    NamedSet(DataSpec("stl10", 10, 3, (96, 96), 5_000, 8_000), "crop+flip", "STL10", "stl10_binary.tar.gz"),
 )
-DATASETS: Mapping[str, NamedSet] = MappingProxyType(
-    {
-        name: NamedSet(DataSpec(name, classes, channels, (side, side), train, test), augmentation, loader, files)
-        for (name, classes, channels, side, train, test), augmentation, loader, files in _TABLE
-    }
-)
+DATASETS = {named.spec.name: named for named in _SETS}
 
 
 def describe_data(name_or_path: str | Path) -> DataSpec:
@@ -92,13 +87,12 @@ def describe_data(name_or_path: str | Path) -> DataSpec:
     return describe_folder(name_or_path)
 
 
-def load_data(name_or_path: str | Path, *, root: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> ImageData:
+def load_data(name_or_path: str | Path, *, root: str | Path) -> ImageData:
     """Load a data set for training; named sets of torchvision are downloaded into ``root`` when they are not there.
 
     Args:
         name_or_path: as ``describe_data``.
         root: folder of the downloaded sets; made when needed.
-        in_memory_bytes: an image folder is kept in memory when its decoded images fit into this many bytes.
 
     Raises:
         InvalidArgument: as ``describe_data``.
@@ -108,7 +102,7 @@ def load_data(name_or_path: str | Path, *, root: str | Path, in_memory_bytes: in
     if kind == "folder":
         with _torchvision(name_or_path):
             from spfde.app.data.folders import load_folder
-        return load_folder(name_or_path, in_memory_bytes=in_memory_bytes)
+        return load_folder(name_or_path)
     if kind == "npz":
         spec, train, test = load_npz(name_or_path)
         return _in_memory(spec, train, test, "crop")
@@ -162,10 +156,7 @@ def _from_torchvision(named: NamedSet, root: Path, *, train: bool) -> ImageArray
     """One part of a torchvision set, as ``(N, C, H, W)`` of uint8."""
     dataset = _open_torchvision(named, root, train=train)
     raw_labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    images = np.asarray(dataset.data)
-    layout = layout_of(images.shape)
-    assert layout is not None, "all of them have one or three channels"
-    return ImageArray(to_nchw(images, layout), torch.as_tensor(np.asarray(raw_labels).astype(np.int64)))
+    return ImageArray(to_nchw(np.asarray(dataset.data)), torch.as_tensor(np.asarray(raw_labels).astype(np.int64)))
 
 
 def _open_torchvision(named: NamedSet, root: Path, *, train: bool) -> Any:
@@ -192,7 +183,5 @@ def _remove_empty(root: Path, missing: list[Path]) -> None:
     """Take away the empty folders that a failed download left, and the root when it was made for it."""
     nested = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if root.is_dir() else []
     for path in (*nested, *missing):
-        try:
+        with suppress(OSError):
             path.rmdir()
-        except OSError:
-            continue

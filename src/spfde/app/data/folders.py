@@ -9,8 +9,9 @@ whatever the number of workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +51,15 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
             DataError: the file cannot be decoded; the message names it.
         """
         path, label = self.samples[index]
-        return decode(path, image_size=self.image_size), label
+        height, width = self.image_size
+        with _opened(path) as image:
+            image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous(), label
 
 
 def _is_shown_image(path: str) -> bool:
     return is_image_file(path) and not os.path.basename(path).startswith(".")
-
-
-def decode(path: str, *, image_size: tuple[int, int]) -> Tensor:
-    """Decode one file to ``(3, height, width)`` of uint8.
-
-    Raises:
-        DataError: the file cannot be read as an image.
-    """
-    height, width = image_size
-
-    def fitted(image: Image.Image) -> Image.Image:
-        image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
-        return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
-
-    return torch.from_numpy(np.array(_opened(path, fitted))).permute(2, 0, 1).contiguous()
 
 
 def describe_folder(path: str | Path) -> DataSpec:
@@ -81,7 +71,7 @@ def describe_folder(path: str | Path) -> DataSpec:
     return _describe(path, *_find(path))
 
 
-def load_folder(path: str | Path, *, in_memory_bytes: int) -> ImageData:
+def load_folder(path: str | Path, *, in_memory_bytes: int = 512 * 2**20) -> ImageData:
     """Open a folder; a set that fits into ``in_memory_bytes`` once decoded is decoded now and kept in memory.
 
     In memory, an unreadable image is found now. In a larger set a file that is no image is found now, by its header,
@@ -156,14 +146,16 @@ def _describe(path: str | Path, train: ImageFiles, test: ImageFiles) -> DataSpec
 
 def _size_of(path: str) -> tuple[int, int]:
     """Width and height, by the file's header."""
-    size: tuple[int, int] = _opened(path, lambda image: image.size)
+    with _opened(path) as image:
+        size: tuple[int, int] = image.size
     return size
 
 
-def _opened(path: str, look: Callable[[Any], Any]) -> Any:
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
     try:
         with Image.open(path) as image:
-            return look(image)
+            yield image
     except Exception as error:  # decoders raise whatever they like on damaged files
         rule = f"cannot be read as an image ({type(error).__name__}: {error})"
         raise data_error(path, rule, "Repair or remove the file.") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from spfde.app.train.augment import AugmentMode, padding_for
+from spfde.app.train.augment import AugmentMode
 from spfde.core.errors import DataError, Problem
 
 
@@ -21,10 +21,7 @@ class DataSpec:
     Attributes:
         name: the registered name, or the path as given.
         num_classes: labels are ``0 … num_classes - 1``.
-        channels: of the images.
         image_size: (height, width) in pixels.
-        train_samples: number of training images.
-        test_samples: number of test images.
     """
 
     name: str
@@ -107,8 +104,8 @@ class ImageData:
 
     @property
     def padding(self) -> int:
-        """Padding for ``BatchAugment`` in pixels."""
-        return padding_for(self.spec.image_size)
+        """For ``BatchAugment``, in pixels: the usual 4 up to 32 pixels, an eighth of the shorter side above."""
+        return max(4, min(self.spec.image_size) // 8)
 
     def facts(self) -> dict[str, Any]:
         """What tells it from other data, as JSON has it."""

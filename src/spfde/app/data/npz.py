@@ -44,8 +44,9 @@ def layout_of(shape: tuple[int, ...]) -> Layout | None:
     return "NCHW" if first else "NHWC"
 
 
-def to_nchw(images: np.ndarray[Any, Any], layout: Layout) -> Tensor:
-    """A contiguous ``(N, C, H, W)`` tensor, uint8 or float32, that owns its memory."""
+def to_nchw(images: np.ndarray[Any, Any]) -> Tensor:
+    """Images of a known layout as a contiguous ``(N, C, H, W)`` tensor, uint8 or float32, that owns its memory."""
+    layout = layout_of(images.shape)
     if layout == "NHW":
         images = images[:, None]
     elif layout == "NHWC":
@@ -91,13 +92,13 @@ class _Reader:
         self._shown = shown
         self._check_keys()
         headers = {key: self._header(key) for key in KEYS}
-        self._layout = self._check_images(headers)
+        image_shape = self._check_images(headers)
         self._check_label_headers(headers)
         self.labels = {split: self._read_labels(split) for split in ("train", "test")}
-        self.spec = self._make_spec(headers)
+        self.spec = self._make_spec(*image_shape)
 
     def images(self, split: str) -> Tensor:
-        images = to_nchw(self._array(f"x_{split}"), self._layout)
+        images = to_nchw(self._array(f"x_{split}"))
         if images.is_floating_point():
             finite = torch.isfinite(images).flatten(1).all(1)
             if not bool(finite.all()):
@@ -128,7 +129,8 @@ class _Reader:
             file.read(1)  # the archive's checksum is compared at the end of the entry
         return array
 
-    def _check_images(self, headers: dict[str, Header]) -> Layout:
+    def _check_images(self, headers: dict[str, Header]) -> tuple[int, int, int]:
+        """Channels, height and width."""
         for key in ("x_train", "x_test"):
             shape, dtype = headers[key]
             if dtype != np.uint8 and dtype.kind != "f":
@@ -147,7 +149,9 @@ class _Reader:
         if layout is None:
             rule = f"x_train has shape {train}: the channels could be axis 1 or axis 3 (at most {MAX_CHANNELS} entries)"
             self._refuse(rule, "Store images as (N, H, W, C) or (N, C, H, W) with 1 to 4 channels and larger images.")
-        return layout
+        sizes = {"NHW": (1, *train[1:]), "NHWC": (train[-1], *train[1:3]), "NCHW": train[1:]}
+        channels, height, width = sizes[layout]
+        return channels, height, width
 
     def _check_label_headers(self, headers: dict[str, Header]) -> None:
         for split in ("train", "test"):
@@ -172,7 +176,7 @@ class _Reader:
             self._refuse(rule, "Number the classes from 0.")
         return torch.from_numpy(labels)
 
-    def _make_spec(self, headers: dict[str, Header]) -> DataSpec:
+    def _make_spec(self, channels: int, height: int, width: int) -> DataSpec:
         train, test = self.labels["train"], self.labels["test"]
         num_classes = int(train.max()) + 1
         if num_classes < 2:
@@ -181,11 +185,7 @@ class _Reader:
         if int(test.max()) >= num_classes:
             rule = f"y_test[{int(test.argmax())}] is {int(test.max())}, out of range: y_train ends at {num_classes - 1}"
             self._refuse(rule, "Every test class must be in the training set.")
-        shape = headers["x_train"][0]
-        axes = {"NHW": (None, 1, 2), "NHWC": (3, 1, 2), "NCHW": (1, 2, 3)}[self._layout]
-        channels = 1 if axes[0] is None else shape[axes[0]]
-        size = (shape[axes[1]], shape[axes[2]])
-        return DataSpec(str(self._shown), num_classes, channels, size, len(train), len(test))
+        return DataSpec(str(self._shown), num_classes, channels, (height, width), len(train), len(test))
 
     def _check_gaps(self, train: Tensor, num_classes: int) -> None:
         """A class or two may lack images in a small set; where most do, a label has gone wrong or counts in steps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,23 +26,15 @@ from spfde.core.files import clear_errors, written_whole
 _NAMED = 6  # curves that the legend names; the others are thin lines among them
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A block's or a layer's name, and its values at the checkpoints; None where there is none."""
-
-    name: str
-    values: Sequence[float | None]
+Curves = Mapping[str, Sequence[float | None]]
+"""For blocks or layers by name their values at the checkpoints; None where there is none."""
 
 
 def draw_analysis(path: str | Path) -> list[Path]:
-    """Draw the curves in an ``analysis.json`` as PNG files beside it.
+    """Draw the curves in an ``analysis.json`` as PNG files beside it, which are named.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The files that were written: ``structural-similarity.png`` (only of sparse runs), ``cka.png`` and
-        ``gradient-norm.png`` (where it was measured).
+    Those are ``structural-similarity.png`` (only of sparse runs), ``cka.png`` and ``gradient-norm.png`` (where it was
+    measured).
 
     Raises:
         RunFolderError: the file is missing or damaged, or nothing can be written there.
@@ -72,11 +63,11 @@ def draw_analysis(path: str | Path) -> list[Path]:
     return list(files)
 
 
-def _curves(parts: Sequence[Mapping[str, Any]], key: str) -> list[Curve]:
-    return [Curve(str(part["name"]), part[key]) for part in parts if part[key] is not None]
+def _curves(parts: Sequence[Mapping[str, Any]], key: str) -> Curves:
+    return {str(part["name"]): part[key] for part in parts if part[key] is not None}
 
 
-def _shares(epochs: Sequence[int], title: str, curves: Sequence[Curve], figure: Any, theme: Theme) -> None:
+def _shares(epochs: Sequence[int], title: str, curves: Curves, figure: Any, theme: Theme) -> None:
     axes = add_axes(figure, theme, x="epochs trained", y=title)
     handles, names = _plot(axes, epochs, curves, theme)
     lowest, _ = axes.get_ylim()
@@ -86,9 +77,7 @@ def _shares(epochs: Sequence[int], title: str, curves: Sequence[Curve], figure: 
     add_legend(figure, theme, handles, names)
 
 
-def _trend(
-    epochs: Sequence[int], norms: Sequence[Curve], differences: Sequence[Curve], figure: Any, theme: Theme
-) -> None:
+def _trend(epochs: Sequence[int], norms: Curves, differences: Curves, figure: Any, theme: Theme) -> None:
     figure.set_size_inches(WIDTH, 5.4)
     above = add_axes(figure, theme, 2, 1, 1, x="", y="gradient norm (measured)")
     below = add_axes(figure, theme, 2, 1, 2, x="epochs trained", y="change since the one before")
@@ -101,20 +90,16 @@ def _trend(
     add_legend(figure, theme, handles, names)
 
 
-def _plot(axes: Any, epochs: Sequence[int], curves: Sequence[Curve], theme: Theme) -> tuple[list[Any], list[str]]:
-    """Draw all curves; those that are named stand out, from the front of the model to its end.
-
-    Returns:
-        Lines and names for the legend.
-    """
+def _plot(axes: Any, epochs: Sequence[int], curves: Curves, theme: Theme) -> tuple[list[Any], list[str]]:
+    """Draw all curves; of a few from the front of the model to its end, which stand out, the lines and their names."""
     named = _evenly(len(curves), _NAMED)
     lines, names = [], []
-    for index, curve in enumerate(curves):
-        values = [float("nan") if value is None else value for value in curve.values]
+    for index, (name, found) in enumerate(curves.items()):
+        values = [float("nan") if value is None else value for value in found]
         if index in named:
             style = style_of(named.index(index), theme, len(epochs))
             lines += axes.plot(epochs, values, **style)
-            names.append(label(curve.name.removesuffix(".weight"), 18))
+            names.append(label(name.removesuffix(".weight"), 18))
         else:
             axes.plot(epochs, values, color=theme.text, linewidth=0.6, alpha=0.35)
     return lines, names

@@ -86,15 +86,11 @@ def add_axes(figure: Any, theme: Theme, *position: Any, x: str, y: str) -> Any:
 
 
 def style_of(index: int, theme: Theme, n_points: int) -> dict[str, Any]:
-    colour = theme.runs[index % len(theme.runs)]
-    marker = _MARKERS[index % len(_MARKERS)]
-    every = 1 if n_points <= _FEW_EPOCHS else n_points // 12
-    dash = _DASHES[index % len(_DASHES)]
     return {
-        "color": colour,
-        "linestyle": dash,
-        "marker": marker,
-        "markevery": every,
+        "color": theme.runs[index % len(theme.runs)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markevery": 1 if n_points <= _FEW_EPOCHS else n_points // 12,
         "markersize": 4.5,
         "linewidth": 1.7,
     }

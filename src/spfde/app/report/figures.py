@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from spfde.app.report.folders import RecordedRun, number
 
@@ -70,11 +69,6 @@ def figure(run: RecordedRun, name: str) -> float | None:
     return _SO_FAR[name](run) if value is None and name in _SO_FAR else value
 
 
-def _flops_ratio(run: RecordedRun) -> float | None:
-    spent, dense = run.total("training_flops"), run.total("dense_training_flops")
-    return spent / dense if spent is not None and dense else None
-
-
 def _sparsity(run: RecordedRun) -> float | None:
     density = run.last("density")
     return None if density is None else 1 - density
@@ -84,7 +78,7 @@ _SO_FAR: Mapping[str, Callable[[RecordedRun], float | None]] = {
     "test_accuracy": lambda run: run.last("test_accuracy"),
     "best_test_accuracy": lambda run: run.largest("test_accuracy"),
     "training_flops": lambda run: run.total("training_flops"),
-    "flops_ratio": _flops_ratio,
+    "flops_ratio": lambda run: share_of_dense(run, "training_flops"),
     "seconds": lambda run: run.total("seconds"),
     "peak_memory_bytes": lambda run: run.largest("peak_memory_bytes"),
     "final_sparsity": _sparsity,
@@ -109,7 +103,7 @@ def data_name(run: RecordedRun) -> str:
 
 
 def versions(run: RecordedRun) -> str:
-    found = {**run.section("versions"), **_mapping((run.summary or {}).get("versions"))}
+    found = {**run.section("versions"), **(run.summary or {}).get("versions", {})}
     shown = [f"{name}{NBSP}{found[name]}" for name in ("spfde", "torch") if found.get(name)]
     return ", ".join(shown) or MISSING
 
@@ -121,7 +115,7 @@ def state(run: RecordedRun) -> str:
 
 def frozen_blocks(run: RecordedRun) -> str:
     frozen, total = figure(run, "frozen_blocks"), figure(run, "total_blocks")
-    return MISSING if frozen is None else f"{frozen:.0f} / {MISSING if total is None else f'{total:.0f}'}"
+    return MISSING if frozen is None else f"{count(frozen)} / {count(total)}"
 
 
 def peak_memory(run: RecordedRun) -> str:
@@ -129,18 +123,12 @@ def peak_memory(run: RecordedRun) -> str:
 
 
 def partial_share(run: RecordedRun) -> str:
-    partial, removed = run.last("partial_samples"), run.last("removed_samples")
-    if partial is None:
-        return MISSING
-    return percent(partial / (partial + removed), 0) if removed else percent(1.0, 0)
+    partial, removed = run.last("partial_samples"), run.last("removed_samples") or 0.0
+    return MISSING if partial is None else percent(partial / (partial + removed), 0)
 
 
 def accuracies(run: RecordedRun) -> str:
     return f"{percent(figure(run, 'test_accuracy'))} / {percent(figure(run, 'best_test_accuracy'))}"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | None:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ class RecordedRun:
     name: str
     config: Mapping[str, Any]
     epochs: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    summary: Mapping[str, Any] | None = field(default=None)
+    summary: Mapping[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
@@ -87,16 +86,10 @@ class RecordedRun:
             return []
         return [frozen for count, frozen in rows for _ in range(count)]
 
-    def frozen_spans(self) -> list[list[tuple[int, int]]]:
-        """For each block the spans of epochs, ends excluded, in which it is frozen: as planned, or else as counted."""
+    def frozen_blocks(self) -> list[int]:
+        """Number of frozen blocks in each epoch, as planned, or else as counted."""
         counts = dict(zip(*self.points("frozen_blocks"), strict=True))
-        frozen = self.planned_freezing() or [int(counts.get(epoch, 0)) for epoch in range(self.planned_epochs)]
-        spans: list[list[tuple[int, int]]] = []
-        for block in range(len(self.block_names())):
-            within = [count > block for count in frozen]
-            edges = [epoch for epoch, (a, b) in enumerate(pairwise([False, *within, False])) if a != b]
-            spans.append(list(zip(edges[::2], edges[1::2], strict=True)))
-        return spans
+        return self.planned_freezing() or [int(counts.get(epoch, 0)) for epoch in range(self.planned_epochs)]
 
     def block_names(self) -> list[str]:
         """A name for each block, front to back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,14 +16,8 @@ from spfde.app.report.plots import PLOTS, Plot
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.files import clear_errors, written_whole
 
-
-@dataclass(frozen=True)
-class Picture:
-    """One plot on the page; ``light`` and ``dark`` are PNGs, or None where no run has anything to show."""
-
-    plot: Plot
-    light: bytes | None
-    dark: bytes | None
+Picture = tuple[Plot, bytes | None, bytes | None]
+"""One plot on the page: for a light and a dark one its PNG, or None where no run has anything to show."""
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
@@ -48,11 +42,11 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
         rule, remedy = "must be a file, and is a folder", f"Pass a file in it: {page / 'report.html'}."
         raise InvalidArgument(Problem("out", str(page), rule, remedy))
     found = told_apart([read_run(path) for path in {Path(path).resolve(): path for path in runs}.values()])
-    pictures = [Picture(plot, plot.png(found, LIGHT), plot.png(found, DARK)) for plot in PLOTS]
+    pictures = [(plot, plot.png(found, LIGHT), plot.png(found, DARK)) for plot in PLOTS]
     files = {page: render(found, pictures).encode()}
-    for picture in pictures:
-        if picture.light is not None:
-            files[page.with_name(f"{page.stem}-{picture.plot.key}.png")] = picture.light
+    for plot, light, _ in pictures:
+        if light is not None:
+            files[page.with_name(f"{page.stem}-{plot.key}.png")] = light
     with clear_errors(page.parent, again="make the report again"):
         page.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(*files) as drafts:
@@ -84,7 +78,7 @@ def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
         lstrip_blocks=True,
     )
     sparse = [run for run in runs if (figures.figure(run, "final_sparsity") or 0) > 0]
-    environment.filters["data_uri"] = _data_uri
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
     return environment.get_template("report.html.j2").render(
         title="spfde: " + ", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else ""),
         runs=runs,
@@ -95,7 +89,3 @@ def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
         masked=[run.name for run in sparse if figures.setting(run, "engine") == "masked"],
         uncounted=tables.uncounted(runs),
     )
-
-
-def _data_uri(png: bytes | None) -> str:
-    return "" if png is None else f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby
 from typing import Any
 
 from matplotlib.lines import Line2D
@@ -139,28 +139,24 @@ def _freezing(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
 
 def _timeline(axes: Any, run: RecordedRun, theme: Theme) -> None:
     """One bar a block, front block on top, hatched while it is frozen; over them the number that was counted."""
-    names, end = run.block_names(), run.planned_epochs
+    names = run.block_names()
     hatched = {"color": theme.background, "edgecolor": theme.runs[5], "hatch": "////", "linewidth": 0.5}
-    for block, spans in enumerate(run.frozen_spans()):
-        edges = [0, *(edge for span in spans for edge in span), end]
-        for number, (start, stop) in enumerate(pairwise(edges)):
-            if start < stop:
-                look = hatched if number % 2 else {"color": theme.runs[0]}
-                axes.barh(block, stop - start, left=start, height=0.72, **look)
+    for block in range(len(names)):
+        start = 0
+        for is_frozen, within in groupby(count > block for count in run.frozen_blocks()):
+            length = len(list(within))
+            look = hatched if is_frozen else {"color": theme.runs[0]}
+            axes.barh(block, length, left=start, height=0.72, **look)
+            start += length
     epochs, counted = run.points("frozen_blocks")
     if epochs and run.planned_freezing():
-        axes.stairs(
-            [count - 0.5 for count in counted],
-            [*epochs, epochs[-1] + 1],
-            baseline=None,
-            color=theme.runs[1],
-            linewidth=2.2,
-        )
+        line = {"baseline": None, "color": theme.runs[1], "linewidth": 2.2}
+        axes.stairs([count - 0.5 for count in counted], [*epochs, epochs[-1] + 1], **line)
     step = -(-len(names) // _MANY_BLOCKS)
     ticks = range(0, len(names), step)
     axes.set_yticks(ticks, [label(names[block], 20) for block in ticks], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, end)
+    axes.set_xlim(0, run.planned_epochs)
     origin = "planned" if run.planned_freezing() else "as counted: the folder has no plan"
     axes.set_title(f"{label(run.name)} ({origin})", color=theme.text, fontsize=10, loc="left", pad=14)
     axes.grid(False, axis="y")
@@ -179,9 +175,9 @@ def _sieving(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
         swaps.vlines([at for at, _ in moved], 0, [value for _, value in moved], color=style["color"], linewidth=1.6)
         marks = {**style, "linestyle": "none"}
         swaps.plot([at for at, _ in moved], [value for _, value in moved], **marks)
-        epochs, share = _share_of_samples(run, "sieve_ever_used")
+        epochs, share = _shares(run, "sieve_ever_used", "partial_samples", "removed_samples")
         used.plot(epochs, share, **style_of(index, theme, len(epochs)))
-        epochs, share = _share_of_samples(run, "partial_samples")
+        epochs, share = _shares(run, "partial_samples", "partial_samples", "removed_samples")
         used.plot(epochs, share, color=style["color"], linewidth=0.9, alpha=0.7)
     end = max(runs[index].planned_epochs for index in shown)
     for axes in (swaps, used):
@@ -193,61 +189,48 @@ def _sieving(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     name_runs(figure, runs, shown, theme)
 
 
-def _share_of_samples(run: RecordedRun, name: str) -> tuple[list[int], list[float]]:
-    return _shares(run, name, lambda row: row.get("partial_samples", 0.0) + row.get("removed_samples", 0.0))
-
-
-def _flops_against_dense(run: RecordedRun) -> tuple[list[int], list[float]]:
-    return _shares(run, "training_flops", lambda row: row.get("dense_training_flops", 0.0))
-
-
-def _shares(
-    run: RecordedRun, name: str, whole: Callable[[Mapping[str, float]], float]
-) -> tuple[list[int], list[float]]:
-    found = {epoch: row[name] / whole(row) for epoch, row in run.epochs.items() if name in row and whole(row)}
+def _shares(run: RecordedRun, name: str, *whole: str) -> tuple[list[int], list[float]]:
+    """Of each epoch a figure's share in the sum of others."""
+    sums = {epoch: sum(row.get(part, 0.0) for part in whole) for epoch, row in run.epochs.items()}
+    found = {epoch: row[name] / sums[epoch] for epoch, row in run.epochs.items() if name in row and sums[epoch]}
     return list(found), list(found.values())
 
 
-Points = Callable[[RecordedRun], tuple[list[int], list[float]]]
+def _cost_of_an_epoch(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
+    above = "FLOPs vs dense (modelled)", lambda run: _shares(run, "training_flops", "dense_training_flops")
+    below = "seconds (measured)", lambda run: run.points("seconds")
+    _over_epochs(figure, runs, theme, above, below)
 
 
-def recorded(name: str) -> Points:
-    """One figure of each epoch."""
-    return lambda run: run.points(name)
+def _schedule(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
+    above = "density (counted)", lambda run: run.points("density")
+    below = "learning rate (set)", lambda run: run.points("learning_rate")
+    _over_epochs(figure, runs, theme, above, below)
 
 
-@dataclass(frozen=True)
-class Pair:
+def _over_epochs(
+    figure: Any, runs: Sequence[RecordedRun], theme: Theme, *plots: tuple[str, Callable[[RecordedRun], Any]]
+) -> None:
     """Two plots over epochs, one above the other; the upper one's figures are shares."""
-
-    above: tuple[str, Points]
-    below: tuple[str, Points]
-
-    def __call__(self, figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
-        figure.set_size_inches(WIDTH, 5.4)
-        shown: set[int] = set()
-        for place, (title, points) in enumerate((self.above, self.below), start=1):
-            axes = add_axes(figure, theme, 2, 1, place, x="epoch" if place == 2 else "", y=title)
-            shown |= set(add_curves(axes, runs, theme, points))
-            axes.set_ylim(bottom=0)
-            whole_epochs(axes)
-            if place == 1:
-                as_percent(axes.yaxis)
-        name_runs(figure, runs, sorted(shown), theme)
-
-    def wants(self, run: RecordedRun) -> bool:
-        """Has the run anything to show?"""
-        return any(points(run)[0] for _, points in (self.above, self.below))
+    figure.set_size_inches(WIDTH, 5.4)
+    shown: set[int] = set()
+    for place, (title, points) in enumerate(plots, start=1):
+        axes = add_axes(figure, theme, 2, 1, place, x="epoch" if place == 2 else "", y=title)
+        shown |= set(add_curves(axes, runs, theme, points))
+        axes.set_ylim(bottom=0)
+        whole_epochs(axes)
+        if place == 1:
+            as_percent(axes.yaxis)
+    name_runs(figure, runs, sorted(shown), theme)
 
 
 def _has_cost(run: RecordedRun) -> bool:
     return share_of_dense(run, "training_flops") is not None
 
 
-COST_OF_AN_EPOCH = Pair(
-    ("FLOPs vs dense (modelled)", _flops_against_dense), ("seconds (measured)", recorded("seconds"))
-)
-SCHEDULE = Pair(("density (counted)", recorded("density")), ("learning rate (set)", recorded("learning_rate")))
+def _has_any(*names: str) -> Callable[[RecordedRun], bool]:
+    return lambda run: any(run.last(name) is not None for name in names)
+
 
 NO_EPOCH = "No run has finished an epoch yet."
 PLOTS = (
@@ -256,7 +239,7 @@ PLOTS = (
         title="Accuracy over epochs",
         caption="Measured on the test set. Thin, for up to three runs: on the training samples as trained on.",
         absent=NO_EPOCH,
-        wants=lambda run: run.last("test_accuracy") is not None,
+        wants=_has_any("test_accuracy"),
         draw=_accuracy,
     ),
     Plot(
@@ -281,8 +264,8 @@ PLOTS = (
         title="What an epoch costs",
         caption="Above, what the model of the cost says; below, what the clock says. A saving is real where both fall.",
         absent=NO_EPOCH,
-        wants=COST_OF_AN_EPOCH.wants,
-        draw=COST_OF_AN_EPOCH,
+        wants=_has_any("training_flops", "seconds"),
+        draw=_cost_of_an_epoch,
     ),
     Plot(
         key="freezing",
@@ -306,7 +289,7 @@ PLOTS = (
         title="Density and learning rate",
         caption="Density of the masked tensors; learning rate of the first group, as set by the schedule.",
         absent=NO_EPOCH,
-        wants=SCHEDULE.wants,
-        draw=SCHEDULE,
+        wants=_has_any("density", "learning_rate"),
+        draw=_schedule,
     ),
 )

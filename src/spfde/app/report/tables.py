@@ -8,6 +8,7 @@ from typing import Literal
 
 from spfde.app.report import figures
 from spfde.app.report.folders import RecordedRun
+from spfde.app.runs.folder import flat
 
 Origin = Literal["measured", "modelled", "set"]
 PARTS_OF_DENSE = (
@@ -105,17 +106,11 @@ def memory_table(runs: Sequence[RecordedRun]) -> Table:
 
 def settings(run: RecordedRun) -> list[tuple[str, str]]:
     """Everything in ``config.json``, flattened to names and values."""
-    found: list[tuple[str, str]] = []
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, Mapping) and value:
-            for name, inner in value.items():
-                walk(f"{prefix}.{name}" if prefix else str(name), inner)
-        elif value is not None and value != {}:
-            found.append((prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-
-    walk("", run.config)
-    return found
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in flat(run.config).items()
+        if value is not None
+    ]
 
 
 def uncounted(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:

@@ -35,9 +35,7 @@ class Checkpoints:
         """True when some epoch was finished and kept."""
         return self.latest.is_dir() or self.previous.is_dir()
 
-    def save(
-        self, write: Callable[[Path], None], *, epoch: int, best: bool, about: Mapping[str, Any] | None = None
-    ) -> Path:
+    def save(self, write: Callable[[Path], None], *, epoch: int, best: bool, about: Mapping[str, Any]) -> None:
         """Write a checkpoint.
 
         Args:
@@ -58,9 +56,8 @@ class Checkpoints:
                 self.latest.rename(self.previous)
             draft.rename(self.latest)
             sync_folder(self.path)
-        return self.latest
 
-    def keep(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any] | None = None) -> Path:
+    def keep(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any]) -> None:
         """Write a checkpoint that stays, ``kept/epoch-0005`` after five epochs; one of the same name is replaced.
 
         Args, Raises: as ``save``.
@@ -71,7 +68,6 @@ class Checkpoints:
             shutil.rmtree(place, ignore_errors=True)
             draft.rename(place)
             sync_folder(place.parent)
-        return place
 
     def kept(self) -> dict[int, Path]:
         """The checkpoints that stayed, by the number of epochs before them, in order."""
@@ -79,7 +75,7 @@ class Checkpoints:
         return dict(sorted((int(number), path) for number, path in found if number.isdecimal() and path.is_dir()))
 
     @contextmanager
-    def _sealed(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any] | None) -> Iterator[Path]:
+    def _sealed(self, write: Callable[[Path], None], *, epoch: int, about: Mapping[str, Any]) -> Iterator[Path]:
         """A whole checkpoint that has no name yet; it is taken away when writing or naming it fails."""
         draft = self.path / f"{_DRAFT}latest"
         try:
@@ -87,7 +83,7 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
                 _write(write, draft)
-                _seal(draft, {"epoch": epoch, "about": dict(about or {})})
+                _seal(draft, {"epoch": epoch, "about": about})
                 yield draft
         except Exception:
             # On a full disk the unfinished files are in the way of everything else.
@@ -122,12 +118,9 @@ class Checkpoints:
                 damage = _damage(path)
                 if damage is None:
                     return path
-                spare = path != self.previous and self.previous.is_dir() and _damage(self.previous) is None
-                remedy = (
-                    f"Remove {path} to go on from {self.previous}, one epoch earlier."
-                    if spare
-                    else "Restore it from a copy, or start a new run."
-                )
+                remedy = "Restore it from a copy, or start a new run."
+                if path == self.latest and self.previous.is_dir() and _damage(self.previous) is None:
+                    remedy = f"Remove {path} to go on from {self.previous}, one epoch earlier."
                 raise RunFolderError(f"checkpoint {path}: is damaged ({damage}). {remedy}")
         return None
 
@@ -143,8 +136,8 @@ def check_whole(checkpoint: Path) -> None:
 
 def described(checkpoint: Path) -> dict[str, Any]:
     """What ``save`` was told about a checkpoint."""
-    about = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("about")
-    return dict(about) if isinstance(about, dict) else {}
+    about: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["about"]
+    return about
 
 
 def _write(write: Callable[[Path], None], draft: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ os.register_at_fork(after_in_child=_forget_locks)
 class RunFolder:
     """The folder of one run, locked by this process while it is open.
 
-    The lock is an ``flock``: the kernel drops it when the process ends, however it ends.
+    The lock is an ``flock``: the kernel drops it when the process ends, however it ends, and a second opening is
+    refused within one process, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,12 +133,8 @@ class RunFolder:
 
     def _remove_made(self) -> None:
         for made in self._made:
-            try:
+            with suppress(OSError):  # not there, or somebody else is in there
                 made.rmdir()
-            except FileNotFoundError:
-                continue
-            except OSError:  # not empty: somebody else is in there
-                break
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -178,6 +176,14 @@ class RunFolder:
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write all lines anew: those of epochs that will be trained again are gone, as is a half-written one."""
         self.write_text(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A file's nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _check_empty(path: Path) -> None:

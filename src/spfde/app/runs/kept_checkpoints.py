@@ -13,11 +13,6 @@ from spfde.sparsity.masks import pack, unpack
 _MODEL, _MASKS = "model.safetensors", "masks.safetensors"
 
 
-def is_due(done: int, *, every: int | None, epochs: int) -> bool:
-    """Whether the model is kept after ``done`` epochs: every so many, and at the end."""
-    return every is not None and (done % every == 0 or done == epochs)
-
-
 def write(folder: Path, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Write a model's state and its masks, a bit a weight, into ``folder``."""
     # Copies: the format takes no tensors that share memory, and none that are channels_last.

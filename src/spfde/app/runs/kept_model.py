@@ -18,7 +18,7 @@ from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, RunFolderError
 from spfde.engines.native import build
-from spfde.planning import draw
+from spfde.planning.blueprint import draw
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,6 @@ from spfde.core.numbers import mix
 from spfde.core.state import check_entries
 
 AugmentMode = Literal["none", "crop", "crop+flip"]
-DEFAULT_PADDING = 4
-
-
-def padding_for(image_size: tuple[int, int]) -> int:
-    """Padding of the random crop in pixels: the usual 4 up to 32 pixels, an eighth of the shorter side above."""
-    return max(DEFAULT_PADDING, min(image_size) // 8)
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None = None, *, padding: int) -> Tensor:
@@ -77,7 +71,7 @@ class BatchAugment:
         padding: pixels of zeros on each side before the crop.
     """
 
-    def __init__(self, mode: AugmentMode, generator: torch.Generator, *, padding: int = DEFAULT_PADDING) -> None:
+    def __init__(self, mode: AugmentMode, generator: torch.Generator, *, padding: int = 4) -> None:
         self.mode: AugmentMode = mode
         self.padding = padding
         self.generator = generator

@@ -18,13 +18,14 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 
 
 def check_named(options: Mapping[str, Any]) -> DataSpec:
-    """Refuse what a person named and is not there, all of it together, and describe the data.
+    """Describe the data.
 
     Args:
         options: as the fields of ``TrainOptions``, of which others may be wrong.
 
     Raises:
-        InvalidArgument: an unknown tracker, engine, device, data set or model, or one that this machine lacks.
+        InvalidArgument: an unknown tracker, engine, device, data set or model, or one that this machine lacks; all
+            are told together.
         DataError: the data are not what they should be.
     """
     problems = Problems()
@@ -36,20 +37,13 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
     ):
         with problems.collecting():
             check(options[name])
-    with problems.collecting():
-        _check_precision(options["precision"], options["device"])
-    spec = None
+    on_cpu = options["device"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if options["precision"] == "fp16" and on_cpu:
+        problems.add("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16.")
     with problems.collecting():
         spec = describe_data(options["data"])
     problems.raise_if_any()
-    assert spec is not None, "it raises, or describes the data"
     return spec
-
-
-def _check_precision(precision: str, device: str) -> None:
-    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if precision == "fp16" and on_cpu:
-        raise InvalidArgument(Problem("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16."))
 
 
 def _check_device(device: str) -> None:
@@ -59,9 +53,8 @@ def _check_device(device: str) -> None:
         raise InvalidArgument(Problem("device", device, "is no device", nearest(device, known)))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, True):
-        raise InvalidArgument(
-            Problem("device", device, "is not available to this PyTorch", "Use --device auto or --device cpu.")
-        )
+        rule, remedy = "is not available to this PyTorch", "Use --device auto or --device cpu."
+        raise InvalidArgument(Problem("device", device, rule, remedy))
     if number and int(number) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InvalidArgument(Problem("device", device, f"there are {count} GPUs", f"Use cuda:0 … cuda:{count - 1}."))
@@ -72,6 +65,5 @@ def _check_trackers(names: tuple[str, ...]) -> None:
         if name not in TRACKERS:
             raise InvalidArgument(Problem("track", name, "is no tracker", nearest(name, TRACKERS)))
         if find_spec(name) is None:
-            raise InvalidArgument(
-                Problem("track", name, "is not installed", f"Install it with `pip install {name}`, or leave it out.")
-            )
+            remedy = f"Install it with `pip install {name}`, or leave it out."
+            raise InvalidArgument(Problem("track", name, "is not installed", remedy))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,13 +40,7 @@ def frozen_bar(frozen: int, total: int) -> str:
 
 
 def epoch_line(row: Mapping[str, Any], *, epochs: int, of_dense: float) -> str:
-    """One epoch's line under the heading.
-
-    Args:
-        row: a line of ``metrics.jsonl``.
-        epochs: length of the run.
-        of_dense: training FLOPs of the run so far against dense.
-    """
+    """One epoch's line under the heading; ``of_dense`` are the run's training FLOPs so far against dense."""
     return (
         f"{row['epoch'] + 1:>3}/{epochs:<3}  {row['test_accuracy']:6.4f}  {row['train_accuracy']:6.4f}  "
         f"{row['density']:7.3f}  {frozen_bar(row['frozen_blocks'], row['total_blocks']):<16}  "
@@ -59,18 +53,22 @@ def _seconds(seconds: float) -> str:
 
 
 class ConsoleDisplay:
-    """Shows a run on a rich console.
-
-    Args:
-        console: where to; with a live bar if it is a terminal.
-    """
+    """Shows a run on a rich console; with a live bar if that is a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._shown = 0
         self._bar: Progress | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal as it was."""
+        self._stop_bar()
+
     def started(self, run: TrainingRun) -> None:
+        """The run is ready, before its first epoch."""
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
         images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
         self._print(
@@ -104,6 +102,7 @@ class ConsoleDisplay:
             self._bar.start()
 
     def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
+        """Some batches are through; ``loss`` is the mean of the epoch so far."""
         if self._bar is not None:
             description = f"epoch {run.session.epoch + 1}/{run.options.epochs}"
             self._bar.update(
@@ -111,13 +110,14 @@ class ConsoleDisplay:
             )
 
     def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
+        """An epoch is through and safe on disk; ``row`` is its line in ``metrics.jsonl``."""
         if self._shown % HEADER_EVERY == 0:
             self._line(_HEADER)
         self._shown += 1
         self._line(epoch_line(row, epochs=run.options.epochs, of_dense=run.session.cost.totals.flops_ratio))
 
     def finished(self, run: TrainingRun, summary: dict[str, Any]) -> None:
-        self.stop()
+        self._stop_bar()
         for line in ("", *results(summary), "", *str(run.session.cost).splitlines()):
             self._print(line)
         if dense := summary["dense_seconds_extrapolated"]:
@@ -130,8 +130,7 @@ class ConsoleDisplay:
                 "The masked engine computes densely: sparsity saves modelled FLOPs, freezing and sieving save time."
             )
 
-    def stop(self) -> None:
-        """Leave the terminal as it was; call it however the run ends."""
+    def _stop_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -150,11 +149,7 @@ def short_name(source: str) -> str:
 
 
 def results(summary: Mapping[str, Any]) -> list[str]:
-    """What came out, each figure with its kind.
-
-    Args:
-        summary: as in ``summary.json``.
-    """
+    """What came out by ``summary.json``, each figure with its kind."""
     last, best = summary["test_accuracy"], summary["best_test_accuracy"]
     lines = [f"test accuracy {last:.4f}, in the best epoch {best:.4f} (measured)"]
     if summary["final_sparsity"] > 0:

@@ -8,37 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.folder import SUMMARY
+from spfde.app.train.display import ConsoleDisplay
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import TrainingRun, opened, versions
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
-from spfde.freezing import learning_rate_factor
+from spfde.freezing.rates import learning_rate_factor
 
 PULSE = 20
 """Steps between two looks at the loss: each look waits for the device."""
-
-
-class Display(Protocol):
-    """Where progress is shown."""
-
-    def started(self, run: TrainingRun) -> None:
-        """The run is ready, before its first epoch."""
-
-    def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
-        """Some batches are through; ``loss`` is the mean of the epoch so far."""
-
-    def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
-        """An epoch is through and safe on disk; ``row`` is its line in ``metrics.jsonl``."""
-
-    def finished(self, run: TrainingRun, summary: dict[str, Any]) -> None:
-        """The run is through."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +35,13 @@ class Pass:
     saved_tensor_bytes: int | None = None
 
 
-def train(options: TrainOptions, out: Path, display: Display, *, resume: bool = False) -> dict[str, Any]:
+def train(options: TrainOptions, out: Path, display: ConsoleDisplay, *, resume: bool = False) -> dict[str, Any]:
     """Train a model, or go on with a run that was stopped.
 
     Args:
         options: what to train; for a resumed run, what its folder says.
         out: the run folder.
-        display: where progress is shown.
+        display: shows progress; its live bar is gone when this returns, however it does.
         resume: go on from the newest checkpoint in ``out``; from the start, where there is none yet.
 
     Returns:
@@ -66,7 +51,7 @@ def train(options: TrainOptions, out: Path, display: Display, *, resume: bool = 
         SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the folder can be resumed.
     """
-    with _sigterm_interrupts(), _plain_data_errors(), opened(options, out, resume=resume) as run:
+    with _sigterm_interrupts(), _plain_data_errors(), display, opened(options, out, resume=resume) as run:
         display.started(run)
         for epoch in run.session.epochs():
             reset_peak(run.accelerator.device)
@@ -86,7 +71,7 @@ def train(options: TrainOptions, out: Path, display: Display, *, resume: bool = 
         return summary
 
 
-def train_epoch(run: TrainingRun, epoch: int, display: Display) -> Pass:
+def train_epoch(run: TrainingRun, epoch: int, display: ConsoleDisplay) -> Pass:
     """One pass over the partial set."""
     session, optimizer, device = run.session, run.optimizer, run.accelerator.device
     if session.recipe.learning_rate is None:
@@ -176,16 +161,17 @@ def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
     run.accelerator.log(
         {name: value for name, value in row.items() if isinstance(value, (int, float))}, step=row["epoch"]
     )
-    if kept_checkpoints.is_due(run.session.epoch, every=run.options.keep_every, epochs=run.options.epochs):
+    done, every = run.session.epoch, run.options.keep_every
+    if every is not None and (done % every == 0 or done == run.options.epochs):
         # Before ``latest``: a kill between the two only trains this epoch again, and writes the same once more.
         run.folder.checkpoints.keep(
             lambda folder: kept_checkpoints.write(folder, run.accelerator.unwrap_model(run.model), run.session.masks),
-            epoch=run.session.epoch,
+            epoch=done,
             about=run.options.identity(),
         )
     run.folder.checkpoints.save(
         lambda folder: run.accelerator.save_state(str(folder)),
-        epoch=run.session.epoch,
+        epoch=done,
         best=is_best,
         about=run.options.identity(),
     )
@@ -221,12 +207,8 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """A SIGTERM ends the run as Ctrl-C does: at once, with the folder fit to be resumed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread: signals are somebody else's
         yield
         return

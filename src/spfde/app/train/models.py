@@ -46,13 +46,8 @@ class CifarResNet(nn.Module):
     """The CIFAR ResNet of He et al. (2016), section 4.2: a 3x3 stem and three stages of ``n`` basic blocks.
 
     The weighted layers are 6n + 2 without the shortcuts. Departure: shortcuts that change the shape are 1x1
-    convolutions with batch norm (the original's option B; its CIFAR experiments pad with zeros).
-
-    Args:
-        n: basic blocks in each stage.
-        widths: channels of the three stages; the stem has the first.
-        num_classes: outputs.
-        in_channels: channels of the images.
+    convolutions with batch norm (the original's option B; its CIFAR experiments pad with zeros). ``widths`` are the
+    channels of the stages; the stem has the first.
     """
 
     def __init__(self, n: int, widths: tuple[int, int, int], *, num_classes: int, in_channels: int) -> None:
@@ -79,12 +74,8 @@ def cifar_vgg(stages: tuple[tuple[int, int], ...], *, num_classes: int, in_chann
     """VGG with batch norm for small images: convolutions, global average, one linear layer.
 
     Departure from Simonyan and Zisserman (2015): no hidden linear layers, as is usual on CIFAR, and no fifth
-    max-pooling, which the global average replaces (so that 28-pixel images pass too).
-
-    Args:
-        stages: for each stage the channels and the number of 3x3 convolutions; 2x2 max-pooling between stages.
-        num_classes: outputs.
-        in_channels: channels of the images.
+    max-pooling, which the global average replaces (so that 28-pixel images pass too). ``stages`` are the channels and
+    the number of 3x3 convolutions of each; between them are 2x2 max-poolings.
     """
     layers: list[nn.Module] = []
     channels = in_channels
@@ -146,7 +137,7 @@ def build_model(
     Raises:
         InvalidArgument: the name is unknown, timm is missing, or the model does not take such images.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     check_model(name)
     if min(size) < SMALLEST.get(name, 1):
         rule = f"is too small for {name}, which needs at least {SMALLEST.get(name, 1)} pixels each way"
@@ -176,9 +167,8 @@ def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channe
     try:
         import timm  # seconds to import, and an extra
     except ImportError as error:
-        raise InvalidArgument(
-            Problem("model", name, "needs the package timm", "Install it: pip install 'spfde[vision]'.")
-        ) from error
+        remedy = "Install it: pip install 'spfde[vision]'."
+        raise InvalidArgument(Problem("model", name, "needs the package timm", remedy)) from error
     wanted = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(wanted):
         # timm knows more than a thousand models: the nearest one is useful, the whole list is not.
@@ -187,26 +177,18 @@ def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channe
         remedy = f"{hint}See timm.list_models() for all names."
         raise InvalidArgument(Problem("model", name, "is no model of timm", remedy))
 
-    def create(**size_argument: tuple[int, int]) -> nn.Module:
-        model: nn.Module = timm.create_model(
-            wanted, pretrained=False, num_classes=num_classes, in_chans=in_channels, **size_argument
-        )
-        return model
-
+    create = partial(timm.create_model, wanted, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    model: nn.Module
     try:
         try:
-            return create(img_size=size)
+            model = create(img_size=size)
         except TypeError as error:
             # Models whose weights do not depend on the size (most convolutional ones) have no such argument.
             if "img_size" not in str(error):
                 raise
-            return create()
+            model = create()
     except Exception as error:
-        raise InvalidArgument(
-            Problem(
-                "model",
-                name,
-                f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}",
-                "Choose another model of timm or another image size.",
-            )
-        ) from error
+        rule = f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}"
+        remedy = "Choose another model of timm or another image size."
+        raise InvalidArgument(Problem("model", name, rule, remedy)) from error
+    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from spfde.app.options import (
     recipe_fields,
     with_words,
 )
-from spfde.app.plugins import missing_plugins
+from spfde.app.runs.folder import flat
 from spfde.app.train.checks import check_named
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
 from spfde.core.registry import registered
@@ -32,8 +33,15 @@ from spfde.core.technique import Technique
 from spfde.freezing import ProgressiveFreezing
 from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
-from spfde.sieving import DataSieving, check_fraction
+from spfde.sieving import DataSieving
+from spfde.sieving.methods import check_fraction
 from spfde.sparsity import MEST, NM, Block, Structure
+
+
+def absolute_source(data: str) -> str:
+    """A file's or folder's absolute path, so that a run can be resumed from anywhere; a data set's name as it is."""
+    path = Path(data)
+    return str(path.absolute()) if path.exists() and data not in DATASETS else data
 
 
 @with_words
@@ -49,27 +57,17 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     model_config = ConfigDict(validate_default=True)
 
     # What may differ between a checkpoint and the run that goes on from it: where things are, and who is told.
-    MOVABLE: ClassVar[frozenset[str]] = frozenset(
-        {
-            *names_of(MachineOptions),
-            *names_of(CacheOptions),
-            "data",
-            "plugin",
-            "recipe_name",
-            "keep_every",
-            "dense_timing_steps",
-        }
-    ) - {"precision"}
+    MOVABLE: ClassVar[set[str]] = {
+        *(name for name in names_of(MachineOptions) if name != "precision"),
+        *names_of(CacheOptions),
+        *("data", "plugin", "recipe_name", "keep_every", "dense_timing_steps"),
+    }
 
     recipe_name: str = "spfde"
     recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
     dense_timing_steps: Annotated[int, Ge(0)] = 5
 
-    @field_validator("data")
-    @classmethod
-    def _absolute_source(cls, data: str) -> str:
-        """A path becomes absolute, so that the run can be resumed from anywhere; a data set's name stays as it is."""
-        return absolute_source(data)
+    _absolute_source = field_validator("data")(absolute_source)
 
     @field_validator("data_root", "cache_folder")
     @classmethod
@@ -91,7 +89,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
         remedy = "Restore the file from a copy, or start a new run."
         if not isinstance(command, dict):
             raise RunFolderError(f'{path}: lacks the run\'s options ("command"). {remedy}')
-        if missing := missing_plugins(command.get("plugin") or ()):
+        if missing := [name for name in command.get("plugin") or () if name not in sys.modules]:
             again = " ".join(f"--plugin {name}" for name in missing)
             raise RunFolderError(f"{path}: the run was trained with {again}. Pass that again, or install the package.")
         try:
@@ -103,16 +101,12 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""
-        return self.model_dump(mode="json", exclude=set(self.MOVABLE))
+        return self.model_dump(mode="json", exclude=self.MOVABLE)
 
     def check_identity(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Refuse a checkpoint of another run.
-
-        Raises:
-            StateMismatch: naming the first option that differs.
-        """
-        theirs = _flat(saved)
-        for name, mine in _flat(self.identity()).items():
+        """Raise ``StateMismatch`` for a checkpoint of another run, naming the first option that differs."""
+        theirs = flat(saved)
+        for name, mine in flat(self.identity()).items():
             if name in theirs and theirs[name] != mine:
                 raise StateMismatch(
                     f"checkpoint {checkpoint}: is of another run: there {name} is {theirs[name]!r}, "
@@ -121,14 +115,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
 
 def options_from(asked: Mapping[str, Any]) -> TrainOptions:
-    """The options of a run, as they were asked for on the command line; all that is wrong is told together.
-
-    Args:
-        asked: options of ``TrainOptions`` and ``RecipeOptions`` by name.
-
-    Raises:
-        InvalidArgument: an option breaks a rule, or names what there is not.
-    """
+    """The options of a run, as they were asked for on the command line; ``InvalidArgument`` tells all that is wrong."""
     problems = Problems()
     written = presets.PRESETS["spfde"].to_dict()
     with problems.collecting():
@@ -174,7 +161,7 @@ def choose_recipe(name: str, **changes: Any) -> Recipe:
     if asked.interval != "auto":
         interval = int(asked.interval) if asked.interval.isdecimal() else asked.interval
         with problems.collecting():
-            changed |= {"update_interval_epochs": Recipe(update_interval_epochs=interval).update_interval_epochs}
+            changed["update_interval_epochs"] = Recipe(update_interval_epochs=interval).update_interval_epochs
     problems.raise_if_any()
     return recipe.replace(**changed)
 
@@ -188,7 +175,6 @@ _TABLES: Mapping[str, tuple[type[Technique], str, str]] = {
 
 
 def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | None:
-    """A recipe's technique with the command line's changes."""
     options = {to.field: name for name, to in recipe_fields().items() if to.table == table}
     given = {field: getattr(asked, name) for field, name in options.items()}
     given = {field: value for field, value in given.items() if value not in (None, (), [])}
@@ -218,11 +204,7 @@ def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | 
 
 
 def read_structure(text: str) -> Structure:
-    """The structure that the command line names.
-
-    Raises:
-        InvalidArgument: there is none of that name; the nearest is given.
-    """
+    """The structure that the command line names."""
     if match := re.fullmatch(r"(\d+)x(\d+)", text):
         return Block(rows=int(match[1]), columns=int(match[2]))
     if match := re.fullmatch(r"(\d+):(\d+)", text):
@@ -242,32 +224,13 @@ def read_recipe(name: str) -> Recipe:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument(
-                Problem("--recipe", name, f"cannot be read ({error})", "Pass a TOML file or a preset's name.")
-            ) from None
+            remedy = "Pass a TOML file or a preset's name."
+            raise InvalidArgument(Problem("--recipe", name, f"cannot be read ({error})", remedy)) from None
         return Recipe.from_toml(text)
     return presets.get(name)
 
 
 def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int) -> None:
-    """Refuse to leave out so many samples that the rest fills no batch; needs no data, only their number.
-
-    Raises:
-        InvalidArgument: naming the most that can be left out.
-    """
+    """Raise ``InvalidArgument`` where so many samples are left out that the rest fills no batch."""
     if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size)):
         raise InvalidArgument(*found)
-
-
-def absolute_source(data: str) -> str:
-    """A file's or folder's absolute path, so that a run can be resumed from anywhere; a data set's name as it is."""
-    path = Path(data)
-    return str(path.absolute()) if path.exists() and data not in DATASETS else data
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

@@ -70,7 +70,7 @@ class TrainingRun:
     plan: Plan
     augment: BatchAugment
     test_loader: DataLoader[Any]
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
     is_resumed: bool = False
     resumed_from: Path | None = None
 
@@ -78,11 +78,10 @@ class TrainingRun:
         """A loader's batch on the device: augmented, normalised to float, channels last."""
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if augmented:
-            if self.session.caches_prefix:
-                images = self.augment.replay(images, self.session.augmentation_seeds())
-            else:
-                images = self.augment(images)
+        if augmented and self.session.caches_prefix:
+            images = self.augment.replay(images, self.session.augmentation_seeds())
+        elif augmented:
+            images = self.augment(images)
         x = normalise(images, self.data.mean, self.data.std)
         return x.contiguous(memory_format=torch.channels_last), labels
 
@@ -99,8 +98,9 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
         run = _prepare(options, folder)
         run.is_resumed = resume
         if not resume:
-            _describe(run)
-        elif checkpoint is not None:
+            folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
+        folder.write_text(RECIPE, options.load_recipe().to_toml())
+        if checkpoint is not None:
             _load(run, checkpoint)
         folder.write_metrics(run.progress.rows)
         _start_trackers(run)
@@ -133,14 +133,9 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
     spec = check_named(options.model_dump())
     accelerator = _accelerator(options, folder.path)
     if accelerator.num_processes > 1:
-        raise InvalidArgument(
-            Problem(
-                "torchrun",
-                accelerator.num_processes,
-                "the command trains in one process: its run folder has one writer",
-                "Start one process, or attach a session to a DistributedDataParallel loop of your own.",
-            )
-        )
+        rule = "the command trains in one process: its run folder has one writer"
+        remedy = "Start one process, or attach a session to a DistributedDataParallel loop of your own."
+        raise InvalidArgument(Problem("torchrun", accelerator.num_processes, rule, remedy))
     set_seed(options.seed)
     recipe = options.load_recipe()
     model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
@@ -188,7 +183,6 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
 
 
 def _cache(options: TrainOptions) -> PrefixCache | None:
-    """What is kept of the frozen front; None for nothing."""
     if not options.cache_variants:
         return None
     return PrefixCache(
@@ -253,25 +247,20 @@ def _start_trackers(run: TrainingRun) -> None:
         run.accelerator.init_trackers("spfde", config=flat, init_kwargs=places)
 
 
-def _describe(run: TrainingRun) -> None:
-    """Write down everything that is needed to run again."""
+def _described(run: TrainingRun) -> dict[str, Any]:
+    """Everything that is needed to run again."""
     options, bill = run.options, run.plan
-    # config.json first: it is what a resumed run needs.
-    run.folder.write_json(
-        CONFIG,
-        {
-            "command": options.model_dump(mode="json"),
-            "data": {**run.data.facts(), "augment": run.augment.mode},
-            "model": options.model,
-            "recipe": options.recipe,
-            "engine": run.session.engine,
-            "plan": bill.to_dict(),
-            "timeline": bill.timeline.to_dict(),
-            "versions": versions(),
-            "hardware": hardware(run.accelerator.device),
-        },
-    )
-    run.folder.write_text(RECIPE, options.load_recipe().to_toml())
+    return {
+        "command": options.model_dump(mode="json"),
+        "data": {**run.data.facts(), "augment": run.augment.mode},
+        "model": options.model,
+        "recipe": options.recipe,
+        "engine": run.session.engine,
+        "plan": bill.to_dict(),
+        "timeline": bill.timeline.to_dict(),
+        "versions": versions(),
+        "hardware": hardware(run.accelerator.device),
+    }
 
 
 def _load(run: TrainingRun, checkpoint: Path) -> None:
@@ -286,8 +275,6 @@ def _load(run: TrainingRun, checkpoint: Path) -> None:
             f"checkpoint {checkpoint}: cannot be loaded ({reason}). It was written with {versions_then}, and these are "
             f"{versions()}. Resume with the versions that wrote it, or start a new run."
         ) from error
-    if not (run.folder.path / RECIPE).is_file():
-        run.folder.write_text(RECIPE, run.options.load_recipe().to_toml())
     run.resumed_from = checkpoint
 
 

@@ -1,6 +1,11 @@
 # ruff: noqa: I001
 """Sparse training methods, one file each; importing this room registers them."""
 
+from collections.abc import Mapping
+from typing import cast
+
+from spfde.core.registry import registered
+
 # In the order in which they are listed.
 from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.methods.drop_grow import DropGrow
@@ -17,10 +22,14 @@ from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation,
 from spfde.sparsity.methods.gmp import GMP
 from spfde.sparsity.methods.str import STR
 
+METHODS = cast("Mapping[str, type[SparsityMethod]]", registered("method"))
+"""Sparse training methods by name."""
+
 __all__ = [
     "DSR",
     "GMP",
     "MEST",
+    "METHODS",
     "SET",
     "SETITOP",
     "SNFS",

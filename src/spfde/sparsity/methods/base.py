@@ -8,7 +8,7 @@ method's ``structure``: a single weight, where that is unstructured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
 
@@ -16,14 +16,11 @@ from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.core.numbers import round_half_up
 from spfde.core.technique import Technique, read_named, write_named
 from spfde.sparsity.distribution import erk, override_for
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.schedule import DenseGradients
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.structure import Structure, Unstructured
 
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
-
-Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NamePatterns = tuple[str, ...]
 
@@ -63,14 +60,14 @@ class SparsityMethod(Technique):
     _count_remedy: ClassVar[str] = "Use another method, such as set or rigl."
     """What to do where the number of active weights varies and the structure fixes it."""
 
-    sparsity: Sparsity = Field(description="a number in [0, 1), the share of inactive weights")
+    sparsity: Fraction = Field(description="a number in [0, 1), the share of inactive weights")
     distribution: Literal["uniform", "erk"] = "uniform"
     structure: SerializeAsAny[Structure] = Field(
         default_factory=Unstructured, description="a structure, such as spfde.Block(rows=4, columns=1)"
     )
     include: NamePatterns = ()
     exclude: NamePatterns = ()
-    overrides: dict[str, Sparsity] = Field(default_factory=dict, description="name patterns with numbers in [0, 1)")
+    overrides: dict[str, Fraction] = Field(default_factory=dict, description="name patterns with numbers in [0, 1)")
     dense_first: bool = True
     dense_head: bool = True
     init: Literal["random", "magnitude"] = "random"

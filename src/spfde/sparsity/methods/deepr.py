@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from spfde.core.registry import register
 from spfde.core.state import check_entries
-from spfde.sparsity import mutation
+from spfde.sparsity.masker import Masker
+from spfde.sparsity.masks import grow_random
 from spfde.sparsity.methods.base import SparsityMethod
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")
@@ -46,7 +44,6 @@ class DeepR(SparsityMethod):
 
     name: ClassVar[str] = "deepr"
     summary: ClassVar[str] = "Rewires at every step: a weight that crosses zero gives way to a random one."
-    cost: ClassVar[str] = "3 sparse passes a step"
     references: ClassVar[tuple[str, ...]] = ("bellec2018deep",)
     structured: ClassVar[bool] = False
 
@@ -58,12 +55,7 @@ class DeepR(SparsityMethod):
 
 
 class Rewiring(Strategy):
-    """DEEP R's step after the optimizer's: penalty, noise, and who crosses zero gives way.
-
-    Args:
-        masker: see ``Strategy``.
-        l1, noise: see ``DeepR``.
-    """
+    """DEEP R's step after the optimizer's: penalty, noise, and who crosses zero gives way."""
 
     changes_every_step = True
 
@@ -85,7 +77,7 @@ class Rewiring(Strategy):
         negative = self._negative.pop(layer.name, None)
         if negative is not None and not was_skipped:
             learning_rate = float(self.masker.group_of(layer)["lr"])
-            weight, mask = mutation.rewire(
+            weight, mask = rewire(
                 layer.parameter.detach(),
                 layer.mask,
                 negative,
@@ -95,7 +87,6 @@ class Rewiring(Strategy):
             )
             layer.parameter.detach().copy_(weight)
             layer.set_mask(mask, layer.active)
-            layer.note_explored()
         super().after_step(layer, was_skipped=was_skipped)
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,3 +97,42 @@ class Rewiring(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._is_over = state["is_over"]
+
+
+def rewire(
+    weight: Tensor, mask: Tensor, before: Tensor, *, shrink: float, noise: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One step of deep rewiring, after the gradient step: weights that cross zero go dormant, others wake up.
+
+    A connection keeps the sign that it has; of a weight that is zero, the sign bit says which one.
+
+    Args:
+        weight: after the gradient step.
+        mask: boolean, of its shape.
+        before: the weight's sign bits before the step, boolean, of its shape.
+        shrink: by how much the magnitude of active weights shrinks (learning rate times the L1 penalty).
+        noise: standard deviation of what is added to active weights.
+        generator: a CPU generator.
+
+    Returns:
+        The weight and the mask, with as many active weights as before. Those that woke up are zero, of a random sign.
+
+    Source: Bellec et al. (DEEP R, arXiv 1711.05136), algorithm 1.
+    """
+    flat, active = weight.flatten(), mask.flatten().nonzero().squeeze(1)
+    negative = before.flatten()[active]
+    # theta, as the paper has it: the magnitude, counted along the sign that the connection has.
+    theta = torch.where(negative, -flat[active], flat[active]) - shrink
+    if noise:
+        drawn = torch.randn(len(active), generator=generator, dtype=torch.float32)
+        theta = theta + noise * drawn.to(theta)
+    stays = theta >= 0
+    alive = torch.zeros_like(mask.flatten())
+    alive[active[stays]] = True
+    grown = grow_random(alive, len(active), generator)
+    awake = (grown & ~alive).nonzero().squeeze(1)
+    signs = torch.rand(len(awake), generator=generator).to(weight.device) < 0.5
+    result = torch.zeros_like(flat)
+    result[active[stays]] = torch.where(negative[stays], -theta[stays], theta[stays])
+    result[awake] = torch.where(signs, -0.0, 0.0).to(flat.dtype)
+    return result.view(weight.shape), grown.view(mask.shape)

@@ -1,22 +1,26 @@
-"""A method is two criteria and a schedule."""
+"""Drop by one criterion, grow by another: most methods, and the strategy that carries out what they plan."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator
+from torch import Tensor
 
+from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.numbers import cosine, round_half_up
 from spfde.core.registry import register
+from spfde.core.state import check_entries
 from spfde.core.technique import read_named, write_named
 from spfde.sparsity.criteria import Criterion, Magnitude, Random
 from spfde.sparsity.distribution import active_count
-from spfde.sparsity.drop_grow import Mutation
+from spfde.sparsity.gradients import unscaled
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
-from spfde.sparsity.schedule import DenseGradients
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
+from spfde.sparsity.schedule import DenseGradients, MaskPlan
+from spfde.sparsity.strategy import Strategy
+from spfde.sparsity.weight import MaskedWeight
 
 
 @register("method")
@@ -105,3 +109,134 @@ class DropGrow(SparsityMethod):
         if progress >= self.stop_fraction:
             return 0.0
         return value if self.decay == "constant" else cosine(progress / self.stop_fraction, value)
+
+
+class Mutation(Strategy):
+    """Carries out the planned mutations by two criteria.
+
+    Where a criterion needs a gradient, the mutation of a layer waits for the first step that has one: of the active
+    weights for dropping, of all for growing. Each is given its own.
+    """
+
+    def __init__(self, masker: Masker, *, drop: Criterion, grow: Criterion) -> None:
+        super().__init__(masker)
+        self._drop, self._grow = drop, grow
+        self.pending: dict[str, tuple[int, int]] = {}
+        self._snapshots: dict[str, Tensor] = {}
+
+    def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
+        names = {layer.name for layer in live}
+        self.pending = {} if plan.update else {name: each for name, each in self.pending.items() if name in names}
+        for layer in live:
+            own = plan.layers[layer.name]
+            counts = min(own.survive, layer.active), int(own.active)
+            if own.mutates and not plan.last and counts != (layer.active, layer.active):
+                self.pending[layer.name] = counts
+        self._mutate({}, {})
+
+    def prune_to_target(self, layers: Sequence[MaskedWeight]) -> None:
+        for layer in layers:
+            self.pending.pop(layer.name, None)
+        super().prune_to_target(layers)
+
+    def wants_dense(self, layer: MaskedWeight) -> bool:
+        if layer.name not in self.pending or not self._grow.needs_gradient:
+            return False
+        survive, final = self.pending[layer.name]
+        return final > survive
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+        if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
+            self._snapshots[layer.name] = unscaled(gradient, self.masker.optimizer)
+
+    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
+        if not self.pending:
+            return
+        active = self._take_snapshots(has_closure=has_closure)
+        dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
+        self.masker.average_over_ranks(active)
+        gradients = (*active.values(), *dense.values())
+        if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients):
+            self._mutate(active, dense)
+
+    def adopt(self, layer: MaskedWeight) -> None:
+        self.pending.pop(layer.name, None)
+
+    def clear(self) -> None:
+        self._snapshots.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        # A layer that waits for nothing keeps as many as it has. So it is seen if one is missing.
+        layers = self.masker.layers
+        return {"pending": {n: list(self.pending.get(n, (each.active, each.active))) for n, each in layers.items()}}
+
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        check_entries(state, "the sparse training method", {"pending": dict})
+        check_entries(state["pending"], "the pending mutations", dict.fromkeys(masks, list))
+        for name, counts in state["pending"].items():
+            layer = self.masker.layers[name]
+            if not _fits(counts, layer, int(masks[name].sum()) // layer.unit_size):
+                raise StateMismatch(f"the pending mutation of {name} in the state does not fit: {counts}.")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        active = {name: layer.active for name, layer in self.masker.layers.items()}
+        saved = {name: (survive, final) for name, (survive, final) in state["pending"].items()}
+        self.pending = {name: counts for name, counts in saved.items() if counts != (active[name], active[name])}
+
+    def _mutate(self, active: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
+        """Mutate the layers that have the gradients that they need: those of active weights, and those of all."""
+        # In the order of the layers, so that the generator's draws do not depend on the backward pass.
+        for layer in self.masker.live:
+            name = layer.name
+            if name not in self.pending:
+                continue
+            survive, final = self.pending[name]
+            drops, grows = survive < layer.active, final > survive
+            lacks_active = drops and self._drop.needs_gradient and name not in active
+            lacks_dense = grows and self._grow.needs_gradient and name not in dense
+            if lacks_active or lacks_dense:
+                continue
+            del self.pending[name]
+            layer.mutate(
+                survive,
+                final,
+                drop_score=_score(self._drop, layer, active.get(name)) if drops else None,
+                grow_score=_score(self._grow, layer, dense.get(name)) if grows else None,
+            )
+
+    def _take_snapshots(self, *, has_closure: bool) -> dict[str, Tensor]:
+        """The gradients of active weights, for dropping; without the loss scale, which dense ones still have."""
+        taken, self._snapshots = self._snapshots, {}
+        if has_closure and self._drop.needs_gradient:
+            # The step itself ran the backward pass: what was there before it is stale.
+            waiting = [layer for layer in self.masker.live if layer.name in self.pending]
+            taken = {layer.name: layer.parameter.grad for layer in waiting if layer.parameter.grad is not None}
+        return taken
+
+
+def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
+    """Whether a layer with so many active units can have a mutation with those counts."""
+    if len(counts) != 2 or any(type(count) is not int for count in counts):
+        return False
+    survive, final = counts
+    return bool(0 < survive <= min(final, active) and final <= layer.n_units)
+
+
+def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:
+    """The criterion's score, which anybody may have written: it is checked."""
+    weight = layer.parameter.detach()
+    score = criterion.score(weight, gradient)
+    if score is None:
+        return None
+    found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    if found != tuple(weight.shape):
+        raise UsageError(
+            f"criterion {criterion.name} scored a weight of shape {tuple(weight.shape)} with {found}. Return a tensor "
+            "with one score for each weight, or None for chance."
+        )
+    if layer.unit_size > 1 and bool((score < 0).any()):
+        raise UsageError(
+            f"criterion {criterion.name} gives negative scores, and of a group of weights the norm of their scores "
+            "counts. Return scores from 0 on, or use it without a structure."
+        )
+    return score

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from spfde.core.numbers import round_half_up
 from spfde.core.registry import register
 from spfde.sparsity.criteria import Random
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 from spfde.sparsity.redistribution import LayerView, Redistribution, Turnover, share_out
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")
@@ -59,16 +57,16 @@ class DSR(SparsityMethod):
         return 0.0 < progress < self.stop_fraction and self.drop_fraction > 0.0
 
     def strategy(self, masker: Masker) -> Redistribution:
-        return Redistribution(masker, allot=self.allot, grow=Random())
+        return Redistribution(masker, allot=self.allot, grow=Random(), memory={"threshold": self.threshold})
 
-    def allot(self, layers: Sequence[LayerView], progress: float, memory: MutableMapping[str, float]) -> list[Turnover]:
+    def allot(self, layers: Sequence[LayerView], progress: float, memory: dict[str, float]) -> list[Turnover]:
         """How many units each layer keeps and then holds; see ``Redistribution``."""
         wanted = round_half_up(
             (self.drop_fraction if progress < self.stop_fraction else 0.0) * sum(layer.active for layer in layers)
         )
         if not wanted:
             return [(layer.active, layer.active) for layer in layers]
-        threshold = memory.get("threshold", self.threshold)
+        threshold = memory["threshold"]
         keep = [max(1, int((layer.scores >= threshold).sum())) for layer in layers]
         dropped = sum(layer.active for layer in layers) - sum(keep)
         if dropped < (1.0 - self.tolerance) * wanted:

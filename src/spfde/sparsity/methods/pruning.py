@@ -15,8 +15,9 @@ from spfde.core.registry import register
 from spfde.model.sample import Sample, unwrap
 from spfde.sparsity import saliency
 from spfde.sparsity.methods.base import SparsityMethod
-from spfde.sparsity.saliency import ScoreLoss
-from spfde.sparsity.structure import Structure
+from spfde.sparsity.saliency import ScoreLoss, Scores, Weights
+
+Masks = Mapping[str, Tensor] | None
 
 
 class PruningAtInitialisation(SparsityMethod):
@@ -38,6 +39,8 @@ class PruningAtInitialisation(SparsityMethod):
     counts_known: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     """Whether the model is scored in training mode."""
+    passes: ClassVar[int] = 3
+    """FLOPs of scoring a sample, in forward passes: as a training step."""
 
     n_batches: Annotated[int, Field(ge=0)] = 1
 
@@ -51,10 +54,9 @@ class PruningAtInitialisation(SparsityMethod):
     def select(
         self,
         model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
+        weights: Weights,
         *,
         units: int,
-        structure: Structure,
         batches: Sequence[Any],
         loss: ScoreLoss,
         sample: Sample,
@@ -64,8 +66,7 @@ class PruningAtInitialisation(SparsityMethod):
         Args:
             model: the user's module, on the device of its weights; what wraps it is taken off.
             weights: the masked weights by name; a tied weight once.
-            units: units of ``structure`` that exist in all layers together.
-            structure: what exists or not as a whole.
+            units: units of the method's structure that exist in all layers together.
             batches: what ``loss`` takes, ``n_batches`` of them.
             loss: the mean loss of a batch, as a function of the unwrapped model and the batch.
             sample: what the model is called with.
@@ -79,6 +80,7 @@ class PruningAtInitialisation(SparsityMethod):
         self._check(weights, batches)
         # A data-parallel wrapper would wait for a backward pass that never comes.
         model = unwrap(model)
+        structure = self.structure
         total = sum(structure.n_units(weight.shape) for weight in weights.values())
         rounds = self.rounds(units, total)
         masks: dict[str, Tensor] | None = None
@@ -90,23 +92,20 @@ class PruningAtInitialisation(SparsityMethod):
         assert masks is not None, "there is at least one round"
         return masks
 
+    def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
+        return self.passes * forward_flops * min(samples, self.n_batches * batch_size)
+
     def rounds(self, units: int, total: int) -> list[int]:
         """Units that are left after each round of scoring, ``units`` of ``total`` at last."""
         return [units]
 
     @abstractmethod
     def _scores(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-        batches: Sequence[Any],
-        loss: ScoreLoss,
-        sample: Sample,
-        masks: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
+        self, model: nn.Module, weights: Weights, batches: Sequence[Any], loss: ScoreLoss, sample: Sample, masks: Masks
+    ) -> Scores:
         """A score of each weight, of which the highest are kept; ``masks`` is what earlier rounds have left."""
 
-    def _check(self, weights: Mapping[str, nn.Parameter], batches: Sequence[Any]) -> None:
+    def _check(self, weights: Weights, batches: Sequence[Any]) -> None:
         problems = Problems()
         if self.n_batches and not batches:
             remedy = f"Pass {self.n_batches} batches of the loader."
@@ -118,7 +117,7 @@ class PruningAtInitialisation(SparsityMethod):
                 problems.add("weights", name, f"is the same tensor as {other}", "List a tied weight under one name.")
         problems.raise_if_any()
 
-    def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
+    def _check_scores(self, scores: Scores) -> None:
         for name, score in scores.items():
             if not bool(score.isfinite().all()):
                 rule = f"gives scores of {name} that are not finite"
@@ -154,19 +153,9 @@ class SNIP(PruningAtInitialisation):
 
     n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 1
 
-    def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
-        """Three forward passes' worth a sample, as a training step."""
-        return 3 * forward_flops * min(samples, self.n_batches * batch_size)
-
     def _scores(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-        batches: Sequence[Any],
-        loss: ScoreLoss,
-        sample: Sample,
-        masks: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
+        self, model: nn.Module, weights: Weights, batches: Sequence[Any], loss: ScoreLoss, sample: Sample, masks: Masks
+    ) -> Scores:
         return saliency.connection_sensitivity(model, weights, batches, loss)
 
 
@@ -196,27 +185,16 @@ class GraSP(PruningAtInitialisation):
     references: ClassVar[tuple[str, ...]] = ("wang2020grasp",)
 
     cost: ClassVar[str] = "3 sparse passes a step, and 12 dense ones for each sample that is scored"
+    passes: ClassVar[int] = 12
+    """Two gradients at three, and the derivative of the second at six: it differentiates the two products of the
+    backward pass, each by two factors, and the product of the forward pass once more by both of its factors."""
 
     n_batches: Annotated[int, Field(ge=1, description="a number of batches, at least 1")] = 8
     temperature: Annotated[float, Field(gt=0.0, description="a positive number")] = 200.0
 
-    def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
-        """Twelve forward passes' worth a sample: two gradients at three, and the derivative of the second at six.
-
-        That derivative differentiates the two products of the backward pass, each by two factors, and the product of
-        the forward pass once more by both of its factors.
-        """
-        return 12 * forward_flops * min(samples, self.n_batches * batch_size)
-
     def _scores(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-        batches: Sequence[Any],
-        loss: ScoreLoss,
-        sample: Sample,
-        masks: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
+        self, model: nn.Module, weights: Weights, batches: Sequence[Any], loss: ScoreLoss, sample: Sample, masks: Masks
+    ) -> Scores:
         return saliency.gradient_flow(model, weights, batches, loss, temperature=self.temperature)
 
 
@@ -252,7 +230,7 @@ class SynFlow(PruningAtInitialisation):
 
     def scoring_flops(self, forward_flops: int, *, samples: int, batch_size: int) -> int:
         """Three forward passes' worth a round on one sample, whatever there is."""
-        return 3 * forward_flops * (1 if self.structure.fixed_count else self.iterations)
+        return self.passes * forward_flops * (1 if self.structure.fixed_count else self.iterations)
 
     def rounds(self, units: int, total: int) -> list[int]:
         """``total * (units / total) ** (k / iterations)`` units after round ``k``, counted from 1."""
@@ -261,12 +239,6 @@ class SynFlow(PruningAtInitialisation):
         return [max(units, n) for n in falling] + [units]
 
     def _scores(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-        batches: Sequence[Any],
-        loss: ScoreLoss,
-        sample: Sample,
-        masks: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
+        self, model: nn.Module, weights: Weights, batches: Sequence[Any], loss: ScoreLoss, sample: Sample, masks: Masks
+    ) -> Scores:
         return saliency.synaptic_flow(model, weights, sample, masks=masks)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from spfde.core.numbers import cosine, round_half_up
 from spfde.core.registry import register
 from spfde.sparsity.criteria import Gradient
+from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 from spfde.sparsity.redistribution import LayerView, Redistribution, Turnover, share_out
 from spfde.sparsity.schedule import DenseGradients
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
 
 
 @register("method")
@@ -65,7 +63,7 @@ class SNFS(SparsityMethod):
     def strategy(self, masker: Masker) -> Redistribution:
         return Redistribution(masker, allot=self.allot, grow=Gradient(), momentum=self.momentum)
 
-    def allot(self, layers: Sequence[LayerView], progress: float, memory: MutableMapping[str, float]) -> list[Turnover]:
+    def allot(self, layers: Sequence[LayerView], progress: float, memory: dict[str, float]) -> list[Turnover]:
         """How many units each layer keeps and then holds; see ``Redistribution``."""
         share = self._drop_fraction_at(progress)
         keep = [max(1, layer.active - round_half_up(share * layer.active)) for layer in layers]

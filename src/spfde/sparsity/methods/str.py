@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from spfde.core.registry import register
-from spfde.sparsity.latent import LatentWeights, SoftThresholdLatent
+from spfde.sparsity.gradients import unscaled
+from spfde.sparsity.latent import LatentWeights
+from spfde.sparsity.masker import Masker
+from spfde.sparsity.masks import highest
 from spfde.sparsity.methods.base import SparsityMethod
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
+from spfde.sparsity.weight import MaskedWeight
 
 
 @register("method")
@@ -61,16 +64,75 @@ class STR(SparsityMethod):
         return n_units
 
     def mutation_counts(self, target: int, n_units: int, active: int, progress: float) -> tuple[int, int]:
-        final = active if self._learns_threshold(progress) else min(active, target)
+        final = active if progress < self.stop_fraction else min(active, target)
         return final, final
 
-    def strategy(self, masker: Masker) -> LatentWeights:
-        return LatentWeights(
-            masker, make=self._latent_of, keeps_at=self._learns_threshold, follows_steps=True, name=self.name
-        )
+    def strategy(self, masker: Masker) -> SoftThresholdLatents:
+        return SoftThresholdLatents(masker, self)
 
-    def _learns_threshold(self, progress: float) -> bool:
-        return progress < self.stop_fraction
 
-    def _latent_of(self, weight: Tensor, target: int) -> SoftThresholdLatent:
-        return SoftThresholdLatent(weight, start=self.threshold_start, decay=self.threshold_decay)
+class SoftThresholdLatents(LatentWeights):
+    """The model computes with what of the latent exceeds the threshold, and ``s`` is learnt."""
+
+    changes_every_step = True
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor, "s": float}
+
+    def __init__(self, masker: Masker, method: STR) -> None:
+        super().__init__(masker, stop_fraction=method.stop_fraction)
+        self._method = method
+        self._s: dict[str, float] = {}
+        self._slope: dict[str, float] = {}
+
+    def start(self, layer: MaskedWeight) -> bool:
+        self._s[layer.name] = self._method.threshold_start
+        return super().start(layer)
+
+    def choose(self, layer: MaskedWeight) -> None:
+        mask = self.margin(layer) > 0
+        if not bool(mask.any()):
+            mask = highest(self.latent(layer).abs(), 1)
+        layer.set_mask(mask, int(mask.sum()))
+
+    def margin(self, layer: MaskedWeight) -> Tensor:
+        return self.latent(layer).abs() - threshold(self._s[layer.name])
+
+    def sparse(self, layer: MaskedWeight) -> Tensor:
+        above = soft_threshold(self.latent(layer), self._s[layer.name])
+        return above.masked_fill(~layer.mask, 0.0)
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+        super().before_step(layer, gradient, has_closure=has_closure)
+        if layer.name not in self._latents:
+            return
+        self._slope[layer.name] = 0.0
+        if gradient is not None:
+            own = unscaled(gradient, self.masker.optimizer)
+            self._slope[layer.name] = threshold_slope(self.latent(layer), own, self._s[layer.name], layer.mask)
+
+    def stepped(self, layer: MaskedWeight, weight: Tensor, learning_rate: float) -> Tensor:
+        name = layer.name
+        self._s[name] -= learning_rate * (self._slope[name] + self._method.threshold_decay * self._s[name])
+        return weight.clone()
+
+    def _saved(self, layer: MaskedWeight) -> dict[str, Any]:
+        return {**super()._saved(layer), "s": self._s[layer.name]}
+
+    def _load(self, layer: MaskedWeight, saved: Mapping[str, Any]) -> None:
+        super()._load(layer, saved)
+        self._s[layer.name] = saved["s"]
+
+
+def threshold(s: float) -> float:
+    """``sigmoid(s)``: weights up to this magnitude are zero to the model."""
+    return float(torch.sigmoid(torch.tensor(s, dtype=torch.float64)))
+
+
+def soft_threshold(weight: Tensor, s: float) -> Tensor:
+    """``sign(w) * relu(|w| - sigmoid(s))``."""
+    return (weight.abs() - threshold(s)).clamp_(min=0.0).copysign_(weight)
+
+
+def threshold_slope(weight: Tensor, gradient: Tensor, s: float, mask: Tensor) -> float:
+    """The loss's derivative by ``s``, from the sparse weight's: each weight in the mask goes with ``-sigmoid'(s)``."""
+    along = (gradient * weight.sign())[mask].sum(dtype=torch.float64)
+    return -float(along) * threshold(s) * (1.0 - threshold(s))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from spfde.core.numbers import round_half_up
 from spfde.core.registry import register
-from spfde.sparsity.latent import LatentWeights, TopKLatent
+from spfde.sparsity.latent import LatentWeights
+from spfde.sparsity.masker import Masker
+from spfde.sparsity.masks import highest
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
-
-if TYPE_CHECKING:
-    from spfde.sparsity.masker import Masker
+from spfde.sparsity.weight import MaskedWeight
 
 
 @register("method")
@@ -53,21 +55,48 @@ class TopKAST(SparsityMethod):
     stop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
     def gradient_count(self, n_units: int, active: int, progress: float) -> int:
-        return (
-            min(n_units, active + round_half_up(self.exploration * n_units)) if self._learns_wider(progress) else active
-        )
+        if progress >= self.stop_fraction:
+            return active
+        return min(n_units, active + round_half_up(self.exploration * n_units))
 
     def mutates_at(self, progress: float) -> bool:
-        return progress > 0.0 and self._learns_wider(progress)
+        return 0.0 < progress < self.stop_fraction
 
-    def strategy(self, masker: Masker) -> LatentWeights:
-        return LatentWeights(
-            masker, make=self._latent_of, keeps_at=self._learns_wider, follows_steps=False, name=self.name
-        )
+    def strategy(self, masker: Masker) -> TopKLatents:
+        return TopKLatents(masker, self)
 
-    def _learns_wider(self, progress: float) -> bool:
-        return progress < self.stop_fraction
 
-    def _latent_of(self, weight: Tensor, target: int) -> TopKLatent:
-        reach = self.gradient_count(weight.numel(), target, 0.0)
-        return TopKLatent(weight, target=target, reach=reach, penalty=self.penalty)
+class TopKLatents(LatentWeights):
+    """The model computes with the largest weights, the mask, and a wider set receives gradients."""
+
+    _ENTRIES: ClassVar[Mapping[str, type]] = {"weight": Tensor, "reach": Tensor}
+
+    def __init__(self, masker: Masker, method: TopKAST) -> None:
+        super().__init__(masker, stop_fraction=method.stop_fraction)
+        self._method = method
+
+    def choose(self, layer: MaskedWeight) -> None:
+        magnitude = self.latent(layer).abs()
+        layer.set_mask(highest(magnitude, layer.target), layer.target)
+        layer.wider = highest(magnitude, self._method.gradient_count(layer.numel, layer.target, 0.0))
+
+    def sparse(self, layer: MaskedWeight) -> Tensor:
+        return self.latent(layer).masked_fill(~layer.mask, 0.0)
+
+    def margin(self, layer: MaskedWeight) -> Tensor:
+        return self.latent(layer).abs().masked_fill_(~layer.mask, -1.0)
+
+    def stepped(self, layer: MaskedWeight, weight: Tensor, learning_rate: float) -> Tensor:
+        density = layer.target / layer.numel
+        shrink = learning_rate * self._method.penalty
+        # Those outside the mask are penalised more, so that they have to earn their place.
+        moved = torch.where(layer.mask, weight * (1.0 - shrink), weight * (1.0 - shrink / density))
+        # Neither weight decay nor momentum moves what receives no gradient.
+        return torch.where(layer.gradient_mask, moved, self.latent(layer))
+
+    def _saved(self, layer: MaskedWeight) -> dict[str, Any]:
+        return {**super()._saved(layer), "reach": layer.gradient_mask.clone()}
+
+    def _load(self, layer: MaskedWeight, saved: Mapping[str, Any]) -> None:
+        super()._load(layer, saved)
+        layer.wider = saved["reach"].to(layer.mask, copy=True)

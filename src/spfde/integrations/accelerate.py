@@ -1,0 +1,183 @@
+"""Accelerate: attach to what ``accelerator.prepare`` takes or gives, in any order.
+
+Accelerate's prepared loader puts batches on the device, and tells ``accelerator.accumulate`` where an epoch ends. So
+the session's loader is put inside one of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.integrations._resuming import attach_with
+from spfde.recipe import Recipe
+from spfde.session.session import Session
+
+try:
+    from accelerate import Accelerator
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
+    from accelerate.utils import send_to_device
+except ImportError as error:
+    remedy = "Install it: pip install 'spfde[transformers]'."
+    raise InvalidArgument(Problem("import", __name__, "needs the package accelerate", remedy)) from error
+
+
+def attach(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    loader: Any,
+    recipe: Recipe,
+    *,
+    epochs: int,
+    **options: Any,
+) -> Session:
+    """Attach a recipe to a loop with Accelerate, before or after ``accelerator.prepare``.
+
+    ``session.loader`` takes the prepared loader's place and needs no ``prepare``: it deals its batches out over the
+    processes, puts them on the device, and ends accumulation with the epoch. ``accelerator.save_state`` and
+    ``load_state`` take the session along after ``accelerator.register_for_checkpointing(session)``.
+
+    Args:
+        accelerator: the Accelerator.
+        model: the model, prepared or not.
+        optimizer: the optimizer, prepared or not, or a list.
+        loader: the training loader over a map-style data set, prepared or not.
+        recipe: what to save, and how.
+        epochs: length of the run.
+        options: further arguments of ``spfde.attach``.
+
+    Raises:
+        InvalidArgument: with every problem that was found, each with its remedy.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> from spfde.integrations.accelerate import attach
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        >>> session = attach(accelerator, model, optimizer, loader, spfde.presets.static, epochs=2)
+        >>> accelerator.register_for_checkpointing(session)
+        >>> for epoch in session.epochs():
+        ...     for x, y in session.loader:
+        ...         accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+    """
+    _check_accelerator(accelerator)
+    optimizers = [getattr(each, "optimizer", each) for each in _listed(optimizer)]
+    plain = plain_loader(loader)
+    if accelerator.num_processes > 1:
+        share_order(plain)
+    session = attach_with(
+        model,
+        optimizers[0] if len(optimizers) == 1 else optimizers,
+        plain,
+        recipe,
+        options.pop("state", None),
+        epochs=epochs,
+        **options,
+    )
+    session.loader = _SessionLoader(session.loader, accelerator.device if accelerator.device_placement else None)
+    return session
+
+
+def plain_loader(loader: Any) -> DataLoader[Any]:
+    """The DataLoader that a prepared one was made from: all batches, in one order."""
+    inner: DataLoader[Any] = getattr(loader, "base_dataloader", loader)
+    batches = inner.batch_sampler
+    if isinstance(batches, BatchSamplerShard):
+        if batches.split_batches:
+            remedy = "Set DataLoaderConfiguration(split_batches=False), or attach before prepare."
+            raise InvalidArgument(
+                Problem(
+                    "loader",
+                    "split_batches",
+                    "cuts each batch over the processes, and the session deals out whole batches",
+                    remedy,
+                )
+            )
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    if inner.batch_size is not None or type(batches) is not BatchSampler:
+        return inner  # the user's own, or one of which attach says why it cannot take it
+    if isinstance(sampler, SeedableRandomSampler):
+        # It seeds itself anew in each epoch by counting: the session counts, saves and resumes the generator instead.
+        generator = torch.Generator().manual_seed(sampler.initial_seed)
+        sampler = RandomSampler(sampler.data_source, generator=generator)
+    by_presence: dict[str, Any] = {"in_order": inner.in_order} if hasattr(inner, "in_order") else {}
+    return DataLoader(
+        inner.dataset,
+        batch_size=batches.batch_size,
+        sampler=sampler,
+        drop_last=batches.drop_last,
+        num_workers=inner.num_workers,
+        collate_fn=inner.collate_fn,
+        pin_memory=inner.pin_memory,
+        timeout=inner.timeout,
+        worker_init_fn=inner.worker_init_fn,
+        multiprocessing_context=inner.multiprocessing_context,
+        generator=inner.generator,
+        prefetch_factor=inner.prefetch_factor,
+        persistent_workers=inner.persistent_workers,
+        **by_presence,
+    )
+
+
+class _SessionLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate is not there for mypy
+    """The session's loader as Accelerate's: batches on the device, and the last one announced.
+
+    Accelerate's own draws one batch ahead to know the last one; here the length tells it.
+    """
+
+    def __init__(self, loader: Any, device: torch.device | None) -> None:
+        super().__init__(loader.dataset, device=device, batch_sampler=loader.batch_sampler)
+        self.base_dataloader = loader
+        self._is_accelerate_prepared = True  # so that prepare() leaves it as it is
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begin()
+        try:
+            last: int | None = None
+            for number, batch in enumerate(self.base_dataloader, 1):
+                if last is None:
+                    last = sized(self.base_dataloader)
+                self.end_of_dataloader = number == last
+                yield batch if self.device is None else send_to_device(batch, self.device)
+        finally:
+            self.end()
+
+
+def sized(loader: Any) -> int:
+    """Batches of an epoch; 0 where that is not known."""
+    try:
+        return len(loader)
+    except TypeError:
+        return 0
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+
+
+def _check_accelerator(accelerator: Accelerator) -> None:
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA"):
+        rule = "shards or replaces the parameters, which masks and freezing work on"
+        raise InvalidArgument(Problem("accelerator", kind, rule, "Train on one device, or with DDP (MULTI_GPU)."))
+
+
+def share_order(loader: DataLoader[Any]) -> None:
+    """Give the samplers of all processes rank 0's order; the session deals out the batches of one order."""
+    generator = getattr(loader.sampler, "generator", None)
+    if generator is None and type(loader.sampler) is RandomSampler:
+        generator = loader.sampler.generator = torch.Generator()
+        generator.manual_seed(torch.initial_seed() % 2**63)
+    if generator is not None:
+        state = [generator.get_state()]
+        torch.distributed.broadcast_object_list(state)
+        generator.set_state(state[0])

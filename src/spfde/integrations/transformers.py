@@ -1,0 +1,326 @@
+"""The Trainer of Hugging Face: a callback that attaches a session where the Trainer makes its train dataloader.
+
+The Trainer counts its steps and makes its schedule from the length of that loader, and calls no callback before. So
+the callback takes hold of the Trainer that it is given to, and stands at three of its methods: ``train`` (from which
+checkpoint?), ``get_train_dataloader`` (the weights are loaded: here the session is attached, with its saved state) and
+``training_step`` (how did the batch go?).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+from torch.utils.hooks import RemovableHandle
+
+from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
+from spfde.integrations._resuming import attach_with
+from spfde.recipe import Recipe
+from spfde.session.session import Session
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from spfde.integrations.accelerate import plain_loader, share_order
+except ImportError as error:
+    remedy = "Install it: pip install 'spfde[transformers]'."
+    raise InvalidArgument(Problem("import", __name__, "needs the package transformers", remedy)) from error
+
+STATE_NAME = "spfde.pt"
+"""The session's state in each of the Trainer's checkpoint folders."""
+
+Report = Callable[[Mapping[str, Any], Any], Mapping[str, Tensor]]
+
+
+class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not there for mypy
+    """Train with SpFDE in a Trainer: ``Trainer(..., callbacks=[SpfdeCallback(recipe)])``.
+
+    ``num_train_epochs`` is the length of the run. With a recipe that sieves, each training step is reported from the
+    batch's ``labels`` [N] and the model's ``logits`` [N, classes]; other tasks pass ``report``. Each checkpoint folder
+    gets the session's state, and ``train(resume_from_checkpoint=...)`` goes on from it.
+
+    Args:
+        recipe: what to save, and how.
+        seed: seed of masks, growth and sieving.
+        engine: as in ``spfde.attach``.
+        report: called with a batch and the model's outputs for it; returns arguments of ``session.observe``, such as
+            ``{"loss": ...}`` with one loss a sample, [N].
+        attach_options: further arguments of ``spfde.attach``.
+
+    Attributes:
+        session: the session of the newest ``train``; detached when that has ended, with ``cost`` and ``masks`` to read.
+
+    Raises:
+        InvalidArgument: as ``train`` begins, where the arguments ask for what cannot work, each with its remedy.
+        UsageError: it cannot be told how a batch went.
+        StateMismatch: a checkpoint holds no state of the session.
+
+    Example:
+        >>> from spfde.integrations.transformers import SpfdeCallback
+        >>> callback = SpfdeCallback(spfde.presets.spfde)
+        >>> callback.session is None  # until train begins
+        True
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int = 0,
+        engine: str = "auto",
+        *,
+        report: Report | None = None,
+        **attach_options: Any,
+    ) -> None:
+        self.session: Session | None = None
+        self._recipe, self._report = recipe, report
+        self._options = {**attach_options, "seed": seed, "engine": engine}
+        self._trainer: Any = None
+        self._trial: Any = None
+        self._checkpoint: str | None = None
+        self._order: tuple[torch.Generator, int] | None = None
+        self._hook: RemovableHandle | None = None
+        self._outputs: list[Any] = []
+
+    # --- the Trainer's methods ---------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer = trainer = _calling_trainer(self)
+        # The session passes over the batches of an epoch that have been taken; the Trainer would do so once more.
+        args.ignore_data_skip = True
+        train, make_loader, step = trainer.train, trainer.get_train_dataloader, trainer.training_step
+
+        def train_with_session(resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
+            _check_arguments(trainer, self._recipe)
+            self._checkpoint = _folder(resume_from_checkpoint, args)
+            self._trial = rest[0] if rest else named.get("trial")
+            try:
+                return train(resume_from_checkpoint, *rest, **named)
+            finally:
+                self._leave()
+
+        def loader_of_session() -> Any:
+            return self._attach(make_loader())
+
+        def step_and_report(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            if self._recipe.sieving is None:
+                return step(model, inputs, *rest, **named)
+            self._outputs.clear()
+            batch = dict(inputs)  # the Trainer takes the labels out for some losses
+            loss = step(model, inputs, *rest, **named)
+            self._observe(batch)
+            return loss
+
+        trainer.train, trainer.get_train_dataloader = train_with_session, loader_of_session
+        trainer.training_step = step_and_report
+
+    def _attach(self, loader: Any) -> Any:
+        trainer, args = self._trainer, self._trainer.args
+        self._leave()
+        plain = plain_loader(loader)
+        self._order = _reseeded(loader, plain)
+        if args.world_size > 1:
+            share_order(plain)
+        trainer.create_optimizer()
+        if self._recipe.learning_rate is not None:
+            trainer.lr_scheduler = _NoSchedule(trainer.optimizer)
+        model = trainer.model
+        state = self._saved_state()
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        epochs = int(args.num_train_epochs)
+        session = attach_with(model, optimizer, plain, self._recipe, state, epochs=epochs, **self._options)
+        self.session = session
+        try:
+            _check_length(session)
+        except InvalidArgument:
+            session.detach()
+            raise
+        if self._recipe.sieving is not None:
+            self._hook = model.register_forward_hook(self._note_outputs)
+        return session.loader
+
+    def _note_outputs(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        if model.training:
+            self._outputs.append(outputs)
+
+    def _observe(self, batch: Mapping[str, Any]) -> None:
+        session = self.session
+        assert session is not None, "the loader is made first"
+        outputs, self._outputs = self._outputs, []
+        if len(outputs) != 1:
+            raise UsageError(
+                f"the model ran {len(outputs)} times in one training step, so that it cannot be told which outputs say "
+                "how the batch went. Call the model once in compute_loss, or set sieving=None."
+            )
+        session.observe(**(_class_report if self._report is None else self._report)(batch, outputs[0]))
+
+    # --- the Trainer's events ----------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.session is None or not self.session._attached:
+            raise UsageError(
+                "SpfdeCallback was given to the Trainer too late. Pass it as Trainer(..., callbacks=[...])."
+            )
+        _check_wrapped(self._trainer.model_wrapped, self._recipe)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        session = self._running()
+        session.begin_epoch()
+        if self._order is not None:
+            generator, seed = self._order
+            generator.manual_seed(seed + session.epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._running().end_epoch()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        saved = self._running().state_dict()
+        if args.should_save:
+            folder = Path(self._trainer._get_output_dir(self._trial), f"checkpoint-{state.global_step}")
+            part = folder / f"{STATE_NAME}.part"
+            torch.save(saved, part)
+            os.replace(part, folder / STATE_NAME)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        if self.session is not None:
+            self.session.detach()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _running(self) -> Session:
+        assert self.session is not None, "on_train_begin comes first"
+        return self.session
+
+    def _saved_state(self) -> Mapping[str, Any] | None:
+        if self._checkpoint is None:
+            return None
+        path = Path(self._checkpoint, STATE_NAME)
+        if not path.is_file():
+            raise StateMismatch(
+                f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
+                "earlier one, or start a new run without resume_from_checkpoint."
+            )
+        state: Mapping[str, Any] = torch.load(path, weights_only=True)
+        return state
+
+
+class _NoSchedule:
+    """Stands where the Trainer's scheduler would: the recipe drives the rates, and the Trainer logs them."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        """Leave the rates alone."""
+
+    def get_last_lr(self) -> list[float]:
+        """The rates as they are."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def _calling_trainer(callback: TrainerCallback) -> Trainer:
+    """The Trainer whose construction calls the callback: events name everything but it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
+            return found
+        frame = frame.f_back
+    raise UsageError("SpfdeCallback belongs into Trainer(..., callbacks=[...]) and follows no other trainer.")
+
+
+def _folder(resume_from_checkpoint: Any, args: Any) -> str | None:
+    if resume_from_checkpoint is True:
+        last: str | None = get_last_checkpoint(args.output_dir)
+        return last
+    return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _check_arguments(trainer: Any, recipe: Recipe) -> None:
+    """Do the training arguments ask for something that cannot work? Nothing has been changed yet."""
+    args, problems = trainer.args, Problems()
+    if args.max_steps > 0:
+        rule = "ends the run at a step, and SpFDE's schedule is made of whole epochs"
+        problems.add("max_steps", args.max_steps, rule, "Pass num_train_epochs= instead.")
+    elif args.num_train_epochs != int(args.num_train_epochs):
+        problems.add("num_train_epochs", args.num_train_epochs, "must be a whole number", "Round it.")
+    if args.auto_find_batch_size:
+        rule = "starts the run again with another batch size, on weights that have been masked"
+        problems.add("auto_find_batch_size", True, rule, "Choose per_device_train_batch_size.")
+    if args.n_gpu > 1:
+        rule = "copies the model for each step (DataParallel), past the hooks"
+        problems.add("n_gpu", args.n_gpu, rule, "Start with torchrun, or set CUDA_VISIBLE_DEVICES to one device.")
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        rule = "shards or replaces the parameters, which masks and freezing work on"
+        problems.add("deepspeed or fsdp", True, rule, "Train on one device, or with torchrun alone (DDP).")
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if recipe.learning_rate is not None and (
+        schedule != "constant" or not isinstance(trainer.lr_scheduler, _NoSchedule | None)
+    ):
+        rule = "sets learning rates, which the recipe's learning_rate does, too"
+        remedy = 'Pass lr_scheduler_type="constant", or set learning_rate=None.'
+        problems.add("lr_scheduler_type", schedule, rule, remedy)
+    problems.raise_if_any()
+
+
+def _check_wrapped(model: nn.Module, recipe: Recipe) -> None:
+    if recipe.freezes and getattr(model, "find_unused_parameters", True) is False:
+        rule = "waits for the gradients of all parameters, and frozen ones have none"
+        remedy = "Pass ddp_find_unused_parameters=True."
+        raise InvalidArgument(Problem("ddp_find_unused_parameters", False, rule, remedy))
+
+
+def _check_length(session: Session) -> None:
+    """Is an epoch's number of batches known, and the same in all? The Trainer counts its steps once, before the run."""
+    kind = type(session.recipe.sieving).__name__
+    if len({row.samples for row in session.timeline}) > 1:
+        rule = "changes the number of samples within the run, and the Trainer counts its steps before it"
+        raise InvalidArgument(Problem("recipe.sieving", kind, rule, "Take DataSieving, or sieving=None."))
+    try:
+        len(session.loader)
+    except TypeError as error:
+        sampler = type(session.loader.sampler).__name__
+        remedy = "Let the Trainer shuffle (train_sampling_strategy='random'), or set sieving=None."
+        raise InvalidArgument(Problem("train_sampling_strategy", sampler, str(error), remedy)) from None
+
+
+def _reseeded(prepared: Any, plain: Any) -> tuple[torch.Generator, int] | None:
+    """Generator and seed of a sampler that the Trainer seeds anew in each epoch, so that the order stays its."""
+    batches = prepared.batch_sampler
+    seed = getattr(getattr(getattr(batches, "batch_sampler", batches), "sampler", None), "initial_seed", None)
+    if seed is None or not isinstance(plain.sampler, RandomSampler):
+        return None
+    return plain.sampler.generator, seed
+
+
+def _class_report(batch: Mapping[str, Any], outputs: Any) -> Mapping[str, Tensor]:
+    """Logits and labels of a classification with one label a sample; anything else has to be told."""
+    labels = batch.get("labels")
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if (
+        not isinstance(logits, Tensor)
+        or not isinstance(labels, Tensor)
+        or (logits.ndim, labels.ndim) != (2, 1)
+        or labels.is_floating_point()
+    ):
+        raise UsageError(
+            "it cannot be told from the batch's labels and the model's logits how each sample went: only for one class "
+            "a sample (labels [N], logits [N, classes]). Pass SpfdeCallback(recipe, report=...), a function of the "
+            "batch and the outputs that returns {'loss': one loss a sample} or {'correct': ...}."
+        )
+    return {"logits": logits.detach(), "y": labels}

@@ -1,0 +1,70 @@
+"""``attach`` with Accelerate: prepared before or after, it trains what the library's loop trains."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spfde
+from helpers import accelerate_runs as runs
+from helpers.processes import start
+from helpers.training import make_parts, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+UNSIEVED = runs.RECIPE.model_copy(update={"sieving": None})
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize("prepared", ["before", "after", "never"])
+@pytest.mark.parametrize("recipe", [runs.RECIPE, UNSIEVED, spfde.Recipe()], ids=["all", "unsieved", "neutral"])
+def test_it_trains_what_the_loop_of_the_library_trains_in_any_order_of_prepare(prepared: str, recipe: Any) -> None:
+    run = runs.Run(recipe, prepared=prepared)
+    run.train()
+    parts = make_parts()
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=runs.EPOCHS, engine="masked")
+    assert run.losses == train(parts, session)
+    assert same(run.net, parts.model)
+    assert [row.cost for row in run.session.cost.rows] == [row.cost for row in session.cost.rows]
+
+
+def test_accumulation_ends_with_the_epoch() -> None:
+    run = runs.Run(runs.RECIPE, accumulation=3)
+    run.train()
+    assert run.session.step == runs.EPOCHS * 2  # 3 batches and 1
+    assert [row.samples for row in run.session.cost.rows] == [32] * runs.EPOCHS
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four batches each
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    last = max(tmp_path.glob("epoch*"))
+    assert last.name == "epoch3"
+    resumed, whole = runs.Run(), runs.Run()
+    resumed.accelerator.load_state(str(last))
+    resumed.train()
+    whole.train()
+    assert same(whole.net, resumed.net)
+    assert [row.epoch for row in resumed.session.cost.rows] == list(range(runs.EPOCHS))
+
+
+@pytest.mark.parametrize("prepared", ["before", pytest.param("after", marks=pytest.mark.long)])
+def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path, prepared: str) -> None:
+    done = start(runs.__file__, str(tmp_path), prepared, ranks=2)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["samples"] == second["samples"] == [32] * runs.EPOCHS
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+def test_a_session_loader_that_is_prepared_all_the_same_stays_what_it_is() -> None:
+    run = runs.Run()
+    assert run.accelerator.prepare(run.session.loader) is run.session.loader
