@@ -275,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--seeds", type=int, default=None, help="seeds (3)")
     made.add_argument("--rounds", type=int, default=None, help="timed rounds (15)")
     made.add_argument("--epochs", type=int, default=None, help="length of the runs (10)")
+    made.add_argument("--samples", type=int, default=None, help="training images (10,000)")
     options = made.parse_args(argv)
     stamped = begin(options)
     warnings.simplefilter("ignore")
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     seeds, rounds = options.seeds or (2 if options.quick else 3), options.rounds or (2 if options.quick else 15)
     epochs = options.epochs or (8 if options.quick else 10)
-    samples, steps = (400, 6) if options.quick else (10_000, 24)
+    samples, steps = options.samples or (400 if options.quick else 10_000), 6 if options.quick else 24
     data = load_data("fashion-mini", root="data")
 
     def part(of: Any, count: int) -> TensorDataset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +57,13 @@ def test_the_faq_resumes_what_the_readme_saved(new_names: Callable[[], Names]) -
     assert torch.equal(after.partial_set, before.partial_set)
 
 
-def test_the_page_on_the_trainers_of_others_trains_in_each(new_names: Callable[[], Names], tmp_path: Path) -> None:
+def test_the_page_on_the_trainers_of_others_trains_in_each(
+    new_names: Callable[[], Names], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from helpers.lightning_runs import RECIPE, Module
     from helpers.transformers_runs import Classifier, Items
 
+    monkeypatch.chdir(tmp_path)  # Lightning's checkpoints and logs go where it is started
     module = Module()
     names = {"recipe": RECIPE, "module": module, "loader": module.train_dataloader(), "classifier": Classifier()}
     page = ROOT / "docs" / "integrations.md"
@@ -66,6 +71,15 @@ def test_the_page_on_the_trainers_of_others_trains_in_each(new_names: Callable[[
     exec(compile(lightning, page.name, "exec"), names)
     exec(compile(trainer, page.name, "exec"), names | {"folder": tmp_path, "dataset": Items()})
     exec(compile(accelerate.replace("()", "(cpu=True)", 1), page.name, "exec"), new_names() | {"recipe": RECIPE})
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate"])
+def test_the_docstring_of_each_integration_runs(name: str, new_names: Callable[[], Names]) -> None:
+    module = importlib.import_module(f"spfde.integrations.{name}")
+    examples = [each for each in doctest.DocTestFinder().find(module, extraglobs=new_names()) if each.examples]
+    assert examples
+    for example in examples:
+        assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_page_on_the_command_line_names_every_command_and_option() -> None:

@@ -203,17 +203,6 @@ def test_every_stage_is_among_the_resumed_ones() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_a_state_between_two_batches_is_refused() -> None:
-    parts, session = Loop(recipe_with("mest-ems")).start()
-    for _ in session.epochs():
-        for x, y in session.loader:
-            step(parts, session, x, y)
-            with pytest.raises(spfde.UsageError, match="between two batches"):
-                session.state_dict()
-            break
-        break
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [

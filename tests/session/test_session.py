@@ -543,9 +543,9 @@ def test_observe_called_twice_missing_or_with_wrong_lengths_or_labels_is_an_erro
     session.observe(logits, y)
     with pytest.raises(spfde.UsageError, match="nothing to observe"):
         session.observe(logits, y)
-    next(batches)
-    with pytest.raises(spfde.UsageError, match="was not called"):
-        next(batches)
+    list(batches)
+    with pytest.raises(spfde.UsageError, match="was not called for 3 batches"):
+        session.end_epoch()
 
 
 def test_an_epoch_whose_last_batch_was_not_observed_cannot_end(parts: Parts, whole_recipe: spfde.Recipe) -> None:

@@ -6,22 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from helpers.training import make_images
 from spfde.core.errors import InvalidArgument
 from spfde.sieving.balance import ClassLabels
-from spfde.sieving.batch_sampler import SievedBatchSampler
 from spfde.sieving.criteria import Loss, Scorer
 from spfde.sieving.evidence import label_bounds
-from spfde.sieving.loader import SievedLoader
 from spfde.sieving.observer import Observer
+from spfde.sieving.tickets import Tickets
 
 
 def make_observer(scorer: Scorer, classes: ClassLabels, **arguments: Any) -> Observer:
-    loader = DataLoader(make_images(), batch_size=2)
-    sampler = SievedBatchSampler(loader.sampler, 2, False, keep=lambda: None)
-    return Observer(scorer, SievedLoader(loader, sampler), classes=classes, **arguments)
+    return Observer(scorer, Tickets(by_report=True), classes=classes, **arguments)
 
 
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:
@@ -84,7 +79,6 @@ def test_the_lowest_and_the_highest_label_by_hand(
 
 
 def test_class_probabilities_and_empty_batches_have_no_bounds() -> None:
-    assert label_bounds(torch.zeros(3, 4), torch.full((3, 4), 0.25)) is None
     assert label_bounds(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)) is None
 
 

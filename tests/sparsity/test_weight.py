@@ -51,7 +51,7 @@ def test_a_first_mask_by_magnitude_keeps_the_largest() -> None:
 
 def test_a_mutation_zeroes_what_it_drops_and_what_it_grows_with_all_state() -> None:
     weight = _weight(1.0, 2.0, 3.0, 4.0, target=4)
-    optimizer = weight.optimizer
+    optimizer = weight.optimizers.each[0]
     optimizer.state[weight.parameter] = {"step": torch.tensor(5.0), "exp_avg": torch.ones(1, 4)}
     score = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
     weight.mutate(2, 3, drop_score=score, grow_score=score)

@@ -46,11 +46,12 @@ class Clock:
             self.started = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the running stop-watch."""
-        return {name: getattr(self, name) for name in _KINDS}
+        """All of it; amid an epoch what the stop-watch shows is added."""
+        running = 0.0 if self.started is None or self.phase == "begun" else time.perf_counter() - self.started
+        return {**{name: getattr(self, name) for name in _KINDS}, "seconds": self.seconds + running}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; at the top of an epoch the stop-watch starts anew.
+        """Go on from a saved state; amid an epoch the stop-watch goes on.
 
         Raises:
             StateMismatch: it is damaged.
@@ -60,7 +61,7 @@ class Clock:
             raise StateMismatch(f"the state's clock shows what it cannot: {dict(state)}.")
         for name, value in state.items():
             setattr(self, name, value)
-        self.started = time.perf_counter() if self.phase == "begun" else None
+        self.started = time.perf_counter() if self.phase in ("begun", "running") else None
         self.is_resumed_at_end = self.phase == "drained"
 
 

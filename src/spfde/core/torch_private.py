@@ -6,7 +6,7 @@ Each name says what for, and why no public one does. Tested with torch 2.6.0 and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,15 +25,18 @@ __all__ = [
     "FakeTensorMode",  # tensors without numbers: a model is traced without being run
     "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
     "TorchDispatchMode",  # sees every operator that runs
+    "active_ddp",
     "compiled_inside",
     "has_global_hooks",
     "hooks_to_copy",
     "is_compiled",
     "is_compiled_whole",
     "is_recorded",
+    "layers_of_wrapping",
     "least_two_four_shape",
     "lerp_each_",
     "multiply_each",
+    "n_reduced",
     "norm_each",
     "overloads_of",
     "recompile_limit",
@@ -56,6 +59,25 @@ def compiled_inside(model: nn.Module) -> nn.Module | None:
     """The module that ``torch.compile`` wrapped; None for one that is not compiled. Its wrapper has no public name."""
     inside = getattr(model, "_orig_mod", None)
     return inside if isinstance(inside, nn.Module) else None
+
+
+def layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what is in its wrapper, and so on: the outermost first."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        wraps = isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = inner.get_submodule("module") if wraps else compiled_inside(inner)
+
+
+def active_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass runs now. It leaves no public mark on the model that it wraps."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def n_reduced(wrapper: nn.parallel.DistributedDataParallel) -> int:
+    """Parameters whose gradients a DistributedDataParallel averages: those that were to train when it was made."""
+    return int(wrapper._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from spfde.core.errors import StateMismatch
+from spfde.core.optimizers import Optimizers
 from spfde.core.state import check_entries
 from spfde.core.torch_private import is_compiled, recompile_limit
 from spfde.model.blocks import Block
@@ -41,15 +42,17 @@ class Freezer:
     Args:
         model: the model; parameters and modules are found by the names in the blocks.
         blocks: in order of execution.
-        optimizer: its state for frozen parameters is freed. Its parameter groups are left alone, so that schedulers and
-            checkpoints go on fitting.
+        optimizer: one or several; their state for frozen parameters is freed. Parameter groups are left alone, so that
+            schedulers and checkpoints go on fitting.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer | Optimizers
+    ) -> None:
         model = unwrap(model)
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        self._optimizer = optimizer
+        self._optimizers = Optimizers.of(optimizer)
         self._blocks = tuple(blocks)
         self._parameters = [[parameters[name] for name in block.parameters] for block in blocks]
         self._norms = [
@@ -61,6 +64,11 @@ class Freezer:
     def n_frozen(self) -> int:
         """Number of frozen blocks; they are the first ones."""
         return len(self._frozen)
+
+    @property
+    def n_paused(self) -> int:
+        """Parameters in frozen blocks that train when these thaw."""
+        return sum(len(block.trained) for block in self._frozen)
 
     @property
     def frozen_parameters(self) -> frozenset[str]:
@@ -84,7 +92,7 @@ class Freezer:
             parameter.requires_grad_(False)
             # Without a gradient every optimizer skips it; zero_grad(set_to_none=False) leaves None alone.
             parameter.grad = None
-            self._optimizer.state.pop(parameter, None)
+            self._optimizers.forget(parameter)
         held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
         for norm, _ in held:
             hold_in_eval(norm)

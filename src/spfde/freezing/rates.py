@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.optim import Optimizer
 
 from spfde.core.errors import Problem, Problems, StateMismatch, UsageError
 from spfde.core.numbers import cosine
+from spfde.core.optimizers import Optimizers
 from spfde.core.state import check_entries
 from spfde.core.technique import Technique
 
@@ -59,7 +61,7 @@ class GroupRates:
     order of parameters is kept. The learning rate that a group has at that time is the base of its cosine.
 
     Args:
-        optimizer: its ``param_groups`` list is changed in place.
+        optimizer: one or several; their ``param_groups`` lists are changed in place.
         block_of: index of the block of each parameter, by the ``id`` of the parameter. Those without one belong with
             the head.
         stops: for each block the epoch at which it is frozen, or the length of the run; the last one is the head's.
@@ -68,24 +70,16 @@ class GroupRates:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer] | Optimizers,
         block_of: Mapping[int, int],
         stops: Sequence[int],
         technique: BlockwiseCosine,
     ) -> None:
-        self._optimizer = optimizer
         self._technique = technique
-        self._originals: list[dict[str, Any]] = list(optimizer.param_groups)
-        self._bases = [float(group["lr"]) for group in self._originals]
-        # Of each group that was made: the index of the user's group, and the block.
-        self._layout: list[tuple[int, int]] = []
-        split = []
-        for origin, group in enumerate(self._originals):
-            home = [block_of.get(id(p), len(stops) - 1) for p in group["params"]]
-            for block in sorted(set(home)) or [len(stops) - 1]:
-                self._layout.append((origin, block))
-                split.append(_part_of(group, [index for index, at in enumerate(home) if at == block]))
-        optimizer.param_groups[:] = split
+        self._splits = [_Split(each, block_of, len(stops) - 1) for each in Optimizers.of(optimizer).each]
+        self._bases = [float(group["lr"]) for split in self._splits for group in split.originals]
+        #: What ``apply`` has set, group by group; empty where that is not known.
+        self._set: list[float] = []
 
     def apply(self, epoch: int, factors: Sequence[float]) -> None:
         """Set the learning rates of ``epoch``. Groups that were added since are left alone.
@@ -95,31 +89,54 @@ class GroupRates:
             factors: of each block, the head's last; see ``learning_rate_factor``.
 
         Raises:
-            UsageError: a scheduler has been put on the optimizer since; the two would undo each other.
+            UsageError: something else sets the learning rates; the two would undo each other.
         """
-        if any("initial_lr" in group for group in self._optimizer.param_groups):
+        self.check()
+        final = 0.0 if epoch < self._technique.warmup_epochs else self._technique.final  # a warm-up starts from zero
+        groups = self._groups()
+        for (group, block), base in zip(groups, self._bases_of_groups(), strict=True):
+            _set_rate(group, final + (base - final) * factors[block])
+        self._set = [float(group["lr"]) for group, _ in groups]
+
+    def check(self) -> None:
+        """Raise ``UsageError`` where something else has set the learning rates since ``apply``."""
+        groups = self._groups()
+        if any("initial_lr" in group for split in self._splits for group in split.optimizer.param_groups):
             raise UsageError(
                 "a learning-rate scheduler was put on the optimizer (initial_lr in its groups) while BlockwiseCosine "
                 "drives the rates. Remove one of them; Recipe(learning_rate=None) leaves the rates to you."
             )
-        final = 0.0 if epoch < self._technique.warmup_epochs else self._technique.final  # a warm-up starts from zero
-        for group, (origin, block) in zip(self._optimizer.param_groups, self._layout, strict=False):
-            _set_rate(group, final + (self._bases[origin] - final) * factors[block])
+        for (group, _), value in zip(groups, self._set, strict=False):
+            if float(group["lr"]) != value:
+                raise UsageError(
+                    f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler such as ReduceLROnPlateau or "
+                    f"by hand, while BlockwiseCosine drives it and had set {value:.4g}. Remove one of them: "
+                    "Recipe(learning_rate=None) leaves the rates to you."
+                )
+
+    def _groups(self) -> list[tuple[dict[str, Any], int]]:
+        """The groups that were made, each with its block; those that were added since are left alone."""
+        return [
+            (group, block)
+            for split in self._splits
+            for group, (_, block) in zip(split.optimizer.param_groups, split.layout, strict=False)
+        ]
+
+    def _bases_of_groups(self) -> list[float]:
+        """The base rate of each group that was made."""
+        found, first = [], 0
+        for split in self._splits:
+            made = zip(split.optimizer.param_groups, split.layout, strict=False)
+            found += [self._bases[first + origin] for _, (origin, _) in made]
+            first += len(split.originals)
+        return found
 
     def join(self) -> None:
         """Restore the user's groups, each at its base rate; options changed meanwhile keep their new values."""
-        if not self._layout:
-            return
-        groups = self._optimizer.param_groups
-        first: dict[int, dict[str, Any]] = {}
-        for group, (origin, _) in zip(groups, self._layout, strict=False):
-            first.setdefault(origin, group)
-        for origin, original in enumerate(self._originals):
-            kept = {key: original[key] for key in {"lr", *_PER_PARAMETER} & original.keys()}
-            original.update(first[origin] | kept)
-            _set_rate(original, self._bases[origin])
-        groups[: len(self._layout)] = self._originals
-        self._layout = []
+        bases = iter(self._bases)
+        for split in self._splits:
+            split.join([next(bases) for _ in split.originals])
+        self._splits, self._set = [], []
 
     def state_dict(self) -> dict[str, Any]:
         """The base rate of each of the user's groups."""
@@ -139,6 +156,41 @@ class GroupRates:
                 "parameter groups. Load it with the optimizer that it was saved with."
             )
         self._bases = list(bases)
+        # The optimizer's state, loaded before or after this one, has brought rates of its own.
+        self._set = []
+
+
+class _Split:
+    """One optimizer's groups, cut by block.
+
+    Attributes:
+        originals: the user's groups.
+        layout: of each group that was made: the index of the user's group, and the block.
+    """
+
+    def __init__(self, optimizer: Optimizer, block_of: Mapping[int, int], head: int) -> None:
+        self.optimizer = optimizer
+        self.originals: list[dict[str, Any]] = list(optimizer.param_groups)
+        self.layout: list[tuple[int, int]] = []
+        made = []
+        for origin, group in enumerate(self.originals):
+            home = [block_of.get(id(p), head) for p in group["params"]]
+            for block in sorted(set(home)) or [head]:
+                self.layout.append((origin, block))
+                made.append(_part_of(group, [index for index, at in enumerate(home) if at == block]))
+        optimizer.param_groups[:] = made
+
+    def join(self, bases: Sequence[float]) -> None:
+        """Restore the user's groups, each at its base rate."""
+        groups = self.optimizer.param_groups
+        first: dict[int, dict[str, Any]] = {}
+        for group, (origin, _) in zip(groups, self.layout, strict=False):
+            first.setdefault(origin, group)
+        for origin, original in enumerate(self.originals):
+            kept = {key: original[key] for key in {"lr", *_PER_PARAMETER} & original.keys()}
+            original.update(first[origin] | kept)
+            _set_rate(original, bases[origin])
+        groups[: len(self.layout)] = self.originals
 
 
 _PER_PARAMETER = {"params", "param_names"}
@@ -163,22 +215,32 @@ def _set_rate(group: dict[str, Any], value: float) -> None:
 
 
 def check_rates(
-    optimizer: torch.optim.Optimizer, technique: BlockwiseCosine, stops: Sequence[int] = ()
+    optimizer: Optimizer | Sequence[Optimizer] | Optimizers,
+    technique: BlockwiseCosine,
+    stops: Sequence[int] = (),
+    *,
+    decayed: bool = False,
 ) -> list[Problem]:
     """What keeps ``GroupRates`` from driving the optimizer's learning rates; nothing is changed.
 
-    Without ``stops`` only the optimizer is looked at.
+    Without ``stops`` only the optimizer is looked at. ``decayed``: its rates may be those of a run that goes on.
     """
     problems = Problems()
-    if isinstance(optimizer, torch.optim.LBFGS):
-        rule = "supports one parameter group only, and BlockwiseCosine needs one for each block"
-        problems.add("optimizer", type(optimizer).__name__, rule, "Use another optimizer, or learning_rate=None.")
-    if any("initial_lr" in group for group in optimizer.param_groups):
-        rule = "has a learning-rate scheduler ('initial_lr' in its groups), and BlockwiseCosine drives the rate too"
-        remedy = "Leave the scheduler out, or set learning_rate=None in the recipe to keep it."
-        problems.add("optimizer", type(optimizer).__name__, rule, remedy)
-    for index, group in enumerate(optimizer.param_groups):
-        if technique.final > float(group["lr"]):
+    optimizers = Optimizers.of(optimizer)
+    for each in optimizers.each:
+        name = type(each).__name__
+        if isinstance(each, torch.optim.LBFGS):
+            rule = "supports one parameter group only, and BlockwiseCosine needs one for each block"
+            problems.add("optimizer", name, rule, "Use another optimizer, or learning_rate=None.")
+        if _is_sharded(each):
+            rule = "shards its parameter groups over the ranks, and BlockwiseCosine has to split them by block"
+            problems.add("optimizer", name, rule, "Set learning_rate=None and take a scheduler, or another optimizer.")
+        if any("initial_lr" in group for group in each.param_groups):
+            rule = "has a learning-rate scheduler ('initial_lr' in its groups), and BlockwiseCosine drives the rate too"
+            remedy = "Leave the scheduler out, or set learning_rate=None in the recipe to keep it."
+            problems.add("optimizer", name, rule, remedy)
+    for index, group in enumerate(optimizers.param_groups):
+        if technique.final > float(group["lr"]) and not decayed:
             rule = f"must be at most the learning rate of each group; group {index} has {float(group['lr'])}"
             problems.add("final", technique.final, rule, "Lower final or raise the learning rate.")
     early = [stop for stop in stops if 0 < stop <= technique.warmup_epochs]
@@ -186,3 +248,8 @@ def check_rates(
         rule = f"must be less than every block's freeze epoch and the run's length; the first is {min(early)}"
         problems.add("warmup_epochs", technique.warmup_epochs, rule, "Shorten the warm-up or freeze less.")
     return problems.found
+
+
+def _is_sharded(optimizer: Optimizer) -> bool:
+    """Is it a ZeroRedundancyOptimizer? Importing that takes a while, and needs a build with distributed."""
+    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__)

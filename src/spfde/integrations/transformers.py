@@ -294,7 +294,7 @@ def _check_length(session: Session) -> None:
     try:
         len(session.loader)
     except TypeError as error:
-        sampler = type(session.loader.sampler).__name__
+        sampler = type(getattr(session.loader, "sampler", None)).__name__
         remedy = "Let the Trainer shuffle (train_sampling_strategy='random'), or set sieving=None."
         raise InvalidArgument(Problem("train_sampling_strategy", sampler, str(error), remedy)) from None
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.torch_private import compiled_inside
@@ -39,6 +40,21 @@ def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) ->
     """
     with without_traces(loader.dataset):
         batch = batch_of(loader, indices)
+    return _inputs_of(batch, model)
+
+
+def sample_of(loader: Any, model: nn.Module) -> Sample:
+    """The model's inputs, as far as a loader of any kind tells them without being iterated."""
+    if isinstance(loader, Sequence) and len(loader):
+        return _inputs_of(loader[0], model)
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
+        rule = "is needed, for the model's inputs cannot be told from this loader"
+        raise InvalidArgument(Problem("sample", None, rule, "Pass sample= to attach: an input of the model."))
+    return sample_from(loader, model)
+
+
+def _inputs_of(batch: Any, model: nn.Module) -> Sample:
     if isinstance(batch, Mapping):
         accepted = inspect.signature(unwrap(model).forward).parameters
         inputs = {key: value for key, value in batch.items() if key in accepted}

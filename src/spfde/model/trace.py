@@ -120,8 +120,8 @@ def memory_shared_by(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, 
     spans: dict[int, list[tuple[int, int, str]]] = {}
     for name, p in parameters.items():
         if p.numel() and p.layout == torch.strided and not p.is_meta and type(p) is nn.Parameter:
-            first = p.storage_offset() * p.element_size()
-            reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
+            first = int(p.storage_offset()) * p.element_size()
+            reach = sum((int(size) - 1) * int(stride) for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
             spans.setdefault(storage_id(p), []).append((first, first + reach * p.element_size(), name))
     pairs = []
     for of_storage in spans.values():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.optimizers import Optimizers
 from spfde.core.say import say, say_on_stderr
 from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
@@ -20,29 +20,34 @@ from spfde.engines.choose import check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing.freezer import recompile_warning
 from spfde.freezing.rates import check_rates
-from spfde.model.sample import Sample, sample_from, unwrap
+from spfde.model.sample import Sample, sample_from, sample_of, unwrap
 from spfde.planning import Plan
 from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
 from spfde.planning.timeline import Timeline
 from spfde.recipe.recipe import Recipe
+from spfde.session.checks import are_optimizers, check_model, note_session
 from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
 from spfde.session.part import Setting
+from spfde.session.resuming import Kept, resume
 from spfde.session.session import Session
 from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
 from spfde.sieving.loader import check_loader, population_of
 from spfde.sieving.methods import check_fraction
+from spfde.sieving.stream import Batches, StreamLoader, check_stream, is_stream, stream_of
+from spfde.sparsity import PruningAtInitialisation
 from spfde.sparsity.saliency import ScoreLoss
 
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
-    loader: DataLoader[Any],
+    optimizer: Optimizer | Sequence[Optimizer],
+    loader: DataLoader[Any] | Batches,
     recipe: Recipe,
     *,
     epochs: int,
+    samples_per_epoch: int | None = None,
     seed: int = 0,
     engine: str = "auto",
     cache: PrefixCache | None = None,
@@ -51,18 +56,24 @@ def attach(
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
     probe: Sample | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Session:
     """Attach a recipe to a training loop.
 
     The model and the optimizer stay the caller's own: hooks are added, nothing is wrapped. Everything that can be wrong
-    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order.
+    is found here. To resume: attach, then load the states of the model, the optimizer and the session, in this order;
+    or load the model first, and pass the session's state as ``state``.
 
     Args:
         model: the model, on the device where it will be trained.
-        optimizer: the optimizer; it must hold exactly the model's trainable parameters.
-        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop.
+        optimizer: the optimizer, or a list of several; together they must hold exactly the model's trainable
+            parameters, each once.
+        loader: the training loader over a map-style data set. ``session.loader`` replaces it in the loop. Where nothing
+            is sieved it may be of any kind: over a stream, with a batch sampler of your own, an iterable of batches, a
+            function that returns one for each epoch, or None (batches come from elsewhere).
         recipe: what to save, and how.
         epochs: length of the run.
+        samples_per_epoch: samples that this process trains on in an epoch; needed where the loader does not tell.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
             "auto": the one that is expected to be the fastest, which a line on the standard error tells.
@@ -78,9 +89,12 @@ def attach(
             ``model(x)`` against ``y``.
         probe: for freezing with ``criterion="representation"``: what the model is called with to compare its outputs,
             ``probe_samples`` samples; by default random ones of the data set.
+        state: of a session, from ``state_dict``, to go on from. The weights stay as they are, so load them before; the
+            optimizer's state may come before or after.
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.
+        StateMismatch: ``state`` is of another run, or a weight outside its masks is not zero.
 
     Example:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.mest, epochs=2)
@@ -95,57 +109,78 @@ def attach(
         0.1
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
-    _check_together(model, optimizer, loader, recipe, epochs, cache)
+    optimizers = Optimizers.of(optimizer)
+    _check_together(model, optimizers, loader, recipe, epochs, cache, is_resumed=state is not None)
     world = World.current()
-    classes = find_labels(loader.dataset, labels) if recipe.sieving is not None and recipe.sieving.balanced else None
+    batches, stream = _loader_of(loader, recipe, model, sample=sample, samples_per_epoch=samples_per_epoch)
+    sieving = recipe.sieving if stream is None else None
+    classes = find_labels(batches.dataset, labels) if sieving is not None and sieving.balanced else None
     sample_given = sample is not None
-    sample = sample_from(loader, model) if sample is None else sample
+    sample = sample_of(loader, model) if sample is None else sample
     blueprint = draw(model, sample, recipe, epochs) if plan is None else _planned(plan, model, recipe, epochs)
     if recipe.learning_rate is not None:
-        Problems(check_rates(optimizer, recipe.learning_rate, blueprint.learning_stops)).raise_if_any()
+        stops = blueprint.learning_stops
+        Problems(check_rates(optimizers, recipe.learning_rate, stops, decayed=state is not None)).raise_if_any()
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
-    population = population_of(loader)
+    population = population_of(batches) if stream is None else torch.arange(stream.samples)
     n_ids = int(population.max()) + 1
     timeline = Timeline(blueprint, recipe, len(population))
     job = Job(
         given=model,
         blueprint=blueprint,
         sample=sample,
-        batch_size=loader.batch_size or 1,
+        batch_size=(batches.batch_size or 1) if stream is None else stream.batch_size,
         density=blueprint.density(timeline[0]),
         n_samples=n_ids,
         cache=cache,
     )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
-    masks = first_masks(model, loader, blueprint, sample=sample, seed=seed, loss=loss)
+    masks = None if state is not None else first_masks(model, batches, blueprint, sample=sample, seed=seed, loss=loss)
     setting = Setting(
         model=unwrap(model),
-        optimizer=optimizer,
+        optimizer=optimizers,
         recipe=recipe,
         blueprint=blueprint,
         timeline=timeline,
         seed=seed,
         world=world,
     )
+    kept = None if state is None else Kept(optimizers, blueprint.sparse_layers.values())
     session = Session(
         setting,
-        loader,
+        batches if stream is None else stream,
         job=job,
         choice=choice,
         labels=classes,
         masks=masks,
-        probe=_probe(model, loader, recipe, seed=seed, sample_given=sample_given, probe=probe),
+        probe=_probe(model, batches, recipe, seed=seed, sample_given=sample_given, probe=probe),
     )
-    if world.is_shared and not recipe.is_neutral:
+    if state is not None and kept is not None:
+        resume(session, state, kept)
+    if world.is_shared:
         _check_ranks_agree(session, world)
-    _SESSIONS[id(unwrap(model))] = _SESSIONS[id(optimizer)] = session
+    note_session(session)
     if plan is None and blueprint.shortfall is not None:
         say_on_stderr(blueprint.shortfall)
     if engine == "auto" and blueprint.target:
         say(f"engine {choice.name}: {choice.reason}")
     return session
+
+
+def _loader_of(
+    loader: Any, recipe: Recipe, model: nn.Module, *, sample: Sample | None, samples_per_epoch: int | None
+) -> tuple[DataLoader[Any], StreamLoader | None]:
+    """The user's loader, and what the session iterates where its samples have no ids; None where they have."""
+    count = samples_per_epoch
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise InvalidArgument(Problem("samples_per_epoch", count, "must be a whole number from 1 on", "Count them."))
+    if recipe.sieves or not is_stream(loader):
+        return loader, None
+    if sample is None and not hasattr(loader, "dataset"):
+        sample = sample_of(loader, model)
+    return loader, stream_of(loader, samples_per_epoch=samples_per_epoch, sample=sample)
 
 
 def _planned(plan: Plan, model: nn.Module, recipe: Recipe, epochs: int) -> Blueprint:
@@ -167,10 +202,12 @@ def _check_kinds(
     problems = Problems()
     if not isinstance(model, nn.Module):
         problems.add("model", model, "must be a torch.nn.Module", "Pass the model that is trained.")
-    if not isinstance(optimizer, Optimizer):
-        problems.add("optimizer", optimizer, "must be a torch.optim.Optimizer", "Pass the model's optimizer.")
+    if not are_optimizers(optimizer):
+        rule = "must be a torch.optim.Optimizer, or a list of some"
+        problems.add("optimizer", optimizer, rule, "Pass the model's optimizer.")
     if not isinstance(loader, DataLoader):
-        problems.found.extend(check_loader(loader))
+        sieves = not isinstance(recipe, Recipe) or recipe.sieves
+        problems.found.extend(check_loader(loader) if sieves else check_stream(loader))
     with problems.collecting():
         check_recipe(recipe)
     with problems.collecting():
@@ -184,30 +221,39 @@ def _check_kinds(
 
 def _check_together(
     model: nn.Module,
-    optimizer: Optimizer,
-    loader: DataLoader[Any],
+    optimizers: Optimizers,
+    loader: Any,
     recipe: Recipe,
     epochs: int,
     cache: PrefixCache | None,
+    *,
+    is_resumed: bool,
 ) -> None:
     """Do the arguments fit each other? Nothing here is slow, or touches them."""
     problems = Problems()
-    problems.found.extend(_check_optimizer(unwrap(model), optimizer))
-    problems.found.extend(_check_hooks(optimizer, recipe))
-    problems.found.extend(_check_unattached(unwrap(model), optimizer))
+    problems.found.extend(check_model(model, optimizers, recipe))
     problems.found.extend(find_cache_problems(cache, recipe))
     if recipe.learning_rate is not None:
-        problems.found.extend(check_rates(optimizer, recipe.learning_rate))
+        problems.found.extend(check_rates(optimizers, recipe.learning_rate, decayed=is_resumed))
     interval = None
     with problems.collecting():
         interval = recipe.interval(epochs)
-    found = check_loader(loader)
+    streams = not recipe.sieves and is_stream(loader)
+    found = [*check_stream(loader), *_check_data(loader, recipe)] if streams else check_loader(loader)
     problems.found.extend(found)
-    if not found and recipe.sieving is not None:
+    if not found and recipe.sieving is not None and not streams:
         problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
-    if not problems.found and not recipe.is_neutral:
+    if not problems.found and not streams:
         problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
     problems.raise_if_any()
+
+
+def _check_data(loader: Any, recipe: Recipe) -> list[Problem]:
+    """Does the recipe take samples by their index, where the loader's have none?"""
+    kind, remedy = type(loader).__name__, "Pass a DataLoader over a map-style data set, with a batch_size."
+    if isinstance(recipe.sparsity, PruningAtInitialisation) and recipe.sparsity.n_batches:
+        return [Problem("loader", kind, f"gives {recipe.sparsity.name} no batches of random samples", remedy)]
+    return []
 
 
 def _probe(
@@ -220,6 +266,9 @@ def _probe(
     if sample_given:
         rule = "is needed where sample is given, for the data set's items are not the model's inputs then"
         raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
+    if not hasattr(getattr(loader, "dataset", None), "__getitem__") or isinstance(loader.dataset, IterableDataset):
+        rule = "is needed, for this loader's samples cannot be drawn by index"
+        raise InvalidArgument(Problem("probe", None, rule, f"Pass {technique.probe_samples} samples as probe=."))
     population = population_of(loader)
     if len(population) < technique.probe_samples:
         rule = f"must be at most the number of samples ({len(population)})"
@@ -229,68 +278,6 @@ def _probe(
     device = next(unwrap(model).parameters()).device
     moved: Sample = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     return moved
-
-
-_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
-"""Attached sessions by the identity of their model and of their optimizer."""
-
-
-def _check_unattached(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
-    """Two sessions on one model would undo each other's masks."""
-    for name, target in (("model", model), ("optimizer", optimizer)):
-        session = _SESSIONS.get(id(target))
-        if session is not None and session.holds(target):
-            return [
-                Problem(name, type(target).__name__, "has a session already", "Call detach() on that session first.")
-            ]
-    return []
-
-
-def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
-    """Can the optimizer's steps be hooked, and does freezing keep a parameter from moving?"""
-    name = type(optimizer).__name__
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except AttributeError:
-        return [
-            Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
-        ]
-    if recipe.sparsity is not None and recipe.sparsity.refuses_closures and isinstance(optimizer, torch.optim.LBFGS):
-        rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
-        remedy = "Take an optimizer that steps without a closure, such as SGD or AdamW."
-        return [Problem("optimizer", name, rule, remedy)]
-    if recipe.freezes and isinstance(optimizer, torch.optim.LBFGS):
-        remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
-        return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
-    return []
-
-
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> list[Problem]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = [tuple(p.shape) for p in held if id(p) not in names]
-    in_optimizer = {id(p) for p in held}
-    missing = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in in_optimizer]
-    problems = []
-    if foreign:
-        problems.append(
-            Problem(
-                "optimizer",
-                f"{len(foreign)} parameters of shapes {foreign[:3]}",
-                "holds parameters that are not the model's",
-                "Make the optimizer from model.parameters(), after the model is complete.",
-            )
-        )
-    if missing:
-        problems.append(
-            Problem(
-                "optimizer",
-                ", ".join(missing[:3]) + (" …" if len(missing) > 3 else ""),
-                f"lacks {len(missing)} trainable parameters of the model",
-                "Add them to the optimizer, or set requires_grad=False on them.",
-            )
-        )
-    return problems
 
 
 def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:

@@ -40,6 +40,8 @@ class Bill(Part):
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
         clock.stop_watch(setting.device)
+        if self.ledger.rows and self.ledger.rows[-1].epoch == clock.epoch:
+            return  # an interruption came between the entry and the next epoch
         blueprint, row = setting.blueprint, setting.timeline[clock.epoch]
         samples = sampling.samples_seen()
         overhead = clock.overhead_flops

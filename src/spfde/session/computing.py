@@ -76,7 +76,8 @@ class Computing(Part):
     def end_epoch(self) -> None:
         clock = self._setting.clock
         frozen = self._setting.timeline.frozen[clock.epoch]
-        if self.caches_prefix and frozen and clock.steps and not self._asked_for_seeds:
+        is_resumed = clock.is_resumed_at_end
+        if self.caches_prefix and frozen and clock.steps and not self._asked_for_seeds and not is_resumed:
             raise UsageError(
                 "a cache was asked for and blocks are frozen, but nothing was cached: augment each batch from "
                 "session.augmentation_seeds(), called once before its forward pass, or attach without cache=."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from spfde.core.errors import Problem
+from spfde.core.errors import Problem, UsageError
 from spfde.core.torch_private import tree_map_only
 
 
@@ -114,3 +114,24 @@ def check_shared_loader(loader: DataLoader[Any], world: World, *, sieves: bool) 
 def deals_out(loader: DataLoader[Any], world: World) -> bool:
     """Whether the session has to deal out the loader's batches over the ranks."""
     return world.is_shared and not isinstance(loader.sampler, DistributedSampler)
+
+
+def join_first(world: World) -> None:
+    """Raise ``UsageError`` where the processes are others than when the session was attached."""
+    now = World.current()
+    if now != world:
+        raise UsageError(
+            f"the session was attached in a group of {world.size}, and now {now.size} train together: it would go on "
+            "by itself, on samples and masks of its own. Join the process group first "
+            "(torch.distributed.init_process_group, or what your trainer calls), then attach."
+        )
+
+
+def refuse_another_loader(world: World) -> None:
+    """Raise ``UsageError`` where another loader takes ``session.loader``'s batches, which are dealt out already."""
+    if world.is_shared:
+        raise UsageError(
+            "another loader takes the batches of session.loader, to deal them out over the ranks once more, and "
+            "some samples would never be seen. Do not prepare session.loader (leave it out of prepare()), and "
+            "pass use_distributed_sampler=False to Lightning's Trainer; iterate session.loader itself."
+        )

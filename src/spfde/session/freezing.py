@@ -69,6 +69,9 @@ class Rates(Part):
     def begin_epoch(self, row: Row) -> None:
         self.remembers.apply(row.epoch, row.rates)
 
+    def verify(self) -> None:
+        self.remembers.check()
+
     def detach(self) -> None:
         self.remembers.join()
 

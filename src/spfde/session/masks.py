@@ -31,6 +31,10 @@ class WholeModel(Part):
     def install(self) -> None:
         """Hook what has to be hooked."""
 
+    def enforce(self) -> list[str]:
+        """Mask again what somebody has written; the names of the tensors."""
+        return []
+
     def infer_masks(self) -> None:
         """Take the masks from the model's zeros."""
         raise UsageError("infer_masks() needs a recipe with sparsity. Attach with Recipe(sparsity=...).")
@@ -87,6 +91,9 @@ class Masks(WholeModel):
 
     def install(self) -> None:
         self.masker.install()
+
+    def enforce(self) -> list[str]:
+        return self.masker.enforce()
 
     def begin_epoch(self, row: Row) -> None:
         self.masker.begin_epoch(row.masks)

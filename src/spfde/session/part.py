@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from spfde.core.clock import Clock
+from spfde.core.optimizers import Optimizers
 from spfde.core.state import check_entries
 from spfde.planning.blueprint import Blueprint
 from spfde.planning.timeline import Row, Timeline
@@ -25,7 +25,7 @@ class Setting:
 
     Attributes:
         model: the user's own module, without wrappers.
-        optimizer: the user's.
+        optimizer: the user's, one or several.
         recipe: as attached.
         blueprint: what the recipe means for the model.
         timeline: what happens in each epoch; parts may amend it.
@@ -36,7 +36,7 @@ class Setting:
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimizers
     recipe: Recipe
     blueprint: Blueprint
     timeline: Timeline
@@ -70,6 +70,13 @@ class Part:
 
         Raises:
             UsageError: the epoch is not complete.
+        """
+
+    def verify(self) -> None:
+        """See whether what it promises still holds: at the bottom of each epoch, and when the user asks for it.
+
+        Raises:
+            UsageError: it does not, with what was seen and the remedy.
         """
 
     def check_state(self, state: Mapping[str, Any]) -> None:

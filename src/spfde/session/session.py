@@ -8,26 +8,32 @@ frozen now are pruned to their target first), blocks are frozen, learning rates 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
+from spfde.core.optimizers import LeadingSteps
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.convergence import Convergence
+from spfde.session.distributed import join_first, refuse_another_loader
 from spfde.session.freezing import Freezing, Rates
+from spfde.session.guards import Guards
 from spfde.session.masks import Masks, WholeModel
 from spfde.session.part import Part, Setting
-from spfde.session.sampling import Sampling, SievedSampling
+from spfde.session.sampling import Sampling
+from spfde.session.sieving import SievedSampling
 from spfde.session.state import load_state, save_state
 from spfde.session.view import SessionView
 from spfde.sieving.loader import Event
+from spfde.sieving.stream import StreamLoader
 
 
 class Session(SessionView):
@@ -54,7 +60,7 @@ class Session(SessionView):
     def __init__(
         self,
         setting: Setting,
-        loader: DataLoader[Any],
+        loader: DataLoader[Any] | StreamLoader,
         *,
         job: Job,
         choice: Choice,
@@ -74,21 +80,27 @@ class Session(SessionView):
         method = self.blueprint.method
         self._masks = WholeModel() if method is None else Masks(setting, method, masks)
         self._freezing = Freezing(setting)
-        self._sampling = SievedSampling(setting, loader, labels) if self.recipe.sieves else Sampling(setting, loader)
+        self._sampling = (
+            Sampling(setting, loader)
+            if isinstance(loader, StreamLoader) or not self.recipe.sieves
+            else SievedSampling(setting, loader, labels)
+        )
         self.loader = self._sampling.loader
-        self._handles = [
-            setting.optimizer.register_step_pre_hook(self._before_step),
-            setting.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._leading = LeadingSteps()
+        self._handles = setting.optimizer.hook(self._before_step, self._after_step)
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
         self._bill = Bill(setting, self._sampling, self._masks)
+        self._guards = Guards(setting, self._masks, self._freezing)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
         converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.
         self._parts: list[Part] = [
-            self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill
+            self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill, self._guards
         ]  # fmt: skip
+        #: Parts that have not begun this epoch yet, and those that have ended it: an interruption may come between.
+        self._to_begin: list[Part] = []
+        self._have_ended: list[Part] = []
         self._listen_to_loader()
 
     # --- the clock -------------------------------------------------------------------------------------------------
@@ -96,11 +108,11 @@ class Session(SessionView):
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each begun; a loaded state goes on where it was taken.
 
-        Leaving the loop early does not end the epoch.
+        Leaving the loop early does not end the epoch; one whose batches are all done with ends when the loop is
+        started again.
         """
         self._check_attached()
-        if self._clock.is_resumed_at_end:
-            self.end_epoch()
+        self._end_what_is_complete()
         while self._attached and self.epoch < len(self.timeline):
             self._begin_epoch()
             epoch = self.epoch
@@ -133,19 +145,51 @@ class Session(SessionView):
                 "end_epoch() was called while no epoch is running. Call it once after the batches of an epoch; "
                 "session.epochs() calls it for you."
             )
+        if not clock.is_resumed_at_end:
+            self.verify()
+        self._begin_epoch()
         for part in self._parts:
-            part.end_epoch()
+            if part not in self._have_ended:
+                part.end_epoch()
+                self._have_ended.append(part)
         clock.epoch += 1
         clock.phase = "between"
         clock.is_resumed_at_end = False
 
+    def verify(self) -> None:
+        """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
+
+        Weights outside the masks are masked again, which a warning says once. With several processes every rank has to
+        call it. ``docs/guards.md`` lists what is looked for.
+
+        Raises:
+            UsageError: parameters were replaced, another optimizer steps than the attached one, a scheduler moves the
+                rates that the recipe sets, or ranks differ; with the remedy.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.verify()
+        """
+        self._check_attached()
+        for part in self._parts:
+            part.verify()
+
     def _begin_epoch(self) -> None:
         clock = self._clock
-        if clock.phase != "between" or clock.epoch >= len(self.timeline):
-            return
-        clock.begin_epoch()
-        for part in self._parts:
-            part.begin_epoch(self.timeline[clock.epoch])
+        if clock.phase == "between" and clock.epoch < len(self.timeline):
+            join_first(self._setting.world)
+            self._guards.before_masks()
+            self._leading.reset()
+            self._to_begin, self._have_ended = list(self._parts), []
+            clock.begin_epoch()
+        while self._to_begin:
+            self._to_begin[0].begin_epoch(self.timeline[clock.epoch])
+            del self._to_begin[0]
+
+    def _end_what_is_complete(self) -> None:
+        """A state from the bottom of an epoch was loaded, or a loop was left there."""
+        if self._clock.is_resumed_at_end or (self._clock.phase != "between" and self._sampling.is_complete):
+            self.end_epoch()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -158,22 +202,26 @@ class Session(SessionView):
         correct: Tensor | None = None,
         loss: Tensor | None = None,
     ) -> None:
-        """Tell the sieve how a batch went: once a batch, anywhere in the loop's body. Without a sieve it does nothing.
+        """Tell the sieve how a batch went: once a batch, in the order of the batches. Without a sieve it does nothing.
+
+        A loader may stand between, and run ahead: without ``indices`` the report is on the oldest batch of
+        ``session.loader`` that has none. Missing ones are found when the epoch ends.
 
         Args:
             logits: the model's output for the batch, [N, classes].
             y: class labels, [N]; beside correct or loss only to balance classes that are not known otherwise.
-            indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
+            indices: indices of the samples in the data set, [N]; by default those of the oldest batch without a report.
             correct: instead of logits and y: which samples the model got right, bool [N].
             loss: instead: the loss of each sample, [N]; for tasks without right and wrong.
 
         Raises:
-            UsageError: called twice for a batch, or before any batch.
+            UsageError: called more often than batches were drawn, or training goes on without ``end_epoch``.
             InvalidArgument: not exactly one kind of evidence, one that the criterion has no use for, wrong lengths, or
                 labels that are no classes (those on an accelerator are looked at when the epoch ends).
         """
         self._check_attached()
         self._begin_epoch()
+        self._sampling.check_surplus()
         self._sampling.observe(indices, logits=logits, y=y, correct=correct, loss=loss)
 
     def loss_weights(self, indices: Tensor | None = None) -> Tensor:
@@ -184,7 +232,8 @@ class Session(SessionView):
         rate means what it did. Otherwise all are 1.
 
         Args:
-            indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
+            indices: indices of the samples in the data set, [N]; by default those of the oldest batch that is not done
+                with: reported, or where no reports are needed, trained on.
 
         Returns:
             float32 [N], on the model's device.
@@ -210,7 +259,8 @@ class Session(SessionView):
         for them from the cache. Otherwise every epoch has seeds of its own.
 
         Args:
-            indices: indices of the samples in the data set, [N]; by default those of the batch drawn last.
+            indices: indices of the samples in the data set, [N]; by default those of the oldest batch that is not done
+                with: reported, or where no reports are needed, trained on.
 
         Returns:
             int64 [N], each in [0, 2**62).
@@ -223,7 +273,9 @@ class Session(SessionView):
         return self._computing.augmentation_seeds(self._sampling.samples_of("augmentation_seeds", indices))
 
     def _on_loader(self, event: Event) -> None:
-        if event == "start":
+        if event == "taken over":
+            refuse_another_loader(self._setting.world)
+        elif event == "start":
             if self._clock.is_resumed_at_end:
                 # A state from the bottom of an epoch, loaded by a loop that does not ask for epochs().
                 self.end_epoch()
@@ -238,20 +290,35 @@ class Session(SessionView):
 
     def _before_step(self, *_: Any) -> None:
         self._begin_epoch()
+        self._guards.before_step()
+        self._sampling.before_step()
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._leading.leads(optimizer):
+            return
         clock = self._clock
         if clock.phase == "begun":
             # A batch from elsewhere: only the end of the epoch can be resumed from now on.
             clock.phase = "running"
         clock.step += 1
         clock.steps += 1
+        self._sampling.on_step()
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
 
     def holds(self, target: object) -> bool:
         """Is this session attached to that model or optimizer?"""
-        return self._attached and (target is self._setting.model or target is self._setting.optimizer)
+        held = (self._setting.model, *self._setting.optimizer.each)
+        return self._attached and any(target is each for each in held)
+
+    def holds_parameters(self, ids: Collection[int]) -> int:
+        """How many of these parameters, by ``id``, are this session's."""
+        return sum(id(p) in ids for p in self._setting.model.parameters()) if self._attached else 0
+
+    @property
+    def name_of_model(self) -> str:
+        """The class of its model."""
+        return type(self._setting.model).__name__
 
     def detach(self) -> None:
         """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.
@@ -296,25 +363,29 @@ class Session(SessionView):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the session remembers, as tensors and primitives.
 
-        Raises:
-            UsageError: taken between two batches of an epoch; only the top and the bottom of an epoch can be resumed.
+        It can be taken at any time. A state from amid an epoch goes on behind the batches of ``session.loader`` that
+        are done with; with batches from elsewhere, and where several processes sieve, that epoch begins anew, and what
+        is done twice is billed.
         """
         self._check_attached()
-        if self._clock.phase == "running":
-            raise UsageError(
-                "state_dict() was called between two batches. Take it at the top of an epoch, or after its last batch "
-                "(with batches from elsewhere, after end_epoch())."
-            )
-        if self._clock.phase == "drained" and not self._clock.is_resumed_at_end:
-            self._sampling.check_reported()
+        if self._to_begin:
+            self._begin_epoch()
         return save_state(self._setting, self._parts, self._sampling)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken. Load the model and the optimizer first.
+    def load_state_dict(self, state: Mapping[str, Any], *, trust_weights: bool = False) -> None:
+        """Go on where ``state_dict`` was taken. Load the model and the optimizer first, after ``attach``.
+
+        Args:
+            state: from ``state_dict``.
+            trust_weights: take other weights than those that the state was saved with, as long as they are zero outside
+                its masks.
 
         Raises:
-            StateMismatch: the state is from another recipe, model, run length, data set or version, or damaged.
+            StateMismatch: the state is from another recipe, model, run length, data set or version, or damaged; or the
+                masked weights are not those that it was saved with.
         """
         self._check_attached()
+        self._guards.trusts_weights = trust_weights
+        self._to_begin, self._have_ended = [], []
         load_state(self._setting, self._parts, self._sampling, state)
         self.seed = self._setting.seed

@@ -13,10 +13,10 @@ from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
 from spfde.session.freezing import Freezing
 from spfde.session.part import Part, Setting
-from spfde.session.sampling import Sampling
+from spfde.session.sampling import ANEW, Sampling
 from spfde.sieving.loader import loader_generators
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -24,6 +24,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "run": dict,
     "seed": int,
     "clock": dict,
+    "place": dict,
     "generator": Tensor,
     "loader_generators": list,
     "timeline": dict,
@@ -33,12 +34,14 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 def save_state(setting: Setting, parts: Sequence[Part], sampling: Sampling) -> dict[str, Any]:
     """Everything that a session remembers, as tensors and primitives."""
+    clock = sampling.clock_state()
     return {
         "format": STATE_FORMAT,
         "recipe": setting.recipe.to_dict(),
         "run": _run(setting, sampling),
         "seed": setting.seed,
-        "clock": setting.clock.state_dict(),
+        "clock": clock,
+        "place": sampling.place() if clock["phase"] == "running" else {"taken": 0, "started_with": []},
         "generator": setting.generator.get_state(),
         "loader_generators": [generator.get_state() for generator in loader_generators(sampling.loader)],
         "timeline": setting.timeline.state_dict(),
@@ -60,6 +63,7 @@ def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, stat
     for part in parts:
         part.check_state(state["parts"][part.name])
     Clock().load_state_dict(state["clock"])
+    _check_place(state["place"], len(loader_generators(sampling.loader)))
     setting.timeline.load_state_dict(state["timeline"])
     # What is frozen has no gradient: it is frozen before the masks look for those that learn.
     for part in sorted(parts, key=lambda part: not isinstance(part, Freezing)):
@@ -69,6 +73,8 @@ def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, stat
         generator.set_state(own.cpu())
     setting.seed = state["seed"]
     sampling.loader.had_workers = setting.clock.epoch > 0 or setting.clock.is_resumed_at_end
+    if setting.clock.phase == "running":
+        sampling.go_on(state["place"]["taken"], state["place"]["started_with"])
 
 
 def _run(setting: Setting, sampling: Sampling) -> dict[str, Any]:
@@ -111,6 +117,15 @@ def _check_generators(saved: Sequence[Any], count: int) -> None:
             torch.Generator().set_state(own.cpu())
         except (AttributeError, RuntimeError, TypeError) as error:
             raise StateMismatch(f"a generator in the state is damaged ({error}).") from error
+
+
+def _check_place(place: Mapping[str, Any], n_generators: int) -> None:
+    """Refuse what cannot be the place of an epoch that goes on."""
+    check_entries(place, "the place in the epoch", {"taken": int, "started_with": list})
+    if place["started_with"]:
+        _check_generators(place["started_with"], n_generators + 1)
+    if place["taken"] < ANEW:
+        raise StateMismatch(f"the state's place in the epoch is damaged: {place['taken']} batches were taken.")
 
 
 def _first_difference(theirs: Any, mine: Any, path: str = "") -> tuple[str, str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler
+
+from spfde.core.errors import UsageError
 
 
 class SievedBatchSampler(BatchSampler):
@@ -25,7 +28,7 @@ class SievedBatchSampler(BatchSampler):
         batch_size: int,
         drop_last: bool,
         *,
-        keep: Callable[[], Tensor | None],
+        keep: Callable[[], Tensor | None] | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         """Wrap a sampler.
@@ -39,18 +42,38 @@ class SievedBatchSampler(BatchSampler):
             share: (rank, size): of every ``size`` batches the one at ``rank`` is yielded. Every rank yields the same
                 number: the first batches of an epoch come again where they do not divide, or, with ``drop_last``,
                 the rest is left out.
+
+        Raises:
+            UsageError: made anew by a trainer, from the arguments that every batch sampler has.
         """
+        if keep is None:
+            raise UsageError(
+                "a trainer makes the batch sampler of session.loader anew, to deal its batches out, and session.loader "
+                "does that itself. Pass use_distributed_sampler=False to Lightning's Trainer (or to Fabric's "
+                "setup_dataloaders), and keep session.loader from other wrappers."
+            )
         super().__init__(sampler, batch_size, drop_last)
         self.keep = keep
         self.share = share
+        #: Of the iteration of ``SievedLoader`` that starts: where batches are noted, and how many are passed over.
         self.handed_on: deque[list[Any]] | None = None
+        self.passed_over: int | None = None
+        self.newest: Rest | None = None
+        #: Looks after iterations that ``SievedLoader`` does not make: somebody reads the batches, or another loader.
+        self.watch: Callable[[Callable[[], Iterator[list[int]]]], Iterator[list[int]]] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.handed_on is None:
+            return self._batches() if self.watch is None else self.watch(self._batches)
+        if self.passed_over is None:
+            return _recorded(self._batches(), self.handed_on)
+        self.newest = Rest(self._batches(), self.handed_on, self.passed_over)
+        return self.newest
+
+    def _batches(self) -> Iterator[list[int]]:
         keep = self.keep()
         batches = super().__iter__() if keep is None else self._kept(keep)
-        if self.share[1] > 1:
-            batches = _dealt(batches, *self.share, drop_rest=self.drop_last)
-        return batches if self.handed_on is None else _recorded(batches, self.handed_on)
+        return _dealt(batches, *self.share, drop_rest=self.drop_last) if self.share[1] > 1 else batches
 
     def __len__(self) -> int:
         """Number of batches in an epoch.
@@ -111,6 +134,34 @@ def _recorded(batches: Iterator[list[int]], queue: deque[list[Any]]) -> Iterator
     for batch in batches:
         queue.append(list(batch))  # a copy: a data set's __getitems__ may change the list that it is given
         yield batch
+
+
+class Rest(Iterator[list[int]]):
+    """The batches of an epoch that goes on, from the first one that was not taken.
+
+    Args:
+        batches: all of them.
+        queue: where the batches that are asked for are noted.
+        taken: how many are passed over.
+    """
+
+    def __init__(self, batches: Iterator[list[int]], queue: deque[list[Any]], taken: int) -> None:
+        self._batches, self._queue, self._taken = batches, queue, taken
+        self._is_there = False
+
+    def draw(self) -> None:
+        """Draw from the sampler what was drawn before: the order of the epoch, and what was taken of it."""
+        if not self._is_there:
+            self._is_there = True
+            rest = islice(self._batches, self._taken, None)
+            first = next(rest, None)
+            self._batches = rest if first is None else chain([first], rest)
+
+    def __next__(self) -> list[int]:
+        self.draw()
+        batch = next(self._batches)
+        self._queue.append(list(batch))
+        return batch
 
 
 def iterates_as(sampler: object, kind: type) -> bool:

@@ -7,9 +7,11 @@ random draws are those of the plain loader, bit for bit.
 
 from __future__ import annotations
 
-import operator
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -25,8 +27,9 @@ from torch.utils.data import (
 
 from spfde.core.errors import Problem, UsageError
 from spfde.sieving.batch_sampler import SievedBatchSampler, iterates_as, subset_indices
+from spfde.sieving.tickets import as_ids
 
-Event = Literal["start", "batch", "end"]
+Event = Literal["start", "batch", "end", "taken over"]
 
 
 def check_loader(loader: object) -> list[Problem]:
@@ -99,13 +102,15 @@ def population_of(loader: DataLoader[Any]) -> Tensor:
     return torch.arange(len(whole))
 
 
-def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
-    """The generators that a loader and its sampler own, each once, in this order; the global one is not among them.
+def loader_generators(loader: Any) -> list[Generator]:
+    """The generators that a loader and its samplers own, each once, in this order; the global one is not among them.
 
     A sampler of the user's own is asked for an attribute ``generator``.
     """
     found: list[Generator] = []
-    for owner in (loader, loader.sampler):
+    loader = getattr(loader, "source", loader)
+    own = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), own, getattr(own, "sampler", None)):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, Generator) and not any(generator is known for known in found):
             found.append(generator)
@@ -115,12 +120,20 @@ def loader_generators(loader: DataLoader[Any]) -> list[Generator]:
 class SievedLoader(DataLoader[Any]):
     """The loader of a session: batches of the partial set, and their sample ids.
 
-    ``batch_size``, ``drop_last`` and ``sampler`` read as those of the user's loader.
+    ``batch_size``, ``drop_last`` and ``sampler`` read as those of the user's loader. Where a trainer makes a loader of
+    its own that draws from ``batch_sampler``, that one's batches count as handed out when they are drawn.
 
     Attributes:
         on_event: told of what happens: "start" before an iteration, before anything is drawn (an exception prevents
             it), "batch" just before one is handed out, and "end" after the last; not where an iteration is left early.
-        samples_handed: samples handed out in the newest iteration.
+            "taken over" comes before the "start" of an iteration that another loader makes.
+        iteration: number of the newest iteration; -1 before the first.
+        is_ended: whether it has come to its end.
+        batches_handed: batches handed out in it, and ``samples_handed`` their samples.
+        passed_over: batches of its epoch that had been taken before it started, in the run that goes on.
+        started_with: the states of the generators when it started, the global one's last.
+        handed_by: the iteration that handed out the last batch, ``handed_keys`` what the sampler gave for its samples
+            (None where that is not known), and ``handed_size`` their number.
         had_workers: a run goes on whose persistent workers had been started before.
     """
 
@@ -158,32 +171,100 @@ class SievedLoader(DataLoader[Any]):
         vars(self).update(batch_size=loader.batch_size, drop_last=loader.drop_last, sampler=loader.sampler)
         self.on_event = lambda event: None
         self.had_workers = False
-        self.samples_handed = 0
         self._source: SievedBatchSampler = batch_sampler
-        self._newest = object()
-        self._handed_out: list[Any] | None = None
+        batch_sampler.watch = self._watch
+        self._goes_on: tuple[int, Sequence[Tensor]] | None = None
+        self.iteration, self.handed_by = -1, -1
+        self._begin(0)
+        self.iteration = -1
+
+    def _begin(self, passed_over: int) -> None:
+        self.iteration += 1
+        self.is_ended = False
+        self.batches_handed = self.samples_handed = self.handed_size = 0
+        self.passed_over = passed_over
+        self.handed_keys: list[Any] | None = None
+        self.started_with = _states(self)
+
+    def go_on(self, taken: int | None, started_with: Sequence[Tensor] = ()) -> None:
+        """The next iteration gives what is left of an epoch in a run that goes on; None: it gives a whole one.
+
+        Args:
+            taken: batches of it that were taken. They are passed over, and their samples are not loaded.
+            started_with: see the attribute of this name.
+        """
+        self._goes_on = None if taken is None else (taken, started_with)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # PyTorch names its private iterator here
         self.on_event("start")
-        self.samples_handed = 0
-        self._newest = object()
-        self._handed_out = None
+        (taken, started_with), self._goes_on = self._goes_on or (None, ()), None
         # A new queue for each iteration: one that was left early may have batches in it that nobody fetched. Workers
         # are sent their first batches in here, so the sampler has to know the queue before.
         queue: deque[list[Any]] = deque()
-        self._source.handed_on = queue
+        self._source.handed_on, self._source.passed_over = queue, taken
         own = self.generator
-        if self.had_workers and self.persistent_workers and self._iterator is None:
-            # PyTorch draws a seed for the workers when it starts them. The run that goes on here has drawn it long ago:
-            # drawn once more, the order of its samples would be another. So a copy gives it.
-            self.generator = torch.Generator()
-            self.generator.set_state(torch.get_rng_state() if own is None else own.get_state())
         try:
-            inner = super().__iter__()
+            with self._drawing_as_before(started_with):
+                self._begin(taken or 0)
+                if self.had_workers and self.persistent_workers and self._iterator is None:
+                    # PyTorch draws a seed for the workers when it starts them. The run that goes on here has drawn it
+                    # long ago: drawn once more, the order of its samples would be another. So a copy gives it.
+                    self.generator = torch.Generator()
+                    self.generator.set_state(torch.get_rng_state() if own is None else own.get_state())
+                inner = super().__iter__()
+                if taken is not None and self._source.newest is not None:
+                    self._source.newest.draw()
         finally:
-            self._source.handed_on = None
+            self._source.handed_on = self._source.passed_over = self._source.newest = None
             self.generator = own
         return _Iteration(self, inner, queue)
+
+    @contextmanager
+    def _drawing_as_before(self, started_with: Sequence[Tensor]) -> Iterator[None]:
+        """Begin with the generators as they were; the global one is put back afterwards."""
+        if not started_with:
+            yield
+            return
+        *owned, shared = started_with
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(shared)
+            for generator, state in zip(loader_generators(self), owned, strict=True):
+                generator.set_state(state)
+            yield
+
+    def hand_out(self, iteration: int, keys: list[Any], *, is_known: bool = True) -> None:
+        """A batch of an iteration is about to be in somebody's hands."""
+        if iteration == self.iteration:
+            self.batches_handed += 1
+            self.samples_handed += len(keys)
+        self.handed_by, self.handed_size = iteration, len(keys)
+        self.handed_keys = keys if is_known else None
+        self.on_event("batch")
+
+    def end(self, iteration: int) -> None:
+        """An iteration has come to its end."""
+        if iteration == self.iteration:
+            self.is_ended = True
+        self.on_event("end")
+
+    def _watch(self, batches: Callable[[], Iterator[list[int]]]) -> Iterator[list[int]]:
+        """Batches that are drawn from the batch sampler without this loader."""
+        if not _is_drawn_by_a_loader():
+            yield from batches()
+            return
+        self.on_event("taken over")
+        self.on_event("start")
+        (taken, started_with), self._goes_on = self._goes_on or (0, ()), None
+        with self._drawing_as_before(started_with):
+            self._begin(taken)
+            rest = batches()
+            for _ in range(taken):
+                next(rest, None)
+        iteration = self.iteration
+        for batch in rest:
+            self.hand_out(iteration, list(batch))
+            yield batch
+        self.end(iteration)
 
     def end_workers(self) -> None:
         """End the workers that would stay for the next iteration, which starts others."""
@@ -196,9 +277,7 @@ class SievedLoader(DataLoader[Any]):
         None before the first batch; with ``in_order=False`` and workers, as the order is then not known; after an
         error in a worker, for the rest of that iteration; and when the sampler's indices are not integers.
         """
-        if self._handed_out is None:
-            return None
-        return _as_ids(self._handed_out)
+        return None if self.handed_keys is None else as_ids(self.handed_keys)
 
 
 class _Iteration(Iterator[Any]):
@@ -211,7 +290,7 @@ class _Iteration(Iterator[Any]):
         self._loader = loader
         self._inner = inner
         self._queue = queue
-        self._token = loader._newest
+        self._number = loader.iteration
         self._ended = False
         self._in_order = loader.num_workers == 0 or bool(getattr(loader, "in_order", True))
 
@@ -220,8 +299,7 @@ class _Iteration(Iterator[Any]):
 
     def __next__(self) -> Any:
         loader = self._loader
-        is_newest = self._token is loader._newest
-        if not is_newest and self._inner is loader._iterator:
+        if self._number != loader.iteration and self._inner is loader._iterator:
             # Persistent workers serve one iteration at a time: fetching here would take batches from the newer one.
             raise UsageError(
                 "this iteration of the loader ended when a newer one began, as both use the same persistent workers. "
@@ -232,16 +310,12 @@ class _Iteration(Iterator[Any]):
         except StopIteration:
             if not self._ended:
                 self._ended = True
-                loader.on_event("end")
+                loader.end(self._number)
             raise
         except Exception:
             self._lose_track()
             raise
-        indices = self._queue.popleft() if self._queue else []
-        if is_newest:
-            loader.samples_handed += len(indices)
-        loader._handed_out = indices if self._in_order else None
-        loader.on_event("batch")
+        loader.hand_out(self._number, self._queue.popleft() if self._queue else [], is_known=self._in_order)
         return batch
 
     def _lose_track(self) -> None:
@@ -253,11 +327,20 @@ class _Iteration(Iterator[Any]):
             self._in_order = False
 
 
-def _as_ids(indices: list[Any]) -> Tensor | None:
-    try:
-        return torch.tensor([operator.index(index) for index in indices], dtype=torch.long)
-    except (TypeError, ValueError):
-        return None
+def _states(loader: DataLoader[Any]) -> list[Tensor]:
+    """Of the generators that give an epoch its order: the loader's own, and the global one."""
+    return [*(generator.get_state() for generator in loader_generators(loader)), torch.get_rng_state()]
+
+
+def _is_drawn_by_a_loader() -> bool:
+    """Whether another DataLoader asks for batches, and nobody else: only then they are loaded."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name == "torch.utils.data.dataloader" or name.startswith("torchdata."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _kind(value: object) -> str:

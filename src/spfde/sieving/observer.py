@@ -12,11 +12,11 @@ from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
 from spfde.sieving.criteria import Scorer
 from spfde.sieving.evidence import check_label_bounds, label_bounds
-from spfde.sieving.loader import SievedLoader
+from spfde.sieving.tickets import Tickets
 
 
 class Observer:
-    """Takes one report a batch, and notices when one is missing.
+    """Takes one report a batch, and closes its ticket.
 
     Reports wait until ``exchange``, so that a training step on a GPU waits for none, and count then all at once.
 
@@ -27,49 +27,29 @@ class Observer:
     def __init__(
         self,
         scorer: Scorer,
-        loader: SievedLoader,
+        tickets: Tickets,
         gather: Callable[[Any], list[Any]] = lambda own: [own],
         *,
         classes: ClassLabels | None = None,
-        is_needed: bool = True,
     ) -> None:
-        """Watch a loader.
+        """Make one.
 
         Args:
             scorer: where reports go.
-            loader: the session's.
+            tickets: of the batches that the session's loader has handed out.
             gather: collects an object from all ranks.
             classes: where the classes in reports go.
-            is_needed: whether a batch without a report is a mistake.
         """
-        self._scorer, self._loader, self._gather = scorer, loader, gather
-        self._classes, self._is_needed = classes, is_needed
+        self._scorer, self._tickets, self._gather = scorer, tickets, gather
+        self._classes = classes
         self._n_classes = 0
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Forget about the batches of the epoch before."""
+        """Forget about the reports of the epoch before."""
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._bounds: list[Tensor] = []
-        self._awaited = False
         self.samples = 0
-
-    def await_report(self) -> None:
-        """A batch of the session's loader is handed out.
-
-        Raises:
-            UsageError: the one before it was not reported.
-        """
-        self.check_reported()
-        self._awaited = True
-
-    def check_reported(self) -> None:
-        """Raise ``UsageError`` while a report on the batch drawn last is missing."""
-        if self._awaited and self._is_needed:
-            raise UsageError(
-                "observe() was not called for the last batch of session.loader. While samples are sieved, call "
-                "session.observe(logits, y) once a batch, and use another loader for evaluation."
-            )
 
     def check_labels(self, logits: Tensor | None, y: Tensor | None) -> None:
         """Find labels that are no class of the outputs.
@@ -93,14 +73,15 @@ class Observer:
         Args:
             values: what the batch says of its samples, [N].
             labels: their classes, long [N]; None where these are not asked for.
-            indices: indices of the samples in the data set, [N]; None for the batch drawn last.
+            indices: indices of the samples in the data set, [N]; None for the oldest batch that has no report yet.
 
         Raises:
             UsageError: there is no batch to report on, or its samples are not known.
             InvalidArgument: lengths differ, or an index is out of range.
         """
+        is_told = indices is not None
         if indices is None:
-            indices = self._current()
+            indices = self._oldest()
         indices = torch.as_tensor(indices).detach().cpu().long().reshape(-1)
         short = next(
             (len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None
@@ -118,7 +99,7 @@ class Observer:
         # Copies: a caller may reuse its buffers before the values are added up.
         self._waiting.append((indices.clone(), values.detach().clone(), None if labels is None else labels.clone()))
         self.samples += len(indices)
-        self._awaited = False
+        self._tickets.close(indices.tolist() if is_told else None)
 
     def exchange(self) -> None:
         """Count the reports of all ranks, the same on each. Every rank has to call it.
@@ -126,30 +107,32 @@ class Observer:
         Raises:
             InvalidArgument: see ``check_labels``.
         """
-        if self._bounds:
-            bounds, self._bounds = torch.stack(self._bounds).cpu(), []
-            check_label_bounds(bounds, self._n_classes)
+        bounds, self._bounds = self._bounds, []
+        for size in {len(bound) for bound in bounds}:
+            alike = torch.stack([bound for bound in bounds if len(bound) == size])
+            check_label_bounds(alike.cpu(), self._n_classes)
         mine = [_joined(column) for column in zip(*self._waiting, strict=True)]
+        reports = self._gather(mine)
         self._waiting = []
-        for report in filter(None, self._gather(mine)):
+        for report in filter(None, reports):
             indices, values, labels = report
             self._scorer.observe(indices, values)
             if self._classes is not None and labels is not None:
                 self._classes.observe(indices, labels)
 
-    def _current(self) -> Tensor:
-        if not self._awaited:
+    def _oldest(self) -> Tensor:
+        ticket = self._tickets.oldest
+        if ticket is None:
             raise UsageError(
-                "observe() has nothing to observe: no batch was drawn from session.loader since the last call. "
+                "observe() has nothing to observe: each batch that was drawn from session.loader has its report. "
                 "Call it once a batch, or pass indices= for batches from elsewhere."
             )
-        current = self._loader.current_indices
-        if current is None:
+        if ticket.ids is None:
             raise UsageError(
                 "observe() cannot tell which samples are in this batch: with in_order=False workers return batches in "
                 "any order. Let the data set return each sample's index, and pass it as indices=."
             )
-        return current
+        return ticket.ids
 
 
 def _joined(batches: tuple[Any, ...]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,11 +36,9 @@ class DenseGradients:
             self._buffers[name] = grad.detach().to(torch.promote_types(grad.dtype, torch.float32), copy=True)
         self.passes[name] = self.passes.get(name, 0) + 1
 
-    def take(self) -> dict[str, Tensor]:
-        """Hand over the gradients collected so far and forget them."""
-        taken = self._buffers
-        self.clear()
-        return taken
+    def take(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Hand over the gradients that these layers have collected so far, and forget them."""
+        return {name: self._buffers.pop(name) for name in list(self._buffers) if name in names}
 
     def clear(self) -> None:
         """Forget the collected gradients; the count of passes stays."""

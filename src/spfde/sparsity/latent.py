@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from spfde.core.errors import StateMismatch, UsageError
@@ -67,6 +68,7 @@ class LatentWeights(Strategy):
     def start(self, layer: MaskedWeight) -> bool:
         self._latents[layer.name] = layer.parameter.detach().clone()
         self.choose(layer)
+        layer.parameter.detach().copy_(self.sparse(layer))
         return True
 
     def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
@@ -83,13 +85,22 @@ class LatentWeights(Strategy):
         self._give_up(layers)
         super().prune_to_target(layers)
 
-    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
+        if layer.name in self._latents:
+            layer.parameter.detach().copy_(self.latent(layer))
+
+    def before_closure(self, layer: MaskedWeight) -> None:
         if layer.name not in self._latents:
             return
-        if has_closure:
-            name = self.masker.method.name
-            raise UsageError(f"{name} cannot follow optimizer.step(closure). Call step() alone.")
-        layer.parameter.detach().copy_(self.latent(layer))
+        weight = layer.parameter.detach()
+        has_moved = not torch.equal(weight, self.latent(layer))
+        weight.copy_(self.sparse(layer))
+        if has_moved:
+            raise UsageError(
+                f"{type(self.masker.stepping).__name__} moves the weights before it runs its closure, and "
+                f"{self.masker.method.name} keeps others for the model to compute with. Take an optimizer that runs "
+                "the closure first, as SGD and AdamW do, or another sparse training method."
+            )
 
     def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
         if layer.name not in self._latents:
@@ -103,10 +114,25 @@ class LatentWeights(Strategy):
             self.choose(layer)
         layer.parameter.detach().copy_(self.sparse(layer))
 
-    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
+    def end_step(self, *, was_skipped: bool) -> None:
         layers = [layer for layer in self.masker.live if layer.name in self._latents]
         if self.changes_every_step and sum(x.active for x in layers) <= sum(x.target for x in layers):
             self._give_up(layers)
+
+    def take_over(self, layer: MaskedWeight) -> bool:
+        if layer.name not in self._latents:
+            return False
+        weight = layer.parameter.detach()
+        sparse = self.sparse(layer).to(weight.dtype)
+        written = layer.mask & (weight != sparse)
+        if not bool(written.any()):
+            return False
+        self._latents[layer.name] = torch.where(written, self.latent_of(layer, weight), self.latent(layer))
+        return True
+
+    def latent_of(self, layer: MaskedWeight, weight: Tensor) -> Tensor:
+        """The latent from which :meth:`sparse` makes an active ``weight``."""
+        return weight
 
     def clear_idle_state(self, layer: MaskedWeight) -> None:
         if layer.name not in self._latents or not self.changes_every_step:

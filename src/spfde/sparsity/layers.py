@@ -241,7 +241,7 @@ def _check_layouts(problems: Problems, method: SparsityMethod, inputs_first: Seq
 
 def _check_memory(problems: Problems, parameters: Mapping[str, nn.Parameter], selected: Collection[str]) -> None:
     """A mask on memory that another parameter has, too, would not be kept."""
-    distinct = {id(p): name for name, p in reversed(parameters.items())}
+    distinct = {id(p): name for name, p in reversed(list(parameters.items()))}
     for one, other in memory_shared_by({name: parameters[name] for name in distinct.values()}):
         if one in selected or other in selected:
             rule = f"shares memory (a storage) with '{other}', and they are two parameters"

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from spfde.core.checksum import together
 from spfde.core.errors import StateMismatch, UsageError
+from spfde.core.optimizers import LeadingSteps, Optimizers, around_closure
 from spfde.sparsity import masks as masking
 from spfde.sparsity.gradients import DenseGradients
 from spfde.sparsity.schedule import MaskPlan
@@ -31,7 +33,7 @@ class Masker:
 
     Args:
         layers: weights to mask by name, in order of execution, from :func:`select_layers`.
-        optimizer: the user's optimizer; its ``param_groups`` are not touched.
+        optimizer: the user's, one or several; ``param_groups`` are not touched.
         method: the rules.
         generator: a CPU generator, the only source of randomness.
         masks: the first masks, for methods that choose them from data; they say how many weights each layer has.
@@ -39,25 +41,29 @@ class Masker:
     Attributes:
         layers: the masked weights by name.
         live: those that the steps look after: masked at all, and not frozen.
+        optimizers: the user's.
+        stepping: that of them which steps now, or did last.
         average: with several processes: replaces tensors by their mean over the ranks.
     """
 
     def __init__(
         self,
         layers: Mapping[str, nn.Parameter],
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer] | Optimizers,
         method: SparsityMethod,
         *,
         generator: torch.Generator,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.method, self.optimizer, self.generator = method, optimizer, generator
-        self.layers = _masked_weights(layers, method, optimizer, generator)
+        self.method, self.generator, self.optimizers = method, generator, Optimizers.of(optimizer)
+        self.stepping = self.optimizers.each[0]
+        self.layers = _masked_weights(layers, method, self.optimizers, generator)
         self.live: list[MaskedWeight] = []
         self.average: Callable[[Iterable[Tensor]], None] | None = None
         self._dense = DenseGradients()
         self._handles: list[RemovableHandle] = []
         self._groups: dict[int, dict[str, Any]] = {}
+        self._leading = LeadingSteps()
         self.reset_epoch_counters()
         self.strategy = method.strategy(self)
         for name, layer in self.layers.items():
@@ -111,6 +117,7 @@ class Masker:
     def reset_epoch_counters(self) -> None:
         """Count anew: the passes with a dense gradient, and what :meth:`mean_active` is the mean of."""
         self._dense.passes.clear()
+        self._leading.reset()
         self._steps, self._active_over_steps = 0, dict.fromkeys(self.layers, 0)
 
     # --- hooks -------------------------------------------------------------------------------------------------------
@@ -129,8 +136,7 @@ class Masker:
                 handle = layer.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         if self._handles:
-            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+            self._handles += self.optimizers.hook(self._before_step, self._after_step)
 
     def remove(self) -> None:
         """Take the hooks away; weights stay as they are. Without hooks it does nothing."""
@@ -154,6 +160,22 @@ class Masker:
         if plan.last:
             self.strategy.prune_to_target(self.live)
         self.strategy.begin_epoch(plan, self.live)
+
+    def enforce(self) -> list[str]:
+        """Zero what somebody has written outside the masks, state included, and take over what is within.
+
+        Returns:
+            The names of the layers in which there was something.
+        """
+        layers = [layer for layer in self.layers.values() if not layer.is_dense]
+        for layer in layers:
+            layer.follow()
+        outside = together(torch.count_nonzero(x.parameter.detach().masked_fill(x.mask, 0)) for x in layers)
+        found = [layer for layer, count in zip(layers, outside, strict=True) if self.strategy.take_over(layer) or count]
+        for layer in found:
+            masking.apply_(layer.parameter, layer.mask)
+            self.strategy.clear_idle_state(layer)
+        return [layer.name for layer in found]
 
     def infer_masks(self, most: Mapping[str, int]) -> None:
         """Take the masks from the zeros of the weights, after a sparse checkpoint without masks was loaded.
@@ -237,8 +259,8 @@ class Masker:
     # --- for strategies ----------------------------------------------------------------------------------------------
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients that were collected for this step, which are forgotten; their mean over the ranks."""
-        gradients = self._dense.take()
+        """The dense gradients of the layers that step, which are forgotten; their mean over the ranks."""
+        gradients = self._dense.take({layer.name for layer in self._own(self.stepping)})
         self.average_over_ranks(gradients)
         return gradients
 
@@ -250,7 +272,7 @@ class Masker:
     def group_of(self, layer: MaskedWeight) -> Mapping[str, Any]:
         """The optimizer's options for a layer, in the step that is taken."""
         if not self._groups:
-            self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+            self._groups = {id(p): group for group in self.stepping.param_groups for p in group["params"]}
         return self._groups[id(layer.parameter)]
 
     # --- masks -------------------------------------------------------------------------------------------------------
@@ -288,37 +310,58 @@ class Masker:
         masking.apply_(grad, layer.gradient_mask)
         layer.clean = (id(grad), grad._version)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Before a step: mask gradients that were set by hand."""
-        has_closure = _closure_of(args, kwargs) is not None
-        self._groups = {}
-        if self.strategy.changes_every_step:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Before a step: mask gradients that were set by hand, and those that its closure leaves."""
+        self._groups, self.stepping = {}, optimizer
+        if self.strategy.changes_every_step and self._leading.leads(optimizer):
             self._steps += 1
             for name, layer in self.layers.items():
                 self._active_over_steps[name] += layer.active
-        for layer in self.live:
-            grad = layer.parameter.grad
-            if grad is not None:
-                layer.follow()
-                if layer.name not in self._dense and not layer.arrived and self.strategy.wants_dense(layer):
-                    self._dense.collect(layer.name, grad, layer.mask, accumulates=False)
-                # Nothing has written to the gradient since its backward pass: it is masked already.
-                if layer.clean != (id(grad), grad._version):
-                    masking.apply_(grad, layer.gradient_mask)
-            self.strategy.before_step(layer, grad, has_closure=has_closure)
+        for layer in self._own(optimizer):
+            self.strategy.begin_step(layer)
+            self._prepare(layer)
+        return around_closure(args, kwargs, self._run_closure)
+
+    def _prepare(self, layer: MaskedWeight) -> None:
+        """The layer's gradient is what the optimizer will use: mask it."""
+        grad = layer.parameter.grad
+        if grad is not None:
+            layer.follow()
+            if layer.name not in self._dense and not layer.arrived and self.strategy.wants_dense(layer):
+                self._dense.collect(layer.name, grad, layer.mask, accumulates=False)
+            # Nothing has written to the gradient since its backward pass: it is masked already.
+            if layer.clean != (id(grad), grad._version):
+                masking.apply_(grad, layer.gradient_mask)
+        self.strategy.before_step(layer, grad)
+
+    def _run_closure(self, closure: Callable[[], Any]) -> Any:
+        """What the optimizer calls in place of its closure: the model computes with its sparse weights."""
+        own = self._own(self.stepping)
+        for layer in own:
+            self.strategy.before_closure(layer)
+        result = closure()
+        for layer in own:
+            self._prepare(layer)
+        return result
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: whatever the optimizer did, inactive weights and their state are zero; then mutate."""
         was_skipped = _was_skipped(optimizer)
-        for layer in self.live:
+        for layer in self._own(optimizer):
             layer.follow()
             layer.clean, layer.arrived = None, False
             self.strategy.after_step(layer, was_skipped=was_skipped)
-        self.strategy.end_step(was_skipped=was_skipped, has_closure=_closure_of(args, kwargs) is not None)
+        self.strategy.end_step(was_skipped=was_skipped)
+
+    def _own(self, optimizer: Optimizer) -> Sequence[MaskedWeight]:
+        """The live layers that this optimizer steps."""
+        if len(self.optimizers.each) == 1:
+            return self.live
+        return [layer for layer in self.live if self.optimizers.owner(layer.parameter) is optimizer]
 
 
 def _masked_weights(
-    layers: Mapping[str, nn.Parameter], method: SparsityMethod, optimizer: Optimizer, generator: torch.Generator
+    layers: Mapping[str, nn.Parameter], method: SparsityMethod, optimizer: Optimizers, generator: torch.Generator
 ) -> dict[str, MaskedWeight]:
     counts = method.counts({name: tuple(parameter.shape) for name, parameter in layers.items()})
     weights = {}
@@ -327,11 +370,6 @@ def _masked_weights(
         target = counts[name] // structure.unit_size(tuple(parameter.shape))
         weights[name] = MaskedWeight(name, parameter, structure, target, optimizer=optimizer, generator=generator)
     return weights
-
-
-def _closure_of(args: Any, kwargs: Any) -> Any:
-    # The hook's arguments start with the optimizer itself.
-    return args[1] if len(args) > 1 else kwargs.get("closure")
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:

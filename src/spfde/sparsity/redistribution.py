@@ -85,7 +85,7 @@ class Redistribution(Strategy):
     def wants_dense(self, layer: MaskedWeight) -> bool:
         return self._smooths
 
-    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
+    def end_step(self, *, was_skipped: bool) -> None:
         if not self._smooths:
             return
         assert self._momentum is not None, "only with momentum anything is smoothed"

@@ -67,15 +67,25 @@ class Strategy:
         """Whether the next gradient of the layer must hold inactive weights too."""
         return False
 
-    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
-        """The optimizer is about to step; the gradient is masked."""
+    def begin_step(self, layer: MaskedWeight) -> None:
+        """A step begins: the weight is as the last one left it."""
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
+        """The optimizer is about to step; the gradient is masked. With a closure, after it has run, too."""
+
+    def before_closure(self, layer: MaskedWeight) -> None:
+        """The optimizer runs a closure within its step: the model is to compute with the weight that it has."""
 
     def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
         """The optimizer has stepped, or a scaler kept it from it: whatever it did, inactive weights are zero."""
         layer.clear_outside()
 
-    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
-        """After all layers' ``after_step``: mutations that waited for a gradient."""
+    def end_step(self, *, was_skipped: bool) -> None:
+        """After the ``after_step`` of all layers that stepped: mutations that waited for a gradient."""
+
+    def take_over(self, layer: MaskedWeight) -> bool:
+        """Note active weights that somebody else has written, where others are kept beside them; whether there were."""
+        return False
 
     def clear_idle_state(self, layer: MaskedWeight) -> None:
         """Zero the optimizer state of the weights that no step moves."""

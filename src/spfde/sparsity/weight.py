@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from spfde.core.optimizers import Optimizers
 from spfde.sparsity.masks import apply_, pack, unpack
 from spfde.sparsity.structure import Structure
 
@@ -31,7 +32,7 @@ class MaskedWeight:
             arXiv 2102.02887).
         arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.
         clean: identity and version of the gradient that was masked last in this step; None between steps.
-        optimizer: whose state is zero where the weight is.
+        optimizers: whose state is zero where the weight is.
         generator: a CPU generator for what is random.
     """
 
@@ -42,11 +43,11 @@ class MaskedWeight:
         structure: Structure,
         target: int,
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Optimizers,
         generator: torch.Generator,
     ) -> None:
         self.name, self.parameter, self.structure = name, parameter, structure
-        self.optimizer, self.generator = optimizer, generator
+        self.optimizers, self.generator = Optimizers.of(optimizer), generator
         shape = tuple(parameter.shape)
         self.numel = parameter.numel()
         self.n_units, self.unit_size = structure.n_units(shape), structure.unit_size(shape)
@@ -107,10 +108,14 @@ class MaskedWeight:
 
     def clear_state_outside(self, mask: Tensor) -> None:
         """Zero the optimizer state of the weight's shape where ``mask`` has no weight."""
-        for value in self.optimizer.state.get(self.parameter, {}).values():
-            # Integer state (a quantised moment) has no zero that could be told from its bits.
-            if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
-                apply_(value, mask)
+        for value in self.optimizer_state():
+            apply_(value, mask)
+
+    def optimizer_state(self) -> list[Tensor]:
+        """Floating-point state of its shape. Integers (a quantised moment) have no zero that their bits would tell."""
+        shape = self.parameter.shape
+        values = [value for state in self.optimizers.states_of(self.parameter) for value in state.values()]
+        return [v for v in values if isinstance(v, Tensor) and v.shape == shape and v.is_floating_point()]
 
     def mutate(
         self, survive: int, final: int, *, drop_score: Tensor | None = None, grow_score: Tensor | None = None

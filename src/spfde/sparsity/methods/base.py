@@ -54,7 +54,7 @@ class SparsityMethod(Technique):
     structured: ClassVar[bool] = True
     """Whether the method can treat several weights as one unit."""
     refuses_closures: ClassVar[bool] = False
-    """Whether the optimizer must step without a closure."""
+    """Whether a closure must run before the optimizer moves the weights, which that of LBFGS does not."""
     counts_known: ClassVar[bool] = True
     """Whether each layer's number of active weights is known before training."""
     _count_remedy: ClassVar[str] = "Use another method, such as set or rigl."

@@ -64,18 +64,24 @@ class Rewiring(Strategy):
         self._l1, self._noise = l1, noise
         self._is_over = False
         self._negative: dict[str, Tensor] = {}
+        self._learning: set[str] = set()
 
     def begin_epoch(self, plan: MaskPlan, live: Sequence[MaskedWeight]) -> None:
         self._is_over = plan.last
 
-    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
-        # Nothing moves a weight that has no gradient (a frozen one).
-        if not self._is_over and gradient is not None:
+    def begin_step(self, layer: MaskedWeight) -> None:
+        self._learning.discard(layer.name)
+        if not self._is_over:
             self._negative[layer.name] = torch.signbit(layer.parameter.detach())
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
+        # Nothing moves a weight that has no gradient (a frozen one).
+        if gradient is not None:
+            self._learning.add(layer.name)
 
     def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
         negative = self._negative.pop(layer.name, None)
-        if negative is not None and not was_skipped:
+        if negative is not None and layer.name in self._learning and not was_skipped:
             learning_rate = float(self.masker.group_of(layer)["lr"])
             weight, mask = rewire(
                 layer.parameter.detach(),

@@ -145,14 +145,15 @@ class Mutation(Strategy):
         survive, final = self.pending[layer.name]
         return final > survive
 
-    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
+        self._snapshots.pop(layer.name, None)
         if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
-            self._snapshots[layer.name] = unscaled(gradient, self.masker.optimizer)
+            self._snapshots[layer.name] = unscaled(gradient, self.masker.stepping)
 
-    def end_step(self, *, was_skipped: bool, has_closure: bool) -> None:
+    def end_step(self, *, was_skipped: bool) -> None:
         if not self.pending:
             return
-        active = self._take_snapshots(has_closure=has_closure)
+        active, self._snapshots = self._snapshots, {}
         dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
         self.masker.average_over_ranks(active)
         gradients = (*active.values(), *dense.values())
@@ -203,15 +204,6 @@ class Mutation(Strategy):
                 drop_score=_score(self._drop, layer, active.get(name)) if drops else None,
                 grow_score=_score(self._grow, layer, dense.get(name)) if grows else None,
             )
-
-    def _take_snapshots(self, *, has_closure: bool) -> dict[str, Tensor]:
-        """The gradients of active weights, for dropping; without the loss scale, which dense ones still have."""
-        taken, self._snapshots = self._snapshots, {}
-        if has_closure and self._drop.needs_gradient:
-            # The step itself ran the backward pass: what was there before it is stale.
-            waiting = [layer for layer in self.masker.live if layer.name in self.pending]
-            taken = {layer.name: layer.parameter.grad for layer in waiting if layer.parameter.grad is not None}
-        return taken
 
 
 def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:

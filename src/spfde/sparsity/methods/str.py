@@ -100,13 +100,16 @@ class SoftThresholdLatents(LatentWeights):
         above = soft_threshold(self.latent(layer), self._s[layer.name])
         return above.masked_fill(~layer.mask, 0.0)
 
-    def before_step(self, layer: MaskedWeight, gradient: Tensor | None, *, has_closure: bool) -> None:
-        super().before_step(layer, gradient, has_closure=has_closure)
+    def latent_of(self, layer: MaskedWeight, weight: Tensor) -> Tensor:
+        return (weight.abs() + threshold(self._s[layer.name])).copysign_(weight)
+
+    def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
+        super().before_step(layer, gradient)
         if layer.name not in self._latents:
             return
         self._slope[layer.name] = 0.0
         if gradient is not None:
-            own = unscaled(gradient, self.masker.optimizer)
+            own = unscaled(gradient, self.masker.stepping)
             self._slope[layer.name] = threshold_slope(self.latent(layer), own, self._s[layer.name], layer.mask)
 
     def stepped(self, layer: MaskedWeight, weight: Tensor, learning_rate: float) -> Tensor:

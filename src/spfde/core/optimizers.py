@@ -1,0 +1,107 @@
+"""One optimizer or several that step the parameters of one model, as if they were one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class Optimizers:
+    """Parameter groups, state and hooks of several optimizers.
+
+    Args:
+        given: the user's, in their order.
+
+    Attributes:
+        each: the same.
+    """
+
+    def __init__(self, given: Sequence[Optimizer]) -> None:
+        self.each = tuple(given)
+        # Some optimizers keep the state in another one inside them: ZeroRedundancyOptimizer, Lookahead.
+        self._with_state = tuple(dict.fromkeys(inner for own in self.each for inner in (own, *inside(own))))
+        self._owner: dict[int, Optimizer] = {}
+
+    @classmethod
+    def of(cls, given: Optimizer | Sequence[Optimizer] | Optimizers) -> Optimizers:
+        """From one, several, or what is made of them already."""
+        if isinstance(given, Optimizers):
+            return given
+        return cls([given] if isinstance(given, Optimizer) else given)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all, in order."""
+        return [group for optimizer in self.each for group in optimizer.param_groups]
+
+    def owner(self, parameter: Tensor) -> Optimizer | None:
+        """The optimizer that steps a parameter."""
+        if len(self.each) == 1:
+            return self.each[0]
+        if id(parameter) not in self._owner:
+            self._owner = {
+                id(p): optimizer for optimizer in self.each for group in optimizer.param_groups for p in group["params"]
+            }
+        return self._owner.get(id(parameter))
+
+    def states_of(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
+        """What is remembered of a parameter, by those that remember something."""
+        for optimizer in self._with_state:
+            found = optimizer.state.get(parameter)
+            if found:
+                yield found
+
+    def forget(self, parameter: Tensor) -> None:
+        """Free the state of a parameter."""
+        for optimizer in self._with_state:
+            optimizer.state.pop(parameter, None)
+
+    def hook(self, before: Callable[..., Any] | None, after: Callable[..., Any] | None) -> list[RemovableHandle]:
+        """Hook the steps of all."""
+        handles = []
+        for optimizer in self.each:
+            if before is not None:
+                handles.append(optimizer.register_step_pre_hook(before))
+            if after is not None:
+                handles.append(optimizer.register_step_post_hook(after))
+        return handles
+
+
+class LeadingSteps:
+    """Counts a step where an optimizer has stepped more often than any before: several make one step together."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+
+    def leads(self, optimizer: Optimizer) -> bool:
+        """Note that it steps; whether that is a step of the loop."""
+        own = self._counts.get(id(optimizer), 0) + 1
+        is_first = own > max(self._counts.values(), default=0)
+        self._counts[id(optimizer)] = own
+        return is_first
+
+    def reset(self) -> None:
+        """Count anew: at the top of an epoch, for phases may train one and then the other."""
+        self._counts.clear()
+
+
+def inside(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that this one holds as attributes: those that it wraps."""
+    return [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
+
+
+def around_closure(args: Any, kwargs: Any, run: Callable[[Callable[[], Any]], Any]) -> tuple[Any, Any] | None:
+    """For a step pre-hook: arguments of ``step`` whose closure goes by way of ``run``; None without a closure."""
+    # The hook's arguments start with the optimizer itself.
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        return None
+
+    def around() -> Any:
+        return run(closure)
+
+    return ((args[0], around, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": around})

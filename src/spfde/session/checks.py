@@ -1,0 +1,152 @@
+"""Whether optimizers, sessions and wrappers fit the model: looked at by ``attach``, before anything is changed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from spfde.core.errors import Problem
+from spfde.core.optimizers import Optimizers
+from spfde.core.torch_private import layers_of_wrapping
+from spfde.model.sample import unwrap
+from spfde.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from spfde.session.session import Session
+
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+"""The sessions that there are."""
+
+
+def note_session(session: Session) -> None:
+    """Remember a session that is attached now."""
+    _SESSIONS.add(session)
+
+
+def are_optimizers(given: object) -> bool:
+    """One optimizer, or a list or tuple of some."""
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return bool(several) and all(isinstance(each, Optimizer) for each in several)
+
+
+def check_model(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[Problem]:
+    """All problems of the model, its wrappers and its optimizers with each other."""
+    inner = unwrap(model)
+    sharded = _check_sharding(inner)
+    if sharded:
+        return sharded
+    return [
+        *_check_coverage(inner, optimizers),
+        *(problem for optimizer in optimizers.each for problem in _check_hooks(optimizer, recipe)),
+        *_check_unattached(inner, optimizers),
+        *_check_wrappers(model, recipe),
+    ]
+
+
+def _check_unattached(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
+    """Two sessions on one parameter would undo each other's masks."""
+    for name, targets in (("model", [model]), ("optimizer", optimizers.each)):
+        for target in targets:
+            if any(session.holds(target) for session in _SESSIONS):
+                rule = "has a session already"
+                return [Problem(name, type(target).__name__, rule, "Call detach() on that session first.")]
+    own = {id(p) for p in model.parameters()}
+    for session in _SESSIONS:
+        shared = session.holds_parameters(own)
+        if shared:
+            rule = f"shares {shared} parameters with {session.name_of_model}, which has a session already"
+            remedy = "Attach one session, to the outer of the two modules, or call detach() on the other first."
+            return [Problem("model", type(model).__name__, rule, remedy)]
+    return []
+
+
+def _check_sharding(model: nn.Module) -> list[Problem]:
+    """Are the parameters whole? FSDP leaves each rank a part of them."""
+    parts = next((name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
+    wrapper = next((type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+    if parts is None and wrapper is None:
+        return []
+    rule = "is sharded over the ranks (FSDP), and masks are drawn over whole tensors"
+    remedy = (
+        "Train it in DistributedDataParallel(model, find_unused_parameters=True); sharded models are not supported."
+    )
+    return [Problem("model", wrapper or f"{parts} as DTensor", rule, remedy)]
+
+
+def _check_wrappers(model: nn.Module, recipe: Recipe) -> list[Problem]:
+    """Does DistributedDataParallel let parameters be without a gradient?"""
+    if not recipe.freezes:
+        return []
+    for wrapper in layers_of_wrapping(model):
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel) and (
+            not wrapper.find_unused_parameters or wrapper.static_graph
+        ):
+            rule = "waits for the gradients of all parameters, and frozen ones have none"
+            remedy = "Wrap the model with find_unused_parameters=True, and without static_graph."
+            return [Problem("model", "DistributedDataParallel", rule, remedy)]
+    return []
+
+
+def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
+    """Can the optimizer's steps be hooked, and does freezing keep a parameter from moving?"""
+    name = type(optimizer).__name__
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return [
+            Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
+        ]
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return []
+    if recipe.sparsity is not None and recipe.sparsity.refuses_closures:
+        rule = f"runs the model within its step, and {recipe.sparsity.name} exchanges the weights for that long"
+        remedy = "Take an optimizer that steps without a closure, such as SGD or AdamW."
+        return [Problem("optimizer", name, rule, remedy)]
+    if recipe.freezes:
+        remedy = "Take an optimizer that skips parameters without a gradient, such as SGD or AdamW."
+        return [Problem("optimizer", name, "moves parameters that have no gradient, and so frozen ones", remedy)]
+    return []
+
+
+def _check_coverage(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
+    """Is every trainable parameter stepped by one optimizer, and nothing else?"""
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [p for group in optimizers.param_groups for p in group["params"]]
+    counts = Counter(id(p) for p in held)
+    foreign = [tuple(p.shape) for p in held if id(p) not in names]
+    missing = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in counts]
+    twice = [names[key] for key, count in counts.items() if count > 1 and key in names]
+    problems = []
+    if foreign:
+        problems.append(
+            Problem(
+                "optimizer",
+                f"{len(foreign)} parameters of shapes {foreign[:3]}",
+                "holds parameters that are not the model's",
+                "Make the optimizer from model.parameters(), after the model is complete.",
+            )
+        )
+    if missing:
+        problems.append(
+            Problem(
+                "optimizer",
+                _some(missing),
+                f"lacks {len(missing)} trainable parameters of the model",
+                "Add them to the optimizer, pass all optimizers as a list, or set requires_grad=False on them.",
+            )
+        )
+    if twice:
+        rule = f"holds {len(twice)} parameters more than once"
+        problems.append(Problem("optimizer", _some(twice), rule, "Give each parameter to one optimizer alone."))
+    return problems
+
+
+def _some(names: Sequence[str] | Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

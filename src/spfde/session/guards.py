@@ -1,0 +1,259 @@
+"""What nobody can see when it happens, looked for while little is lost: ``docs/guards.md`` has the table."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from spfde.core.checksum import checksums
+from spfde.core.errors import StateMismatch, UsageError
+from spfde.core.optimizers import inside
+from spfde.core.state import check_entries
+from spfde.core.torch_private import PARAMETERS, active_ddp, n_reduced
+from spfde.planning.timeline import Row
+from spfde.session.freezing import Freezing
+from spfde.session.masks import WholeModel
+from spfde.session.part import Part, Setting
+
+_LOOKS = (16, 256, 4096)
+"""After so many backward passes without a step it is looked whether the weights move all the same."""
+
+
+class Guards(Part):
+    """Looks at the bottom and at the top of each epoch, and before each step at what costs nothing.
+
+    Args:
+        setting: the session's.
+        masks: of the weights.
+        freezing: of the blocks.
+
+    Attributes:
+        trusts_weights: whether a state is loaded whatever weights the model has, as long as its masks hold for them.
+    """
+
+    name = "guards"
+
+    def __init__(self, setting: Setting, masks: WholeModel, freezing: Freezing) -> None:
+        self._setting, self._masks, self._freezing = setting, masks, freezing
+        self.trusts_weights = False
+        modules = dict(setting.model.named_modules())
+        self._parameters = [
+            (name, modules[name.rpartition(".")[0]], name.rpartition(".")[2], p)
+            for name, p in setting.model.named_parameters()
+        ]
+        self._held = {id(p) for group in setting.optimizer.param_groups for p in group["params"]}
+        self._said = False
+        self._passes, self._before = 0, self._content()
+        self._handles: list[RemovableHandle] = []
+        self._look: RemovableHandle | None = None
+        trained = [p for *_, p in self._parameters if p.requires_grad and id(p) in self._held]
+        if trained:
+            # The last one: it is never frozen.
+            counts = _weakly(self, Guards._on_gradient)
+            self._handles.append(trained[-1].register_post_accumulate_grad_hook(counts))  # type: ignore[no-untyped-call]
+        self._await_wrapper()
+
+    # --- when it looks -----------------------------------------------------------------------------------------------
+
+    def begin_epoch(self, row: Row) -> None:
+        self._passes = 0
+        self._before = self._content()
+
+    def before_masks(self) -> None:
+        """The top of an epoch, before the masks mutate: what was written since the bottom of the last one."""
+        self._check_parameters()
+        self._check_groups()
+        self._enforce_masks()
+
+    def before_step(self) -> None:
+        """An optimizer is about to step."""
+        self._check_parameters()
+        if not self._setting.clock.steps:
+            self._check_groups()
+
+    def verify(self) -> None:
+        found = None
+        try:
+            self._check_parameters()
+            self._check_groups()
+            self._check_steps()
+            self._enforce_masks()
+        except UsageError as error:
+            found = error
+        self._check_ranks(found)
+        if found is not None:
+            raise found
+
+    def detach(self) -> None:
+        self._stop_looking()
+        for handle in self._handles:
+            handle.remove()
+
+    # --- what it looks for -------------------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        """Are the model's parameters those that the masks and the optimizer hold?"""
+        for name, module, leaf, parameter in self._parameters:
+            if vars(module)[PARAMETERS].get(leaf) is not parameter:
+                self._raise_replaced(f"{name} of the model")
+
+    def _check_groups(self) -> None:
+        now = {id(p) for group in self._setting.optimizer.param_groups for p in group["params"]}
+        if not self._held <= now:
+            self._raise_replaced(f"{len(self._held - now)} of the optimizer's parameters")
+        current = dict(self._setting.model.named_parameters())
+        for name, _, _, parameter in self._parameters:
+            if current.get(name) is not parameter:
+                self._raise_replaced(f"{name} of the model")
+
+    def _raise_replaced(self, what: str) -> None:
+        raise UsageError(
+            f"{what} was replaced by another tensor since attach (load_state_dict(assign=True), fully_shard, "
+            "parametrizations and copies of modules do that): the masks and the optimizer hold one that is gone. Do it "
+            "before the optimizer is made, and attach again; or write into the parameters, as load_state_dict does."
+        )
+
+    def _check_steps(self) -> None:
+        """Have the weights moved in an epoch without a step of the optimizer that was attached?"""
+        if self._setting.clock.steps or not self._passes or self._setting.clock.phase == "between":
+            return
+        if self._content() == self._before:
+            return  # evaluated, accumulated, or skipped by a scaler
+        names = [type(optimizer).__name__ for optimizer in self._setting.optimizer.each]
+        inner = [
+            f"{type(optimizer).__name__}.{name}"
+            for optimizer in self._setting.optimizer.each
+            for name, value in vars(optimizer).items()
+            if any(value is each for each in inside(optimizer))
+        ]
+        remedy = f"Attach to {inner[0]}" if inner else "Attach to that one"
+        raise UsageError(
+            f"the weights have moved in {self._passes} backward passes, but step() of {', '.join(names)} was never "
+            "called: another optimizer steps, around the hooks, and nothing is masked or counted. "
+            f"{remedy}, whose step() runs."
+        )
+
+    def _enforce_masks(self) -> None:
+        found = self._masks.enforce()
+        if found and not self._said:
+            self._said = True
+            warnings.warn(
+                f"weights outside the masks were not zero in {len(found)} tensors ({found[0]}), or are not those that "
+                "the last step left: something has loaded, averaged or moved them beside the optimizer. They are "
+                "masked again, now and from here on. Average and load masked weights, or attach to what steps.",
+                stacklevel=5,
+            )
+
+    def _check_ranks(self, found: UsageError | None) -> None:
+        world = self._setting.world
+        if not world.is_shared:
+            return
+        own = (found is not None, checksums(self._masks.masks), self._content())
+        every = world.gather(own)
+        if found is None and any(failed for failed, *_ in every):
+            raise UsageError("another rank has found something wrong, and says what. All ranks end here.")
+        for what, at, remedy in (
+            ("masks", 1, "Attach with one seed and one recipe, to equal weights, and let every rank take each step"),
+            (
+                "weights",
+                2,
+                "Wrap the model in DistributedDataParallel(model, find_unused_parameters=True) before blocks are "
+                "frozen, on every rank, and call the wrapped model",
+            ),
+        ):
+            first = every[0][at]
+            names = [name for name in first if any(other[at].get(name) != first[name] for other in every)]
+            if names:
+                raise UsageError(
+                    f"the {what} of {len(names)} tensors ({names[0]}) differ between the ranks: each trains on "
+                    f"gradients of its own. {remedy}."
+                )
+
+    # --- DistributedDataParallel -------------------------------------------------------------------------------------
+
+    def _await_wrapper(self) -> None:
+        """Look at the wrapper in the next forward pass: it may be made after attach."""
+        if self._setting.world.is_shared and self._setting.recipe.freezes:
+            look = _weakly(self, Guards._on_forward)
+            self._stop_looking()
+            self._look = self._setting.model.register_forward_pre_hook(look)
+
+    def _stop_looking(self) -> None:
+        if self._look is not None:
+            self._look.remove()
+        self._look = None
+
+    def _on_forward(self, model: nn.Module, _: Any = None) -> None:
+        wrapper = active_ddp()
+        if wrapper is None or not model.training or self._setting.clock.epoch >= len(self._setting.timeline):
+            return
+        self._stop_looking()
+        timeline, epoch = self._setting.timeline, self._setting.clock.epoch
+        now, later = timeline.frozen[epoch], timeline.frozen[epoch:]
+        trained = sum(p.requires_grad for p in wrapper.module.parameters())
+        thaws = any(count < now for count in later)
+        known, needed = n_reduced(wrapper), trained + (self._freezing.freezer.n_paused if thaws else 0)
+        if any(count != now for count in later) and (not wrapper.find_unused_parameters or wrapper.static_graph):
+            raise UsageError(
+                "the model is in a DistributedDataParallel without find_unused_parameters=True, or with static_graph: "
+                "it waits for the gradients of frozen blocks. Wrap it with find_unused_parameters=True alone."
+            )
+        if known < needed:
+            raise UsageError(
+                "DistributedDataParallel was made while blocks were frozen that train again, and does not know their "
+                "parameters. Wrap the model, with find_unused_parameters=True, before the session's state is loaded."
+            )
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self._masked_content()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_entries(state, "the guards", {"weights": dict})
+        if self.trusts_weights:
+            return
+        now = self._masked_content()
+        other = [name for name, number in now.items() if state["weights"].get(name) != number]
+        if other:
+            raise StateMismatch(
+                f"the weights of {len(other)} tensors ({other[0]}) are not those that the state was saved with. "
+                "Either attach first, then load the model, the optimizer and the session, in this order; or load the "
+                "model first and pass the session's state to attach(state=...)."
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._before = self._content()
+        self._await_wrapper()
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        self._passes += 1
+        if self._passes in _LOOKS:
+            self._check_steps()
+
+    def _content(self) -> dict[str, int]:
+        return checksums({name: p for name, _, _, p in self._parameters if not p.is_meta})
+
+    def _masked_content(self) -> dict[str, int]:
+        return checksums({name: p for name, _, _, p in self._parameters if name in self._masks.masks})
+
+
+def _weakly(guards: Guards, method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that keeps nothing alive, and that a copy of the model takes along without a copy of the session."""
+    of_guards = weakref.ref(guards)
+
+    def hook(*arguments: Any) -> None:
+        alive = of_guards()
+        if alive is not None:
+            method(alive, *arguments)
+
+    uncompiled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return uncompiled

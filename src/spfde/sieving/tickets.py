@@ -1,0 +1,173 @@
+"""Which batches were drawn and are not done with: a ticket each, so that a loader may run ahead of the loop."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A batch that was drawn.
+
+    Attributes:
+        keys: what the sampler gave for its samples; None where that is not known.
+        size: number of its samples.
+        left: those of its samples that no report was about yet, once some were.
+    """
+
+    keys: list[Any] | None
+    size: int
+    left: Counter[int] | None = None
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Ids of its samples, long [size]; None where they are not known, or no integers."""
+        return None if self.keys is None else as_ids(self.keys)
+
+
+class Tickets:
+    """The open tickets, oldest first.
+
+    Args:
+        by_report: a ticket is closed by a report on its batch. Otherwise by the batch's training step, which is told
+            from gradients that arrive: a loop trains one batch between two that it draws, however far it runs ahead.
+
+    Attributes:
+        is_asked: somebody asked for the oldest ticket in this epoch, without saying which batch is meant.
+    """
+
+    def __init__(self, *, by_report: bool) -> None:
+        self._by_report = by_report
+        self.forget()
+
+    def forget(self) -> None:
+        """There are none: another epoch begins."""
+        self._open: deque[Ticket] = deque()
+        self._aside: dict[int, deque[Ticket]] = {}
+        self._iteration = -1
+        self.is_asked = False
+        self._start()
+
+    def _start(self) -> None:
+        self._trained = False
+        self._is_plain: bool | None = None  # whether the loop draws a batch only when it is done with the last one
+        self._drawing = 0
+
+    # --- from the loader ---------------------------------------------------------------------------------------------
+
+    def begin(self, iteration: int) -> None:
+        """An iteration starts. Tickets of one that was left early wait, should it go on: it may have been put aside."""
+        if self._open:
+            self._aside[self._iteration] = self._open
+            self._open = deque()
+        self._iteration = iteration
+        self._start()
+
+    def draw(self, iteration: int, keys: list[Any] | None, size: int) -> None:
+        """A batch is handed out."""
+        if iteration in self._aside:
+            self._open.extendleft(reversed(self._aside.pop(iteration)))
+        self.settle()
+        self._drawing = threading.get_ident()
+        self._open.append(Ticket(keys, size))
+
+    def settle(self) -> None:
+        """Close what has been trained on, now that the loop wants the next batch, or an end."""
+        if self._by_report:
+            return
+        if self._is_plain:
+            self._open.clear()
+        elif self._trained and self._open:
+            self._open.popleft()
+        self._trained = False
+
+    # --- from the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """A backward pass has come to its end."""
+        self._trained = True
+
+    def step(self) -> None:
+        """The optimizer takes a step: is the batch drawn last the one that is trained on?"""
+        if self._is_plain is None and self._open:
+            self._is_plain = len(self._open) == 1 and self._drawing == threading.get_ident()
+
+    def ask(self) -> Ticket | None:
+        """The batch that comes next through the model, or is in it: the oldest; None where none is open."""
+        self.is_asked = True
+        self.step()
+        if self._trained and len(self._open) > 1:
+            self.settle()
+        return self.oldest
+
+    @property
+    def oldest(self) -> Ticket | None:
+        """The oldest open ticket."""
+        return self._open[0] if self._open else None
+
+    def close(self, ids: Iterable[int] | None = None) -> None:
+        """A report has come: on the oldest batch, or on these samples, which may be of no batch, one, or several."""
+        if not self._by_report or not self._open:
+            return
+        if ids is None:
+            self._open.popleft()
+            return
+        given = list(ids)
+        same = self._of_these(given)
+        if same is not None:
+            self._open.remove(same)
+            return
+        reported = Counter(given)
+        for ticket in list(self._open):
+            if ticket.keys is not None and (own := ticket.ids) is not None:
+                left = Counter(own.tolist()) if ticket.left is None else ticket.left
+                ticket.left = left - reported
+                reported -= left
+                if not ticket.left:
+                    self._open.remove(ticket)
+
+    def _of_these(self, given: list[int]) -> Ticket | None:
+        """The ticket of exactly these samples, in any order, or the oldest of so many that are not known."""
+        in_order = sorted(given)
+        for ticket in self._open:
+            if ticket.size != len(given) or ticket.left is not None:
+                continue
+            if ticket.keys is None or ticket.keys == given:
+                return ticket
+            own = ticket.ids
+            if own is None or sorted(own.tolist()) == in_order:
+                return ticket
+        return None
+
+    # --- how it stands -----------------------------------------------------------------------------------------------
+
+    def left(self, *, is_ended: bool) -> list[Ticket]:
+        """The open tickets of the newest iteration, less the one that is trained on already.
+
+        Args:
+            is_ended: whether that iteration has come to its end.
+        """
+        found = list(self._open)
+        if self._by_report:
+            return found
+        if is_ended and self._is_plain is None and not self._trained:
+            return []  # a loop that trains nothing
+        if self._trained or (self._is_plain and is_ended):
+            return [] if self._is_plain else found[1:]
+        return found
+
+
+def as_ids(keys: list[Any]) -> Tensor | None:
+    """What a sampler gave, as ids, long; None where it is no integers."""
+    try:
+        return torch.tensor([operator.index(key) for key in keys], dtype=torch.long)
+    except (TypeError, ValueError):
+        return None
