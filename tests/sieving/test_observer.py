@@ -79,7 +79,6 @@ def test_the_lowest_and_the_highest_label_by_hand(
 
 
 def test_class_probabilities_and_empty_batches_have_no_bounds() -> None:
-    assert label_bounds(torch.zeros(3, 4), torch.full((3, 4), 0.25)) is None
     assert label_bounds(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)) is None
 
 

@@ -33,6 +33,8 @@ __all__ = [
     "has_global_hooks",
     "hooks_to_copy",
     "is_compiled",
+    "is_compiled_whole",
+    "is_recorded",
     "layers_of_wrapping",
     "least_two_four_shape",
     "lerp_each_",
@@ -41,6 +43,7 @@ __all__ = [
     "norm_each",
     "overloads_of",
     "recompile_limit",
+    "run_while_compiling",
     "steps_running",
     "storage_id",
     "tree_leaves",  # the tensors in nested arguments and results
@@ -101,6 +104,34 @@ def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a part of it, is compiled by ``torch.compile``."""
     parts = model.modules()
     return any(compiled_inside(part) is not None or getattr(part, "_compiled_call_impl", None) for part in parts)
+
+
+def is_compiled_whole(model: nn.Module) -> bool:
+    """Whether calls of the model itself are compiled: by ``torch.compile(model)`` or ``model.compile()``."""
+    return compiled_inside(model) is not None or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def is_recorded() -> bool:
+    """Whether somebody records or transforms what runs now, and so must see PyTorch's own operators.
+
+    ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func`` and dispatch modes do, such as fake tensors
+    and counters of FLOPs.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def run_while_compiling(function: Callable[[], bool]) -> Callable[[], bool]:
+    """Have Dynamo call a function while it compiles, and take its result as a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, and loads the compiler for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def recompile_limit() -> tuple[str, int]:

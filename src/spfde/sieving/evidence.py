@@ -14,6 +14,9 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem
 
+# What probabilities of half precision may lack of 1.
+_ROUNDING = 0.02
+
 
 def correct_from_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Whether each sample is classified correctly, bool [N], on the device of ``logits``.
@@ -92,38 +95,57 @@ def labels_kind(logits: Tensor, y: Tensor) -> Literal["binary", "hard", "soft"]:
     elif logits.dim() == 2:
         if y.shape == logits.shape:
             return "soft"
-        if y.shape == (samples,):
+        if y.shape == (samples,) and not y.is_floating_point():
             return "hard"
     shapes = f"logits {tuple(logits.shape)}, y {tuple(y.shape)}"
     raise InvalidArgument(
         Problem(
             "logits, y",
             shapes,
-            "must be (batch, classes) with (batch,) labels or (batch, classes) probabilities, or both (batch,)",
+            "must be (batch, classes) with (batch,) integer labels or (batch, classes) probabilities, or both (batch,)",
             "For other tasks pass correct= (one bool per sample) or loss= (one loss per sample).",
         )
     )
 
 
 def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
-    """The lowest and the highest label of a batch, shape (2,) on the labels' device, and the number of classes.
+    """What tells whether the labels of a batch are classes, or probabilities of classes, of the outputs.
 
     Returns:
-        None where there are no labels: class probabilities, or an empty batch.
+        On the labels' device: the lowest and the highest class, shape (2,); of probabilities the lowest, and the lowest
+        and highest sum over a sample's, shape (3,). Then the number of classes. None for an empty batch.
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
     """
     kind = labels_kind(logits, y)
-    if kind == "soft" or not y.numel():
+    if not y.numel():
         return None
+    n_classes = 2 if kind == "binary" else logits.shape[1]
+    if kind == "soft":
+        shares = y.detach().float()
+        return torch.stack([shares.min(), *shares.sum(1).aminmax()]), n_classes
     low, high = (y.long() if y.dtype == torch.bool else y).detach().aminmax()
-    return torch.stack([low, high]), 2 if kind == "binary" else logits.shape[1]
+    return torch.stack([low, high]), n_classes
 
 
 def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
-    """Raise ``InvalidArgument`` where a label is no class, from ``label_bounds`` on the CPU, shape (..., 2)."""
+    """Raise ``InvalidArgument`` where a label is none, from ``label_bounds`` on the CPU, shape (..., 2) or (..., 3)."""
+    if bounds.shape[-1] == 3:
+        low, least, most = bounds[..., 0].min().item(), bounds[..., 1].min().item(), bounds[..., 2].max().item()
+        # The negation finds a NaN, too.
+        if not (low >= -_ROUNDING and least >= 1 - _ROUNDING and most <= 1 + _ROUNDING):
+            rule = (
+                "of the outputs' shape is taken for class probabilities, which are not negative and sum to 1; here the "
+                f"lowest is {low:g} and sums are from {least:g} to {most:g}"
+            )
+            remedy = "For several labels a sample, regression or scores pass loss= (one loss per sample) or correct=."
+            raise InvalidArgument(Problem("y", least if low >= 0 else low, rule, remedy))
+        return
     low, high = bounds.min().item(), bounds.max().item()
-    if low < 0 or high > n_classes - 1:
-        remedy = "Number the classes from 0. For samples without a class (ignore_index) pass correct= or loss= instead."
+    if not (low >= 0 and high <= n_classes - 1):
+        remedy = (
+            "Number the classes from 0. For samples without a class (ignore_index) and for regression pass correct= or "
+            "loss= instead."
+        )
         raise InvalidArgument(Problem("y", low if low < 0 else high, f"must be in [0, {n_classes})", remedy))

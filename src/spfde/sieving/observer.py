@@ -112,9 +112,10 @@ class Observer:
         Raises:
             InvalidArgument: see ``check_labels``.
         """
-        if self._bounds:
-            bounds, self._bounds = torch.stack(self._bounds).cpu(), []
-            check_label_bounds(bounds, self._n_classes)
+        bounds, self._bounds = self._bounds, []
+        for size in {len(bound) for bound in bounds}:
+            alike = torch.stack([bound for bound in bounds if len(bound) == size])
+            check_label_bounds(alike.cpu(), self._n_classes)
         mine = [_joined(column) for column in zip(*self._waiting, strict=True)]
         reports = self._gather(mine)
         self._waiting = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
-from spfde.core.torch_private import compiled_inside
+from spfde.core.torch_private import is_compiled_whole
 from spfde.engines.base import Engine, Job, Parts
 from spfde.engines.native import build
 from spfde.engines.native.graph import Capture, capture
@@ -41,7 +41,7 @@ class NativeEngine(Engine):
 
     @classmethod
     def supports(cls, job: Job) -> str | None:
-        if compiled_inside(job.given) is not None:
+        if is_compiled_whole(job.given) or is_compiled_whole(job.model):
             return "the model is compiled by torch.compile"
         target = job.blueprint.target
         for name, parameter in job.model.named_parameters():
@@ -151,7 +151,7 @@ def _captured(job: Job) -> Capture:
         InvalidArgument: it cannot be traced.
     """
     known: Capture | None = job.found.get(NativeEngine.name)
-    if known is None or not known.is_current(job.model):
+    if known is None or not known.is_current:
         check_forward(job.model)
         # With a cache a region must lie before what is frozen or behind it; at first nothing is frozen.
         frozen = None if job.cache is None else frozenset[str]()

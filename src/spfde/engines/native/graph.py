@@ -10,9 +10,10 @@ from typing import Any
 from torch import fx, nn
 
 from spfde.core.torch_private import NormBase
-from spfde.engines.native.guards import guards_of, is_same
+from spfde.engines.native.facts import Fact
+from spfde.engines.native.guards import Guards, ModeGuards
 from spfde.engines.native.ops import Op, read
-from spfde.engines.native.trace import Fact, Traced, trace
+from spfde.engines.native.trace import Traced, trace
 from spfde.model.sample import Sample
 
 _REGION = "spfde_region_"
@@ -54,7 +55,6 @@ class Capture:
         guards: the state of the model that this holds for.
         regions: what was taken.
         plain: each region once more, in PyTorch, for inputs that the kernels do not take.
-        opaque: the user's modules that run as they are.
         draws: what takes random numbers, by name, with the name of the module that runs it.
         halves: with ``frozen``, the same in two: what the frozen layers compute, as a tuple, and what becomes of that.
             They share their modules with ``graph_module``. None where nothing is computed before the first layer that
@@ -63,16 +63,16 @@ class Capture:
 
     graph_module: fx.GraphModule | None
     left: tuple[str, ...]
-    guards: Sequence[Any]
+    guards: Guards | ModeGuards
     regions: tuple[Region, ...] = ()
     plain: tuple[nn.Module, ...] = ()
-    opaque: Collection[nn.Module] = ()
     draws: Mapping[str, str] = field(default_factory=dict)
     halves: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
-    def is_current(self, model: nn.Module) -> bool:
+    @property
+    def is_current(self) -> bool:
         """Is the model as it was?"""
-        return is_same(self.guards, guards_of(model, self.opaque))
+        return self.guards.hold
 
 
 def capture(
@@ -110,14 +110,12 @@ def capture(
     halves = None
     if frozen is not None:
         halves = _halve(graph_module, {node for node, source in origin.items() if source in fixed})
-    opaque = {model.get_submodule(name) for name in traced.leaves}
     return Capture(
         graph_module,
         _left(graph, {node for group in groups for node in group}, model, why),
-        guards_of(model, opaque),
+        Guards(model, traced.reads, traced.called),
         regions,
         tuple(_plain(model, traced.facts, group, region) for group, region in zip(groups, regions, strict=True)),
-        opaque,
         {node.name: traced.owner(node) for node, fact in traced.facts.items() if fact.draws},
         halves,
     )

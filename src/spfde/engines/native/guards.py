@@ -1,9 +1,18 @@
-"""Has a model changed since it was traced? What a trace has seen, compared by identity."""
+"""Has a model changed since it was traced? What the trace has read, compared by identity.
+
+A trace sees what the model's ``forward`` reads: attributes, parameters, buffers, modules. Only that counts, so that a
+metric, a counter or an average that the model carries along may change at every step.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import operator
-from collections.abc import Collection, Sequence
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import starmap
 from typing import Any
 
@@ -14,36 +23,161 @@ from spfde.core.torch_private import BUFFERS, HOOKS, MODULES, PARAMETERS
 # What the engine itself puts on the model.
 FORWARD, HELD = "forward", "_spfde_engine"
 _PLAIN = (bool, int, float, str, type(None))
+# What is read of every module that runs, and says nothing of what it computes.
+_OF_EVERY_MODULE = frozenset({*dir(nn.Module), *vars(nn.Module())} - {"training"})
 
 
-def guards_of(model: nn.Module, opaque: Collection[nn.Module] = ()) -> list[Any]:
-    """Everything that a trace of ``model`` depends on: modules, parameters, buffers, hooks, flags, attributes.
+# --- what a trace reads ----------------------------------------------------------------------------------------------
 
-    What lies inside a list or behind a global name is not in it.
+
+class Reads:
+    """Which attributes of which modules are read, by name of the module, while ``notes`` is set.
 
     Args:
-        model: the model. Its own ``forward`` is left out: the engine replaces it.
-        opaque: modules that run as they are, whose inside does not matter.
+        model: a copy that nobody else has: its modules are of other classes until ``close``.
     """
-    found: list[Any] = [value for name, value in vars(model).items() if name not in (FORWARD, HELD)]
-    waiting, seen = [model], {id(model)}
-    while waiting:
-        module = waiting.pop()
-        if module in opaque:
-            continue
-        state = vars(module)
-        if module is not model:
-            found.extend(state.values())
-        for name in HOOKS:
-            if state[name]:
-                found.extend(state[name].values())
-        found.extend(state[PARAMETERS].values())
-        found.extend(state[BUFFERS].values())
-        for child in state[MODULES].values():
-            found.append(child)
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                waiting.append(child)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[str, set[str]] = {}
+        self.notes = False
+        self._kinds = [(module, type(module)) for module in model.modules()]
+        for name, module in list(model.named_modules()):
+            self.found[name] = set()
+            module.__class__ = self._noting(type(module), self.found[name])
+
+    def close(self) -> None:
+        """Let the modules be of their own classes again."""
+        for module, kind in self._kinds:
+            module.__class__ = kind
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which nothing is noted: what the tracer itself reads."""
+        before, self.notes = self.notes, False
+        try:
+            yield
+        finally:
+            self.notes = before
+
+    def _noting(self, kind: type[nn.Module], found: set[str]) -> type[nn.Module]:
+        def read(module: nn.Module, name: str) -> Any:
+            if self.notes:
+                found.add(name)
+            return kind.__getattribute__(module, name)
+
+        body = {"__getattribute__": read, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        made: type[nn.Module] = types.new_class(kind.__name__, (kind,), exec_body=lambda names: names.update(body))
+        return made
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+class Guards:
+    """The state of a model that a trace holds for.
+
+    Args:
+        model: the model.
+        reads: names of attributes that the trace has read, by name of the module.
+        called: names of PyTorch's own modules whose work the graph, or an engine, does as their settings say.
+    """
+
+    def __init__(self, model: nn.Module, reads: Mapping[str, Collection[str]], called: Collection[str]) -> None:
+        self._spec: list[tuple[nn.Module, tuple[str, ...], bool]] = []
+        for name, module in model.named_modules():
+            read = {each for each in reads.get(name, ()) if not each.startswith("__")}
+            is_called = name in called
+            if not read and not is_called:
+                continue
+            kind: Any = type(module)
+            names = (read - _OF_EVERY_MODULE) | (_settings(kind) if is_called else set())
+            self._spec.append((module, tuple(sorted(names)), is_called or bool(read & {PARAMETERS, BUFFERS})))
+        self._model = model
+        self._before = self._state()
+
+    @property
+    def hold(self) -> bool:
+        """Is the model as it was?"""
+        return is_same(self._before, self._state())
+
+    def _state(self) -> list[Any]:
+        found: list[Any] = []
+        for module, names, with_tensors in self._spec:
+            own = vars(module)
+            found.append(type(module))
+            if module is not self._model:
+                found.append(own.get(FORWARD))
+            _add_hooks(found, own)
+            found.extend(own[MODULES].values())
+            parameters, buffers = own[PARAMETERS], own[BUFFERS]
+            if with_tensors:
+                found.extend(parameters.values())
+                found.extend(buffers.values())
+            for name in names:
+                value = own.get(name, _Missing)
+                if value is _Missing:
+                    value = parameters.get(name, _Missing)
+                if value is _Missing:
+                    value = buffers.get(name, _Missing)
+                found.append(value)
+                if type(value) in _HOLDERS or dataclasses.is_dataclass(value):
+                    found.extend(_held_by(value))
+        return found
+
+
+class ModeGuards:
+    """Of a model that cannot be traced: the modes of its modules, and which there are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._before = model, self._state(model)
+
+    @property
+    def hold(self) -> bool:
+        """Is the model as it was?"""
+        return is_same(self._before, self._state(self._model))
+
+    @staticmethod
+    def _state(model: nn.Module) -> list[Any]:
+        found: list[Any] = []
+        for module in model.modules():
+            found += [module, module.training]
+            _add_hooks(found, vars(module))
+        return found
+
+
+class _Missing:
+    """In the place of an attribute that is not there."""
+
+
+_HOLDERS = (list, dict, set, types.SimpleNamespace)
+
+
+def _held_by(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, (list, set)) else vars(value).values()
+
+
+@functools.cache
+def _settings(kind: Any) -> frozenset[str]:
+    """Names of what a module of PyTorch's is made with."""
+    constants = getattr(kind, "__constants__", ())
+    return frozenset({"training", *constants, *inspect.signature(kind).parameters})
+
+
+def _add_hooks(found: list[Any], own: Mapping[str, Any]) -> None:
+    for name in HOOKS:
+        if own[name]:
+            found.extend(own[name].values())
+
+
+def state_of(module: nn.Module) -> list[Any]:
+    """Everything that a module itself, not those inside it, holds."""
+    own = vars(module)
+    found = [value for name, value in own.items() if name not in (FORWARD, HELD)]
+    _add_hooks(found, own)
+    for table in (PARAMETERS, BUFFERS, MODULES):
+        found.extend(own[table].values())
     return found
 
 
@@ -57,4 +191,8 @@ def is_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
 
 
 def _is_alike(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, tuple):
+        return is_same(one, other)
+    return isinstance(one, _PLAIN) and bool(one == other)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, UsageError
-from spfde.core.torch_private import has_global_hooks, norm_each
+from spfde.core.torch_private import has_global_hooks, is_recorded, norm_each, run_while_compiling
 from spfde.engines.native import build
 from spfde.engines.native.fusion import fuse
 from spfde.engines.native.graph import Capture, Region, capture, region_name
-from spfde.engines.native.guards import FORWARD, HELD, guards_of
+from spfde.engines.native.guards import FORWARD, HELD, ModeGuards
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.packed import PackedWeights
@@ -68,7 +68,7 @@ class NativeModel:
         self._sample = sample
         self._captures: list[Capture] = []  # the last used first
         self._n_captures = 0
-        if captured is not None and captured.is_current(model):
+        if captured is not None and captured.is_current:
             self._take(captured)
         elif sample is not None:
             self._trace()
@@ -194,7 +194,7 @@ class NativeModel:
             self._cached.clear()
             self._frozen_then, self._front = frozen, None
         for position, seen in enumerate(self._captures):
-            if seen.is_current(self._model):
+            if seen.is_current:
                 if position:
                     self._pool.begin_phase()
                     self._captures.insert(0, self._captures.pop(position))
@@ -212,13 +212,14 @@ class NativeModel:
             # It could be traced when the engine was attached: in the other mode, or before a change.
             rule = error.problems[0].rule
             warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
-            return self._take(Capture(None, (f"the model ({rule})",), guards_of(self._model)))
+            return self._take(Capture(None, (f"the model ({rule})",), ModeGuards(self._model)))
 
     def _trace(self) -> Capture:
         if self._sample is None:
             raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
         frozen = None if self._cached is None else self._frozen_then
-        return self._take(capture(self._model, self._sample, self._masks(), frozen))
+        with torch.inference_mode(False):  # its tensors do not tell who writes into them
+            return self._take(capture(self._model, self._sample, self._masks(), frozen))
 
     def _take(self, captured: Capture) -> Capture:
         """Compute by this capture from now on, for as long as the model is as it is."""
@@ -260,11 +261,24 @@ class _Held:
         return type(None), ()
 
 
+@run_while_compiling
+def _say_compiled() -> bool:
+    if not getattr(torch.compiler, "is_exporting", bool)():
+        warnings.warn(
+            "The model was compiled after spfde.attach: the compiled code computes it, masked weights as zeros, and "
+            'the native engine does not. Attach with engine="masked", or leave torch.compile out.',
+            stacklevel=2,
+        )
+    return True
+
+
 # Copied and pickled by its name, as bound methods are: a copy of the model has no engine, and computes as its class.
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands in for ``module.forward`` while an engine is attached."""
+    if torch.compiler.is_compiling() and _say_compiled():
+        return type(module).forward(module, *args, **kwargs)
     held = vars(module).get(HELD)
-    if held is None or held.engine._model is not module:
+    if held is None or held.engine._model is not module or is_recorded():
         return type(module).forward(module, *args, **kwargs)
     return held.engine(*args, **kwargs)
 

@@ -27,7 +27,8 @@ class RegionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+        saved = ctx.saved_tensors  # read once: what checkpointing saves can be unpacked but once
+        tensors, saved = saved[: ctx.n_tensors], saved[ctx.n_tensors :]
         return None, *_RegionBackward.apply(ctx.program, saved, *gradients[:-1], *tensors)
 
 

@@ -9,57 +9,34 @@ seen, not guessed from its name.
 from __future__ import annotations
 
 import operator
-import random
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.core.plain_kernels import PlainKernels, attention_in_products
+from spfde.core.plain_kernels import PlainKernels
 from spfde.core.torch_private import (
     HOOKS,
     MODULES,
     FakeTensorMode,
     NormBase,
-    TorchDispatchMode,
-    storage_id,
-    tree_leaves,
     tree_map_only,
     version_of,
 )
-from spfde.engines.native.guards import guards_of, is_same
+from spfde.engines.native.facts import Fact, Impure, functionalise, generators_of_python, owners, run
+from spfde.engines.native.guards import Reads, is_same, state_of
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
 from spfde.model.trace import like_the_model
 from spfde.model.twin import fake_copy
 
 # fx patches nn.Module while it traces, and the second of two threads would put back the first one's patch.
 _PATCHING = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What a node did when it ran on stand-ins.
-
-    Attributes:
-        shape: of its value; None where that is no floating-point tensor.
-        storages: of its value's tensors, by identity.
-        writes: inputs that it wrote into.
-        returned: the input that its value is, itself and not a copy.
-        draws: whether it took random numbers.
-    """
-
-    shape: tuple[int, ...] | None = None
-    storages: frozenset[int] = frozenset()
-    writes: tuple[fx.Node, ...] = ()
-    returned: fx.Node | None = None
-    draws: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,24 +48,20 @@ class Traced:
         facts: by node.
         shared: nodes that write into memory which others read before; in PyTorch they need a copy of it.
         leaves: why modules that could have been entered were not, by name.
+        reads: which attributes were read, by name of the module.
+        called: names of PyTorch's own modules that were called.
     """
 
     graph: fx.Graph
     facts: Mapping[fx.Node, Fact]
     shared: Collection[fx.Node]
     leaves: Mapping[str, str]
+    reads: Mapping[str, Collection[str]]
+    called: Collection[str]
 
     def owner(self, node: fx.Node) -> str:
         """Name of the innermost module that runs ``node``; '' is the model."""
-        return _owners(node)[-1]
-
-
-class _Impure(Exception):
-    """A module does what no graph holds."""
-
-    def __init__(self, reason: str, module: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.module = reason, module
+        return owners(node)[-1]
 
 
 def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> Traced:
@@ -114,12 +87,12 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
             if training is not None:
                 twin.train(training)
             with torch.no_grad(), global_generators_restored():
-                with _PATCHING, _unchanged(twin):
+                with _PATCHING, tracer.noting(twin), _unchanged(twin):
                     graph = tracer.trace(twin)
                 with fake, PlainKernels():
-                    facts = _run(graph, twin, args, kwargs, tracer.leaves)
-            shared = _functionalise(graph, facts)
-        except _Impure as error:
+                    facts = run(graph, twin, args, kwargs, tracer.leaves)
+            shared = functionalise(graph, facts)
+        except Impure as error:
             leaves = tracer.leaves
             name = error.module if error.module is not None else (tracer.stack or [""])[-1]
             if not name:
@@ -132,7 +105,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
             leaves[tracer.stack[-1]] = f"cannot be traced: {_first_line(error)}"
         else:
             _drop_unneeded(graph, modules, tracer.leaves)
-            return Traced(graph, facts, shared, tracer.leaves)
+            return Traced(graph, facts, shared, tracer.leaves, tracer.reads.found, tracer.called - tracer.leaves.keys())
     raise AssertionError("each attempt makes one more module a leaf")
 
 
@@ -206,7 +179,26 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.modules, self.leaves = modules, dict(leaves)
         self.stack: list[str] = []
+        self.called: set[str] = set()
         self.thread = threading.get_ident()
+
+    @contextmanager
+    def noting(self, twin: nn.Module) -> Iterator[None]:
+        """Note in ``reads`` what the copy's forward reads."""
+        self.reads = Reads(twin)
+        try:
+            yield
+        finally:
+            self.reads.close()
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().create_args_for_root(*args, **kwargs)
+        self.reads.notes = True  # the forward pass comes next
+        return found
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        with self.reads.paused():
+            return super().path_of_module(mod)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -232,18 +224,22 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        self.stack.append(self.path_of_module(m))
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            self.called.add(name)
+        self.stack.append(name)
         with _unchanged(m):
             found = super().call_module(m, forward, args, kwargs)
         self.stack.pop()  # on an error it stays, and tells where it was
         return found
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            is_known = self.tensor_attrs.get(a) is not None or any(a is buffer for buffer in self.root.buffers())
-            if not is_known:
-                raise _Impure("makes a tensor anew in each pass")
-        return super().create_arg(a)
+        with self.reads.paused():
+            if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+                is_known = self.tensor_attrs.get(a) is not None or any(a is buffer for buffer in self.root.buffers())
+                if not is_known:
+                    raise Impure("makes a tensor anew in each pass")
+            return super().create_arg(a)
 
 
 @contextmanager
@@ -252,23 +248,18 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     drawn, state = _generators(), _state(module)
     yield
     if drawn != _generators():
-        raise _Impure("draws random numbers outside of PyTorch's operators")
+        raise Impure("draws random numbers outside of PyTorch's operators")
     if not is_same(state, _state(module)):
-        raise _Impure("changes its own attributes")
+        raise Impure("changes its own attributes")
 
 
 def _generators() -> tuple[Any, ...]:
-    return *_generators_of_python(), torch.get_rng_state().numpy().tobytes()
-
-
-def _generators_of_python() -> tuple[Any, ...]:
-    name, keys, *position = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), name, np.asarray(keys).tobytes(), position
+    return *generators_of_python(), torch.get_rng_state().numpy().tobytes()
 
 
 def _state(module: nn.Module) -> list[Any]:
     """What of a module itself, not of those inside it, may change in a pass."""
-    found = guards_of(module, opaque=set(module.children()))
+    found = state_of(module)
     for value in vars(module).values():
         if isinstance(value, Tensor):
             found.append(version_of(value))
@@ -289,109 +280,3 @@ def _drop_unneeded(graph: fx.Graph, modules: Mapping[str, nn.Module], leaves: Ma
         return node.op == "call_module" and (name in leaves or isinstance(modules[name], NormBase))
 
     graph.eliminate_dead_code(is_needed)
-
-
-# --- what its nodes do -----------------------------------------------------------------------------------------------
-
-
-class _Draws(TorchDispatchMode):
-    """Notes whether an operator took random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            products = attention_in_products(func, args, kwargs or {})
-            if products is None:
-                self.seen = True
-            else:  # a fused attention draws where it drops out
-                with self:
-                    products()
-        return func(*args, **(kwargs or {}))
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs a graph, keeps every value, and notes what each node did."""
-
-    def __init__(self, twin: nn.Module, graph: fx.Graph, leaves: Collection[str], draws: _Draws) -> None:
-        super().__init__(twin, garbage_collect_values=False, graph=graph)
-        self.leaves, self.draws = leaves, draws
-        self.facts: dict[fx.Node, Fact] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        sources = [(node, value) for node in n.all_input_nodes for value in _tensors(self.env[node])]
-        before = [version_of(value) for _, value in sources]
-        self.draws.seen = False
-        is_opaque = n.op == "call_module" and n.target in self.leaves
-        drawn = _generators_of_python() if is_opaque else ()
-        result = super().run_node(n)
-        writes = [node for (node, value), then in zip(sources, before, strict=True) if version_of(value) != then]
-        tensors = _tensors(result)
-        self.facts[n] = Fact(
-            tuple(result.shape) if isinstance(result, Tensor) and result.is_floating_point() else None,
-            frozenset(storage_id(tensor) for tensor in tensors),
-            tuple(dict.fromkeys(writes)),
-            next((node for node, value in sources if value is result), None),
-            self.draws.seen or (is_opaque and drawn != _generators_of_python()),
-        )
-        return result
-
-
-def _run(
-    graph: fx.Graph, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Collection[str]
-) -> dict[fx.Node, Fact]:
-    given = []
-    for position, node in enumerate(node for node in graph.nodes if node.op == "placeholder"):
-        default = node.args[0] if node.args else None
-        given.append(args[position] if position < len(args) else kwargs.get(str(node.target), default))
-    for module in twin.modules():
-        if isinstance(module, NormBase):
-            module.training = False  # a sample of one image has no statistics
-    draws = _Draws()
-    interpreter = _Interpreter(twin, graph, leaves, draws)
-    with draws:
-        interpreter.run(*given, enable_io_processing=False)
-    return interpreter.facts
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _functionalise(graph: fx.Graph, facts: Mapping[fx.Node, Fact]) -> set[fx.Node]:
-    """Let whoever reads a value after it was written into read what the writing node returned.
-
-    Returns:
-        the nodes that write into memory which others read before.
-    """
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    shared = set()
-    for node in graph.nodes:
-        for source in facts[node].writes:
-            aliases = [
-                other
-                for other in graph.nodes
-                if order[other] < order[node] and facts[other].storages & facts[source].storages
-            ]
-            if any(alias.op in ("placeholder", "get_attr") for alias in aliases):
-                raise _Impure("writes into its input or its own state", _owner_of_write(node))
-            if facts[node].returned is source:
-                source.replace_all_uses_with(node, lambda user, at=node: order[user] > order[at])  # type: ignore[misc]
-            if any(order[user] > order[node] for alias in aliases for user in alias.users):
-                raise _Impure("writes in place what is read otherwise later", _owner_of_write(node))
-            if any(user is not node and user not in aliases for alias in aliases for user in alias.users):
-                shared.add(node)
-    return shared
-
-
-def _owners(node: fx.Node) -> list[str]:
-    return ["", *(name for name, _ in node.meta.get("nn_module_stack", {}).values())]
-
-
-def _owner_of_write(node: fx.Node) -> str:
-    """The module that does not show the write: around a node that is a module itself."""
-    return next(name for name in reversed(_owners(node)) if name != node.target)
