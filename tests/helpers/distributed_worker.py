@@ -81,7 +81,7 @@ def share_and_resume(rank: int, size: int, folder: str, _: str) -> None:
         parts, session = _small(how)
         _epoch(parts, session)
         x, y = next(iter(session.loader))
-        step(parts, session, x, y)
+        _step(parts, session, x, y)
         state = [session.state_dict(), parts.model.state_dict(), parts.optimizer.state_dict()]
         dist.broadcast_object_list(state, src=0)  # the first rank's alone
         parts, session = _small(how)
@@ -104,8 +104,21 @@ def _small(how: spfde.Recipe) -> tuple[Parts, spfde.Session]:
 
 def _epoch(parts: Parts, session: spfde.Session) -> None:
     for x, y in session.loader:
-        step(parts, session, x, y)
+        _step(parts, session, x, y)
     session.end_epoch()
+
+
+def _step(parts: Parts, session: spfde.Session, x: torch.Tensor, y: torch.Tensor) -> None:
+    """A step on the mean of the ranks' gradients."""
+    logits = parts.model(x)
+    torch.nn.functional.cross_entropy(logits, y).backward()
+    for p in parts.model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    session.observe(logits, y)
 
 
 def _refusal(call: Callable[[], object]) -> str:
