@@ -20,8 +20,8 @@ from torch.utils.data import RandomSampler
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
-from spfde.integrations._resuming import attach_with
 from spfde.recipe import Recipe
+from spfde.session.attach import attach
 from spfde.session.session import Session
 
 try:
@@ -134,7 +134,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         state = self._saved_state()
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         epochs = int(args.num_train_epochs)
-        session = attach_with(model, optimizer, plain, self._recipe, state, epochs=epochs, **self._options)
+        session = attach(model, optimizer, plain, self._recipe, epochs=epochs, state=state, **self._options)
         self.session = session
         try:
             _check_length(session)
