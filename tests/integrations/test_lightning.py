@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_from_every_epochs_end(tmp_path: 
     runs.trainer(SpfdeCallback(recipe, engine="masked"), runs.saving(tmp_path)).fit(whole)
     saved = sorted(tmp_path.glob("*.ckpt"))
     assert len(saved) == 8
-    for path in (saved[1], saved[4], saved[6]):
+    for path in (saved[1], saved[4]):
         resumed, callback = runs.Module(), SpfdeCallback(recipe, engine="masked")
         runs.trainer(callback).fit(resumed, ckpt_path=path)
         assert same(whole.net, resumed.net), path
@@ -250,26 +250,27 @@ def test_what_is_saved_after_the_last_batch_of_an_epoch_goes_on_to_the_end(
     runs.trainer(SpfdeCallback(recipe, engine="masked"), saving).fit(whole)
     saved = sorted(tmp_path.glob("*.ckpt"))
     assert len(saved) == 8
-    callback, module = SpfdeCallback(recipe, engine="masked"), runs.Module()
-    runs.trainer(callback).fit(module, ckpt_path=saved[3])
-    assert callback.session.epoch == 8
-    assert callback.session.step == 8 * batches
-    assert [row.samples for row in callback.session.cost.rows] == [8 * batches] * 8
-    assert same(whole.net, module.net)
+    for path in (saved[0], saved[3]):
+        callback, module = SpfdeCallback(recipe, engine="masked"), runs.Module()
+        runs.trainer(callback).fit(module, ckpt_path=path)
+        assert callback.session.step == 8 * batches
+        assert [row.samples for row in callback.session.cost.rows] == [8 * batches] * 8
+        assert same(whole.net, module.net)
     weights = dict(module.net.named_parameters())
     assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())
 
 
 def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: Path) -> None:
     saving = runs.saving(tmp_path, every_n_train_steps=3)
-    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked"), saving).fit(runs.Module())
+    whole = runs.Module()
+    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked"), saving).fit(whole)
+    assert len(sorted(tmp_path.glob("*.ckpt"))) == 10
     for path in sorted(tmp_path.glob("*.ckpt"))[:3:2]:
         callback, module = SpfdeCallback(runs.RECIPE, engine="masked"), runs.Module()
         runs.trainer(callback).fit(module, ckpt_path=path)
         assert callback.session.epoch == 8
         assert [row.samples for row in callback.session.cost.rows] == [32] * 8
-        weights = dict(module.net.named_parameters())
-        assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())
+        assert same(whole.net, module.net)
 
 
 class TwoOptimizers(runs.Manual):

@@ -246,14 +246,23 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, best[name]) for name, tensor in run.model.state_dict().items())
 
 
-def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"), **saving).train()
-    for step in (3, 9):
-        callback = SpfdeCallback(runs.RECIPE, engine="masked")
-        run = runs.trainer(tmp_path, callback)
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("sieving", [runs.RECIPE.sieving, None], ids=["sieved", "unsieved"])
+def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(
+    tmp_path: Path, sieving: Any, accumulation: int
+) -> None:
+    recipe = runs.RECIPE.model_copy(update={"sieving": sieving})
+    # Four batches an epoch, sieved or not.
+    options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 if sieving else 10}
+    whole = runs.trainer(
+        tmp_path, SpfdeCallback(recipe, engine="masked"), save_strategy="steps", save_steps=1, **options
+    )
+    whole.train()
+    for step in (1, 6 // accumulation):
+        callback = SpfdeCallback(recipe, engine="masked")
+        run = runs.trainer(tmp_path, callback, **options)
         run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert callback.session is not None
-        assert callback.session.epoch == 8
-        assert run.state.global_step == 32
-        assert [row.samples for row in callback.session.cost.rows] == [32] * 8
+        assert run.state.global_step == 32 // accumulation
+        assert [row.samples for row in callback.session.cost.rows] == [32 if sieving else 40] * 8
+        assert same(whole.model, run.model)

@@ -104,6 +104,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             **self._options,
         )
         _check_batches_counted(trainer, self.session.loader)
+        self.session.loader.asks_for_more = False  # Lightning goes by the length
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop._data_source = replace(source, instance=_TrainLoader(self.session.loader))
 
