@@ -136,3 +136,90 @@ def attach_with_other_seeds(rank: int, size: int, folder: str, _: str) -> None:
             messages.append(str(error))
     torch.save(messages, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def refusals(rank: int, size: int, folder: str, _: str) -> None:
+    """What is said where ranks drift apart, and of each wrapper that does not fit: by the name of the case."""
+    join(rank, size, folder)
+    cases = {
+        "no wrapper": lambda: _one_run(spfde.Recipe(sparsity=spfde.SET(sparsity=0.8)), wrap=None),
+        "all used": lambda: _one_run(recipe("set"), wrap={}),
+        "static graph": lambda: _one_run(recipe("set"), wrap={"find_unused_parameters": True, "static_graph": True}),
+        "wrapped frozen": _thaw_after_wrapping,
+        "one rank replaced": lambda: _one_run(recipe("set"), wrap={"find_unused_parameters": True}, spoils=rank == 1),
+        "sharded optimizer": _sharded_optimizer,
+    }
+    said: dict[str, tuple[str, int]] = {}
+    for name, case in cases.items():
+        session = None
+        try:
+            session = case()
+            said[name] = "nothing", session.epoch
+        except spfde.SpfdeError as error:
+            said[name] = str(error), getattr(error, "epoch", 0)
+    torch.save(said, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _one_run(how: spfde.Recipe, wrap: dict[str, Any] | None, *, spoils: bool = False, epochs: int = EPOCHS) -> Any:
+    parts = make_parts()
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, how, epochs=epochs, engine="masked")
+    model = parts.model if wrap is None else DistributedDataParallel(parts.model, **wrap)
+    _loop(parts, session, model, spoils=spoils)
+    return session
+
+
+def _loop(parts: Any, session: Any, model: Any, *, spoils: bool = False, stop: int | None = None) -> None:
+    try:
+        for epoch in session.epochs():
+            for x, y in session.loader:
+                logits = model(x)
+                F.cross_entropy(logits, y).backward()
+                parts.optimizer.step()
+                parts.optimizer.zero_grad()
+                session.observe(logits, y)
+            if spoils:
+                parts.model.fc.weight = torch.nn.Parameter(parts.model.fc.weight.detach())
+            if epoch == stop:
+                return
+    except spfde.SpfdeError as error:
+        error.epoch = session.epoch
+        raise
+
+
+def _thaw_after_wrapping() -> Any:
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.1, scheme="single-shot-resume", resume_epochs=2)
+    how = spfde.Recipe(freezing=freezing, update_interval_epochs=2)
+
+    def start() -> Any:
+        parts = make_parts()
+        return parts, spfde.attach(parts.model, parts.optimizer, parts.loader, how, epochs=10, engine="masked")
+
+    parts, session = start()
+    _loop(parts, session, DistributedDataParallel(parts.model, find_unused_parameters=True), stop=6)
+    assert session.frozen_blocks
+    states = parts.model.state_dict(), parts.optimizer.state_dict(), session.state_dict()
+    parts, session = start()
+    parts.model.load_state_dict(states[0])
+    parts.optimizer.load_state_dict(states[1])
+    session.load_state_dict(states[2])
+    _loop(parts, session, DistributedDataParallel(parts.model, find_unused_parameters=True))
+    return session
+
+
+def _sharded_optimizer() -> Any:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    parts = make_parts()
+    kind = torch.optim.SGD
+    parts.optimizer = ZeroRedundancyOptimizer(parts.model.parameters(), kind, lr=0.05, momentum=0.9)
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0.15)
+    how = spfde.Recipe(sparsity=spfde.SET(sparsity=0.8), freezing=freezing, update_interval_epochs=2)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, how, epochs=EPOCHS, engine="masked")
+    _loop(parts, session, DistributedDataParallel(parts.model, find_unused_parameters=True))
+    weights = dict(parts.model.named_parameters())
+    for name, mask in session.masks.items():
+        assert not weights[name].detach()[~mask].any()
+        for state in session._setting.optimizer.states_of(weights[name]):
+            assert not state["momentum_buffer"][~mask].any()
+    return session
