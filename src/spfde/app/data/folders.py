@@ -23,7 +23,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
-from spfde.core.errors import DataError
 
 TEST_FOLDERS = ("test", "val")
 LARGEST_SIZE = 224
@@ -43,7 +42,6 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Class folders in the order of their names, but for hidden ones."""
         names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        _check_links(Path(directory), names)
         return names, {name: label for label, name in enumerate(names)}
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -58,23 +56,6 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
             image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
             fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous(), label
-
-
-def _check_links(part: Path, classes: Sequence[str]) -> None:
-    """Refuse a link by which folders would be walked twice, or for ever: links are followed, as ImageFolder does."""
-    remedy = "Remove the symbolic link, so that every image counts once."
-    top = part.resolve()
-    seen: dict[Path, str] = {}
-    for name in classes:
-        for folder, inner, _ in os.walk(part / name, followlinks=True):
-            real = Path(folder).resolve()
-            if top.is_relative_to(real):
-                raise data_error(folder, f"is a symbolic link upwards, to {real}", remedy)
-            if real in seen:
-                rule = f"is the same folder as {seen[real]}, by a symbolic link"
-                raise data_error(folder, rule, remedy)
-            seen[real] = folder
-            inner.sort(key=lambda each, folder=folder: (Path(folder, each).is_symlink(), each))  # links come last
 
 
 def _is_shown_image(path: str) -> bool:
@@ -143,8 +124,6 @@ def _find(path: str | Path) -> tuple[ImageFiles, ImageFiles]:
         raise data_error(path, f"needs a train folder and a test or val folder (it has {found})", _LAYOUT)
     try:
         train, test = (ImageFiles(root / name) for name in ("train", test_name))
-    except DataError:
-        raise
     except (OSError, ValueError) as error:
         raise data_error(path, f"cannot be used: {error}", _LAYOUT) from error
     if train.classes != test.classes:
