@@ -562,7 +562,7 @@ class TestBadData:
         broken = here / "photos" / "train" / "cat" / "5.png"
         broken.write_bytes(broken.read_bytes()[:200])
         monkeypatch.setattr(folders, "STATISTICS_SAMPLES", 2)
-        monkeypatch.setattr(setup, "load_data", lambda data, root: folders.load_folder(data, in_memory_bytes=0))
+        monkeypatch.setattr(setup, "load_data", lambda data, **_: folders.load_folder(data, in_memory_bytes=0))
         # What a loader that raised waits for its worker's end.
         monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
         argv = ["train", "--data", "photos", "--recipe", "mest", "--epochs", 1, "--batch-size", 8, "--out", "run"]

@@ -49,7 +49,7 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
         DataError: the data are missing, or not those of the run.
     """
     config, trained, checkpoints = _read_run(folder)
-    data = load_data(trained.data, root=options.data_root or trained.data_root)
+    data = load_data(trained.data, root=options.data_root or trained.data_root, image_size=trained.image_size)
     _check_data(data, config, folder)
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)

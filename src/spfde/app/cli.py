@@ -137,7 +137,7 @@ def plan(
     from spfde.app.train.options import check_full_batch, recipe_from
 
     chosen = recipe_from(asked)
-    spec, batch_size = describe_data(asked["data"]), asked["batch_size"]
+    spec, batch_size = describe_data(asked["data"], asked["image_size"]), asked["batch_size"]
     check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
     sample = torch.zeros(1, *spec.sample_shape)
     model = build_for(asked["model"], spec)

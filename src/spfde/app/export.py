@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from spfde.app.data.images import DataSpec
-from spfde.app.runs.checkpoints import check_whole
+from spfde.app.runs.best import is_sparse
+from spfde.app.runs.checkpoints import check_whole, epoch_of
 from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
@@ -29,11 +30,11 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["bes
         folder: the run's.
         kind: dense, compressed or onnx.
         out: the file; if None, in the run's folder, named after the checkpoint.
-        which: the checkpoint with the best test accuracy, or the last one.
+        which: the checkpoint with the best test accuracy among those as sparse as the run came to be, or the last one.
 
     Raises:
         InvalidArgument: there is no such kind; the nearest is named. Or ``out`` exists, or cannot be in its folder.
-        RunFolderError: the folder is no run's, or it has no whole checkpoint.
+        RunFolderError: the folder is no run's, it has no whole checkpoint, or its best one is denser than the run.
         WeightsFileError: the file cannot be written.
     """
     if kind not in SUFFIX:
@@ -45,6 +46,7 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["bes
     if not path.parent.is_dir():
         raise InvalidArgument(Problem("--out", str(path), f"there is no folder {path.parent}", "Make it first."))
     checkpoint = _checkpoint(run, which)
+    why = _why(run, checkpoint, which)
     config = run.read_json(CONFIG)
     model, sample = _build(config, folder / CONFIG)
     _load(model, checkpoint)
@@ -57,7 +59,7 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["bes
         save_onnx(model, sample, path)
     size, dense_size = path.stat().st_size, sum(tensor.nbytes for tensor in state.values())
     share = f"{size / dense_size:.1%} of the dense weights' {format_bytes(dense_size)}"
-    return f"{path}: {format_bytes(size)}, {share}, from {checkpoint}"
+    return f"{path}: {format_bytes(size)}, {share}, from {checkpoint} ({why})"
 
 
 def _checkpoint(run: RunFolder, which: Literal["best", "last"]) -> Path:
@@ -72,6 +74,26 @@ def _checkpoint(run: RunFolder, which: Literal["best", "last"]) -> Path:
     if which == "best":
         raise RunFolderError(f"{run.path}: has no best checkpoint. Pass --last, or {go_on}")
     return newest
+
+
+def _why(run: RunFolder, checkpoint: Path, which: Literal["best", "last"]) -> str:
+    """Which epoch this is, and why it was taken.
+
+    Raises:
+        RunFolderError: the best one is denser than the run: it was kept by a version that went by accuracy alone.
+    """
+    epoch, rows = epoch_of(checkpoint), run.read_metrics()
+    row = rows.get(epoch, {})
+    if which == "last" or "density" not in row:
+        return f"epoch {epoch}, {'the last one' if which == 'last' else 'the best one'}"
+    lowest = min(row["density"] for row in rows.values() if "density" in row)
+    if not is_sparse(row, lowest):
+        raise RunFolderError(
+            f"{run.path}: its best checkpoint, of epoch {epoch}, has a density of {row['density']:.3f}, and the run "
+            f"came down to {lowest:.3f}. Pass --last for the last epoch."
+        )
+    among = "" if lowest == 1 else f" among those of density {lowest:.3f}"
+    return f"epoch {epoch}, with the best test accuracy{among}"
 
 
 def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, torch.Tensor]:

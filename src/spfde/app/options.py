@@ -45,6 +45,13 @@ class DataOptions:
     data: Annotated[
         str, _option("fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz")
     ] = "fashion-mini"
+    image_size: Annotated[
+        Annotated[int, Ge(8)] | None,
+        _option(
+            "pixels a side that all images are scaled and cut to, from 8 on",
+            shown="the set's own; a folder's first image, 224 at most",
+        ),
+    ] = None
     model: Annotated[str, _option("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from inspect import signature
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
+from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error, resized
 from spfde.app.data.npz import describe_npz, load_npz, to_nchw
 from spfde.app.train.augment import AugmentMode
 from spfde.core.errors import InvalidArgument, Problem, nearest
@@ -65,34 +65,35 @@ _SETS = (
 DATASETS = {named.spec.name: named for named in _SETS}
 
 
-def describe_data(name_or_path: str | Path) -> DataSpec:
+def describe_data(name_or_path: str | Path, image_size: int | None = None) -> DataSpec:
     """Shape and counts, cheaply: nothing is read for a named set, headers and labels for an ``.npz``, and the names of
     the files for a folder.
 
     Args:
         name_or_path: a key of ``DATASETS``, an ``.npz`` or an image folder. A name wins over a file of that name
             (write ``./cifar10`` for the folder).
+        image_size: rows and columns that all images are brought to; None: as they are, and a folder's as its first.
 
     Raises:
         InvalidArgument: neither a known name nor a path.
         DataError: the data are missing or not what they should be.
     """
     kind = _kind(name_or_path)
-    if kind == "named":
-        return DATASETS[str(name_or_path)].spec
-    if kind == "npz":
-        return describe_npz(name_or_path)
+    if kind != "folder":
+        spec = DATASETS[str(name_or_path)].spec if kind == "named" else describe_npz(name_or_path)
+        return replace(spec, image_size=(image_size, image_size)) if image_size else spec
     with _torchvision(name_or_path):
         from spfde.app.data.folders import describe_folder
-    return describe_folder(name_or_path)
+    return describe_folder(name_or_path, image_size=image_size)
 
 
-def load_data(name_or_path: str | Path, *, root: str | Path) -> ImageData:
+def load_data(name_or_path: str | Path, *, root: str | Path, image_size: int | None = None) -> ImageData:
     """Load a data set for training; named sets of torchvision are downloaded into ``root`` when they are not there.
 
     Args:
         name_or_path: as ``describe_data``.
         root: folder of the downloaded sets; made when needed.
+        image_size: as ``describe_data``.
 
     Raises:
         InvalidArgument: as ``describe_data``.
@@ -102,10 +103,10 @@ def load_data(name_or_path: str | Path, *, root: str | Path) -> ImageData:
     if kind == "folder":
         with _torchvision(name_or_path):
             from spfde.app.data.folders import load_folder
-        return load_folder(name_or_path)
+        return load_folder(name_or_path, image_size=image_size)
     if kind == "npz":
         spec, train, test = load_npz(name_or_path)
-        return _in_memory(spec, train, test, "crop")
+        return _in_memory(spec, train, test, "crop", image_size)
     named = DATASETS[str(name_or_path)]
     if named.loader is None:
         content = (resources.files("spfde.app") / "assets" / "fashion_mini.npz").read_bytes()
@@ -118,10 +119,15 @@ def load_data(name_or_path: str | Path, *, root: str | Path) -> ImageData:
     if spec != named.spec:
         remedy = f"Remove its files from {root} and run again to fetch them anew."
         raise data_error(name_or_path, f"is {spec} there, not {named.spec}", remedy)
-    return _in_memory(spec, train, test, named.augmentation)
+    return _in_memory(spec, train, test, named.augmentation, image_size)
 
 
-def _in_memory(spec: DataSpec, train: ImageArray, test: ImageArray, augmentation: AugmentMode) -> ImageData:
+def _in_memory(
+    spec: DataSpec, train: ImageArray, test: ImageArray, augmentation: AugmentMode, image_size: int | None
+) -> ImageData:
+    if image_size:
+        train, test = (ImageArray(resized(part.images, image_size), part.labels) for part in (train, test))
+        spec = replace(spec, image_size=(image_size, image_size))
     mean, std = channel_statistics(train.images)
     return ImageData(spec, train, test, mean, std, augmentation)
 

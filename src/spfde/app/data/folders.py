@@ -9,6 +9,7 @@ whatever the number of workers.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
+from spfde.core.errors import DataError
 
 TEST_FOLDERS = ("test", "val")
 LARGEST_SIZE = 224
@@ -54,24 +56,92 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         height, width = self.image_size
         with _opened(path) as image:
             image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
+            fitted = ImageOps.fit(_as_rgb(image, path), (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous(), label
+
+    @staticmethod
+    def make_dataset(
+        directory: str, class_to_idx: dict[str, int], extensions: Any = None, is_valid_file: Any = None, **_: Any
+    ) -> list[tuple[str, int]]:
+        """The images of each class, in the order of their names; a folder that is linked twice counts once.
+
+        Raises:
+            DataError: a class has no image.
+        """
+        samples, root = [], Path(directory)
+        # What lies in the tree itself is found there: links to it are left out, upwards or to another class.
+        inside = {os.path.realpath(folder) for folder, _, _ in os.walk(root)}
+        seen = {os.path.realpath(root), *(str(parent) for parent in Path(os.path.realpath(root)).parents)}
+        for name, label in class_to_idx.items():
+            found = sorted(path for path in _files_under(root / name, inside, seen) if _is_shown_image(path))
+            if not found:
+                raise data_error(root / name, "is a class without an image", "Remove the folder, or add images.")
+            samples += [(path, label) for path in found]
+        return samples
+
+
+def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]:
+    """Files in a folder and below it, links outside of the data followed; each real folder once.
+
+    Args:
+        start: the folder.
+        inside: the real folders of the whole data set; a link to one of them is left out, and said.
+        seen: real folders that were met, and those above the data set; it grows.
+    """
+    waiting = [str(start)]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen or (os.path.islink(folder) and real in inside):
+            warnings.warn(f"{folder} is a link to {real}, which is read already: it is left out.", stacklevel=2)
+            continue
+        seen.add(real)
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.is_file():
+                yield entry.path
+
+
+# What Pillow turns into 8 bits a channel as it is meant: 0 is black, the largest value white.
+_EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
+
+
+def _as_rgb(image: Any, path: str) -> Any:
+    """The image in RGB of 8 bits; 16 bits are scaled.
+
+    Raises:
+        DataError: numbers of another range, whose black and white nobody knows.
+    """
+    mode: str = image.mode
+    # Pillow before 11.3 opens grey PNGs of 16 bits as 32.
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8)).convert("RGB")
+    if mode not in _EIGHT_BITS:
+        rule = f"has pixels of mode {mode} ({image.format}), whose black and white are not known"
+        remedy = "Save it with 8 or 16 bits a channel, or put the numbers into an .npz as float32."
+        raise data_error(path, rule, remedy)
+    return image.convert("RGB")
 
 
 def _is_shown_image(path: str) -> bool:
     return is_image_file(path) and not os.path.basename(path).startswith(".")
 
 
-def describe_folder(path: str | Path) -> DataSpec:
+def describe_folder(path: str | Path, *, image_size: int | None = None) -> DataSpec:
     """Count the files; of the images only the first one's header is read, which decides the size of all.
+
+    Args:
+        path: the folder.
+        image_size: rows and columns of all images; None: see above.
 
     Raises:
         DataError: the folder is not laid out as the module says.
     """
-    return _describe(path, *_find(path))
+    return _describe(path, *_find(path), image_size)
 
 
-def load_folder(path: str | Path, *, in_memory_bytes: int = 512 * 2**20) -> ImageData:
+def load_folder(path: str | Path, *, image_size: int | None = None, in_memory_bytes: int = 512 * 2**20) -> ImageData:
     """Open a folder; a set that fits into ``in_memory_bytes`` once decoded is decoded now and kept in memory.
 
     In memory, an unreadable image is found now. In a larger set a file that is no image is found now, by its header,
@@ -81,7 +151,7 @@ def load_folder(path: str | Path, *, in_memory_bytes: int = 512 * 2**20) -> Imag
         DataError: as ``describe_folder``, or an image cannot be decoded.
     """
     train, test = _find(path)
-    spec = _describe(path, train, test)
+    spec = _describe(path, train, test, image_size)
     train.image_size = test.image_size = spec.image_size
     size = (len(train) + len(test)) * 3 * spec.image_size[0] * spec.image_size[1]
     if size <= in_memory_bytes:
@@ -136,10 +206,12 @@ def _find(path: str | Path) -> tuple[ImageFiles, ImageFiles]:
     return train, test
 
 
-def _describe(path: str | Path, train: ImageFiles, test: ImageFiles) -> DataSpec:
-    """The first image's own size decides when that is small, else the square that fits into it, 224 pixels at most."""
-    width, height = _size_of(train.samples[0][0])
-    if max(width, height) > 64:
+def _describe(path: str | Path, train: ImageFiles, test: ImageFiles, image_size: int | None) -> DataSpec:
+    """The size that was asked for; or the first image's own where that is small, else the square that fits into it, 224
+    pixels at most.
+    """
+    width, height = (image_size, image_size) if image_size else _size_of(train.samples[0][0])
+    if max(width, height) > 64 and not image_size:
         width = height = min(width, height, LARGEST_SIZE)
     return DataSpec(str(path), len(train.classes), 3, (height, width), len(train), len(test))
 
@@ -156,6 +228,8 @@ def _opened(path: str) -> Iterator[Any]:
     try:
         with Image.open(path) as image:
             yield image
+    except DataError:
+        raise
     except Exception as error:  # decoders raise whatever they like on damaged files
         rule = f"cannot be read as an image ({type(error).__name__}: {error})"
         raise data_error(path, rule, "Repair or remove the file.") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -111,6 +112,20 @@ class ImageData:
         """What tells it from other data, as JSON has it."""
         shape = {**vars(self.spec), "image_size": list(self.spec.image_size)}
         return {**shape, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images ``(N, C, H, W)`` at ``(N, C, side, side)``: scaled so that they cover it, and cut at their centre."""
+    height, width = images.shape[2:]
+    scale = side / min(height, width)
+    to = (max(side, round(height * scale)), max(side, round(width * scale)))
+    top, left = (to[0] - side) // 2, (to[1] - side) // 2
+    made = []
+    for chunk in torch.split(images, 1024):
+        scaled = F.interpolate(chunk.float(), to, mode="bilinear", antialias=True)
+        scaled = scaled[:, :, top : top + side, left : left + side]
+        made.append((scaled.round().clamp(0, 255) if images.dtype == torch.uint8 else scaled).to(images.dtype))
+    return torch.cat(made)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

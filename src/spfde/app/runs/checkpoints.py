@@ -140,6 +140,11 @@ def described(checkpoint: Path) -> dict[str, Any]:
     return about
 
 
+def epoch_of(checkpoint: Path) -> int:
+    """The epoch that a checkpoint ends, from 0."""
+    return int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["epoch"]) - 1
+
+
 def _write(write: Callable[[Path], None], draft: Path) -> None:
     """Serialisers wrap the system's error in their own: find a full disk behind it."""
     try:

@@ -177,6 +177,16 @@ class RunFolder:
         """Write all lines anew: those of epochs that will be trained again are gone, as is a half-written one."""
         self.write_text(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
+    def read_metrics(self) -> dict[int, dict[str, Any]]:
+        """The lines of the finished epochs, by epoch; of two about one epoch the later one, and no half-written one."""
+        rows: dict[int, dict[str, Any]] = {}
+        with suppress(OSError):
+            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    row = json.loads(line)
+                    rows[int(row["epoch"])] = row
+        return rows
+
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A file's nested tables as one, with dotted names."""

@@ -41,7 +41,7 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
     if options["precision"] == "fp16" and on_cpu:
         problems.add("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16.")
     with problems.collecting():
-        spec = describe_data(options["data"])
+        spec = describe_data(options["data"], options.get("image_size"))
     problems.raise_if_any()
     return spec
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from spfde.app.runs import kept_checkpoints
+from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
 from spfde.app.train.display import ConsoleDisplay
 from spfde.app.train.options import TrainOptions
@@ -155,7 +156,6 @@ def _metrics(run: TrainingRun, trained: Pass, tested: Pass) -> dict[str, Any]:
 def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
     """Put the epoch on disk; from here on a kill loses nothing of it."""
     progress = run.progress
-    is_best = all(row["test_accuracy"] > before["test_accuracy"] for before in progress.rows)
     progress.rows.append(row)
     run.folder.append_metrics(row)
     run.accelerator.log(
@@ -172,7 +172,7 @@ def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
     run.folder.checkpoints.save(
         lambda folder: run.accelerator.save_state(str(folder)),
         epoch=done,
-        best=is_best,
+        best=best_epoch(progress.rows) == len(progress.rows) - 1,
         about=run.options.identity(),
     )
 

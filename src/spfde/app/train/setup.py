@@ -142,7 +142,7 @@ def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
     sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
     bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
     check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
-    data = load_data(options.data, root=Path(options.data_root))
+    data = load_data(options.data, root=Path(options.data_root), image_size=options.image_size)
     loader, test_loader = _loaders(options, data, pin_memory=accelerator.device.type == "cuda")
     optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     session = spfde.attach(

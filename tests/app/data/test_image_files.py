@@ -1,0 +1,127 @@
+"""Image folders as they are found: pixels of other ranges, links, and the size that is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spfde.app.data.datasets import describe_data, load_data
+from spfde.app.data.images import ImageData, resized
+from spfde.core.errors import DataError
+
+SIDE = 8
+
+
+def write(place: Path, image: Any = None, **options: Any) -> Path:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    picture = np.full((SIDE, SIDE, 3), 60, np.uint8) if image is None else image
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(place, **options)
+    return place
+
+
+def folder(root: Path) -> Path:
+    """Two images of each of two classes in each part."""
+    for part in ("train", "test"):
+        for label in ("one", "two"):
+            for number in (0, 1):
+                write(root / part / label / f"{number}.png")
+    return root
+
+
+def load(root: Path, **options: Any) -> ImageData:
+    return load_data(root, root="nowhere", **options)
+
+
+def first_pixels(data: ImageData) -> list[int]:
+    image, _ = data.train[0]
+    values: list[int] = image[0, 0].tolist()
+    return values
+
+
+GREY = np.tile(np.array([0, 257 * 50, 257 * 100, 65535, 0, 0, 0, 0], np.uint16), (SIDE, 1))
+EIGHT = [0, 50, 100, 255, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("a.png", GREY),
+        ("a.tif", GREY),
+        ("a.png", (GREY // 257).astype(np.uint8)),
+        ("a.tif", Image.fromarray((GREY // 257).astype(np.uint8)).convert("LA")),
+        ("a.png", Image.fromarray((GREY // 257).astype(np.uint8)).convert("P")),
+    ],
+    ids=["png16", "tiff16", "8", "LA", "palette"],
+)
+def test_pixels_are_scaled_from_black_to_white(name: str, image: Any, tmp_path: Path) -> None:
+    write(folder(tmp_path) / "train" / "one" / "-first.png").unlink()
+    write(tmp_path / "train" / "one" / f"-{name}", image)
+    assert first_pixels(load(tmp_path)) == EIGHT
+
+
+def test_one_bit_and_four_inks_are_turned_to_rgb(tmp_path: Path) -> None:
+    folder(tmp_path)
+    black = Image.fromarray(np.zeros((SIDE, SIDE), np.uint8))
+    write(tmp_path / "train" / "one" / "-a.png", black.convert("1"))
+    assert first_pixels(load(tmp_path)) == [0] * SIDE
+    write(tmp_path / "train" / "one" / "-a.jpg", black.convert("RGB").convert("CMYK"))
+    assert max(first_pixels(load(tmp_path))) < 10
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_without_a_known_white_are_refused_by_file_and_mode(kind: type, tmp_path: Path) -> None:
+    write(folder(tmp_path) / "train" / "one" / "-odd.tiff", np.ones((SIDE, SIDE), kind))
+    with pytest.raises(DataError, match=r"-odd.tiff.*mode [FI]\b"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["..", "../../..", "../two", "."])
+def test_a_link_to_what_is_read_already_is_left_out_and_named(link: str, tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures")
+    (root / "train" / "one" / "again").symlink_to(link)
+    with pytest.warns(UserWarning, match="again is a link"):
+        spec = describe_data(root)
+    assert (spec.train_samples, spec.test_samples) == (4, 4)
+
+
+def test_folders_and_files_elsewhere_are_found_through_links(tmp_path: Path) -> None:
+    root, store = folder(tmp_path / "pictures"), folder(tmp_path / "store") / "train" / "one"
+    (root / "train" / "one" / "more").symlink_to(store)
+    (root / "train" / "two" / "linked.png").symlink_to(store / "0.png")
+    (store / "back").symlink_to(root / "train")
+    with pytest.warns(UserWarning, match="back is a link"):
+        spec = describe_data(root)
+    assert spec.train_samples == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (store / "back").unlink()
+        assert describe_data(root).train_samples == 7
+
+
+def test_the_size_that_is_asked_for_is_that_of_all_images(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    assert load(root).spec.image_size == (SIDE, SIDE)
+    data = load(root, image_size=12)
+    assert data.spec == describe_data(root, 12)
+    assert data.train[0][0].shape == (3, 12, 12)
+    assert describe_data("cifar10", 16).sample_shape == (3, 16, 16)
+
+
+def test_arrays_are_brought_to_the_size(tmp_path: Path) -> None:
+    arrays = {f"x_{part}": np.full((4, 10, 8), 7, np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "a.npz", **arrays, y_train=np.arange(4) % 2, y_test=np.arange(4) % 2)
+    data = load(tmp_path / "a.npz", image_size=16)
+    assert data.spec == describe_data(tmp_path / "a.npz", 16)
+    assert data.train[0][0].tolist() == torch.full((1, 16, 16), 7).tolist()
+
+
+def test_scaling_covers_the_size_and_cuts_at_the_centre() -> None:
+    rows = torch.arange(4.0)[:, None].expand(4, 2)[None, None]
+    assert resized(rows, 2).tolist() == rows[:, :, 1:3].tolist()
+    assert resized(rows.byte(), 1).dtype == torch.uint8
