@@ -24,7 +24,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
 
 
-@pytest.mark.parametrize("prepared", ["before", "after", "never"])
+@pytest.mark.parametrize("prepared", ["before", "after", pytest.param("never", marks=pytest.mark.long)])
 @pytest.mark.parametrize("recipe", [runs.RECIPE, UNSIEVED, spfde.Recipe()], ids=["all", "unsieved", "neutral"])
 def test_it_trains_what_the_loop_of_the_library_trains_in_any_order_of_prepare(prepared: str, recipe: Any) -> None:
     run = runs.Run(recipe, prepared=prepared)

@@ -57,6 +57,7 @@ def test_accumulated_batches_are_reported_one_by_one(tmp_path: Path) -> None:
     assert [row.samples for row in callback.session.cost.rows] == [32] * 8
 
 
+@pytest.mark.long
 def test_labels_that_the_trainer_takes_out_of_the_batch_are_reported_all_the_same(tmp_path: Path) -> None:
     class Own(transformers.Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
@@ -164,6 +165,7 @@ def test_a_checkpoint_without_the_session_is_refused(tmp_path: Path) -> None:
         runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked")).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.long
 def test_a_second_train_is_a_new_run(tmp_path: Path) -> None:
     callback = SpfdeCallback(runs.RECIPE, engine="masked")
     run = runs.trainer(tmp_path, callback)
@@ -266,3 +268,16 @@ def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(
         assert run.state.global_step == 32 // accumulation
         assert [row.samples for row in callback.session.cost.rows] == [32 if sieving else 40] * 8
         assert same(whole.model, run.model)
+
+
+def test_an_epoch_whose_last_step_the_trainer_would_leave_out_is_not_gone_on_with(tmp_path: Path) -> None:
+    options = {"gradient_accumulation_steps": 3}  # 3 batches and 1
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"), **options, **saving)
+    whole.train()
+    callback = SpfdeCallback(runs.RECIPE, engine="masked")
+    with pytest.raises(spfde.UsageError, match="save_strategy"):
+        runs.trainer(tmp_path, callback, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    resumed = runs.trainer(tmp_path, callback, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(whole.model, resumed.model)

@@ -104,6 +104,11 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             **self._options,
         )
         _check_batches_counted(trainer, self.session.loader)
+        if self.session._sampling.begins_anew:
+            raise UsageError(
+                "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and "
+                "Lightning goes on behind its batches. Pass the ckpt_path of a checkpoint of an epoch's end."
+            )
         self.session.loader.asks_for_more = False  # Lightning goes by the length
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop._data_source = replace(source, instance=_TrainLoader(self.session.loader))

@@ -139,7 +139,8 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self.session = session
         try:
             _check_length(session)
-        except InvalidArgument:
+            _check_place(session, args.gradient_accumulation_steps)
+        except (InvalidArgument, UsageError):
             session.detach()
             raise
         if self._recipe.sieving is not None:
@@ -298,6 +299,22 @@ def _check_length(session: Session) -> None:
         sampler = type(getattr(session.loader, "sampler", None)).__name__
         remedy = "Let the Trainer shuffle (train_sampling_strategy='random'), or set sieving=None."
         raise InvalidArgument(Problem("train_sampling_strategy", sampler, str(error), remedy)) from None
+
+
+def _check_place(session: Session, accumulated: int) -> None:
+    """Will the Trainer, which counts a resumed epoch's batches from 0, step after its last one?"""
+    batches = len(session.loader)
+    if session._sampling.begins_anew:
+        raise UsageError(
+            "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and the "
+            "Trainer counts its steps once. Resume from a checkpoint of an epoch's end (save_strategy='epoch')."
+        )
+    if session._clock.phase == "running" and batches % accumulated:
+        raise UsageError(
+            f"the checkpoint is from amid an epoch of {batches} batches, which gradient_accumulation_steps="
+            f"{accumulated} does not divide: the Trainer would leave out the epoch's last step. Resume from a "
+            "checkpoint of an epoch's end (save_strategy='epoch')."
+        )
 
 
 def _reseeded(prepared: Any, plain: Any) -> tuple[torch.Generator, int] | None:

@@ -252,6 +252,11 @@ class Sampling(Part):
         """Whether each batch of this epoch was handed out, and is done with."""
         return self.is_surplus or (self.is_all_drawn and not self._left())
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a state was loaded from amid an epoch of which no batches can be passed over."""
+        return self._place is not None and self._place[0] == ANEW
+
     def place(self, phase: str) -> dict[str, Any]:
         """Where an epoch of this phase stands, to go on there: the batches taken, the generators when it started."""
         loader, taken, started_with = self.loader, 0, list[Tensor]()
