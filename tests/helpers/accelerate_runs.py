@@ -80,6 +80,7 @@ def train_rank(folder: Path, prepared: str) -> None:
         {"weights": dict(run.net.named_parameters()), "samples": samples},
         folder / f"rank{run.accelerator.process_index}.pt",
     )
+    run.accelerator.end_training()  # a process that leaves its group open may abort at its end
 
 
 if __name__ == "__main__":

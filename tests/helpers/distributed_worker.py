@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ def share_and_resume(rank: int, size: int, folder: str, _: str) -> None:
     for name, how in (("sieves", recipe("mest")), ("sparse", recipe("mest").replace(sieving=None))):
         parts, session = _small(how)
         _epoch(parts, session)
+        wrapped = _wrapped(parts)
         x, y = next(iter(session.loader))
-        step(parts, session, x, y)
+        step(wrapped, session, x, y)
         state = [session.state_dict(), parts.model.state_dict(), parts.optimizer.state_dict()]
         dist.broadcast_object_list(state, src=0)  # the first rank's alone
         parts, session = _small(how)
@@ -102,9 +104,14 @@ def _small(how: spfde.Recipe) -> tuple[Parts, spfde.Session]:
     return parts, spfde.attach(parts.model, parts.optimizer, parts.loader, how, epochs=EPOCHS, engine="masked")
 
 
+def _wrapped(parts: Parts) -> Parts:
+    return replace(parts, model=DistributedDataParallel(parts.model, find_unused_parameters=True))
+
+
 def _epoch(parts: Parts, session: spfde.Session) -> None:
+    wrapped = _wrapped(parts)
     for x, y in session.loader:
-        step(parts, session, x, y)
+        step(wrapped, session, x, y)
     session.end_epoch()
 
 

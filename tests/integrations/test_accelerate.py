@@ -56,7 +56,8 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: 
     assert [row.epoch for row in resumed.session.cost.rows] == list(range(runs.EPOCHS))
 
 
-@pytest.mark.parametrize("prepared", ["before", pytest.param("after", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("prepared", ["before", "after"])
 def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path, prepared: str) -> None:
     done = start(runs.__file__, str(tmp_path), prepared, ranks=2)
     assert done.returncode == 0, done.stderr

@@ -172,12 +172,12 @@ def test_freezing_saves_only_what_is_spent() -> None:
     model = _mlp()
     for index in (2, 4):
         model[index].requires_grad_(False)
-    freezing = spfde.ProgressiveFreezing(flops_reduction=0, start_epoch=1, fraction=1.0)
+    freezing = spfde.ProgressiveFreezing(flops_reduction=0, start_epoch=2, fraction=1.0)
     bill = plan(model, X, freezing=freezing)
     # Once the first block is frozen, nothing before the head needs a gradient.
-    assert bill.epoch_costs[0].saved_by_freezing == 0
-    assert bill.epoch_costs[1].saved_by_freezing == 10 * (2 * F0 + F1 + F2)
-    assert bill.epoch_costs[1].training_flops == 10 * (F0 + F1 + F2 + 3 * F3)
+    assert bill.epoch_costs[1].saved_by_freezing == 0
+    assert bill.epoch_costs[2].saved_by_freezing == 10 * (2 * F0 + F1 + F2)
+    assert bill.epoch_costs[2].training_flops == 10 * (F0 + F1 + F2 + 3 * F3)
 
 
 class Branching(nn.Module):

@@ -129,7 +129,7 @@ def test_beyond_the_shapes_that_are_measured_the_nearest_counts_and_it_is_said(m
 
 
 def test_what_ran_before_an_epoch_is_not_billed() -> None:
-    model, optimizer, data, session = parts()
+    model, optimizer, _, session = parts()
     model(torch.zeros(7, 8))
     for _ in session.epochs():
         for x, y in session.loader:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.integrations._resuming import attach_with
 from spfde.recipe import Recipe
+from spfde.session.attach import attach as attach_plain
 from spfde.session.session import Session
 
 try:
@@ -73,12 +73,11 @@ def attach(
     plain = plain_loader(loader)
     if accelerator.num_processes > 1:
         share_order(plain)
-    session = attach_with(
+    session = attach_plain(
         model,
         optimizers[0] if len(optimizers) == 1 else optimizers,
         plain,
         recipe,
-        options.pop("state", None),
         epochs=epochs,
         **options,
     )

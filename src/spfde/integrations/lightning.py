@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
-from spfde.integrations._resuming import attach_with
 from spfde.recipe import Recipe
+from spfde.session.attach import attach
 from spfde.session.session import Session
 
 try:
@@ -94,16 +94,17 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         _check_trainer(trainer, self._recipe)
         model = _model_of(pl_module, self._model_name)
         source = trainer.fit_loop._data_source
-        self.session = attach_with(
+        self.session = attach(
             model,
             _optimizers_of(trainer, model),
             source.dataloader(),
             self._recipe,
-            state,
             epochs=trainer.max_epochs,
+            state=state,
             **self._options,
         )
         _check_batches_counted(trainer, self.session.loader)
+        self.session.loader.asks_for_more = False  # Lightning goes by the length
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop._data_source = replace(source, instance=_TrainLoader(self.session.loader))
 
@@ -129,8 +130,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         if self._recipe.sieving is not None and session._sampling.samples_observed == self._reported:
             _report(session, outputs)
         if trainer.is_last_batch:
-            # Lightning asks for no batch more, and what it saves now is saved at the end of the epoch.
-            session._on_loader("end")
+            session._clock.stop_watch(session._setting.device)  # what comes now is validation
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()

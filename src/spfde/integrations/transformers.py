@@ -20,8 +20,8 @@ from torch.utils.data import RandomSampler
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
-from spfde.integrations._resuming import attach_with
 from spfde.recipe import Recipe
+from spfde.session.attach import attach
 from spfde.session.session import Session
 
 try:
@@ -109,12 +109,13 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             return self._attach(make_loader())
 
         def step_and_report(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-            if self._recipe.sieving is None:
-                return step(model, inputs, *rest, **named)
             self._outputs.clear()
-            batch = dict(inputs)  # the Trainer takes the labels out for some losses
+            batch = dict(inputs) if self._recipe.sieving is not None else {}  # labels are taken out for some losses
             loss = step(model, inputs, *rest, **named)
-            self._observe(batch)
+            if self._recipe.sieving is not None:
+                self._observe(batch)
+            # The Trainer draws all batches that it accumulates before it trains on the first.
+            self._running()._sampling.tickets.settle()
             return loss
 
         trainer.train, trainer.get_train_dataloader = train_with_session, loader_of_session
@@ -134,7 +135,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         state = self._saved_state()
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         epochs = int(args.num_train_epochs)
-        session = attach_with(model, optimizer, plain, self._recipe, state, epochs=epochs, **self._options)
+        session = attach(model, optimizer, plain, self._recipe, epochs=epochs, state=state, **self._options)
         self.session = session
         try:
             _check_length(session)

@@ -8,9 +8,11 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.torch_private import tree_map_only
 from spfde.cost.flops import LayerCost, ModelCost, model_cost
 from spfde.freezing import ProgressiveFreezing, Savings
 from spfde.freezing.plan import FreezePlan, blocks_to_freeze
@@ -275,15 +277,23 @@ def _untraced(model: nn.Module, recipe: Recipe, epochs: int, interval: int, erro
     )
 
 
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == 1 else tensor
+
+
 def _updating(model: nn.Module, sample: Sample) -> frozenset[str]:
     """Names of the modules that change buffers in training: those that run then, and those that have the buffers.
 
     Counters are left out: what counts batches is no reason to keep a module from training mode.
     """
-    try:
-        written = trace(model, sample, training=True).written
-    except InvalidArgument:
-        return frozenset()  # the freezer notices what changes
+    written: Mapping[str, str] = {}
+    # Batch norms divide by the batch less one in training: a sample of one item is taken twice.
+    for inputs in (sample, tree_map_only(Tensor, _twice, sample)):
+        try:
+            written = trace(model, inputs, training=True).written
+            break
+        except InvalidArgument:
+            continue  # where neither can be traced, the freezer notices what changes
     buffers = dict(model.named_buffers())
     changing = {name: module for name, module in written.items() if buffers[name].is_floating_point()}
     return frozenset(changing.values()) | {name.rpartition(".")[0] for name in changing}

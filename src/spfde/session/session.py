@@ -8,7 +8,7 @@ frozen now are pruned to their target first), blocks are frozen, learning rates 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -101,7 +101,9 @@ class Session(SessionView):
         #: Parts that have not begun this epoch yet, and those that have ended it: an interruption may come between.
         self._to_begin: list[Part] = []
         self._have_ended: list[Part] = []
-        self._listen_to_loader()
+        # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
+        hear = weakref.WeakMethod(self._on_loader)
+        self.loader.on_event = lambda event: None if (call := hear()) is None else call(event)
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
@@ -155,24 +157,6 @@ class Session(SessionView):
         clock.epoch += 1
         clock.phase = "between"
         clock.is_resumed_at_end = False
-
-    def verify(self) -> None:
-        """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
-
-        Weights outside the masks are masked again, which a warning says once. With several processes every rank has to
-        call it. ``docs/guards.md`` lists what is looked for.
-
-        Raises:
-            UsageError: parameters were replaced, another optimizer steps than the attached one, a scheduler moves the
-                rates that the recipe sets, or ranks differ; with the remedy.
-
-        Example:
-            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
-            >>> session.verify()
-        """
-        self._check_attached()
-        for part in self._parts:
-            part.verify()
 
     def _begin_epoch(self, *, is_late: bool = False) -> None:
         """``is_late``: a batch of the epoch has gone through the model already."""
@@ -248,11 +232,6 @@ class Session(SessionView):
         self._begin_epoch()
         return self._sampling.loss_weights(indices)
 
-    @property
-    def caches_prefix(self) -> bool:
-        """Whether outputs of the frozen front are kept; then all augmentation must come from ``augmentation_seeds``."""
-        return self._computing.caches_prefix
-
     def augmentation_seeds(self, indices: Tensor | None = None) -> Tensor:
         """Seeds from which to augment a batch: equal seeds must give a sample the same augmentation.
 
@@ -275,6 +254,8 @@ class Session(SessionView):
         return self._computing.augmentation_seeds(self._sampling.samples_of("augmentation_seeds", indices))
 
     def _on_loader(self, event: Event) -> None:
+        if not self._attached:
+            return
         if event == "taken over":
             refuse_another_loader(self._setting.world)
         elif event == "start":
@@ -309,20 +290,6 @@ class Session(SessionView):
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
 
-    def holds(self, target: object) -> bool:
-        """Is this session attached to that model or optimizer?"""
-        held = (self._setting.model, *self._setting.optimizer.each)
-        return self._attached and any(target is each for each in held)
-
-    def holds_parameters(self, ids: Collection[int]) -> int:
-        """How many of these parameters, by ``id``, are this session's."""
-        return sum(id(p) in ids for p in self._setting.model.parameters()) if self._attached else 0
-
-    @property
-    def name_of_model(self) -> str:
-        """The class of its model."""
-        return type(self._setting.model).__name__
-
     def detach(self) -> None:
         """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.
 
@@ -345,21 +312,6 @@ class Session(SessionView):
         """
         self._check_attached()
         self._masks.infer_masks()
-
-    def _listen_to_loader(self) -> None:
-        # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
-        of_session = weakref.ref(self)
-
-        def on_event(event: Event) -> None:
-            session = of_session()
-            if session is not None and session._attached:
-                session._on_loader(event)
-
-        self.loader.on_event = on_event
-
-    def _check_attached(self) -> None:
-        if not self._attached:
-            raise UsageError("the session is detached. Call spfde.attach again to go on.")
 
     # --- state -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""What there is to see of a session."""
+"""What there is to see of a session, and to check."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -15,14 +15,15 @@ from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
-from spfde.session.part import Part
+from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
 
 
 class SessionView:
-    """The read-only side of ``Session``."""
+    """What ``Session`` shows, and the checks of it that anyone may ask for."""
 
     timeline: Timeline
+    _setting: Setting
     _attached: bool
     _clock: Clock
     _parts: Sequence[Part]
@@ -91,6 +92,47 @@ class SessionView:
     def sieve_turnover(self) -> Mapping[str, int]:
         """Samples moved at the top of this epoch, and distinct samples used so far."""
         return {"moved": self._clock.sieve_moved, "ever_used": self._sampling.n_used}
+
+    @property
+    def caches_prefix(self) -> bool:
+        """Whether outputs of the frozen front are kept; then all augmentation must come from ``augmentation_seeds``."""
+        return self._computing.caches_prefix
+
+    def holds(self, target: object) -> bool:
+        """Is this session attached to that model or optimizer?"""
+        held = (self._setting.model, *self._setting.optimizer.each)
+        return self._attached and any(target is each for each in held)
+
+    def holds_parameters(self, ids: Collection[int]) -> int:
+        """How many of these parameters, by ``id``, are this session's."""
+        return sum(id(p) in ids for p in self._setting.model.parameters()) if self._attached else 0
+
+    @property
+    def name_of_model(self) -> str:
+        """The class of its model."""
+        return type(self._setting.model).__name__
+
+    def verify(self) -> None:
+        """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
+
+        Weights outside the masks are masked again, which a warning says once. With several processes every rank has to
+        call it. ``docs/guards.md`` lists what is looked for.
+
+        Raises:
+            UsageError: parameters were replaced, another optimizer steps than the attached one, a scheduler moves the
+                rates that the recipe sets, or ranks differ; with the remedy.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.verify()
+        """
+        self._check_attached()
+        for part in self._parts:
+            part.verify()
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise UsageError("the session is detached. Call spfde.attach again to go on.")
 
     def __repr__(self) -> str:
         state = "attached" if self._attached else "detached"

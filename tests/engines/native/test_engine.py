@@ -4,12 +4,14 @@ import copy
 import logging
 import pickle
 import types
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
@@ -388,3 +390,16 @@ def test_the_spfde_preset_trains_a_resnet_natively_with_freezing_and_sieving() -
     assert sum(losses[-4:]) < sum(losses[:4])
     for name, mask in session.masks.items():
         assert not bool((dict(model.named_parameters())[name] * ~mask).any())
+
+
+def test_a_checkpointed_model_has_the_gradients_of_one_that_is_not() -> None:
+    """What checkpointing saves can be unpacked but once."""
+    gradients = []
+    for checkpointed in (False, True):
+        parts = in_full_vectors(make_parts())
+        session = attach(parts)
+        x, y = next(iter(session.loader))
+        call = partial(checkpoint, parts.model, use_reentrant=False) if checkpointed else parts.model
+        F.cross_entropy(call(x), y).backward()
+        gradients.append([p.grad for p in parts.model.parameters()])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))

@@ -103,7 +103,8 @@ def data_name(run: RecordedRun) -> str:
 
 
 def versions(run: RecordedRun) -> str:
-    found = {**run.section("versions"), **(run.summary or {}).get("versions", {})}
+    summarised = (run.summary or {}).get("versions")
+    found = {**run.section("versions"), **(summarised if isinstance(summarised, dict) else {})}
     shown = [f"{name}{NBSP}{found[name]}" for name in ("spfde", "torch") if found.get(name)]
     return ", ".join(shown) or MISSING
 

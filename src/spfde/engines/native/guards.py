@@ -105,9 +105,9 @@ class Guards:
         for module, names, with_tensors in self._spec:
             own = vars(module)
             found.append(type(module))
-            if module is not self._model:
+            if module is not self._model:  # whose own hooks run around what was traced
                 found.append(own.get(FORWARD))
-            _add_hooks(found, own)
+                _add_hooks(found, own)
             found.extend(own[MODULES].values())
             parameters, buffers = own[PARAMETERS], own[BUFFERS]
             if with_tensors:
