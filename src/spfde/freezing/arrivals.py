@@ -80,7 +80,8 @@ class Arrivals:
         for _, own in self._blocks:
             for parameter in own:
                 if parameter.requires_grad:
-                    self._handles[id(parameter)] = parameter.register_post_accumulate_grad_hook(_telling(self))
+                    hook = parameter.register_post_accumulate_grad_hook
+                    self._handles[id(parameter)] = hook(_telling(self))  # type: ignore[no-untyped-call]
 
     def note(self, parameter: Tensor) -> None:
         """A gradient has arrived."""
