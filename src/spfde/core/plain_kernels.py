@@ -62,6 +62,9 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``F.batch_norm`` that takes a single value a channel: the sample has one item, where a batch has more."""
+    if training and input.numel() == input.shape[1]:
+        twice = torch.cat([input, input])  # fake numbers have no unbiased variance of one
+        return _batch_norm(twice, running_mean, running_var, weight, bias, training, momentum, eps)[:1]
     return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, False)
 
 

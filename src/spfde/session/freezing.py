@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spfde.core.state import check_entries
+from spfde.freezing.arrivals import Arrivals
 from spfde.freezing.freezer import Freezer, is_held
 from spfde.freezing.rates import GroupRates
 from spfde.planning.timeline import Row
@@ -24,6 +25,7 @@ class Freezing(Part):
             setting.model, setting.blueprint.partition.blocks, setting.optimizer, setting.blueprint.updating
         )
         self.remembers = self.freezer
+        self._arrivals = Arrivals(setting.model, setting.blueprint.partition.blocks) if setting.recipe.freezes else None
 
     @property
     def n_frozen(self) -> int:
@@ -31,7 +33,19 @@ class Freezing(Part):
         return self.freezer.n_frozen
 
     def begin_epoch(self, row: Row) -> None:
+        before = self.n_frozen
         self.freezer.freeze_to(row.frozen_blocks)
+        if self._arrivals is not None and self.n_frozen > before:
+            self._arrivals.expect(self.n_frozen)
+
+    def on_step(self) -> None:
+        """A step was taken."""
+        if self._arrivals is not None:
+            self._arrivals.on_step()
+
+    def verify(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.check()
 
     def end_epoch(self) -> None:
         changed = self.freezer.changed_buffers()
@@ -48,6 +62,8 @@ class Freezing(Part):
 
     def detach(self) -> None:
         self.freezer.freeze_to(0)
+        if self._arrivals is not None:
+            self._arrivals.close()
 
     def summarise(self) -> list[str]:
         blueprint = self._setting.blueprint

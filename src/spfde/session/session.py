@@ -286,6 +286,7 @@ class Session(SessionView):
         clock.step += 1
         clock.steps += 1
         self._sampling.on_step()
+        self._freezing.on_step()
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
 

@@ -1,0 +1,103 @@
+"""Do gradients still arrive behind a frozen front?
+
+``torch.utils.checkpoint(..., use_reentrant=True)`` gives what it runs gradients only where one of its inputs needs one.
+Behind a frozen front none does: the layers inside learn nothing from then on, and PyTorch warns at most.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from spfde.core.errors import UsageError
+from spfde.model.blocks import Block
+
+# A block may be left out of a step on purpose, as stochastic depth does.
+_ENOUGH_STEPS = 10
+
+
+class Arrivals:
+    """Notices blocks that learned before others froze, and do not any more.
+
+    Each parameter tells of its first gradient, once after each freeze: a step costs nothing.
+
+    Args:
+        model: has the parameters that the blocks name.
+        blocks: in order of execution.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+        parameters = dict(model.named_parameters())
+        self._blocks = [(block.name, [parameters[name] for name in block.parameters]) for block in blocks]
+        self._arrived: set[int] = set()
+        self._expected: dict[str, set[int]] = {}
+        self._steps = 0
+        self._handles: dict[int, RemovableHandle] = {}
+        self._watch()
+
+    def expect(self, n_frozen: int) -> None:
+        """Blocks were frozen: so many in all. The others must learn as they did."""
+        learn = ((name, {id(p) for p in own} & self._arrived) for name, own in self._blocks[n_frozen:])
+        self._expected = {name: known for name, known in learn if known}
+        self._arrived, self._steps = set(), 0
+        self._watch()
+
+    def on_step(self) -> None:
+        """A step was taken.
+
+        Raises:
+            UsageError: see ``check``.
+        """
+        if self._expected:
+            self._steps += 1
+            if self._steps == _ENOUGH_STEPS:
+                self.check()
+
+    def check(self) -> None:
+        """Raise ``UsageError`` where a whole block that learned before has had no gradient since others froze."""
+        if not self._expected or not self._steps:
+            return
+        missing = [name for name, known in self._expected.items() if not known & self._arrived]
+        self._expected = {}
+        if missing:
+            raise UsageError(
+                f"{', '.join(missing)} got no gradient since the blocks before were frozen, in {self._steps} steps. "
+                "Checkpointing with use_reentrant=True gives none where its inputs need none: pass use_reentrant=False "
+                "to torch.utils.checkpoint (gradient_checkpointing_kwargs in Transformers)."
+            )
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self) -> None:
+        self.close()
+        for _, own in self._blocks:
+            for parameter in own:
+                if parameter.requires_grad:
+                    hook = parameter.register_post_accumulate_grad_hook
+                    self._handles[id(parameter)] = hook(_telling(self))  # type: ignore[no-untyped-call]
+
+    def note(self, parameter: Tensor) -> None:
+        """A gradient has arrived."""
+        self._arrived.add(id(parameter))
+        handle = self._handles.pop(id(parameter), None)
+        if handle is not None:
+            handle.remove()
+
+
+def _telling(arrivals: Arrivals) -> Callable[[Tensor], None]:
+    """Python's collector does not look into a parameter's hooks: it holds nothing."""
+    of_arrivals = weakref.ref(arrivals)
+
+    def tell(parameter: Tensor) -> None:
+        alive = of_arrivals()
+        if alive is not None:
+            alive.note(parameter)
+
+    return tell
