@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,13 @@ def recipe(method: str) -> spfde.Recipe:
 def join(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+
+
+def leave(rank: int, folder: str, result: object) -> NoReturn:
+    """Save what the rank has found, and end it: gloo's threads may abort an interpreter that winds down."""
+    torch.save(result, Path(folder) / f"rank{rank}.pt")
+    dist.barrier()
+    os._exit(0)
 
 
 def train(rank: int, size: int, folder: str, method: str) -> None:
@@ -58,8 +66,7 @@ def train(rank: int, size: int, folder: str, method: str) -> None:
         "frozen": session.frozen_blocks,
         "batch": BATCH,
     }
-    torch.save(result, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave(rank, folder, result)
 
 
 def share_and_resume(rank: int, size: int, folder: str, _: str) -> None:
@@ -95,8 +102,7 @@ def share_and_resume(rank: int, size: int, folder: str, _: str) -> None:
         _epoch(parts, session)
         row = session.cost.rows[1]
         found[name] = {"samples": row.samples, "steps": row.steps, "said": any("anew" in str(w.message) for w in said)}
-    torch.save(found, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave(rank, folder, found)
 
 
 def _small(how: spfde.Recipe) -> tuple[Parts, spfde.Session]:
@@ -134,8 +140,7 @@ def attach_with_other_seeds(rank: int, size: int, folder: str, _: str) -> None:
             messages.append("accepted")
         except spfde.InvalidArgument as error:
             messages.append(str(error))
-    torch.save(messages, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave(rank, folder, messages)
 
 
 def refusals(rank: int, size: int, folder: str, _: str) -> None:
@@ -157,8 +162,7 @@ def refusals(rank: int, size: int, folder: str, _: str) -> None:
             said[name] = "nothing", session.epoch
         except spfde.SpfdeError as error:
             said[name] = str(error), getattr(error, "epoch", 0)
-    torch.save(said, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave(rank, folder, said)
 
 
 def _one_run(how: spfde.Recipe, wrap: dict[str, Any] | None, *, spoils: bool = False, epochs: int = EPOCHS) -> Any:
