@@ -6,13 +6,13 @@ Behind a frozen front none does: the layers inside learn nothing from then on, a
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import UsageError
+from spfde.core.hooks import weakly
 from spfde.model.blocks import Block
 
 # A block may be left out of a step on purpose, as stochastic depth does.
@@ -81,7 +81,7 @@ class Arrivals:
             for parameter in own:
                 if parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook
-                    self._handles[id(parameter)] = hook(_telling(self))  # type: ignore[no-untyped-call]
+                    self._handles[id(parameter)] = hook(weakly(self.note))  # type: ignore[no-untyped-call]
 
     def note(self, parameter: Tensor) -> None:
         """A gradient has arrived."""
@@ -89,15 +89,3 @@ class Arrivals:
         handle = self._handles.pop(id(parameter), None)
         if handle is not None:
             handle.remove()
-
-
-def _telling(arrivals: Arrivals) -> Callable[[Tensor], None]:
-    """Python's collector does not look into a parameter's hooks: it holds nothing."""
-    of_arrivals = weakref.ref(arrivals)
-
-    def tell(parameter: Tensor) -> None:
-        alive = of_arrivals()
-        if alive is not None:
-            alive.note(parameter)
-
-    return tell

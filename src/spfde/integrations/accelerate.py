@@ -17,6 +17,7 @@ from spfde.core.errors import InvalidArgument, Problem
 from spfde.recipe import Recipe
 from spfde.session.attach import attach as attach_plain
 from spfde.session.session import Session
+from spfde.sieving.loader import settings_of
 
 try:
     from accelerate import Accelerator
@@ -108,22 +109,12 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
         # It seeds itself anew in each epoch by counting: the session counts, saves and resumes the generator instead.
         generator = torch.Generator().manual_seed(sampler.initial_seed)
         sampler = RandomSampler(sampler.data_source, generator=generator)
-    by_presence: dict[str, Any] = {"in_order": inner.in_order} if hasattr(inner, "in_order") else {}
     return DataLoader(
         inner.dataset,
         batch_size=batches.batch_size,
         sampler=sampler,
         drop_last=batches.drop_last,
-        num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
-        pin_memory=inner.pin_memory,
-        timeout=inner.timeout,
-        worker_init_fn=inner.worker_init_fn,
-        multiprocessing_context=inner.multiprocessing_context,
-        generator=inner.generator,
-        prefetch_factor=inner.prefetch_factor,
-        persistent_workers=inner.persistent_workers,
-        **by_presence,
+        **settings_of(inner),
     )
 
 

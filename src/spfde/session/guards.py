@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spfde.core.checksum import checksums
 from spfde.core.errors import StateMismatch, UsageError
+from spfde.core.hooks import weakly
 from spfde.core.optimizers import inside
 from spfde.core.state import check_entries
 from spfde.core.torch_private import PARAMETERS, active_ddp, n_reduced
@@ -55,7 +55,7 @@ class Guards(Part):
         trained = [p for *_, p in self._parameters if p.requires_grad and id(p) in self._held]
         if trained:
             # The last one: it is never frozen.
-            counts = _weakly(self, Guards._on_gradient)
+            counts = torch.compiler.disable(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
             self._handles.append(trained[-1].register_post_accumulate_grad_hook(counts))  # type: ignore[no-untyped-call]
         self._await_wrapper()
 
@@ -180,7 +180,7 @@ class Guards(Part):
     def _await_wrapper(self) -> None:
         """Look at the wrapper in the next forward pass: it may be made after attach."""
         if self._setting.world.is_shared and self._setting.recipe.freezes:
-            look = _weakly(self, Guards._on_forward)
+            look = torch.compiler.disable(weakly(self._on_forward))  # type: ignore[no-untyped-call]
             self._stop_looking()
             self._look = self._setting.model.register_forward_pre_hook(look)
 
@@ -244,16 +244,3 @@ class Guards(Part):
 
     def _masked_content(self) -> dict[str, int]:
         return checksums({name: p for name, _, _, p in self._parameters if name in self._masks.masks})
-
-
-def _weakly(guards: Guards, method: Callable[..., None]) -> Callable[..., None]:
-    """A hook that keeps nothing alive, and that a copy of the model takes along without a copy of the session."""
-    of_guards = weakref.ref(guards)
-
-    def hook(*arguments: Any) -> None:
-        alive = of_guards()
-        if alive is not None:
-            method(alive, *arguments)
-
-    uncompiled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return uncompiled

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
+from spfde.core.hooks import weakly
 from spfde.planning.timeline import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
@@ -350,13 +350,7 @@ class Sampling(Part):
 
 def _hook_gradients(setting: Setting, tickets: Tickets) -> list[Any]:
     """Tell when a backward pass comes to the last parameters, which are frozen last."""
-    told = weakref.ref(tickets)  # Python's collector does not look into a parameter's hooks
-
-    def hook(parameter: Tensor) -> None:
-        alive = told()
-        if alive is not None:
-            alive.train()
-
+    hook = weakly(tickets.train)
     learning = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
     return [p.register_post_accumulate_grad_hook(hook) for p in learning[-2:]]  # type: ignore[no-untyped-call]
 

@@ -7,7 +7,6 @@ frozen now are pruned to their target first), blocks are frozen, learning rates 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
+from spfde.core.hooks import weakly
 from spfde.core.optimizers import LeadingSteps
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
@@ -102,8 +102,7 @@ class Session(SessionView):
         self._to_begin: list[Part] = []
         self._have_ended: list[Part] = []
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
-        hear = weakref.WeakMethod(self._on_loader)
-        self.loader.on_event = lambda event: None if (call := hear()) is None else call(event)
+        self.loader.on_event = weakly(self._on_loader)
 
     # --- the clock -------------------------------------------------------------------------------------------------
 

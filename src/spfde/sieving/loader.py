@@ -117,6 +117,27 @@ def loader_generators(loader: Any) -> list[Generator]:
     return found
 
 
+def settings_of(loader: DataLoader[Any]) -> dict[str, Any]:
+    """The arguments that a DataLoader was made with, less the data set and what makes its batches."""
+    found = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+    }
+    # Not every version of PyTorch has these two.
+    if hasattr(loader, "in_order"):
+        found["in_order"] = loader.in_order
+    if getattr(loader, "pin_memory_device", ""):
+        found["pin_memory_device"] = loader.pin_memory_device
+    return found
+
+
 class SievedLoader(DataLoader[Any]):
     """The loader of a session: batches of the partial set, and their sample ids.
 
@@ -147,26 +168,7 @@ class SievedLoader(DataLoader[Any]):
             loader: the user's loader, without problems according to ``check_loader``.
             batch_sampler: made from the loader's own sampler, batch size and ``drop_last``.
         """
-        # Not every version of PyTorch has these two.
-        by_presence: dict[str, Any] = {}
-        if hasattr(loader, "in_order"):
-            by_presence["in_order"] = loader.in_order
-        if getattr(loader, "pin_memory_device", ""):
-            by_presence["pin_memory_device"] = loader.pin_memory_device
-        super().__init__(
-            loader.dataset,
-            batch_sampler=batch_sampler,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-            **by_presence,
-        )
+        super().__init__(loader.dataset, batch_sampler=batch_sampler, **settings_of(loader))
         # With a batch sampler DataLoader sets these to None, False and a sequential sampler, and locks them. It makes
         # no use of them for a map-style data set, while users read them.
         vars(self).update(batch_size=loader.batch_size, drop_last=loader.drop_last, sampler=loader.sampler)

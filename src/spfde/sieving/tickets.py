@@ -94,8 +94,8 @@ class Tickets:
 
     # --- from the loop -----------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """A backward pass has come to its end."""
+    def train(self, *_: Tensor) -> None:
+        """A backward pass has come to its end: a hook of the last parameters."""
         self._trained = True
 
     def step(self) -> None:

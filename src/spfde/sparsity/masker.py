@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spfde.core.checksum import together
 from spfde.core.errors import StateMismatch, UsageError
+from spfde.core.hooks import weakly
 from spfde.core.optimizers import LeadingSteps, Optimizers, around_closure
 from spfde.sparsity import masks as masking
 from spfde.sparsity.gradients import DenseGradients
@@ -132,7 +132,7 @@ class Masker:
             raise UsageError("The masks are hooked already. Call remove() first.")
         for layer in self.layers.values():
             if not layer.is_dense:
-                hook = _gradient_hook(self, layer.name)
+                hook = weakly(self._on_gradient, layer.name)
                 handle = layer.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         if self._handles:
@@ -295,9 +295,9 @@ class Masker:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _on_gradient(self, layer: MaskedWeight, parameter: Tensor) -> None:
+    def _on_gradient(self, name: str, parameter: Tensor) -> None:
         """After a backward pass: mask the gradient, so that clipping and scaling see the sparse one."""
-        grad = parameter.grad
+        layer, grad = self.layers[name], parameter.grad
         if grad is None:
             return
         layer.follow()
@@ -376,15 +376,3 @@ def _was_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer skipped its update because ``GradScaler`` found an infinite gradient."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)
-
-
-def _gradient_hook(masker: Masker, name: str) -> Callable[[Tensor], None]:
-    """What masks a layer's gradient. Python's collector does not look into a parameter's hooks: it holds nothing."""
-    of_masker = weakref.ref(masker)
-
-    def hook(parameter: Tensor) -> None:
-        alive = of_masker()
-        if alive is not None:
-            alive._on_gradient(alive.layers[name], parameter)
-
-    return hook
