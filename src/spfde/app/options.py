@@ -4,11 +4,10 @@ Typer makes parameters of them (``takes``), and what checks them inherits them (
 PyTorch: ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -222,9 +221,11 @@ def with_words(model: type[Model]) -> type[Model]:
     return model
 
 
+@cache
 def _parameters(group: type) -> dict[str, inspect.Parameter]:
     """As Typer takes them: names of a set are text that is checked later, with all else, and tuples are lists."""
     parameters = {}
+    plain = get_type_hints(group)  # without ranges inside
     for name, hint in get_type_hints(group, include_extras=True).items():
         kind, *notes = get_args(hint)
         default = getattr(group, name)
@@ -233,7 +234,7 @@ def _parameters(group: type) -> dict[str, inspect.Parameter]:
         elif get_origin(kind) is tuple:
             kind, default = list[str], list(default)
         else:
-            kind = get_type_hints(group)[name]  # without ranges inside
+            kind = plain[name]
         option = next(note for note in notes if isinstance(note, OptionInfo))
         parameters[name] = inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
