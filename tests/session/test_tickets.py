@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -140,6 +142,37 @@ def test_an_interrupted_cell_goes_on_when_it_is_run_again(at: int, sieves: bool,
     assert session.epoch == EPOCHS
 
 
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_loop_that_trains_on_several_batches_that_it_has_drawn_goes_on_behind_those(at: int, group: int) -> None:
+    def run(parts: Parts, session: spfde.Session, stop: int | None = None) -> list[list[int]]:
+        seen = []
+        for _ in session.epochs():
+            batches = iter(session.loader)
+            while some := list(itertools.islice(batches, group)):
+                for x, y, ids in some:
+                    step(parts, session, x, y)
+                    seen.append(ids.tolist())
+                    if len(seen) == stop:
+                        return seen
+        return seen
+
+    def start() -> tuple[Parts, spfde.Session]:
+        parts = indexed_parts()
+        return parts, attach(parts, RECIPE.replace(sieving=None))
+
+    expected = run(*start())
+    parts, session = start()
+    seen = run(parts, session, stop=at)
+    states = [copy.deepcopy(it.state_dict()) for it in (parts.model, parts.optimizer, session)]
+    parts, session = start()
+    for it, state in zip((parts.model, parts.optimizer, session), states, strict=True):
+        it.load_state_dict(state)
+    seen += run(parts, session)
+    assert seen == expected
+    assert [row.samples for row in session.cost.rows] == [40] * EPOCHS
+
+
 @pytest.mark.parametrize("stage", ["begin_epoch", "end_epoch"])
 def test_an_interruption_at_the_top_or_bottom_of_an_epoch_is_taken_up_where_it_came(stage: str) -> None:
     parts = indexed_parts()
@@ -215,6 +248,9 @@ def ids_of(tickets: Tickets) -> list[int] | None:
     return None if tickets.oldest is None else tickets.oldest.keys
 
 
+WEIGHT, BIAS = torch.ones(1), torch.ones(1)
+
+
 def test_a_loop_that_asks_trains_one_batch_between_two_draws() -> None:
     tickets = Tickets(by_report=False)
     tickets.begin(0)
@@ -222,12 +258,60 @@ def test_a_loop_that_asks_trains_one_batch_between_two_draws() -> None:
     tickets.draw(0, [2], 1)
     for drawn, now in ((3, 1), (4, 2)):
         assert tickets.ask().keys == [now]
-        tickets.train()
+        tickets.train(WEIGHT)
+        tickets.train(BIAS)
         tickets.draw(0, [drawn], 1)
     assert ids_of(tickets) == [3]
-    tickets.train()
+    tickets.train(WEIGHT)
     assert tickets.ask().keys == [4]
     assert tickets.ask().keys == [4]
+
+
+def epoch_of(tickets: Tickets, *, passes: int, groups: list[int], lead: int = 0) -> list[list[int]]:
+    """Which batches are left after each pass: so many are drawn at once, and all but the lead trained on."""
+    found = []
+    tickets.forget()
+    tickets.begin(0)
+    drawn = held = 0
+    for size in groups:
+        for _ in range(size):
+            tickets.draw(0, [drawn], 1)
+            drawn, held = drawn + 1, held + 1
+        while held > (0 if drawn == sum(groups) else lead):
+            for _ in range(passes):
+                tickets.train(WEIGHT)
+                tickets.train(BIAS)
+                tickets.step()
+            held -= 1
+            found.append([ticket.keys[0] for ticket in tickets.left(is_ended=False)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "lead"),
+    [([1, 1, 1, 1], 0), ([4], 0), ([2, 2], 0), ([3, 1], 0), ([2, 1, 1], 1), ([3, 1], 2)],
+)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_batch_is_done_with_after_its_passes_however_many_are_drawn_at_once(
+    groups: list[int], lead: int, passes: int
+) -> None:
+    tickets = Tickets(by_report=False)
+    epoch_of(tickets, passes=passes, groups=groups, lead=lead)  # tells how many passes a batch takes
+    drawn = [sum(groups[: n + 1]) for n, size in enumerate(groups) for _ in range(size)]
+    for number, left in enumerate(epoch_of(tickets, passes=passes, groups=groups, lead=lead)):
+        assert left == list(range(number + 1, drawn[min(number + lead, len(drawn) - 1)]))
+
+
+def test_two_passes_a_batch_show_in_the_first_epoch_when_there_are_more_than_batches() -> None:
+    tickets = Tickets(by_report=False)
+    assert epoch_of(tickets, passes=2, groups=[2, 1, 1, 1], lead=1)[1:] == [[2], [3], [4], []]
+
+
+def test_a_loop_that_draws_ahead_and_takes_other_passes_in_another_epoch_is_known_again_at_its_end() -> None:
+    tickets = Tickets(by_report=False)
+    epoch_of(tickets, passes=2, groups=[2, 1, 1], lead=1)
+    epoch_of(tickets, passes=1, groups=[2, 1, 1], lead=1)
+    assert epoch_of(tickets, passes=1, groups=[2, 1, 1], lead=1) == [[1], [2], [3], []]
 
 
 def test_reports_close_the_batch_that_they_name_or_parts_of_it() -> None:

@@ -114,8 +114,6 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             loss = step(model, inputs, *rest, **named)
             if self._recipe.sieving is not None:
                 self._observe(batch)
-            # The Trainer draws all batches that it accumulates before it trains on the first.
-            self._running()._sampling.tickets.settle()
             return loss
 
         trainer.train, trainer.get_train_dataloader = train_with_session, loader_of_session

@@ -349,7 +349,7 @@ class Sampling(Part):
 
 
 def _hook_gradients(setting: Setting, tickets: Tickets) -> list[Any]:
-    """Tell when a backward pass comes to the last parameters, which are frozen last."""
+    """Count the backward passes by the last parameters, which are frozen last."""
     hook = weakly(tickets.train)
     learning = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
     return [p.register_post_accumulate_grad_hook(hook) for p in learning[-2:]]  # type: ignore[no-untyped-call]

@@ -37,8 +37,9 @@ class Tickets:
     """The open tickets, oldest first.
 
     Args:
-        by_report: a ticket is closed by a report on its batch. Otherwise by the batch's training step, which is told
-            from gradients that arrive: a loop trains one batch between two that it draws, however far it runs ahead.
+        by_report: a ticket is closed by a report on its batch. Otherwise by its training, which is told from the
+            backward passes: each batch takes equally many, in the order of drawing, however far the loop draws ahead.
+            How many is known at the end of an epoch; in the first one, at least as many as the batches drawn demand.
 
     Attributes:
         is_asked: somebody asked for the oldest ticket in this epoch, without saying which batch is meant.
@@ -46,10 +47,14 @@ class Tickets:
 
     def __init__(self, *, by_report: bool) -> None:
         self._by_report = by_report
+        self._passes_each = 1
+        self._start()
         self.forget()
 
     def forget(self) -> None:
         """There are none: another epoch begins."""
+        if self._n_drawn:
+            self._passes_each = max(1, round(self._n_passes() / self._n_drawn))
         self._open: deque[Ticket] = deque()
         self._aside: dict[int, deque[Ticket]] = {}
         self._iteration = -1
@@ -57,7 +62,9 @@ class Tickets:
         self._start()
 
     def _start(self) -> None:
-        self._trained = False
+        self._trained = False  # since the newest batch was drawn
+        self._passes = Counter[int]()  # of each parameter that is watched: a loss need not reach all
+        self._n_drawn = self._n_closed = 0
         self._is_plain: bool | None = None  # whether the loop draws a batch only when it is done with the last one
         self._drawing = 0
 
@@ -77,26 +84,42 @@ class Tickets:
     def draw(self, iteration: int, keys: list[Any] | None, size: int) -> None:
         """A batch is handed out."""
         if iteration in self._aside:
-            self._open.extendleft(reversed(self._aside.pop(iteration)))
+            back = self._aside.pop(iteration)
+            self._open.extendleft(reversed(back))
+            self._n_drawn += len(back)
         self.settle()
+        self._trained = False
         self._drawing = threading.get_ident()
         self._open.append(Ticket(keys, size))
+        self._n_drawn += 1
 
     def settle(self) -> None:
-        """Close what has been trained on, now that the loop wants the next batch, or an end."""
+        """Close what has been trained on."""
         if self._by_report:
             return
         if self._is_plain:
             self._open.clear()
-        elif self._trained and self._open:
+        for _ in range(self._n_trained()):
             self._open.popleft()
-        self._trained = False
+            self._n_closed += 1
+
+    def _n_trained(self) -> int:
+        """How many of the open tickets, from the oldest on, have been trained on, in a loop that draws ahead."""
+        if self._is_plain or not self._n_drawn:
+            return 0
+        passes = self._n_passes()
+        each = max(self._passes_each, -(-passes // self._n_drawn))
+        return min(max(0, passes // each - self._n_closed), len(self._open))
+
+    def _n_passes(self) -> int:
+        return max(self._passes.values(), default=0)
 
     # --- from the loop -----------------------------------------------------------------------------------------------
 
-    def train(self, *_: Tensor) -> None:
-        """A backward pass has come to its end: a hook of the last parameters."""
+    def train(self, parameter: Tensor) -> None:
+        """A backward pass has come to one of the parameters that are watched."""
         self._trained = True
+        self._passes[id(parameter)] += 1
 
     def step(self) -> None:
         """The optimizer takes a step: is the batch drawn last the one that is trained on?"""
@@ -107,7 +130,7 @@ class Tickets:
         """The batch that comes next through the model, or is in it: the oldest; None where none is open."""
         self.is_asked = True
         self.step()
-        if self._trained and len(self._open) > 1:
+        if not self._is_plain:
             self.settle()
         return self.oldest
 
@@ -161,11 +184,11 @@ class Tickets:
         found = list(self._open)
         if self._by_report:
             return found
-        if is_ended and self._is_plain is None and not self._trained:
+        if is_ended and self._is_plain is None and not self._passes:
             return []  # a loop that trains nothing
-        if self._trained or (self._is_plain and is_ended):
-            return [] if self._is_plain else found[1:]
-        return found
+        if self._is_plain:
+            return [] if self._trained or is_ended else found
+        return found[self._n_trained() :]
 
 
 def as_ids(keys: list[Any]) -> Tensor | None:
