@@ -43,6 +43,7 @@ def plan(model: nn.Module, sample: Tensor, *, freezing: Any = None, **fields: An
 
 
 X = torch.zeros(1, 8)
+MASK = torch.ones(16, 16).tril()  # neither a parameter nor a buffer
 
 
 @pytest.mark.parametrize(
@@ -55,9 +56,13 @@ X = torch.zeros(1, 8)
         lambda x, w: F.linear(x, w * 2.0),
         lambda x, w: F.linear(x, (w * 8).round() / 8),
         lambda x, w: F.linear(x, w / w.norm()),
+        lambda x, w: F.linear(x, w.clamp(-1, 1)),
+        lambda x, w: F.linear(x, w.clamp(min=0)),
+        lambda x, w: F.linear(x, F.hardtanh(w)),
+        lambda x, w: F.linear(x, w * MASK),
         lambda x, w: torch.cat([F.linear(x, w[:8]), F.linear(x, w[8:])], 1),
     ],
-    ids=["linear", "matmul", "einsum", "from the left", "scaled", "quantised", "divided", "in slices"],
+    ids=str.split("linear matmul einsum left scaled quantised divided clamped positive hardtanh masked slices"),
 )
 def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(product: Any) -> None:
     bill = plan(Bare(product), X, include=("w",))
@@ -68,8 +73,19 @@ def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(pro
 
 @pytest.mark.parametrize(
     "computed",
-    [lambda w: w - w.mean(), lambda w: w.softmax(-1), lambda w: w + 1, lambda w: F.layer_norm(w, (16,))],
-    ids=["centred", "softmax", "shifted", "normalised"],
+    [
+        lambda w: w - w.mean(),
+        lambda w: w.softmax(-1),
+        lambda w: w + 1,
+        lambda w: F.layer_norm(w, (16,)),
+        lambda w: w.clamp(0.1, 1),
+        lambda w: w.clamp(max=-0.1),
+        lambda w: F.hardtanh(w, 0.1, 1.0),
+        lambda w: torch.where(w.abs() > 0.1, w, 0.5),
+        lambda w: w.clamp(torch.tensor(0.1)),
+        lambda w: w + MASK,
+    ],
+    ids=str.split("centred softmax shifted normalised above below hardtanh filled tensor constant"),
 )
 def test_a_weight_whose_zeros_are_lost_before_its_product_cannot_be_named(computed: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -92,6 +108,25 @@ def test_a_weight_whose_zeros_are_lost_stays_dense_by_default_with_a_warning_and
     assert "1.weight" in str(bill)
     dense = 2 * (8 * 16 + 2 * 16 * 16 + 16 * 4)
     assert bill.flops_ratio == pytest.approx((dense - 16 * 16) / dense)
+
+
+def test_a_weight_that_a_product_of_others_is_added_to_stays_dense_and_is_listed() -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 16)
+            self.down, self.up = nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.zeros(16, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight + self.up @ self.down, self.bias)
+
+    model = nn.Sequential(nn.Linear(8, 16), Adapted(), nn.Linear(16, 16), nn.Linear(16, 4))
+    with pytest.warns(UserWarning, match=r"1\.weight"):
+        bill = plan(model, X, sparsity=0.5)
+    assert list(bill.blueprint.sparse_layers) == ["2.weight"]
+    assert "1.weight" in [weight.name for weight in bill.blueprint.left_dense]
+    # The factors are weights of their own.
+    named = plan(model, X, include=("1.down",), dense_first=False)
+    assert list(named.blueprint.sparse_layers) == ["1.down"]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class TracedOp:
 _KEEP_ZEROS = frozenset(
     {"_to_copy", "_unsafe_view", "_weight_norm_interface", "abs", "alias", "asinh", "atan", "ceil", "clone"}
     | {"contiguous", "detach", "div", "elu", "erf", "expm1", "expand", "fake_quantize_per_channel_affine"}
-    | {"fake_quantize_per_tensor_affine", "flip", "floor", "gelu", "hardtanh", "leaky_relu", "neg", "permute"}
+    | {"fake_quantize_per_tensor_affine", "flip", "floor", "gelu", "leaky_relu", "neg", "permute"}
     | {"relu", "repeat", "reshape", "roll", "round", "sgn", "sign", "silu", "sin", "sinh", "sqrt", "square", "t"}
     | {"tan", "tanh", "transpose", "true_divide", "trunc", "view"}
 )
@@ -59,9 +60,12 @@ class Recorder(TorchDispatchMode):
         owners: the parameter's name by storage.
         buffers: the buffer's name by storage.
         learning: names of the parameters that learn.
+        inputs: storages of what the model is called with.
     """
 
-    def __init__(self, owners: Mapping[int, str], buffers: Mapping[int, str], learning: frozenset[str]) -> None:
+    def __init__(
+        self, owners: Mapping[int, str], buffers: Mapping[int, str], learning: frozenset[str], inputs: Iterable[int]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[TracedOp] = []
         self.first_run: dict[str, int] = {}
@@ -69,8 +73,9 @@ class Recorder(TorchDispatchMode):
         self._owners, self._buffers, self._learning = owners, buffers, learning
         # Storages that do not depend on the input, with the parameters that they were computed from.
         self._computed: dict[int, tuple[str, ...]] = dict.fromkeys(buffers, ())
+        self._from_input = set(inputs)
         self._zeros: dict[int, frozenset[str]] = {key: frozenset({name}) for key, name in owners.items()}
-        self._kept: list[Tensor] = []  # keeps those alive, so that no later storage takes their address
+        self._kept: list[Tensor] = []  # keeps all alive, so that no later storage takes their address
         self._learnt: dict[int, int] = {}  # storages that depend on what learns: where its last part is first read
         self._first_read: dict[str, int] = {}
         self._stack: list[str] = [""]
@@ -112,9 +117,11 @@ class Recorder(TorchDispatchMode):
         if not is_view:
             at = [self._first_read.get(name, -1) for name in direct if name in self._learning]
             self._note_learning(outputs, max((*at, -1 if learnt is None else learnt), default=-1))
-            known = not flops and all(key in self._owners or key in self._computed for key in inputs)
-            zeros = self._zeros_kept(str(packet), args) if known else frozenset()
-            self._note(outputs, tuple(dict.fromkeys((*direct, *origins))) if known else None, zeros)
+            known = self._from_input.isdisjoint(inputs)
+            zeros = self._zeros_kept(str(packet), args, kwargs) if known else frozenset()
+            # The factors of a product are weights of their own.
+            made_of = () if flops else tuple(dict.fromkeys((*direct, *origins)))
+            self._note(outputs, made_of if known else None, zeros)
         return out
 
     def _add(
@@ -132,7 +139,7 @@ class Recorder(TorchDispatchMode):
         from_input = [
             storage_id(tensor)
             for tensor in of
-            if storage_id(tensor) not in self._owners and storage_id(tensor) not in self._computed
+            if storage_id(tensor) not in self._owners and not self._computed.get(storage_id(tensor))
         ]
         op = TracedOp(
             len(self.ops),
@@ -156,7 +163,7 @@ class Recorder(TorchDispatchMode):
         # nn.Linear hands over its weight transposed: the inputs are in front there, and the strides run upwards.
         return frozenset(owner for owner, t in of_parameters if t.dim() >= 2 and (t.dim() > 2 or t.stride(0) != 1))
 
-    def _zeros_kept(self, name: str, args: tuple[Any, ...]) -> frozenset[str]:
+    def _zeros_kept(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
         """Parameters whose zeros are zeros of the result, of an operation on what does not depend on the input."""
         bare = name.rpartition(".")[2]
         bare = bare if bare.startswith("_") and not bare.endswith("_") else bare.removesuffix("_")
@@ -174,6 +181,9 @@ class Recorder(TorchDispatchMode):
             return zeros(args[1])
         if bare in ("cat", "stack"):
             return frozenset[str]().union(*map(zeros, args[0]))
+        if bare in ("clamp", "clamp_min", "clamp_max", "hardtanh"):
+            low, high = _limits(bare, args, kwargs)
+            return zeros(args[0]) if low <= 0 <= high else frozenset()
         if bare == "pow" and isinstance(args[1], (int, float)) and args[1] > 0:
             return zeros(args[0])
         if bare == "masked_fill" and not isinstance(args[2], Tensor) and args[2] == 0:
@@ -184,11 +194,13 @@ class Recorder(TorchDispatchMode):
         """Remember from which parameters these were computed; None when the model's input had a part in it."""
         for tensor in outputs:
             key = storage_id(tensor)
+            self._kept.append(tensor)
             if origins is not None:
                 self._computed[key] = tuple(dict.fromkeys(self._computed.get(key, ()) + origins))
                 self._zeros[key] = zeros
-                self._kept.append(tensor)
+                self._from_input.discard(key)
             else:
+                self._from_input.add(key)
                 self._computed.pop(key, None)
                 self._zeros.pop(key, None)
 
@@ -260,3 +272,14 @@ class Recorder(TorchDispatchMode):
             if name not in counted and name not in parents:
                 found[self._types[name]] += calls
         return found
+
+
+def _limits(clamp: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
+    """Between which values an operation of this name clamps; where a tensor tells, they are not known."""
+    names = {"clamp_min": ["min"], "clamp_max": ["max"], "hardtanh": ["min_val", "max_val"]}.get(clamp, ["min", "max"])
+    given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
+    if any(isinstance(value, Tensor) for value in given.values()):
+        return inf, -inf
+    unset = (-1.0, 1.0) if clamp == "hardtanh" else (-inf, inf)
+    low, high = (next((given.get(name) for name in names if key in name), None) for key in ("min", "max"))
+    return (unset[0] if low is None else low), (unset[1] if high is None else high)
