@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,14 @@ def test_every_example_has_a_case() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_example_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     arguments, expected = CASES[name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "always::UserWarning"}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if re.search(r"\b(examples|spfde)\b.*Warning: ", line)]
+    assert not told
     for text in expected:
         assert text in done.stdout
     assert not list(tmp_path.iterdir())
