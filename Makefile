@@ -38,6 +38,8 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1): must be 3.11 or later. Name another one: make PYTHON=python3.12" >&2; \
 		exit 1; }
+	@echo "Making $(VENV) with PyTorch and what the tests need: some minutes. PyTorch with CUDA is the large part of the"
+	@echo "6 GB that come from PyPI; without: PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
 	@touch $(STAMP)

@@ -209,7 +209,7 @@ class TestTrain:
             ended = spfde("train", "--data", tiny, *argv)
         assert ended.code == 0
         [line] = ended.err.splitlines()
-        assert line.startswith("spfde: warning: update_interval_epochs is 1")
+        assert line.startswith("spfde: warning: --interval is 1")
 
     def test_a_stream_that_lacks_characters_is_no_error(
         self, tiny: Path, spfde: Spfde, monkeypatch: pytest.MonkeyPatch
@@ -495,6 +495,9 @@ class TestBadInput:
             recipe.write_text(text)
             assert_refused(spfde("train", "--data", tiny, "--recipe", recipe), told)
         assert list(here.iterdir()) == [recipe]
+        recipe.unlink()
+        assert_refused(spfde("train", "--data", tiny, "--recipe", recipe), f"--recipe='{recipe}'", "cannot be read")
+        assert_refused(spfde("cite", recipe), f"recipe='{recipe}'", "cannot be read")
 
 
 class TestBadData:

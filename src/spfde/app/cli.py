@@ -62,7 +62,7 @@ class PlainCommand(TyperCommand):
         from spfde.core.errors import SpfdeError
 
         with warnings.catch_warnings():
-            _show_plainly()
+            _show_plainly(ctx)
             try:
                 if "plugin" in ctx.params:
                     ctx.params["plugin"] = load_plugins(ctx.params["plugin"])
@@ -272,12 +272,12 @@ def _given_options(context: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def _show_plainly() -> None:
+def _show_plainly(context: typer.Context) -> None:
     package, usual = Path(__file__).parent.parent, warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *place: Any) -> None:
         if package in Path(filename).parents:
-            typer.echo(f"spfde: warning: {message}", err=True)
+            typer.echo(f"spfde: warning: {_words_in_options(str(message), context)}", err=True)
         else:
             usual(message, category, filename, lineno, *place)
 
@@ -302,7 +302,7 @@ def _in_options(error: SpfdeError, context: typer.Context) -> str:
         argument = problem.argument if option is None else flag(option)
         if problem.argument == "cache" and option is not None:
             problem = replace(problem, value=context.params[option])  # what was typed, not what was made of it
-        lines.append(str(replace(problem, argument=argument, remedy=_remedy_in_options(problem.remedy, context))))
+        lines.append(str(replace(problem, argument=argument, remedy=_words_in_options(problem.remedy, context))))
     return "\n".join(lines)
 
 
@@ -320,16 +320,16 @@ def _options_of(argument: str) -> list[str]:
     ]
 
 
-def _remedy_in_options(remedy: str, context: typer.Context) -> str:
-    """A remedy of the library as a person at the command line can follow it."""
-    remedy = remedy.replace("soft_bound=False", "--no-soft-bound")
+def _words_in_options(words: str, context: typer.Context) -> str:
+    """A remedy or a warning of the library as a person at the command line can follow it."""
+    words = words.replace("soft_bound=False", "--no-soft-bound")
     for name, to in recipe_fields().items():
         if "_" in to.field and to.field != name and name in context.params:  # others are words of the language as well
-            remedy = re.sub(rf"\b{to.field}=", f"{flag(name)} ", remedy)
-            remedy = re.sub(rf"\b{to.field}\b", flag(name), remedy)
+            words = re.sub(rf"\b{to.field}=", f"{flag(name)} ", words)
+            words = re.sub(rf"\b{to.field}\b", flag(name), words)
     if "exclude" in context.params:
-        remedy = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", remedy)
-    return remedy.replace("raise fraction", "raise fraction in a recipe file")
+        words = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", words)
+    return words.replace("raise fraction", "raise fraction in a recipe file")
 
 
 def _fail(message: str) -> NoReturn:

@@ -168,6 +168,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                 "SpfdeCallback was given to the Trainer too late. Pass it as Trainer(..., callbacks=[...])."
             )
         _check_wrapped(self._trainer.model_wrapped, self._recipe)
+        _check_steps(state.max_steps, len(self.session.loader), args)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         session = self._running()
@@ -297,6 +298,17 @@ def _check_length(session: Session) -> None:
         sampler = type(getattr(session.loader, "sampler", None)).__name__
         remedy = "Let the Trainer shuffle (train_sampling_strategy='random'), or set sieving=None."
         raise InvalidArgument(Problem("train_sampling_strategy", sampler, str(error), remedy)) from None
+
+
+def _check_steps(counted: int, batches: int, args: Any) -> None:
+    """Will the Trainer end after the last epoch? Some versions count an epoch's last step only if it is a whole one."""
+    steps = -(-batches // args.gradient_accumulation_steps) * int(args.num_train_epochs)
+    if counted != steps:
+        raise UsageError(
+            f"the Trainer counts {counted} steps, and {args.num_train_epochs:g} epochs of {batches} batches have "
+            f"{steps}, so that it would not end with the run. Choose gradient_accumulation_steps that divides the "
+            "batches of an epoch, or a newer transformers."
+        )
 
 
 def _check_place(session: Session, accumulated: int) -> None:

@@ -225,7 +225,7 @@ def read_recipe(name: str) -> Recipe:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             remedy = "Pass a TOML file or a preset's name."
-            raise InvalidArgument(Problem("--recipe", name, f"cannot be read ({error})", remedy)) from None
+            raise InvalidArgument(Problem("recipe", name, f"cannot be read ({error})", remedy)) from None
         return Recipe.from_toml(text)
     return presets.get(name)
 
