@@ -46,7 +46,13 @@ def main() -> None:
 
     torch.manual_seed(0)
     config = DistilBertConfig(
-        vocab_size=WORDS, max_position_embeddings=LENGTH, dim=48, n_layers=4, n_heads=4, hidden_dim=96
+        vocab_size=WORDS,
+        max_position_embeddings=LENGTH,
+        dim=48,
+        n_layers=4,
+        n_heads=4,
+        hidden_dim=96,
+        attn_implementation="eager",  # before transformers 5, "sdpa" looks at the mask's values: no trace
     )
     callback = SpfdeCallback(RECIPE)
     with tempfile.TemporaryDirectory() as folder:
