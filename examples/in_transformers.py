@@ -45,15 +45,9 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=WORDS,
-        max_position_embeddings=LENGTH,
-        dim=48,
-        n_layers=4,
-        n_heads=4,
-        hidden_dim=96,
-        attn_implementation="eager",  # before transformers 5, "sdpa" looks at the mask's values: no trace
-    )
+    sizes = {"vocab_size": WORDS, "max_position_embeddings": LENGTH, "dim": 48, "n_layers": 4, "n_heads": 4}
+    # Before transformers 5 "sdpa" looks at the values of the mask, which cannot be traced.
+    config = DistilBertConfig(**sizes, hidden_dim=96, attn_implementation="eager")
     callback = SpfdeCallback(RECIPE)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
