@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx, nn
 
 from spfde.core.torch_private import NormBase
+from spfde.engines.guards import Guards, ModeGuards
 from spfde.engines.native.facts import Fact
-from spfde.engines.native.guards import Guards, ModeGuards
 from spfde.engines.native.ops import Op, read
 from spfde.engines.native.trace import Traced, trace
 from spfde.model.sample import Sample

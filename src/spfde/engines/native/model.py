@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, UsageError
-from spfde.core.torch_private import has_global_hooks, is_recorded, norm_each, run_while_compiling
+from spfde.core.torch_private import has_global_hooks, norm_each
+from spfde.engines.guards import ModeGuards
 from spfde.engines.native import build
 from spfde.engines.native.fusion import fuse
 from spfde.engines.native.graph import Capture, Region, capture, region_name
-from spfde.engines.native.guards import FORWARD, HELD, ModeGuards
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.prefix import CachedPrefix
 from spfde.engines.native.runner import RegionRunner
 from spfde.engines.native.trace import check_forward
+from spfde.engines.stand_in import bypassed, put_on, take_off
 from spfde.model.sample import Sample, call_arguments
 
 _MOST_CAPTURES = 8  # states of the model: modes, hooks, attributes
@@ -44,6 +44,8 @@ class NativeModel:
         InvalidArgument: the model cannot be traced.
     """
 
+    name = "native"
+
     def __init__(
         self,
         model: nn.Module,
@@ -57,7 +59,7 @@ class NativeModel:
         captured: Capture | None = None,
     ) -> None:
         check_forward(model)
-        self._model = model
+        self.model = model
         self._frozen, self._cached = frozen, cached
         self._frozen_then: frozenset[str] = frozenset()
         self._front: Tensor | None = None  # norms of its numbers
@@ -72,8 +74,7 @@ class NativeModel:
             self._take(captured)
         elif sample is not None:
             self._trace()
-        setattr(model, HELD, _Held(self))
-        model.forward = types.MethodType(forward, model)
+        put_on(self)
 
     @property
     def taken(self) -> tuple[Region, ...]:
@@ -105,25 +106,14 @@ class NativeModel:
                 cached.make_room([tuple(value.shape[1:]) for value in _tensors(halves[0](*args, **kwargs))])
         return cached.variants
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
+    def bypass(self) -> AbstractContextManager[None]:
         """The model computes as its class says."""
-        replaced = vars(self._model).pop(FORWARD, None)
-        try:
-            yield
-        finally:
-            if replaced is not None:
-                self._model.forward = replaced
+        return bypassed(self.model)
 
     def detach(self) -> None:
         """Give the model its forward pass back and free the buffers."""
-        held = vars(self._model).get(HELD)
-        if held is None or held.engine is not self:
+        if not take_off(self):
             return
-        delattr(self._model, HELD)
-        # What someone put around it since stays; the stand-in inside computes as the model's class from now on.
-        if getattr(vars(self._model).get(FORWARD), "__func__", None) is forward:
-            del self._model.forward
         self._captures.clear()
         if self._cached is not None:
             self._cached.clear()
@@ -133,17 +123,17 @@ class NativeModel:
         if self._sample is None:
             self._sample = kwargs if kwargs and not args else args
         captured = self._known()
-        if has_global_hooks() or (captured is None and _has_stand_ins(self._model)):
-            return type(self._model).forward(self._model, *args, **kwargs)
+        if has_global_hooks() or (captured is None and _has_stand_ins(self.model)):
+            return type(self.model).forward(self.model, *args, **kwargs)
         self._pool.begin_pass()
         self._weights.refresh()
         captured = self._capture() if captured is None else captured
-        if self._model.training and self._announced is not None:
+        if self.model.training and self._announced is not None:
             (samples, variant), self._announced = self._announced, None
             if captured.halves is not None and self._cached is not None and self._cached.store is not None:
                 return self._from_cache(captured.halves, samples, variant, args, kwargs)
         if captured.graph_module is None:
-            return type(self._model).forward(self._model, *args, **kwargs)
+            return type(self.model).forward(self.model, *args, **kwargs)
         return captured.graph_module.forward(*args, **kwargs)
 
     def _from_cache(
@@ -177,8 +167,8 @@ class NativeModel:
     def _front_is_the_same(self) -> bool:
         """Does the frozen front have the numbers that what is kept was made with? Loading gives it others."""
         owners = {name.rpartition(".")[0] for name in self._frozen_then}
-        buffers = [kept for name, kept in self._model.named_buffers() if name.rpartition(".")[0] in owners]
-        numbers = [self._model.get_parameter(name) for name in sorted(self._frozen_then)] + buffers
+        buffers = [kept for name, kept in self.model.named_buffers() if name.rpartition(".")[0] in owners]
+        numbers = [self.model.get_parameter(name) for name in sorted(self._frozen_then)] + buffers
         numbers = [number for number in numbers if number.is_floating_point()]
         if not numbers:
             return True
@@ -212,14 +202,14 @@ class NativeModel:
             # It could be traced when the engine was attached: in the other mode, or before a change.
             rule = error.problems[0].rule
             warnings.warn(f"The native engine leaves the model to PyTorch as it is now: {rule}.", stacklevel=2)
-            return self._take(Capture(None, (f"the model ({rule})",), ModeGuards(self._model)))
+            return self._take(Capture(None, (f"the model ({rule})",), ModeGuards(self.model)))
 
     def _trace(self) -> Capture:
         if self._sample is None:
             raise UsageError("The native engine has not seen the model's inputs yet. Call the model once.")
         frozen = None if self._cached is None else self._frozen_then
         with torch.inference_mode(False):  # its tensors do not tell who writes into them
-            return self._take(capture(self._model, self._sample, self._masks(), frozen))
+            return self._take(capture(self.model, self._sample, self._masks(), frozen))
 
     def _take(self, captured: Capture) -> Capture:
         """Compute by this capture from now on, for as long as the model is as it is."""
@@ -238,7 +228,7 @@ class NativeModel:
 
     def _fill(self, captured: Capture) -> None:
         """Put what computes each region in its place."""
-        modules = dict(self._model.named_modules(remove_duplicate=False))
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
             runner = RegionRunner(
                 region, fuse(region, modules), plain, self._kernels, self._pool, self._weights
@@ -246,44 +236,6 @@ class NativeModel:
             for made in (captured.graph_module, *(captured.halves or ())):
                 if hasattr(made, region_name(index)):
                     made.add_submodule(region_name(index), runner)
-
-
-class _Held:
-    """Keeps the engine for as long as its model lives. Copies and pickles of the model have none."""
-
-    def __init__(self, engine: NativeModel) -> None:
-        self.engine = engine
-
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
-@run_while_compiling
-def _say_compiled() -> bool:
-    if not getattr(torch.compiler, "is_exporting", bool)():
-        warnings.warn(
-            "The model was compiled after spfde.attach: the compiled code computes it, masked weights as zeros, and "
-            'the native engine does not. Attach with engine="masked", or leave torch.compile out.',
-            stacklevel=2,
-        )
-    return True
-
-
-# Copied and pickled by its name, as bound methods are: a copy of the model has no engine, and computes as its class.
-def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``module.forward`` while an engine is attached."""
-    if torch.compiler.is_compiling() and _say_compiled():
-        return type(module).forward(module, *args, **kwargs)
-    held = vars(module).get(HELD)
-    if held is None or held.engine._model is not module or is_recorded():
-        return type(module).forward(module, *args, **kwargs)
-    return held.engine(*args, **kwargs)
-
-
-forward.is_spfde = True  # type: ignore[attr-defined]
 
 
 def _has_stand_ins(model: nn.Module) -> bool:

@@ -29,8 +29,8 @@ from spfde.core.torch_private import (
     tree_map_only,
     version_of,
 )
+from spfde.engines.guards import Reads, is_same, state_of
 from spfde.engines.native.facts import Fact, Impure, functionalise, generators_of_python, owners, run
-from spfde.engines.native.guards import Reads, is_same, state_of
 from spfde.model.sample import Sample, call_arguments, global_generators_restored
 from spfde.model.trace import like_the_model
 from spfde.model.twin import fake_copy
