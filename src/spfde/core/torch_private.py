@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
     "BUFFERS",
@@ -30,6 +30,7 @@ __all__ = [
     "TorchDispatchMode",  # sees every operator that runs
     "active_ddp",
     "compiled_inside",
+    "copy_each_",
     "has_global_hooks",
     "hooks_to_copy",
     "is_compiled",
@@ -46,8 +47,10 @@ __all__ = [
     "run_while_compiling",
     "steps_running",
     "storage_id",
+    "tree_flatten",
     "tree_leaves",  # the tensors in nested arguments and results
     "tree_map_only",
+    "tree_unflatten",
     "version_of",
 ]
 
@@ -59,6 +62,7 @@ _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # whe
 
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
+copy_each_ = torch._foreach_copy_
 
 
 def compiled_inside(model: nn.Module) -> nn.Module | None:

@@ -8,7 +8,7 @@ none of them: it calls what stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,6 +34,7 @@ class Job:
         density: of each layer in ``blueprint.cost.layers``, in the first epoch.
         n_samples: of the data set: indices of samples are below it.
         cache: what is to be kept of a frozen front's outputs; None: nothing.
+        is_strict: the engine was asked for by name: what it cannot compute is an error.
         found: what engines found out about the job, each under its own name, so that nothing is traced twice.
     """
 
@@ -44,6 +45,7 @@ class Job:
     density: Sequence[float] = ()
     n_samples: int = 0
     cache: PrefixCache | None = None
+    is_strict: bool = False
     found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -60,11 +62,13 @@ class Parts:
         masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
         frozen: gives the names of the frozen parameters.
+        coming: gives what ``frozen`` gives now and in each epoch that is left.
     """
 
     masks: Callable[[], Mapping[str, Tensor]]
     dense_gradients: Callable[[], frozenset[str]] = frozenset
     frozen: Callable[[], frozenset[str]] = frozenset
+    coming: Callable[[], Collection[frozenset[str]]] = lambda: (frozenset(),)
 
 
 class Engine(ABC):

@@ -47,7 +47,7 @@ def choose_engine(asked: str, job: Job, *, is_neutral: bool, tell: Callable[[str
     Args:
         asked: "auto" or an engine's name.
         job: what is to be computed.
-        is_neutral: the recipe changes nothing; then the model is left to PyTorch whatever was asked for.
+        is_neutral: the recipe changes nothing; then the model is left to PyTorch, unless another engine was asked for.
         tell: called with one line before something that takes a while, such as compiling.
 
     Raises:
@@ -71,7 +71,7 @@ def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] 
         for name, engine in registered("engine").items()
         if (name == asked or (asked == AUTO and name != FALLBACK)) and (job.blueprint.target or not engine.needs_masks)
     ]
-    if is_neutral or not engines:
+    if not engines or (is_neutral and asked == AUTO):
         return Choice(FALLBACK, "nothing is sparse", asked)
     if asked == AUTO and job.blueprint.untraced is not None:
         return Choice(FALLBACK, "the model cannot be traced", asked)

@@ -16,9 +16,15 @@ from contextlib import contextmanager
 from itertools import starmap
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from spfde.core.torch_private import BUFFERS, HOOKS, MODULES, PARAMETERS
+from spfde.core.errors import Problem
+from spfde.core.plain_kernels import PlainKernels, uncompiled
+from spfde.core.torch_private import BUFFERS, HOOKS, MODULES, PARAMETERS, FakeTensorMode, tree_map_only
+from spfde.model.sample import Sample, Untraceable, call_arguments, global_generators_restored
+from spfde.model.trace import like_the_model
+from spfde.model.twin import fake_copy
 
 # What the engine itself puts on the model.
 FORWARD, HELD = "forward", "_spfde_engine"
@@ -171,6 +177,12 @@ def _add_hooks(found: list[Any], own: Mapping[str, Any]) -> None:
             found.extend(own[name].values())
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what the module computes."""
+    own = vars(module)
+    return any(own[name] for name in HOOKS)
+
+
 def state_of(module: nn.Module) -> list[Any]:
     """Everything that a module itself, not those inside it, holds."""
     own = vars(module)
@@ -196,3 +208,33 @@ def _is_alike(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
         return is_same(one, other)
     return isinstance(one, _PLAIN) and bool(one == other)
+
+
+def read_by(model: nn.Module, sample: Sample) -> dict[str, set[str]]:
+    """The attributes that the model's forward pass reads in either mode, by name of the module; on stand-ins alone.
+
+    Raises:
+        Untraceable: the forward pass needs real values.
+    """
+    args, kwargs = call_arguments(sample)
+    found: dict[str, set[str]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
+        twin, _ = fake_copy(model, fake)
+        args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
+        reads = Reads(twin)
+        try:
+            for training in (True, False):
+                twin.train(training)
+                reads.notes = True
+                with torch.no_grad(), global_generators_restored(), uncompiled():
+                    twin(*args, **kwargs)
+                reads.notes = False
+        except Exception as error:  # it is the user's code that runs, on stand-ins
+            rule = f"the model's forward pass cannot be followed with it ({type(error).__name__}: {error})"
+            remedy = "Pass sample= with the inputs that the model is called with."
+            raise Untraceable(Problem("sample", type(sample).__name__, rule, remedy)) from error
+        finally:
+            reads.close()
+        for name, names in reads.found.items():
+            found[name] = set(names)
+    return found

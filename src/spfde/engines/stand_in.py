@@ -90,3 +90,11 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 forward.is_spfde = True  # type: ignore[attr-defined]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether another forward than the class's was put on the module."""
+    own = vars(module).get(FORWARD)
+    function = getattr(own, "__func__", None)
+    # An engine's stand-in, or that of a model whose copy this is, computes what the class says.
+    return own is not None and function is not type(module).forward and not getattr(function, "is_spfde", False)

@@ -82,7 +82,11 @@ class Freezer:
     @property
     def frozen_parameters(self) -> frozenset[str]:
         """Names of the parameters in frozen blocks."""
-        return frozenset(name for block in self._blocks[: self.n_frozen] for name in block.parameters)
+        return self.parameters_of_front(self.n_frozen)
+
+    def parameters_of_front(self, n_blocks: int) -> frozenset[str]:
+        """Names of the parameters in the first ``n_blocks`` blocks."""
+        return frozenset(name for block in self._blocks[:n_blocks] for name in block.parameters)
 
     def freeze_to(self, n_blocks: int) -> None:
         """Freeze the first ``n_blocks`` blocks and no others; those that are frozen already stay so.

@@ -95,6 +95,12 @@ def call_arguments(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (sample,), {}
 
 
+def generators_of_python() -> tuple[Any, ...]:
+    """The states of the generators of Python and NumPy, to be compared."""
+    name, keys, *position = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), name, np.asarray(keys).tobytes(), position
+
+
 @contextlib.contextmanager
 def global_generators_restored() -> Iterator[None]:
     """Put back the global generators of Python, NumPy and torch, those of accelerators in use included."""

@@ -16,7 +16,7 @@ from spfde.core.optimizers import Optimizers
 from spfde.core.say import say, say_on_stderr
 from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
-from spfde.engines.choose import check_engine, choose_engine
+from spfde.engines.choose import AUTO, check_engine, choose_engine
 from spfde.engines.prefix_cache import PrefixCache, find_cache_problems
 from spfde.freezing.freezer import recompile_warning
 from spfde.freezing.rates import check_rates
@@ -146,6 +146,7 @@ def attach(
         density=blueprint.density(timeline[0]),
         n_samples=n_ids,
         cache=cache,
+        is_strict=engine != AUTO,
     )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)
     masks = None if state is not None else first_masks(model, batches, blueprint, sample=sample, seed=seed, loss=loss)

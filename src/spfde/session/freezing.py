@@ -32,6 +32,11 @@ class Freezing(Part):
         """Number of frozen blocks."""
         return self.freezer.n_frozen
 
+    def coming(self) -> set[frozenset[str]]:
+        """Names of the frozen parameters, as they are in this epoch and in each one that is left."""
+        numbers = {self.n_frozen, *self._setting.timeline.frozen[self._setting.clock.epoch :]}
+        return {self.freezer.parameters_of_front(number) for number in numbers}
+
     def begin_epoch(self, row: Row) -> None:
         before = self.n_frozen
         self.freezer.freeze_to(row.frozen_blocks)

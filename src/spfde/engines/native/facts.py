@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from spfde.core.plain_kernels import attention_in_products
 from spfde.core.torch_private import NormBase, TorchDispatchMode, storage_id, tree_leaves, version_of
+from spfde.model.sample import generators_of_python
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class Impure(Exception):
     def __init__(self, reason: str, module: str | None = None) -> None:
         super().__init__(reason)
         self.reason, self.module = reason, module
-
-
-def generators_of_python() -> tuple[Any, ...]:
-    name, keys, *position = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), name, np.asarray(keys).tobytes(), position
 
 
 class _Draws(TorchDispatchMode):

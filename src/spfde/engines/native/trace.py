@@ -30,8 +30,9 @@ from spfde.core.torch_private import (
     version_of,
 )
 from spfde.engines.guards import Reads, is_same, state_of
-from spfde.engines.native.facts import Fact, Impure, functionalise, generators_of_python, owners, run
-from spfde.model.sample import Sample, call_arguments, global_generators_restored
+from spfde.engines.native.facts import Fact, Impure, functionalise, owners, run
+from spfde.engines.stand_in import has_own_forward
+from spfde.model.sample import Sample, call_arguments, generators_of_python, global_generators_restored
 from spfde.model.trace import like_the_model
 from spfde.model.twin import fake_copy
 
@@ -111,22 +112,15 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
 
 def check_forward(model: nn.Module) -> None:
     """Raise ``InvalidArgument`` where another forward than the class's was put on the model: the engine replaces it."""
-    if _has_own_forward(model):
+    if has_own_forward(model):
         raise _refused(model, "the instance has a forward of its own")
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    own = vars(module).get("forward")
-    function = getattr(own, "__func__", None)
-    # The engine's own stand-in, or that of a model whose copy this is, computes what the class says.
-    return own is not None and function is not type(module).forward and not getattr(function, "is_spfde", False)
 
 
 def _own_reason(module: nn.Module) -> str | None:
     """Why a module does not compute what its class says, or has someone watch it."""
     if any(getattr(module, name, None) for name in HOOKS):
         return "has hooks"
-    if _has_own_forward(module):
+    if has_own_forward(module):
         return "has a forward of its own"
     if parametrize.is_parametrized(module):
         return "is parametrized"
