@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ class CudaGraphs(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
-        self._pools: dict[str, tuple[int, int]] = {}
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pools: dict[str, Any] = {}
 
     @classmethod
     def reason_against(cls, device: torch.device) -> str | None:
@@ -103,4 +104,4 @@ class _Graph(Recording):
         self._graph, self.outputs = graph, outputs
 
     def replay(self) -> None:
-        self._graph.replay()  # type: ignore[no-untyped-call]
+        self._graph.replay()

@@ -109,6 +109,8 @@ class CapturedModel:
         call = Call.of(self.model, args, kwargs, device=self._backend.device, dense=dense)
         if isinstance(call, str):
             return call
+        self._in_turn = self._in_turn + 1 if call.kind == self._last else 1
+        self._last = call.kind
         if self._is_pending():
             return "an earlier forward pass waits for its backward pass"
         self._forget_fronts()
@@ -128,8 +130,6 @@ class CapturedModel:
         return token is not None and not token.is_done
 
     def _is_worth_it(self, call: Call) -> bool:
-        self._in_turn = self._in_turn + 1 if call.signature == self._last else 1
-        self._last = call.signature
         kind = hash(call.kind)
         self._met[kind] += 1
         return self._in_turn >= _IN_TURN or self._met[kind] >= _IN_ALL

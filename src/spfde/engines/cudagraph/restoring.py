@@ -33,10 +33,9 @@ def as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
             if _elsewhere(device) != before:
                 raise RuntimeError("it draws random numbers beside the generator of its device")
     finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in kept:
-                buffer.copy_(value)
-                owner[name] = buffer
+        for owner, name, buffer, value in kept:
+            buffer.data.copy_(value)  # by .data: a backward pass of before may still want the buffer as it was
+            owner[name] = buffer
 
 
 def _elsewhere(device: torch.device) -> tuple[Any, ...]:

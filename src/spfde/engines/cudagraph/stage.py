@@ -137,7 +137,7 @@ class Stage:
             for mine, given in zip(self._inputs, call.tensors, strict=True):
                 mine.copy_(given, non_blocking=True)
         learning = self._learning.values()
-        leaves = _Replay.apply(self, token, *learning) if learning else self.forward()  # type: ignore[no-untyped-call]
+        leaves = _Replay.apply(self, token, *learning) if learning else self.forward()
         return tree_unflatten(list(leaves), self._spec)
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -173,7 +173,7 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.number != ctx.stage.passes:
             raise UsageError(
