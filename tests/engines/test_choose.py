@@ -110,7 +110,8 @@ def test_a_model_without_masks_may_be_computed_by_an_engine_that_needs_none(thei
     freezing = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.05))
     assert attach(make_parts(), "native", freezing).engine == "masked"
     assert attach(make_parts(), "quick", freezing).engine == "quick"
-    assert attach(make_parts(), "quick", spfde.Recipe()).engine == "masked"
+    assert attach(make_parts(), "quick", spfde.Recipe()).engine == "quick"
+    assert attach(make_parts(), "auto", spfde.Recipe()).engine == "masked"  # it trains like the plain loop
 
 
 def test_an_engine_that_keeps_nothing_takes_no_cache(theirs: Any) -> None:
@@ -126,7 +127,7 @@ def test_a_name_that_no_engine_has_is_refused_with_the_nearest(theirs: Any) -> N
     (problem,) = refused.value.problems
     assert (problem.argument, problem.value) == ("engine", "qick")
     assert "'quick'" in problem.remedy
-    assert engine_names() == ("auto", "masked", "native", "quick")
+    assert engine_names() == ("auto", "cudagraph", "masked", "native", "quick")
 
 
 def test_the_same_job_gives_the_same_choice(theirs: Any) -> None:
