@@ -34,6 +34,7 @@ class Job:
         density: of each layer in ``blueprint.cost.layers``, in the first epoch.
         n_samples: of the data set: indices of samples are below it.
         cache: what is to be kept of a frozen front's outputs; None: nothing.
+        compiles: the model's blocks are compiled one by one.
         is_strict: the engine was asked for by name: what it cannot compute is an error.
         found: what engines found out about the job, each under its own name, so that nothing is traced twice.
     """
@@ -45,6 +46,7 @@ class Job:
     density: Sequence[float] = ()
     n_samples: int = 0
     cache: PrefixCache | None = None
+    compiles: bool = False
     is_strict: bool = False
     found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -50,6 +50,7 @@ def attach(
     samples_per_epoch: int | None = None,
     seed: int = 0,
     engine: str = "auto",
+    compile: bool = False,
     cache: PrefixCache | None = None,
     plan: Plan | None = None,
     sample: Sample | None = None,
@@ -78,6 +79,8 @@ def attach(
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
             "auto": the one that is expected to be the fastest, which a line on the standard error tells.
             ``session.engine`` is the choice, ``session.engine_reason`` why.
+        compile: compile the model's blocks one by one with ``torch.compile``, each kind of block once for each mode and
+            shape. Sums round in another order then.
         cache: what to keep of frozen blocks' outputs; None: nothing. It is no part of the session's state.
         plan: what ``spfde.plan`` gave for this model, recipe and length, so that the model is not traced again.
         sample: what the model is called with (a tensor, a tuple of positional or a mapping of keyword arguments); by
@@ -146,6 +149,7 @@ def attach(
         density=blueprint.density(timeline[0]),
         n_samples=n_ids,
         cache=cache,
+        compiles=compile,
         is_strict=engine != AUTO,
     )
     choice = choose_engine(engine, job, is_neutral=recipe.is_neutral, tell=say_on_stderr)

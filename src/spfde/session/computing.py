@@ -14,6 +14,7 @@ from spfde.core.say import say, say_on_stderr
 from spfde.core.state import check_entries
 from spfde.engines.base import Job, Parts
 from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
+from spfde.engines.compiled import CompiledBlocks
 from spfde.planning.timeline import Row
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
@@ -45,6 +46,8 @@ class Computing(Part):
             frozen=lambda: freezing.freezer.frozen_parameters,
             coming=freezing.coming,
         )
+        names = [name for block in setting.blueprint.partition.blocks for name in block.name.split(" + ")]
+        self._compiled = CompiledBlocks(job.model, names) if job.compiles else None
         self._take(choice)
         self._asked_for_seeds = False
 
@@ -120,9 +123,11 @@ class Computing(Part):
 
     def detach(self) -> None:
         self.engine.detach()
+        if self._compiled is not None:
+            self._compiled.detach()
 
     def summarise(self) -> list[str]:
         return [f"engine: {self.choice.name} ({self.choice.reason})"]
 
     def describe(self) -> list[str]:
-        return self.engine.describe()
+        return [*self.engine.describe(), *(self._compiled.describe() if self._compiled is not None else ())]

@@ -43,6 +43,8 @@ class NativeEngine(Engine):
     def supports(cls, job: Job) -> str | None:
         if is_compiled_whole(job.given) or is_compiled_whole(job.model):
             return "the model is compiled by torch.compile"
+        if job.compiles:
+            return "its kernels take the place of blocks that are to be compiled (compile=True)"
         target = job.blueprint.target
         for name, parameter in job.model.named_parameters():
             if parameter.device.type != "cpu":
