@@ -84,12 +84,12 @@ def test_the_number_of_compilations_does_not_grow_with_depth_or_freeze_stages(co
         assert session.frozen_blocks >= depth // 2 - 1
         counts.append(counter.frame_count - before)
         assert same(model, run(depth)[0])
-    assert counts[0] == counts[1] <= 5
+    assert counts[0] == counts[1] <= 6
 
 
 def test_blocks_of_other_settings_are_other_kinds() -> None:
-    model = nn.Sequential(Block(8), Block(8), Block(8, scale=2.0), Block(4), nn.ReLU())
-    found = CompiledBlocks(model, ["0", "nothing"])
+    model = nn.Sequential(Block(8), Block(8), Block(8, scale=2.0), Block(4), nn.Linear(4, 4))
+    found = CompiledBlocks(model, ["4", "nothing"])
     # The scale is an attribute that no setting shows: torch.compile tells it apart by itself.
     assert (found.n_kinds, found.names) == (2, ["0", "1", "2", "3"])
     x = torch.randn(4, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from spfde.engines.stand_in import has_own_forward, put_on, take_off
 BACKEND: str | Callable[..., Any] = "inductor"
 """What ``torch.compile`` is asked for."""
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 class CompiledBlocks:
     """Compiles modules of a model in place; nothing is registered on them.
@@ -26,8 +29,8 @@ class CompiledBlocks:
 
     Args:
         model: the model.
-        names: of modules; others of their classes are compiled as well. A module with another forward than its class's
-            is left alone.
+        names: of modules; those of a class that there is more than one of are compiled as well. A layer alone, and a
+            module with another forward than its class's, are left as they are.
 
     Attributes:
         n_kinds: kinds of blocks.
@@ -38,7 +41,7 @@ class CompiledBlocks:
         kinds: dict[tuple[Any, ...], _Kind] = {}
         self._blocks: list[_Block] = []
         self.names: list[str] = []
-        for name, module in _alike(model, names):
+        for name, module in _repeated(model, names):
             if has_own_forward(module) or not isinstance(type(module).forward, types.FunctionType):
                 continue
             kind = kinds.setdefault(_key(module), _Kind(type(module)))
@@ -99,16 +102,19 @@ class _Block:
         return self._kind.best(self.model, args, kwargs)(self.model, *args, **kwargs)
 
 
-def _alike(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of these names, and those of their classes that lie in none of them."""
-    modules = dict(model.named_modules())
-    asked = {name: modules[name] for name in names if name in modules}
-    classes = {type(module) for module in asked.values()} - {nn.Sequential, nn.ModuleList, nn.ModuleDict}
+def _repeated(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with others inside: those of these names, and those of a class that there is more than one of.
+
+    Of modules inside one another the outermost. A layer alone gains nothing.
+    """
+    asked = set(names)
+    composite = {name: module for name, module in model.named_modules() if name and any(module.children())}
+    counts = Counter(type(module) for module in composite.values() if not isinstance(module, _CONTAINERS))
     taken = ""
-    for name, module in modules.items():
+    for name, module in composite.items():
         if taken and name.startswith(f"{taken}."):
             continue
-        if name and (name in asked or type(module) in classes):
+        if name in asked or counts[type(module)] > 1:
             taken = name
             yield name, module
 
