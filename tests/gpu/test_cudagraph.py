@@ -1,0 +1,182 @@
+"""CUDA graphs on a real GPU: what tests/engines/cudagraph shows on the CPU, and memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import spfde
+from spfde.app.train.models import build_model
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4),
+    "fused sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3, capturable=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+}
+FREEZING = spfde.ProgressiveFreezing(flops_reduction=0.15)
+METHODS = {
+    "set": spfde.SET(sparsity=0.9),
+    "mest": spfde.MEST(sparsity=0.9),
+    "rigl": spfde.RigL(sparsity=0.9),
+    "snfs": spfde.SNFS(sparsity=0.9),
+    "topkast": spfde.TopKAST(sparsity=0.9),
+}
+
+
+class Run:
+    """ResNet-8 on random images, on the GPU."""
+
+    def __init__(
+        self,
+        engine: str,
+        *,
+        method: Any = METHODS["mest"],
+        optimizer: str = "sgd",
+        epochs: int = 8,
+        freezing: Any = FREEZING,
+        **options: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = build_model("resnet8", num_classes=10, in_channels=3, image_size=32, seed=0).cuda()
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        generator = torch.Generator().manual_seed(1)
+        data = TensorDataset(
+            torch.randn(224, 3, 32, 32, generator=generator), torch.randint(10, (224,), generator=generator)
+        )
+        loader = DataLoader(data, 32, shuffle=True, generator=torch.Generator().manual_seed(2))
+        recipe = spfde.Recipe(sparsity=method, freezing=freezing, update_interval_epochs=1)
+        self.session = spfde.attach(self.model, self.optimizer, loader, recipe, epochs=epochs, engine=engine, **options)
+
+    def train(self, stop: int | None = None, *, bf16: bool = False) -> list[float]:
+        losses = []
+        for epoch in self.session.epochs():
+            for x, y in self.session.loader:
+                with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                    loss = F.cross_entropy(self.model(x.cuda()), y.cuda())
+                loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                losses.append(loss.detach())
+            if epoch == stop:
+                break
+        return [float(loss) for loss in losses]
+
+    def states(self) -> list[Any]:
+        made = (self.model, self.optimizer, self.session)
+        return [copy.deepcopy(each.state_dict()) for each in made] + [torch.cuda.get_rng_state()]
+
+    def load(self, states: list[Any]) -> None:
+        for each, state in zip((self.model, self.optimizer, self.session), states, strict=False):
+            each.load_state_dict(state)
+        torch.cuda.set_rng_state(states[3])
+
+    @property
+    def computes(self) -> Any:
+        return self.session._computing.engine.computes
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Any:
+    """The same kernels on both sides."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    yield
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+def close(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fifty_steps_are_those_of_the_masked_engine(method: str) -> None:
+    masked, captured = (Run(engine, method=METHODS[method]) for engine in ("masked", "cudagraph"))
+    torch.testing.assert_close(captured.train(), masked.train(), rtol=1e-3, atol=1e-3)
+    close(captured.model, masked.model)
+    assert captured.computes.replayed >= 40
+    for name, mask in captured.session.masks.items():
+        assert torch.equal(mask, masked.session.masks[name])
+        assert not captured.model.get_parameter(name)[~mask].any()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_steps_as_ever(optimizer: str) -> None:
+    masked, captured = (Run(engine, optimizer=optimizer, epochs=4) for engine in ("masked", "cudagraph"))
+    torch.testing.assert_close(captured.train(), masked.train(), rtol=1e-3, atol=1e-3)
+    assert captured.computes.replayed >= 20
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}], ids=["captured", "compiled"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(options: dict[str, Any]) -> None:
+    whole = Run("cudagraph", **options)
+    losses = whole.train()
+    first = Run("cudagraph", **options)
+    before = first.train(stop=3)
+    states = first.states()
+    second = Run("cudagraph", **options)
+    second.load(states)
+    assert before + second.train() == losses
+    assert all(map(torch.equal, second.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_bf16_and_compiled_blocks_train() -> None:
+    run = Run("cudagraph", compile=True)
+    losses = run.train(bf16=True)
+    assert losses[-1] < losses[0]
+    assert run.computes.replayed >= 40
+
+
+def test_memory_does_not_grow_over_fifty_changes_of_the_stage() -> None:
+    run = Run("cudagraph", epochs=60, freezing=spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="periodic"))
+    reserved = []
+    for _ in run.session.epochs():
+        for x, y in run.session.loader:
+            F.cross_entropy(run.model(x.cuda()), y.cuda()).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        reserved.append(torch.cuda.memory_reserved())
+    frozen = run.session.timeline.frozen
+    print(
+        "changes of the front:",
+        sum(a != b for a, b in pairwise(frozen)),
+        "MiB:",
+        reserved[-1] >> 20,
+    )
+    assert max(reserved[30:]) <= 1.1 * max(reserved[:30])
+
+
+def test_dropout_draws_as_in_eager_mode() -> None:
+    def run(engine: str) -> tuple[list[float], torch.Tensor]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 32), nn.Linear(32, 4)).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = TensorDataset(torch.randn(32, 16), torch.randint(4, (32,)))
+        recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.5))
+        session = spfde.attach(model, optimizer, DataLoader(data, 8), recipe, epochs=4, engine=engine)
+        torch.cuda.manual_seed(7)
+        losses = []
+        for _ in session.epochs():
+            for x, y in session.loader:
+                loss = F.cross_entropy(model(x.cuda()), y.cuda())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss))
+        return losses, torch.cuda.get_rng_state()
+
+    masked, captured = run("masked"), run("cudagraph")
+    torch.testing.assert_close(captured[0], masked[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(captured[1], masked[1])
