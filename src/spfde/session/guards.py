@@ -17,6 +17,7 @@ from spfde.core.optimizers import inside
 from spfde.core.state import check_entries
 from spfde.core.torch_private import PARAMETERS, active_ddp, n_reduced
 from spfde.planning.timeline import Row
+from spfde.session.backward import BackwardPasses
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
@@ -32,6 +33,7 @@ class Guards(Part):
         setting: the session's.
         masks: of the weights.
         freezing: of the blocks.
+        backward: tells of backward passes.
 
     Attributes:
         trusts_weights: whether a state is loaded whatever weights the model has, as long as its masks hold for them.
@@ -39,7 +41,7 @@ class Guards(Part):
 
     name = "guards"
 
-    def __init__(self, setting: Setting, masks: WholeModel, freezing: Freezing) -> None:
+    def __init__(self, setting: Setting, masks: WholeModel, freezing: Freezing, backward: BackwardPasses) -> None:
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self.trusts_weights = False
         modules = dict(setting.model.named_modules())
@@ -49,20 +51,15 @@ class Guards(Part):
         ]
         self._held = {id(p) for group in setting.optimizer.param_groups for p in group["params"]}
         self._said = False
-        self._passes, self._before = 0, self._content()
-        self._handles: list[RemovableHandle] = []
+        self._before = self._content()
         self._look: RemovableHandle | None = None
-        trained = [p for *_, p in self._parameters if p.requires_grad and id(p) in self._held]
-        if trained:
-            # The last one: it is never frozen.
-            counts = torch.compiler.disable(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
-            self._handles.append(trained[-1].register_post_accumulate_grad_hook(counts))  # type: ignore[no-untyped-call]
+        self._backward = backward
+        backward.tell(self._on_gradient)
         self._await_wrapper()
 
     # --- when it looks -----------------------------------------------------------------------------------------------
 
     def begin_epoch(self, row: Row) -> None:
-        self._passes = 0
         self._before = self._content()
 
     def before_masks(self) -> None:
@@ -92,8 +89,6 @@ class Guards(Part):
 
     def detach(self) -> None:
         self._stop_looking()
-        for handle in self._handles:
-            handle.remove()
 
     # --- what it looks for -------------------------------------------------------------------------------------------
 
@@ -121,7 +116,7 @@ class Guards(Part):
 
     def _check_steps(self) -> None:
         """Have the weights moved in an epoch without a step of the optimizer that was attached?"""
-        if self._setting.clock.steps or not self._passes or self._setting.clock.phase == "between":
+        if self._setting.clock.steps or not self._backward.count or self._setting.clock.phase == "between":
             return
         if self._content() == self._before:
             return  # evaluated, accumulated, or skipped by a scaler
@@ -134,7 +129,7 @@ class Guards(Part):
         ]
         remedy = f"Attach to {inner[0]}" if inner else "Attach to that one"
         raise UsageError(
-            f"the weights have moved in {self._passes} backward passes, but step() of {', '.join(names)} was never "
+            f"the weights have moved in {self._backward.count} backward passes, but step() of {', '.join(names)} was never "
             "called: another optimizer steps, around the hooks, and nothing is masked or counted. "
             f"{remedy}, whose step() runs."
         )
@@ -235,8 +230,7 @@ class Guards(Part):
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        self._passes += 1
-        if self._passes in _LOOKS:
+        if self._backward.count in _LOOKS:
             self._check_steps()
 
     def _content(self) -> dict[str, int]:

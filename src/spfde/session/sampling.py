@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
-from spfde.core.hooks import weakly
 from spfde.planning.timeline import Row
+from spfde.session.backward import BackwardPasses
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.sieving.batch_sampler import SievedBatchSampler
@@ -38,6 +38,7 @@ class Sampling(Part):
         batch_size: of the loader.
         dense_samples: samples that the plain loop trains on in an epoch, by all processes together.
         tickets: of the batches that were drawn from ``loader`` in this epoch.
+        backward: tells of backward passes.
         is_surplus: ``loader`` runs again, though its epoch is complete and has not ended.
     """
 
@@ -61,7 +62,7 @@ class Sampling(Part):
         else:
             self.loader = self._share(loader, keep)
         self.tickets = Tickets(by_report=by_report)
-        self._handles = [] if by_report else _hook_gradients(setting, self.tickets)
+        self.backward = BackwardPasses(setting.model, *([] if by_report else [self.tickets.train]))
         self._place: tuple[int, list[Tensor]] | None = None  # where a loaded epoch goes on, until it does
         self._is_warned = False
         self._reset()
@@ -305,6 +306,7 @@ class Sampling(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self._reset()
+        self.backward.watch()
         self._place = None
         self._steps_allowed = self._length()
 
@@ -337,8 +339,7 @@ class Sampling(Part):
         self.loader.go_on(None)
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.backward.stop()
         self.loader.end_workers()
 
     def summarise(self) -> list[str]:
@@ -346,13 +347,6 @@ class Sampling(Part):
 
     def describe(self) -> list[str]:
         return ["made: session.loader, whose batches drive the clock; your loader stays as it is"]
-
-
-def _hook_gradients(setting: Setting, tickets: Tickets) -> list[Any]:
-    """Count the backward passes by the last parameters, which are frozen last."""
-    hook = weakly(tickets.train)
-    learning = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
-    return [p.register_post_accumulate_grad_hook(hook) for p in learning[-2:]]  # type: ignore[no-untyped-call]
 
 
 def _samples_per_epoch(loader: DataLoader[Any]) -> int:
