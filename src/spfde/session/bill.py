@@ -49,6 +49,7 @@ class Bill(Part):
         is_known = setting.blueprint.untraced is None
         self._estimated = 0  # samples of shapes that were not measured, in the epochs that ended
         self.passes = Passes(job.given, setting.model, cost, job.sample, is_known=is_known)
+        sampling.unended.computed = self.passes.total
 
     def begin_epoch(self, row: Row) -> None:
         if not self._setting.clock.is_late:

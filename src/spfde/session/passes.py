@@ -92,6 +92,10 @@ class Passes:
         self._counts.clear()
         self._calls.clear()
 
+    def total(self) -> int:
+        """Samples that went through the model, with those that are not settled."""
+        return self.samples + sum(passes * _rows(shapes) for shapes, passes in self._counts.items())
+
     @property
     def flops(self) -> list[int] | None:
         """Dense forward FLOPs of what was counted, per layer; None where every sample had the usual shape."""

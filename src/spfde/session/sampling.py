@@ -15,6 +15,7 @@ from spfde.planning.timeline import Row
 from spfde.session.backward import BackwardPasses
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
+from spfde.session.unended import Unended
 from spfde.sieving.batch_sampler import SievedBatchSampler
 from spfde.sieving.loader import SievedLoader, loader_generators, population_of
 from spfde.sieving.stream import StreamLoader
@@ -39,6 +40,7 @@ class Sampling(Part):
         dense_samples: samples that the plain loop trains on in an epoch, by all processes together.
         tickets: of the batches that were drawn from ``loader`` in this epoch.
         backward: tells of backward passes.
+        unended: looks for an epoch that goes on and on.
         is_surplus: ``loader`` runs again, though its epoch is complete and has not ended.
     """
 
@@ -64,7 +66,8 @@ class Sampling(Part):
         self.tickets = Tickets(by_report=by_report)
         self.backward = BackwardPasses(setting.model, *([] if by_report else [self.tickets.train]))
         self._place: tuple[int, list[Tensor]] | None = None  # where a loaded epoch goes on, until it does
-        self._is_warned = False
+        samples = self.dense_samples if self._is_dealt else self.dense_samples // setting.world.size
+        self.unended = Unended(setting.clock, samples, self.batch_size)
         self._reset()
 
     def _share(self, loader: DataLoader[Any], keep: Callable[[], Tensor | None]) -> SievedLoader:
@@ -147,16 +150,10 @@ class Sampling(Part):
     def on_loader_start(self) -> None:
         """``session.loader`` is iterated, and no epoch has begun for it yet."""
         clock = self._setting.clock
-        if clock.phase in ("between", "begun") or not clock.steps or not self.is_complete:
+        if clock.phase in ("between", "begun") or not clock.steps or self.is_surplus:
             return
-        if not self.is_surplus:
-            warnings.warn(
-                "session.loader was started again while its epoch has not ended, so nothing is mutated, frozen or "
-                "sieved. Loop over session.epochs(), or call session.end_epoch() after each epoch; for evaluation take "
-                "another loader.",
-                stacklevel=6,
-            )
-        self.is_surplus = True
+        self.unended.check_start(is_complete=self.is_complete)
+        self.is_surplus = self.is_complete
 
     def note_drawn(self) -> None:
         """The epoch of the iteration has begun: what is handed out from now on adds to what was drawn before."""
@@ -165,6 +162,7 @@ class Sampling(Part):
         # Batches of an iteration that was left early, and that nobody trained on, are drawn once more.
         self._drawn_before = self._setting.clock.samples_drawn - self._samples_left()
         self._is_iterated = True
+        self.unended.start()
         self.tickets.begin(self.loader.iteration + 1)
         if self._place is not None:
             taken, started_with = self._place
@@ -194,15 +192,8 @@ class Sampling(Part):
 
     def on_step(self) -> None:
         """The optimizer has taken a step."""
-        clock, allowed = self._setting.clock, self._steps_allowed
-        if allowed is not None and clock.steps > max(allowed, self._batches) and not self._is_warned:
-            self._is_warned = True
-            warnings.warn(
-                f"epoch {clock.epoch} has had more optimizer steps than the loader has batches ({allowed}), and has "
-                "not ended, so nothing is mutated, frozen or sieved. Loop over session.epochs(), or call "
-                "session.end_epoch() after each epoch.",
-                stacklevel=4,
-            )
+        allowed = self._steps_allowed
+        self.unended.check_step(None if allowed is None else max(allowed, self._batches))
 
     def before_step(self) -> None:
         """The optimizer is about to take a step.
@@ -297,6 +288,7 @@ class Sampling(Part):
         self._steps_allowed = None if length is None else length + (clock.steps if taken == ANEW else 0)
         if taken == ANEW:
             self._steps_before = clock.steps
+            self.unended.begin(anew=True)
             warnings.warn(
                 f"The state was taken in the middle of epoch {clock.epoch}, and the batches taken of it cannot be "
                 "passed over (they are not from session.loader, or several processes sieve): the epoch begins anew, "
@@ -306,6 +298,7 @@ class Sampling(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self._reset()
+        self.unended.begin()
         self.backward.watch()
         self._place = None
         self._steps_allowed = self._length()
@@ -335,6 +328,7 @@ class Sampling(Part):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._reset()
+        self.unended.begin()
         self._place = None
         self.loader.go_on(None)
 

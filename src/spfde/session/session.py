@@ -117,7 +117,11 @@ class Session(SessionView):
         while self._attached and self.epoch < len(self.timeline):
             self._begin_epoch()
             epoch = self.epoch
-            yield epoch
+            self._sampling.unended.n_loops += 1
+            try:
+                yield epoch
+            finally:
+                self._sampling.unended.n_loops -= 1
             # The loop's body may have ended the epoch, or the session.
             if self._attached and self.epoch == epoch:
                 self.end_epoch()
@@ -132,6 +136,7 @@ class Session(SessionView):
         if self._clock.is_resumed_at_end:
             self.end_epoch()
         self._begin_epoch()
+        self._sampling.unended.is_begun_by_hand = True
 
     def end_epoch(self) -> None:
         """Close the running epoch: its row goes into the bill. ``epochs`` calls it; callbacks call it themselves.
