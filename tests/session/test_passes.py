@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -126,6 +127,26 @@ def test_beyond_the_shapes_that_are_measured_the_nearest_counts_and_it_is_said(m
     each, head = 2 * 8 * 8, 2 * 8 * 4
     assert session.cost.rows[0].training_flops == 3 * 2 * (6 * each + head + 2 * (6 * each + head))
     assert "2 samples" in str(session)
+
+
+@pytest.mark.filterwarnings("ignore:epoch 0 has had more")
+@pytest.mark.parametrize("ends", [True, False])
+def test_samples_that_were_not_measured_are_still_said_in_the_run_that_goes_on(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spfde.session.passes.MOST_SHAPES", 1)
+    model, optimizer, session = words()
+    session.begin_epoch()
+    train(model, optimizer, [6, 12, 12])
+    if ends:
+        session.end_epoch()
+    states = [own.state_dict() for own in (model, optimizer, session)]
+    again = words()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for own, state in zip(again, states, strict=True):
+            own.load_state_dict(state)
+    assert "4 samples of shapes that were not measured" in str(again[2])
 
 
 def test_what_ran_before_an_epoch_is_not_billed() -> None:

@@ -30,6 +30,7 @@ from spfde.session.distributed import World, check_shared_loader
 from spfde.session.initial_masks import first_masks
 from spfde.session.part import Setting
 from spfde.session.resuming import Kept, resume
+from spfde.session.sampling import samples_of_epoch
 from spfde.session.session import Session
 from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
@@ -73,7 +74,8 @@ def attach(
             function that returns one for each epoch, or None (batches come from elsewhere).
         recipe: what to save, and how.
         epochs: length of the run.
-        samples_per_epoch: samples that this process trains on in an epoch; needed where the loader does not tell.
+        samples_per_epoch: samples that this process trains on in an epoch; needed where the loader does not tell, and
+            no other number than the loader's where it does.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
             "auto": the one that is expected to be the fastest, which a line on the standard error tells.
@@ -188,6 +190,11 @@ def _loader_of(
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise InvalidArgument(Problem("samples_per_epoch", count, "must be a whole number from 1 on", "Count them."))
     if recipe.sieves or not is_stream(loader):
+        known = samples_of_epoch(loader)
+        if count is not None and count not in (known, -(-known // World.current().size)):
+            rule = f"is not what the loader gives in an epoch ({known})"
+            remedy = "Leave it out; where batches come from elsewhere, pass loader=None or what gives them."
+            raise InvalidArgument(Problem("samples_per_epoch", count, rule, remedy))
         return loader, None
     if sample is None and not hasattr(loader, "dataset"):
         sample = sample_of(loader, model)

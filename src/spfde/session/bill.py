@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spfde.core.errors import StateMismatch
 from spfde.core.numbers import round_half_up
+from spfde.core.state import check_entries
 from spfde.cost import Ledger, LedgerRow, peak_bytes
 from spfde.cost.memory import memory_of
 from spfde.engines.base import Job
@@ -132,14 +133,17 @@ class Bill(Part):
         return max(self._sampling.batch_size, -(-computed // max(1, self._setting.clock.steps)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.ledger.state_dict(), "passes": self.passes.state_dict()}
+        own = {"estimated": self._estimated, "passes": self.passes.state_dict()}
+        return {**self.ledger.state_dict(), **own}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        copy(self.ledger).load_state_dict(_without_passes(state))
+        copy(self.ledger).load_state_dict(_of_ledger(state))
+        check_entries({"estimated": state["estimated"]}, "the bill", {"estimated": int})
         self.passes.check_state(state["passes"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ledger.load_state_dict(_without_passes(state))
+        self.ledger.load_state_dict(_of_ledger(state))
+        self._estimated = state["estimated"]
         self.passes.load_state_dict(state["passes"])
 
     def detach(self) -> None:
@@ -158,8 +162,12 @@ class Bill(Part):
         return lines
 
 
-def _without_passes(state: Mapping[str, Any]) -> dict[str, Any]:
+_OWN = ("estimated", "passes")
+
+
+def _of_ledger(state: Mapping[str, Any]) -> dict[str, Any]:
     """The ledger's part of the state."""
-    if "passes" not in state:
-        raise StateMismatch("the state of the bill lacks passes. It is damaged, or of another version.")
-    return {name: value for name, value in state.items() if name != "passes"}
+    missing = [name for name in _OWN if name not in state]
+    if missing:
+        raise StateMismatch(f"the state of the bill lacks {missing[0]}. It is damaged, or of another version.")
+    return {name: value for name, value in state.items() if name not in _OWN}

@@ -101,6 +101,9 @@ class Rates(Part):
     def verify(self) -> None:
         self.remembers.check()
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        self.remembers.check_state(state)
+
     def detach(self) -> None:
         self.remembers.join()
 

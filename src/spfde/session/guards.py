@@ -129,8 +129,8 @@ class Guards(Part):
         ]
         remedy = f"Attach to {inner[0]}" if inner else "Attach to that one"
         raise UsageError(
-            f"the weights have moved in {self._backward.count} backward passes, but step() of {', '.join(names)} was never "
-            "called: another optimizer steps, around the hooks, and nothing is masked or counted. "
+            f"the weights have moved in {self._backward.count} backward passes, but step() of {', '.join(names)} was "
+            "never called: another optimizer steps, around the hooks, and nothing is masked or counted. "
             f"{remedy}, whose step() runs."
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spfde.core.clock import Clock
-from spfde.core.optimizers import Optimizers
+from spfde.core.optimizers import LeadingSteps, Optimizers
 from spfde.core.state import check_entries
 from spfde.planning.blueprint import Blueprint
 from spfde.planning.timeline import Row, Timeline
@@ -33,6 +33,7 @@ class Setting:
         world: the processes that train together.
         clock: epochs, steps and seconds.
         generator: the one source of randomness of masks, growth and sieving; saved once, by the session.
+        leading: which steps count, where there are several optimizers.
     """
 
     model: nn.Module
@@ -44,6 +45,10 @@ class Setting:
     world: World
     clock: Clock = field(default_factory=Clock)
     generator: torch.Generator = field(default_factory=torch.Generator)
+    leading: LeadingSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leading = LeadingSteps(self.optimizer.each)
 
     @property
     def device(self) -> torch.device:

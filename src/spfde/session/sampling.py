@@ -73,7 +73,7 @@ class Sampling(Part):
     def _share(self, loader: DataLoader[Any], keep: Callable[[], Tensor | None]) -> SievedLoader:
         assert loader.batch_size is not None, "attach lets no such loader in"
         self.population, self.batch_size = population_of(loader), loader.batch_size
-        self.dense_samples = _samples_per_epoch(loader)
+        self.dense_samples = samples_of_epoch(loader)
         share, world = (0, 1), self._setting.world
         if deals_out(loader, world):
             share, self._is_dealt = (world.rank, world.size), True
@@ -343,7 +343,7 @@ class Sampling(Part):
         return ["made: session.loader, whose batches drive the clock; your loader stays as it is"]
 
 
-def _samples_per_epoch(loader: DataLoader[Any]) -> int:
+def samples_of_epoch(loader: DataLoader[Any]) -> int:
     """Samples that the plain loop trains on in an epoch."""
     assert loader.batch_size is not None
     try:

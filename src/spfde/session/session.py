@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
 from spfde.core.hooks import weakly
-from spfde.core.optimizers import LeadingSteps
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
@@ -86,7 +85,6 @@ class Session(SessionView):
             else SievedSampling(setting, loader, labels)
         )
         self.loader = self._sampling.loader
-        self._leading = LeadingSteps()
         self._handles = setting.optimizer.hook(self._before_step, self._after_step)
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
@@ -168,7 +166,7 @@ class Session(SessionView):
         if clock.phase == "between" and clock.epoch < len(self.timeline):
             join_first(self._setting.world)
             self._guards.before_masks()
-            self._leading.reset()
+            self._setting.leading.reset()
             self._to_begin, self._have_ended = list(self._parts), []
             clock.begin_epoch()
             clock.is_late = is_late
@@ -282,7 +280,7 @@ class Session(SessionView):
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._sampling.tickets.stepped(optimizer)
-        if not self._leading.leads(optimizer):
+        if not self._setting.leading.leads(optimizer):
             return
         clock = self._clock
         if clock.phase == "begun":

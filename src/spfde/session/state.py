@@ -16,7 +16,7 @@ from spfde.session.part import Part, Setting
 from spfde.session.sampling import ANEW, Sampling
 from spfde.sieving.loader import loader_generators
 
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -24,6 +24,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "run": dict,
     "seed": int,
     "clock": dict,
+    "optimizer_steps": list,
     "place": dict,
     "generator": Tensor,
     "loader_generators": list,
@@ -41,6 +42,7 @@ def save_state(setting: Setting, parts: Sequence[Part], sampling: Sampling) -> d
         "run": _run(setting, sampling),
         "seed": setting.seed,
         "clock": clock,
+        "optimizer_steps": list(setting.leading.counts),
         "place": sampling.place(clock["phase"]),
         "generator": setting.generator.get_state(),
         "loader_generators": sampling.generator_states(),
@@ -63,12 +65,14 @@ def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, stat
     for part in parts:
         part.check_state(state["parts"][part.name])
     Clock().load_state_dict(state["clock"])
+    setting.leading.check(state["optimizer_steps"])
     _check_place(state["place"], len(loader_generators(sampling.loader)))
     setting.timeline.load_state_dict(state["timeline"])
     # What is frozen has no gradient: it is frozen before the masks look for those that learn.
     for part in sorted(parts, key=lambda part: not isinstance(part, Freezing)):
         part.load_state_dict(state["parts"][part.name])
     setting.clock.load_state_dict(state["clock"])
+    setting.leading.counts = list(state["optimizer_steps"])
     for generator, own in zip(generators, saved, strict=True):
         generator.set_state(own.cpu())
     setting.seed = state["seed"]
