@@ -75,17 +75,10 @@ class Guards(Part):
             self._check_groups()
 
     def verify(self) -> None:
-        found = None
-        try:
-            self._check_parameters()
-            self._check_groups()
-            self._check_steps()
-            self._enforce_masks()
-        except UsageError as error:
-            found = error
-        self._check_ranks(found)
-        if found is not None:
-            raise found
+        self._check_parameters()
+        self._check_groups()
+        self._check_steps()
+        self._enforce_masks()
 
     def detach(self) -> None:
         self._stop_looking()
@@ -142,22 +135,20 @@ class Guards(Part):
                 f"weights outside the masks were not zero in {len(found)} tensors ({found[0]}), or are not those that "
                 "the last step left: something has loaded, averaged or moved them beside the optimizer. They are "
                 "masked again, now and from here on. Average and load masked weights, or attach to what steps.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
-    def _check_ranks(self, found: UsageError | None) -> None:
+    def compare_ranks(self, found: Exception | None) -> None:
+        """Raise what this rank's parts have found; ``UsageError`` where others have, or have drifted apart."""
         world = self._setting.world
+        every = world.gather((checksums(self._masks.masks), self._content()) if world.is_shared else None, found)
         if not world.is_shared:
             return
-        own = (found is not None, checksums(self._masks.masks), self._content())
-        every = world.gather(own)
-        if found is None and any(failed for failed, *_ in every):
-            raise UsageError("another rank has found something wrong, and says what. All ranks end here.")
         for what, at, remedy in (
-            ("masks", 1, "Attach with one seed and one recipe, to equal weights, and let every rank take each step"),
+            ("masks", 0, "Attach with one seed and one recipe, to equal weights, and let every rank take each step"),
             (
                 "weights",
-                2,
+                1,
                 "Wrap the model in DistributedDataParallel(model, find_unused_parameters=True) before blocks are "
                 "frozen, on every rank, and call the wrapped model",
             ),

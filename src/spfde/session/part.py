@@ -71,17 +71,20 @@ class Part:
         """The top of an epoch, in the order of the parts; ``row`` is the timeline's, as the parts before amended it."""
 
     def end_epoch(self) -> None:
-        """The bottom of an epoch, in the order of the parts.
-
-        Raises:
-            UsageError: the epoch is not complete.
-        """
+        """The bottom of an epoch, in the order of the parts."""
 
     def verify(self) -> None:
         """See whether what it promises still holds: at the bottom of each epoch, and when the user asks for it.
 
         Raises:
             UsageError: it does not, with what was seen and the remedy.
+        """
+
+    def check_complete(self) -> None:
+        """Before the bottom of an epoch: whether all was done that belongs to it. Other ranks may find other things.
+
+        Raises:
+            UsageError: it was not, with the remedy.
         """
 
     def check_state(self, state: Mapping[str, Any]) -> None:

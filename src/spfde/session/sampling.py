@@ -309,16 +309,18 @@ class Sampling(Part):
             return self.loader.states_at_end()
         return [generator.get_state() for generator in loader_generators(self.loader)]
 
-    def end_epoch(self) -> None:
-        if self._setting.clock.is_resumed_at_end:
-            return
-        if self.is_all_drawn and not self.is_surplus:
-            self.loader.asks_for_more = self.loader.is_ended
+    def check_complete(self) -> None:
         if self.tickets.is_asked and self.loader.is_ended and not self._by_report and (left := self._left()):
             raise UsageError(
                 f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "
                 "batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
             )
+
+    def end_epoch(self) -> None:
+        if self._setting.clock.is_resumed_at_end:
+            return
+        if self.is_all_drawn and not self.is_surplus:
+            self.loader.asks_for_more = self.loader.is_ended
         if self._is_dealt and self._setting.world.disagrees(self.loader.started_with[:-1]):
             raise UsageError(
                 "the ranks drew this epoch's batches in different orders, so that some samples were seen twice and "

@@ -150,7 +150,7 @@ class Session(SessionView):
                 "session.epochs() calls it for you."
             )
         if not clock.is_resumed_at_end:
-            self.verify()
+            self._verify(is_end=True)
         self._begin_epoch()
         for part in self._parts:
             if part not in self._have_ended:

@@ -80,15 +80,16 @@ class SievedSampling(Sampling):
             self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels)
             self._scorer.reset()
 
+    def check_complete(self) -> None:
+        self._check_reported()
+        if self._technique.rescales and self._setting.clock.steps and not self._asked_for_weights:
+            raise UsageError(
+                "rescale_loss is set, but the losses were not weighted: multiply each sample's loss by "
+                "session.loss_weights() before taking the mean, or set rescale_loss=False."
+            )
+        super().check_complete()
+
     def end_epoch(self) -> None:
-        clock = self._setting.clock
-        if not clock.is_resumed_at_end:
-            self._check_reported()
-            if self._technique.rescales and clock.steps and not self._asked_for_weights:
-                raise UsageError(
-                    "rescale_loss is set, but the losses were not weighted: multiply each sample's loss by "
-                    "session.loss_weights() before taking the mean, or set rescale_loss=False."
-                )
         super().end_epoch()
         self._observer.exchange()
 

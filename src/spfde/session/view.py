@@ -14,6 +14,7 @@ from spfde.planning.timeline import Timeline
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.freezing import Freezing
+from spfde.session.guards import Guards
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
@@ -32,6 +33,7 @@ class SessionView:
     _masks: WholeModel
     _freezing: Freezing
     _bill: Bill
+    _guards: Guards
 
     @property
     def epoch(self) -> int:
@@ -127,8 +129,18 @@ class SessionView:
             >>> session.verify()
         """
         self._check_attached()
-        for part in self._parts:
-            part.verify()
+        self._verify()
+
+    def _verify(self, *, is_end: bool = False) -> None:
+        """Raise the first of what all parts find, on all ranks; ``is_end``: whether the epoch is complete, too."""
+        found: Exception | None = None
+        for check in [part.verify for part in self._parts] + [part.check_complete for part in self._parts if is_end]:
+            try:
+                check()
+            except Exception as error:
+                # Raised at once it would leave the other ranks waiting.
+                found = found or error
+        self._guards.compare_ranks(found)
 
     def _check_attached(self) -> None:
         if not self._attached:
