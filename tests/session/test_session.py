@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import re
 import warnings
 from typing import Any
 
@@ -340,6 +341,41 @@ def test_print_lists_what_is_hooked(parts: Parts, whole_recipe: spfde.Recipe) ->
     assert "detached" in str(session)
     assert "session.loader" not in str(session)
     assert "bn" not in str(session)
+
+
+def hooks_on(parts: Parts) -> dict[str, int]:
+    """How many hooks there are, by the word that print has for what they are on."""
+    model, optimizer = parts.model, parts.optimizer
+    return {
+        "gradients": sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()),
+        "steps": len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks),
+        "forward pass": len(model._forward_pre_hooks),
+    }
+
+
+def hooks_told(session: spfde.Session) -> dict[str, int]:
+    found = {"gradients": 0, "steps": 0, "forward pass": 0}
+    for line in str(session).splitlines():
+        if "hooked:" in line:
+            if number := re.search(r"gradients? of (\d+) ", line):
+                found["gradients"] += int(number[1])
+            found["steps"] += 2 * ("steps" in line)  # before and after
+            found["forward pass"] += "forward pass" in line
+    return found
+
+
+def test_print_tells_of_each_hook_that_there_is(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe, engine="masked")
+    assert hooks_told(session) == hooks_on(parts)
+    assert min(hooks_on(parts).values()) > 0
+    for epoch in session.epochs():
+        parts.model.train()
+        assert hooks_told(session) == hooks_on(parts), epoch
+        for x, y in session.loader:
+            step(parts, session, x, y)
+        assert hooks_told(session) == hooks_on(parts), epoch
+    session.detach()
+    assert set(hooks_on(parts).values()) == {0}
 
 
 def test_the_model_is_not_wrapped_and_can_be_copied_while_attached(parts: Parts, whole_recipe: spfde.Recipe) -> None:

@@ -45,6 +45,11 @@ class Arrivals:
         self._arrived, self._steps = set(), 0
         self._watch()
 
+    @property
+    def n_watched(self) -> int:
+        """Parameters whose next gradient is waited for."""
+        return len(self._handles)
+
     def on_step(self) -> None:
         """A step was taken.
 

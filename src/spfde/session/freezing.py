@@ -73,9 +73,13 @@ class Freezing(Part):
 
     def describe(self) -> list[str]:
         held = [name for name, module in self._setting.model.named_modules() if is_held(module)]
+        arrivals = 0 if self._arrivals is None else self._arrivals.n_watched
+        lines = [f"hooked: the gradients of {arrivals} parameters, once each, to see that they arrive (freezing)"]
+        lines = lines if arrivals else []
         if not held:
-            return []
+            return lines
         return [
+            *lines,
             f"replaced: train() of {len(held)} norms, which frozen blocks hold in evaluation mode:",
             *(f"  {name}" for name in held),
         ]

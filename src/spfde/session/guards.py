@@ -83,6 +83,10 @@ class Guards(Part):
     def detach(self) -> None:
         self._stop_looking()
 
+    def describe(self) -> list[str]:
+        wrapper = "hooked: the model's forward pass, once, to see the DistributedDataParallel that it is in (guards)"
+        return [] if self._look is None else [wrapper]
+
     # --- what it looks for -------------------------------------------------------------------------------------------
 
     def _check_parameters(self) -> None:

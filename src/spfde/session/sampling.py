@@ -342,7 +342,9 @@ class Sampling(Part):
         return [f"sieving: {len(self.partial_set):,} of {len(self.population):,} samples in use"]
 
     def describe(self) -> list[str]:
-        return ["made: session.loader, whose batches drive the clock; your loader stays as it is"]
+        lines = ["made: session.loader, whose batches drive the clock; your loader stays as it is"]
+        n = self.backward.n_watched
+        return [*lines, f"hooked: the gradients of {n} parameters, to see backward passes (sampling, guards)"]
 
 
 def samples_of_epoch(loader: DataLoader[Any]) -> int:
