@@ -88,6 +88,24 @@ def test_a_step_that_does_not_report_is_told_what_to_return() -> None:
 
 
 @pytest.mark.parametrize(
+    "sieving", [spfde.DataSieving(criterion="random"), spfde.DataSieving(removed_fraction=0.0)], ids=["random", "none"]
+)
+def test_a_recipe_that_needs_no_reports_asks_for_none(sieving: Any) -> None:
+    class Silent(runs.Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)["loss"]
+
+    recipe = spfde.Recipe(sieving=sieving, update_interval_epochs=2)
+    silent, telling = (SpfdeCallback(recipe) for _ in range(2))
+    fit(silent, Silent())
+    fit(telling)
+    assert silent.session is not None
+    assert telling.session is not None
+    assert [bill(row) for row in silent.session.cost.rows] == [bill(row) for row in telling.session.cost.rows]
+    assert not silent.session.needs_reports
+
+
+@pytest.mark.parametrize(
     ("options", "argument"),
     [
         ({"max_epochs": -1}, "max_epochs"),
@@ -221,9 +239,21 @@ def test_a_scheduler_counts_the_batches_that_are_left_or_is_told_that_it_cannot(
 
     with pytest.raises(spfde.InvalidArgument, match="estimated_stepping_batches"):
         fit(SpfdeCallback(runs.RECIPE, engine="masked"), Scheduled())
+
+    class Repeating(Scheduled):
+        def train_dataloader(self) -> Any:
+            images = super().train_dataloader().dataset
+            order = torch.utils.data.RandomSampler(images, replacement=True)
+            return torch.utils.data.DataLoader(images, batch_size=runs.BATCH, sampler=order)
+
+    with pytest.raises(spfde.InvalidArgument, match="estimated_stepping_batches"):
+        fit(SpfdeCallback(runs.RECIPE, engine="masked"), Repeating())
     callback = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
     fit(callback, Scheduled())
     assert callback.session.step == 8 * 5
+    limited = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
+    fit(limited, Scheduled(), limit_train_batches=2)
+    assert limited.session.step == 8 * 2
 
 
 def test_what_is_saved_after_the_validation_of_an_epoch_resumes_bit_for_bit(tmp_path: Path) -> None:

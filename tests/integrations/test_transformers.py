@@ -57,6 +57,59 @@ def test_accumulated_batches_are_reported_one_by_one(tmp_path: Path) -> None:
     assert [row.samples for row in callback.session.cost.rows] == [32] * 8
 
 
+@pytest.mark.parametrize("pops", [False, True], ids=["kept", "taken out"])
+def test_what_is_reported_is_the_batch_that_the_model_got_on_its_device(tmp_path: Path, pops: bool) -> None:
+    """A move to a GPU makes new tensors, as this Trainer does; those that were moved are on the logits' device."""
+    given, reported = list[int](), list[int]()
+
+    class Moving(transformers.Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {name: tensor.clone() for name, tensor in super()._prepare_inputs(inputs).items()}
+
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            given.append(inputs["labels"].data_ptr())
+            labels = inputs.pop("labels") if pops else inputs["labels"]
+            return nn.functional.cross_entropy(model(inputs["x"])["logits"], labels)
+
+    def report(batch: Any, outputs: Any) -> Any:
+        reported.append(batch["labels"].data_ptr())
+        return {"correct": outputs["logits"].argmax(1) == batch["labels"]}
+
+    run = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked", report=report), kind=Moving)
+    run.train()
+    assert len(given) == 8 * 4
+    assert reported == given
+
+
+def test_a_step_of_ones_own_that_prepares_nothing_is_reported_as_the_trainer_would_prepare_it(tmp_path: Path) -> None:
+    class Own(transformers.Trainer):
+        def training_step(self, model: Any, inputs: Any, *_: Any) -> Any:
+            model.train()
+            loss = nn.functional.cross_entropy(model(inputs["x"])["logits"], inputs["labels"])
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    own, usual = (SpfdeCallback(runs.RECIPE, engine="masked") for _ in range(2))
+    one, other = runs.trainer(tmp_path, own, kind=Own), runs.trainer(tmp_path, usual)
+    one.train()
+    other.train()
+    assert same(one.model, other.model)
+
+
+@pytest.mark.parametrize(
+    "sieving", [spfde.DataSieving(criterion="random"), spfde.DataSieving(removed_fraction=0.0)], ids=["random", "none"]
+)
+def test_a_recipe_that_needs_no_reports_asks_for_none(tmp_path: Path, sieving: Any) -> None:
+    class Wordless(runs.Classifier):
+        def forward(self, x: Any, labels: Any = None) -> Any:  # type: ignore[override]
+            return {"loss": super().forward(x, labels)["loss"]} if labels is not None else super().forward(x)
+
+    callback = SpfdeCallback(spfde.Recipe(sieving=sieving, update_interval_epochs=2))
+    runs.trainer(tmp_path, callback, model=Wordless()).train()
+    assert callback.session is not None
+    assert callback.session.epoch == 8
+
+
 @pytest.mark.long
 def test_labels_that_the_trainer_takes_out_of_the_batch_are_reported_all_the_same(tmp_path: Path) -> None:
     class Own(transformers.Trainer):

@@ -103,8 +103,9 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             state=state,
             **self._options,
         )
-        _check_batches_counted(trainer, self.session.loader)
-        if self.session._sampling.begins_anew:
+        if self._recipe.sieves:
+            _check_batches_counted(trainer, self.session.loader)
+        if self.session.begins_anew:
             raise UsageError(
                 "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and "
                 "Lightning goes on behind its batches. Pass the ckpt_path of a checkpoint of an epoch's end."
@@ -115,7 +116,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()
-        if session._clock.is_resumed_at_end and session.epoch < trainer.current_epoch:
+        if session.phase == "drained" and session.epoch < trainer.current_epoch:
             session.end_epoch()  # saved after an epoch's last batch, and Lightning takes the epoch for ended
         if session.epoch != trainer.current_epoch:
             raise UsageError(
@@ -128,14 +129,14 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         self._running().begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._reported = self._running()._sampling.samples_observed
+        self._reported = self._running().samples_observed
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         session = self._running()
-        if self._recipe.sieving is not None and session._sampling.samples_observed == self._reported:
+        if session.needs_reports and session.samples_observed == self._reported:
             _report(session, outputs)
         if trainer.is_last_batch:
-            session._clock.stop_watch(session._setting.device)  # what comes now is validation
+            session.stop_watch()  # what comes now is validation
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()
@@ -150,7 +151,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into its checkpoint: the session's state, tensors and primitives alone."""
-        state = self.session.state_dict() if self.session is not None and self.session._attached else self._state
+        state = self.session.state_dict() if self.session is not None and self.session.is_attached else self._state
         return {} if state is None else {"session": state}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def _leave(self) -> None:
         session = self._running()
-        if session._attached:
+        if session.is_attached:
             with suppress(UsageError):  # in the middle of an epoch that was interrupted
                 self._state = session.state_dict()
             session.detach()
@@ -297,8 +298,12 @@ def _check_batches_counted(trainer: Any, loader: Any) -> None:
     """Has ``configure_optimizers`` had the batches counted before the session left samples out?"""
     if trainer.fit_loop._combined_loader is None:
         return
-    counted, left = trainer.fit_loop.max_batches, len(loader)
-    if counted > left:
+    counted = trainer.fit_loop.max_batches
+    try:
+        left: int | str = len(loader)
+    except TypeError:
+        left = "a number that is not known in advance"
+    if counted != left:
         rule = f"was counted with {counted} batches an epoch, and sieving leaves {left}"
         remedy = "Give the scheduler its number of steps yourself, or let it step once an epoch (interval='epoch')."
         raise InvalidArgument(Problem("trainer.estimated_stepping_batches", None, rule, remedy))
