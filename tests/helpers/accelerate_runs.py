@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import spfde
-from helpers.training import make_images, make_parts
+from helpers.training import BATCH, make_images, make_parts
 from spfde.integrations.accelerate import attach
 
 RECIPE = spfde.Recipe(
@@ -112,11 +112,37 @@ def gather_rank(folder: Path) -> None:
     accelerator.end_training()
 
 
+class OwnBatches(BatchSampler):
+    """A batch sampler of one's own: the session does not know how it would batch the partial set."""
+
+
+def stream_rank(folder: Path) -> None:
+    """Leave the samples that this rank trained on, where Accelerate deals out the batches."""
+    accelerator = Accelerator(cpu=True)
+    parts = make_parts()
+    sampler = OwnBatches(SequentialSampler(make_images()), BATCH, drop_last=False)
+    loader = DataLoader(Numbered(*make_images().tensors), batch_sampler=sampler)
+    recipe = RECIPE.model_copy(update={"freezing": None, "sieving": None})
+    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    session = attach(accelerator, model, optimizer, loader, recipe, epochs=EPOCHS, engine="masked")
+    seen: list[int] = []
+    for _ in session.epochs():
+        seen.clear()
+        for x, y, index in session.loader:
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += index.tolist()
+    samples = [row.samples for row in session.cost.rows]
+    torch.save({"seen": seen, "samples": samples}, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()
+
+
 if __name__ == "__main__":
     folder, how = Path(sys.argv[1]), sys.argv[2]
     if how.isdigit():
         run_until_killed(folder, int(how))
-    elif how == "gather":
-        gather_rank(folder)
+    elif how in ("gather", "stream"):
+        (gather_rank if how == "gather" else stream_rank)(folder)
     else:
         train_rank(folder, how)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 import spfde
 from helpers import accelerate_runs as runs
@@ -40,17 +40,13 @@ class Stream(IterableDataset[Any]):
         return iter(make_images())
 
 
-class OwnBatches(BatchSampler):
-    """Batches that the session cannot make from the partial set."""
-
-
 def batches() -> list[Any]:
     return [list(batch) for batch in zip(*(t.split(BATCH) for t in make_images().tensors), strict=True)]
 
 
 def own_batches() -> DataLoader[Any]:
     order = RandomSampler(range(SAMPLES), generator=torch.Generator().manual_seed(0))
-    return DataLoader(make_images(), batch_sampler=OwnBatches(order, BATCH, drop_last=False))
+    return DataLoader(make_images(), batch_sampler=runs.OwnBatches(order, BATCH, drop_last=False))
 
 
 STREAMS: dict[str, Any] = {
@@ -149,6 +145,16 @@ def test_two_ranks_gather_each_sample_of_a_sieved_epoch_once(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "rank0.pt")
     assert found["gathered"] == [sorted(each) for each in found["partial"]]
+
+
+@pytest.mark.long
+def test_two_ranks_share_the_batches_that_accelerate_deals_out(tmp_path: Path) -> None:
+    """Five batches of 8: the sixth is the first once more, so that both take three."""
+    done = start(runs.__file__, str(tmp_path), "stream", ranks=2)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert sorted(first["seen"] + second["seen"]) == sorted([*range(SAMPLES), *range(BATCH)])
+    assert first["samples"] == second["samples"] == [SAMPLES + BATCH] * runs.EPOCHS
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -209,7 +209,8 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
     done = start(runs.__file__, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert first["refused"] == second["refused"] == ["strategy"]  # without find_unused_parameters
+    # Without find_unused_parameters, and with batches that nobody would deal out.
+    assert first["refused"] == second["refused"] == ["strategy", "loader.batch_sampler"]
     assert first["samples"] == second["samples"] == [32] * 8
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 
@@ -301,6 +302,15 @@ def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: 
         assert callback.session.epoch == 8
         assert [row.samples for row in callback.session.cost.rows] == [32] * 8
         assert same(whole.net, module.net)
+
+
+def test_a_checkpoint_from_within_an_epoch_that_would_begin_anew_is_refused(tmp_path: Path) -> None:
+    """Batches that are of no samples with ids cannot be passed over, and Lightning goes on behind them."""
+    saving = runs.saving(tmp_path, every_n_train_steps=3)
+    runs.trainer(SpfdeCallback(runs.SPARSE, engine="masked"), saving).fit(runs.Batched())
+    within = min(tmp_path.glob("*.ckpt"))
+    with pytest.raises(spfde.UsageError, match="anew"):
+        runs.trainer(SpfdeCallback(runs.SPARSE, engine="masked")).fit(runs.Batched(), ckpt_path=within)
 
 
 class TwoOptimizers(runs.Manual):

@@ -18,6 +18,7 @@ from helpers.processes import start
 from spfde.integrations.transformers import SpfdeCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+SPARSE = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.8), update_interval_epochs=2)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -280,6 +281,42 @@ def test_a_train_dataloader_of_ones_own_is_sieved(tmp_path: Path) -> None:
     runs.trainer(tmp_path, callback, kind=Own).train()
     assert callback.session is not None
     assert callback.session.step == 8 * 4  # 32 samples in batches of 10
+
+
+class OwnBatches(torch.utils.data.BatchSampler):
+    """A batch sampler of one's own: the session does not know how it would batch the partial set."""
+
+
+class Batched(transformers.Trainer):
+    """With batches that cannot be sieved."""
+
+    def get_train_dataloader(self) -> Any:
+        order = torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+        sampler = OwnBatches(order, 16, drop_last=False)
+        return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=sampler)
+
+
+class BatchedAndPrepared(Batched):
+    def get_train_dataloader(self) -> Any:
+        return self.accelerator.prepare(super().get_train_dataloader())
+
+
+@pytest.mark.parametrize("kind", [Batched, BatchedAndPrepared])
+def test_batches_of_ones_own_that_are_not_sieved_are_trained_on(tmp_path: Path, kind: Any) -> None:
+    callback = SpfdeCallback(SPARSE, engine="masked")
+    runs.trainer(tmp_path, callback, kind=kind, gradient_accumulation_steps=2).train()
+    assert callback.session is not None
+    assert [(row.samples, row.steps) for row in callback.session.cost.rows] == [(40, 2)] * 8  # 16 and 16, 8
+
+
+def test_a_checkpoint_from_within_an_epoch_that_would_begin_anew_is_refused(tmp_path: Path) -> None:
+    """Batches that are of no samples with ids cannot be passed over, and the Trainer counts its steps once."""
+    saving: Any = {"save_strategy": "steps", "save_steps": 2}
+    runs.trainer(tmp_path, SpfdeCallback(SPARSE, engine="masked"), kind=Batched, **saving).train()
+    with pytest.raises(spfde.UsageError, match="anew"):
+        runs.trainer(tmp_path, SpfdeCallback(SPARSE, engine="masked"), kind=Batched).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
 
 
 def test_a_sampler_that_does_not_tell_how_many_samples_are_left_is_refused(tmp_path: Path) -> None:

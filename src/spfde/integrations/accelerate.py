@@ -52,7 +52,7 @@ def attach(
 
     Args:
         accelerator: the Accelerator.
-        model: the model, prepared or not.
+        model: the model, prepared or not; it is moved to the accelerator's device, as ``prepare`` does.
         optimizer: the optimizer, prepared or not, or a list.
         loader: the training loader, prepared or not; where nothing is sieved of any kind, as in ``spfde.attach``.
         recipe: what to save, and how.
@@ -78,10 +78,12 @@ def attach(
     _check_accelerator(accelerator)
     optimizers = [getattr(each, "optimizer", each) for each in _listed(optimizer)]
     plain = plain_loader(loader)
-    is_dealt_by_accelerate = isinstance(plain, DataLoader) and not recipe.sieves and is_stream(plain)
-    if is_dealt_by_accelerate:
+    if accelerator.device_placement and isinstance(model, nn.Module) and not hasattr(model, "hf_device_map"):
+        model.to(accelerator.device)  # as prepare does: masks and the engine go by where the model is
+    by_accelerate = is_dealt_by_accelerate(plain, recipe)
+    if by_accelerate:
         plain = accelerator.prepare_data_loader(loader)
-        options.setdefault("samples_per_epoch", _samples_of_process(plain, accelerator.num_processes))
+        options.setdefault("samples_per_epoch", samples_of_process(plain, accelerator.num_processes))
     elif accelerator.num_processes > 1 and isinstance(plain, DataLoader):
         share_order(plain)
     session = attach_plain(
@@ -92,7 +94,7 @@ def attach(
         epochs=epochs,
         **options,
     )
-    if not is_dealt_by_accelerate:
+    if not by_accelerate:
         session.loader = _SessionLoader(session.loader, accelerator)
     return session
 
@@ -129,6 +131,11 @@ def plain_loader(loader: Any) -> Any:
         drop_last=batches.drop_last,
         **settings_of(inner),
     )
+
+
+def is_dealt_by_accelerate(plain: Any, recipe: Recipe) -> bool:
+    """Whether a DataLoader's batches are not of samples with ids, so that the session cannot deal them out."""
+    return isinstance(plain, DataLoader) and not recipe.sieves and is_stream(plain)
 
 
 class _SessionLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate is not there for mypy
@@ -186,7 +193,7 @@ def _remainder(loader: Any, n_processes: int) -> int:
         return -1
 
 
-def _samples_of_process(loader: Any, n_processes: int) -> int | None:
+def samples_of_process(loader: Any, n_processes: int) -> int | None:
     """Samples of an epoch that Accelerate deals out to each of several processes; None where attach can tell."""
     if n_processes == 1:
         return None

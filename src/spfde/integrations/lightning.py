@@ -16,11 +16,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
 from spfde.recipe import Recipe
 from spfde.session.attach import attach
 from spfde.session.session import Session
+from spfde.sieving.stream import is_stream
 
 try:
     if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -40,10 +42,11 @@ _REPORTS = (("logits", "y"), ("correct",), ("sample_loss",))
 class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there for mypy
     """Train a LightningModule with SpFDE: ``Trainer(callbacks=[SpfdeCallback(recipe)])``.
 
-    ``Trainer(max_epochs=...)`` is the length of the run. With a recipe that sieves, ``training_step`` says how the
-    batch went: it returns ``{"loss": loss, "logits": logits, "y": y}`` (or, instead of the last two, ``"correct"``,
-    bool [N], or ``"sample_loss"``, the loss of each sample, [N]), or calls ``callback.session.observe(...)`` itself.
-    Lightning's checkpoints hold the session's state, and ``fit(ckpt_path=...)`` goes on from it.
+    ``Trainer(max_epochs=...)`` is the length of the run. With a recipe that sieves by reports, ``training_step`` says
+    how the batch went: it returns ``{"loss": loss, "logits": logits, "y": y}`` (or, instead of the last two,
+    ``"correct"``, bool [N], or ``"sample_loss"``, the loss of each sample, [N]), or calls
+    ``callback.session.observe(...)`` itself. Lightning's checkpoints hold the session's state, and
+    ``fit(ckpt_path=...)`` goes on from it.
 
     Args:
         recipe: what to save, and how.
@@ -94,10 +97,12 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         _check_trainer(trainer, self._recipe)
         model = _model_of(pl_module, self._model_name)
         source = trainer.fit_loop._data_source
+        loader = source.dataloader()
+        _check_dealt(trainer, loader, self._recipe)
         self.session = attach(
             model,
             _optimizers_of(trainer, model),
-            source.dataloader(),
+            loader,
             self._recipe,
             epochs=trainer.max_epochs,
             state=state,
@@ -107,8 +112,9 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             _check_batches_counted(trainer, self.session.loader)
         if self.session.begins_anew:
             raise UsageError(
-                "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and "
-                "Lightning goes on behind its batches. Pass the ckpt_path of a checkpoint of an epoch's end."
+                "the checkpoint is from amid an epoch, which would begin anew (several processes sieve, or its batches "
+                "are of no samples with ids), and Lightning goes on behind its batches. Pass the ckpt_path of a "
+                "checkpoint of an epoch's end."
             )
         self.session.loader.asks_for_more = False  # Lightning goes by the length
         trainer.fit_loop._combined_loader = None
@@ -247,6 +253,21 @@ def _check_strategy(trainer: Any, recipe: Recipe, problems: Problems) -> None:
         rule = "waits for the gradients of all parameters, and frozen ones have none"
         remedy = "Pass strategy='ddp_find_unused_parameters_true'."
         problems.add("strategy", "ddp", rule, remedy)
+
+
+def _check_dealt(trainer: Any, loader: Any, recipe: Recipe) -> None:
+    """Would Lightning deal out batches that the session cannot deal out in its place?"""
+    if (
+        trainer.world_size > 1
+        and trainer._accelerator_connector.use_distributed_sampler
+        and isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and not recipe.sieves
+        and is_stream(loader)
+    ):
+        rule = "is your own: the session cannot deal its batches out, and Lightning would not do it here"
+        remedy = "Pass sampler= and batch_size= instead; or deal them out in it, with use_distributed_sampler=False."
+        raise InvalidArgument(Problem("loader.batch_sampler", type(loader.batch_sampler).__name__, rule, remedy))
 
 
 def _model_of(module: Any, name: str | None) -> nn.Module:

@@ -28,7 +28,7 @@ try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    from spfde.integrations.accelerate import plain_loader, share_order
+    from spfde.integrations.accelerate import is_dealt_by_accelerate, plain_loader, samples_of_process, share_order
 except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
     raise InvalidArgument(Problem("import", __name__, "needs the package transformers", remedy)) from error
@@ -140,8 +140,11 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         trainer, args = self._trainer, self._trainer.args
         self._leave()
         plain = plain_loader(loader)
-        self._order = _reseeded(loader, plain)
-        if args.world_size > 1:
+        self._order, options = _reseeded(loader, plain), dict(self._options)
+        if is_dealt_by_accelerate(plain, self._recipe):
+            plain = trainer.accelerator.prepare_data_loader(loader)
+            options.setdefault("samples_per_epoch", samples_of_process(plain, args.world_size))
+        elif args.world_size > 1:
             share_order(plain)
         trainer.create_optimizer()
         if self._recipe.learning_rate is not None:
@@ -150,7 +153,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         state = self._saved_state()
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         epochs = int(args.num_train_epochs)
-        session = attach(model, optimizer, plain, self._recipe, epochs=epochs, state=state, **self._options)
+        session = attach(model, optimizer, plain, self._recipe, epochs=epochs, state=state, **options)
         self.session = session
         try:
             _check_length(session)
@@ -333,8 +336,9 @@ def _check_place(session: Session, accumulated: int) -> None:
     batches = len(session.loader)
     if session.begins_anew:
         raise UsageError(
-            "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and the "
-            "Trainer counts its steps once. Resume from a checkpoint of an epoch's end (save_strategy='epoch')."
+            "the checkpoint is from amid an epoch, which would begin anew (several processes sieve, or its batches are "
+            "of no samples with ids), and the Trainer counts its steps once. Resume from a checkpoint of an epoch's "
+            "end (save_strategy='epoch')."
         )
     if session.phase == "running" and batches % accumulated:
         raise UsageError(
