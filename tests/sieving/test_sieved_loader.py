@@ -287,6 +287,31 @@ def test_the_length_is_the_number_of_batches_that_come(sampler, drop_last):
     assert len(source) == len(list(source))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keep", [None, without(1, 2, 3)])
+@pytest.mark.parametrize("taken", [None, 2])
+def test_whether_a_batch_is_left_is_known_before_it_is_loaded(workers, keep, taken):
+    loader = wrap(DataLoader(Tuples(), 4, sampler=EveryOther(), num_workers=workers), keep)
+    loader.go_on(taken, loader.started_with)
+    left = [loader.has_more for _ in loader]
+    assert left == [True] * (2 if taken is None else 0) + [False]
+    assert [loader.has_more for _ in loader] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "keep", "expected"),
+    [
+        (SequentialSampler(range(N)), without(0, 9), N - 2),
+        (RandomSampler(range(N), num_samples=2 * N), without(0, 9), 2 * (N - 2)),
+        (SubsetRandomSampler([0, 1, 2, 9]), without(0, 9), 2),
+        (EveryOther(), None, 12),
+    ],
+)
+def test_the_samples_of_an_epoch_are_counted_before_they_are_dealt(sampler, keep, expected):
+    assert SievedBatchSampler(sampler, 4, True, keep=lambda: keep, share=(0, 2)).n_samples() == expected
+    assert sum(map(len, SievedBatchSampler(sampler, 4, False, keep=lambda: keep))) == expected
+
+
 @pytest.mark.parametrize(
     "sampler",
     [RandomSampler(range(N), replacement=True), RandomSampler(range(N), num_samples=7), EveryOther()],
@@ -295,6 +320,8 @@ def test_a_length_that_cannot_be_known_is_a_type_error_and_does_not_hinder_itera
     kept = SievedBatchSampler(sampler, 4, False, keep=lambda: without(0))
     with pytest.raises(TypeError, match=type(sampler).__name__):
         len(kept)
+    with pytest.raises(TypeError, match=type(sampler).__name__):
+        kept.n_samples()
     assert list(kept)
     assert len(SievedBatchSampler(sampler, 4, False, keep=lambda: None)) == -(-len(sampler) // 4)
 

@@ -91,8 +91,8 @@ def attach(
             ``model(x)`` against ``y``.
         probe: for freezing with ``criterion="representation"``: what the model is called with to compare its outputs,
             ``probe_samples`` samples; by default random ones of the data set.
-        state: of a session, from ``state_dict``, to go on from. The weights stay as they are, so load them before; the
-            optimizer's state may come before or after.
+        state: of a session, from ``state_dict``, to go on from. The weights stay as they are, so load them before. The
+            optimizer's state comes after, where ``recipe.learning_rate`` has split its groups, else before or after.
 
     Raises:
         InvalidArgument: with every problem that was found, each with its remedy.

@@ -35,6 +35,7 @@ class Sampling(Part):
         by_report: each batch needs a report; otherwise it is done with when it has been trained on.
 
     Attributes:
+        needs_reports: see ``by_report``.
         population: ids of all samples, ascending.
         batch_size: of the loader.
         dense_samples: samples that the plain loop trains on in an epoch, by all processes together.
@@ -56,7 +57,7 @@ class Sampling(Part):
         by_report: bool = False,
     ) -> None:
         self._setting = setting
-        self._by_report = by_report
+        self.needs_reports = by_report
         self._is_dealt = False
         if isinstance(loader, StreamLoader):
             self.loader, self.batch_size = loader, loader.batch_size
@@ -136,7 +137,7 @@ class Sampling(Part):
         ticket = self.tickets.ask()
         # Two backward passes of one batch close its ticket, and it is still the one in hand.
         samples: Tensor | None = None if ticket is None else ticket.ids
-        if ticket is None and not self._by_report:
+        if ticket is None and not self.needs_reports:
             samples = self.loader.current_indices
         if samples is None:
             raise UsageError(
@@ -310,7 +311,7 @@ class Sampling(Part):
         return [generator.get_state() for generator in loader_generators(self.loader)]
 
     def check_complete(self) -> None:
-        if self.tickets.is_asked and self.loader.is_ended and not self._by_report and (left := self._left()):
+        if self.tickets.is_asked and self.loader.is_ended and not self.needs_reports and (left := self._left()):
             raise UsageError(
                 f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "
                 "batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from spfde.core.clock import Clock
+from spfde.core.clock import Clock, Phase
 from spfde.core.errors import UsageError
 from spfde.cost.ledger import Ledger
 from spfde.planning.timeline import Timeline
@@ -36,9 +36,37 @@ class SessionView:
     _guards: Guards
 
     @property
+    def is_attached(self) -> bool:
+        """Whether it follows the loop: until ``detach``.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.is_attached
+            True
+            >>> session.detach()
+            >>> session.is_attached
+            False
+        """
+        return self._attached
+
+    @property
     def epoch(self) -> int:
         """The epoch that runs now or comes next, from 0."""
         return self._clock.epoch
+
+    @property
+    def phase(self) -> Phase:
+        """Where in an epoch it stands: "between" two, "begun", "running", or "drained": all its batches are drawn.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.phase
+            'between'
+            >>> session.begin_epoch()
+            >>> session.phase
+            'begun'
+        """
+        return self._clock.phase
 
     @property
     def step(self) -> int:
@@ -96,6 +124,42 @@ class SessionView:
         return {"moved": self._clock.sieve_moved, "ever_used": self._sampling.n_used}
 
     @property
+    def needs_reports(self) -> bool:
+        """Whether ``observe`` has to be called once a batch; not where nothing is sieved, or by chance alone.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.needs_reports
+            False
+        """
+        return self._sampling.needs_reports
+
+    @property
+    def samples_observed(self) -> int:
+        """Samples that were reported to ``observe`` in this epoch; 0 where nothing is sieved.
+
+        Example:
+            >>> recipe = spfde.Recipe(sieving=spfde.DataSieving())
+            >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=2)
+            >>> x, y = next(iter(session.loader))
+            >>> session.observe(model(x), y)
+            >>> session.samples_observed == len(y)
+            True
+        """
+        return self._sampling.samples_observed
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a state was loaded from amid an epoch that begins anew, for its batches cannot be passed over.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.begins_anew
+            False
+        """
+        return self._sampling.begins_anew
+
+    @property
     def caches_prefix(self) -> bool:
         """Whether outputs of the frozen front are kept; then all augmentation must come from ``augmentation_seeds``."""
         return self._computing.caches_prefix
@@ -113,6 +177,19 @@ class SessionView:
     def name_of_model(self) -> str:
         """The class of its model."""
         return type(self._setting.model).__name__
+
+    def stop_watch(self) -> None:
+        """This epoch's training is done: what comes now, such as a validation, is not among its seconds.
+
+        ``session.loader`` does it itself at its end; this is for trainers that do not ask for one batch more than there
+        are. On an accelerator it waits for the work under way.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.begin_epoch()
+            >>> session.stop_watch()
+        """
+        self._clock.stop_watch(self._setting.device)
 
     def verify(self) -> None:
         """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.

@@ -254,6 +254,11 @@ class SievedLoader(DataLoader[Any]):
             self._set(self._at_end)
         self.on_event("end")
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the newest iteration has a batch left: its indices are drawn, and its samples not loaded."""
+        return self._rest is not None and self._rest.has_more
+
     def states_at_end(self) -> list[Tensor]:
         """The states of the loader's own generators when the newest iteration, which has handed out all, has ended.
 
