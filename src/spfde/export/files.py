@@ -80,6 +80,11 @@ def save_compressed(
     _check_tensors(state_dict)
     if unknown := sorted(set(masks or {}) - set(state_dict)):
         rule, remedy = "masks tensors that are not in state_dict", "Pass the masks of this model (session.masks)."
+        inner = next(
+            (name.removesuffix(f".{unknown[0]}") for name in state_dict if name.endswith(f".{unknown[0]}")), None
+        )
+        if inner is not None:
+            remedy = f"Pass the state_dict of the module that was attached (.{inner}), whose names the masks have."
         raise InvalidArgument(Problem("masks", unknown, rule, remedy))
     stored: dict[str, Tensor] = {}
     tensors = {}

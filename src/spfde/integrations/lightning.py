@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
 from spfde.recipe import Recipe
-from spfde.session.attach import attach
+from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
 from spfde.sieving.stream import is_stream
 
@@ -79,6 +79,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         model: str | None = None,
         **attach_options: Any,
     ) -> None:
+        check_options(recipe, attach_options)
         self.session: Session | None = None
         self._recipe, self._model_name = recipe, model
         self._options = {**attach_options, "seed": seed, "engine": engine}
@@ -89,12 +90,13 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
     # --- the life of a session ---------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.session is not None:
-            self._leave()  # a fit that an exception has ended
-        # The state of an earlier fit counts where the trainer goes on, too.
+        # The state of an earlier fit counts where the trainer goes on without a checkpoint.
         state = self._state if self._is_resumed or trainer.current_epoch else None
         self._is_resumed = False
-        _check_trainer(trainer, self._recipe)
+        if self.session is not None:
+            self.session.detach()
+        recipe = _lenient(self._recipe) if trainer.fast_dev_run else self._recipe
+        _check_trainer(trainer, recipe)
         model = _model_of(pl_module, self._model_name)
         source = trainer.fit_loop._data_source
         loader = source.dataloader()
@@ -103,7 +105,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             model,
             _optimizers_of(trainer, model),
             loader,
-            self._recipe,
+            recipe,
             epochs=trainer.max_epochs,
             state=state,
             **self._options,
@@ -149,8 +151,14 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         if session.epoch == trainer.current_epoch:
             session.end_epoch()
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.session is not None:
+            self._leave()
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and self.session is not None:
+        if stage == "fit" and self.session is not None and self.session.is_attached:
+            self.session.verify()  # callbacks that average weights put theirs in as training ends
+            self.session.warn_if_early()
             self._leave()
 
     # --- Lightning's checkpoints -------------------------------------------------------------------------------------
@@ -231,7 +239,19 @@ def _check_trainer(trainer: Any, recipe: Recipe) -> None:
         rule = "sets learning rates, which the recipe's learning_rate does, too"
         problems.add("configure_optimizers", names, rule, "Return no scheduler, or set learning_rate=None.")
     _check_strategy(trainer, recipe, problems)
+    averaging = [name for each in trainer.callbacks if (name := type(each).__name__) == "StochasticWeightAveraging"]
+    if averaging:
+        rule = "runs over the training set once more behind the last epoch, and sets learning rates"
+        problems.add("callbacks", averaging[0], rule, "Leave it out.")
     problems.raise_if_any()
+
+
+def _lenient(recipe: Recipe) -> Recipe:
+    """For a smoke test of one epoch: freeze what can be reached."""
+    freezing = recipe.freezing
+    if freezing is not None:
+        freezing = freezing.model_copy(update={"as_far_as_possible": True})
+    return recipe.replace(freezing=freezing, update_interval_epochs="auto")
 
 
 def _check_limits(trainer: Any, recipe: Recipe, problems: Problems) -> None:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
 from spfde.recipe import Recipe
-from spfde.session.attach import attach
+from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
 
 try:
@@ -35,6 +35,9 @@ except ImportError as error:
 
 STATE_NAME = "spfde.pt"
 """The session's state in each of the Trainer's checkpoint folders."""
+
+_EVIDENCE = {"logits", "y", "indices", "correct", "loss"}
+"""Arguments of ``observe``."""
 
 Report = Callable[[Mapping[str, Any], Any], Mapping[str, Tensor]]
 
@@ -78,6 +81,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         report: Report | None = None,
         **attach_options: Any,
     ) -> None:
+        check_options(recipe, attach_options)
         self.session: Session | None = None
         self._recipe, self._report = recipe, report
         self._options = {**attach_options, "seed": seed, "engine": engine}
@@ -99,6 +103,10 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         train, make_loader = trainer.train, trainer.get_train_dataloader
 
         def train_with_session(resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
+            if self not in trainer.callback_handler.callbacks:
+                raise UsageError(
+                    "SpfdeCallback was removed from a Trainer that was made with it. Make a new Trainer without it."
+                )
             _check_arguments(trainer, self._recipe)
             self._checkpoint = _folder(resume_from_checkpoint, args)
             self._trial = rest[0] if rest else named.get("trial")
@@ -178,7 +186,14 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                 f"the model ran {len(outputs)} times in one training step, so that it cannot be told which outputs say "
                 "how the batch went. Call the model once in compute_loss, or set sieving=None."
             )
-        session.observe(**(_class_report if self._report is None else self._report)(batch, outputs[0]))
+        told = (_class_report if self._report is None else self._report)(batch, outputs[0])
+        if not isinstance(told, Mapping) or not told.keys() <= _EVIDENCE:
+            given = sorted(told) if isinstance(told, Mapping) else type(told).__name__
+            remedy = "Return a dictionary, such as {'loss': losses} with one loss a sample."
+            raise InvalidArgument(
+                Problem("report", given, f"must return some of {', '.join(sorted(_EVIDENCE))}", remedy)
+            )
+        session.observe(**told)
 
     # --- the Trainer's events ----------------------------------------------------------------------------------------
 
@@ -199,6 +214,12 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._running().end_epoch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        session = self._running()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            session.take_masks(_state_in(state.best_model_checkpoint))  # the Trainer has loaded its weights
+        session.warn_if_early()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = self._running().state_dict()
@@ -221,16 +242,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         return self.session
 
     def _saved_state(self) -> Mapping[str, Any] | None:
-        if self._checkpoint is None:
-            return None
-        path = Path(self._checkpoint, STATE_NAME)
-        if not path.is_file():
-            raise StateMismatch(
-                f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
-                "earlier one, or start a new run without resume_from_checkpoint."
-            )
-        state: Mapping[str, Any] = torch.load(path, weights_only=True)
-        return state
+        return None if self._checkpoint is None else _state_in(self._checkpoint)
 
 
 class _NoSchedule:
@@ -270,6 +282,18 @@ def _folder(resume_from_checkpoint: Any, args: Any) -> str | None:
         last: str | None = get_last_checkpoint(args.output_dir)
         return last
     return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _state_in(folder: str) -> Mapping[str, Any]:
+    """The session's state in a checkpoint of the Trainer."""
+    path = Path(folder, STATE_NAME)
+    if not path.is_file():
+        raise StateMismatch(
+            f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
+            "earlier one, or start a new run without resume_from_checkpoint."
+        )
+    state: Mapping[str, Any] = torch.load(path, weights_only=True)
+    return state
 
 
 def _check_arguments(trainer: Any, recipe: Recipe) -> None:

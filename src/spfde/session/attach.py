@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from spfde.core.errors import InvalidArgument, Problem, Problems
+from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.optimizers import Optimizers
 from spfde.core.say import say, say_on_stderr
 from spfde.core.torch_private import tree_map_only
@@ -235,6 +236,28 @@ def _check_kinds(
     with problems.collecting():
         check_engine(engine)
     problems.raise_if_any()
+
+
+def check_options(recipe: object, options: Mapping[str, Any]) -> None:
+    """For callbacks, which attach later: is the recipe one, and are these options of ``attach``?
+
+    Raises:
+        InvalidArgument: with every problem that was found.
+    """
+    known = [name for name in inspect.signature(attach).parameters if name not in _OF_TRAINERS]
+    problems = Problems()
+    with problems.collecting():
+        check_recipe(recipe)
+    for name, value in options.items():
+        if name in _OF_TRAINERS:
+            problems.add(name, value, "is the trainer's", "Leave it out.")
+        elif name not in known:
+            problems.add(name, value, "is no argument of spfde.attach", nearest(name, known))
+    problems.raise_if_any()
+
+
+_OF_TRAINERS = ("model", "optimizer", "loader", "recipe", "epochs", "state")
+"""What callbacks take from the trainer."""
 
 
 def _check_together(

@@ -19,7 +19,7 @@ class WholeModel(Part):
 
     name = "masks"
     masks: Mapping[str, Tensor] = {}
-    density = 1.0
+    density = target_density = 1.0
     explored = 1.0
     dense_gradient_steps = 0
     wants_dense_gradients: frozenset[str] = frozenset()
@@ -70,6 +70,13 @@ class Masks(WholeModel):
     def density(self) -> float:  # type: ignore[override]
         """Active share of the masked tensors."""
         return self.masker.density
+
+    @property
+    def target_density(self) -> float:  # type: ignore[override]
+        """Active share of the masked tensors that the recipe asks for."""
+        layers, masked = self.masker.layers, self._setting.blueprint.masked
+        active = sum(masked[name].target * layer.unit_size for name, layer in layers.items())
+        return active / sum(layer.numel for layer in layers.values())
 
     @property
     def explored(self) -> float:  # type: ignore[override]

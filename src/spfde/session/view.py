@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -190,6 +191,42 @@ class SessionView:
             >>> session.stop_watch()
         """
         self._clock.stop_watch(self._setting.device)
+
+    def warn_if_early(self) -> None:
+        """Warn where training ends here with more weights than the recipe asks for, as trainers that stop early do.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.warn_if_early()  # a fixed mask has its sparsity from the beginning
+        """
+        target = self._masks.target_density
+        if self.epoch < len(self.timeline) and self.density > target + 1e-6:
+            warnings.warn(
+                f"training ended after {self.epoch} of {len(self.timeline)} epochs, and {self.density:.1%} of the "
+                f"masked weights exist, where the recipe's sparsity is {1 - target:.1%}: its method prunes to that as "
+                "the run ends. Train to the end, or choose soft_bound=False where the method has one.",
+                stacklevel=3,
+            )
+
+    def take_masks(self, state: Mapping[str, Any]) -> None:
+        """Take the masks of a saved state whose weights were loaded, as a trainer loads its best checkpoint at the end.
+
+        Clock, bill and sieve stay: this is no way to train on.
+
+        Args:
+            state: from ``state_dict``.
+
+        Raises:
+            StateMismatch: it is of another model or sparsity, or a weight outside its masks is not zero.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.take_masks(session.state_dict())
+        """
+        self._check_attached()
+        remembers = self._masks.remembers
+        if remembers is not None:
+            remembers.load_state_dict(state["parts"][self._masks.name])
 
     def verify(self) -> None:
         """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.

@@ -82,6 +82,8 @@ def _batching_problems(loader: DataLoader[Any]) -> list[Problem]:
     if kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator:
         rule = "iterates in its own way, which cannot be carried over to another loader"
         remedy = "Attach with a plain DataLoader, and wrap session.loader afterwards."
+        if kind.__module__.startswith("accelerate."):
+            remedy = "Call spfde.integrations.accelerate.attach, which takes what prepare() gives."
         problems.append(Problem("loader", _kind(loader), rule, remedy))
     return problems
 
