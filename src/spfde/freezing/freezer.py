@@ -111,10 +111,11 @@ class Freezer:
     def _values(self, index: int) -> list[tuple[str, torch.Tensor]]:
         """The buffers of a block as they are now."""
         found = ((name, module._buffers.get(name.rpartition(".")[2])) for name, module in self._buffers[index])
-        return [(name, buffer) for name, buffer in found if buffer is not None and buffer.is_floating_point()]
+        return [(name, buffer) for name, buffer in found if buffer is not None and not _is_counter(buffer)]
 
     def changed_buffers(self) -> list[str]:
-        """Buffers of frozen blocks that have changed since they were frozen, each named once; counters are left out.
+        """Buffers of frozen blocks that have changed since they were frozen, each named once; counters (single whole numbers) are
+        left out.
 
         Something changes them in evaluation mode, too, or from outside the block.
         """
@@ -224,6 +225,12 @@ def _buffers_of(model: nn.Module, block: Block) -> list[tuple[str, nn.Module]]:
         for name in block.modules
         for buffer, _ in modules[name].named_buffers(recurse=False)
     ]
+
+
+def _is_counter(buffer: torch.Tensor) -> bool:
+    """One whole number, as layers count their calls."""
+    is_integer = not (buffer.is_floating_point() or buffer.is_complex() or buffer.dtype == torch.bool)
+    return is_integer and buffer.numel() == 1
 
 
 def _changes_in_training(module: nn.Module) -> bool:
