@@ -59,6 +59,12 @@ class Codebook(nn.Module):
         return x * (self.usage > 0)
 
 
+class Hidden(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
 class Flagged(nn.Module):
     """Raises a flag at every third call."""
 
@@ -116,9 +122,10 @@ def test_statistics_of_a_hand_written_norm_are_still_in_a_frozen_block(norm: typ
     assert not module.training
 
 
-def test_what_changes_in_evaluation_mode_too_is_named_once() -> None:
-    _, _, said = run(Always)
-    assert sum("0.1.mean of Always" in text for text in said) == 1
+@pytest.mark.parametrize("norm", [Always, Hidden])
+def test_what_changes_in_evaluation_mode_too_is_named_once(norm: type[nn.Module]) -> None:
+    _, _, said = run(norm)
+    assert sum(f"0.1.mean of {norm.__name__}" in text for text in said) == 1
 
 
 def test_whole_numbers_that_change_while_frozen_are_named() -> None:

@@ -37,13 +37,13 @@ def checksum(tensor: Tensor) -> Tensor:
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The elements in their order, in flat tensors of ``_AT_ONCE`` at most."""
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(_AT_ONCE)
+        yield from torch.split(tensor.view(-1), _AT_ONCE)
     elif tensor.numel() <= _AT_ONCE:
         yield tensor.reshape(-1)
     elif tensor.shape[0] == 1:
         yield from _pieces(tensor[0])
     else:
-        for part in tensor.split(max(1, _AT_ONCE * tensor.shape[0] // tensor.numel())):
+        for part in torch.split(tensor, max(1, _AT_ONCE * tensor.shape[0] // tensor.numel())):
             yield from _pieces(part)
 
 
