@@ -260,6 +260,21 @@ def test_sessions_on_a_module_and_on_one_inside_it_are_refused(inner_first: bool
     second().detach()
 
 
+def test_a_session_is_looked_for_while_another_thread_attaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [attached() for _ in range(3)]
+    holds, meanwhile = spfde.Session.holds, []
+
+    def interrupted(session: spfde.Session, target: object) -> bool:
+        if not meanwhile:
+            meanwhile.append(None)
+            kept.append(attached())
+        return holds(session, target)
+
+    monkeypatch.setattr(spfde.Session, "holds", interrupted)
+    kept.append(attached())
+    assert len(kept) == 5
+
+
 # --- asked for -------------------------------------------------------------------------------------------------------
 
 

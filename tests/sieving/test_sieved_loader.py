@@ -631,3 +631,31 @@ def test_each_generator_of_a_loader_is_found_once():
     assert loader_generators(DataLoader(Tuples(), 4, sampler=sampler)) == [other]
     assert loader_generators(DataLoader(Tuples(), 4, sampler=sampler, generator=one)) == [one, other]
     assert loader_generators(wrap(DataLoader(Tuples(), 4, sampler=sampler, generator=one))) == [one, other]
+
+
+OWN_ORDER = ("own generator", "workers, own generator, prefetch", "replacement", "subset", "weighted")
+
+
+@pytest.mark.parametrize("name", ["shuffled", "sequential", *OWN_ORDER])
+def test_going_on_gives_the_rest_and_leaves_the_global_generator_to_others_where_the_order_is_its_own(
+    name, monkeypatch
+):
+    torch.manual_seed(1)
+    first = wrap(plain_loader(ARGUMENTS[name]))
+    batches = [batch[0].tolist() for batch in first]
+    second = wrap(plain_loader(ARGUMENTS[name]))
+    second.go_on(1, first.started_with)
+    begin, after = SievedLoader._begin, []
+
+    def beside_a_thread_that_draws(loader: SievedLoader, passed_over: int) -> None:
+        torch.rand(3)
+        after.append(torch.get_rng_state())
+        begin(loader, passed_over)
+
+    monkeypatch.setattr(SievedLoader, "_begin", beside_a_thread_that_draws)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    rest = iter(second)
+    assert torch.equal(torch.get_rng_state(), after[0] if name in OWN_ORDER else before)
+    if name in OWN_ORDER:
+        assert [batch[0].tolist() for batch in rest] == batches[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -48,6 +49,7 @@ class Bill(Part):
         dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
         self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
         is_known = setting.blueprint.untraced is None
+        self._is_warned = False
         self._estimated = 0  # samples of shapes that were not measured, in the epochs that ended
         self.passes = Passes(job.given, setting.model, cost, job.sample, is_known=is_known)
         sampling.unended.computed = self.passes.total
@@ -55,6 +57,10 @@ class Bill(Part):
     def begin_epoch(self, row: Row) -> None:
         if not self._setting.clock.is_late:
             self.passes.clear()  # what ran before the epoch is no part of it
+
+    def on_step(self) -> None:
+        """A step was taken."""
+        self.passes.on_step()
 
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
@@ -66,8 +72,8 @@ class Bill(Part):
         overhead = clock.overhead_flops
         if clock.epoch == 0:
             overhead += scoring_flops(blueprint, samples=len(sampling.population), batch_size=sampling.batch_size)
-        passed, flops = self._passed()
-        computed = passed or samples
+        self._say_unseen()
+        passed, computed, flops = self._passed(samples)
         cost = price(
             blueprint,
             row,
@@ -109,14 +115,34 @@ class Bill(Part):
             )
         )
 
-    def _passed(self) -> tuple[int, list[int] | None]:
-        """Samples that all processes computed, and the FLOPs by layer; None where all had the usual shape."""
-        self.passes.settle()
-        of_ranks = self._setting.world.gather((self.passes.samples, self.passes.flops, self.passes.dense_flops))
-        samples = sum(own[0] for own in of_ranks)
-        if all(own[1] is None for own in of_ranks):
-            return samples, None
-        return samples, [sum(of_layer) for of_layer in zip(*(own[2] for own in of_ranks), strict=True)]
+    def _say_unseen(self) -> None:
+        """Warn, once in a session, where steps were taken on passes that nobody has seen."""
+        unseen = self.passes.unseen
+        if unseen and not self._is_warned and self._setting.blueprint.untraced is None:
+            self._is_warned = True
+            warnings.warn(
+                f"before {unseen} optimizer steps no forward pass of the model was seen: it was compiled after attach, "
+                "is called by another method than model(...), or trains in evaluation mode. Their samples are billed "
+                "with the shape that attach saw. Where shapes vary, attach to what torch.compile returns, call that, "
+                "and train in training mode.",
+                stacklevel=4,
+            )
+
+    def _passed(self, seen: int) -> tuple[int, int, list[int] | None]:
+        """Samples in the passes of all processes, those that were computed, and the FLOPs of these by layer.
+
+        Where some passes were seen and others not, each sample of ``seen`` costs as much as those in the former. FLOPs
+        are None where all had the usual shape.
+        """
+        passes = self.passes
+        passes.settle()
+        of_ranks = self._setting.world.gather((passes.samples, passes.unseen, passes.flops, passes.dense_flops))
+        passed = sum(own[0] for own in of_ranks)
+        computed = max(passed, seen) if any(own[1] for own in of_ranks) else passed or seen
+        if all(own[2] is None for own in of_ranks):
+            return passed, computed, None
+        flops = [sum(of_layer) for of_layer in zip(*(own[3] for own in of_ranks), strict=True)]
+        return passed, computed, [of_layer * computed // max(1, passed) for of_layer in flops]
 
     def _dense_samples(self, computed: int, seen: int) -> int:
         """Samples that the dense run would have computed: more by those that the sieve left out, and by no others."""
@@ -158,6 +184,10 @@ class Bill(Part):
         if estimated:
             lines.append(
                 f"bill: {estimated:,} samples of shapes that were not measured cost as much as the nearest one"
+            )
+        if self.passes.unseen:
+            lines.append(
+                f"bill: {self.passes.unseen:,} steps without a forward pass that was seen: one shape is assumed"
             )
         return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """The sessions that there are."""
+_NOTING = threading.Lock()  # a set that grows in one thread cannot be iterated in another
 
 
 def note_session(session: Session) -> None:
     """Remember a session that is attached now."""
-    _SESSIONS.add(session)
+    with _NOTING:
+        _SESSIONS.add(session)
+
+
+def _sessions() -> list[Session]:
+    with _NOTING:
+        return list(_SESSIONS)
 
 
 def are_optimizers(given: object) -> bool:
@@ -51,13 +59,14 @@ def check_model(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> lis
 
 def _check_unattached(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
     """Two sessions on one parameter would undo each other's masks."""
+    sessions = _sessions()
     for name, targets in (("model", [model]), ("optimizer", optimizers.each)):
         for target in targets:
-            if any(session.holds(target) for session in _SESSIONS):
+            if any(session.holds(target) for session in sessions):
                 rule = "has a session already"
                 return [Problem(name, type(target).__name__, rule, "Call detach() on that session first.")]
     own = {id(p) for p in model.parameters()}
-    for session in _SESSIONS:
+    for session in sessions:
         shared = session.holds_parameters(own)
         if shared:
             rule = f"shares {shared} parameters with {session.name_of_model}, which has a session already"

@@ -290,6 +290,7 @@ class Session(SessionView):
         clock.steps += 1
         self._sampling.on_step()
         self._freezing.on_step()
+        self._bill.on_step()
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,49 @@ def test_folders_and_files_elsewhere_are_found_through_links(tmp_path: Path) -> 
         warnings.simplefilter("error")
         (store / "back").unlink()
         assert describe_data(root).train_samples == 7
+
+
+def to_folder(root: Path, store: Path) -> None:
+    (root / "train" / "one" / "more").symlink_to("../../test/one")
+
+
+def to_file(root: Path, store: Path) -> None:
+    for number in (0, 1):
+        (root / "train" / "two" / f"linked{number}.png").symlink_to(f"../../test/one/{number}.png")
+
+
+def from_both(root: Path, store: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "one" / "more").symlink_to(store / "train" / "one")
+
+
+def back(root: Path, store: Path) -> None:
+    (root / "test" / "one" / "more").symlink_to("../../train/one")
+
+
+@pytest.mark.parametrize(
+    ("link", "part", "tested"),
+    [(to_folder, "train", 4), (to_file, "train", 4), (from_both, "train", 6), (back, "test", 4)],
+)
+def test_no_link_brings_an_image_into_training_and_test(
+    link: Callable[[Path, Path], None], part: str, tested: int, tmp_path: Path
+) -> None:
+    root = folder(tmp_path / "pictures")
+    link(root, folder(tmp_path / "store"))
+    with pytest.warns(UserWarning, match=rf"2 images of .*{part} are in the other set"):
+        data = load(root)
+    assert (data.spec.train_samples, data.spec.test_samples) == (4, tested)
+    assert (len(data.train), len(data.test)) == (4, tested)
+
+
+@pytest.mark.parametrize("linked", ["train", "train/two"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the images are said to be left out, too
+def test_a_class_that_is_the_same_in_training_and_test_is_refused(linked: str, tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    shutil.rmtree(root / linked)
+    (root / linked).symlink_to(root / linked.replace("train", "test"))
+    with pytest.raises(DataError, match="other set"):
+        describe_data(root)
 
 
 def test_the_size_that_is_asked_for_is_that_of_all_images(tmp_path: Path) -> None:

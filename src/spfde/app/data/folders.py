@@ -203,7 +203,53 @@ def _find(path: str | Path) -> tuple[ImageFiles, ImageFiles]:
         raise data_error(path, rule, "Add or remove folders until they agree.")
     if len(train.classes) < 2:
         raise data_error(path, f"has one class ({train.classes[0]}), but there must be 2 at least", _LAYOUT)
+    _keep_apart(train, test)
     return train, test
+
+
+def _keep_apart(train: ImageFiles, test: ImageFiles) -> None:
+    """Leave out images that a link brings into both sets: of the set that has the link, of training where both have.
+
+    Raises:
+        DataError: nothing is left of a class.
+    """
+    real, real_test = _real_paths(train), _real_paths(test)
+    shared = set(real) & set(real_test)
+    if not shared:
+        return
+    root = os.path.realpath(train.root) + os.sep
+    of_train = {path for path in shared if not path.startswith(root)}
+    if root == os.path.realpath(test.root) + os.sep:
+        of_train = shared
+    for files, found, left_out in ((train, real, of_train), (test, real_test, shared - of_train)):
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} images of {files.root} are in the other set, by links ({min(left_out)}): they are "
+                "left out here.",
+                stacklevel=4,
+            )
+            pairs = zip(files.samples, found, strict=True)
+            files.samples = files.imgs = [sample for sample, path in pairs if path not in left_out]
+            files.targets = [label for _, label in files.samples]
+            empty = set(range(len(files.classes))) - set(files.targets)
+            if empty:
+                folder, rule = Path(files.root) / files.classes[min(empty)], "has no image that is not in the other set"
+                raise data_error(folder, rule, "Give training and test images of their own.")
+
+
+def _real_paths(files: ImageFiles) -> list[str]:
+    """Where each image is, links followed; only of links and folders it costs much to ask."""
+    folders: dict[str, str] = {}
+    found = []
+    for path, _ in files.samples:
+        if os.path.islink(path):
+            found.append(os.path.realpath(path))
+            continue
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        found.append(os.path.join(folders[folder], name))
+    return found
 
 
 def _describe(path: str | Path, train: ImageFiles, test: ImageFiles, image_size: int | None) -> DataSpec:
