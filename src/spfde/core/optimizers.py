@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from spfde.core.torch_private import steps_running
+from spfde.core.torch_private import hook_steps, steps_running
 
 
 class Optimizers:
@@ -80,6 +80,8 @@ class Optimizers:
             if not depth[id(optimizer)]:
                 after(optimizer, args, kwargs)
 
+        for optimizer in self.each:
+            hook_steps(optimizer)
         return [
             handle
             for optimizer in self.each
