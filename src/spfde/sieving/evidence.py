@@ -168,11 +168,11 @@ def _check_one_output(bounds: Tensor) -> None:
     """Real labels of one output are two classes where all are as far from 0 or 1: targets of a regression are not."""
     low, high = bounds[..., 0].min().item(), bounds[..., 1].max().item()
     nearest, farthest = bounds[..., 2].min().item(), bounds[..., 3].max().item()
-    # The negation finds a NaN, too.
-    if 0 <= low and high <= 1 and not (farthest - nearest <= 1 and low != 0.5 != high):
+    # What lies outside, and NaN, is told like a class that there is not.
+    if low >= 0 and high <= 1 and (farthest - nearest > 1 or low == 0.5 or high == 0.5):
         rule = (
-            "of one output is taken for one of two classes, 0 and 1, or these smoothed (two values that sum to 1); here "
-            f"labels are from {low:g} to {high:g} and no such two"
+            "of one output is taken for one of two classes, 0 and 1, or these smoothed (two values that sum to 1); "
+            f"here labels are from {low:g} to {high:g} and no such two"
         )
         remedy = "For regression, scores and mixed labels pass loss= (one loss per sample) or correct=."
         raise InvalidArgument(Problem("y", low, rule, remedy))
