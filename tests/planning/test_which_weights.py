@@ -61,8 +61,19 @@ MASK = torch.ones(16, 16).tril()  # neither a parameter nor a buffer
         lambda x, w: F.linear(x, F.hardtanh(w)),
         lambda x, w: F.linear(x, w * MASK),
         lambda x, w: torch.cat([F.linear(x, w[:8]), F.linear(x, w[8:])], 1),
+        lambda x, w: F.linear(x, w.flip(-1)),
+        lambda x, w: F.linear(x, w + ((w * 8).round() / 8 - w).detach()),
+        lambda x, w: F.linear(x, w + (w.view(-1, 8) * 2).round().view(16, 16)),
+        lambda x, w: F.linear(x, w + (w.mT * 2).mT),
+        lambda x, w: F.linear(x, w - w.roll(3, 0).roll(-3, 0)),
+        lambda x, w: F.linear(x, w + w.flip(0, 1).roll((16, 1), (0, 1)).roll(-1, 1).flip((1, 0))),
+        lambda x, w: F.linear(x, w + torch.cat([w[:8] * 2, w[8:]])),
+        lambda x, w: F.linear(x, w * w.flip(-1) + w),
     ],
-    ids=str.split("linear matmul einsum left scaled quantised divided clamped positive hardtanh masked slices"),
+    ids=str.split(
+        "linear matmul einsum left scaled quantised divided clamped positive hardtanh masked slices flipped "
+        "straight-through grouped transposed rolled mirrored halves product"
+    ),
 )
 def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(product: Any) -> None:
     bill = plan(Bare(product), X, include=("w",))
@@ -84,8 +95,22 @@ def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(pro
         lambda w: torch.where(w.abs() > 0.1, w, 0.5),
         lambda w: w.clamp(torch.tensor(0.1)),
         lambda w: w + MASK,
+        lambda w: (w + w.flip(-1)) / 2,
+        lambda w: (w + w.mT) / 2,
+        lambda w: w - w.mT.contiguous(),
+        lambda w: w + w.roll(1),
+        lambda w: w + w.roll(1, 0),
+        lambda w: w + w.view(2, 8, 16).permute(1, 0, 2).reshape(16, 16),
+        lambda w: w + w[0],
+        lambda w: w + w[:8].repeat(2, 1),
+        lambda w: w + torch.cat([w[8:], w[:8]]),
+        lambda w: w + torch.stack([w[:, 0], *w.unbind(1)[:-1]], 1),
+        lambda w: w.clone().add_(w.rot90()),
     ],
-    ids=str.split("centred softmax shifted normalised above below hardtanh filled tensor constant"),
+    ids=str.split(
+        "centred softmax shifted normalised above below hardtanh filled tensor constant mirrored symmetric "
+        "antisymmetric rolled rolled-rows interleaved row repeated swapped shifted-columns turned"
+    ),
 )
 def test_a_weight_whose_zeros_are_lost_before_its_product_cannot_be_named(computed: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:

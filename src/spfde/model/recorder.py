@@ -1,8 +1,7 @@
 """What a forward pass does, operation by operation: where weights are read, what they were computed from, what learns.
 
 Everything is told by storage: a view of a parameter is that parameter. Of what is computed from parameters and buffers
-alone it is known from which, and whether zeros of a parameter are zeros there too: a weight times a scale keeps them,
-a weight minus its mean does not.
+alone it is known from which, and whether zeros of a parameter are zeros there too (``zeros.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from spfde.core.plain_kernels import attention_in_products
 from spfde.core.torch_private import TorchDispatchMode, overloads_of, storage_id, tree_leaves
+from spfde.model.zeros import Zeros
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,6 @@ class TracedOp:
     learns_from: int | None = None
 
 
-# Zeros of the first argument are zeros of the result, wherever they are.
-_KEEP_ZEROS = frozenset(
-    {"_to_copy", "_unsafe_view", "_weight_norm_interface", "abs", "alias", "asinh", "atan", "ceil", "clone"}
-    | {"contiguous", "detach", "div", "elu", "erf", "expm1", "expand", "fake_quantize_per_channel_affine"}
-    | {"fake_quantize_per_tensor_affine", "flip", "floor", "gelu", "leaky_relu", "neg", "permute"}
-    | {"relu", "repeat", "reshape", "roll", "round", "sgn", "sign", "silu", "sin", "sinh", "sqrt", "square", "t"}
-    | {"tan", "tanh", "transpose", "true_divide", "trunc", "view"}
-)
 _NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 
 
@@ -74,7 +65,7 @@ class Recorder(TorchDispatchMode):
         # Storages that do not depend on the input, with the parameters that they were computed from.
         self._computed: dict[int, tuple[str, ...]] = dict.fromkeys(buffers, ())
         self._from_input = set(inputs)
-        self._zeros: dict[int, frozenset[str]] = {key: frozenset({name}) for key, name in owners.items()}
+        self._zeros = Zeros(owners)
         self._kept: list[Tensor] = []  # keeps all alive, so that no later storage takes their address
         self._learnt: dict[int, int] = {}  # storages that depend on what learns: where its last part is first read
         self._first_read: dict[str, int] = {}
@@ -118,10 +109,11 @@ class Recorder(TorchDispatchMode):
             at = [self._first_read.get(name, -1) for name in direct if name in self._learning]
             self._note_learning(outputs, max((*at, -1 if learnt is None else learnt), default=-1))
             known = self._from_input.isdisjoint(inputs)
-            zeros = self._zeros_kept(str(packet), args, kwargs) if known else frozenset()
+            if known:
+                self._zeros.note(str(packet), args, kwargs, outputs)
             # The factors of a product are weights of their own.
             made_of = () if flops else tuple(dict.fromkeys((*direct, *origins)))
-            self._note(outputs, made_of if known else None, zeros)
+            self._note(outputs, made_of if known else None)
         return out
 
     def _add(
@@ -134,7 +126,7 @@ class Recorder(TorchDispatchMode):
             parameter
             for tensor in computed
             for parameter in self._computed[storage_id(tensor)]
-            if parameter not in self._zeros.get(storage_id(tensor), ())
+            if parameter not in self._zeros.of(tensor)
         }
         from_input = [
             storage_id(tensor)
@@ -163,46 +155,18 @@ class Recorder(TorchDispatchMode):
         # nn.Linear hands over its weight transposed: the inputs are in front there, and the strides run upwards.
         return frozenset(owner for owner, t in of_parameters if t.dim() >= 2 and (t.dim() > 2 or t.stride(0) != 1))
 
-    def _zeros_kept(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
-        """Parameters whose zeros are zeros of the result, of an operation on what does not depend on the input."""
-        bare = name.rpartition(".")[2]
-        bare = bare if bare.startswith("_") and not bare.endswith("_") else bare.removesuffix("_")
-
-        def zeros(value: object) -> frozenset[str]:
-            return self._zeros.get(storage_id(value), frozenset()) if isinstance(value, Tensor) else frozenset()
-
-        if bare in _KEEP_ZEROS:
-            return zeros(args[0])
-        if bare == "mul":
-            return zeros(args[0]) | zeros(args[1])
-        if bare in ("add", "sub"):
-            return zeros(args[0]) & zeros(args[1])
-        if bare == "copy":
-            return zeros(args[1])
-        if bare in ("cat", "stack"):
-            return frozenset[str]().union(*map(zeros, args[0]))
-        if bare in ("clamp", "clamp_min", "clamp_max", "hardtanh"):
-            low, high = _limits(bare, args, kwargs)
-            return zeros(args[0]) if low <= 0 <= high else frozenset()
-        if bare == "pow" and isinstance(args[1], (int, float)) and args[1] > 0:
-            return zeros(args[0])
-        if bare == "masked_fill" and not isinstance(args[2], Tensor) and args[2] == 0:
-            return zeros(args[0])
-        return frozenset()
-
-    def _note(self, outputs: list[Tensor], origins: tuple[str, ...] | None, zeros: frozenset[str]) -> None:
+    def _note(self, outputs: list[Tensor], origins: tuple[str, ...] | None) -> None:
         """Remember from which parameters these were computed; None when the model's input had a part in it."""
         for tensor in outputs:
             key = storage_id(tensor)
             self._kept.append(tensor)
             if origins is not None:
                 self._computed[key] = tuple(dict.fromkeys(self._computed.get(key, ()) + origins))
-                self._zeros[key] = zeros
                 self._from_input.discard(key)
             else:
                 self._from_input.add(key)
                 self._computed.pop(key, None)
-                self._zeros.pop(key, None)
+                self._zeros.forget(tensor)
 
     def _note_learning(self, outputs: list[Tensor], latest: int) -> None:
         for tensor in outputs:
@@ -272,14 +236,3 @@ class Recorder(TorchDispatchMode):
             if name not in counted and name not in parents:
                 found[self._types[name]] += calls
         return found
-
-
-def _limits(clamp: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
-    """Between which values an operation of this name clamps; where a tensor tells, they are not known."""
-    names = {"clamp_min": ["min"], "clamp_max": ["max"], "hardtanh": ["min_val", "max_val"]}.get(clamp, ["min", "max"])
-    given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
-    if any(isinstance(value, Tensor) for value in given.values()):
-        return inf, -inf
-    unset = (-1.0, 1.0) if clamp == "hardtanh" else (-inf, inf)
-    low, high = (next((given.get(name) for name in names if key in name), None) for key in ("min", "max"))
-    return (unset[0] if low is None else low), (unset[1] if high is None else high)
