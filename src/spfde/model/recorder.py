@@ -36,11 +36,16 @@ class TracedOp:
     n_read: int = 0  # the first so many of the parameters are read themselves, the others computed with before
     dense: frozenset[str] = frozenset()  # those whose zeros are lost on the way here
     inputs_first: frozenset[str] = frozenset()  # matrices read as (in, out), or in a layout that is not known
+    # Where nothing that it reads is a weight: those that one of its operands was computed from together with the
+    # model's input, once for each sample at most.
+    from_input: frozenset[str] = frozenset()
     # Where the operation's inputs depend on parameters that learn: the position at which the last of those is first
     # read. None where nothing before it learns, so that its inputs need no gradient.
     learns_from: int | None = None
 
 
+_WEIGHT_AT = {"convolution": 1, "addmm": 2, "aten.mm": 1}
+"""Which operand of a product is its weight; of others both may be."""
 _NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 
 
@@ -50,12 +55,18 @@ class Recorder(TorchDispatchMode):
     Args:
         owners: the parameter's name by storage.
         buffers: the buffer's name by storage.
-        learning: names of the parameters that learn.
+        learning: the parameters that learn, by name, with their sizes.
         inputs: storages of what the model is called with.
+        batch_size: how many samples that is.
     """
 
     def __init__(
-        self, owners: Mapping[int, str], buffers: Mapping[int, str], learning: frozenset[str], inputs: Iterable[int]
+        self,
+        owners: Mapping[int, str],
+        buffers: Mapping[int, str],
+        learning: Mapping[str, int],
+        inputs: Iterable[int],
+        batch_size: int,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[TracedOp] = []
@@ -64,7 +75,9 @@ class Recorder(TorchDispatchMode):
         self._owners, self._buffers, self._learning = owners, buffers, learning
         # Storages that do not depend on the input, with the parameters that they were computed from.
         self._computed: dict[int, tuple[str, ...]] = dict.fromkeys(buffers, ())
-        self._from_input = set(inputs)
+        # Those that do, with the parameters that were computed with on the way, since the last product.
+        self._from_input: dict[int, frozenset[str]] = dict.fromkeys(inputs, frozenset())
+        self._batch_size = batch_size
         self._zeros = Zeros(owners)
         self._kept: list[Tensor] = []  # keeps all alive, so that no later storage takes their address
         self._learnt: dict[int, int] = {}  # storages that depend on what learns: where its last part is first read
@@ -108,12 +121,11 @@ class Recorder(TorchDispatchMode):
         if not is_view:
             at = [self._first_read.get(name, -1) for name in direct if name in self._learning]
             self._note_learning(outputs, max((*at, -1 if learnt is None else learnt), default=-1))
-            known = self._from_input.isdisjoint(inputs)
-            if known:
-                self._zeros.note(str(packet), args, kwargs, outputs)
+            self._zeros.note(str(packet), args, kwargs, outputs)
             # The factors of a product are weights of their own.
-            made_of = () if flops else tuple(dict.fromkeys((*direct, *origins)))
-            self._note(outputs, made_of if known else None)
+            made_of = () if flops else (*direct, *origins)
+            met = [self._from_input[key] for key in inputs if key in self._from_input]
+            self._note(outputs, made_of, None if not met else frozenset().union(*met) if not flops else frozenset())
         return out
 
     def _add(
@@ -143,6 +155,7 @@ class Recorder(TorchDispatchMode):
             n_read,
             dense=frozenset(lost) if flops else frozenset(),
             inputs_first=self._inputs_first(name, of) if flops else frozenset(),
+            from_input=self._weights_from_input(name, of) if flops else frozenset(),
             learns_from=max((self._learnt[key] for key in from_input if key in self._learnt), default=None),
         )
         self.ops.append(op)
@@ -155,18 +168,36 @@ class Recorder(TorchDispatchMode):
         # nn.Linear hands over its weight transposed: the inputs are in front there, and the strides run upwards.
         return frozenset(owner for owner, t in of_parameters if t.dim() >= 2 and (t.dim() > 2 or t.stride(0) != 1))
 
-    def _note(self, outputs: list[Tensor], origins: tuple[str, ...] | None) -> None:
-        """Remember from which parameters these were computed; None when the model's input had a part in it."""
+    def _weights_from_input(self, name: str, operands: list[Tensor]) -> frozenset[str]:
+        """Parameters that were computed with, together with the input, to make a weight of a product.
+
+        At a weight's place all that were; elsewhere those that still have their zeros: an activation is scaled by
+        parameters, too, but by fewer than it has elements.
+        """
+        at = next((place for of, place in _WEIGHT_AT.items() if of in name), None)
+        found = set()
+        for place, tensor in enumerate(operands):
+            met = self._from_input.get(storage_id(tensor), frozenset())
+            names = met if place == at else met & self._zeros.of(tensor).keys()
+            found |= {own for own in names if tensor.numel() <= self._batch_size * self._learning.get(own, 0)}
+        return frozenset(found)
+
+    def _note(self, outputs: list[Tensor], origins: tuple[str, ...], met: frozenset[str] | None) -> None:
+        """Remember from which parameters these were computed.
+
+        Args:
+            origins: those that the operation reads, or that what it reads was computed from.
+            met: those that the model's input has met before; None where it has no part in this.
+        """
         for tensor in outputs:
             key = storage_id(tensor)
             self._kept.append(tensor)
-            if origins is not None:
+            if met is None:
                 self._computed[key] = tuple(dict.fromkeys(self._computed.get(key, ()) + origins))
-                self._from_input.discard(key)
+                self._from_input.pop(key, None)
             else:
-                self._from_input.add(key)
+                self._from_input[key] = met.union(origins)
                 self._computed.pop(key, None)
-                self._zeros.forget(tensor)
 
     def _note_learning(self, outputs: list[Tensor], latest: int) -> None:
         for tensor in outputs:

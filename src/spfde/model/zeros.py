@@ -47,10 +47,6 @@ class Zeros:
         """The parameters whose zeros are zeros of a tensor, or of what it is a view of."""
         return self._places.get(storage_id(tensor), {})
 
-    def forget(self, tensor: Tensor) -> None:
-        """Of a tensor's storage nothing is known any more."""
-        self._places.pop(storage_id(tensor), None)
-
     def note(self, operation: str, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Tensor]) -> None:
         """Work out which zeros an operation keeps, by its name in ATen."""
         bare = operation.rpartition(".")[2]
@@ -203,11 +199,11 @@ def _positions(tensor: Tensor, index: Index) -> npt.NDArray[np.int64]:
 
 def _index_of(tensor: Tensor, positions: npt.NDArray[np.int64]) -> Index:
     """Of the elements at these positions of its storage; no two elements share one."""
-    index = [np.zeros_like(positions) for _ in tensor.shape]
+    index, strides = [np.zeros_like(positions) for _ in tensor.shape], tensor.stride()
     rest = positions - int(tensor.storage_offset())
-    for dim in sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)):
+    for dim in sorted(range(tensor.dim()), key=lambda dim: -strides[dim]):
         if tensor.shape[dim] > 1:
-            index[dim], rest = np.divmod(rest, max(tensor.stride(dim), 1))
+            index[dim], rest = np.divmod(rest, max(strides[dim], 1))
     return tuple(index)
 
 
