@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import StateMismatch
-from spfde.core.torch_private import steps_running
+from spfde.core.torch_private import hook_steps, steps_running
 
 
 class Optimizers:
@@ -81,6 +81,8 @@ class Optimizers:
             if not depth[id(optimizer)]:
                 after(optimizer, args, kwargs)
 
+        for optimizer in self.each:
+            hook_steps(optimizer)
         return [
             handle
             for optimizer in self.each

@@ -32,6 +32,7 @@ __all__ = [
     "backward_pass",
     "compiled_inside",
     "has_global_hooks",
+    "hook_steps",
     "hooks_to_copy",
     "is_compiled",
     "is_compiled_whole",
@@ -45,6 +46,7 @@ __all__ = [
     "overloads_of",
     "recompile_limit",
     "run_while_compiling",
+    "steps_can_be_hooked",
     "steps_running",
     "storage_id",
     "tree_leaves",  # the tensors in nested arguments and results
@@ -102,6 +104,24 @@ def steps_running(optimizer: torch.optim.Optimizer) -> int:
             found += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return found
+
+
+def hook_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Have ``step`` run hooks from the next call on.
+
+    PyTorch patches ``step`` in ``Optimizer.__init__``. A class that does not call it (timm's Lookahead, which wraps
+    another optimizer) is patched by the first ``zero_grad`` alone, so that the first step would run no hook.
+    """
+    if not getattr(type(optimizer).step, "hooked", False):
+        optimizer._patch_step_function()
+
+
+def steps_can_be_hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``hook_steps`` is in time.
+
+    Schedulers put a ``step`` on the instance that calls the class's as it was then: patching the class comes too late.
+    """
+    return "step" not in vars(optimizer) or bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -112,9 +112,9 @@ def _run(
         owners = {storage_id(stand_ins[key]): name for key, name in names.items()}
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
         buffers = {storage_id(buffer): name for name, buffer in twin.named_buffers()}
-        learning = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        learning = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         given = [storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        recorder = Recorder(owners, buffers, learning, given)
+        recorder = Recorder(owners, buffers, learning, given, batch_size=int(tensors[0].shape[0]))
         try:
             # Parts of the model may be compiled on their own.
             with recorder.watching(twin), torch.no_grad(), generators, uncompiled(), recorder:

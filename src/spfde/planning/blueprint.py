@@ -210,7 +210,12 @@ def draw(
     target: Mapping[str, int] = {}
     if method is not None:
         weights = [layer.name for layer in cost.layers if layer.weighted]
-        found: dict[str, Any] = {"order": weights, "head": weights[-1:], "computed": cost.computed}
+        found: dict[str, Any] = {
+            "order": weights,
+            "head": weights[-1:],
+            "computed": cost.computed,
+            "from_input": cost.from_input,
+        }
         layers = select_layers(model, method, **found, inputs_first=cost.inputs_first)
         dense = left_dense(model, method, **found, selected=layers)
         target = method.counts({name: tuple(p.shape) for name, p in layers.items()})

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from spfde.core.errors import Problem
 from spfde.core.optimizers import Optimizers
-from spfde.core.torch_private import layers_of_wrapping
+from spfde.core.torch_private import layers_of_wrapping, steps_can_be_hooked
 from spfde.model.sample import unwrap
 from spfde.recipe.recipe import Recipe
 
@@ -111,6 +111,10 @@ def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:
         return [
             Problem("optimizer", name, "has no step hooks", "Attach to the optimizer inside it, or before wrapping it.")
         ]
+    if not steps_can_be_hooked(optimizer):
+        rule = "runs no step hooks: its class skips Optimizer.__init__, and a scheduler has wrapped its step since"
+        remedy = "Attach before the scheduler is made, or call optimizer.zero_grad() once before that."
+        return [Problem("optimizer", name, rule, remedy)]
     if not isinstance(optimizer, torch.optim.LBFGS):
         return []
     if recipe.sparsity is not None and recipe.sparsity.refuses_closures:

@@ -56,7 +56,7 @@ class Observer:
 
         Raises:
             InvalidArgument: there is one. Labels on an accelerator are looked at in ``exchange``, as looking at them
-                would make the step wait.
+                would make the step wait; there, too, whether real labels of one output are the same two in all batches.
         """
         found = label_bounds(logits, y) if logits is not None and y is not None else None
         if found is None:
@@ -64,7 +64,7 @@ class Observer:
         bounds, self._n_classes = found
         if bounds.device.type == "cpu":
             check_label_bounds(bounds, self._n_classes)
-        else:
+        if bounds.device.type != "cpu" or len(bounds) == 4:  # a batch of one label says little of the others'
             self._bounds.append(bounds)
 
     def report(self, values: Tensor, indices: Tensor | None, labels: Tensor | None = None) -> None:
