@@ -42,7 +42,13 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         super().__init__(str(root), is_valid_file=_is_shown_image)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """Class folders in the order of their names, but for hidden ones."""
+        """Class folders in the order of their names, but for hidden ones.
+
+        Raises:
+            DataError: one is a link to nothing.
+        """
+        for entry in os.scandir(directory):
+            _check_link(entry)
         names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
         return names, {name: label for label, name in enumerate(names)}
 
@@ -56,7 +62,9 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         height, width = self.image_size
         with _opened(path) as image:
             image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
-            fitted = ImageOps.fit(_as_rgb(image, path), (width, height), Image.Resampling.BILINEAR)
+            pixels, turn = _as_rgb(image, path), _TURNS.get(image.getexif().get(_ORIENTATION))
+            upright = pixels if turn is None else pixels.transpose(turn)
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous(), label
 
     @staticmethod
@@ -85,8 +93,11 @@ def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]
 
     Args:
         start: the folder.
-        inside: the real folders of the whole data set; a link to one of them is left out, and said.
-        seen: real folders that were met, and those above the data set; it grows.
+        inside: the real folders of the whole data set; a link to one of them, or to a file there, is left out, and said.
+        seen: real folders and linked files that were met, and folders above the data set; it grows.
+
+    Raises:
+        DataError: a link leads to nothing.
     """
     waiting = [str(start)]
     while waiting:
@@ -97,18 +108,44 @@ def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]
             continue
         seen.add(real)
         for entry in os.scandir(folder):
+            _check_link(entry)
             if entry.is_dir():
                 waiting.append(entry.path)
+            elif entry.is_symlink() and (target := os.path.realpath(entry.path)):
+                if target in seen or os.path.dirname(target) in inside:
+                    warnings.warn(
+                        f"{entry.path} is a link to {target}, which is read already: it is left out.", stacklevel=2
+                    )
+                    continue
+                seen.add(target)
+                yield entry.path
             elif entry.is_file():
                 yield entry.path
 
 
+def _check_link(entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry.path):
+        raise data_error(entry.path, "is a link to nothing", "Mount what it points at, or remove it.")
+
+
 # What Pillow turns into 8 bits a channel as it is meant: 0 is black, the largest value white.
 _EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
+_WITH_ALPHA = {"RGBA", "LA", "PA"}
+# How a camera held the image, in EXIF, and what puts it upright.
+_ORIENTATION, _ON_ITS_SIDE, _Turn = 0x0112, range(5, 9), Image.Transpose
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
 
 
 def _as_rgb(image: Any, path: str) -> Any:
-    """The image in RGB of 8 bits; 16 bits are scaled.
+    """The image in RGB of 8 bits, on white where it is transparent; 16 bits are scaled.
 
     Raises:
         DataError: numbers of another range, whose black and white nobody knows.
@@ -121,6 +158,9 @@ def _as_rgb(image: Any, path: str) -> Any:
         rule = f"has pixels of mode {mode} ({image.format}), whose black and white are not known"
         remedy = "Save it with 8 or 16 bits a channel, or put the numbers into an .npz as float32."
         raise data_error(path, rule, remedy)
+    if mode in _WITH_ALPHA or "transparency" in image.info:
+        above = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
     return image.convert("RGB")
 
 
@@ -263,10 +303,11 @@ def _describe(path: str | Path, train: ImageFiles, test: ImageFiles, image_size:
 
 
 def _size_of(path: str) -> tuple[int, int]:
-    """Width and height, by the file's header."""
+    """Width and height of the upright image, by the file's header."""
     with _opened(path) as image:
-        size: tuple[int, int] = image.size
-    return size
+        width, height = image.size
+        on_its_side = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    return (height, width) if on_its_side else (width, height)
 
 
 @contextmanager
