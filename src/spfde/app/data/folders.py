@@ -93,7 +93,7 @@ def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]
 
     Args:
         start: the folder.
-        inside: the real folders of the whole data set; a link to one of them, or to a file there, is left out, and said.
+        inside: the real folders of the whole data set; a link to one, or to a file there, is left out, and said.
         seen: real folders and linked files that were met, and folders above the data set; it grows.
 
     Raises:
