@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import spfde
-from spfde.sieving.evidence import check_label_bounds, label_bounds
+from spfde.sieving.evidence import (
+    check_label_bounds,
+    correct_from_logits,
+    el2n_from_logits,
+    label_bounds,
+    loss_from_logits,
+)
 
 LOGITS = torch.zeros(3, 4)
 ONE_HOT = torch.eye(4)[:3]
@@ -59,3 +67,15 @@ def test_classes_and_their_probabilities_are_taken(logits: Tensor, y: Tensor) ->
 def test_labels_of_other_tasks_are_refused_with_the_remedy(logits: Tensor, y: Tensor) -> None:
     with pytest.raises(spfde.InvalidArgument, match=r"loss="):
         check(logits, y)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+@pytest.mark.parametrize("y", [torch.tensor([0, 3, 1]), torch.tensor([0, 1, 1])], ids=["four classes", "two"])
+@pytest.mark.parametrize("read", [label_bounds, correct_from_logits, loss_from_logits, el2n_from_logits])
+def test_predicted_classes_are_no_logits_whatever_the_labels(read: Any, y: Tensor, shape: tuple[int, ...]) -> None:
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        read(torch.tensor([0, 3, 1]).reshape(shape), y)
+    (problem,) = caught.value.problems
+    assert problem.argument == "logits"
+    assert "int64" in str(problem)
+    assert "correct=" in problem.remedy
