@@ -9,7 +9,12 @@ from spfde.core.say import counted
 
 @pytest.mark.parametrize(
     ("count", "noun", "said"),
-    [(0, "epoch", "0 epochs"), (1, "epoch", "1 epoch"), (2, "frozen block", "2 frozen blocks"), (1234, "step", "1,234 steps")],
+    [
+        (0, "epoch", "0 epochs"),
+        (1, "epoch", "1 epoch"),
+        (2, "frozen block", "2 frozen blocks"),
+        (1234, "step", "1,234 steps"),
+    ],
 )
 def test_a_count_has_the_noun_in_its_number(count: int, noun: str, said: str) -> None:
     assert counted(count, noun) == said

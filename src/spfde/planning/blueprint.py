@@ -309,7 +309,7 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
                 "freezing",
                 technique,
                 f"the model has no block that can be frozen ({blueprint.partition.reason})",
-                "Train it without freezing, or name the blocks with ProgressiveFreezing(blocks=...).",
+                blueprint.partition.remedy or "Train it without freezing.",
             )
         )
     if technique.criterion == "structure" and blueprint.method is None:
