@@ -793,7 +793,7 @@ def test_what_was_frozen_when_it_was_detached_can_still_be_read(parts: Parts, wh
     ("epochs", "interval", "advised", "not_said"),
     [
         (8, 1, ["update_interval_epochs=2"], "4 epochs"),
-        (3, 1, ["update_interval_epochs=2", "4 epochs"], "nothing"),
+        (3, 1, ["update_interval_epochs=2", "4 epochs"], "run of"),
         (3, "auto", ["4 epochs"], "update_interval_epochs"),
         (2, "auto", ["4 epochs"], "update_interval_epochs"),
     ],
@@ -817,3 +817,17 @@ def test_samples_that_are_left_out_at_random_are_warned_of_with_advice_that_ends
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             attempt(wanted, max(epochs, 4))
+
+
+def test_a_loop_without_ends_is_told_one_thing_by_the_warning_and_another_by_the_error(
+    parts: Parts, whole_recipe: spfde.Recipe
+) -> None:
+    session = attach(parts, whole_recipe)
+    for x, y in session.loader:
+        step(parts, session, x, y)
+    with pytest.warns(UserWarning, match="another loader") as heard:
+        batch = next(iter(session.loader))
+    with pytest.raises(spfde.UsageError, match=r"session\.epochs\(\)") as caught:
+        step(parts, session, *batch)
+    assert "mutated" in str(caught.value)
+    assert "mutated" not in str(heard[0].message)

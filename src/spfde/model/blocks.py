@@ -351,6 +351,6 @@ def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str
 
 
 def _tied(unit: _Unit, given: Mapping[str, str], reader: _Reader) -> str | None:
-    """The parameter, of none of the named modules, that the last unit reads in front of them and once more at its end."""
+    """The parameter, of no named module, that the last unit reads in front of them and once more at its end."""
     ends = (p for p in sorted(unit.parameters) if reader.uses[p][0] < reader.uses[p][1] == unit.last)
     return next((p for p in ends if not any(p.startswith(f"{module}.") for module in given)), None)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
 from spfde.core.hooks import weakly
+from spfde.core.say import counted
 from spfde.planning.timeline import Row
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
@@ -150,9 +151,8 @@ class Sampling(Part):
             return
         if not self.is_surplus:
             warnings.warn(
-                "session.loader was started again while its epoch has not ended, so nothing is mutated, frozen or "
-                "sieved. Loop over session.epochs(), or call session.end_epoch() after each epoch; for evaluation take "
-                "another loader.",
+                "session.loader was started again before session.end_epoch(): its batches are not counted now, and "
+                "training on them is an error. To look at samples, take another loader.",
                 stacklevel=6,
             )
         self.is_surplus = True
@@ -321,8 +321,8 @@ class Sampling(Part):
             self.loader.asks_for_more = self.loader.is_ended
         if self.tickets.is_asked and self.loader.is_ended and not self._by_report and (left := self._left()):
             raise UsageError(
-                f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "
-                "batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
+                f"{counted(len(left), 'batch', 'batches')} of session.loader drawn and never trained on: it cannot be "
+                "told which batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
             )
         if self._is_dealt and self._setting.world.disagrees(self.loader.started_with[:-1]):
             raise UsageError(
