@@ -298,3 +298,16 @@ def test_a_detached_session_verifies_nothing() -> None:
     assigned(parts)
     with pytest.raises(spfde.UsageError, match="attach"):
         session.verify()
+
+
+def test_replaced_and_written_tensors_are_told_in_their_number_and_by_name() -> None:
+    parts, session = attached()
+    name, mask = next(iter(session.masks.items()))
+    with torch.no_grad():
+        dict(parts.model.named_parameters())[name].masked_fill_(~mask, 1.0)
+    with pytest.warns(UserWarning, match="outside the masks") as heard:
+        session.verify()
+    assert f"1 tensor ('{name}')" in str(heard[0].message)
+    parts.model.stem.weight = nn.Parameter(parts.model.stem.weight.detach().clone())
+    with pytest.raises(spfde.UsageError, match=r"'stem\.weight'"):
+        session.verify()

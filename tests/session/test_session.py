@@ -812,3 +812,58 @@ def test_weights_behind_the_mask_and_an_optimizer_that_runs_the_model_itself_are
     parts.optimizer = torch.optim.LBFGS(parts.model.parameters())
     with pytest.raises(spfde.InvalidArgument, match=r"LBFGS.*runs the model within its step"):
         attach(parts, spfde.Recipe(sparsity=method))
+
+
+def test_what_was_frozen_when_it_was_detached_can_still_be_read(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    train(parts, session)
+    frozen = session.frozen_blocks
+    assert frozen == session.cost.rows[-1].frozen_blocks > 0
+    session.detach()
+    assert session.frozen_blocks == frozen
+    assert f"freezing: {frozen} of 3 blocks frozen" in str(session)
+    assert all(parameter.requires_grad for parameter in parts.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "interval", "advised", "not_said"),
+    [
+        (8, 1, ["update_interval_epochs=2"], "4 epochs"),
+        (3, 1, ["update_interval_epochs=2", "4 epochs"], "run of"),
+        (3, "auto", ["4 epochs"], "update_interval_epochs"),
+        (2, "auto", ["4 epochs"], "update_interval_epochs"),
+    ],
+)
+def test_samples_that_are_left_out_at_random_are_warned_of_with_advice_that_ends_it(
+    epochs: int, interval: int | str, advised: list[str], not_said: str
+) -> None:
+    recipe = spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25), update_interval_epochs=interval)
+    wanted = recipe.replace(update_interval_epochs=2) if "update_interval_epochs=2" in advised else recipe
+    for attempt in (
+        lambda recipe, epochs: attach(make_parts(), recipe, epochs=epochs),
+        lambda recipe, epochs: spfde.plan(SmallNet(), torch.zeros(1, 2, 8, 8), recipe, epochs, SAMPLES),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attempt(recipe, epochs)
+        (warning,) = caught
+        for words in (*advised, "at random"):
+            assert words in str(warning.message)
+        assert not_said not in str(warning.message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attempt(wanted, max(epochs, 4))
+
+
+def test_a_loop_without_ends_is_told_one_thing_by_the_warning_and_another_by_the_error(
+    parts: Parts, whole_recipe: spfde.Recipe
+) -> None:
+    session = attach(parts, whole_recipe)
+    for x, y in session.loader:
+        step(parts, session, x, y)
+    with pytest.warns(UserWarning, match="another loader") as heard:
+        batch = next(iter(session.loader))
+    with pytest.raises(spfde.UsageError, match=r"session\.epochs\(\)") as caught:
+        step(parts, session, *batch)
+    assert "mutated" in str(caught.value)
+    assert "mutated" not in str(heard[0].message)

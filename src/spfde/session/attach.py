@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.optimizers import Optimizers
-from spfde.core.say import say, say_on_stderr
+from spfde.core.say import counted, say, say_on_stderr
 from spfde.core.torch_private import tree_map_only
 from spfde.engines.base import Job
 from spfde.engines.choose import check_engine, choose_engine
@@ -23,7 +23,7 @@ from spfde.freezing.freezer import recompile_warning
 from spfde.freezing.rates import check_rates
 from spfde.model.sample import Sample, Untraceable, sample_from, sample_of, unwrap
 from spfde.planning import Plan
-from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
+from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw, sieving_warning
 from spfde.planning.timeline import Timeline
 from spfde.recipe.recipe import Recipe
 from spfde.session.checks import are_optimizers, check_model, note_session
@@ -33,7 +33,6 @@ from spfde.session.part import Setting
 from spfde.session.resuming import Kept, resume
 from spfde.session.sampling import samples_of_epoch
 from spfde.session.session import Session
-from spfde.sieving import DataSieving
 from spfde.sieving.balance import find_labels
 from spfde.sieving.loader import check_loader, population_of
 from spfde.sieving.methods import check_fraction
@@ -133,8 +132,9 @@ def attach(
     if recipe.learning_rate is not None:
         stops = blueprint.learning_stops
         Problems(check_rates(optimizers, recipe.learning_rate, stops, decayed=state is not None)).raise_if_any()
-    if plan is None and blueprint.left_dense_warning is not None:
-        warnings.warn(blueprint.left_dense_warning, stacklevel=2)
+    for words in () if plan is not None else (blueprint.left_dense_warning, sieving_warning(recipe, epochs)):
+        if words is not None:
+            warnings.warn(words, stacklevel=2)
     warning = recompile_warning(model, len({count for count in blueprint.freeze_plan.frozen if count}))
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
@@ -207,7 +207,7 @@ def _planned(plan: Plan, model: nn.Module, recipe: Recipe, epochs: int) -> Bluep
     blueprint, own = plan.blueprint, dict(unwrap(model).named_parameters())
     problems = Problems()
     if plan.recipe != recipe or blueprint.epochs != epochs:
-        problems.add("plan", f"{blueprint.epochs} epochs", "is of another recipe or run length", "Leave it out.")
+        problems.add("plan", counted(blueprint.epochs, "epoch"), "is of another recipe or run length", "Leave it out.")
     if any(own.get(name) is not weight for name, weight in blueprint.sparse_layers.items()):
         problems.add("plan", type(model).__name__, "is of another model", "Plan for this very model, or leave it out.")
     problems.raise_if_any()
@@ -276,14 +276,13 @@ def _check_together(
     problems.found.extend(find_cache_problems(cache, recipe))
     if recipe.learning_rate is not None:
         problems.found.extend(check_rates(optimizers, recipe.learning_rate, decayed=is_resumed))
-    interval = None
     with problems.collecting():
-        interval = recipe.interval(epochs)
+        recipe.interval(epochs)
     streams = not recipe.sieves and is_stream(loader)
     found = [*check_stream(loader), *_check_data(loader, recipe)] if streams else check_loader(loader)
     problems.found.extend(found)
     if not found and recipe.sieving is not None and not streams:
-        problems.found.extend(_check_sieving(loader, recipe, epochs, interval))
+        problems.found.extend(_check_sieving(loader, recipe))
     if not problems.found and not streams:
         problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
     problems.raise_if_any()
@@ -321,19 +320,10 @@ def _probe(
     return moved
 
 
-def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int, interval: int | None) -> list[Problem]:
-    """Does the partial set fill a batch? Warns where the criterion can say nothing of a sample."""
+def _check_sieving(loader: DataLoader[Any], recipe: Recipe) -> list[Problem]:
+    """Does the partial set fill a batch?"""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    needed = recipe.sieving.make_criterion().presentations_needed
-    circular = recipe.sieves and isinstance(recipe.sieving, DataSieving)
-    if circular and epochs > 1 and interval is not None and interval < needed:
-        warnings.warn(
-            f"update_interval_epochs is {interval}, and {recipe.sieving.criterion} can say nothing of a sample that is "
-            f"seen less than {needed} times an interval: the sieve chooses at random. Take an interval of {needed} or "
-            "more.",
-            stacklevel=4,
-        )
     return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
 
 

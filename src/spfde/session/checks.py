@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from spfde.core.errors import Problem
 from spfde.core.optimizers import Optimizers
+from spfde.core.say import counted
 from spfde.core.torch_private import layers_of_wrapping, steps_can_be_hooked
 from spfde.model.sample import unwrap
 from spfde.recipe.recipe import Recipe
@@ -69,7 +70,7 @@ def _check_unattached(model: nn.Module, optimizers: Optimizers) -> list[Problem]
     for session in sessions:
         shared = session.holds_parameters(own)
         if shared:
-            rule = f"shares {shared} parameters with {session.name_of_model}, which has a session already"
+            rule = f"shares {counted(shared, 'parameter')} with {session.name_of_model}, which has a session already"
             remedy = "Attach one session, to the outer of the two modules, or call detach() on the other first."
             return [Problem("model", type(model).__name__, rule, remedy)]
     return []
@@ -140,7 +141,7 @@ def _check_coverage(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
         problems.append(
             Problem(
                 "optimizer",
-                f"{len(foreign)} parameters of shapes {foreign[:3]}",
+                f"{counted(len(foreign), 'parameter')} of shape {', '.join(map(str, foreign[:3]))}",
                 "holds parameters that are not the model's",
                 "Make the optimizer from model.parameters(), after the model is complete.",
             )
@@ -150,12 +151,12 @@ def _check_coverage(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
             Problem(
                 "optimizer",
                 _some(missing),
-                f"lacks {len(missing)} trainable parameters of the model",
+                f"lacks {counted(len(missing), 'trainable parameter')} of the model",
                 "Add them to the optimizer, pass all optimizers as a list, or set requires_grad=False on them.",
             )
         )
     if twice:
-        rule = f"holds {len(twice)} parameters more than once"
+        rule = f"holds {counted(len(twice), 'parameter')} more than once"
         problems.append(Problem("optimizer", _some(twice), rule, "Give each parameter to one optimizer alone."))
     return problems
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.freezing.arrivals import Arrivals
 from spfde.freezing.freezer import Freezer, is_held
@@ -25,12 +26,13 @@ class Freezing(Part):
             setting.model, setting.blueprint.partition.blocks, setting.optimizer, setting.blueprint.updating
         )
         self.remembers = self.freezer
+        self._at_detach: int | None = None
         self._arrivals = Arrivals(setting.model, setting.blueprint.partition.blocks) if setting.recipe.freezes else None
 
     @property
     def n_frozen(self) -> int:
-        """Number of frozen blocks."""
-        return self.freezer.n_frozen
+        """Number of frozen blocks; once detached, of those that were frozen then."""
+        return self.freezer.n_frozen if self._at_detach is None else self._at_detach
 
     def begin_epoch(self, row: Row) -> None:
         before = self.n_frozen
@@ -61,6 +63,7 @@ class Freezing(Part):
         check_entries(state, "the frozen blocks", {"n_frozen": int, "blocks": list})
 
     def detach(self) -> None:
+        self._at_detach = self.freezer.n_frozen
         self.freezer.freeze_to(0)
         if self._arrivals is not None:
             self._arrivals.close()
@@ -68,7 +71,7 @@ class Freezing(Part):
     def summarise(self) -> list[str]:
         blueprint = self._setting.blueprint
         blocks, epochs = len(blueprint.partition.blocks), list(blueprint.freeze_plan.freeze_epochs)
-        lines = [f"freezing: {self.n_frozen} of {blocks} blocks frozen; freeze epochs {epochs}"]
+        lines = [f"freezing: {self.n_frozen} of {counted(blocks, 'block')} frozen; freeze epochs {epochs}"]
         return lines if self._setting.recipe.learning_rate is not None else [*lines, "learning rate: the caller’s"]
 
     def describe(self) -> list[str]:
@@ -80,7 +83,7 @@ class Freezing(Part):
             return lines
         return [
             *lines,
-            f"replaced: train() of {len(held)} norms, which frozen blocks hold in evaluation mode:",
+            f"replaced: train() of {counted(len(held), 'norm')}, which frozen blocks hold in evaluation mode:",
             *(f"  {name}" for name in held),
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from spfde.core.checksum import checksums
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.hooks import weakly
 from spfde.core.optimizers import inside
+from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.core.torch_private import PARAMETERS, active_ddp, n_reduced
 from spfde.planning.timeline import Row
@@ -93,21 +94,22 @@ class Guards(Part):
         """Are the model's parameters those that the masks and the optimizer hold?"""
         for name, module, leaf, parameter in self._parameters:
             if vars(module)[PARAMETERS].get(leaf) is not parameter:
-                self._raise_replaced(f"{name} of the model")
+                self._raise_replaced(f"'{name}' of the model")
 
     def _check_groups(self) -> None:
         now = {id(p) for group in self._setting.optimizer.param_groups for p in group["params"]}
         if not self._held <= now:
-            self._raise_replaced(f"{len(self._held - now)} of the optimizer's parameters")
+            missing = counted(len(self._held - now), "parameter")
+            self._raise_replaced(f"{missing} of the optimizer")
         current = dict(self._setting.model.named_parameters())
         for name, _, _, parameter in self._parameters:
             if current.get(name) is not parameter:
-                self._raise_replaced(f"{name} of the model")
+                self._raise_replaced(f"'{name}' of the model")
 
     def _raise_replaced(self, what: str) -> None:
         raise UsageError(
-            f"{what} was replaced by another tensor since attach (load_state_dict(assign=True), fully_shard, "
-            "parametrizations and copies of modules do that): the masks and the optimizer hold one that is gone. Do it "
+            f"replaced by other tensors since attach: {what}. load_state_dict(assign=True), fully_shard, "
+            "parametrizations and copies of modules do that, and the masks and the optimizer hold what is gone. Do it "
             "before the optimizer is made, and attach again; or write into the parameters, as load_state_dict does."
         )
 
@@ -136,7 +138,7 @@ class Guards(Part):
         if found and not self._said:
             self._said = True
             warnings.warn(
-                f"weights outside the masks were not zero in {len(found)} tensors ({found[0]}), or are not those that "
+                f"weights outside the masks were not zero in {_some(found)}, or are not those that "
                 "the last step left: something has loaded, averaged or moved them beside the optimizer. They are "
                 "masked again, now and from here on. Average and load masked weights, or attach to what steps.",
                 stacklevel=6,
@@ -161,7 +163,7 @@ class Guards(Part):
             names = [name for name in first if any(other[at].get(name) != first[name] for other in every)]
             if names:
                 raise UsageError(
-                    f"the {what} of {len(names)} tensors ({names[0]}) differ between the ranks: each trains on "
+                    f"the {what} of {_some(names)} differ between the ranks: each trains on "
                     f"gradients of its own. {remedy}."
                 )
 
@@ -213,7 +215,7 @@ class Guards(Part):
         other = [name for name, number in now.items() if state["weights"].get(name) != number]
         if other:
             raise StateMismatch(
-                f"the weights of {len(other)} tensors ({other[0]}) are not those that the state was saved with. "
+                f"the weights of {_some(other)} are not those that the state was saved with. "
                 "Either attach first, then load the model, the optimizer and the session, in this order; or load the "
                 "model first and pass the session's state to attach(state=...)."
             )
@@ -233,3 +235,8 @@ class Guards(Part):
 
     def _masked_content(self) -> dict[str, int]:
         return checksums({name: p for name, _, _, p in self._parameters if name in self._masks.masks})
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many tensors, and the first one's name."""
+    return f"{counted(len(names), 'tensor')} ('{names[0]}')"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spfde.core.errors import UsageError
+from spfde.core.say import counted
 from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
 from spfde.sparsity import SparsityMethod
@@ -129,7 +130,7 @@ class Masks(WholeModel):
     def describe(self) -> list[str]:
         names = list(self.masks)
         return [
-            f"hooked: the optimizer's steps and the gradients of {len(names)} tensors (masks):",
+            f"hooked: the optimizer's steps and the gradients of {counted(len(names), 'tensor')} (masks):",
             *(f"  {name}" for name in names),
         ]
 

@@ -297,7 +297,7 @@ class Session(SessionView):
     def detach(self) -> None:
         """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.
 
-        The weights stay as they are, zeros included; ``masks`` and ``cost`` can still be read.
+        The weights stay as they are, zeros included; ``masks``, ``cost`` and ``frozen_blocks`` can still be read.
         """
         if not self._attached:
             return

@@ -91,7 +91,7 @@ class SessionView:
 
     @property
     def frozen_blocks(self) -> int:
-        """Number of frozen blocks."""
+        """Number of frozen blocks; of a detached session, of those that were frozen when it was detached."""
         return self._freezing.n_frozen
 
     @property

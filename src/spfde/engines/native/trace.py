@@ -8,6 +8,7 @@ seen, not guessed from its name.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -38,6 +39,7 @@ from spfde.model.twin import fake_copy
 
 # fx patches nn.Module while it traces, and the second of two threads would put back the first one's patch.
 _PATCHING = threading.RLock()
+_HINT = "; what depends on the data, or changes the model, belongs in a submodule"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
     Raises:
         InvalidArgument: the model's own ``forward`` cannot be traced.
     """
+    _check_arguments(model)
     leaves: dict[str, str] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     generators = GeneratorsRestored(watches=False)
@@ -136,7 +139,7 @@ def _with_one_more(tracer: _Tracer, model: nn.Module, error: Exception) -> dict[
 def check_forward(model: nn.Module) -> None:
     """Raise ``InvalidArgument`` where another forward than the class's was put on the model: the engine replaces it."""
     if _has_own_forward(model):
-        raise _refused(model, "the instance has a forward of its own")
+        raise _refused(model, "the instance has a forward of its own", hint="")
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -160,15 +163,26 @@ def _own_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _refused(model: nn.Module, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        Problem(
-            "model",
-            type(model).__name__,
-            f"its forward cannot be traced for the native engine ({why})",
-            'Use engine="masked", or move what depends on the data, or changes the model, into a submodule.',
-        )
-    )
+def _check_arguments(model: nn.Module) -> None:
+    """Raise ``InvalidArgument`` where torch.fx cannot give the forward its arguments.
+
+    It reads the parameters of what a decorator wraps. Where some are ``*args``, ``**kwargs`` or by keyword alone it
+    rewrites the code of the wrapper to take all of them one by one, which needs a wrapper that has the same.
+    """
+    forward = type(model).forward
+    inner = inspect.unwrap(forward)
+    if inner is forward or not inspect.isfunction(forward):
+        return
+    own, wrapped = (inspect.signature(each, follow_wrapped=False).parameters.values() for each in (forward, inner))
+    marks = {"KEYWORD_ONLY": "", "VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+    asked = [f"{marks[p.kind.name]}{p.name}" for p in wrapped if p.kind.name in marks]
+    if asked and [(p.name, p.kind) for p in own] != [(p.name, p.kind) for p in wrapped]:
+        raise _refused(model, f"it is decorated and takes {', '.join(asked)}, which torch.fx cannot follow", hint="")
+
+
+def _refused(model: nn.Module, why: str, hint: str = _HINT) -> InvalidArgument:
+    rule = f"its forward cannot be traced for the native engine ({why}){hint}"
+    return InvalidArgument(Problem("model", type(model).__name__, rule, 'Use engine="masked".'))
 
 
 def _first_line(error: BaseException) -> str:
