@@ -61,8 +61,19 @@ MASK = torch.ones(16, 16).tril()  # neither a parameter nor a buffer
         lambda x, w: F.linear(x, F.hardtanh(w)),
         lambda x, w: F.linear(x, w * MASK),
         lambda x, w: torch.cat([F.linear(x, w[:8]), F.linear(x, w[8:])], 1),
+        lambda x, w: F.linear(x, w.flip(-1)),
+        lambda x, w: F.linear(x, w + ((w * 8).round() / 8 - w).detach()),
+        lambda x, w: F.linear(x, w + (w.view(-1, 8) * 2).round().view(16, 16)),
+        lambda x, w: F.linear(x, w + (w.mT * 2).mT),
+        lambda x, w: F.linear(x, w - w.roll(3, 0).roll(-3, 0)),
+        lambda x, w: F.linear(x, w + w.flip(0, 1).roll((16, 1), (0, 1)).roll(-1, 1).flip((1, 0))),
+        lambda x, w: F.linear(x, w + torch.cat([w[:8] * 2, w[8:]])),
+        lambda x, w: F.linear(x, w * w.flip(-1) + w),
     ],
-    ids=str.split("linear matmul einsum left scaled quantised divided clamped positive hardtanh masked slices"),
+    ids=str.split(
+        "linear matmul einsum left scaled quantised divided clamped positive hardtanh masked slices flipped "
+        "straight-through grouped transposed rolled mirrored halves product"
+    ),
 )
 def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(product: Any) -> None:
     bill = plan(Bare(product), X, include=("w",))
@@ -84,8 +95,22 @@ def test_a_bare_matrix_is_masked_where_it_is_named_and_billed_by_its_product(pro
         lambda w: torch.where(w.abs() > 0.1, w, 0.5),
         lambda w: w.clamp(torch.tensor(0.1)),
         lambda w: w + MASK,
+        lambda w: (w + w.flip(-1)) / 2,
+        lambda w: (w + w.mT) / 2,
+        lambda w: w - w.mT.contiguous(),
+        lambda w: w + w.roll(1),
+        lambda w: w + w.roll(1, 0),
+        lambda w: w + w.view(2, 8, 16).permute(1, 0, 2).reshape(16, 16),
+        lambda w: w + w[0],
+        lambda w: w + w[:8].repeat(2, 1),
+        lambda w: w + torch.cat([w[8:], w[:8]]),
+        lambda w: w + torch.stack([w[:, 0], *w.unbind(1)[:-1]], 1),
+        lambda w: w.clone().add_(w.rot90()),
     ],
-    ids=str.split("centred softmax shifted normalised above below hardtanh filled tensor constant"),
+    ids=str.split(
+        "centred softmax shifted normalised above below hardtanh filled tensor constant mirrored symmetric "
+        "antisymmetric rolled rolled-rows interleaved row repeated swapped shifted-columns turned"
+    ),
 )
 def test_a_weight_whose_zeros_are_lost_before_its_product_cannot_be_named(computed: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -127,6 +152,114 @@ def test_a_weight_that_a_product_of_others_is_added_to_stays_dense_and_is_listed
     # The factors are weights of their own.
     named = plan(model, X, include=("1.down",), dense_first=False)
     assert list(named.blueprint.sparse_layers) == ["1.down"]
+
+
+class Modulated(nn.Conv2d):
+    """A convolution whose weight is scaled for each sample, as in StyleGAN 2."""
+
+    def __init__(self, *, demodulates: bool = False) -> None:
+        super().__init__(16, 16, 3, padding=1)
+        self.style, self.demodulates = nn.Linear(16, 16), demodulates
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, *size = x.shape
+        weight = self.weight[None] * (1 + self.style(x.mean((2, 3))).view(batch, 1, channels, 1, 1))
+        if self.demodulates:
+            weight = weight * (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+        y = F.conv2d(x.reshape(1, -1, *size), weight.reshape(-1, *self.weight.shape[1:]), padding=1, groups=batch)
+        return y.view(batch, channels, *size)
+
+
+class Dynamic(nn.Linear):
+    """A layer whose weight depends on its input, in one way or another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(16, 16)
+        self.gate, self.kind = nn.Linear(16, 16), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        if self.kind == "gated":
+            return F.linear(x, self.weight * gate.mean(0).sigmoid(), self.bias)
+        if self.kind == "shifted":
+            return F.linear(x, self.weight + gate.mean(0)[:, None] * x.mean(0), self.bias)
+        if self.kind == "left":
+            return ((self.weight * gate.mean(0)) @ x.t()).t()
+        return torch.einsum("bi,boi->bo", x, self.weight * gate[:, None])
+
+
+def _around(layer: nn.Module) -> nn.Sequential:
+    """A layer between others that are masked."""
+    if isinstance(layer, nn.Conv2d):
+        ends = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    else:
+        ends = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+    return nn.Sequential(ends[0], layer, *ends[1:])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Modulated,
+        lambda: Modulated(demodulates=True),
+        lambda: Dynamic("gated"),
+        lambda: Dynamic("shifted"),
+        lambda: Dynamic("left"),
+        lambda: Dynamic("each sample"),
+    ],
+    ids=["modulated", "demodulated", "gated", "shifted", "left", "each sample"],
+)
+def test_a_weight_that_is_computed_from_the_input_stays_dense_and_is_listed_with_the_reason(
+    make: Callable[[], nn.Module], batch: int
+) -> None:
+    model = _around(make())
+    sample = torch.zeros(batch, *((1, 8, 8) if isinstance(model[1], nn.Conv2d) else (8,)))
+    with pytest.warns(UserWarning, match=r"1\.weight"):
+        bill = plan(model, sample, sparsity=0.5)
+    assert [weight.name for weight in bill.blueprint.left_dense] == ["1.weight"]
+    assert "input" in bill.blueprint.left_dense[0].reason
+    assert "1.weight" not in bill.blueprint.sparse_layers
+    assert len(bill.blueprint.sparse_layers) == 2
+    with pytest.raises(InvalidArgument) as caught:
+        plan(model, sample, include=("1.weight",))
+    (problem,) = caught.value.problems
+    assert (problem.argument, "input" in problem.rule) == ("include", True)
+    assert not plan(model, sample, sparsity=0.5, exclude=("1.weight",)).blueprint.left_dense
+
+
+def test_a_model_all_whose_weights_are_computed_from_the_input_is_told_so() -> None:
+    model = _around(Modulated())
+    for index in (0, 2):
+        model[index].requires_grad_(False)
+    model[1].style.requires_grad_(False)
+    with pytest.raises(InvalidArgument, match=r"1\.weight.*input"):
+        plan(model, torch.zeros(1, 1, 8, 8), sparsity=0.5)
+
+
+class Attention(nn.Module):
+    """Attention with all the parameters that are added to or multiplied with activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.qkv, self.head = nn.Linear(8, 16), nn.Linear(16, 48), nn.Linear(16, 4)
+        self.position, self.bias = nn.Parameter(torch.randn(1, 5, 16)), nn.Parameter(torch.randn(2, 5, 5))
+        self.scale, self.temperature = nn.Parameter(torch.ones(2, 1, 8)), nn.Parameter(torch.ones(2, 1, 1))
+        self.gamma = nn.Parameter(torch.ones(1, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + self.position
+        q, k, v = self.qkv(x).view(-1, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        scores = (q * self.scale) @ k.mT * self.temperature + self.bias
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 5, 16)
+        return self.head((x + y * self.gamma).mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_parameters_that_activations_are_shifted_or_scaled_by_are_no_weights_of_products(batch: int) -> None:
+    bill = plan(Attention(), torch.zeros(batch, 5, 8), sparsity=0.5)
+    assert not bill.blueprint.left_dense
+    assert not bill.blueprint.cost.from_input
 
 
 @pytest.mark.parametrize(
@@ -244,3 +377,21 @@ def test_a_model_that_cannot_be_traced_is_refused_where_the_recipe_needs_it(fiel
     (problem,) = caught.value.problems
     assert problem.argument == "sample"
     assert ("include" if "sparsity" in fields else "freezing") in problem.remedy
+
+
+def test_freezing_a_model_with_a_tied_head_is_refused_with_advice_that_can_be_followed() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.embedding(tokens)) @ self.embedding.weight.T
+
+    recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.1))
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        spfde.plan(Tied(), torch.zeros(2, 3, dtype=torch.long), recipe, 8, 8)
+    (problem,) = caught.value.problems
+    assert "embedding.weight" in problem.rule
+    assert "tie_word_embeddings" in problem.remedy
+    assert "blocks" not in problem.remedy

@@ -22,7 +22,7 @@ def make_observer(scorer: Scorer, classes: ClassLabels, **arguments: Any) -> Obs
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:
     other = [torch.tensor([2, 3]), torch.tensor([5.0, 7.0]), torch.tensor([1, 0])]
     scorer, classes = Loss().scorer(5), ClassLabels(5)
-    observer = make_observer(scorer, classes, gather=lambda mine: [mine, other, []])
+    observer = make_observer(scorer, classes, gather=lambda mine, _error: [mine, other, []])
     observer.report(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([1, 1]))
     assert scorer.difficulty().isinf().all()
     observer.exchange()
@@ -64,7 +64,9 @@ def test_labels_of_another_length_than_the_batch_are_refused() -> None:
     [
         (torch.zeros(3, 4), torch.tensor([0, 3, 7]), [0, 7], 4),
         (torch.zeros(3, 4), torch.tensor([2, -100, 1]), [-100, 2], 4),
-        (torch.zeros(3), torch.tensor([1.0, 0.0, 2.0]), [0, 2], 2),
+        (torch.zeros(3), torch.tensor([1, 0, 2]), [0, 2], 2),
+        (torch.zeros(3), torch.tensor([1.0, 0.0, 2.0]), [0, 2, -1e6, 0], 2),
+        (torch.zeros(3), torch.tensor([0.75, 0.25, 0.75]), [0.25, 0.75, 250_000, 250_000], 2),
         (torch.zeros(3, 1), torch.tensor([[1], [0], [1]]), [0, 1], 2),
         (torch.zeros(3, 1), torch.tensor([True, False, True]), [0, 1], 2),
     ],

@@ -29,9 +29,11 @@ __all__ = [
     "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
     "TorchDispatchMode",  # sees every operator that runs
     "active_ddp",
+    "backward_pass",
     "compiled_inside",
     "copy_each_",
     "has_global_hooks",
+    "hook_steps",
     "hooks_to_copy",
     "is_compiled",
     "is_compiled_whole",
@@ -45,6 +47,7 @@ __all__ = [
     "overloads_of",
     "recompile_limit",
     "run_while_compiling",
+    "steps_can_be_hooked",
     "steps_running",
     "storage_id",
     "tree_flatten",
@@ -63,6 +66,9 @@ _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # whe
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
 copy_each_ = torch._foreach_copy_
+
+# The number of the backward pass that runs now, -1 outside: hooks on parameters are not told which one calls them.
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def compiled_inside(model: nn.Module) -> nn.Module | None:
@@ -102,6 +108,24 @@ def steps_running(optimizer: torch.optim.Optimizer) -> int:
             found += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return found
+
+
+def hook_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Have ``step`` run hooks from the next call on.
+
+    PyTorch patches ``step`` in ``Optimizer.__init__``. A class that does not call it (timm's Lookahead, which wraps
+    another optimizer) is patched by the first ``zero_grad`` alone, so that the first step would run no hook.
+    """
+    if not getattr(type(optimizer).step, "hooked", False):
+        optimizer._patch_step_function()
+
+
+def steps_can_be_hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``hook_steps`` is in time.
+
+    Schedulers put a ``step`` on the instance that calls the class's as it was then: patching the class comes too late.
+    """
+    return "step" not in vars(optimizer) or bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -30,6 +30,8 @@ class LayerCost:
     input_gradients: tuple[tuple[int, int], ...] = ()
     computed: bool = False  # whether it is computed from the parameter in a way that keeps no zeros
     inputs_first: bool = False  # whether the weight is (in, out), or of a layout that is not known
+    # Of a product without a weight: parameters that it is computed from together with the model's input.
+    from_input: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> bool:
@@ -49,6 +51,12 @@ class ModelCost:
     def computed(self) -> tuple[str, ...]:
         """Weights that are computed before they are used, in a way that keeps no zeros."""
         return tuple(layer.name for layer in self.layers if layer.computed)
+
+    @property
+    def from_input(self) -> tuple[str, ...]:
+        """Parameters that the weights of products are computed from together with the model's input."""
+        own = {layer.name for layer in self.layers}
+        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.from_input if name not in own))
 
     @property
     def inputs_first(self) -> tuple[str, ...]:
@@ -102,6 +110,7 @@ def model_cost(trace: Trace, model: nn.Module) -> ModelCost:
             + (() if op.learns_from is None else ((op.learns_from, flops if weight else 2 * flops),)),
             computed=before.computed or weight in op.dense,
             inputs_first=before.inputs_first or weight in op.inputs_first,
+            from_input=() if weight else tuple(sorted(op.from_input)),
         )
     return ModelCost(
         layers=tuple(layers.values()),

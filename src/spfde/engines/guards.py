@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import Problem
+from spfde.core.generators import GeneratorsRestored
 from spfde.core.plain_kernels import PlainKernels, uncompiled
 from spfde.core.torch_private import BUFFERS, HOOKS, MODULES, PARAMETERS, FakeTensorMode, tree_map_only
-from spfde.model.sample import Sample, Untraceable, call_arguments, global_generators_restored
+from spfde.model.sample import Sample, Untraceable, call_arguments
 from spfde.model.trace import like_the_model
 from spfde.model.twin import fake_copy
 
@@ -226,7 +227,7 @@ def read_by(model: nn.Module, sample: Sample) -> dict[str, set[str]]:
             for training in (True, False):
                 twin.train(training)
                 reads.notes = True
-                with torch.no_grad(), global_generators_restored(), uncompiled():
+                with torch.no_grad(), GeneratorsRestored(), uncompiled():
                     twin(*args, **kwargs)
                 reads.notes = False
         except Exception as error:  # it is the user's code that runs, on stand-ins

@@ -1,8 +1,7 @@
 """What a forward pass does, operation by operation: where weights are read, what they were computed from, what learns.
 
 Everything is told by storage: a view of a parameter is that parameter. Of what is computed from parameters and buffers
-alone it is known from which, and whether zeros of a parameter are zeros there too: a weight times a scale keeps them,
-a weight minus its mean does not.
+alone it is known from which, and whether zeros of a parameter are zeros there too (``zeros.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from spfde.core.plain_kernels import attention_in_products
 from spfde.core.torch_private import TorchDispatchMode, overloads_of, storage_id, tree_leaves
+from spfde.model.zeros import Zeros
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,16 @@ class TracedOp:
     n_read: int = 0  # the first so many of the parameters are read themselves, the others computed with before
     dense: frozenset[str] = frozenset()  # those whose zeros are lost on the way here
     inputs_first: frozenset[str] = frozenset()  # matrices read as (in, out), or in a layout that is not known
+    # Where nothing that it reads is a weight: those that one of its operands was computed from together with the
+    # model's input, once for each sample at most.
+    from_input: frozenset[str] = frozenset()
     # Where the operation's inputs depend on parameters that learn: the position at which the last of those is first
     # read. None where nothing before it learns, so that its inputs need no gradient.
     learns_from: int | None = None
 
 
-# Zeros of the first argument are zeros of the result, wherever they are.
-_KEEP_ZEROS = frozenset(
-    {"_to_copy", "_unsafe_view", "_weight_norm_interface", "abs", "alias", "asinh", "atan", "ceil", "clone"}
-    | {"contiguous", "detach", "div", "elu", "erf", "expm1", "expand", "fake_quantize_per_channel_affine"}
-    | {"fake_quantize_per_tensor_affine", "flip", "floor", "gelu", "leaky_relu", "neg", "permute"}
-    | {"relu", "repeat", "reshape", "roll", "round", "sgn", "sign", "silu", "sin", "sinh", "sqrt", "square", "t"}
-    | {"tan", "tanh", "transpose", "true_divide", "trunc", "view"}
-)
+_WEIGHT_AT = {"convolution": 1, "addmm": 2, "aten.mm": 1}
+"""Which operand of a product is its weight; of others both may be."""
 _NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 
 
@@ -59,12 +55,18 @@ class Recorder(TorchDispatchMode):
     Args:
         owners: the parameter's name by storage.
         buffers: the buffer's name by storage.
-        learning: names of the parameters that learn.
+        learning: the parameters that learn, by name, with their sizes.
         inputs: storages of what the model is called with.
+        batch_size: how many samples that is.
     """
 
     def __init__(
-        self, owners: Mapping[int, str], buffers: Mapping[int, str], learning: frozenset[str], inputs: Iterable[int]
+        self,
+        owners: Mapping[int, str],
+        buffers: Mapping[int, str],
+        learning: Mapping[str, int],
+        inputs: Iterable[int],
+        batch_size: int,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[TracedOp] = []
@@ -73,8 +75,10 @@ class Recorder(TorchDispatchMode):
         self._owners, self._buffers, self._learning = owners, buffers, learning
         # Storages that do not depend on the input, with the parameters that they were computed from.
         self._computed: dict[int, tuple[str, ...]] = dict.fromkeys(buffers, ())
-        self._from_input = set(inputs)
-        self._zeros: dict[int, frozenset[str]] = {key: frozenset({name}) for key, name in owners.items()}
+        # Those that do, with the parameters that were computed with on the way, since the last product.
+        self._from_input: dict[int, frozenset[str]] = dict.fromkeys(inputs, frozenset())
+        self._batch_size = batch_size
+        self._zeros = Zeros(owners)
         self._kept: list[Tensor] = []  # keeps all alive, so that no later storage takes their address
         self._learnt: dict[int, int] = {}  # storages that depend on what learns: where its last part is first read
         self._first_read: dict[str, int] = {}
@@ -117,11 +121,11 @@ class Recorder(TorchDispatchMode):
         if not is_view:
             at = [self._first_read.get(name, -1) for name in direct if name in self._learning]
             self._note_learning(outputs, max((*at, -1 if learnt is None else learnt), default=-1))
-            known = self._from_input.isdisjoint(inputs)
-            zeros = self._zeros_kept(str(packet), args, kwargs) if known else frozenset()
+            self._zeros.note(str(packet), args, kwargs, outputs)
             # The factors of a product are weights of their own.
-            made_of = () if flops else tuple(dict.fromkeys((*direct, *origins)))
-            self._note(outputs, made_of if known else None, zeros)
+            made_of = () if flops else (*direct, *origins)
+            met = [self._from_input[key] for key in inputs if key in self._from_input]
+            self._note(outputs, made_of, None if not met else frozenset().union(*met) if not flops else frozenset())
         return out
 
     def _add(
@@ -134,7 +138,7 @@ class Recorder(TorchDispatchMode):
             parameter
             for tensor in computed
             for parameter in self._computed[storage_id(tensor)]
-            if parameter not in self._zeros.get(storage_id(tensor), ())
+            if parameter not in self._zeros.of(tensor)
         }
         from_input = [
             storage_id(tensor)
@@ -151,6 +155,7 @@ class Recorder(TorchDispatchMode):
             n_read,
             dense=frozenset(lost) if flops else frozenset(),
             inputs_first=self._inputs_first(name, of) if flops else frozenset(),
+            from_input=self._weights_from_input(name, of) if flops else frozenset(),
             learns_from=max((self._learnt[key] for key in from_input if key in self._learnt), default=None),
         )
         self.ops.append(op)
@@ -163,46 +168,36 @@ class Recorder(TorchDispatchMode):
         # nn.Linear hands over its weight transposed: the inputs are in front there, and the strides run upwards.
         return frozenset(owner for owner, t in of_parameters if t.dim() >= 2 and (t.dim() > 2 or t.stride(0) != 1))
 
-    def _zeros_kept(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
-        """Parameters whose zeros are zeros of the result, of an operation on what does not depend on the input."""
-        bare = name.rpartition(".")[2]
-        bare = bare if bare.startswith("_") and not bare.endswith("_") else bare.removesuffix("_")
+    def _weights_from_input(self, name: str, operands: list[Tensor]) -> frozenset[str]:
+        """Parameters that were computed with, together with the input, to make a weight of a product.
 
-        def zeros(value: object) -> frozenset[str]:
-            return self._zeros.get(storage_id(value), frozenset()) if isinstance(value, Tensor) else frozenset()
+        At a weight's place all that were; elsewhere those that still have their zeros: an activation is scaled by
+        parameters, too, but by fewer than it has elements.
+        """
+        at = next((place for of, place in _WEIGHT_AT.items() if of in name), None)
+        found = set()
+        for place, tensor in enumerate(operands):
+            met = self._from_input.get(storage_id(tensor), frozenset())
+            names = met if place == at else met & self._zeros.of(tensor).keys()
+            found |= {own for own in names if tensor.numel() <= self._batch_size * self._learning.get(own, 0)}
+        return frozenset(found)
 
-        if bare in _KEEP_ZEROS:
-            return zeros(args[0])
-        if bare == "mul":
-            return zeros(args[0]) | zeros(args[1])
-        if bare in ("add", "sub"):
-            return zeros(args[0]) & zeros(args[1])
-        if bare == "copy":
-            return zeros(args[1])
-        if bare in ("cat", "stack"):
-            return frozenset[str]().union(*map(zeros, args[0]))
-        if bare in ("clamp", "clamp_min", "clamp_max", "hardtanh"):
-            low, high = _limits(bare, args, kwargs)
-            return zeros(args[0]) if low <= 0 <= high else frozenset()
-        if bare == "pow" and isinstance(args[1], (int, float)) and args[1] > 0:
-            return zeros(args[0])
-        if bare == "masked_fill" and not isinstance(args[2], Tensor) and args[2] == 0:
-            return zeros(args[0])
-        return frozenset()
+    def _note(self, outputs: list[Tensor], origins: tuple[str, ...], met: frozenset[str] | None) -> None:
+        """Remember from which parameters these were computed.
 
-    def _note(self, outputs: list[Tensor], origins: tuple[str, ...] | None, zeros: frozenset[str]) -> None:
-        """Remember from which parameters these were computed; None when the model's input had a part in it."""
+        Args:
+            origins: those that the operation reads, or that what it reads was computed from.
+            met: those that the model's input has met before; None where it has no part in this.
+        """
         for tensor in outputs:
             key = storage_id(tensor)
             self._kept.append(tensor)
-            if origins is not None:
+            if met is None:
                 self._computed[key] = tuple(dict.fromkeys(self._computed.get(key, ()) + origins))
-                self._zeros[key] = zeros
-                self._from_input.discard(key)
+                self._from_input.pop(key, None)
             else:
-                self._from_input.add(key)
+                self._from_input[key] = met.union(origins)
                 self._computed.pop(key, None)
-                self._zeros.pop(key, None)
 
     def _note_learning(self, outputs: list[Tensor], latest: int) -> None:
         for tensor in outputs:
@@ -272,14 +267,3 @@ class Recorder(TorchDispatchMode):
             if name not in counted and name not in parents:
                 found[self._types[name]] += calls
         return found
-
-
-def _limits(clamp: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
-    """Between which values an operation of this name clamps; where a tensor tells, they are not known."""
-    names = {"clamp_min": ["min"], "clamp_max": ["max"], "hardtanh": ["min_val", "max_val"]}.get(clamp, ["min", "max"])
-    given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
-    if any(isinstance(value, Tensor) for value in given.values()):
-        return inf, -inf
-    unset = (-1.0, 1.0) if clamp == "hardtanh" else (-inf, inf)
-    low, high = (next((given.get(name) for name in names if key in name), None) for key in ("min", "max"))
-    return (unset[0] if low is None else low), (unset[1] if high is None else high)

@@ -23,6 +23,8 @@ _CONVOLUTIONS = (
 )
 _WEIGHTED = (*_CONVOLUTIONS, nn.Linear)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_KEEPS_NO_ZEROS = "computed before use in a way that keeps no zeros"
+_FROM_INPUT = "computed from the model's input before use"
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -42,6 +44,7 @@ def select_layers(
     order: Sequence[str],
     head: Sequence[str],
     computed: Collection[str] = (),
+    from_input: Collection[str] = (),
     inputs_first: Collection[str] = (),
 ) -> dict[str, nn.Parameter]:
     """The weights that ``method`` masks, by qualified name in order of execution.
@@ -50,7 +53,8 @@ def select_layers(
     norms, biases, embeddings (nor a weight shared with one), one-dimensional tensors and parameters without gradient.
     Depthwise convolutions have few weights and little to spare: they are masked only where ``include`` names them. So
     are the weights of products outside these layers (bare parameters, recurrent layers, layers of others), from two
-    dimensions on. A weight that is computed before it is used, in a way that keeps no zeros, is never masked.
+    dimensions on. A weight that is computed before it is used, from the model's input or in a way that keeps no zeros,
+    is never masked.
     With sparsity 0 everywhere nothing is masked.
 
     Args:
@@ -59,6 +63,7 @@ def select_layers(
         order: names of the weights in order of execution; what is missing here never runs and is left alone.
         head: names of the parameters of the classifier head.
         computed: names of the weights that are computed before they are used, in a way that keeps no zeros.
+        from_input: names of the parameters that weights are computed from together with the model's input.
         inputs_first: names of the weights that are (in, out), or of a layout that is not known.
 
     Raises:
@@ -71,10 +76,12 @@ def select_layers(
     standard = dict(_standard(model))
     nameable = _nameable(model, parameters)
     known = [name for name in dict.fromkeys(order) if name in standard or name in nameable]
-    candidates = [name for name in known if name not in computed]
+    lost = dict.fromkeys((name for name in known if name in computed), _KEEPS_NO_ZEROS)
+    lost |= dict.fromkeys((name for name in from_input if name in nameable), _FROM_INPUT)
+    candidates = [name for name in known if name not in lost]
     by_default = [name for name in candidates if name in standard]
     if not by_default and not method.include:
-        raise _nothing_to_prune(model, candidates, computed=[name for name in known if name in computed])
+        raise _nothing_to_prune(model, candidates, lost=lost)
     dense = set(head) if method.dense_head else set()
     if method.dense_first and (by_default or candidates):
         dense.add((by_default or candidates)[0])
@@ -84,14 +91,13 @@ def select_layers(
         included = [name for name in by_default if not _is_depthwise(standard[name])]
     selected = [name for name in included if name not in dense and not _any_match(name, method.exclude)]
     problems = Problems()
-    _check_patterns(problems, method, candidates, selected, computed=computed)
+    _check_patterns(problems, method, candidates, selected, lost=lost)
     _check_layouts(problems, method, [name for name in selected if name not in standard and name in inputs_first])
     _check_memory(problems, parameters, selected)
     if not selected and not problems.found:
         rule = f"leaves none of the {len(candidates)} prunable layers to mask: {', '.join(candidates)}"
-        lost = [name for name in known if name in computed]
         if lost:
-            rule += f"; {_listed(lost)}, computed before use in a way that keeps no zeros, cannot be masked"
+            rule += f"; {_described(lost)} cannot be masked"
         remedy = "Widen include and exclude, or set dense_first=False or dense_head=False."
         problems.add("sparsity", method, rule, remedy)
     problems.raise_if_any()
@@ -106,6 +112,7 @@ def left_dense(
     head: Sequence[str],
     selected: Collection[str],
     computed: Collection[str] = (),
+    from_input: Collection[str] = (),
 ) -> list[LeftDense]:
     """The weights of products that learn and are not masked, though nothing in ``method`` says so.
 
@@ -118,18 +125,23 @@ def left_dense(
         head: names of the parameters of the classifier head.
         selected: names of the weights that are masked.
         computed: names of the weights that are computed before they are used, in a way that keeps no zeros.
+        from_input: names of the parameters that weights are computed from together with the model's input.
     """
     if not selected or method.include:
         return []  # the user has named what is to be masked
     parameters = dict(model.named_parameters(remove_duplicate=False))
     standard, nameable = dict(_standard(model)), _nameable(model, parameters)
     found = []
-    for name in dict.fromkeys(order):
+    for name in dict.fromkeys((*order, *from_input)):
         is_asked = name in selected or name in head or _any_match(name, method.exclude)
         if is_asked or name not in nameable:
             continue
         if name in computed:
-            found.append(LeftDense(name, parameters[name].numel(), f"{_computed_in(name, model)} keeps no zeros"))
+            reason = f"{_type_of_owner(name, model)} computes its weight before using it, which keeps no zeros"
+            found.append(LeftDense(name, parameters[name].numel(), reason))
+        elif name in from_input:
+            reason = f"{_type_of_owner(name, model)} computes its weight from the model's input"
+            found.append(LeftDense(name, parameters[name].numel(), reason))
         elif name not in standard:
             reason = f"a weight of {_type_of_owner(name, model)} is masked where include names it"
             found.append(LeftDense(name, parameters[name].numel(), reason))
@@ -147,21 +159,21 @@ def _type_of_owner(name: str, model: nn.Module) -> str:
     return type(model.get_submodule(name.rpartition(".")[0])).__name__
 
 
-def _computed_in(name: str, model: nn.Module) -> str:
-    return f"{_type_of_owner(name, model)} computes its weight before using it, which"
-
-
-def _nothing_to_prune(model: nn.Module, others: Sequence[str], *, computed: Sequence[str]) -> InvalidArgument:
+def _nothing_to_prune(model: nn.Module, others: Sequence[str], *, lost: Mapping[str, str]) -> InvalidArgument:
     """Says which weights there are, where there are any."""
     remedy = "Use sparsity=None, or a model with convolutions, nn.Linear or nn.MultiheadAttention that learn."
     if others:
         remedy = f"Name the weights to be masked in include; there are {_listed(others)}."
     rule = "has no prunable layers"
-    if computed:
-        rule += (
-            f": {_listed(computed)} {'are' if len(computed) > 1 else 'is'} computed before use, which keeps no zeros"
-        )
+    if lost:
+        rule += f": {_described(lost)} cannot be masked"
     return InvalidArgument(Problem("model", type(model).__name__, rule, remedy))
+
+
+def _described(lost: Mapping[str, str]) -> str:
+    """Weights that cannot be masked, with the reason once for all that have the same."""
+    reasons = dict.fromkeys(lost.values())
+    return "; ".join(f"{_listed([name for name in lost if lost[name] == reason])}, {reason}," for reason in reasons)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -206,17 +218,17 @@ def _check_patterns(
     candidates: Sequence[str],
     selected: Sequence[str],
     *,
-    computed: Collection[str],
+    lost: Mapping[str, str],
 ) -> None:
     for field, patterns in (("include", method.include), ("exclude", method.exclude)):
         for pattern in patterns:
             if any(fnmatchcase(name, pattern) for name in candidates):
                 continue
-            lost = [name for name in computed if fnmatchcase(name, pattern)]
-            if field == "exclude" and lost:
+            matched = {name: reason for name, reason in lost.items() if fnmatchcase(name, pattern)}
+            if field == "exclude" and matched:
                 continue
-            if lost:
-                rule = f"matches {_listed(lost)}, which is computed before it is used, in a way that keeps no zeros"
+            if matched:
+                rule = f"matches {_described(matched)} and no other"
                 problems.add(field, pattern, rule, "Leave it dense, or use the parameter as it is.")
             else:
                 problems.add(field, pattern, "matches no prunable weight", nearest(pattern, candidates))

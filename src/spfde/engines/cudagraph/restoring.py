@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from spfde.core.torch_private import BUFFERS
-from spfde.model.sample import generators_of_python, global_generators_restored
 
 
 @contextmanager
@@ -26,19 +27,25 @@ def as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in vars(module)[BUFFERS].items()
         if buffer is not None
     ]
+    on_cpu, others = torch.get_rng_state(), _others()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        with global_generators_restored():
-            before = _elsewhere(device)
-            yield
-            if _elsewhere(device) != before:
-                raise RuntimeError("it draws random numbers beside the generator of its device")
+        yield
+        if _others() != others or (on_device is not None and not torch.equal(torch.get_rng_state(), on_cpu)):
+            raise RuntimeError("it draws random numbers beside the generator of its device")
     finally:
         for owner, name, buffer, value in kept:
             buffer.data.copy_(value)  # by .data: a backward pass of before may still want the buffer as it was
             owner[name] = buffer
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+        if _others() != others:
+            random.setstate(others[0])
+            np.random.set_state(("MT19937", np.frombuffer(others[1], np.uint32), *others[2]))  # noqa: NPY002
 
 
-def _elsewhere(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that a recording on the device does not draw from."""
-    on_cpu = torch.get_rng_state().numpy().tobytes() if device.type != "cpu" else b""
-    return generators_of_python(), on_cpu
+def _others() -> tuple[Any, ...]:
+    """The states of the generators of Python and NumPy, to be compared."""
+    _, keys, *position = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), np.asarray(keys).tobytes(), position
