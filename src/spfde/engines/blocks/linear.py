@@ -58,6 +58,7 @@ class BlockLinears:
         self.refresh()
         for layer in self.layers.values():
             layer.install(self)
+            layer.expects_pass = True
 
     @property
     def key(self) -> tuple[tuple[Any, ...], ...]:
@@ -103,6 +104,8 @@ class BlockLinear:
 
     Attributes:
         computes: whether the kernels compute it now.
+        wants_dense: whether its next gradient is dense.
+        expects_pass: its next call is in another pass than the last time that the masks were read.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class BlockLinear:
         self._lists = BlockLists(tuple(self.weight.shape), block, self.weight.device)
         self._mask: Tensor | None = None
         self._version: int | None = None
-        self._was_called = False
+        self.expects_pass = True
         self.wants_dense = self.computes = False
 
     @property
@@ -129,7 +132,7 @@ class BlockLinear:
 
     def follow(self, mask: Tensor, *, wants_dense: bool, most: float) -> None:
         """Take this mask, and whether the next gradient is to be dense."""
-        self.wants_dense, self._was_called = wants_dense, False
+        self.wants_dense, self.expects_pass = wants_dense, False
         self._version = version_of(self.weight)
         if mask is self._mask and self._lists.device == self.weight.device:
             return
@@ -141,9 +144,9 @@ class BlockLinear:
 
     def __call__(self, module: nn.Linear, input: Tensor) -> Tensor:
         # A mutation writes into the weight. A wish for dense gradients may come without: then a new pass has begun.
-        if self._was_called or self._version != version_of(self.weight):
+        if self.expects_pass or self._version != version_of(self.weight):
             self._refresh()
-        self._was_called = True
+        self.expects_pass = True
         if not self.computes or not self._can_take(module, input):
             return F.linear(input, module.weight, module.bias)
         return block_linear(input, self.weight, module.bias, self._lists, dense_gradient=self.wants_dense)
