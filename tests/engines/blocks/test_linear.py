@@ -218,6 +218,14 @@ def test_weights_that_torch_func_puts_in_are_computed_with(masked: Masked, start
     assert not started
 
 
+def test_a_parameter_of_the_same_memory_may_stand_in_and_gets_the_gradient(masked: Masked, started: list[str]) -> None:
+    leaves = {name: nn.Parameter(p.detach()) for name, p in masked.model.named_parameters()}
+    torch.func.functional_call(masked.model, leaves, (drawn(5, 64, seed=1),)).sum().backward()
+    assert started.count("weight_gradient") == 2
+    assert all(leaf.grad is not None for leaf in leaves.values())
+    assert masked.model[0].weight.grad is None
+
+
 def test_a_counter_of_flops_sees_pytorchs_own_operators(masked: Masked) -> None:
     x = drawn(5, 64, seed=1)
     totals = []

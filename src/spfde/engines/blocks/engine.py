@@ -56,7 +56,7 @@ class BlocksEngine(Engine):
             return "copies of the model on other devices have no kernels; use DistributedDataParallel"
         if is_compiled_whole(job.given) or is_compiled_whole(job.model):
             return "the model is compiled by torch.compile"
-        names = _taken(job)
+        names = taken(job)
         if not names:
             first = next(iter(job.blueprint.target))
             return f"no sparse weight is that of an nn.Linear whose own forward computes it (the first is {first})"
@@ -66,30 +66,30 @@ class BlocksEngine(Engine):
     def expected_speed(cls, job: Job) -> float:
         if _is_interpreted():
             return _INTERPRETED
-        taken, (slope, fixed) = _taken(job), _LINE
+        blocks, (slope, fixed) = taken(job), _LINE
         ours = dense = 0.0
         for layer, density in zip(job.blueprint.cost.layers, job.density, strict=True):
             products = 3 * layer.forward_flops * job.batch_size / _DENSE_RATE
             by_pytorch = max(products, _START_DENSE)
             by_blocks = max(products * (slope * density + fixed), _START_BLOCKS)
             dense += by_pytorch
-            ours += by_blocks if layer.name in taken and density <= MOST_DENSITY else by_pytorch
+            ours += by_blocks if layer.name in blocks and density <= MOST_DENSITY else by_pytorch
         return ours / dense
 
     @classmethod
     def prepare(cls, job: Job, tell: Callable[[str], None] | None = None) -> str | None:
         from spfde.engines.blocks.check import check
 
-        taken = _taken(job)
-        devices = dict.fromkeys(job.model.get_parameter(name).device for name in taken)
+        blocks = taken(job)
+        devices = dict.fromkeys(job.model.get_parameter(name).device for name in blocks)
         if tell is not None:
             tell("compiling the kernels for blocks of weights")
-        return next(filter(None, (check(block, device) for device in devices for block in set(taken.values()))), None)
+        return next(filter(None, (check(block, device) for device in devices for block in set(blocks.values()))), None)
 
     def attach(self, job: Job, parts: Parts) -> None:
         from spfde.engines.blocks.linear import BlockLinears
 
-        self._attached = BlockLinears(job.model, _taken(job), parts)
+        self._attached = BlockLinears(job.model, taken(job), parts)
 
     def detach(self) -> None:
         if self._attached is not None:
@@ -114,7 +114,7 @@ class BlocksEngine(Engine):
         return self._attached
 
 
-def _taken(job: Job) -> dict[str, tuple[int, int]]:
+def taken(job: Job) -> dict[str, tuple[int, int]]:
     """The weights that the kernels take, with the (rows, columns) of their blocks."""
     method, model = job.blueprint.method, job.model
     assert method is not None

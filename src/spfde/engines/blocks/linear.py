@@ -149,12 +149,13 @@ class BlockLinear:
         self.expects_pass = True
         if not self.computes or not self._can_take(module, input):
             return F.linear(input, module.weight, module.bias)
-        return block_linear(input, self.weight, module.bias, self._lists, dense_gradient=self.wants_dense)
+        return block_linear(input, module.weight, module.bias, self._lists, dense_gradient=self.wants_dense)
 
     def _can_take(self, module: nn.Linear, input: Tensor) -> bool:
         weight = module.weight
         return (
-            weight is self.weight
+            # A capture may put another parameter of the same memory there, torch.func a tensor of other numbers.
+            weight.data_ptr() == self.weight.data_ptr()
             and weight.is_contiguous()
             and input.device == weight.device == self._lists.device
             and input.shape[-1:] == weight.shape[1:]
