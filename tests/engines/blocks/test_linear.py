@@ -316,5 +316,5 @@ def test_only_layers_whose_own_forward_computes_them_are_taken() -> None:
 
 def test_no_warning_is_given() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         Masked().check_step()

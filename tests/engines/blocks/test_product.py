@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_the_tiles_for_many_tokens_and_several_shares_of_them_are_right(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(product(), "MANY_TOKENS", 300)
-    monkeypatch.setattr(product().TILES[dtype], "programs", 8)
+    monkeypatch.setitem(product().TILES, dtype, replace(product().TILES[dtype], programs=8))
     check(SOME, tokens=(301,), dtype=dtype)
 
 
@@ -227,6 +228,21 @@ def test_the_same_inputs_give_the_same_bits() -> None:
         return [x.grad, weight.grad]  # type: ignore[list-item]
 
     assert all(torch.equal(one, other) for one, other in zip(gradients(), gradients(), strict=True))
+
+
+def test_the_bits_do_not_depend_on_the_masks_that_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a run that is resumed under a falling number of blocks would not be the one that never stopped."""
+    monkeypatch.setitem(product().TILES, torch.float32, replace(product().TILES[torch.float32], programs=12))
+    few = mask_of(torch.arange(18).view(9, 2) % 2 == 0, (32, 32)).to(DEVICE)
+    new, used = lists_of(few, (32, 32)), lists_of(torch.ones_like(few), (32, 32))
+    used.fill(few)
+    assert used.n_groups > new.n_groups
+    gradients = []
+    for lists in (new, used):
+        x, weight = drawn(301, 64, seed=1), (drawn(288, 64, seed=2) * few).requires_grad_()
+        product().block_linear(x, weight, None, lists).square().sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
 
 
 class _NoWaiting(TorchDispatchMode):

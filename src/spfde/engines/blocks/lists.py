@@ -98,6 +98,7 @@ class BlockLists:
         active: number of active blocks.
         n_groups: groups that kernels are started for; those that do not exist do nothing. It stays the same while the
             number of active blocks does, and while it falls to no less than half: a captured graph is right so long.
+        usual_groups: how many there would be at 90 %; it depends on the shape alone.
 
     Raises:
         InvalidArgument: the blocks do not divide the shape, or are no multiples of :data:`UNIT`.
@@ -118,6 +119,7 @@ class BlockLists:
         self.sides = math.gcd(block[0], _LARGEST), math.gcd(block[1], _LARGEST)
         self.grid = rows, columns = out // self.sides[0], into // self.sides[1]
         self.group = _GROUP_ROWS // self.sides[0]
+        self.usual_groups = most_groups(-(-rows * columns // 10), rows, columns, self.group)
         self.active = self.n_groups = self._capacity = 0
         room = columns * -(-rows // self.group)
         sizes = {

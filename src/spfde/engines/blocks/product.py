@@ -31,14 +31,14 @@ class Tile:
     stages: int = 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tiles:
     """The tiles of each kernel. ``benchmarks/block_linear.py --sweep`` tries others.
 
     Attributes:
         few, many: for products with fewer tokens than ``MANY_TOKENS``, and with more.
         gradient: for gradients of the weight.
-        programs: about how many of them are to run at once, so many shares the tokens are split into.
+        programs: about how many of the latter there are to be at 90 %; so many shares the tokens are split into.
     """
 
     few: Tile
@@ -140,8 +140,10 @@ class _BlockLinear(torch.autograd.Function):
                 of_input = gradient.new_empty(shape, dtype=ctx.input_dtype)
                 _multiply(gradient, weight, None, of_input, ctx.lists, backward=True, precision=ctx.precision)
             if ctx.needs_input_grad[1]:
-                make = _dense_gradient if ctx.dense_gradient else _sparse_gradient
-                of_weight = make(gradient, values, ctx.lists, ctx.weight_dtype, ctx.precision)
+                if ctx.dense_gradient:
+                    of_weight = _dense_gradient(gradient, values, ctx.weight_dtype)
+                else:
+                    of_weight = _sparse_gradient(gradient, values, ctx.lists, ctx.weight_dtype, ctx.precision)
             if ctx.needs_input_grad[2]:
                 of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return of_input, of_weight, of_bias, None, None, None
@@ -193,8 +195,9 @@ def _sparse_gradient(gradient: Tensor, values: Tensor, lists: BlockLists, dtype:
     out, into, tiles = gradient.shape[-1], values.shape[-1], TILES[values.dtype]
     tile, tokens, n_groups = tiles.gradient, values.numel() // into, lists.n_groups
     steps = -(-tokens // tile.tokens)
-    # Shares are added up in order, which atomic additions would not be: the same bits in every run.
-    steps_each = max(1, steps * n_groups // tiles.programs)
+    # The same bits in every run: shares are added up in order, which atomic additions would not be, and there are as
+    # many of them whatever the mask is and was.
+    steps_each = max(1, steps * lists.usual_groups // tiles.programs)
     shares = -(-steps // steps_each)
     stride = n_groups * lists.group * high * wide
     parts = values.new_empty((shares, stride), dtype=torch.float32)
@@ -228,7 +231,7 @@ def _sparse_gradient(gradient: Tensor, values: Tensor, lists: BlockLists, dtype:
     return result
 
 
-def _dense_gradient(gradient: Tensor, values: Tensor, lists: BlockLists, dtype: torch.dtype, precision: str) -> Tensor:
+def _dense_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight's gradient with all its entries, by PyTorch: a mutation looks at it."""
     with torch.autocast(values.device.type, enabled=False):
         flat = gradient.reshape(-1, gradient.shape[-1])
