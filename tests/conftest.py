@@ -17,6 +17,8 @@ import spfde
 from helpers.training import Parts, make_parts
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
 
 
 @pytest.fixture

@@ -293,3 +293,12 @@ def test_a_round_that_changes_no_mask_is_not_timed_silently(common: ModuleType, 
     mutating = mutation.Mutating(three_layers, spfde.StaticSparse(sparsity=0.9), torch.zeros(1, 256))
     with pytest.raises(AssertionError, match=r"static.* epoch 10"):
         common.interleave({"mutate": mutating.mutate}, 1, around={"mutate": mutating.checked})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_so_and_keeps_no_result_where_there_is_none(
+    common: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module("block_linear").main(["--results", str(tmp_path)])
+    assert "CUDA" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -131,7 +131,7 @@ def test_a_name_that_no_engine_has_is_refused_with_the_nearest(theirs: Any) -> N
     (problem,) = refused.value.problems
     assert (problem.argument, problem.value) == ("engine", "qick")
     assert "'quick'" in problem.remedy
-    assert engine_names() == ("auto", "cudagraph", "masked", "native", "quick")
+    assert engine_names() == ("auto", "blocks", "cudagraph", "masked", "native", "quick")
 
 
 def test_the_same_job_gives_the_same_choice(theirs: Any) -> None:

@@ -140,7 +140,7 @@ class TrainingOptions(LengthOptions):
 class MachineOptions:
     """Where the run computes, and who is told."""
 
-    engine: Annotated[str, _option("auto, masked, native (CPUs) or cudagraph (GPUs)", _MACHINE)] = "auto"
+    engine: Annotated[str, _option("auto, masked, native (CPUs), cudagraph or blocks (GPUs)", _MACHINE)] = "auto"
     device: Annotated[str, _option("auto, cpu, cuda, cuda:N or mps", _MACHINE)] = "auto"
     precision: Annotated[Literal["fp32", "bf16", "fp16"], _option("fp32, bf16 or fp16 (on a GPU)", _MACHINE)] = "fp32"
     workers: Annotated[
