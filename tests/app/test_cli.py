@@ -360,6 +360,9 @@ BAD_OPTIONS = [
     ("--workers -1", "--workers=-1: ", "0 or more"),
     ("--augment crp", "--augment='crp': ", "'crop'"),
     ("--precision fp8", "--precision='fp8': ", "bf16"),
+    ("--compile", "--compile=True: ", "--no-compile"),
+    ("--data-on disk", "--data-on='disk': ", "'host'"),
+    ("--profile 0", "--profile=0: ", "from 1 on"),
     ("--recipe spfd", "--recipe='spfd': is no preset", "Did you mean 'spfde'?"),
     ("--recipe nothing.toml", "--recipe='nothing.toml': cannot be read", "preset"),
     ("--model resnet9", "--model='resnet9': ", "Did you mean 'resnet8'?"),
@@ -600,8 +603,13 @@ class TestBadFolders:
     def test_resuming_takes_another_engine_and_warns(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
         shutil.copytree(run_folder, here / "run")
         (here / "run" / "summary.json").unlink()
-        with pytest.warns(UserWarning, match='saved with engine="native" and goes on with engine="masked", as asked'):
-            assert spfde("train", "--resume", "run", "--engine", "masked", "--quiet").code == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            ended = spfde("train", "--resume", "run", "--engine", "masked", "--quiet")
+        assert ended.code == 0
+        [line] = ended.err.splitlines()
+        assert line.startswith("spfde: warning: ")
+        assert 'saved with engine="native" and goes on with engine="masked", as asked' in line
         assert json.loads((here / "run" / "summary.json").read_text())["engine"] == "masked"
 
     def test_a_damaged_config_is_refused(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
@@ -623,8 +631,8 @@ class TestDivergence:
     ) -> None:
         usual = setup.TrainingRun.batch
 
-        def batch(run: Any, images: Any, labels: Any, *, augmented: bool) -> Any:
-            x, y = usual(run, images, labels, augmented=augmented)
+        def batch(run: Any, handed: Any) -> Any:
+            x, y = usual(run, handed)
             return (x * float("nan") if run.session.epoch == 2 else x), y
 
         monkeypatch.setattr(setup.TrainingRun, "batch", batch)

@@ -12,8 +12,8 @@ import pytest
 import spfde
 from spfde import presets
 from spfde.app.data.datasets import load_data
+from spfde.app.train.feed import workers_for
 from spfde.app.train.options import TrainOptions, absolute_source, choose_recipe, read_recipe
-from spfde.app.train.setup import workers_for
 from spfde.core.errors import InvalidArgument, RunFolderError, StateMismatch
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval

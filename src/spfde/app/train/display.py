@@ -155,7 +155,7 @@ def profile_lines(found: Profile, *, on_gpu: bool) -> list[str]:
     lines = [f"{about}: there is no GPU; the dearest operations on the CPU, by the time in them alone:"]
     for name, calls, seconds, share in found.dearest:
         short = name if len(name) <= 44 else f"{name[:43]}…"
-        lines.append(f"{short:<44} {calls:>8,} x {1e3 * seconds:>10,.1f} ms {share:>6.1%}")
+        lines.append(f"{short:<44} {1e3 * seconds:>9,.1f} ms {share:>6.1%} {calls:>7,} calls")
     return lines
 
 

@@ -70,7 +70,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     augment_draws: Literal["auto", "batch", "sample"] = "auto"
     dense_timing_steps: Annotated[int, Ge(0)] = 5
 
-    #: What the runs of earlier versions did, whose folders do not say it.
+    #: What is chosen where the run starts, and what the runs of earlier versions did, whose folders do not say it.
     FORMERLY: ClassVar[dict[str, Any]] = {"precision": "fp32", "compile": False, "augment_draws": "batch"}
 
     _absolute_source = field_validator("data")(absolute_source)
@@ -104,6 +104,11 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
         except InvalidArgument as error:
             raise RunFolderError(f"{path}: holds options that are not valid: {error} {remedy}") from error
         return options
+
+    def as_chosen(self, before: TrainOptions) -> Self:
+        """With what is left to choose as the run had it that goes on."""
+        left = [name for name in self.FORMERLY if getattr(self, name) in ("auto", None)]
+        return self.model_copy(update={name: getattr(before, name) for name in left})
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""

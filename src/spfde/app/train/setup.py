@@ -125,6 +125,9 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
     with ExitStack() as afterwards:
         afterwards.callback(folder.close)
         try:
+            if resume:
+                before = TrainOptions.from_config(folder.read_json(CONFIG), out / CONFIG)
+                options = options.as_chosen(before)
             checkpoint = folder.checkpoints.newest()
             if checkpoint is not None:
                 options.check_identity(described(checkpoint), checkpoint)
