@@ -124,14 +124,17 @@ class DeviceFeed(Feed):
             if isinstance(part, ImageArray)
         )
         self.loader = shuffled(SampleIds(len(self._train[1])), options, collate_fn=_as_given)
+        # A loader draws from the global generator for each pass: with one here, it is where it would be otherwise.
+        self._test_ids: DataLoader[Any] = DataLoader(
+            SampleIds(len(self._test[1])), batch_size=EVALUATION_BATCH, collate_fn=_as_given
+        )
         self._moves: tuple[int, Moves] | None = None  # of all samples, and the epoch that they are for
 
     def batch(self, handed: Tensor, session: Session) -> tuple[Tensor, Tensor]:
         return super().batch(self._moved(handed), session)
 
     def plain(self, handed: Tensor) -> tuple[Tensor, Tensor]:
-        (images, labels), ids = self._train, self._moved(handed)
-        return images.index_select(0, ids), labels.index_select(0, ids)
+        return self._taken(self._train, handed)
 
     def _augmented(self, images: Tensor, handed: Tensor, session: Session) -> Tensor:
         if session.caches_prefix:  # which variant of a sample comes is announced batch by batch
@@ -149,9 +152,12 @@ class DeviceFeed(Feed):
             ids = ids.pin_memory()  # the copy waits for nothing then
         return ids.to(self._device, non_blocking=True)
 
+    def _taken(self, part: tuple[Tensor, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self._moved(ids)
+        return part[0].index_select(0, ids), part[1].index_select(0, ids)
+
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = (torch.split(part, EVALUATION_BATCH) for part in self._test)
-        return zip(images, labels, strict=True)
+        return (self._taken(self._test, ids) for ids in self._test_ids)
 
 
 def _as_given(batch: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from spfde.core.files import clear_errors, written_whole
 
 TRACE = "trace.json"
 WARM_UP = 10
-"""Steps before those that are recorded, where the epoch has so many to spare: the first ones compile and capture."""
+"""Steps before those that are recorded, or a third of a short epoch: the first ones compile and capture."""
 N_DEAREST = 10
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
@@ -73,7 +74,7 @@ def profiled(
         folder: where ``trace.json`` is written, once the steps are over.
         tell: is told then.
     """
-    warm_up = min(WARM_UP, max(1, n_batches - steps), n_batches - 1)
+    warm_up = min(WARM_UP, max(1, n_batches - steps, n_batches // 3), n_batches - 1)
     active = min(steps, n_batches - warm_up)
     on_gpu = device.type == "cuda"
 
@@ -82,8 +83,25 @@ def profiled(
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     when = schedule(wait=0, warmup=warm_up, active=active, repeat=1)
-    with profile(activities=activities, schedule=when, on_trace_ready=ready) as recording:
+    with _environment(on_gpu), profile(activities=activities, schedule=when, on_trace_ready=ready) as recording:
         yield recording.step
+
+
+@contextmanager
+def _environment(on_gpu: bool) -> Iterator[None]:
+    """What PyTorch's profiler reads from the environment when it starts, as far as the user has not set it."""
+    if on_gpu:
+        # Before CUDA 12.6 graphs do not survive that their kernels' recording is taken down and set up again.
+        wanted = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
+    else:
+        wanted = {"KINETO_LOG_LEVEL": "9"}  # or it complains on the standard error that there is no GPU
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _written(recorded: profile, steps: int, trace: Path, *, on_gpu: bool) -> Profile:
