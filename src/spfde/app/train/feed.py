@@ -109,8 +109,8 @@ class SampleIds(Dataset[int]):
 class DeviceFeed(Feed):
     """Images and labels lie on the device, and of a batch only its samples' ids cross over.
 
-    An epoch's crops and flips cross over once, for all samples: what a batch asks of the CPU is then a fraction of a
-    millisecond, which a GPU that is busy with the batch before does not notice.
+    An epoch's crops and flips are drawn there for all samples at once: what a batch asks of the CPU is then a fraction
+    of a millisecond, which a GPU that is busy with the batch before does not notice.
     """
 
     def __init__(
@@ -140,9 +140,8 @@ class DeviceFeed(Feed):
         if session.caches_prefix:  # which variant of a sample comes is announced batch by batch
             return super()._augmented(images, handed, session)
         if self._moves is None or self._moves[0] != session.epoch:
-            top, left, flip = self._augment.moves_of(session.augmentation_seeds(torch.arange(len(self._train[1]))))
-            on_device = top.to(self._device), left.to(self._device), None if flip is None else flip.to(self._device)
-            self._moves = (session.epoch, on_device)
+            seeds = self._moved(session.augmentation_seeds(torch.arange(len(self._train[1]))))
+            self._moves = (session.epoch, self._augment.moves_of(seeds))
         top, left, flip = self._moves[1]
         own = top[handed], left[handed], None if flip is None else flip[handed]
         return self._augment.move(images, own)

@@ -90,11 +90,10 @@ def profiled(
 @contextmanager
 def _environment(on_gpu: bool) -> Iterator[None]:
     """What PyTorch's profiler reads from the environment when it starts, as far as the user has not set it."""
-    if on_gpu:
-        # Before CUDA 12.6 graphs do not survive that their kernels' recording is taken down and set up again.
-        wanted = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
-    else:
-        wanted = {"KINETO_LOG_LEVEL": "9"}  # or it complains on the standard error that there is no GPU
+    # Before CUDA 12.6 graphs do not survive that the recording of kernels is taken down and set up again. Without a GPU
+    # the profiler would complain on the standard error that there is none.
+    on_either = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}, {"KINETO_LOG_LEVEL": "9"}
+    wanted = on_either[0 if on_gpu else 1]
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ |= added
     try:
