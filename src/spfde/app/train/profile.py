@@ -92,8 +92,7 @@ def _environment(on_gpu: bool) -> Iterator[None]:
     """What PyTorch's profiler reads from the environment when it starts, as far as the user has not set it."""
     # Before CUDA 12.6 graphs do not survive that the recording of kernels is taken down and set up again. Without a GPU
     # the profiler would complain on the standard error that there is none.
-    on_either = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}, {"KINETO_LOG_LEVEL": "9"}
-    wanted = on_either[0 if on_gpu else 1]
+    wanted = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"} if on_gpu else {"KINETO_LOG_LEVEL": "9"}
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ |= added
     try:
