@@ -151,6 +151,18 @@ class TestTrainOptions:
         config = json.loads(json.dumps({"command": options.model_dump(mode="json")}))
         assert TrainOptions.from_config(config, tmp_path / "config.json") == options
 
+    def test_a_config_file_of_an_earlier_version_says_by_its_silence_what_that_did(self) -> None:
+        command = TrainOptions(precision="bf16").model_dump(mode="json", exclude={"compile", "augment_draws"})
+        options = TrainOptions.from_config({"command": command}, Path("config.json"))
+        assert (options.precision, options.compile, options.augment_draws) == ("bf16", False, "batch")
+        del command["precision"]
+        assert TrainOptions.from_config({"command": command}, Path("config.json")).precision == "fp32"
+
+    def test_what_is_left_to_choose_is_as_the_run_that_goes_on_had_it(self) -> None:
+        before = TrainOptions(precision="bf16", compile=False, augment_draws="sample")
+        assert TrainOptions(workers=1).as_chosen(before) == before.model_copy(update={"workers": 1})
+        assert TrainOptions(precision="fp32").as_chosen(before).precision == "fp32"
+
     @pytest.mark.parametrize(
         "config", [{}, {"command": None}, {"command": {"lr": "fast"}}, {"command": {"recipe": {"sparsity": 1}}}]
     )

@@ -159,7 +159,7 @@ class DeviceFeed(Feed):
         return (self._taken(self._test, ids) for ids in self._test_ids)
 
 
-def _as_given(batch: Tensor) -> Tensor:
+def _as_given(batch: Any) -> Any:
     return batch
 
 

@@ -6,9 +6,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class TrainingRun:
         options: with nothing left to choose.
         asked: the options as they were asked for.
         choices: what was chosen, in lines for the user.
-        mean, std: of the images' channels, on the device.
+        normalised: gives images on the device as the model takes them, but for the memory format.
     """
 
     options: TrainOptions
@@ -72,8 +73,7 @@ class TrainingRun:
     folder: RunFolder
     machine: Machine
     data: ImageData
-    mean: Tensor
-    std: Tensor
+    normalised: Callable[[Tensor], Tensor]
     model: nn.Module
     optimizer: Optimizer
     scaler: GradScaler
@@ -96,7 +96,7 @@ class TrainingRun:
         return ((self._input(images), labels) for images, labels in self.feed.test_batches())
 
     def _input(self, images: Tensor) -> Tensor:
-        return normalise(images, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+        return self.normalised(images).contiguous(memory_format=torch.channels_last)
 
     def logits(self, x: Tensor) -> Tensor:
         """The model's outputs in the run's precision, as float32."""
@@ -175,34 +175,27 @@ def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack) -> T
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
     data = load_data(options.data, root=Path(options.data_root), image_size=options.image_size)
-    augment = BatchAugment(
-        data.default_augmentation if options.augment == "auto" else options.augment,
-        torch.Generator().manual_seed(options.seed + 1),
-        padding=data.padding,
-    )
+    augment = _augment(options, data)
     feed = make_feed(data, device, augment, options)
-    mean, std = data.mean.to(device), data.std.to(device)
+    normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))
+    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
 
     def score_loss(net: nn.Module, handed: Any) -> Tensor:
         images, labels = feed.plain(handed)
-        return F.cross_entropy(net(normalise(images, mean, std)), labels)
+        return F.cross_entropy(net(normalised(images)), labels)
 
-    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    probe = _probe(options, recipe, data)
     session = spfde.attach(
         model,
         optimizer,
         feed.loader,
         recipe,
-        epochs=options.epochs,
-        seed=options.seed,
-        engine=options.engine,
         sample=sample,
         labels=getattr(data.train, "labels", None),
         loss=score_loss,
-        probe=_probe(options, recipe, data, device=device),
-        cache=_cache(options),
+        probe=None if probe is None else normalised(probe.to(device)),
         plan=bill,
-        **compiling(options),
+        **_settings(options),
     )
     trackers = Trackers(options.track, folder.path)
     afterwards.callback(trackers.close)
@@ -213,8 +206,7 @@ def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack) -> T
         folder=folder,
         machine=machine,
         data=data,
-        mean=mean,
-        std=std,
+        normalised=normalised,
         model=model,
         optimizer=optimizer,
         scaler=machine.scaler(),
@@ -225,6 +217,17 @@ def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack) -> T
         trackers=trackers,
         progress=Progress(),
     )
+
+
+def _augment(options: TrainOptions, data: ImageData) -> BatchAugment:
+    mode = data.default_augmentation if options.augment == "auto" else options.augment
+    return BatchAugment(mode, torch.Generator().manual_seed(options.seed + 1), padding=data.padding)
+
+
+def _settings(options: TrainOptions) -> dict[str, Any]:
+    """Those arguments of ``attach`` that options alone decide."""
+    settings = {"epochs": options.epochs, "seed": options.seed, "engine": options.engine, "cache": _cache(options)}
+    return settings | compiling(options)
 
 
 def _cache(options: TrainOptions) -> PrefixCache | None:
@@ -238,12 +241,12 @@ def _cache(options: TrainOptions) -> PrefixCache | None:
     )
 
 
-def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: torch.device) -> Tensor | None:
-    """What freezing by representation looks at: random images of the training set, as the model takes them."""
+def _probe(options: TrainOptions, recipe: Recipe, data: ImageData) -> Tensor | None:
+    """What freezing by representation looks at: random images of the training set."""
     if recipe.freezing is None or recipe.freezing.criterion != "representation":
         return None
     images, _ = draw(data.train, recipe.freezing.probe_samples, torch.Generator().manual_seed(options.seed))
-    return normalise(images.to(device), data.mean, data.std)
+    return images
 
 
 def _described(run: TrainingRun) -> dict[str, Any]:
