@@ -82,15 +82,9 @@ def train_epoch(run: TrainingRun, epoch: int, display: Display, *, profile: int 
         for number, handed in enumerate(session.loader, start=1):
             x, y = run.batch(handed)
             with saved if number == 1 else nullcontext():
-                logits = run.logits(x)
-                loss = _loss(run, logits, y)
-            run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad()
+                logits, loss = train_step(run, x, y)
             session.observe(logits, y)
-
-            tally.add(loss.detach() * len(y), logits.detach(), y)
+            tally.add(loss * len(y), logits, y)
             is_last = number == n_batches
             if is_last or number % PULSE == 0:
                 mean = tally.read().loss if is_last else tally.glance()
@@ -99,6 +93,17 @@ def train_epoch(run: TrainingRun, epoch: int, display: Display, *, profile: int 
                     display.batch_done(run, number, n_batches, mean)
             after_step()
     return tally.read(saved.bytes)
+
+
+def train_step(run: TrainingRun, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One step on a batch as ``TrainingRun.batch`` gives it; the logits, and the loss that it went down, detached."""
+    logits = run.logits(x)
+    loss = _loss(run, logits, y)
+    run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return logits.detach(), loss.detach()
 
 
 def _set_rates(run: TrainingRun, epoch: int) -> None:
