@@ -184,6 +184,38 @@ class TestTrain:
         assert spfde("train", "--data", tiny, "--out", "run", *argv).code == 0
         assert read(here / "run" / "summary.json")["seed"] == 7
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where more is chosen")
+    def test_what_was_chosen_is_said_and_kept_beside_what_was_asked_for(
+        self, trained: tuple[Path, commands.Outcome], run_folder: Path
+    ) -> None:
+        _, ended = trained
+        assert "precision fp32 (auto: on a CPU) · channels_last · not compiled" in ended.out.splitlines()
+        config = read(run_folder / "config.json")
+        chosen = {name: config["command"][name] for name in config["asked"]}
+        assert config["asked"] == {"precision": "auto", "compile": None, "augment_draws": "auto"}
+        assert chosen == {"precision": "fp32", "compile": False, "augment_draws": "batch"}
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where more is chosen")
+    def test_a_run_folder_of_an_earlier_version_goes_on_in_its_precision(
+        self, run_folder: Path, spfde: Spfde, here: Path
+    ) -> None:
+        shutil.copytree(run_folder, here / "run")
+        (here / "run" / "summary.json").unlink()
+        config = read(here / "run" / "config.json")
+        for name in ("compile", "data_on", "augment_draws"):
+            del config["command"][name]
+        del config["asked"]
+        (here / "run" / "config.json").write_text(json.dumps(config))
+        ended = spfde("train", "--resume", "run")
+        assert ended.code == 0, ended.err
+        assert "precision fp32 · channels_last · not compiled" in ended.out.splitlines()
+
+    def test_images_on_the_device_are_told_with_their_size(self, tiny: Path, spfde: Spfde) -> None:
+        argv = ["--recipe", "dense", "--epochs", 1, "--data-on", "device", "--device", "cpu"]
+        ended = spfde("train", "--data", tiny, *argv)
+        assert ended.code == 0
+        assert "data: 9 KiB of images and labels in the memory of cpu" in ended.out  # 128 x (64 + 8)
+
     def test_a_tracker_goes_on_in_the_same_folder_after_a_resume(
         self, tiny: Path, spfde: Spfde, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -360,6 +392,8 @@ BAD_OPTIONS = [
     ("--workers -1", "--workers=-1: ", "0 or more"),
     ("--augment crp", "--augment='crp': ", "'crop'"),
     ("--precision fp8", "--precision='fp8': ", "bf16"),
+    ("--data-on disk", "--data-on='disk': ", "'host'"),
+    ("--profile 0", "--profile=0: ", "from 1 on"),
     ("--recipe spfd", "--recipe='spfd': is no preset", "Did you mean 'spfde'?"),
     ("--recipe nothing.toml", "--recipe='nothing.toml': cannot be read", "preset"),
     ("--model resnet9", "--model='resnet9': ", "Did you mean 'resnet8'?"),
@@ -568,6 +602,9 @@ class TestBadData:
                     image_module.new("RGB", (12, 12), (number, 0, 0)).save(folder / f"{number}.png")
         argv = ["train", "--data", "photos", "--recipe", "mest", "--epochs", 1, "--batch-size", 8, "--out", "run"]
         assert spfde(*argv, "--quiet").code == 0
+        on_device = spfde(*argv[:-1], "other", "--data-on", "device", "--quiet")
+        assert on_device.code == 0, "so few images are decoded into memory"
+        shutil.rmtree(here / "other")
         broken = here / "photos" / "train" / "cat" / "7.png"
         broken.write_bytes(broken.read_bytes()[:30])
         assert_refused(spfde(*argv[:-1], "other"), str(broken), "cannot be read as an image", "Repair or remove")
@@ -621,8 +658,13 @@ class TestBadFolders:
     def test_resuming_takes_another_engine_and_warns(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
         shutil.copytree(run_folder, here / "run")
         (here / "run" / "summary.json").unlink()
-        with pytest.warns(UserWarning, match='saved with engine="native" and goes on with engine="masked", as asked'):
-            assert spfde("train", "--resume", "run", "--engine", "masked", "--quiet").code == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            ended = spfde("train", "--resume", "run", "--engine", "masked", "--quiet")
+        assert ended.code == 0
+        [line] = ended.err.splitlines()
+        assert line.startswith("spfde: warning: ")
+        assert 'saved with engine="native" and goes on with engine="masked", as asked' in line
         assert json.loads((here / "run" / "summary.json").read_text())["engine"] == "masked"
 
     def test_a_damaged_config_is_refused(self, run_folder: Path, spfde: Spfde, here: Path) -> None:
@@ -644,8 +686,8 @@ class TestDivergence:
     ) -> None:
         usual = setup.TrainingRun.batch
 
-        def batch(run: Any, images: Any, labels: Any, *, augmented: bool) -> Any:
-            x, y = usual(run, images, labels, augmented=augmented)
+        def batch(run: Any, handed: Any) -> Any:
+            x, y = usual(run, handed)
             return (x * float("nan") if run.session.epoch == 2 else x), y
 
         monkeypatch.setattr(setup.TrainingRun, "batch", batch)

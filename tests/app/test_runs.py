@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from rich.console import Console
 
 from helpers import commands
 from helpers.native import needs_kernels
 from spfde import presets
 from spfde.app.runs.checkpoints import Checkpoints, described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
-from spfde.app.train import models
-from spfde.app.train.display import ConsoleDisplay
+from spfde.app.train import models, setup
+from spfde.app.train.events import Display
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import RunFolderError, StateMismatch
@@ -33,18 +32,10 @@ MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds
 EPOCHS = 6
 
 
-class Silent(ConsoleDisplay):
-    """A display that shows nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(Console(quiet=True))
-
-
-class Stopping(Silent):
+class Stopping(Display):
     """Ends the run with Ctrl-C after some epochs."""
 
     def __init__(self, epochs: int) -> None:
-        super().__init__()
         self.left = epochs
 
     def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
@@ -112,10 +103,10 @@ def test_a_stopped_run_with_another_sieving_goes_on_as_if_nothing_had_been(
 ) -> None:
     recipe = presets.mest.replace(sieving=sieving, update_interval_epochs=1).to_dict()
     options = options_for(tiny, recipe=recipe)
-    train(options, tmp_path / "whole", Silent())
+    train(options, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(options, tmp_path / "stopped", Stopping(3))
-    train(options, tmp_path / "stopped", Silent(), resume=True)
+    train(options, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     in_use = {row["partial_samples"] for row in lines(tmp_path / "whole" / "metrics.jsonl")}
     assert len(in_use) == (2 if isinstance(sieving, OneTimeRemoval) else 1)
@@ -148,10 +139,10 @@ def stopped(_stopped_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_stopped_folder, tmp_path / "run"))
 
 
-def resume(folder: Path, display: Silent | None = None) -> dict[str, Any]:
+def resume(folder: Path, display: Display | None = None) -> dict[str, Any]:
     config = RunFolder(folder).read_json(CONFIG)
     options = TrainOptions.from_config(config, folder / CONFIG)
-    return train(options, folder, display or Silent(), resume=True)
+    return train(options, folder, display, resume=True)
 
 
 class TestKilledRuns:
@@ -338,7 +329,7 @@ class TestResuming:
         (stopped / CONFIG).write_text(json.dumps(config))
         resume(stopped)
         whole = stopped.parent / "whole"
-        train(options_for(tiny, workers=2), whole, Silent())
+        train(options_for(tiny, workers=2), whole)
         assert_same_run(stopped, whole)
 
     @pytest.mark.parametrize(
@@ -380,11 +371,11 @@ class TestDisk:
     ) -> None:
         out = tmp_path / "run"
         with _failing_checkpoints(error, after=2), pytest.raises(RunFolderError, match="the disk is full") as stopped:
-            train(options_for(tiny), out, Silent())
+            train(options_for(tiny), out)
         assert str(stopped.value).endswith("Free some space and go on with --resume.")
         assert not list((out / "checkpoints").glob(".writing-*")), "unfinished files take the space that is needed"
         undisturbed = tmp_path / "undisturbed"
-        expected = train(options_for(tiny), undisturbed, Silent())
+        expected = train(options_for(tiny), undisturbed)
         assert without_measured(resume(out)) == without_measured(expected)
         assert_same_run(out, undisturbed)
 
@@ -406,7 +397,7 @@ class TestDisk:
         out = tmp_path / "run"
         full = OSError(errno.ENOSPC, "No space left on device")
         with _failing_checkpoints(full, after=0), pytest.raises(RunFolderError, match="the disk is full"):
-            train(options_for(tiny), out, Silent())
+            train(options_for(tiny), out)
         assert resume(out)["epochs"] == 4
 
     @pytest.mark.parametrize(
@@ -427,17 +418,17 @@ class TestDisk:
 
         monkeypatch.setattr(Path, "replace", refuse)
         with pytest.raises(RunFolderError, match=f"{out}: {told}"):
-            train(options_for(tiny), out, Silent())
+            train(options_for(tiny), out)
         assert not (tmp_path / "new").exists()
 
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
     def test_a_folder_that_cannot_be_made_is_named(self, tiny: Path) -> None:
         with pytest.raises(RunFolderError, match=r"/proc/spfde-run: .*Choose another folder"):
-            train(options_for(tiny), Path("/proc/spfde-run"), Silent())
+            train(options_for(tiny), Path("/proc/spfde-run"))
 
     def test_a_folder_below_a_file_is_refused(self, tiny: Path) -> None:
         with pytest.raises(RunFolderError, match=r"Not a directory.*Choose another folder"):
-            train(options_for(tiny), tiny / "run", Silent())
+            train(options_for(tiny), tiny / "run")
 
 
 class _failing_checkpoints:
@@ -447,18 +438,16 @@ class _failing_checkpoints:
         self._error, self._left, self._patch = error, after, pytest.MonkeyPatch()
 
     def __enter__(self) -> None:
-        from accelerate import Accelerator
+        usual = setup.save_state
 
-        usual = Accelerator.save_state
-
-        def save_state(accelerator: Any, folder: str) -> None:
+        def save_state(folder: Path, *rest: Any) -> None:
             self._left -= 1
             if self._left < 0:
-                (Path(folder) / "model.safetensors").write_bytes(b"half")
+                (folder / "model.safetensors").write_bytes(b"half")
                 raise self._error
-            usual(accelerator, folder)
+            usual(folder, *rest)
 
-        self._patch.setattr(Accelerator, "save_state", save_state)
+        self._patch.setattr(setup, "save_state", save_state)
 
     def __exit__(self, *_: object) -> None:
         self._patch.undo()

@@ -76,8 +76,11 @@ class PlainCommand(TyperCommand):
 
 command = partial(app.command, cls=PlainCommand)
 
-# What may be given with --resume: where the run goes on, and what has to be imported for it.
-_WITH_RESUME = {"resume", "quiet", "plugin", "engine", *names_of(CacheOptions)}
+# What may be given with --resume: where the run goes on, what is recorded of it, and what has to be imported for it.
+_WITH_RESUME = {
+    *("resume", "quiet", "plugin", "engine", "device", "data_on", "workers", "profile"),
+    *names_of(CacheOptions),
+}
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
@@ -98,7 +101,10 @@ def train(
     out: Annotated[Path | None, typer.Option(help="run folder", show_default="a new one under runs/")] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="go on with the run in this folder; takes --engine, --cache-…, --plugin and --quiet alone"),
+        typer.Option(
+            help="go on with the run in this folder; takes --engine, --device, --data-on, --workers, --profile, "
+            "--cache-…, --plugin and --quiet alone"
+        ),
     ] = None,
     quiet: Quiet = False,
     **asked: Any,

@@ -1,7 +1,7 @@
 """The options of the command line, each declared once: its type, its default, its range and its words.
 
 Typer makes parameters of them (``takes``), and what checks them inherits them (``with_words``). Nothing here loads
-PyTorch: ``--help`` answers at once.
+PyTorch: ``--help`` answers at once. Only ``takes`` loads Typer: a trainer that is called from Python needs none.
 """
 
 import inspect
@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import typer
 from annotated_types import Ge, Gt, Lt
-from typer.models import OptionInfo
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -21,12 +19,17 @@ if TYPE_CHECKING:
 _SAVINGS, _TRAINING, _MACHINE = "What to save", "How to train", "Where to run"
 
 
-def _option(words: str, panel: str | None = None, *, shown: bool | str = True) -> Any:
-    return typer.Option(help=words, rich_help_panel=panel, show_default=shown)
+@dataclass(frozen=True)
+class Words:
+    """What ``--help`` says of an option, in which panel, and whether or as what it shows the default."""
+
+    help: str
+    panel: str | None = None
+    shown: bool | str = True
 
 
-def _save(words: str) -> Any:
-    return _option(words, _SAVINGS, shown="recipe")
+def _save(words: str) -> Words:
+    return Words(words, _SAVINGS, shown="recipe")
 
 
 class PluginOptions:
@@ -34,7 +37,7 @@ class PluginOptions:
 
     plugin: Annotated[
         tuple[str, ...],
-        _option("module to import, which registers methods, criteria, … of its own; may be repeated", shown=False),
+        Words("module to import, which registers methods, criteria, … of its own; may be repeated", shown=False),
     ] = ()
 
 
@@ -42,16 +45,16 @@ class DataOptions:
     """What is trained, and on what."""
 
     data: Annotated[
-        str, _option("fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz")
+        str, Words("fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz")
     ] = "fashion-mini"
     image_size: Annotated[
         Annotated[int, Ge(8)] | None,
-        _option(
+        Words(
             "pixels a side that all images are scaled and cut to, from 8 on",
             shown="the set's own; a folder's first image, 224 at most",
         ),
     ] = None
-    model: Annotated[str, _option("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
+    model: Annotated[str, Words("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Sets:
 class RecipeOptions:
     """A recipe by its name, and what is changed about it: None, or nothing, leaves what the recipe says."""
 
-    recipe: Annotated[str, _option("a preset (see `spfde methods`) or a TOML file", _SAVINGS)] = "spfde"
+    recipe: Annotated[str, Words("a preset (see `spfde methods`) or a TOML file", _SAVINGS)] = "spfde"
     sparsity: Annotated[
         float | None, Sets("sparsity", "sparsity"), _save("share of the weights to do without, in [0, 1)")
     ] = None
@@ -107,48 +110,65 @@ class RecipeOptions:
     interval: Annotated[
         str,
         Sets("", "update_interval_epochs"),
-        _option("epochs between two updates of the structure, or auto", _SAVINGS),
+        Words("epochs between two updates of the structure, or auto", _SAVINGS),
     ] = "auto"
 
 
 class LengthOptions:
     """How long the run is."""
 
-    epochs: Annotated[int, Ge(1), _option("length of the run in epochs, from 1 on", _TRAINING)] = 20
-    batch_size: Annotated[int, Ge(1), _option("samples per step, from 1 on", _TRAINING)] = 64
+    epochs: Annotated[int, Ge(1), Words("length of the run in epochs, from 1 on", _TRAINING)] = 20
+    batch_size: Annotated[int, Ge(1), Words("samples per step, from 1 on", _TRAINING)] = 64
 
 
 class TrainingOptions(LengthOptions):
     """How the model is trained."""
 
-    lr: Annotated[float, Gt(0), _option("initial learning rate (cosine decay), above 0", _TRAINING)] = 0.1
-    momentum: Annotated[float, Ge(0), Lt(1), _option("SGD momentum, in [0, 1)", _TRAINING)] = 0.9
-    weight_decay: Annotated[float, Ge(0), _option("L2 penalty, 0 or more", _TRAINING)] = 1e-4
+    lr: Annotated[float, Gt(0), Words("initial learning rate (cosine decay), above 0", _TRAINING)] = 0.1
+    momentum: Annotated[float, Ge(0), Lt(1), Words("SGD momentum, in [0, 1)", _TRAINING)] = 0.9
+    weight_decay: Annotated[float, Ge(0), Words("L2 penalty, 0 or more", _TRAINING)] = 1e-4
     augment: Annotated[
         Literal["auto", "none", "crop", "crop+flip"],
-        _option("auto (as the data allow), none, crop or crop+flip", _TRAINING),
+        Words("auto (as the data allow), none, crop or crop+flip", _TRAINING),
     ] = "auto"
     seed: Annotated[
-        int, Ge(0), Lt(2**32), _option("seed of weights, masks, sieving and batches, from 0 to 2^32 - 1", _TRAINING)
+        int, Ge(0), Lt(2**32), Words("seed of weights, masks, sieving and batches, from 0 to 2^32 - 1", _TRAINING)
     ] = 0
     keep_every: Annotated[
         Annotated[int, Ge(1)] | None,
-        _option("keep weights and masks every so many epochs, for `spfde analyze`", _TRAINING, shown="none"),
+        Words("keep weights and masks every so many epochs, for `spfde analyze`", _TRAINING, shown="none"),
     ] = None
 
 
 class MachineOptions:
     """Where the run computes, and who is told."""
 
-    engine: Annotated[str, _option("auto, masked, native (CPUs), cudagraph or blocks (GPUs)", _MACHINE)] = "auto"
-    device: Annotated[str, _option("auto, cpu, cuda, cuda:N or mps", _MACHINE)] = "auto"
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], _option("fp32, bf16 or fp16 (on a GPU)", _MACHINE)] = "fp32"
+    engine: Annotated[str, Words("auto, masked, native (CPUs), cudagraph or blocks (GPUs)", _MACHINE)] = "auto"
+    device: Annotated[str, Words("auto, cpu, cuda, cuda:N or mps", _MACHINE)] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Words("auto (bf16 and tf32 on a GPU that has them, else fp32), fp32, bf16 or fp16 (on a GPU)", _MACHINE),
+    ] = "auto"
+    compile: Annotated[
+        bool | None,
+        Words("compile the model's repeated blocks; auto: on a GPU, if the run is long enough", _MACHINE, shown="auto"),
+    ] = None
+    data_on: Annotated[
+        Literal["auto", "device", "host"],
+        Words("where images in memory lie: device, host or auto (on a GPU that has the room)", _MACHINE),
+    ] = "auto"
+    profile: Annotated[
+        Annotated[int, Ge(1)] | None,
+        Words(
+            "record so many steps, from 1 on, into trace.json, and print how busy the GPU was", _MACHINE, shown=False
+        ),
+    ] = None
     workers: Annotated[
         Annotated[int, Ge(0)] | None,
-        _option("loader processes, 0 or more", _MACHINE, shown="none for images in memory, else one a core"),
+        Words("loader processes, 0 or more", _MACHINE, shown="none for images in memory, else one a core"),
     ] = None
-    data_root: Annotated[Path, _option("where torchvision's sets lie or are put", _MACHINE)] = Path("data")
-    track: Annotated[tuple[str, ...], _option("tensorboard, wandb, …; may be repeated", _MACHINE, shown=False)] = ()
+    data_root: Annotated[Path, Words("where torchvision's sets lie or are put", _MACHINE)] = Path("data")
+    track: Annotated[tuple[str, ...], Words("tensorboard, wandb, …; may be repeated", _MACHINE, shown=False)] = ()
 
 
 class CacheOptions:
@@ -157,26 +177,24 @@ class CacheOptions:
     cache_variants: Annotated[
         int,
         Ge(0),
-        _option(
-            "variants of each sample whose output of the frozen front is kept, 0 or more (native engine)", _MACHINE
-        ),
+        Words("variants of each sample whose output of the frozen front is kept, 0 or more (native engine)", _MACHINE),
     ] = 0
-    cache_precision: Annotated[Literal["fp16", "int8"], _option("of what is kept: fp16 or int8", _MACHINE)] = "fp16"
-    cache_limit: Annotated[float, Gt(0), _option("room for what is kept, in GiB, above 0", _MACHINE)] = 8.0
+    cache_precision: Annotated[Literal["fp16", "int8"], Words("of what is kept: fp16 or int8", _MACHINE)] = "fp16"
+    cache_limit: Annotated[float, Gt(0), Words("room for what is kept, in GiB, above 0", _MACHINE)] = 8.0
     cache_folder: Annotated[
-        Path | None, _option("folder of a memory-mapped file for it", _MACHINE, shown="in memory")
+        Path | None, Words("folder of a memory-mapped file for it", _MACHINE, shown="in memory")
     ] = None
 
 
 class AnalysisOptions:
     """What is measured by ``spfde analyze``."""
 
-    samples: Annotated[int, Ge(4), _option("test images that CKA is measured on, at most; from 4 on")] = 2000
-    batch_size: Annotated[int, Ge(4), _option("images per minibatch of CKA, at most; from 4 on")] = 128
+    samples: Annotated[int, Ge(4), Words("test images that CKA is measured on, at most; from 4 on")] = 2000
+    batch_size: Annotated[int, Ge(4), Words("images per minibatch of CKA, at most; from 4 on")] = 128
     gradient_samples: Annotated[
-        int, Ge(0), _option("training images that gradient norms are measured on, at most; 0 for none")
+        int, Ge(0), Words("training images that gradient norms are measured on, at most; 0 for none")
     ] = 256
-    data_root: Annotated[Path | None, _option("where torchvision's sets lie", shown="the run's")] = None
+    data_root: Annotated[Path | None, Words("where torchvision's sets lie", shown="the run's")] = None
 
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -217,13 +235,15 @@ def flag(name: str) -> str:
 def with_words(model: type[Model]) -> type[Model]:
     """Let a pydantic model that inherits options say in its errors what ``--help`` says of them."""
     for field in model.model_fields.values():
-        field.description = next((note.help for note in field.metadata if isinstance(note, OptionInfo)), None)
+        field.description = next((note.help for note in field.metadata if isinstance(note, Words)), None)
     return model
 
 
 @cache
 def _parameters(group: type) -> dict[str, inspect.Parameter]:
     """As Typer takes them: names of a set are text that is checked later, with all else, and tuples are lists."""
+    import typer
+
     parameters = {}
     plain = get_type_hints(group)  # without ranges inside
     for name, hint in get_type_hints(group, include_extras=True).items():
@@ -235,7 +255,8 @@ def _parameters(group: type) -> dict[str, inspect.Parameter]:
             kind, default = list[str], list(default)
         else:
             kind = plain[name]
-        option = next(note for note in notes if isinstance(note, OptionInfo))
+        words = next(note for note in notes if isinstance(note, Words))
+        option = typer.Option(help=words.help, rich_help_panel=words.panel, show_default=words.shown)
         parameters[name] = inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
         )

@@ -12,8 +12,8 @@ import pytest
 import spfde
 from spfde import presets
 from spfde.app.data.datasets import load_data
+from spfde.app.train.feed import workers_for
 from spfde.app.train.options import TrainOptions, absolute_source, choose_recipe, read_recipe
-from spfde.app.train.setup import workers_for
 from spfde.core.errors import InvalidArgument, RunFolderError, StateMismatch
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
@@ -150,6 +150,18 @@ class TestTrainOptions:
         options = TrainOptions(data="a.npz", lr=0.3, seed=2**32 - 1, track=("tensorboard",), augment="crop")
         config = json.loads(json.dumps({"command": options.model_dump(mode="json")}))
         assert TrainOptions.from_config(config, tmp_path / "config.json") == options
+
+    def test_a_config_file_of_an_earlier_version_says_by_its_silence_what_that_did(self) -> None:
+        command = TrainOptions(precision="bf16").model_dump(mode="json", exclude={"compile", "augment_draws"})
+        options = TrainOptions.from_config({"command": command}, Path("config.json"))
+        assert (options.precision, options.compile, options.augment_draws) == ("bf16", False, "batch")
+        del command["precision"]
+        assert TrainOptions.from_config({"command": command}, Path("config.json")).precision == "fp32"
+
+    def test_what_is_left_to_choose_is_as_the_run_that_goes_on_had_it(self) -> None:
+        before = TrainOptions(precision="bf16", compile=False, augment_draws="sample")
+        assert TrainOptions(workers=1).as_chosen(before) == before.model_copy(update={"workers": 1})
+        assert TrainOptions(precision="fp32").as_chosen(before).precision == "fp32"
 
     @pytest.mark.parametrize(
         "config", [{}, {"command": None}, {"command": {"lr": "fast"}}, {"command": {"recipe": {"sparsity": 1}}}]

@@ -16,6 +16,8 @@ from spfde.core.numbers import mix
 from spfde.core.state import check_entries
 
 AugmentMode = Literal["none", "crop", "crop+flip"]
+Moves = tuple[Tensor, Tensor, Tensor | None]
+"""For each image the first row and the first column of its crop, and whether it is flipped (None: no image is)."""
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None = None, *, padding: int) -> Tensor:
@@ -78,23 +80,29 @@ class BatchAugment:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment ``images`` of shape ``(N, C, H, W)``; the input is left as it is."""
-        return images if self.mode == "none" else crop_flip(images, *self.draw(len(images)), padding=self.padding)
+        return images if self.mode == "none" else self.move(images, self.draw(len(images)))
 
     def replay(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Augment each image as its seed, int64 ``(N,)``, says; the generator is left alone."""
-        if self.mode == "none":
-            return images
-        span = 2 * self.padding + 1
-        flip = mix(seeds, 3) % 2 == 1 if self.mode == "crop+flip" else None
-        return crop_flip(images, mix(seeds, 1) % span, mix(seeds, 2) % span, flip, padding=self.padding)
+        return images if self.mode == "none" else self.move(images, self.moves_of(seeds))
 
-    def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draw ``n`` offsets (rows, columns) and, in mode ``crop+flip``, ``n`` flips; all on the CPU."""
+    def move(self, images: Tensor, moves: Moves) -> Tensor:
+        """Crop and flip ``images`` of shape ``(N, C, H, W)`` as the moves of each say, on the images' device."""
+        return crop_flip(images, *moves, padding=self.padding)
+
+    def draw(self, n: int) -> Moves:
+        """Draw the moves of ``n`` images, on the CPU."""
         offsets = torch.randint(0, 2 * self.padding + 1, (2, n), generator=self.generator)
         flip = None
         if self.mode == "crop+flip":
             flip = torch.randint(0, 2, (n,), generator=self.generator).bool()
         return offsets[0], offsets[1], flip
+
+    def moves_of(self, seeds: Tensor) -> Moves:
+        """The moves of images that have these seeds, int64 ``(N,)``: whole numbers alone, so equal on every device."""
+        span = 2 * self.padding + 1
+        flip = mix(seeds, 3) % 2 == 1 if self.mode == "crop+flip" else None
+        return mix(seeds, 1) % span, mix(seeds, 2) % span, flip
 
     def state_dict(self) -> dict[str, Any]:
         """The mode, the padding and the generator's state."""

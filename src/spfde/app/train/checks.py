@@ -64,6 +64,6 @@ def _check_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise InvalidArgument(Problem("track", name, "is no tracker", nearest(name, TRACKERS)))
-        if find_spec(name) is None:
-            remedy = f"Install it with `pip install {name}`, or leave it out."
-            raise InvalidArgument(Problem("track", name, "is not installed", remedy))
+        if missing := next((package for package in ("accelerate", name) if find_spec(package) is None), None):
+            remedy = f"Install it with `pip install {missing}`, or leave the tracker out."
+            raise InvalidArgument(Problem("track", name, f"needs {missing}, which is not installed", remedy))

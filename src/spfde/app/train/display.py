@@ -8,11 +8,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from spfde.app.train.events import Display
+from spfde.app.train.profile import Profile
 from spfde.app.train.setup import TrainingRun
 from spfde.core.say import counted
 from spfde.cost import format_flops, format_seconds
@@ -53,7 +55,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 1000 else f"{seconds:.0f} s"
 
 
-class ConsoleDisplay:
+class ConsoleDisplay(Display):
     """Shows a run on a rich console; with a live bar if that is a terminal."""
 
     def __init__(self, console: Console) -> None:
@@ -61,22 +63,19 @@ class ConsoleDisplay:
         self._shown = 0
         self._bar: Progress | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        """Leave the terminal as it was."""
-        self._stop_bar()
+        self._stop_bar()  # leave the terminal as it was
 
     def started(self, run: TrainingRun) -> None:
-        """The run is ready, before its first epoch."""
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
         images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
         self._print(
             f"spfde · {short_name(spec.name)}: {images} · {options.model} · "
             f"recipe {short_name(options.recipe_name)} · {counted(options.epochs, 'epoch')} · "
-            f"engine {session.engine} · {run.accelerator.device}"
+            f"engine {session.engine} · {run.machine.device}"
         )
+        for line in run.choices:
+            self._print(line)
         if session.recipe.is_sparse:
             self._print(f"engine {session.engine}: {session.engine_reason}")
         freezing = (
@@ -105,15 +104,17 @@ class ConsoleDisplay:
             self._bar.start()
 
     def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
-        """Some batches are through; ``loss`` is the mean of the epoch so far."""
         if self._bar is not None:
             description = f"epoch {run.session.epoch + 1}/{run.options.epochs}"
             self._bar.update(
                 self._bar.task_ids[0], description=description, completed=done, total=total, loss=f"{loss:.3f}"
             )
 
+    def profiled(self, run: TrainingRun, found: Profile) -> None:
+        for line in profile_lines(found, on_gpu=run.machine.device.type == "cuda"):
+            self._print(line)
+
     def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
-        """An epoch is through and safe on disk; ``row`` is its line in ``metrics.jsonl``."""
         if self._shown % HEADER_EVERY == 0:
             self._line(_HEADER)
         self._shown += 1
@@ -144,6 +145,21 @@ class ConsoleDisplay:
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def profile_lines(found: Profile, *, on_gpu: bool) -> list[str]:
+    """How busy the GPU was; without one, what the time was spent on."""
+    about = f"profile of {found.steps} {'step' if found.steps == 1 else 'steps'} (measured), trace in {found.trace}"
+    if found.gpu_seconds is not None and found.gpu_busy is not None:
+        each = 1e3 * found.gpu_seconds / found.steps
+        return [f"{about}: the GPU was busy {found.gpu_busy:.1%} of the time, {each:.2f} ms a step"]
+    if on_gpu:
+        return [f"{about}: the profiler saw nothing of the GPU"]
+    lines = [f"{about}: there is no GPU; the dearest operations on the CPU, by the time in them alone:"]
+    for name, calls, seconds, share in found.dearest:
+        short = name if len(name) <= 44 else f"{name[:43]}…"
+        lines.append(f"{short:<44} {1e3 * seconds:>9,.1f} ms {share:>6.1%} {calls:>7,} calls")
+    return lines
 
 
 def short_name(source: str) -> str:

@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
-from spfde.app.train.display import ConsoleDisplay
+from spfde.app.train.events import Display
 from spfde.app.train.options import TrainOptions
+from spfde.app.train.profile import profiled
 from spfde.app.train.setup import TrainingRun, opened, versions
+from spfde.app.train.tally import Pass, Tally
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
 from spfde.freezing.rates import learning_rate_factor
 
 PULSE = 20
-"""Steps between two looks at the loss: each look waits for the device."""
+"""Steps between two looks at the loss."""
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What one pass gave: mean loss, accuracy in [0, 1], and the bytes that autograd saved in its first step."""
-
-    loss: float
-    accuracy: float
-    saved_tensor_bytes: int | None = None
-
-
-def train(options: TrainOptions, out: Path, display: ConsoleDisplay, *, resume: bool = False) -> dict[str, Any]:
+def train(options: TrainOptions, out: Path, display: Display | None = None, *, resume: bool = False) -> dict[str, Any]:
     """Train a model, or go on with a run that was stopped.
+
+    It needs torch, numpy and pydantic alone; safetensors, where it is installed, for the format of the weights.
 
     Args:
         options: what to train; for a resumed run, what its folder says.
         out: the run folder.
-        display: shows progress; its live bar is gone when this returns, however it does.
+        display: shows progress; its live bar is gone when this returns, however it does. None shows nothing.
         resume: go on from the newest checkpoint in ``out``; from the start, where there is none yet.
 
     Returns:
@@ -52,11 +49,14 @@ def train(options: TrainOptions, out: Path, display: ConsoleDisplay, *, resume: 
         SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the folder can be resumed.
     """
+    display = display or Display()
     with _sigterm_interrupts(), _plain_data_errors(), display, opened(options, out, resume=resume) as run:
         display.started(run)
+        to_profile = options.profile
         for epoch in run.session.epochs():
-            reset_peak(run.accelerator.device)
-            trained = train_epoch(run, epoch, display)
+            reset_peak(run.machine.device)
+            trained = train_epoch(run, epoch, display, profile=to_profile)
+            to_profile = None
             tested = evaluate(run)
             if math.isnan(tested.loss):
                 # The epoch's last step broke the weights: they must not become the last good checkpoint.
@@ -67,58 +67,77 @@ def train(options: TrainOptions, out: Path, display: ConsoleDisplay, *, resume: 
             display.epoch_done(run, row)
         summary = _summary(run)
         run.folder.write_json(SUMMARY, summary)
-        run.accelerator.end_training()
+        run.trackers.finish()
         display.finished(run, summary)
         return summary
 
 
-def train_epoch(run: TrainingRun, epoch: int, display: ConsoleDisplay) -> Pass:
-    """One pass over the partial set."""
-    session, optimizer, device = run.session, run.optimizer, run.accelerator.device
-    if session.recipe.learning_rate is None:
-        for group in optimizer.param_groups:
-            group["lr"] = run.options.lr * learning_rate_factor(epoch, stop=run.options.epochs, warmup=0)
-    weighted = session.recipe.sieves and session.recipe.sieving is not None and session.recipe.sieving.rescales
+def train_epoch(run: TrainingRun, epoch: int, display: Display, *, profile: int | None = None) -> Pass:
+    """One pass over the partial set; ``profile``: so many of its steps are profiled."""
+    session, n_batches = run.session, len(run.session.loader)
+    _set_rates(run, epoch)
     run.model.train()
-    loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    n_correct = torch.zeros((), dtype=torch.int64, device=device)
-    seen, n_batches = 0, len(session.loader)
-    saved = SavedTensorBytes(run.model)
-    for number, (images, labels) in enumerate(session.loader, start=1):
-        x, y = run.batch(images, labels, augmented=True)
-        with saved if number == 1 else nullcontext():
-            logits = run.model(x)
-            if weighted:
-                loss = (session.loss_weights() * F.cross_entropy(logits, y, reduction="none")).mean()
-            else:
-                loss = F.cross_entropy(logits, y)
-        run.accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        session.observe(logits, y)
+    tally, saved = Tally(run.machine.device), SavedTensorBytes(run.model)
+    with _profiling(run, profile, n_batches, display) as after_step:
+        for number, handed in enumerate(session.loader, start=1):
+            x, y = run.batch(handed)
+            with saved if number == 1 else nullcontext():
+                logits, loss = train_step(run, x, y)
+            session.observe(logits, y)
+            tally.add(loss * len(y), logits, y)
+            is_last = number == n_batches
+            if is_last or number % PULSE == 0:
+                mean = tally.read().loss if is_last else tally.glance()
+                if mean is not None:
+                    _stop_if_diverged(run, mean, epoch)
+                    display.batch_done(run, number, n_batches, mean)
+            after_step()
+    return tally.read(saved.bytes)
 
-        loss_sum += loss.detach() * len(y)
-        n_correct += (logits.detach().argmax(1) == y).sum()
-        seen += len(y)
-        if number % PULSE == 0 or number == n_batches:
-            mean = float(loss_sum) / seen
-            _stop_if_diverged(run, mean, epoch)
-            display.batch_done(run, number, n_batches, mean)
-    return Pass(float(loss_sum) / seen, int(n_correct) / seen, saved.bytes)
+
+def train_step(run: TrainingRun, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One step on a batch as ``TrainingRun.batch`` gives it; the logits, and the loss that it went down, detached."""
+    logits = run.logits(x)
+    loss = _loss(run, logits, y)
+    run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return logits.detach(), loss.detach()
+
+
+def _set_rates(run: TrainingRun, epoch: int) -> None:
+    if run.session.recipe.learning_rate is None:
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.options.lr * learning_rate_factor(epoch, stop=run.options.epochs, warmup=0)
+
+
+def _loss(run: TrainingRun, logits: Tensor, y: Tensor) -> Tensor:
+    """The mean over the batch; weighted, where sieving asks for that."""
+    sieving = run.session.recipe.sieving
+    if run.session.recipe.sieves and sieving is not None and sieving.rescales:
+        return (run.session.loss_weights() * F.cross_entropy(logits, y, reduction="none")).mean()
+    return F.cross_entropy(logits, y)
+
+
+def _profiling(
+    run: TrainingRun, steps: int | None, n_batches: int, display: Display
+) -> AbstractContextManager[Callable[[], object]]:
+    """Gives what is to be called after each step."""
+    if steps is None:
+        return nullcontext(lambda: None)
+    return profiled(steps, n_batches, run.machine.device, run.folder.path, partial(display.profiled, run))
 
 
 @torch.no_grad()
 def evaluate(run: TrainingRun) -> Pass:
     """One pass over the test set."""
     run.model.eval()
-    loss_sum, n_correct, seen = 0.0, 0, 0
-    for images, labels in run.test_loader:
-        x, y = run.batch(images, labels, augmented=False)
-        logits = run.model(x)
-        loss_sum += float(F.cross_entropy(logits.float(), y, reduction="sum"))
-        n_correct += int((logits.argmax(1) == y).sum())
-        seen += len(y)
-    return Pass(loss_sum / seen, n_correct / seen)
+    tally = Tally(run.machine.device)
+    for x, y in run.test_batches():
+        logits = run.logits(x)
+        tally.add(F.cross_entropy(logits, y, reduction="sum"), logits, y)
+    return tally.read()
 
 
 def _stop_if_diverged(run: TrainingRun, loss: float, epoch: int) -> None:
@@ -158,19 +177,17 @@ def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
     progress = run.progress
     progress.rows.append(row)
     run.folder.append_metrics(row)
-    run.accelerator.log(
-        {name: value for name, value in row.items() if isinstance(value, (int, float))}, step=row["epoch"]
-    )
+    run.trackers.log(row, step=row["epoch"])
     done, every = run.session.epoch, run.options.keep_every
     if every is not None and (done % every == 0 or done == run.options.epochs):
         # Before ``latest``: a kill between the two only trains this epoch again, and writes the same once more.
         run.folder.checkpoints.keep(
-            lambda folder: kept_checkpoints.write(folder, run.accelerator.unwrap_model(run.model), run.session.masks),
+            lambda folder: kept_checkpoints.write(folder, run.model, run.session.masks),
             epoch=done,
             about=run.options.identity(),
         )
     run.folder.checkpoints.save(
-        lambda folder: run.accelerator.save_state(str(folder)),
+        run.save,
         epoch=done,
         best=best_epoch(progress.rows) == len(progress.rows) - 1,
         about=run.options.identity(),

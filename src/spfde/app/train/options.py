@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
 from pydantic import ConfigDict, Field, field_validator
@@ -51,6 +51,8 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     Attributes:
         recipe: the recipe as nested primitives (``Recipe.to_dict``).
         recipe_name: the preset or file that it came from.
+        augment_draws: crops and flips are drawn batch by batch from one generator ("batch"), or follow from seed, epoch
+            and sample id ("sample"); "auto": "batch" on a CPU, as ever, and "sample" elsewhere.
         dense_timing_steps: dense steps that are timed before training, for the bill; 0 for none.
     """
 
@@ -65,7 +67,11 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
     recipe_name: str = "spfde"
     recipe: dict[str, Any] = Field(default_factory=lambda: presets.PRESETS["spfde"].to_dict())
+    augment_draws: Literal["auto", "batch", "sample"] = "auto"
     dense_timing_steps: Annotated[int, Ge(0)] = 5
+
+    #: What is chosen where the run starts, and what the runs of earlier versions did, whose folders do not say it.
+    FORMERLY: ClassVar[dict[str, Any]] = {"precision": "fp32", "compile": False, "augment_draws": "batch"}
 
     _absolute_source = field_validator("data")(absolute_source)
 
@@ -93,11 +99,16 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
             again = " ".join(f"--plugin {name}" for name in missing)
             raise RunFolderError(f"{path}: the run was trained with {again}. Pass that again, or install the package.")
         try:
-            options = cls(**command)
+            options = cls(**(cls.FORMERLY | command))
             options.load_recipe()
         except InvalidArgument as error:
             raise RunFolderError(f"{path}: holds options that are not valid: {error} {remedy}") from error
         return options
+
+    def as_chosen(self, before: TrainOptions) -> Self:
+        """With what is left to choose as the run had it that goes on."""
+        left = [name for name in self.FORMERLY if getattr(self, name) in ("auto", None)]
+        return self.model_copy(update={name: getattr(before, name) for name in left})
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""

@@ -6,39 +6,39 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DataLoader, RandomSampler
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, collate, draw
+from spfde.app.data.images import ImageData, draw
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.checks import check_named
+from spfde.app.train.feed import Feed, make_feed
+from spfde.app.train.machine import Machine, check_alone, choose, compiling, pick_device
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
-from spfde.core.errors import DataError, InvalidArgument, Problem, RunFolderError, StateMismatch, TrainingDiverged
+from spfde.app.train.saving import Remembers, load_state, save_state, seed_all, weights_note
+from spfde.app.train.tracking import Trackers
+from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
 from spfde.engines.prefix_cache import PrefixCache
 from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
 from spfde.session.session import Session
-
-EVALUATION_BATCH = 256
 
 
 @dataclass
@@ -58,32 +58,63 @@ class Progress:
 
 @dataclass
 class TrainingRun:
-    """Everything that a run has in hand."""
+    """Everything that a run has in hand.
+
+    Attributes:
+        options: with nothing left to choose.
+        asked: the options as they were asked for.
+        choices: what was chosen, in lines for the user.
+        normalised: gives images on the device as the model takes them, but for the memory format.
+    """
 
     options: TrainOptions
+    asked: TrainOptions
+    choices: list[str]
     folder: RunFolder
-    accelerator: accelerate.Accelerator
+    machine: Machine
     data: ImageData
+    normalised: Callable[[Tensor], Tensor]
     model: nn.Module
     optimizer: Optimizer
+    scaler: GradScaler
     session: Session
     plan: Plan
     augment: BatchAugment
-    test_loader: DataLoader[Any]
+    feed: Feed
+    trackers: Trackers
     progress: Progress
     is_resumed: bool = False
     resumed_from: Path | None = None
 
-    def batch(self, images: Tensor, labels: Tensor, *, augmented: bool) -> tuple[Tensor, Tensor]:
-        """A loader's batch on the device: augmented, normalised to float, channels last."""
-        device = self.accelerator.device
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if augmented and self.session.caches_prefix:
-            images = self.augment.replay(images, self.session.augmentation_seeds())
-        elif augmented:
-            images = self.augment(images)
-        x = normalise(images, self.data.mean, self.data.std)
-        return x.contiguous(memory_format=torch.channels_last), labels
+    def batch(self, handed: Any) -> tuple[Tensor, Tensor]:
+        """A batch of ``session.loader`` as the model takes it, and its labels, on the device."""
+        images, labels = self.feed.batch(handed, self.session)
+        return self._input(images), labels
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set as the model takes it, and its labels, on the device."""
+        return ((self._input(images), labels) for images, labels in self.feed.test_batches())
+
+    def _input(self, images: Tensor) -> Tensor:
+        return self.normalised(images).contiguous(memory_format=torch.channels_last)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's outputs in the run's precision, as float32."""
+        with self.machine.autocast():
+            logits: Tensor = self.model(x)
+        return logits.float()
+
+    def save(self, folder: Path) -> None:
+        """Write what the run goes on from."""
+        save_state(folder, self.model, self.optimizer, self.scaler, self._others, self.machine.device)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote."""
+        load_state(folder, self.model, self.optimizer, self.scaler, self._others, self.machine.device)
+
+    @property
+    def _others(self) -> dict[str, Remembers]:
+        return {"session": self.session, "augment": self.augment, "progress": self.progress}
 
 
 @contextmanager
@@ -91,31 +122,32 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
     """The run in its locked folder; a new folder of which nothing came is removed again."""
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
     is_ready = False
-    try:
-        checkpoint = folder.checkpoints.newest()
-        if checkpoint is not None:
-            options.check_identity(described(checkpoint), checkpoint)
-        run = _prepare(options, folder)
-        run.is_resumed = resume
-        if not resume:
-            folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
-        folder.write_text(RECIPE, options.load_recipe().to_toml())
-        if checkpoint is not None:
-            _load(run, checkpoint)
-        folder.write_metrics(run.progress.rows)
-        _start_trackers(run)
-        if run.session.epoch == 0 and options.dense_timing_steps:
-            run.progress.dense_step_seconds = time_dense_step(run)
-        is_ready = True
-        yield run
-    except BaseException as error:
-        if not resume and _came_to_nothing(folder, error, is_ready=is_ready):
-            folder.discard()
-        raise
-    finally:
-        folder.close()
-        # Accelerate keeps its state for the whole process, and would refuse a second run with other settings.
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with ExitStack() as afterwards:
+        afterwards.callback(folder.close)
+        try:
+            if resume:
+                before = TrainOptions.from_config(folder.read_json(CONFIG), out / CONFIG)
+                options = options.as_chosen(before)
+            checkpoint = folder.checkpoints.newest()
+            if checkpoint is not None:
+                options.check_identity(described(checkpoint), checkpoint)
+            run = _prepare(options, folder, afterwards)
+            run.is_resumed = resume
+            if not resume:
+                folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
+            folder.write_text(RECIPE, options.load_recipe().to_toml())
+            if checkpoint is not None:
+                _load(run, checkpoint)
+            folder.write_metrics(run.progress.rows)
+            run.trackers.start(run.options.model_dump(mode="json"))
+            if run.session.epoch == 0 and options.dense_timing_steps:
+                run.progress.dense_step_seconds = time_dense_step(run)
+            is_ready = True
+            yield run
+        except BaseException as error:
+            if not resume and _came_to_nothing(folder, error, is_ready=is_ready):
+                folder.discard()
+            raise
 
 
 def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool) -> bool:
@@ -128,58 +160,74 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
     return isinstance(error, (TrainingDiverged, DataError))
 
 
-def _prepare(options: TrainOptions, folder: RunFolder) -> TrainingRun:
+def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
-    spec = check_named(options.model_dump())
-    accelerator = _accelerator(options, folder.path)
-    if accelerator.num_processes > 1:
-        rule = "the command trains in one process: its run folder has one writer"
-        remedy = "Start one process, or attach a session to a DistributedDataParallel loop of your own."
-        raise InvalidArgument(Problem("torchrun", accelerator.num_processes, rule, remedy))
-    set_seed(options.seed)
-    recipe = options.load_recipe()
-    model = build_for(options.model, spec).to(accelerator.device).to(memory_format=torch.channels_last)
-    sample = torch.zeros(2, *spec.sample_shape, device=accelerator.device)
-    bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
-    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
+    spec = check_named(asked.model_dump())
+    check_alone()
+    device = pick_device(asked.device)
+    seed_all(asked.seed)
+    recipe = asked.load_recipe()
+    model = build_for(asked.model, spec).to(device).to(memory_format=torch.channels_last)
+    sample = torch.zeros(2, *spec.sample_shape, device=device)
+    bill = plan(model, sample, recipe, asked.epochs, spec.train_samples, batch_size=asked.batch_size)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size)
+    options, chosen = choose(asked, device, bill)
+    machine = Machine(device, options.precision)
+    afterwards.enter_context(machine.in_use())
     data = load_data(options.data, root=Path(options.data_root), image_size=options.image_size)
-    loader, test_loader = _loaders(options, data, pin_memory=accelerator.device.type == "cuda")
+    augment = _augment(options, data)
+    feed = make_feed(data, device, augment, options)
+    normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))
     optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+
+    def score_loss(net: nn.Module, handed: Any) -> Tensor:
+        images, labels = feed.plain(handed)
+        return F.cross_entropy(net(normalised(images)), labels)
+
+    probe = _probe(options, recipe, data)
     session = spfde.attach(
         model,
         optimizer,
-        loader,
+        feed.loader,
         recipe,
-        epochs=options.epochs,
-        seed=options.seed,
-        engine=options.engine,
         sample=sample,
-        loss=lambda net, batch: F.cross_entropy(net(normalise(batch[0], data.mean, data.std)), batch[1]),
-        probe=_probe(options, recipe, data, device=accelerator.device),
-        cache=_cache(options),
+        labels=getattr(data.train, "labels", None),
+        loss=score_loss,
+        probe=None if probe is None else normalised(probe.to(device)),
         plan=bill,
+        **_settings(options),
     )
-    augment = BatchAugment(
-        data.default_augmentation if options.augment == "auto" else options.augment,
-        torch.Generator().manual_seed(options.seed + 1),
-        padding=data.padding,
-    )
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    progress = Progress()
-    accelerator.register_for_checkpointing(session, augment, progress)
+    trackers = Trackers(options.track, folder.path)
+    afterwards.callback(trackers.close)
     return TrainingRun(
         options=options,
+        asked=asked,
+        choices=[line for line in (chosen, feed.where, weights_note()) if line is not None],
         folder=folder,
-        accelerator=accelerator,
+        machine=machine,
         data=data,
-        model=prepared_model,
-        optimizer=prepared_optimizer,
+        normalised=normalised,
+        model=model,
+        optimizer=optimizer,
+        scaler=machine.scaler(),
         session=session,
         plan=bill,
         augment=augment,
-        test_loader=test_loader,
-        progress=progress,
+        feed=feed,
+        trackers=trackers,
+        progress=Progress(),
     )
+
+
+def _augment(options: TrainOptions, data: ImageData) -> BatchAugment:
+    mode = data.default_augmentation if options.augment == "auto" else options.augment
+    return BatchAugment(mode, torch.Generator().manual_seed(options.seed + 1), padding=data.padding)
+
+
+def _settings(options: TrainOptions) -> dict[str, Any]:
+    """Those arguments of ``attach`` that options alone decide."""
+    settings = {"epochs": options.epochs, "seed": options.seed, "engine": options.engine, "cache": _cache(options)}
+    return settings | compiling(options)
 
 
 def _cache(options: TrainOptions) -> PrefixCache | None:
@@ -193,65 +241,21 @@ def _cache(options: TrainOptions) -> PrefixCache | None:
     )
 
 
-def _probe(options: TrainOptions, recipe: Recipe, data: ImageData, *, device: torch.device) -> Tensor | None:
-    """What freezing by representation looks at: random images of the training set, as the model takes them."""
+def _probe(options: TrainOptions, recipe: Recipe, data: ImageData) -> Tensor | None:
+    """What freezing by representation looks at: random images of the training set."""
     if recipe.freezing is None or recipe.freezing.criterion != "representation":
         return None
     images, _ = draw(data.train, recipe.freezing.probe_samples, torch.Generator().manual_seed(options.seed))
-    return normalise(images.to(device), data.mean, data.std)
-
-
-def _loaders(options: TrainOptions, data: ImageData, *, pin_memory: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Batches of the training set, shuffled, and of the test set.
-
-    The order has a generator of its own: a loader draws from its generator whenever it starts workers, so that with one
-    for both the order would depend on their number, and on when a run was resumed.
-    """
-    workers = workers_for(data, options.workers)
-    shared: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
-    order = torch.Generator().manual_seed(options.seed)
-    train: DataLoader[Any] = DataLoader(
-        data.train,
-        batch_size=options.batch_size,
-        sampler=RandomSampler(data.train, generator=order),  # type: ignore[arg-type]  # it has a length
-        generator=torch.Generator().manual_seed(options.seed),
-        pin_memory=pin_memory,
-        **shared,
-    )
-    return train, DataLoader(data.test, batch_size=EVALUATION_BATCH, **shared)
-
-
-def workers_for(data: ImageData, asked: int | None) -> int:
-    """Loader processes: as many as were asked for, or one a core (up to eight) where images have to be decoded."""
-    if asked is not None:
-        return asked
-    return 0 if data.in_memory else min(8, os.cpu_count() or 1)
-
-
-def _accelerator(options: TrainOptions, out: Path) -> accelerate.Accelerator:
-    device = options.device
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
-    precision = "no" if options.precision == "fp32" else options.precision
-    return accelerate.Accelerator(
-        cpu=device == "cpu", mixed_precision=precision, log_with=list(options.track) or None, project_dir=str(out)
-    )
-
-
-def _start_trackers(run: TrainingRun) -> None:
-    if run.options.track:
-        options = run.options.model_dump(mode="json")
-        flat = {name: value for name, value in options.items() if isinstance(value, (str, int, float, bool))}
-        # Whatever can, writes into the run folder; a resumed run adds to what is there.
-        places = {"wandb": {"dir": str(run.folder.path), "resume": "allow"}}
-        run.accelerator.init_trackers("spfde", config=flat, init_kwargs=places)
+    return images
 
 
 def _described(run: TrainingRun) -> dict[str, Any]:
     """Everything that is needed to run again."""
     options, bill = run.options, run.plan
+    command, asked = (each.model_dump(mode="json", exclude={"profile"}) for each in (options, run.asked))
     return {
-        "command": options.model_dump(mode="json"),
+        "command": command,
+        "asked": {name: value for name, value in asked.items() if value != command[name]},
         "data": {**run.data.facts(), "augment": run.augment.mode},
         "model": options.model,
         "recipe": options.recipe,
@@ -259,13 +263,13 @@ def _described(run: TrainingRun) -> dict[str, Any]:
         "plan": bill.to_dict(),
         "timeline": bill.timeline.to_dict(),
         "versions": versions(),
-        "hardware": hardware(run.accelerator.device),
+        "hardware": hardware(run.machine.device),
     }
 
 
 def _load(run: TrainingRun, checkpoint: Path) -> None:
     try:
-        run.accelerator.load_state(str(checkpoint))
+        run.load(checkpoint)
     except StateMismatch as error:
         raise StateMismatch(f"checkpoint {checkpoint}: {error}") from error
     except Exception as error:
@@ -284,7 +288,7 @@ def time_dense_step(run: TrainingRun) -> float:
     It is the measured part of "what the dense run would have taken": this time, times the dense run's steps. The
     global generators are put back, so that the run does not depend on it.
     """
-    device, options, spec = run.accelerator.device, run.options, run.data.spec
+    device, options, spec = run.machine.device, run.options, run.data.spec
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         twin = build_for(options.model, spec).to(device).to(memory_format=torch.channels_last).train()
         shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
@@ -294,7 +298,7 @@ def time_dense_step(run: TrainingRun) -> float:
         seconds = []
         for _ in range(2 + options.dense_timing_steps):
             start = time.perf_counter()
-            with run.accelerator.autocast():
+            with run.machine.autocast():
                 loss = F.cross_entropy(twin(x), y)
             torch.autograd.backward([loss])
             optimizer.step()
@@ -311,7 +315,6 @@ def versions() -> dict[str, str]:
         "spfde": spfde.__version__,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "accelerate": accelerate.__version__,
         "python": platform.python_version(),
     }
 

@@ -1,0 +1,225 @@
+"""From a data set to augmented batches on the device: out of the device's own memory, or through a DataLoader.
+
+Where images lie changes where the work is done, and never what comes out of it: order, crops and flips are equal.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from spfde.app.data.images import ImageArray, ImageData, collate
+from spfde.app.train.augment import BatchAugment, Moves
+from spfde.app.train.options import TrainOptions
+from spfde.core.errors import InvalidArgument, Problem
+from spfde.cost import format_bytes
+from spfde.session.session import Session
+
+EVALUATION_BATCH = 256
+SHARE_OF_FREE = 0.5
+"""Of the device's free memory, at most so much is taken by images: the model and its activations come after them."""
+
+
+class Feed(ABC):
+    """Gives a session's batches as images and labels on the device.
+
+    Args:
+        augment: crops and flips.
+        by_sample: crops and flips follow from (seed, epoch, sample id); otherwise they are drawn batch by batch.
+
+    Attributes:
+        loader: what the session is attached to; what it hands out goes into ``batch``.
+        where: where the images lie and why, in a line for the user; None where nothing was chosen.
+    """
+
+    loader: DataLoader[Any]
+    where: str | None = None
+
+    def __init__(self, augment: BatchAugment, *, by_sample: bool) -> None:
+        self._augment, self._by_sample = augment, by_sample
+
+    def batch(self, handed: Any, session: Session) -> tuple[Tensor, Tensor]:
+        """A batch of ``session.loader``: augmented images ``(N, C, H, W)``, not normalised, and labels ``(N,)``."""
+        images, labels = self.plain(handed)
+        if session.caches_prefix or (self._by_sample and self._augment.mode != "none"):
+            return self._augmented(images, handed, session), labels
+        return self._augment(images), labels
+
+    def _augmented(self, images: Tensor, handed: Any, session: Session) -> Tensor:
+        return self._augment.replay(images, session.augmentation_seeds())
+
+    @abstractmethod
+    def plain(self, handed: Any) -> tuple[Tensor, Tensor]:
+        """A batch of the loader on the device, as the data set has it."""
+
+    @abstractmethod
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set, in order, on the device."""
+
+
+class HostFeed(Feed):
+    """Images come from a DataLoader and cross to the device batch by batch, behind the loop's back where pinned."""
+
+    def __init__(
+        self, data: ImageData, device: torch.device, augment: BatchAugment, options: TrainOptions, *, by_sample: bool
+    ) -> None:
+        super().__init__(augment, by_sample=by_sample)
+        self._device = device
+        workers = workers_for(data, options.workers)
+        shared: dict[str, Any] = {
+            "collate_fn": collate,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": device.type == "cuda",
+        }
+        self.loader = shuffled(data.train, options, **shared)
+        self._test: DataLoader[Any] = DataLoader(data.test, batch_size=EVALUATION_BATCH, **shared)
+
+    def plain(self, handed: Any) -> tuple[Tensor, Tensor]:
+        images, labels = handed
+        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.plain, self._test)
+
+
+class SampleIds(Dataset[int]):
+    """The ids of ``size`` samples: a data set for those who have the samples elsewhere."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """The ids of a batch, ``(B,)``, int64."""
+        return torch.tensor(indices, dtype=torch.int64)
+
+
+class DeviceFeed(Feed):
+    """Images and labels lie on the device, and of a batch only its samples' ids cross over.
+
+    An epoch's crops and flips are drawn there for all samples at once: what a batch asks of the CPU is then a fraction
+    of a millisecond, which a GPU that is busy with the batch before does not notice.
+    """
+
+    def __init__(
+        self, data: ImageData, device: torch.device, augment: BatchAugment, options: TrainOptions, *, by_sample: bool
+    ) -> None:
+        super().__init__(augment, by_sample=by_sample)
+        self._device = device
+        self._train, self._test = (
+            (part.images.to(device), part.labels.to(device))
+            for part in (data.train, data.test)
+            if isinstance(part, ImageArray)
+        )
+        self.loader = shuffled(SampleIds(len(self._train[1])), options, collate_fn=_as_given)
+        # A loader draws from the global generator for each pass: with one here, it is where it would be otherwise.
+        self._test_ids: DataLoader[Any] = DataLoader(
+            SampleIds(len(self._test[1])), batch_size=EVALUATION_BATCH, collate_fn=_as_given
+        )
+        self._moves: tuple[int, Moves] | None = None  # of all samples, and the epoch that they are for
+
+    def batch(self, handed: Tensor, session: Session) -> tuple[Tensor, Tensor]:
+        return super().batch(self._moved(handed), session)
+
+    def plain(self, handed: Tensor) -> tuple[Tensor, Tensor]:
+        return self._taken(self._train, handed)
+
+    def _augmented(self, images: Tensor, handed: Tensor, session: Session) -> Tensor:
+        if session.caches_prefix:  # which variant of a sample comes is announced batch by batch
+            return super()._augmented(images, handed, session)
+        if self._moves is None or self._moves[0] != session.epoch:
+            seeds = self._moved(session.augmentation_seeds(torch.arange(len(self._train[1]))))
+            self._moves = (session.epoch, self._augment.moves_of(seeds))
+        top, left, flip = self._moves[1]
+        own = top[handed], left[handed], None if flip is None else flip[handed]
+        return self._augment.move(images, own)
+
+    def _moved(self, ids: Tensor) -> Tensor:
+        if self._device.type == "cuda" and not ids.is_cuda:
+            ids = ids.pin_memory()  # the copy waits for nothing then
+        return ids.to(self._device, non_blocking=True)
+
+    def _taken(self, part: tuple[Tensor, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self._moved(ids)
+        return part[0].index_select(0, ids), part[1].index_select(0, ids)
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self._taken(self._test, ids) for ids in self._test_ids)
+
+
+def _as_given(batch: Any) -> Any:
+    return batch
+
+
+def make_feed(data: ImageData, device: torch.device, augment: BatchAugment, options: TrainOptions) -> Feed:
+    """The feed that was asked for, or that the device has the room for.
+
+    Raises:
+        InvalidArgument: the device was asked for, and the images are not in memory, or do not fit.
+    """
+    reason = _why_not_on(device, data)
+    if options.data_on == "device" and reason is not None:
+        raise InvalidArgument(Problem("data_on", "device", reason, "Use --data-on host, or auto."))
+    if options.data_on == "auto" and reason is None and options.workers:
+        reason = f"workers={options.workers} was asked for"
+    by_sample = options.augment_draws == "sample"
+    on_device = options.data_on == "device" or (options.data_on == "auto" and device.type == "cuda" and reason is None)
+    feed = (DeviceFeed if on_device else HostFeed)(data, device, augment, options, by_sample=by_sample)
+    if on_device:
+        feed.where = f"data: {format_bytes(size_of(data))} of images and labels in the memory of {device}"
+    elif options.data_on == "auto" and device.type == "cuda":
+        feed.where = f"data: images cross to {device} batch by batch, as {reason}"
+    return feed
+
+
+def size_of(data: ImageData) -> int:
+    """Bytes of the images and labels that are in memory."""
+    parts = [part for part in (data.train, data.test) if isinstance(part, ImageArray)]
+    return sum(part.images.nbytes + part.labels.nbytes for part in parts)
+
+
+def _why_not_on(device: torch.device, data: ImageData) -> str | None:
+    """Why the images cannot lie on the device; None where they can."""
+    if not data.in_memory:
+        return "the images are too many to be decoded into memory"
+    if device.type != "cuda":
+        return None  # the CPU has them already, and other devices do not tell
+    free, _ = torch.cuda.mem_get_info(device)
+    if size_of(data) <= SHARE_OF_FREE * free:
+        return None
+    return f"their {format_bytes(size_of(data))} are more than half of the {format_bytes(free)} that are free on it"
+
+
+def shuffled(dataset: Dataset[Any], options: TrainOptions, **settings: Any) -> DataLoader[Any]:
+    """A loader that shuffles by the run's seed.
+
+    The order has a generator of its own: a loader draws from its generator whenever it starts workers, so that with one
+    for both the order would depend on their number, and on when a run was resumed.
+    """
+    order = torch.Generator().manual_seed(options.seed)
+    return DataLoader(
+        dataset,
+        batch_size=options.batch_size,
+        sampler=RandomSampler(dataset, generator=order),  # type: ignore[arg-type]  # it has a length
+        generator=torch.Generator().manual_seed(options.seed),
+        **settings,
+    )
+
+
+def workers_for(data: ImageData, asked: int | None) -> int:
+    """Loader processes: as many as were asked for, or one a core (up to eight) where images have to be decoded."""
+    if asked is not None:
+        return asked
+    return 0 if data.in_memory else min(8, os.cpu_count() or 1)
