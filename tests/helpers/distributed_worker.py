@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import functools
@@ -15,9 +16,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import spfde
-from helpers.training import BATCH, EPOCHS, Parts, make_parts, step
+from helpers.training import BATCH, EPOCHS, SAMPLES, Parts, make_images, make_parts, step
 from spfde.core.registry import find
 
 
@@ -147,6 +157,94 @@ def attach_with_other_seeds(rank: int, size: int, folder: str, _: str) -> None:
     leave(rank, folder, messages)
 
 
+def do_not_do_the_same(rank: int, size: int, folder: str, _: str) -> None:
+    """What is said where each rank has other data, and where the first one alone observes, verifies or loads."""
+    join(rank, size, folder)
+    found = {name: _shard(make(rank)) for name, make in SHARDS.items()}
+    whole = DataLoader(make_images(), BATCH, sampler=DistributedSampler(make_images(), size, rank))
+    found["dealt out by the sampler"] = _shard(whole)
+    for what in ("observes", "verifies", "loads", "loads amid"):
+        found[what] = _refusal(lambda what=what: _alone(rank, what))
+    leave(rank, folder, found)
+
+
+def _sieving_by_loss() -> spfde.Recipe:
+    return spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25), update_interval_epochs=2)
+
+
+def _shuffled(dataset: Any) -> DataLoader:
+    return DataLoader(dataset, BATCH, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+SHARDS: dict[str, Callable[[int], DataLoader]] = {
+    "same": lambda rank: _shuffled(Subset(make_images(), range(20))),
+    "length": lambda rank: _shuffled(Subset(make_images(), range(20 + rank))),
+    "indices": lambda rank: _shuffled(Subset(make_images(), range(rank, SAMPLES, 2))),
+    "in a subset": lambda rank: DataLoader(Subset(Subset(make_images(), range(rank, SAMPLES, 2)), range(10)), BATCH),
+    "joined": lambda rank: DataLoader(ConcatDataset([Subset(make_images(), [rank]), make_images()]), BATCH),
+    "tensors": lambda rank: _shuffled(TensorDataset(*(own[rank::2] for own in make_images().tensors))),
+    "labels": lambda rank: _shuffled(_Labelled([(i + rank) % 4 for i in range(SAMPLES)])),
+    "sampler": lambda rank: DataLoader(
+        make_images(),
+        BATCH,
+        sampler=SubsetRandomSampler(range(rank, SAMPLES, 2), generator=torch.Generator().manual_seed(0)),
+    ),
+    "batch size": lambda rank: DataLoader(make_images(), BATCH + rank),
+}
+"""Loaders by rank: by what they differ in."""
+
+
+class _Labelled(Dataset):
+    def __init__(self, targets: list[int]) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(2, 8, 8), self.targets[index]
+
+
+def _shard(loader: DataLoader) -> str:
+    parts = make_parts()
+    try:
+        session = spfde.attach(parts.model, parts.optimizer, loader, spfde.Recipe(), epochs=1, engine="masked")
+    except spfde.InvalidArgument as error:
+        return str(error)
+    session.detach()
+    return "accepted"
+
+
+def _alone(rank: int, what: str) -> None:
+    """Train, and let the first rank alone do something; ends at the first error."""
+    how = _sieving_by_loss() if what == "observes" else spfde.Recipe(sparsity=spfde.SET(sparsity=0.8))
+    parts, session = _small(how)
+    if what.startswith("loads"):
+        wrapped = _wrapped(parts)
+        for _ in session.epochs():
+            for x, y in session.loader:
+                step(wrapped, session, x, y)
+                if what == "loads amid":
+                    break
+            break
+        if what == "loads":
+            session.end_epoch()
+        states = [copy.deepcopy(own.state_dict()) for own in (parts.model, parts.optimizer, session)]
+        parts, session = _small(how)
+        if rank == 0:
+            for own, state in zip((parts.model, parts.optimizer, session), states, strict=True):
+                own.load_state_dict(state)
+    wrapped = _wrapped(parts)
+    for _ in session.epochs():
+        for x, y in session.loader:
+            if what == "observes" and rank == 0:
+                step(wrapped, session, x, y)
+            else:
+                step(wrapped, None, x, y)
+        if what == "verifies" and rank == 0:
+            session.verify()
+
+
 def refusals(rank: int, size: int, folder: str, _: str) -> None:
     """What is said where ranks drift apart, and of each wrapper that does not fit: by the name of the case."""
     join(rank, size, folder)
@@ -199,7 +297,8 @@ class Spoilt:
         if self.what == "rate":
             parts.optimizer.param_groups[0]["lr"] *= 0.5
         elif self.what == "arrivals":
-            session._freezing._arrivals._expected, session._freezing._arrivals._steps = {"blocks.2": {0}}, 1
+            never = [torch.nn.Parameter(torch.zeros(1))]
+            session._freezing._arrivals._expected, session._freezing._arrivals._steps = {"blocks.2": never}, 1
 
 
 SPOILT = {

@@ -56,3 +56,42 @@ def test_whatever_one_rank_finds_at_the_bottom_of_an_epoch_ends_all(
 
 def test_an_optimizer_that_shards_its_state_trains_under_masks(said: list[dict[str, tuple[str, int]]]) -> None:
     assert [by_case["sharded optimizer"] for by_case in said] == [("nothing", EPOCHS)] * 2
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """By rank and case: what was said, or "accepted"."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed package")
+    folder: Path = tmp_path_factory.mktemp("alone")
+    multiprocessing.spawn(worker.do_not_do_the_same, args=(2, str(folder), ""), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", [case for case in worker.SHARDS if case != "same"])
+def test_ranks_with_data_of_their_own_are_refused_with_both_ways_out(alone: list[dict[str, str]], case: str) -> None:
+    for by_case in alone:
+        assert "must be the same on all 2 ranks" in by_case[case]
+        assert ("batch_size" if case == "batch size" else "DistributedSampler") in by_case[case]
+
+
+@pytest.mark.parametrize("case", ["same", "dealt out by the sampler"])
+def test_equal_data_and_a_sampler_that_deals_it_out_are_taken(alone: list[dict[str, str]], case: str) -> None:
+    assert [by_case[case] for by_case in alone] == ["accepted"] * 2
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [
+        ("observes", "observe"),
+        ("verifies", "verify() looks at"),
+        ("loads", "some ranks only"),
+        ("loads amid", "some"),
+    ],
+)
+def test_what_the_first_rank_alone_does_ends_both_with_what_it_was(
+    alone: list[dict[str, str]], case: str, word: str
+) -> None:
+    said = [by_case[case] for by_case in alone]
+    assert "accepted" not in said
+    assert any(word in each for each in said)

@@ -27,10 +27,11 @@ from spfde.planning.blueprint import Blueprint, check_epochs, check_recipe, draw
 from spfde.planning.timeline import Timeline
 from spfde.recipe.recipe import Recipe
 from spfde.session.checks import are_optimizers, check_model, note_session
-from spfde.session.distributed import World, check_shared_loader
+from spfde.session.distributed import World, check_shared_loader, deals_out
 from spfde.session.initial_masks import first_masks
 from spfde.session.part import Setting
 from spfde.session.resuming import Kept, resume
+from spfde.session.same_data import check_same_data
 from spfde.session.sampling import samples_of_epoch
 from spfde.session.session import Session
 from spfde.sieving.balance import find_labels
@@ -289,7 +290,11 @@ def _check_together(
     if not found and recipe.sieving is not None and not streams:
         problems.found.extend(_check_sieving(loader, recipe))
     if not problems.found and not streams:
-        problems.found.extend(check_shared_loader(loader, World.current(), sieves=recipe.sieves))
+        world = World.current()
+        if deals_out(loader, world):
+            problems.found.extend(check_same_data(loader, world, sieves=recipe.sieves))
+        if not problems.found:
+            problems.found.extend(check_shared_loader(loader, world, sieves=recipe.sieves))
     problems.raise_if_any()
 
 
@@ -341,7 +346,7 @@ def _check_ranks_agree(session: Session, world: World) -> None:
         ("epochs", session.blueprint.epochs),
         ("model", weights),
     ):
-        if world.disagrees(item):
+        if world.disagrees(item, what=argument):
             session.detach()
             raise InvalidArgument(
                 Problem(

@@ -136,7 +136,8 @@ class Bill(Part):
         """
         passes = self.passes
         passes.settle()
-        of_ranks = self._setting.world.gather((passes.samples, passes.unseen, passes.flops, passes.dense_flops))
+        mine = passes.samples, passes.unseen, passes.flops, passes.dense_flops
+        of_ranks = self._setting.world.gather(mine, what="the bill")
         passed = sum(own[0] for own in of_ranks)
         computed = max(passed, seen) if any(own[1] for own in of_ranks) else passed or seen
         if all(own[2] is None for own in of_ranks):

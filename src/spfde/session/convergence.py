@@ -157,7 +157,7 @@ class Convergence(Part):
         if name in self._before:
             similarity = self._criterion.similarity(self._before[name], now[name])
             # Ranks on other hardware may round otherwise: they all go by the first one's figure.
-            self.similarity = float(self._setting.world.gather(similarity)[0])
+            self.similarity = float(self._setting.world.gather(similarity, what="how far blocks have converged")[0])
             if self.similarity >= self._threshold:
                 timeline.freeze(row.frozen_blocks + 1, since=next_update)
         self._before = now

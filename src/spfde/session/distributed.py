@@ -44,24 +44,35 @@ class World:
         """Whether there is more than one process."""
         return self.size > 1
 
-    def gather(self, item: Any, error: Exception | None = None) -> list[Any]:
+    def gather(self, item: Any, error: Exception | None = None, *, what: str) -> list[Any]:
         """``item`` of every rank, in order of rank. Every rank has to call it.
 
         A rank that has found something wrong passes its ``error``, so that the others do not wait for it: it is raised
         here, and wherever they gather next, whatever that is, they raise ``UsageError``.
+
+        Args:
+            item: anything that can be pickled.
+            error: what this rank has found.
+            what: what is exchanged: ranks that exchange different things are told which, by ``UsageError``.
         """
-        items: list[Any] = [(error is not None, item)] * self.size
+        items: list[Any] = [(error is not None, what, item)] * self.size
         if self.is_shared:
             torch.distributed.all_gather_object(items, items[0])
         if error is not None:
             raise error
-        if any(failed for failed, _ in items):
+        if any(failed for failed, _, _ in items):
             raise UsageError("another rank has found something wrong, and says what. All ranks end here.")
-        return [own for _, own in items]
+        other = next(((rank, theirs) for rank, (_, theirs, _) in enumerate(items) if theirs != what), None)
+        if other is not None:
+            raise UsageError(
+                f"rank {self.rank} exchanges {what}, and rank {other[0]} {other[1]}: they do not do the same. Call "
+                "observe(), begin_epoch(), end_epoch() and verify() on every rank, equally often and in the same order."
+            )
+        return [own for _, _, own in items]
 
-    def sum(self, value: int) -> int:
+    def sum(self, value: int, *, what: str) -> int:
         """The sum over the ranks. Every rank has to call it."""
-        return sum(self.gather(value))
+        return sum(self.gather(value, what=what))
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks. Every rank has to call it, with tensors of equal shapes."""
@@ -70,9 +81,9 @@ class World:
                 torch.distributed.all_reduce(tensor)
                 tensor /= self.size
 
-    def disagrees(self, item: Any) -> bool:
+    def disagrees(self, item: Any, *, what: str) -> bool:
         """Whether ``item`` (primitives and tensors) differs between ranks. Every rank has to call it."""
-        return len(set(self.gather(fingerprint(item)))) > 1
+        return len(set(self.gather(fingerprint(item), what=what))) > 1
 
 
 def fingerprint(item: Any) -> str:
@@ -106,7 +117,7 @@ def check_shared_loader(loader: DataLoader[Any], world: World, *, sieves: bool) 
     if isinstance(loader.sampler, SequentialSampler):
         return []
     generator = getattr(loader.sampler, "generator", None)
-    if generator is None or world.disagrees(generator.get_state()):
+    if generator is None or world.disagrees(generator.get_state(), what="the loaders' generators"):
         return [
             Problem(
                 "loader.generator",
@@ -131,6 +142,23 @@ def join_first(world: World) -> None:
             f"the session was attached in a group of {world.size}, and now {now.size} train together: it would go on "
             "by itself, on samples and masks of its own. Join the process group first "
             "(torch.distributed.init_process_group, or what your trainer calls), then attach."
+        )
+
+
+def go_on_together(world: World, place: tuple[int, bool, int | None]) -> None:
+    """Raise ``UsageError`` where ranks are about to go on at different places. Every rank has to call it.
+
+    Args:
+        world: the processes.
+        place: the epoch, whether it is at its bottom, and the batches that were taken of it in the run that goes on.
+    """
+    places = world.gather(place, what="where it goes on")
+    other = next((rank for rank, theirs in enumerate(places) if theirs != place), None)
+    if other is not None:
+        raise UsageError(
+            f"rank {world.rank} goes on in epoch {place[0]} and rank {other} in epoch {places[other][0]}, or behind "
+            "other batches of it. A state was loaded on some ranks only: load the states of the model, the optimizer and "
+            "the session on every rank (DistributedDataParallel hands on the weights alone)."
         )
 
 

@@ -56,7 +56,8 @@ class Freezing(Part):
 
     def end_epoch(self) -> None:
         changed = self.freezer.changed_buffers()
-        if changed:
+        # DistributedDataParallel hands the first rank's buffers on, and those of the others change by that, rightly.
+        if changed and not self._setting.world.rank:
             warnings.warn(
                 f"{', '.join(changed)} changes although its block is frozen: the module was held in evaluation mode, "
                 "and is changed there, too, or from elsewhere. Change it only `if self.training`, in the module that "

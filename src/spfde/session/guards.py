@@ -144,10 +144,16 @@ class Guards(Part):
                 stacklevel=6,
             )
 
-    def compare_ranks(self, found: Exception | None) -> None:
-        """Raise what this rank's parts have found; ``UsageError`` where others have, or have drifted apart."""
+    def compare_ranks(self, found: Exception | None, *, what: str) -> None:
+        """Raise what this rank's parts have found; ``UsageError`` where others have, or have drifted apart.
+
+        Args:
+            found: the error.
+            what: when it is looked, for ranks that do not do the same.
+        """
         world = self._setting.world
-        every = world.gather((checksums(self._masks.masks), self._content()) if world.is_shared else None, found)
+        mine = (checksums(self._masks.masks), self._content()) if world.is_shared else None
+        every = world.gather(mine, found, what=what)
         if not world.is_shared:
             return
         for what, at, remedy in (

@@ -118,7 +118,7 @@ class Sampling(Part):
         if isinstance(self.loader, StreamLoader) and not drawn and clock.steps:
             # What was taken before an epoch began anew counts in proportion.
             own = self.loader.samples * clock.steps // max(1, clock.steps - self._steps_before)
-        return self._setting.world.sum(own)
+        return self._setting.world.sum(own, what="how many samples were seen")
 
     def observe(self, indices: Tensor | None, **report: Tensor | None) -> None:
         """Take a report on a batch; see ``Session.observe``."""
@@ -246,6 +246,12 @@ class Sampling(Part):
         return self.is_surplus or (self.is_all_drawn and not self._left())
 
     @property
+    def goes_on_at(self) -> tuple[int, bool, int | None]:
+        """The epoch, whether it is at its bottom, and the batches of it that a loaded state has passed over."""
+        clock = self._setting.clock
+        return clock.epoch, clock.is_resumed_at_end, None if self._place is None else self._place[0]
+
+    @property
     def begins_anew(self) -> bool:
         """Whether a state was loaded from amid an epoch of which no batches can be passed over."""
         return self._place is not None and self._place[0] == ANEW
@@ -322,7 +328,9 @@ class Sampling(Part):
             return
         if self.is_all_drawn and not self.is_surplus:
             self.loader.asks_for_more = self.loader.is_ended
-        if self._is_dealt and self._setting.world.disagrees(self.loader.started_with[:-1]):
+        if self._is_dealt and self._setting.world.disagrees(
+            self.loader.started_with[:-1], what="the order of the batches"
+        ):
             raise UsageError(
                 "the ranks drew this epoch's batches in different orders, so that some samples were seen twice and "
                 "others never: one rank has iterated session.loader, or drawn from its generator, more often than "

@@ -22,7 +22,7 @@ from spfde.model.sample import Sample
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.convergence import Convergence
-from spfde.session.distributed import join_first, refuse_another_loader
+from spfde.session.distributed import go_on_together, join_first, refuse_another_loader
 from spfde.session.freezing import Freezing, Rates
 from spfde.session.guards import Guards
 from spfde.session.masks import Masks, WholeModel
@@ -70,8 +70,7 @@ class Session(SessionView):
         self._setting = setting
         self.recipe, self.seed = setting.recipe, setting.seed
         self.blueprint, self.timeline = setting.blueprint, setting.timeline
-        self._clock = setting.clock
-        self._attached = True
+        self._clock, self._attached = setting.clock, True
         setting.generator.manual_seed(setting.seed)
 
         # First what may still be refused: from here on the model and the optimizer are changed.
@@ -97,8 +96,7 @@ class Session(SessionView):
             self._computing, self._sampling, *converging, self._masks, self._freezing, *rates, self._bill, self._guards
         ]  # fmt: skip
         #: Parts that have not begun this epoch yet, and those that have ended it: an interruption may come between.
-        self._to_begin: list[Part] = []
-        self._have_ended: list[Part] = []
+        self._to_begin, self._have_ended = list[Part](), list[Part]()
         # Weak: a loader that outlives its session must not keep the session, and so the model, alive.
         self.loader.on_event = weakly(self._on_loader)
 
@@ -131,6 +129,7 @@ class Session(SessionView):
         ``observe`` or optimizer step, when a batch of it has gone through the model already.
         """
         self._check_attached()
+        go_on_together(self._setting.world, self._sampling.goes_on_at)
         if self._clock.is_resumed_at_end:
             self.end_epoch()
         self._begin_epoch()
@@ -176,6 +175,7 @@ class Session(SessionView):
 
     def _end_what_is_complete(self) -> None:
         """A state from the bottom of an epoch was loaded, or a loop was left there."""
+        go_on_together(self._setting.world, self._sampling.goes_on_at)
         if self._clock.is_resumed_at_end or (self._clock.phase != "between" and self._sampling.is_complete):
             self.end_epoch()
 

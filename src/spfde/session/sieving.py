@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -48,7 +49,8 @@ class SievedSampling(Sampling):
         self._remembering: dict[str, Any] = {"sieve": self._sieve, "scorer": self._scorer}
         if collects:
             self._remembering["classes"] = self._classes
-        self._observer = Observer(self._scorer, self.tickets, setting.world.gather, classes=self._classes)
+        gather = partial(setting.world.gather, what="reports")
+        self._observer = Observer(self._scorer, self.tickets, gather, classes=self._classes)
         self._n_reports = 0
         self._is_told = False
         self._asked_for_weights = False

@@ -254,7 +254,7 @@ class SessionView:
             except Exception as error:
                 # Raised at once it would leave the other ranks waiting.
                 found = found or error
-        self._guards.compare_ranks(found)
+        self._guards.compare_ranks(found, what="the end of an epoch" if is_end else "what verify() looks at")
 
     def _check_attached(self) -> None:
         if not self._attached:
