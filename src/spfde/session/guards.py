@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -43,16 +44,16 @@ class Guards(Part):
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self.trusts_weights = False
         modules = dict(setting.model.named_modules())
-        self._parameters = [
-            (name, modules[name.rpartition(".")[0]], name.rpartition(".")[2], p)
-            for name, p in setting.model.named_parameters()
-        ]
+        self._parameters = dict(setting.model.named_parameters())
+        # Where they are: the tables of the modules, and the keys.
+        self._tables = [vars(modules[name.rpartition(".")[0]])[PARAMETERS] for name in self._parameters]
+        self._leaves = [name.rpartition(".")[2] for name in self._parameters]
         self._held = {id(p) for group in setting.optimizer.param_groups for p in group["params"]}
         self._said = False
         self._passes, self._before = 0, self._content()
         self._handles: list[RemovableHandle] = []
         self._look: RemovableHandle | None = None
-        trained = [p for *_, p in self._parameters if p.requires_grad and id(p) in self._held]
+        trained = [p for p in self._parameters.values() if p.requires_grad and id(p) in self._held]
         if trained:
             # The last one: it is never frozen.
             counts = torch.compiler.disable(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
@@ -99,16 +100,17 @@ class Guards(Part):
 
     def _check_parameters(self) -> None:
         """Are the model's parameters those that the masks and the optimizer hold?"""
-        for name, module, leaf, parameter in self._parameters:
-            if vars(module)[PARAMETERS].get(leaf) is not parameter:
-                self._raise_replaced(f"{name} of the model")
+        found = map(dict.get, self._tables, self._leaves)  # before each step: no line of Python for each of them
+        are_same = list(map(is_, found, self._parameters.values()))
+        if not all(are_same):
+            self._raise_replaced(f"{list(self._parameters)[are_same.index(False)]} of the model")
 
     def _check_groups(self) -> None:
         now = {id(p) for group in self._setting.optimizer.param_groups for p in group["params"]}
         if not self._held <= now:
             self._raise_replaced(f"{len(self._held - now)} of the optimizer's parameters")
         current = dict(self._setting.model.named_parameters())
-        for name, _, _, parameter in self._parameters:
+        for name, parameter in self._parameters.items():
             if current.get(name) is not parameter:
                 self._raise_replaced(f"{name} of the model")
 
@@ -240,7 +242,7 @@ class Guards(Part):
             self._check_steps()
 
     def _content(self) -> dict[str, int]:
-        return checksums({name: p for name, _, _, p in self._parameters if not p.is_meta})
+        return checksums({name: p for name, p in self._parameters.items() if not p.is_meta})
 
     def _masked_content(self) -> dict[str, int]:
-        return checksums({name: p for name, _, _, p in self._parameters if name in self._masks.masks})
+        return checksums({name: p for name, p in self._parameters.items() if name in self._masks.masks})
