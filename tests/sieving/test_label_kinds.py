@@ -16,7 +16,8 @@ ONE_HOT = torch.eye(4)[:3]
 def check(logits: Tensor, y: Tensor) -> None:
     found = label_bounds(logits, y)
     assert found is not None
-    check_label_bounds(*found)
+    bounds, n_classes = found
+    check_label_bounds(torch.stack(bounds), n_classes)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_the_lowest_and_the_highest_label_by_hand(
 ) -> None:
     found = label_bounds(logits, y)
     assert found is not None
-    assert found[0].tolist() == bounds
+    assert [bound.tolist() for bound in found[0]] == bounds
     assert found[1] == classes
 
 
@@ -94,7 +94,7 @@ def test_labels_on_a_device_are_looked_at_once_an_epoch() -> None:
     observer.check_labels(torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
     observer.begin_epoch()
     # What a GPU would have kept back.
-    observer._bounds = [torch.tensor([0, 3]), torch.tensor([1, 9])]
+    observer._bounds = [(torch.tensor(0), torch.tensor(3)), (torch.tensor(1), torch.tensor(9))]
     with pytest.raises(InvalidArgument, match=r"y=9: must be in \[0, 4\)"):
         observer.exchange()
     observer.exchange()

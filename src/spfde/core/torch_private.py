@@ -106,7 +106,7 @@ def hooks_on_gradient(parameter: Tensor) -> OrderedDict[int, Callable[..., Any]]
 
 
 def find_nonfinite_(tensors: list[Tensor]) -> Tensor:
-    """1 where any number in tensors of one type, on one device, is infinite or NaN, else 0: float32 of shape (1,), there.
+    """1 where any number in tensors of one type and device is infinite or NaN, else 0: float32 of shape (1,), there.
 
     One operation for all, as ``GradScaler`` has it; it multiplies them, in place, by one.
     """

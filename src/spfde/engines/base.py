@@ -8,7 +8,7 @@ none of them: it calls what stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -60,11 +60,16 @@ class Parts:
         masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
         frozen: gives the names of the frozen parameters.
+        masked_already: for engines that mask gradients themselves: called within a backward pass, before the gradients
+            arrive, with the names of the parameters whose gradients come with zeros where the mask has no weight. They
+            are left as they come, unless they add to something that may not be masked. Whoever does not call it has
+            every gradient masked.
     """
 
     masks: Callable[[], Mapping[str, Tensor]]
     dense_gradients: Callable[[], frozenset[str]] = frozenset
     frozen: Callable[[], frozenset[str]] = frozenset
+    masked_already: Callable[[Collection[str]], None] = lambda names: None
 
 
 class Engine(ABC):

@@ -43,6 +43,7 @@ class Computing(Part):
             masks=lambda: masks.masks,
             dense_gradients=lambda: masks.wants_dense_gradients,
             frozen=lambda: freezing.freezer.frozen_parameters,
+            masked_already=masks.masked_already,
         )
         self._take(choice)
         self._asked_for_seeds = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,9 @@ class WholeModel(Part):
 
     def install(self) -> None:
         """Hook what has to be hooked."""
+
+    def masked_already(self, names: Collection[str]) -> None:
+        """The gradients of these parameters come masked; see ``engines.base.Parts``."""
 
     def enforce(self) -> list[str]:
         """Mask again what somebody has written; the names of the tensors."""
@@ -91,6 +94,9 @@ class Masks(WholeModel):
 
     def install(self) -> None:
         self.masker.install()
+
+    def masked_already(self, names: Collection[str]) -> None:
+        self.masker.masked_already(names)
 
     def enforce(self) -> list[str]:
         return self.masker.enforce()

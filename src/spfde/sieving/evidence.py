@@ -108,12 +108,12 @@ def labels_kind(logits: Tensor, y: Tensor) -> Literal["binary", "hard", "soft"]:
     )
 
 
-def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
+def label_bounds(logits: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], int] | None:
     """What tells whether the labels of a batch are classes, or probabilities of classes, of the outputs.
 
     Returns:
-        On the labels' device: the lowest and the highest class, shape (2,); of probabilities the lowest, and the lowest
-        and highest sum over a sample's, shape (3,). Then the number of classes. None for an empty batch.
+        On the labels' device, without dimensions: the lowest and the highest class; of probabilities the lowest, and
+        the lowest and highest sum over a sample's. Then the number of classes. None for an empty batch.
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
@@ -124,15 +124,15 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
     n_classes = 2 if kind == "binary" else logits.shape[1]
     if kind == "soft":
         shares = y.detach().float()
-        return torch.stack([shares.min(), *shares.sum(1).aminmax()]), n_classes
-    low, high = (y.long() if y.dtype == torch.bool else y).detach().aminmax()
-    return torch.stack([low, high]), n_classes
+        return (shares.min(), *shares.sum(1).aminmax()), n_classes
+    return tuple((y.long() if y.dtype == torch.bool else y).detach().aminmax()), n_classes
 
 
 def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
     """Raise ``InvalidArgument`` where a label is none, from ``label_bounds`` on the CPU, shape (..., 2) or (..., 3)."""
     if bounds.shape[-1] == 3:
-        low, least, most = bounds[..., 0].min().item(), bounds[..., 1].min().item(), bounds[..., 2].max().item()
+        found = bounds[..., 0].min(), bounds[..., 1].min(), bounds[..., 2].max()
+        low, least, most = torch.stack(found).tolist()
         # The negation finds a NaN, too.
         if not (low >= -_ROUNDING and least >= 1 - _ROUNDING and most <= 1 + _ROUNDING):
             rule = (
@@ -142,7 +142,7 @@ def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
             remedy = "For several labels a sample, regression or scores pass loss= (one loss per sample) or correct=."
             raise InvalidArgument(Problem("y", least if low >= 0 else low, rule, remedy))
         return
-    low, high = bounds.min().item(), bounds.max().item()
+    low, high = torch.stack(bounds.aminmax()).tolist()
     if not (low >= 0 and high <= n_classes - 1):
         remedy = (
             "Number the classes from 0. For samples without a class (ignore_index) and for regression pass correct= or "

@@ -48,7 +48,7 @@ class Observer:
     def begin_epoch(self) -> None:
         """Forget about the reports of the epoch before."""
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._bounds: list[Tensor] = []
+        self._bounds: list[tuple[Tensor, ...]] = []
         self.samples = 0
 
     def check_labels(self, logits: Tensor | None, y: Tensor | None) -> None:
@@ -62,8 +62,8 @@ class Observer:
         if found is None:
             return
         bounds, self._n_classes = found
-        if bounds.device.type == "cpu":
-            check_label_bounds(bounds, self._n_classes)
+        if bounds[0].device.type == "cpu":
+            check_label_bounds(torch.stack(bounds), self._n_classes)
         else:
             self._bounds.append(bounds)
 
@@ -77,12 +77,11 @@ class Observer:
 
         Raises:
             UsageError: there is no batch to report on, or its samples are not known.
-            InvalidArgument: lengths differ, or an index is out of range.
+            InvalidArgument: lengths differ, or an index is out of range; of those on an accelerator that is found in
+                ``exchange``.
         """
         is_told = indices is not None
-        if indices is None:
-            indices = self._oldest()
-        indices = torch.as_tensor(indices).detach().cpu().long().reshape(-1)
+        indices = self._oldest() if indices is None else torch.as_tensor(indices).detach().long().reshape(-1).clone()
         short = next(
             (len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None
         )
@@ -100,11 +99,16 @@ class Observer:
                     "Pass the whole batch's outputs and labels.",
                 )
             )
-        self._scorer.check_range(indices)
+        is_on_host = indices.device.type == "cpu"
+        if is_on_host:
+            self._scorer.check_range(indices)
         # Copies: a caller may reuse its buffers before the values are added up.
-        self._waiting.append((indices.clone(), values.detach().clone(), None if labels is None else labels.clone()))
+        self._waiting.append((indices, values.detach().clone(), None if labels is None else labels.clone()))
         self.samples += len(indices)
-        self._tickets.close(indices.tolist() if is_told else None)
+        if is_told and not is_on_host:
+            self._tickets.close_later(indices)
+        else:
+            self._tickets.close(indices.tolist() if is_told else None)
 
     def exchange(self) -> None:
         """Count the reports of all ranks, the same on each. Every rank has to call it.
@@ -114,8 +118,8 @@ class Observer:
         """
         bounds, self._bounds = self._bounds, []
         for size in {len(bound) for bound in bounds}:
-            alike = torch.stack([bound for bound in bounds if len(bound) == size])
-            check_label_bounds(alike.cpu(), self._n_classes)
+            alike = torch.stack([value for bound in bounds if len(bound) == size for value in bound])
+            check_label_bounds(alike.cpu().view(-1, size), self._n_classes)
         mine = [_joined(column) for column in zip(*self._waiting, strict=True)]
         reports = self._gather(mine)
         self._waiting = []

@@ -40,12 +40,13 @@ class ArrivingGradients:
         self._waiting: dict[str, MaskedWeight] = {}
         self._announced: Collection[str] = ()
         self._hooks: dict[str, Mapping[int, object]] = {}  # those on each parameter, anybody's
-        self._newest: list[int] = []
+        self._newest: list[object] = []
         self._watched: frozenset[str] = frozenset()
 
     def install(self) -> list[RemovableHandle]:
         """Hook the gradients."""
-        handles, self._hooks, self._newest = [], {}, []
+        handles: list[RemovableHandle] = []
+        self._hooks, self._newest = {}, []
         for name, layer in self._layers.items():
             if not layer.is_dense:
                 register = layer.parameter.register_post_accumulate_grad_hook
@@ -67,7 +68,7 @@ class ArrivingGradients:
         self._pass, self._announced = backward_pass(), ()
         is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._may_wait = self._pass >= 0 and not is_shared and not self._wants_dense()
-        newest = [next(reversed(hooks), -1) for hooks in self._hooks.values()]
+        newest: list[object] = [next(reversed(hooks), -1) for hooks in self._hooks.values()]
         if newest != self._newest:
             self._newest, self._watched = newest, self._find_watched()
         if self._pass >= 0:

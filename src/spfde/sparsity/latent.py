@@ -103,10 +103,11 @@ class LatentWeights(Strategy):
                 "the closure first, as SGD and AdamW do, or another sparse training method."
             )
 
+    def after_steps(self, layers: Sequence[MaskedWeight], *, was_skipped: Skipped) -> None:
+        super().after_steps([layer for layer in layers if layer.name in self._latents], was_skipped=was_skipped)
+        self.masker.clear_outside([layer for layer in layers if layer.name not in self._latents])
+
     def after_step(self, layer: MaskedWeight, *, was_skipped: Skipped) -> None:
-        if layer.name not in self._latents:
-            super().after_step(layer, was_skipped=was_skipped)
-            return
         if not was_skipped:
             learning_rate = float(self.masker.group_of(layer)["lr"])
             self._latents[layer.name] = self.stepped(layer, layer.parameter.detach(), learning_rate)
