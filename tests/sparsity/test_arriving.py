@@ -185,13 +185,13 @@ class Engine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, masker: Masker, names: Collection[str], masks: bool, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.of = masker, names, masks
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x)
         return torch.stack([x @ weight.T for weight in weights]).sum(0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         masker, names, masks = ctx.of
-        x, *weights = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         masker.masked_already(names)
         found = gradient.T @ x
         each = [found * mask if masks else found.clone() for mask in masker.masks.values()]
