@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import spfde
-from spfde.sieving.evidence import check_label_bounds, label_bounds
+from spfde.sieving.evidence import bounds_of_all, check_label_bounds, label_bounds
 
 LOGITS = torch.zeros(3, 4)
 ONE_HOT = torch.eye(4)[:3]
@@ -17,7 +17,8 @@ def check(logits: Tensor, y: Tensor) -> None:
     found = label_bounds(logits, y)
     assert found is not None
     bounds, n_classes = found
-    check_label_bounds(torch.stack(bounds), n_classes)
+    check_label_bounds(bounds_of_all([bounds]), n_classes)
+    check_label_bounds(bounds_of_all([bounds, bounds]), n_classes)
 
 
 @pytest.mark.parametrize(

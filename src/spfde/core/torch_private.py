@@ -9,6 +9,7 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # whe
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
 multiply_each_, add_each_ = torch._foreach_mul_, torch._foreach_add_
+
+# A number that grows with every write in place, by which PyTorch itself finds out about them.
+version_of: Callable[[Tensor], int] = attrgetter("_version")  # no line of Python: a step asks for dozens
 
 # The number of the backward pass that runs now, -1 outside: hooks on parameters are not told which one calls them.
 backward_pass: Callable[[], int] = torch._C._current_graph_task_id
@@ -178,11 +182,6 @@ def recompile_limit() -> tuple[str, int]:
 def has_global_hooks() -> bool:
     """Whether there are hooks on every module, which a graph would not call. Only the tables themselves tell."""
     return any(getattr(modules, f"_global{table}") for table in HOOKS)
-
-
-def version_of(tensor: Tensor) -> int:
-    """A number that grows with every write in place, by which PyTorch itself finds out about them."""
-    return tensor._version
 
 
 def storage_id(tensor: Tensor) -> int:

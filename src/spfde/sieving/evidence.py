@@ -6,7 +6,8 @@ Nothing here waits for a GPU.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,11 +129,21 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], int] | 
     return tuple((y.long() if y.dtype == torch.bool else y).detach().aminmax()), n_classes
 
 
-def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
-    """Raise ``InvalidArgument`` where a label is none, from ``label_bounds`` on the CPU, shape (..., 2) or (..., 3)."""
-    if bounds.shape[-1] == 3:
-        found = bounds[..., 0].min(), bounds[..., 1].min(), bounds[..., 2].max()
-        low, least, most = torch.stack(found).tolist()
+def bounds_of_all(bounds: Sequence[tuple[Tensor, ...]]) -> list[float]:
+    """The ``label_bounds`` of several batches of one kind together, as numbers; an accelerator is waited for once."""
+    found: list[Any]
+    if len(bounds) == 1 and bounds[0][0].device.type == "cpu":
+        found = [bound.tolist() for bound in bounds[0]]
+    else:
+        *lowest, highest = (torch.stack(column) for column in zip(*bounds, strict=True))
+        found = torch.stack([*(column.min() for column in lowest), highest.max()]).tolist()
+    return found
+
+
+def check_label_bounds(bounds: Sequence[float], n_classes: int) -> None:
+    """Raise ``InvalidArgument`` where a label is none, from ``bounds_of_all``: two numbers, or three."""
+    if len(bounds) == 3:
+        low, least, most = bounds
         # The negation finds a NaN, too.
         if not (low >= -_ROUNDING and least >= 1 - _ROUNDING and most <= 1 + _ROUNDING):
             rule = (
@@ -142,7 +153,7 @@ def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
             remedy = "For several labels a sample, regression or scores pass loss= (one loss per sample) or correct=."
             raise InvalidArgument(Problem("y", least if low >= 0 else low, rule, remedy))
         return
-    low, high = torch.stack(bounds.aminmax()).tolist()
+    low, high = bounds
     if not (low >= 0 and high <= n_classes - 1):
         remedy = (
             "Number the classes from 0. For samples without a class (ignore_index) and for regression pass correct= or "

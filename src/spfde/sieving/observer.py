@@ -11,7 +11,7 @@ from torch import Tensor
 from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
 from spfde.sieving.criteria import Scorer
-from spfde.sieving.evidence import check_label_bounds, label_bounds
+from spfde.sieving.evidence import bounds_of_all, check_label_bounds, label_bounds
 from spfde.sieving.tickets import Tickets
 
 
@@ -63,7 +63,7 @@ class Observer:
             return
         bounds, self._n_classes = found
         if bounds[0].device.type == "cpu":
-            check_label_bounds(torch.stack(bounds), self._n_classes)
+            check_label_bounds(bounds_of_all([bounds]), self._n_classes)
         else:
             self._bounds.append(bounds)
 
@@ -100,7 +100,7 @@ class Observer:
                 )
             )
         is_on_host = indices.device.type == "cpu"
-        if is_on_host:
+        if is_told and is_on_host:
             self._scorer.check_range(indices)
         # Copies: a caller may reuse its buffers before the values are added up.
         self._waiting.append((indices, values.detach().clone(), None if labels is None else labels.clone()))
@@ -118,8 +118,8 @@ class Observer:
         """
         bounds, self._bounds = self._bounds, []
         for size in {len(bound) for bound in bounds}:
-            alike = torch.stack([value for bound in bounds if len(bound) == size for value in bound])
-            check_label_bounds(alike.cpu().view(-1, size), self._n_classes)
+            alike = [bound for bound in bounds if len(bound) == size]
+            check_label_bounds(bounds_of_all(alike), self._n_classes)
         mine = [_joined(column) for column in zip(*self._waiting, strict=True)]
         reports = self._gather(mine)
         self._waiting = []

@@ -61,7 +61,8 @@ class ArrivingGradients:
         """
         if backward_pass() != self._pass:
             self._begin()
-        self._announced = {name for name in names if name in self._layers and self._layers[name].is_masked}
+        layers = [layer for name in names if (layer := self._layers.get(name)) is not None]
+        self._announced = {layer.name for layer in layers if layer.parameter.grad is None or layer.is_masked}
 
     def _begin(self) -> None:
         """A backward pass has begun, or a nested one, or the one around it goes on."""
