@@ -114,7 +114,7 @@ class Observer:
         """Count the reports of all ranks, the same on each. Every rank has to call it.
 
         Raises:
-            InvalidArgument: see ``check_labels``.
+            InvalidArgument: see ``check_labels`` and ``report``.
         """
         bounds, self._bounds = self._bounds, []
         for size in {len(bound) for bound in bounds}:
