@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,6 +17,15 @@ from spfde.sparsity.weight import MaskedWeight
 
 NAN, INF = float("nan"), float("inf")
 MASKS = [[True, False, True, False], [False, False, True, True], [True, True, False, True]]
+
+
+@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks as they are, and masks as integers of the size of the numbers."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(
+            weights, "keeps_integers", lambda t: t.numel() <= weights.MOST_COPIED and not t.is_complex()
+        )
 
 
 class Net:
@@ -73,7 +82,10 @@ def test_a_mask_that_changed_holds_in_the_next_step() -> None:
     assert net.momenta()[0] == [0, 1, 0, 1]
 
 
-def test_the_masks_memory_as_integers_stays_where_it_is_so_that_a_recorded_graph_reads_the_new_one() -> None:
+def test_the_masks_memory_as_integers_stays_where_it_is_so_that_a_recorded_graph_reads_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "keeps_integers", lambda _: True)
     layer = Net().layers[0]
     before = layer.factors_for(layer.parameter)
     layer.set_mask(torch.tensor([False, True, True, False]), 2)
@@ -149,7 +161,7 @@ def test_gradients_of_other_kinds_than_in_the_last_pass_are_masked_too() -> None
     assert net.parameters[0].grad.tolist() == [1, 1, 1, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_the_product_of_bits_with_factors_is_what_applying_a_mask_gives(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))

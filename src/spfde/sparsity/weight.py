@@ -13,8 +13,16 @@ from spfde.sparsity.masks import apply_, factors, pack, unpack
 from spfde.sparsity.structure import Structure
 
 MOST_COPIED = 2**20
-"""Weights up to which a layer keeps its mask as integers, too, of the size of its numbers. The product of more takes
-longer than the launch of a kernel, which they spare, and would cost memory."""
+"""Weights up to which a layer on an accelerator keeps its mask as integers, too."""
+
+
+def keeps_integers(tensor: Tensor) -> bool:
+    """Whether masks of such a tensor are kept as integers of the size of its numbers.
+
+    They spare a kernel's launch for each layer, and take memory. The product of more weights takes longer than a launch
+    in any case, and a CPU launches nothing.
+    """
+    return tensor.device.type != "cpu" and tensor.numel() <= MOST_COPIED and not tensor.is_complex()
 
 
 class MaskedWeight:
@@ -106,7 +114,7 @@ class MaskedWeight:
 
     def factors_for(self, tensor: Tensor) -> Tensor:
         """The mask as what ``masks.bits`` of a tensor of the weight's shape are multiplied with."""
-        if self.numel > MOST_COPIED or tensor.is_complex():
+        if not keeps_integers(tensor):
             return self.mask
         kind = tensor.device, tensor.element_size(), tensor.stride()
         if kind not in self._factors:
