@@ -189,7 +189,7 @@ def _output(*command: str) -> str:
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
-Unit = Literal["share", "ratio", "epoch", "flops", "seconds", "accuracy", "points"]
+Unit = Literal["share", "ratio", "epoch", "flops", "seconds", "accuracy", "points", "count"]
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,11 @@ def show(value: float, unit: Unit) -> str:
         case "flops":
             return f"{value:.4g}"
         case "seconds":
+            if value < 1e-3:
+                return f"{1e6 * value:.0f} µs"
             return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+        case "count":
+            return f"{value:,.0f}"
         case "accuracy":
             return f"{value:.4f}"
         case "points":

@@ -13,6 +13,7 @@ from torch import Tensor
 import spfde
 from spfde.sieving.criteria import Loss, Scorer
 from spfde.sieving.evidence import (
+    bounds_of_all,
     check_label_bounds,
     correct_from_logits,
     el2n_from_logits,
@@ -29,7 +30,9 @@ ONE_HOT = torch.eye(4)[:3]
 def check(logits: Tensor, y: Tensor) -> None:
     found = label_bounds(logits, y)
     assert found is not None
-    check_label_bounds(*found)
+    bounds, n_classes = found
+    check_label_bounds(bounds_of_all([bounds]), n_classes)
+    check_label_bounds(bounds_of_all([bounds, bounds]), n_classes)
 
 
 @pytest.mark.parametrize(

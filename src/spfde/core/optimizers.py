@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,10 +51,15 @@ class Optimizers:
             }
         return self._owner.get(id(parameter))
 
+    @property
+    def states(self) -> list[MutableMapping[Tensor, Any]]:
+        """What each remembers, by parameter; loading a state puts others in their places."""
+        return [optimizer.state for optimizer in self._with_state]
+
     def states_of(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
         """What is remembered of a parameter, by those that remember something."""
-        for optimizer in self._with_state:
-            found = optimizer.state.get(parameter)
+        for state in self.states:
+            found = state.get(parameter)
             if found:
                 yield found
 

@@ -9,6 +9,7 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,11 +30,15 @@ __all__ = [
     "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
     "TorchDispatchMode",  # sees every operator that runs
     "active_ddp",
+    "add_each_",
+    "after_backward",
     "backward_pass",
     "compiled_inside",
     "copy_each_",
+    "find_nonfinite_",
     "has_global_hooks",
     "hook_steps",
+    "hooks_on_gradient",
     "hooks_to_copy",
     "is_compiled",
     "is_compiled_whole",
@@ -42,6 +47,7 @@ __all__ = [
     "least_two_four_shape",
     "lerp_each_",
     "multiply_each",
+    "multiply_each_",
     "n_reduced",
     "norm_each",
     "overloads_of",
@@ -65,7 +71,10 @@ _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # whe
 
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
-copy_each_ = torch._foreach_copy_
+copy_each_, multiply_each_, add_each_ = torch._foreach_copy_, torch._foreach_mul_, torch._foreach_add_
+
+# A number that grows with every write in place, by which PyTorch itself finds out about them.
+version_of: Callable[[Tensor], int] = attrgetter("_version")  # no line of Python: a step asks for dozens
 
 # The number of the backward pass that runs now, -1 outside: hooks on parameters are not told which one calls them.
 backward_pass: Callable[[], int] = torch._C._current_graph_task_id
@@ -89,6 +98,30 @@ def layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
 def active_ddp() -> nn.parallel.DistributedDataParallel | None:
     """The DistributedDataParallel whose forward pass runs now. It leaves no public mark on the model that it wraps."""
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Have a function called at the end of the backward pass that runs now, before ``backward`` returns.
+
+    On an accelerator it runs on the stream of the caller of ``backward``, which has waited for all gradients by then.
+    It is not called where the pass fails. DistributedDataParallel ends its passes this way; no public hook does.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def hooks_on_gradient(parameter: Tensor) -> OrderedDict[int, Callable[..., Any]]:
+    """The hooks that are called when a gradient has arrived, in their order: there is no public list of them."""
+    return parameter._post_accumulate_grad_hooks or OrderedDict()  # type: ignore[return-value]
+
+
+def find_nonfinite_(tensors: list[Tensor]) -> Tensor:
+    """1 where any number in tensors of one type and device is infinite or NaN, else 0: float32 of shape (1,), there.
+
+    One operation for all, as ``GradScaler`` has it; it multiplies them, in place, by one.
+    """
+    found, one = (torch.full((1,), value, device=tensors[0].device) for value in (0.0, 1.0))
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
+    return found
 
 
 def n_reduced(wrapper: nn.parallel.DistributedDataParallel) -> int:
@@ -172,11 +205,6 @@ def recompile_limit() -> tuple[str, int]:
 def has_global_hooks() -> bool:
     """Whether there are hooks on every module, which a graph would not call. Only the tables themselves tell."""
     return any(getattr(modules, f"_global{table}") for table in HOOKS)
-
-
-def version_of(tensor: Tensor) -> int:
-    """A number that grows with every write in place, by which PyTorch itself finds out about them."""
-    return tensor._version
 
 
 def storage_id(tensor: Tensor) -> int:

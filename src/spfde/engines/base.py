@@ -65,12 +65,17 @@ class Parts:
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
         frozen: gives the names of the frozen parameters.
         coming: gives what ``frozen`` gives now and in each epoch that is left.
+        masked_already: for engines that mask gradients themselves: called within a backward pass, before the gradients
+            arrive, with those, by parameter name, that have zeros where the mask has no weight. They are left as they
+            come, unless anything was added to them or they add to anything. Whoever does not call it has every
+            gradient masked.
     """
 
     masks: Callable[[], Mapping[str, Tensor]]
     dense_gradients: Callable[[], frozenset[str]] = frozenset
     frozen: Callable[[], frozenset[str]] = frozenset
     coming: Callable[[], Collection[frozenset[str]]] = lambda: (frozenset(),)
+    masked_already: Callable[[Mapping[str, Tensor]], None] = lambda gradients: None
 
 
 class Engine(ABC):

@@ -45,6 +45,7 @@ class Computing(Part):
             dense_gradients=lambda: masks.wants_dense_gradients,
             frozen=lambda: freezing.freezer.frozen_parameters,
             coming=freezing.coming,
+            masked_already=masks.masked_already,
         )
         names = [name for block in setting.blueprint.partition.blocks for name in block.name.split(" + ")]
         self._compiled = CompiledBlocks(job.model, names) if job.compiles else None

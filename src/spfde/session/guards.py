@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ class Guards(Part):
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self.trusts_weights = False
         modules = dict(setting.model.named_modules())
-        self._parameters = [
-            (name, modules[name.rpartition(".")[0]], name.rpartition(".")[2], p)
-            for name, p in setting.model.named_parameters()
-        ]
+        self._parameters = dict(setting.model.named_parameters())
+        # Where they are: the tables of the modules, and the keys.
+        self._tables = [vars(modules[name.rpartition(".")[0]])[PARAMETERS] for name in self._parameters]
+        self._leaves = [name.rpartition(".")[2] for name in self._parameters]
         self._held = {id(p) for group in setting.optimizer.param_groups for p in group["params"]}
         self._said = False
         self._before = self._content()
@@ -92,9 +93,10 @@ class Guards(Part):
 
     def _check_parameters(self) -> None:
         """Are the model's parameters those that the masks and the optimizer hold?"""
-        for name, module, leaf, parameter in self._parameters:
-            if vars(module)[PARAMETERS].get(leaf) is not parameter:
-                self._raise_replaced(f"'{name}' of the model")
+        found = map(dict.get, self._tables, self._leaves)  # before each step: no line of Python for each of them
+        are_same = list(map(is_, found, self._parameters.values()))
+        if not all(are_same):
+            self._raise_replaced(f"'{list(self._parameters)[are_same.index(False)]}' of the model")
 
     def _check_groups(self) -> None:
         now = {id(p) for group in self._setting.optimizer.param_groups for p in group["params"]}
@@ -102,7 +104,7 @@ class Guards(Part):
             missing = counted(len(self._held - now), "parameter")
             self._raise_replaced(f"{missing} of the optimizer")
         current = dict(self._setting.model.named_parameters())
-        for name, _, _, parameter in self._parameters:
+        for name, parameter in self._parameters.items():
             if current.get(name) is not parameter:
                 self._raise_replaced(f"'{name}' of the model")
 
@@ -237,10 +239,10 @@ class Guards(Part):
             self._check_steps()
 
     def _content(self) -> dict[str, int]:
-        return checksums({name: p for name, _, _, p in self._parameters if not p.is_meta})
+        return checksums({name: p for name, p in self._parameters.items() if not p.is_meta})
 
     def _masked_content(self) -> dict[str, int]:
-        return checksums({name: p for name, _, _, p in self._parameters if name in self._masks.masks})
+        return checksums({name: p for name, p in self._parameters.items() if name in self._masks.masks})
 
 
 def _some(names: Sequence[str]) -> str:

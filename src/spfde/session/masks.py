@@ -32,6 +32,9 @@ class WholeModel(Part):
     def install(self) -> None:
         """Hook what has to be hooked."""
 
+    def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
+        """These gradients come masked; see ``engines.base.Parts``."""
+
     def enforce(self) -> list[str]:
         """Mask again what somebody has written; the names of the tensors."""
         return []
@@ -99,6 +102,9 @@ class Masks(WholeModel):
 
     def install(self) -> None:
         self.masker.install()
+
+    def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
+        self.masker.masked_already(gradients)
 
     def enforce(self) -> list[str]:
         return self.masker.enforce()

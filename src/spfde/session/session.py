@@ -204,8 +204,8 @@ class Session(SessionView):
 
         Raises:
             UsageError: called more often than batches were drawn, or training goes on without ``end_epoch``.
-            InvalidArgument: not exactly one kind of evidence, one that the criterion has no use for, wrong lengths, or
-                labels that are no classes (those on an accelerator are looked at when the epoch ends).
+            InvalidArgument: not exactly one kind of evidence, one that the criterion has no use for, wrong lengths, no
+                classes as labels, ids outside the data set (those on an accelerator are looked at when the epoch ends).
         """
         self._check_attached()
         self._begin_epoch(is_late=True)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
@@ -74,7 +75,7 @@ class Accumulator(ABC):
         """Raise ``InvalidArgument`` where an id is outside [0, n)."""
         if indices.numel() == 0:
             return
-        low, high = (int(bound) for bound in indices.aminmax())
+        low, high = torch.stack(indices.aminmax()).tolist()
         if low < 0 or high >= self.n:
             wrong = low if low < 0 else high
             remedy = "Pass the positions of the samples in the data set."

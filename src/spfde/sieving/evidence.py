@@ -6,7 +6,8 @@ Nothing here waits for a GPU.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,14 +114,14 @@ def labels_kind(logits: Tensor, y: Tensor) -> Literal["binary", "hard", "soft"]:
     )
 
 
-def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
+def label_bounds(logits: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], int] | None:
     """What tells whether the labels of a batch are classes, or probabilities of classes, of the outputs.
 
     Returns:
-        On the labels' device: the lowest and the highest class, shape (2,); of probabilities the lowest, and the lowest
-        and highest sum over a sample's, shape (3,); of real labels of one output the lowest and the highest, and the
-        least and the largest distance to the nearer of 0 and 1 in units of their rounding, shape (4,). Then the number
-        of classes. None for an empty batch.
+        On the labels' device, without dimensions: the lowest and the highest class; of probabilities the lowest, and
+        the lowest and highest sum over a sample's; of real labels of one output the lowest and the highest, and the
+        least and the largest distance to the nearer of 0 and 1 in units of their rounding. Then the number of classes.
+        None for an empty batch.
 
     Raises:
         InvalidArgument: the shapes are none of those in ``correct_from_logits``.
@@ -131,23 +132,34 @@ def label_bounds(logits: Tensor, y: Tensor) -> tuple[Tensor, int] | None:
     n_classes = 2 if kind == "binary" else logits.shape[1]
     if kind == "soft":
         shares = y.detach().float()
-        return torch.stack([shares.min(), *shares.sum(1).aminmax()]), n_classes
+        return (shares.min(), *shares.sum(1).aminmax()), n_classes
     if kind == "binary" and y.is_floating_point():
         labels = y.detach() if y.dtype == torch.float64 else y.detach().float()
         unit = max(torch.finfo(y.dtype).eps, _FLOAT32_ROUNDING)
         distances = torch.minimum(labels, 1 - labels) / unit
-        return torch.stack([*labels.aminmax(), *distances.aminmax()]), n_classes
-    low, high = (y.long() if y.dtype == torch.bool else y).detach().aminmax()
-    return torch.stack([low, high]), n_classes
+        return (*labels.aminmax(), *distances.aminmax()), n_classes
+    return tuple((y.long() if y.dtype == torch.bool else y).detach().aminmax()), n_classes
 
 
-def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
-    """Raise ``InvalidArgument`` where a label is none, from ``label_bounds`` on the CPU, shape (..., 2) to (..., 4)."""
-    if bounds.shape[-1] == 4:
+def bounds_of_all(bounds: Sequence[tuple[Tensor, ...]]) -> list[float]:
+    """The ``label_bounds`` of several batches of one kind together, as numbers; an accelerator is waited for once."""
+    found: list[Any]
+    if len(bounds) == 1 and bounds[0][0].device.type == "cpu":
+        found = [bound.tolist() for bound in bounds[0]]
+    else:
+        columns = [torch.stack(column) for column in zip(*bounds, strict=True)]
+        highest = (1, 3) if len(columns) == 4 else (len(columns) - 1,)
+        found = torch.stack([col.max() if at in highest else col.min() for at, col in enumerate(columns)]).tolist()
+    return found
+
+
+def check_label_bounds(bounds: Sequence[float], n_classes: int) -> None:
+    """Raise ``InvalidArgument`` where a label is none, from ``bounds_of_all``: two numbers, three, or four."""
+    if len(bounds) == 4:
         _check_one_output(bounds)
-        bounds = bounds[..., :2]
-    if bounds.shape[-1] == 3:
-        low, least, most = bounds[..., 0].min().item(), bounds[..., 1].min().item(), bounds[..., 2].max().item()
+        bounds = bounds[:2]
+    if len(bounds) == 3:
+        low, least, most = bounds
         # The negation finds a NaN, too.
         if not (low >= -_ROUNDING and least >= 1 - _ROUNDING and most <= 1 + _ROUNDING):
             rule = (
@@ -157,7 +169,7 @@ def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
             remedy = "For several labels a sample, regression or scores pass loss= (one loss per sample) or correct=."
             raise InvalidArgument(Problem("y", least if low >= 0 else low, rule, remedy))
         return
-    low, high = bounds.min().item(), bounds.max().item()
+    low, high = bounds
     if not (low >= 0 and high <= n_classes - 1):
         remedy = (
             "Number the classes from 0. For samples without a class (ignore_index) and for regression pass correct= or "
@@ -166,10 +178,9 @@ def check_label_bounds(bounds: Tensor, n_classes: int) -> None:
         raise InvalidArgument(Problem("y", low if low < 0 else high, f"must be in [0, {n_classes})", remedy))
 
 
-def _check_one_output(bounds: Tensor) -> None:
+def _check_one_output(bounds: Sequence[float]) -> None:
     """Real labels of one output are two classes where all are as far from 0 or 1: targets of a regression are not."""
-    low, high = bounds[..., 0].min().item(), bounds[..., 1].max().item()
-    nearest, farthest = bounds[..., 2].min().item(), bounds[..., 3].max().item()
+    low, high, nearest, farthest = bounds
     # What lies outside, and NaN, is told like a class that there is not.
     if low >= 0 and high <= 1 and (farthest - nearest > 1 or low == 0.5 or high == 0.5):
         rule = (

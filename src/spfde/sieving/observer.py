@@ -11,7 +11,7 @@ from torch import Tensor
 from spfde.core.errors import InvalidArgument, Problem, UsageError
 from spfde.sieving.balance import ClassLabels
 from spfde.sieving.criteria import Scorer
-from spfde.sieving.evidence import check_label_bounds, label_bounds
+from spfde.sieving.evidence import bounds_of_all, check_label_bounds, label_bounds
 from spfde.sieving.tickets import Tickets
 
 
@@ -48,7 +48,7 @@ class Observer:
     def begin_epoch(self) -> None:
         """Forget about the reports of the epoch before."""
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._bounds: list[Tensor] = []
+        self._bounds: list[tuple[Tensor, ...]] = []
         self.samples = 0
 
     def check_labels(self, logits: Tensor | None, y: Tensor | None) -> None:
@@ -62,9 +62,10 @@ class Observer:
         if found is None:
             return
         bounds, self._n_classes = found
-        if bounds.device.type == "cpu":
-            check_label_bounds(bounds, self._n_classes)
-        if bounds.device.type != "cpu" or len(bounds) == 4:  # a batch of one label says little of the others'
+        is_on_host = bounds[0].device.type == "cpu"
+        if is_on_host:
+            check_label_bounds(bounds_of_all([bounds]), self._n_classes)
+        if not is_on_host or len(bounds) == 4:  # a batch of one label says little of the others'
             self._bounds.append(bounds)
 
     def report(self, values: Tensor, indices: Tensor | None, labels: Tensor | None = None) -> None:
@@ -77,12 +78,11 @@ class Observer:
 
         Raises:
             UsageError: there is no batch to report on, or its samples are not known.
-            InvalidArgument: lengths differ, or an index is out of range.
+            InvalidArgument: lengths differ, or an index is out of range; of those on an accelerator that is found in
+                ``exchange``.
         """
         is_told = indices is not None
-        if indices is None:
-            indices = self._oldest()
-        indices = torch.as_tensor(indices).detach().cpu().long().reshape(-1)
+        indices = self._oldest() if indices is None else torch.as_tensor(indices).detach().long().reshape(-1).clone()
         short = next(
             (len(given) for given in (values, labels) if given is not None and len(given) != len(indices)), None
         )
@@ -100,24 +100,30 @@ class Observer:
                     "Pass the whole batch's outputs and labels.",
                 )
             )
-        self._scorer.check_range(indices)
+        is_on_host = indices.device.type == "cpu"
+        if is_told and is_on_host:
+            self._scorer.check_range(indices)
         # Copies: a caller may reuse its buffers before the values are added up.
-        self._waiting.append((indices.clone(), values.detach().clone(), None if labels is None else labels.clone()))
+        self._waiting.append((indices, values.detach().clone(), None if labels is None else labels.clone()))
         self.samples += len(indices)
-        self._tickets.close(indices.tolist() if is_told else None)
+        if is_told and not is_on_host:
+            self._tickets.close_later(indices)
+        else:
+            self._tickets.close(indices.tolist() if is_told else None)
 
     def exchange(self) -> None:
         """Count the reports of all ranks, the same on each. Every rank has to call it.
 
         Raises:
-            InvalidArgument: see ``check_labels``.
+            InvalidArgument: see ``check_labels`` and ``report``.
         """
         bounds, self._bounds = self._bounds, []
         error = None
         try:
-            for size in {len(bound) for bound in bounds}:
-                alike = torch.stack([bound for bound in bounds if len(bound) == size])
-                check_label_bounds(alike.cpu(), self._n_classes)
+            kinds = [(len(bound), bound[0].device, bound[0].dtype) for bound in bounds]
+            for kind in dict.fromkeys(kinds):
+                alike = [bound for bound, own in zip(bounds, kinds, strict=True) if own == kind]
+                check_label_bounds(bounds_of_all(alike), self._n_classes)
         except InvalidArgument as found:
             error = found  # raised at once it would leave the other ranks waiting
         mine = [_joined(column) for column in zip(*self._waiting, strict=True)]

@@ -57,6 +57,7 @@ class Tickets:
             self._passes_each = max(1, round(self._n_passes() / self._n_drawn))
         self._open: deque[Ticket] = deque()
         self._aside: dict[int, deque[Ticket]] = {}
+        self._told: list[Tensor] = []
         self._iteration = -1
         self.is_asked = False
         self._start()
@@ -70,12 +71,14 @@ class Tickets:
         self._drawing = 0
 
     def __len__(self) -> int:
+        self._catch_up()
         return len(self._open)
 
     # --- from the loader ---------------------------------------------------------------------------------------------
 
     def begin(self, iteration: int) -> None:
         """An iteration starts. Tickets of one that was left early wait, should it go on: it may have been put aside."""
+        self._catch_up()
         if self._open:
             self._aside[self._iteration] = self._open
             self._open = deque()
@@ -145,10 +148,12 @@ class Tickets:
     @property
     def oldest(self) -> Ticket | None:
         """The oldest open ticket."""
+        self._catch_up()
         return self._open[0] if self._open else None
 
     def close(self, ids: Iterable[int] | None = None) -> None:
         """A report has come: on the oldest batch, or on these samples, which may be of no batch, one, or several."""
+        self._catch_up()
         if not self._by_report or not self._open:
             return
         if ids is None:
@@ -167,6 +172,20 @@ class Tickets:
                 reported -= left
                 if not ticket.left:
                     self._open.remove(ticket)
+
+    def close_later(self, ids: Tensor) -> None:
+        """A report has come on samples whose ids are on an accelerator, which is not waited for until it matters."""
+        if self._by_report:
+            self._told.append(ids)
+
+    def _catch_up(self) -> None:
+        """Close what was to be closed later; an accelerator is waited for once."""
+        told, self._told = self._told, []
+        if told:
+            first = told[0].device
+            every = torch.cat([ids.to(first) for ids in told]).cpu()
+            for ids in torch.split(every, [len(ids) for ids in told]):
+                self.close(ids.tolist())
 
     def _of_these(self, given: list[int]) -> Ticket | None:
         """The ticket of exactly these samples, in any order, or the oldest of so many that are not known."""
@@ -189,6 +208,7 @@ class Tickets:
         Args:
             is_ended: whether that iteration has come to its end.
         """
+        self._catch_up()
         found = list(self._open)
         if self._by_report:
             return found
@@ -202,6 +222,6 @@ class Tickets:
 def as_ids(keys: list[Any]) -> Tensor | None:
     """What a sampler gave, as ids, long; None where it is no integers."""
     try:
-        return torch.tensor([operator.index(key) for key in keys], dtype=torch.long)
+        return torch.tensor(list(map(operator.index, keys)), dtype=torch.long)
     except (TypeError, ValueError):
         return None

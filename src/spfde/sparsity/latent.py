@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.state import check_entries
+from spfde.sparsity.gradients import Skipped
 from spfde.sparsity.masker import Masker
 from spfde.sparsity.masks import highest_overall
 from spfde.sparsity.schedule import MaskPlan
@@ -102,10 +103,11 @@ class LatentWeights(Strategy):
                 "the closure first, as SGD and AdamW do, or another sparse training method."
             )
 
-    def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
-        if layer.name not in self._latents:
-            super().after_step(layer, was_skipped=was_skipped)
-            return
+    def after_steps(self, layers: Sequence[MaskedWeight], *, was_skipped: Skipped) -> None:
+        super().after_steps([layer for layer in layers if layer.name in self._latents], was_skipped=was_skipped)
+        self.masker.clear_outside([layer for layer in layers if layer.name not in self._latents])
+
+    def after_step(self, layer: MaskedWeight, *, was_skipped: Skipped) -> None:
         if not was_skipped:
             learning_rate = float(self.masker.group_of(layer)["lr"])
             self._latents[layer.name] = self.stepped(layer, layer.parameter.detach(), learning_rate)
@@ -114,7 +116,7 @@ class LatentWeights(Strategy):
             self.choose(layer)
         layer.parameter.detach().copy_(self.sparse(layer))
 
-    def end_step(self, *, was_skipped: bool) -> None:
+    def end_step(self, *, was_skipped: Skipped) -> None:
         layers = [layer for layer in self.masker.live if layer.name in self._latents]
         if self.changes_every_step and sum(x.active for x in layers) <= sum(x.target for x in layers):
             self._give_up(layers)

@@ -12,13 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from spfde.core.checksum import together
 from spfde.core.errors import StateMismatch, UsageError
-from spfde.core.hooks import weakly
 from spfde.core.optimizers import LeadingSteps, Optimizers, around_closure
+from spfde.core.torch_private import version_of
 from spfde.sparsity import masks as masking
-from spfde.sparsity.gradients import DenseGradients
+from spfde.sparsity.arriving import ArrivingGradients
+from spfde.sparsity.gradients import DenseGradients, Skipped
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.state import check_state, check_weights
 from spfde.sparsity.structure import Unstructured
+from spfde.sparsity.together import Clearing, GradientMasking
 from spfde.sparsity.weight import MaskedWeight
 
 if TYPE_CHECKING:
@@ -61,6 +63,9 @@ class Masker:
         self.live: list[MaskedWeight] = []
         self.average: Callable[[Iterable[Tensor]], None] | None = None
         self._dense = DenseGradients()
+        self._arriving = ArrivingGradients(self.layers, self._on_gradient, self._may_want_dense)
+        self._clearing: dict[int, Clearing] = {}  # by the optimizer that steps
+        self._mask_written = GradientMasking()
         self._handles: list[RemovableHandle] = []
         self._groups: dict[int, dict[str, Any]] = {}
         self._leading = LeadingSteps(self.optimizers.each)
@@ -80,9 +85,10 @@ class Masker:
     @property
     def wants_dense_gradients(self) -> frozenset[str]:
         """Layers whose next gradient must hold inactive weights too."""
-        return frozenset(
-            layer.name for layer in self.live if layer.wider is not None or self.strategy.wants_dense(layer)
-        )
+        wider = [layer.name for layer in self.live if layer.wider is not None]
+        if not self.strategy.may_want_dense():
+            return frozenset(wider)
+        return frozenset(wider).union(layer.name for layer in self.live if self.strategy.wants_dense(layer))
 
     @property
     def dense_gradient_steps(self) -> int:
@@ -130,11 +136,7 @@ class Masker:
         """
         if self._handles:
             raise UsageError("The masks are hooked already. Call remove() first.")
-        for layer in self.layers.values():
-            if not layer.is_dense:
-                hook = weakly(self._on_gradient, layer.name)
-                handle = layer.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+        self._handles = self._arriving.install()
         if self._handles:
             self._handles += self.optimizers.hook(self._before_step, self._after_step)
 
@@ -143,6 +145,7 @@ class Masker:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._clearing.clear()
         self._dense.clear()
         self.strategy.clear()
 
@@ -259,7 +262,17 @@ class Masker:
         self._leading.check(state["optimizer_steps"])
         return loaded
 
+    # --- for engines -------------------------------------------------------------------------------------------------
+
+    def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
+        """These gradients come masked in the backward pass that runs; see ``Parts.masked_already``."""
+        self._arriving.announce(gradients)
+
     # --- for strategies ----------------------------------------------------------------------------------------------
+
+    def clear_outside(self, layers: Sequence[MaskedWeight]) -> None:
+        """Zero weights and optimizer state outside the masks, after a step: all layers in a few operations."""
+        self._clearing.setdefault(id(self.stepping), Clearing())(layers)
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
         """The dense gradients of the layers that step, which are forgotten; their mean over the ranks."""
@@ -295,23 +308,26 @@ class Masker:
 
     def _set_live(self, frozen: Sequence[str]) -> None:
         self.live = [layer for layer in self.layers.values() if not layer.is_dense and layer.name not in frozen]
+        self._clearing.clear()  # it holds on to optimizer state, which is freed of what is frozen
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _on_gradient(self, name: str, parameter: Tensor) -> None:
+    def _may_want_dense(self) -> bool:
+        return self.strategy.may_want_dense()
+
+    def _on_gradient(self, layer: MaskedWeight) -> None:
         """After a backward pass: mask the gradient, so that clipping and scaling see the sparse one."""
-        layer, grad = self.layers[name], parameter.grad
+        grad = layer.parameter.grad
         if grad is None:
             return
         layer.follow()
-        layer.arrived = True
         if self.strategy.wants_dense(layer):
             # A gradient that was reset, replaced or unscaled since the last pass (zero_grad, a step that GradScaler
             # skipped) has another version, and starts anew.
-            accumulates = layer.clean == (id(grad), grad._version - 1)
+            accumulates = layer.clean == (id(grad), version_of(grad) - 1)
             self._dense.collect(layer.name, grad, layer.mask, accumulates=accumulates)
         masking.apply_(grad, layer.gradient_mask)
-        layer.clean = (id(grad), grad._version)
+        layer.note_masked()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: mask gradients that were set by hand, and those that its closure leaves."""
@@ -320,22 +336,22 @@ class Masker:
             self._steps += 1
             for name, layer in self.layers.items():
                 self._active_over_steps[name] += layer.active
-        for layer in self._own(optimizer):
-            self.strategy.begin_step(layer)
-            self._prepare(layer)
+        own = self._own(optimizer)
+        self.strategy.begin_steps(own)
+        self._prepare(own)
         return around_closure(args, kwargs, self._run_closure)
 
-    def _prepare(self, layer: MaskedWeight) -> None:
-        """The layer's gradient is what the optimizer will use: mask it."""
-        grad = layer.parameter.grad
-        if grad is not None:
-            layer.follow()
-            if layer.name not in self._dense and not layer.arrived and self.strategy.wants_dense(layer):
+    def _prepare(self, layers: Sequence[MaskedWeight]) -> None:
+        """The layers' gradients are what the optimizer will use: mask those that somebody has written to since."""
+        written = [layer for layer in layers if not layer.is_masked]
+        for layer in written:
+            grad = layer.parameter.grad
+            is_dense = not layer.arrived and layer.name not in self._dense and self.strategy.wants_dense(layer)
+            if is_dense and grad is not None:
+                layer.follow()
                 self._dense.collect(layer.name, grad, layer.mask, accumulates=False)
-            # Nothing has written to the gradient since its backward pass: it is masked already.
-            if layer.clean != (id(grad), grad._version):
-                masking.apply_(grad, layer.gradient_mask)
-        self.strategy.before_step(layer, grad)
+        self._mask_written(written)
+        self.strategy.before_steps(layers)
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """What the optimizer calls in place of its closure: the model computes with its sparse weights."""
@@ -343,17 +359,15 @@ class Masker:
         for layer in own:
             self.strategy.before_closure(layer)
         result = closure()
-        for layer in own:
-            self._prepare(layer)
+        self._prepare(own)
         return result
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: whatever the optimizer did, inactive weights and their state are zero; then mutate."""
-        was_skipped = _was_skipped(optimizer)
-        for layer in self._own(optimizer):
-            layer.follow()
+        was_skipped, own = Skipped(optimizer), self._own(optimizer)
+        for layer in own:
             layer.clean, layer.arrived = None, False
-            self.strategy.after_step(layer, was_skipped=was_skipped)
+        self.strategy.after_steps(own, was_skipped=was_skipped)
         self.strategy.end_step(was_skipped=was_skipped)
 
     def _own(self, optimizer: Optimizer) -> Sequence[MaskedWeight]:
@@ -373,9 +387,3 @@ def _masked_weights(
         target = counts[name] // structure.unit_size(tuple(parameter.shape))
         weights[name] = MaskedWeight(name, parameter, structure, target, optimizer=optimizer, generator=generator)
     return weights
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer skipped its update because ``GradScaler`` found an infinite gradient."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found > 0)

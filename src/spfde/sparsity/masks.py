@@ -116,11 +116,29 @@ def apply_(tensor: Tensor, mask: Tensor) -> None:
     """Set ``tensor`` to +0 in place where the mask is False and leave every bit of the others.
 
     Unlike a product of numbers this also clears NaN and infinity, and makes no negative zeros.
+
+    Example:
+        >>> from spfde.sparsity.masks import apply_
+        >>> weight = torch.tensor([1.0, -2.0, float("nan")])
+        >>> apply_(weight, torch.tensor([True, False, False]))
+        >>> weight
+        tensor([1., 0., 0.])
     """
-    if tensor.is_complex():
-        tensor.detach().mul_(mask)
-    else:
-        tensor.detach().view(_BITS_OF[tensor.element_size()]).mul_(mask)
+    bits(tensor).mul_(mask)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, whose product with a mask is exact; complex numbers as they are."""
+    whole = tensor.detach() if tensor.requires_grad else tensor
+    return whole if tensor.is_complex() else whole.view(_BITS_OF[tensor.element_size()])
+
+
+def factors(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A mask as what ``bits(tensor)`` is multiplied with: zeros and ones of its type, laid out like it.
+
+    Several tensors are multiplied by one kernel only where both factors are of one type and layout.
+    """
+    return torch.empty_like(bits(tensor), requires_grad=False).copy_(mask)
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
+from spfde.core.torch_private import add_each_, multiply_each_
 from spfde.sparsity.criteria import Criterion
 from spfde.sparsity.distribution import apportion
+from spfde.sparsity.gradients import Skipped, alike, are_finite, nonfinite
 from spfde.sparsity.masker import Masker
+from spfde.sparsity.masks import bits
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.strategy import Strategy
 from spfde.sparsity.weight import MaskedWeight
@@ -85,12 +88,17 @@ class Redistribution(Strategy):
     def wants_dense(self, layer: MaskedWeight) -> bool:
         return self._smooths
 
-    def end_step(self, *, was_skipped: bool) -> None:
+    def may_want_dense(self) -> bool:
+        return self._smooths
+
+    def end_step(self, *, was_skipped: Skipped) -> None:
         if not self._smooths:
             return
         assert self._momentum is not None, "only with momentum anything is smoothed"
         gradients = self.masker.take_dense_gradients()
-        if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        if gradients.keys() <= self._smoothed.keys():
+            add_where_finite(self._smoothed, gradients, momentum=self._momentum, skipped=was_skipped.found_inf)
+        elif not was_skipped and are_finite(list(gradients.values())):
             add_smoothly(self._smoothed, gradients, momentum=self._momentum)
 
     def clear(self) -> None:
@@ -136,6 +144,39 @@ def add_smoothly(means: dict[str, Tensor], gradients: Mapping[str, Tensor], *, m
             means[name].mul_(momentum).add_(gradient, alpha=1.0 - momentum)
         else:
             means[name] = gradient.detach() * (1.0 - momentum)
+
+
+def add_where_finite(
+    means: Mapping[str, Tensor], gradients: Mapping[str, Tensor], *, momentum: float, skipped: Tensor | None = None
+) -> None:
+    """``add_smoothly`` in a few operations, into means that are there; the device alone knows whether to.
+
+    Args:
+        means: of each gradient.
+        gradients: one step's; where one has an infinite number or a NaN, no mean changes. They are overwritten.
+        momentum: see ``Redistribution``.
+        skipped: above zero where the step was skipped, shape (1,): no mean changes then, either.
+
+    Example:
+        >>> from spfde.sparsity.redistribution import add_where_finite
+        >>> means = {"w": torch.tensor([1.0, 2.0])}
+        >>> add_where_finite(means, {"w": torch.tensor([3.0, 4.0])}, momentum=0.5)
+        >>> add_where_finite(means, {"w": torch.tensor([5.0, float("inf")])}, momentum=0.5)
+        >>> means["w"]
+        tensor([2., 3.])
+    """
+    if not gradients:
+        return
+    found = nonfinite(list(gradients.values()))
+    is_used = found == 0 if skipped is None else found + skipped.to(found).sum() == 0
+    names = {id(gradient): name for name, gradient in gradients.items()}
+    for (dtype, device), own in alike(gradients.values()).items():
+        is_here, into = is_used.to(device), [means[names[id(gradient)]] for gradient in own]
+        # Of bits: zero times infinity is no zero.
+        integers = [bits(gradient) for gradient in own]
+        multiply_each_(integers, is_here.to(integers[0].dtype))
+        multiply_each_(into, torch.full((), momentum, dtype=dtype, device=device).masked_fill_(~is_here, 1.0))
+        add_each_(into, own, alpha=1.0 - momentum)
 
 
 def share_out(layers: Sequence[LayerView], keep: Sequence[int], *, claims: Sequence[float]) -> list[Turnover]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spfde.core.state import check_entries
+from spfde.sparsity.gradients import Skipped
 from spfde.sparsity.masker import Masker
 from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.weight import MaskedWeight
@@ -67,6 +68,10 @@ class Strategy:
         """Whether the next gradient of the layer must hold inactive weights too."""
         return False
 
+    def may_want_dense(self) -> bool:
+        """Whether :meth:`wants_dense` may be true of any layer now: asked once a backward pass."""
+        return type(self).wants_dense is not Strategy.wants_dense
+
     def begin_step(self, layer: MaskedWeight) -> None:
         """A step begins: the weight is as the last one left it."""
 
@@ -76,11 +81,34 @@ class Strategy:
     def before_closure(self, layer: MaskedWeight) -> None:
         """The optimizer runs a closure within its step: the model is to compute with the weight that it has."""
 
-    def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
+    def after_step(self, layer: MaskedWeight, *, was_skipped: Skipped) -> None:
         """The optimizer has stepped, or a scaler kept it from it: whatever it did, inactive weights are zero."""
         layer.clear_outside()
 
-    def end_step(self, *, was_skipped: bool) -> None:
+    # The same for all layers that step together. Where nothing is to be done for each of them, none is called.
+
+    def begin_steps(self, layers: Sequence[MaskedWeight]) -> None:
+        """:meth:`begin_step` of all."""
+        if type(self).begin_step is not Strategy.begin_step:
+            for layer in layers:
+                self.begin_step(layer)
+
+    def before_steps(self, layers: Sequence[MaskedWeight]) -> None:
+        """:meth:`before_step` of all."""
+        if type(self).before_step is not Strategy.before_step:
+            for layer in layers:
+                self.before_step(layer, layer.parameter.grad)
+
+    def after_steps(self, layers: Sequence[MaskedWeight], *, was_skipped: Skipped) -> None:
+        """:meth:`after_step` of all."""
+        if type(self).after_step is Strategy.after_step:
+            self.masker.clear_outside(layers)
+            return
+        for layer in layers:
+            layer.follow()
+            self.after_step(layer, was_skipped=was_skipped)
+
+    def end_step(self, *, was_skipped: Skipped) -> None:
         """After the ``after_step`` of all layers that stepped: mutations that waited for a gradient."""
 
     def take_over(self, layer: MaskedWeight) -> bool:

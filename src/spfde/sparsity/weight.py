@@ -8,8 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.optimizers import Optimizers
-from spfde.sparsity.masks import apply_, pack, unpack
+from spfde.core.torch_private import version_of
+from spfde.sparsity.masks import apply_, factors, pack, unpack
 from spfde.sparsity.structure import Structure
+
+MOST_COPIED = 2**20
+"""Weights up to which a layer on an accelerator keeps its mask as integers, too."""
+
+
+def keeps_integers(tensor: Tensor) -> bool:
+    """Whether masks of such a tensor are kept as integers of the size of its numbers.
+
+    They spare a kernel's launch for each layer, and take memory. The product of more weights takes longer than a launch
+    in any case, and a CPU launches nothing.
+    """
+    return tensor.device.type != "cpu" and tensor.numel() <= MOST_COPIED and not tensor.is_complex()
 
 
 class MaskedWeight:
@@ -57,6 +70,7 @@ class MaskedWeight:
         self.is_dense = target * self.unit_size == self.numel
         self.wider: Tensor | None = None
         self.mask = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+        self._factors: dict[tuple[object, ...], Tensor] = {}
         self.explored = pack(torch.full(shape, fill_value=self.is_dense))
 
     @property
@@ -83,16 +97,41 @@ class MaskedWeight:
         """Take another mask, of ``n_active`` active units."""
         # Laid out like the weight (channels_last), a mask is applied without strided copies.
         self.mask = torch.empty_like(self.parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
+        for kept in self._factors.values():
+            kept.copy_(self.mask)  # in place: a recorded graph may read this memory
         self.active = n_active
         self.explored |= pack(self.mask)
 
     def follow(self, *, layout: bool = False) -> None:
         """Move the mask to where ``model.to(...)`` has moved the weight since, and on request lay it out alike."""
         moved = self.mask.device != self.parameter.device
+        if moved:
+            self._factors.clear()
         if moved or (layout and self.mask.stride() != self.parameter.stride()):
             self.set_mask(self.mask, self.active)
         if moved and self.wider is not None:
             self.wider = self.wider.to(self.parameter.device)
+
+    def factors_for(self, tensor: Tensor) -> Tensor:
+        """The mask as what ``masks.bits`` of a tensor of the weight's shape are multiplied with."""
+        if not keeps_integers(tensor):
+            return self.mask
+        kind = tensor.device, tensor.element_size(), tensor.stride()
+        if kind not in self._factors:
+            self._factors[kind] = factors(tensor, self.mask)
+        return self._factors[kind]
+
+    def note_masked(self) -> None:
+        """The gradient of this step is masked: it need not be once more until somebody writes to it."""
+        grad = self.parameter.grad
+        self.arrived = True
+        self.clean = None if grad is None else (id(grad), version_of(grad))
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether there is no gradient, or one that nobody has written to since it was masked."""
+        grad = self.parameter.grad
+        return grad is None or self.clean == (id(grad), version_of(grad))
 
     def draw(self, n_active: int, *, by: Literal["random", "magnitude"]) -> None:
         """Choose ``n_active`` units for the first mask: random ones, or the largest."""

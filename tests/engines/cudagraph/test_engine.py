@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,77 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
+from helpers.captured import ENGINE, Net, attach, batches, both, computes, same, steps
+from helpers.counting import Operations
 from helpers.recording import Replays, on_cpu  # noqa: F401  # a fixture
 from helpers.resuming import METHODS, MOMENTS, Loop, assert_equal, everything, recipe_with
 from helpers.training import EPOCHS, make_parts, train
-from spfde.engines.cudagraph.model import CapturedModel
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-ENGINE = "cudagraph"
-
-
-def computes(session: spfde.Session) -> CapturedModel:
-    return session._computing.engine.computes
-
-
-class Net(nn.Module):
-    """What takes part in a step beside layers: statistics, draws, and a layer that nothing is left of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.drop = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3)
-        self.middle, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
-        self.scale = 1.0
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.middle(self.drop(F.relu(self.norm(self.first(x)))))) * self.scale)
-
-
-def batches(n: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randn(size, 6, generator=generator), torch.randint(3, (size,), generator=generator)) for _ in range(n)
-    ]
-
-
-def attach(
-    engine: str, net: nn.Module | None = None, *, optimizer: Callable[..., Any] = torch.optim.SGD, **options: Any
-) -> tuple[Any, torch.optim.Optimizer, spfde.Session]:
-    torch.manual_seed(0)
-    model = Net() if net is None else net
-    made = optimizer(model.parameters(), **{"lr": 0.1, **options})
-    loader = DataLoader(TensorDataset(*[torch.cat(part) for part in zip(*batches(5), strict=True)]), batch_size=4)
-    recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.5, dense_first=False), update_interval_epochs=1)
-    return model, made, spfde.attach(model, made, loader, recipe, epochs=3, engine=engine)
-
-
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, n: int = 5) -> list[Tensor]:
-    found = []
-    for x, y in batches(n):
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.detach())
-    return found
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def both(run: Callable[[Any, torch.optim.Optimizer], Any], **options: Any) -> CapturedModel:
-    """The same on both engines, from the same generator: the same model and draws at the end."""
-    ends = []
-    for engine in ("masked", ENGINE):
-        model, optimizer, session = attach(engine, **options)
-        torch.manual_seed(1)
-        ends.append((run(model, optimizer), model, torch.get_rng_state()))
-    assert same(ends[0][1], ends[1][1])
-    assert torch.equal(ends[0][2], ends[1][2])
-    return computes(session)
-
 
 # --- the same run ----------------------------------------------------------------------------------------------------
 
@@ -163,6 +98,36 @@ def test_scaled_losses_and_hooks_see_the_gradients_masked() -> None:
             scaler.update()
             optimizer.zero_grad()
         assert max(seen) <= 128
+        return norms
+
+    both(run)
+
+
+def test_gradients_that_come_masked_are_left_alone_before_the_step_and_in_it() -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for x, y in batches(5):
+            loss = F.cross_entropy(model(x), y)
+            with Operations() as backward:
+                loss.backward()
+            with Operations() as step:
+                optimizer.step()
+            optimizer.zero_grad()
+            products.append((backward.names["_foreach_mul_"], step.names["_foreach_mul_"]))
+
+    products: list[tuple[int, int]] = []
+    # A step masks weights and their state by one product.
+    assert both(run, momentum=0.9).replayed == 4
+    assert products == [(1, 1)] * 6 + [(0, 1)] * 4
+
+
+def test_a_loss_of_two_forward_passes_leaves_masked_gradients() -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        norms = []
+        for x, y in batches(5):
+            (F.cross_entropy(model(x), y) + model(x + 1).square().mean()).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))
+            optimizer.step()
+            optimizer.zero_grad()
         return norms
 
     both(run)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
+from helpers.counting import Operations
 from helpers.masking import HandRun
 from spfde.sparsity import SNFS
-from spfde.sparsity.redistribution import LayerView, add_smoothly
+from spfde.sparsity.redistribution import LayerView, add_smoothly, add_where_finite
 
 
 def _view(n_units: int, active: int, momentum: float) -> LayerView:
@@ -122,3 +125,42 @@ def test_the_bill_charges_dense_weight_gradients_until_the_last_mutation() -> No
     bill = spfde.plan(model, torch.zeros(1, 4), recipe, 6, 20, batch_size=8)
     # Beforehand the layers' shares are not known: the plan leaves them as they start.
     assert [cost.dense_gradient_flops for cost in bill.epoch_costs] == [expected[0]] * 4 + [0, 0]
+
+
+def gradients_of(generator: torch.Generator, dtype: torch.dtype, bad: str) -> dict[str, Tensor]:
+    drawn = {name: torch.randn(3, 2, generator=generator, dtype=dtype) for name in "abc"}
+    if bad != "no":
+        drawn["b"][1, 1] = float(bad)
+    return drawn
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    bad=st.lists(st.sampled_from(["no", "no", "inf", "nan"]), min_size=1, max_size=5),
+    skips=st.lists(st.booleans(), min_size=5, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_means_that_the_device_decides_on_are_bit_for_bit_those_that_the_host_does(
+    seed: int, bad: list[str], skips: list[bool], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    expected = {name: torch.randn(3, 2, generator=generator, dtype=dtype) for name in "abc"}
+    means = {name: value.clone() for name, value in expected.items()}
+    for kind, skipped in zip(bad, skips, strict=False):
+        gradients = gradients_of(generator, dtype, kind)
+        if kind == "no" and not skipped:
+            add_smoothly(expected, gradients, momentum=0.9)
+        add_where_finite(means, gradients, momentum=0.9, skipped=torch.tensor([float(skipped)]))
+    assert all(torch.equal(means[name], expected[name]) for name in expected)
+
+
+def test_the_means_of_all_layers_take_the_same_few_operations() -> None:
+    counts = []
+    for layers in (2, 20):
+        means = {str(n): torch.zeros(4) for n in range(layers)}
+        with Operations() as found:
+            add_where_finite(means, {str(n): torch.ones(4) for n in range(layers)}, momentum=0.9)
+        counts.append(sum(found.names.values()) - layers)  # ones
+        assert found.reads == 0
+    assert counts[0] == counts[1] <= 14

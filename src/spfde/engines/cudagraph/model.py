@@ -91,8 +91,6 @@ class CapturedModel:
             self.eager[found] += 1
             return type(self.model).forward(self.model, *args, **kwargs)
         known, call = found
-        if known.stage.gradients is not None:
-            known.stage.gradients.follow(self._parts.masks())
         token = Token()
         if call.learns:
             self._pending = weakref.ref(token)
@@ -123,7 +121,7 @@ class CapturedModel:
                 return reason
         if not self._is_worth_it(call):
             return "a call of its kind has not come often enough"
-        return self._record(call, dense)
+        return self._record(call)
 
     def _is_pending(self) -> bool:
         token = None if self._pending is None else self._pending()
@@ -134,14 +132,13 @@ class CapturedModel:
         self._met[kind] += 1
         return self._in_turn >= _IN_TURN or self._met[kind] >= _IN_ALL
 
-    def _record(self, call: Call, dense: frozenset[str]) -> tuple[_Known, Call] | str:
-        masks = self._parts.masks()
+    def _record(self, call: Call) -> tuple[_Known, Call] | str:
         compute: Callable[..., Any] = type(self.model).forward.__get__(self.model)
         guards = Guards(self.model, self._reads, ())
         try:
             if any(has_hooks(module) for module in self.model.modules() if module is not self.model):
                 raise RuntimeError("a module inside has hooks, which are to see each pass")
-            stage = Stage(self.model, compute, call, self._backend, frozenset(masks) - dense)
+            stage = Stage(self.model, compute, call, self._backend, self._parts)
             if not guards.hold:
                 raise RuntimeError("an attribute of it is another one after each call")
         except RuntimeError as error:

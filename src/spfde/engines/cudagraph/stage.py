@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from spfde.core.errors import UsageError
 from spfde.core.torch_private import PARAMETERS, tree_flatten, tree_unflatten
+from spfde.engines.base import Parts
 from spfde.engines.cudagraph.backend import Backend, Recording
 from spfde.engines.cudagraph.call import Call
 from spfde.engines.cudagraph.gradients import FlatGradients
@@ -37,7 +38,7 @@ class Stage:
         compute: its own forward pass.
         call: a call of this kind.
         backend: records.
-        masked: names of the parameters whose gradients come masked.
+        parts: see ``engines.base``; gradients come masked but for those that it wants dense.
 
     Attributes:
         passes: forward passes that were replayed.
@@ -52,9 +53,10 @@ class Stage:
     gradients: FlatGradients | None = None
 
     def __init__(
-        self, model: nn.Module, compute: Callable[..., Any], call: Call, backend: Backend, masked: frozenset[str]
+        self, model: nn.Module, compute: Callable[..., Any], call: Call, backend: Backend, parts: Parts
     ) -> None:
-        self._model, self._compute, self._call, self._masked = model, compute, call, masked
+        self._model, self._compute, self._call, self._parts = model, compute, call, parts
+        self._masked = frozenset(parts.masks()) - parts.dense_gradients()
         self._device = backend.device
         self._inputs = [tensor.detach().clone() for tensor in call.tensors]
         self._learning = {name: p for name, p in model.named_parameters() if p.requires_grad} if call.learns else {}
@@ -156,8 +158,11 @@ class Stage:
                 mine.zero_()
             else:
                 mine.copy_(given)
+        self.gradients.follow(self._parts.masks())
         self._backward.replay()
         found = self.gradients.split(self._backward.outputs)
+        masked = self.gradients.masked - self._parts.dense_gradients()
+        self._parts.masked_already({name: found[name] for name in masked})
         return [found.get(name) for name in self._learning]
 
 

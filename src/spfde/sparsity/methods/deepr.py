@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spfde.core.registry import register
 from spfde.core.state import check_entries
+from spfde.sparsity.gradients import Skipped
 from spfde.sparsity.masker import Masker
 from spfde.sparsity.masks import grow_random
 from spfde.sparsity.methods.base import SparsityMethod
@@ -79,7 +80,7 @@ class Rewiring(Strategy):
         if gradient is not None:
             self._learning.add(layer.name)
 
-    def after_step(self, layer: MaskedWeight, *, was_skipped: bool) -> None:
+    def after_step(self, layer: MaskedWeight, *, was_skipped: Skipped) -> None:
         negative = self._negative.pop(layer.name, None)
         if negative is not None and layer.name in self._learning and not was_skipped:
             learning_rate = float(self.masker.group_of(layer)["lr"])

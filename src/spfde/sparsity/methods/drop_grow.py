@@ -15,7 +15,7 @@ from spfde.core.state import check_entries
 from spfde.core.technique import read_named, write_named
 from spfde.sparsity.criteria import Criterion, Magnitude, Random
 from spfde.sparsity.distribution import active_count
-from spfde.sparsity.gradients import unscaled
+from spfde.sparsity.gradients import Skipped, are_finite, unscaled
 from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.base import Fraction, SparsityMethod
 from spfde.sparsity.schedule import DenseGradients, MaskPlan
@@ -145,19 +145,25 @@ class Mutation(Strategy):
         survive, final = self.pending[layer.name]
         return final > survive
 
+    def may_want_dense(self) -> bool:
+        return bool(self.pending) and self._grow.needs_gradient
+
+    def before_steps(self, layers: Sequence[MaskedWeight]) -> None:
+        if self._drop.needs_gradient:
+            super().before_steps(layers)
+
     def before_step(self, layer: MaskedWeight, gradient: Tensor | None) -> None:
         self._snapshots.pop(layer.name, None)
         if gradient is not None and layer.name in self.pending and self._drop.needs_gradient:
             self._snapshots[layer.name] = unscaled(gradient, self.masker.stepping)
 
-    def end_step(self, *, was_skipped: bool) -> None:
+    def end_step(self, *, was_skipped: Skipped) -> None:
         if not self.pending:
             return
         active, self._snapshots = self._snapshots, {}
         dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
         self.masker.average_over_ranks(active)
-        gradients = (*active.values(), *dense.values())
-        if not was_skipped and all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if not was_skipped and are_finite([*active.values(), *dense.values()]):
             self._mutate(active, dense)
 
     def adopt(self, layer: MaskedWeight) -> None:
