@@ -80,7 +80,8 @@ def attach(
             no other number than the loader's where it does.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
         engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), "cudagraph" (captured
-            passes on a GPU), "blocks" (kernels for blocks of weights on a GPU), another registered one, or "auto": the one that is expected to be the fastest, which a line on the standard error tells.
+            passes on a GPU), "blocks" (kernels for blocks of weights on a GPU), another registered one, or "auto": the
+            one that is expected to be the fastest, which a line on the standard error tells.
             ``session.engine`` is the choice, ``session.engine_reason`` why.
         compile: compile the model's blocks one by one with ``torch.compile``, each kind of block once for each mode and
             shape. Sums round in another order then.
