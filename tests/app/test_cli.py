@@ -344,7 +344,7 @@ BAD_OPTIONS = [
     ("--cache-limit 0", "--cache-limit=0.0: ", "greater than 0", "GiB"),
     ("--cache-precision fp8", "--cache-precision='fp8': ", "int8"),
     ("--cache-variants -1", "--cache-variants=-1: ", "greater than or equal to 0"),
-    ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples, no full batch of 16", "can be removed"),
+    ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples, no full batch of 16", "Take --sieve 0.833 "),
     ("--sieve 1.5", "--sieve=1.5: ", "[0, 1)"),
     ("--interval 30", "--interval=30: must not be longer than the run of 8 epochs", "auto"),
     ("--interval 0", "--interval=0: ", "from 1 on"),
@@ -405,6 +405,27 @@ class TestBadInput:
             assert_refused(ended, "--freeze=0.2: cannot be reached", remedy)
             assert "update_interval_epochs" not in ended.err
         assert list(here.iterdir()) == []
+
+    def test_a_batch_that_the_sieve_does_not_fill_is_refused_with_options_that_do(
+        self, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        for command in ("plan", "train"):
+            ended = spfde(command, "--data", tiny, "--epochs", 8, "--batch-size", 512)
+            assert_refused(ended, "leaves 77 of 96 samples, no full batch of 512", "--batch-size 77 ", "--sieve 0 ")
+        assert list(here.iterdir()) == []
+
+    @pytest.mark.parametrize(("epochs", "lines"), [(1, 0), (2, 1), (3, 1), (4, 0)])
+    def test_a_run_too_short_to_choose_samples_says_so_in_words_that_help(
+        self, epochs: int, lines: int, tiny: Path, spfde: Spfde
+    ) -> None:
+        for command in (["plan"], ["train", "--quiet", "--out", "run"]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                ended = spfde(*command, "--data", tiny, "--batch-size", 16, "--epochs", epochs)
+            assert ended.code == 0, ended.err
+            said = [line for line in ended.err.splitlines() if "at random" in line]
+            assert len(said) == lines
+            assert all("4 epochs" in line and "--interval" not in line for line in said)
 
     # In three epochs, with an interval of one, 20 % can be reached.
     @pytest.mark.parametrize(("epochs", "lines"), [(1, 1), (2, 1), (3, 0), (4, 1), (5, 1)])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spfde.core.checksum import checksum, checksums
 
@@ -27,3 +31,53 @@ def test_the_last_bit_and_the_place_of_a_value_count_and_the_layout_does_not(dty
 
 def test_the_sign_of_zero_does_not_count() -> None:
     assert int(checksum(torch.tensor([0.0, -0.0]))) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float8_e4m3fn", 3 * 1), ("float8_e5m2", 3 * 1), ("float8_e4m3fnuz", 128 + 3), ("float8_e8m0fnu", 128 + 3)],
+)
+def test_numbers_of_one_byte_are_their_bits_where_128_is_minus_zero_or_not(dtype: str, expected: int) -> None:
+    if not hasattr(torch, dtype):
+        pytest.skip("this torch has no such numbers")
+    assert int(checksum(torch.tensor([128, 1], dtype=torch.uint8).view(getattr(torch, dtype)))) == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 16, 10_000])
+def test_it_is_the_same_however_much_is_added_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    whole = torch.randn(1, 5, 3, 4, 6, generator=random)
+    turned = whole.permute(0, 3, 1, 4, 2)
+    # By the definition, in Python's own integers.
+    expected = [
+        sum((2 * place + 1) * bits for place, bits in enumerate(value.flatten().view(torch.int32).tolist()))
+        for value in (whole, turned)
+    ]
+    monkeypatch.setattr("spfde.core.checksum._AT_ONCE", at_once)
+    assert [int(checksum(value)) for value in (whole, turned)] == expected
+    assert int(checksum(whole.flatten()[::2])) == int(checksum(whole.flatten()[::2].clone()))
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes that one operator has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not any(
+            isinstance(each, Tensor) and each.untyped_storage()._cdata == result.untyped_storage()._cdata
+            for each in args
+        ):
+            self.found = max(self.found, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_large_tensor_takes_no_more_memory_than_a_small_one(layout: torch.memory_format) -> None:
+    large = torch.zeros(64, 64, 64, 16).contiguous(memory_format=layout)
+    with _Largest() as largest:
+        checksum(large)
+    assert largest.found <= 8 * 2**20 < large.nbytes

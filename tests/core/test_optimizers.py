@@ -17,9 +17,22 @@ from spfde.core.torch_private import steps_can_be_hooked
 
 def test_the_most_steps_of_any_optimizer_are_the_steps_of_the_loop() -> None:
     first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2))
-    steps = LeadingSteps()
+    steps = LeadingSteps([first, second])
     led = [steps.leads(each) for each in (first, second, first, first, second, second, second)]
     assert led == [True, False, True, True, False, False, True]
+
+
+def test_the_steps_of_each_go_on_from_their_counts_with_other_optimizers() -> None:
+    first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2))
+    steps = LeadingSteps([first, second])
+    for each in (first, first, second):
+        steps.leads(each)
+    assert steps.counts == [2, 1]
+    other = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2)]
+    again = LeadingSteps(other)
+    again.counts = [2, 1]
+    assert [again.leads(each) for each in (other[1], other[1], other[0])] == [False, True, False]
+    assert steps.counts == [2, 1]
 
 
 def test_state_is_found_in_an_optimizer_inside_another() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import spfde
-from helpers.training import EPOCHS, Parts, make_parts, step
+from helpers.native import needs_kernels
+from helpers.training import EPOCHS, Parts, SmallNet, make_parts, step
 from spfde.core import registry
 from spfde.engines import base
 from spfde.engines.choose import choose_engine, engine_names
@@ -132,3 +136,63 @@ def test_a_name_that_no_engine_has_is_refused_with_the_nearest(theirs: Any) -> N
 def test_the_same_job_gives_the_same_choice(theirs: Any) -> None:
     session = attach(make_parts(), "auto")
     assert {choose_engine("auto", session._computing.job, is_neutral=False).name for _ in range(3)} == {"quick"}
+
+
+def whole(forward: Any) -> Any:
+    """As Transformers decorates what its models compute: the arguments' names are no longer there."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(SmallNet):
+    @whole
+    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(x)
+
+
+@needs_kernels
+def test_a_decorated_forward_with_keyword_arguments_is_named_as_the_reason_why_the_kernels_cannot_work() -> None:
+    model = Decorated()
+    parts = Parts(model, torch.optim.SGD(model.parameters(), lr=0.1), make_parts().loader)
+    session = attach(parts, "auto")
+    assert session.engine == "masked"
+    for words in ("its forward", "is decorated", "**kwargs"):
+        assert words in session.engine_reason
+    assert "co_varnames" not in session.engine_reason
+    session.detach()
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        attach(parts, "native")
+    assert ".." not in str(caught.value)
+    assert str(caught.value).count("Use engine=") == 1
+
+
+def same(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, x: Tensor, *, doubled: bool = False) -> Any:
+        return forward(self, x, doubled=doubled)
+
+    return wrapper
+
+
+class NoKeywords(SmallNet):
+    @whole
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class SameKeywords(SmallNet):
+    @same
+    def forward(self, x: Tensor, *, doubled: bool = False) -> Tensor:
+        return super().forward(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [NoKeywords, SameKeywords])
+def test_a_decorated_forward_whose_arguments_are_known_is_computed_by_the_kernels(kind: type[nn.Module]) -> None:
+    model = kind()
+    parts = Parts(model, torch.optim.SGD(model.parameters(), lr=0.1), make_parts().loader)
+    assert attach(parts, "native").engine == "native"

@@ -275,3 +275,22 @@ class TestOnnx:
         monkeypatch.setattr("spfde.export.onnx.find_spec", lambda name: None)
         with pytest.raises(UsageError, match=r"onnx and onnxscript.*spfde\[export\]"):
             save_onnx(sparse_net(), torch.zeros(1, 2, 8, 8), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("wrapper", ["net", "trainer.model"])
+def test_masks_of_a_part_of_the_model_are_refused_with_the_part_to_save(wrapper: str, tmp_path: Path) -> None:
+    model = sparse_net()
+    state = {f"{wrapper}.{name}": tensor for name, tensor in model.state_dict().items()}
+    masks = {name: p != 0 for name, p in model.named_parameters() if p.dim() == 4}
+    with pytest.raises(InvalidArgument) as caught:
+        save_compressed(state, tmp_path / "x", masks=masks)
+    assert f"{wrapper}.state_dict()" in str(caught.value)
+    save_compressed(model.state_dict(), tmp_path / "x", masks=masks)
+
+
+def test_masks_of_another_model_are_refused_without_the_name_of_a_part(tmp_path: Path) -> None:
+    masks = {"fc.weight": torch.ones(4, 6, dtype=torch.bool), "other.weight": torch.ones(2, dtype=torch.bool)}
+    state = {f"net.{name}": tensor for name, tensor in sparse_net().state_dict().items()}
+    with pytest.raises(InvalidArgument) as caught:
+        save_compressed(state, tmp_path / "x", masks=masks)
+    assert "net.state_dict()" not in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spfde.core.errors import StateMismatch
+from spfde.core.errors import StateMismatch, UsageError
 from spfde.freezing import BlockwiseCosine
 from spfde.freezing.rates import GroupRates, check_rates, learning_rate_factor
 
@@ -166,6 +166,54 @@ def test_a_loaded_optimizer_state_and_loaded_base_rates_go_on_as_before():
     assert len(other.param_groups[0]["params"]) == 3
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("order", ["before", "after", "never"])
+def test_the_rates_of_the_epoch_come_with_the_state_whenever_the_optimizer_s_is_loaded(order, as_tensor):
+    def make(lr):
+        ps = parameters(3)
+        opt = torch.optim.SGD(ps, lr=lr)
+        return opt, GroupRates(opt, by_block(ps, [0, 1, 2]), [2, 4, 8], BlockwiseCosine())
+
+    opt, rates = make(0.1)
+    rates.apply(1, factors(1, 2, 4, 8))
+    saved = opt.state_dict(), rates.state_dict()
+    other, other_rates = make(torch.tensor(0.5) if as_tensor else 0.5)
+    if order == "before":
+        other.load_state_dict(saved[0])
+    other_rates.load_state_dict(saved[1])
+    if order == "after":
+        other.load_state_dict(saved[0])
+    expected = [rate_at(0.1, 1, stop=stop, warmup=0, final=0.0) for stop in (2, 4, 8)]
+    assert [float(g["lr"]) for g in other.param_groups] == pytest.approx(expected)
+    other_rates.check()
+    for group in other.param_groups:
+        group["lr"] = 0.4
+    with pytest.raises(UsageError, match=r"0\.4"):
+        other_rates.check()
+
+
+def test_a_state_from_before_the_first_epoch_sets_no_rate():
+    ps = parameters(2)
+    opt = torch.optim.SGD(ps, lr=0.1)
+    rates = GroupRates(opt, by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
+    state = rates.state_dict()
+    rates.apply(1, factors(1, 2, 4))
+    rates.load_state_dict(state)
+    rates.check()
+    rates.apply(0, factors(0, 2, 4))
+    assert [g["lr"] for g in opt.param_groups] == [0.1, 0.1]
+
+
+def test_looking_at_a_state_sets_no_rate():
+    ps = parameters(2)
+    opt = torch.optim.SGD(ps, lr=0.1)
+    rates = GroupRates(opt, by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
+    rates.apply(1, factors(1, 2, 4))
+    state, before = rates.state_dict(), [g["lr"] for g in opt.param_groups]
+    rates.check_state({**state, "rates": [0.3, 0.3]})
+    assert [g["lr"] for g in opt.param_groups] == before
+
+
 def test_a_group_that_was_added_later_is_left_alone():
     ps = parameters(2)
     opt = torch.optim.SGD(ps, lr=0.1)
@@ -212,9 +260,19 @@ def test_an_optimizer_of_one_group_only_is_refused():
     assert "LBFGS" in str(problem)
 
 
-@pytest.mark.parametrize("state", [{}, {"base_rates": [0.1, 0.2]}, {"base_rates": "0.1"}, {"base_rates": ["0.1"]}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"base_rates": [0.1, 0.2], "rates": []},
+        {"base_rates": "0.1", "rates": []},
+        {"base_rates": ["0.1"], "rates": []},
+        {"base_rates": [0.1], "rates": [0.1]},
+        {"base_rates": [0.1], "rates": ["0.1", "0.1"]},
+    ],
+)
 def test_a_state_of_another_optimizer_is_refused(state):
     ps = parameters(2)
     rates = GroupRates(torch.optim.SGD(ps, lr=0.1), by_block(ps, [0, 1]), [2, 4], BlockwiseCosine())
-    with pytest.raises(StateMismatch, match="base_rates"):
+    with pytest.raises(StateMismatch, match="rates"):
         rates.load_state_dict(state)

@@ -339,3 +339,18 @@ def test_the_paper_s_preset_trains_for_any_number_of_epochs_as_it_is_planned(par
     train(parts, session)
     assert [row.frozen_blocks for row in session.cost.rows] == list(bill.blueprint.freeze_plan.frozen)
     assert bill.blueprint.freeze_plan.asked == 0.2
+
+
+def test_an_interval_of_one_epoch_is_not_to_be_shortened():
+    with pytest.raises(InvalidArgument) as caught:
+        solve(Savings(equal(3, 6), 54.0, 0.6, 1, 2))
+    assert "shorten" not in str(caught.value)
+    with pytest.raises(InvalidArgument) as caught:
+        solve(Savings(equal(3, 6), 54.0, 0.6, 2, 2))
+    assert "shorten update_interval_epochs" in str(caught.value)
+
+
+def test_one_block_is_told_in_the_singular():
+    with pytest.raises(InvalidArgument) as caught:
+        solve(Savings(equal(2, 2), 12.0, 0.9, 1, 1))
+    assert "with 1 block frozen" in str(caught.value)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import spfde
-from helpers.training import make_parts
+from helpers.training import BATCH, make_images, make_parts
 from spfde.integrations.accelerate import attach
 
 RECIPE = spfde.Recipe(
@@ -24,6 +25,13 @@ RECIPE = spfde.Recipe(
     update_interval_epochs=2,
 )
 EPOCHS = 8
+
+
+class Numbered(TensorDataset):
+    """Samples that know their index."""
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*super().__getitem__(index), index)
 
 
 class Run:
@@ -83,6 +91,58 @@ def train_rank(folder: Path, prepared: str) -> None:
     run.accelerator.end_training()  # a process that leaves its group open may abort at its end
 
 
+def gather_rank(folder: Path) -> None:
+    """Leave the samples that ``gather_for_metrics`` gives in each epoch, beside those in use."""
+    accelerator = Accelerator(cpu=True)
+    parts = make_parts()
+    images = Numbered(*make_images().tensors)
+    loader = DataLoader(images, batch_size=6, shuffle=True)
+    recipe = RECIPE.model_copy(update={"freezing": None})
+    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    session = attach(accelerator, model, optimizer, loader, recipe, epochs=EPOCHS, engine="masked")
+    gathered, partial = [], []
+    for _ in session.epochs():
+        partial.append(session.partial_set.tolist())
+        gathered.append(list[int]())
+        for x, y, index in session.loader:
+            session.observe(model(x), y)
+            gathered[-1] += accelerator.gather_for_metrics(index.tolist(), use_gather_object=True)
+        gathered[-1].sort()
+    torch.save({"gathered": gathered, "partial": partial}, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()
+
+
+class OwnBatches(BatchSampler):
+    """A batch sampler of one's own: the session does not know how it would batch the partial set."""
+
+
+def stream_rank(folder: Path) -> None:
+    """Leave the samples that this rank trained on, where Accelerate deals out the batches."""
+    accelerator = Accelerator(cpu=True)
+    parts = make_parts()
+    sampler = OwnBatches(SequentialSampler(make_images()), BATCH, drop_last=False)
+    loader = DataLoader(Numbered(*make_images().tensors), batch_sampler=sampler)
+    recipe = RECIPE.model_copy(update={"freezing": None, "sieving": None})
+    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    session = attach(accelerator, model, optimizer, loader, recipe, epochs=EPOCHS, engine="masked")
+    seen: list[int] = []
+    for _ in session.epochs():
+        seen.clear()
+        for x, y, index in session.loader:
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += index.tolist()
+    samples = [row.samples for row in session.cost.rows]
+    torch.save({"seen": seen, "samples": samples}, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()
+
+
 if __name__ == "__main__":
     folder, how = Path(sys.argv[1]), sys.argv[2]
-    run_until_killed(folder, int(how)) if how.isdigit() else train_rank(folder, how)
+    if how.isdigit():
+        run_until_killed(folder, int(how))
+    elif how in ("gather", "stream"):
+        (gather_rank if how == "gather" else stream_rank)(folder)
+    else:
+        train_rank(folder, how)

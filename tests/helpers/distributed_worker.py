@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import functools
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +33,9 @@ def recipe(method: str) -> spfde.Recipe:
 
 def join(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    # A rank that waits for one that has ended is to fail, and not to wait for half an hour.
+    patience, meet = datetime.timedelta(seconds=60), f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size, timeout=patience)
 
 
 def leave(rank: int, folder: str, result: object) -> NoReturn:
@@ -111,7 +115,7 @@ def _small(how: spfde.Recipe) -> tuple[Parts, spfde.Session]:
 
 
 def _wrapped(parts: Parts) -> Parts:
-    return replace(parts, model=DistributedDataParallel(parts.model, find_unused_parameters=True))
+    return dataclasses.replace(parts, model=DistributedDataParallel(parts.model, find_unused_parameters=True))
 
 
 def _epoch(parts: Parts, session: spfde.Session) -> None:
@@ -153,16 +157,77 @@ def refusals(rank: int, size: int, folder: str, _: str) -> None:
         "wrapped frozen": _thaw_after_wrapping,
         "one rank replaced": lambda: _one_run(recipe("set"), wrap={"find_unused_parameters": True}, spoils=rank == 1),
         "sharded optimizer": _sharded_optimizer,
+        **{f"one rank: {name}": functools.partial(_spoiled, rank, name) for name in SPOILT},
     }
     said: dict[str, tuple[str, int]] = {}
     for name, case in cases.items():
         session = None
+        dist.barrier()
         try:
             session = case()
             said[name] = "nothing", session.epoch
         except spfde.SpfdeError as error:
             said[name] = str(error), getattr(error, "epoch", 0)
     leave(rank, folder, said)
+
+
+@dataclasses.dataclass
+class Spoilt:
+    """What the first rank alone does amid its training."""
+
+    rank: int
+    what: str
+
+    def observe(self, session: spfde.Session, logits: torch.Tensor, y: torch.Tensor, number: int) -> None:
+        if self.rank or number:
+            session.observe(logits, y)
+        elif self.what == "labels":
+            # Those on an accelerator are looked at when the epoch ends.
+            session._sampling._observer._bounds.append(torch.tensor([0, 99]))
+            session._sampling._observer._n_classes = 4
+            session.observe(logits, y)
+        elif self.what != "report":
+            session.observe(logits, y)
+
+    def losses(self, session: spfde.Session) -> None:
+        if self.what != "weights" or self.rank:
+            session.loss_weights()
+
+    def at_bottom(self, session: spfde.Session, parts: Parts) -> None:
+        if self.rank:
+            return
+        if self.what == "rate":
+            parts.optimizer.param_groups[0]["lr"] *= 0.5
+        elif self.what == "arrivals":
+            session._freezing._arrivals._expected, session._freezing._arrivals._steps = {"blocks.2": {0}}, 1
+
+
+SPOILT = {
+    "rate": (spfde.Recipe(learning_rate=spfde.BlockwiseCosine()), "Recipe(learning_rate=None)"),
+    "arrivals": (spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.15)), "use_reentrant=False"),
+    "report": (spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25)), "observe"),
+    "labels": (spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25)), "loss="),
+    "weights": (spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25, rescale_loss=True)), "loss_weights"),
+}
+"""By what the first rank does: the recipe, and what its error names."""
+
+
+def _spoiled(rank: int, what: str) -> Any:
+    parts = make_parts()
+    how = SPOILT[what][0].replace(update_interval_epochs=2)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, how, epochs=EPOCHS, engine="masked")
+    model = DistributedDataParallel(parts.model, find_unused_parameters=True)
+    spoilt = Spoilt(rank, what)
+    for _ in session.epochs():
+        for number, (x, y) in enumerate(session.loader):
+            logits = model(x)
+            spoilt.losses(session)
+            F.cross_entropy(logits, y).backward()
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+            spoilt.observe(session, logits, y, number)
+        spoilt.at_bottom(session, parts)
+    return session
 
 
 def _one_run(how: spfde.Recipe, wrap: dict[str, Any] | None, *, spoils: bool = False, epochs: int = EPOCHS) -> Any:

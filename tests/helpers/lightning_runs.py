@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import spfde
 from helpers.training import BATCH, SmallNet, make_images
@@ -24,6 +24,7 @@ RECIPE = spfde.Recipe(
     sieving=spfde.DataSieving(removed_fraction=0.2),
     update_interval_epochs=2,
 )
+SPARSE = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.8), update_interval_epochs=2)
 
 
 class Module(pl.LightningModule):
@@ -60,6 +61,18 @@ class Module(pl.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+class OwnBatches(BatchSampler):
+    """A batch sampler of one's own: the session does not know how it would batch the partial set."""
+
+
+class Batched(Module):
+    """With batches that cannot be sieved, nor dealt out by the session."""
+
+    def train_dataloader(self) -> Any:
+        images = make_images()
+        return DataLoader(images, batch_sampler=OwnBatches(SequentialSampler(images), BATCH, drop_last=False))
 
 
 class Manual(Module):
@@ -123,10 +136,11 @@ def run_until_killed(folder: Path, after: int) -> None:
 def train_rank(folder: Path) -> None:
     """One of several processes: trains, and leaves its weights and the samples that it was dealt."""
     refused = []
-    try:
-        trainer(SpfdeCallback(RECIPE), devices=2, strategy="ddp").fit(Module())
-    except spfde.InvalidArgument as error:
-        refused = [problem.argument for problem in error.problems]
+    for callback, module in ((SpfdeCallback(RECIPE), Module()), (SpfdeCallback(SPARSE), Batched())):
+        try:
+            trainer(callback, devices=2, strategy="ddp").fit(module)
+        except spfde.InvalidArgument as error:
+            refused += [problem.argument for problem in error.problems]
     callback, module = SpfdeCallback(RECIPE, engine="masked"), Module()
     trainer(callback, devices=2, strategy="ddp_find_unused_parameters_true").fit(module)
     assert callback.session is not None

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import spfde
 from helpers import accelerate_runs as runs
 from helpers.processes import start
 from helpers.training import make_parts, train
+from spfde.integrations.accelerate import attach
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UNSIEVED = runs.RECIPE.model_copy(update={"sieving": None})
@@ -69,3 +71,19 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
 def test_a_session_loader_that_is_prepared_all_the_same_stays_what_it_is() -> None:
     run = runs.Run()
     assert run.accelerator.prepare(run.session.loader) is run.session.loader
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_the_model_is_where_prepare_puts_it_before_masks_and_engine_go_by_that(placed: bool) -> None:
+    class Placed(nn.Sequential):
+        moves: list[Any] = []  # noqa: RUF012  # of this class alone
+
+        def to(self, *args: Any, **named: Any) -> Any:
+            self.moves.append(args)
+            return super().to(*args, **named)
+
+    accelerator, parts = Accelerator(cpu=True, device_placement=placed), make_parts()
+    model = Placed(parts.model)
+    session = attach(accelerator, model, parts.optimizer, parts.loader, UNSIEVED, epochs=runs.EPOCHS)
+    assert model.moves == ([(accelerator.device,)] if placed else [])
+    session.detach()

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 
 import spfde
+import spfde.integrations
 from helpers.processes import start
+
+
+@pytest.mark.parametrize("name", ["accelerate", "lightning", "transformers"])
+def test_an_integration_takes_of_a_session_what_anybody_can(name: str) -> None:
+    """They are the example for other trainers, so they read nothing private of a session or of its loader."""
+    source = Path(*spfde.integrations.__path__, f"{name}.py").read_text()
+    read = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    taken = {
+        node.attr for node in read if ast.unparse(node.value).endswith(("session", "session.loader", "_running()"))
+    }
+    assert taken
+    assert not [attribute for attribute in taken if attribute.startswith("_")]
 
 
 def test_the_room_imports_none_of_the_trainers() -> None:

@@ -88,6 +88,24 @@ def test_a_step_that_does_not_report_is_told_what_to_return() -> None:
 
 
 @pytest.mark.parametrize(
+    "sieving", [spfde.DataSieving(criterion="random"), spfde.DataSieving(removed_fraction=0.0)], ids=["random", "none"]
+)
+def test_a_recipe_that_needs_no_reports_asks_for_none(sieving: Any) -> None:
+    class Silent(runs.Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)["loss"]
+
+    recipe = spfde.Recipe(sieving=sieving, update_interval_epochs=2)
+    silent, telling = (SpfdeCallback(recipe) for _ in range(2))
+    fit(silent, Silent())
+    fit(telling)
+    assert silent.session is not None
+    assert telling.session is not None
+    assert [bill(row) for row in silent.session.cost.rows] == [bill(row) for row in telling.session.cost.rows]
+    assert not silent.session.needs_reports
+
+
+@pytest.mark.parametrize(
     ("options", "argument"),
     [
         ({"max_epochs": -1}, "max_epochs"),
@@ -191,7 +209,8 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
     done = start(runs.__file__, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert first["refused"] == second["refused"] == ["strategy"]  # without find_unused_parameters
+    # Without find_unused_parameters, and with batches that nobody would deal out.
+    assert first["refused"] == second["refused"] == ["strategy", "loader.batch_sampler"]
     assert first["samples"] == second["samples"] == [32] * 8
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 
@@ -221,9 +240,21 @@ def test_a_scheduler_counts_the_batches_that_are_left_or_is_told_that_it_cannot(
 
     with pytest.raises(spfde.InvalidArgument, match="estimated_stepping_batches"):
         fit(SpfdeCallback(runs.RECIPE, engine="masked"), Scheduled())
+
+    class Repeating(Scheduled):
+        def train_dataloader(self) -> Any:
+            images = super().train_dataloader().dataset
+            order = torch.utils.data.RandomSampler(images, replacement=True)
+            return torch.utils.data.DataLoader(images, batch_size=runs.BATCH, sampler=order)
+
+    with pytest.raises(spfde.InvalidArgument, match="estimated_stepping_batches"):
+        fit(SpfdeCallback(runs.RECIPE, engine="masked"), Repeating())
     callback = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
     fit(callback, Scheduled())
     assert callback.session.step == 8 * 5
+    limited = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": None}), engine="masked")
+    fit(limited, Scheduled(), limit_train_batches=2)
+    assert limited.session.step == 8 * 2
 
 
 def test_what_is_saved_after_the_validation_of_an_epoch_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -271,6 +302,15 @@ def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: 
         assert callback.session.epoch == 8
         assert [row.samples for row in callback.session.cost.rows] == [32] * 8
         assert same(whole.net, module.net)
+
+
+def test_a_checkpoint_from_within_an_epoch_that_would_begin_anew_is_refused(tmp_path: Path) -> None:
+    """Batches that are of no samples with ids cannot be passed over, and Lightning goes on behind them."""
+    saving = runs.saving(tmp_path, every_n_train_steps=3)
+    runs.trainer(SpfdeCallback(runs.SPARSE, engine="masked"), saving).fit(runs.Batched())
+    within = min(tmp_path.glob("*.ckpt"))
+    with pytest.raises(spfde.UsageError, match="anew"):
+        runs.trainer(SpfdeCallback(runs.SPARSE, engine="masked")).fit(runs.Batched(), ckpt_path=within)
 
 
 class TwoOptimizers(runs.Manual):

@@ -18,6 +18,7 @@ from helpers.processes import start
 from spfde.integrations.transformers import SpfdeCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+SPARSE = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.8), update_interval_epochs=2)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -55,6 +56,59 @@ def test_accumulated_batches_are_reported_one_by_one(tmp_path: Path) -> None:
     assert callback.session is not None
     assert callback.session.step == 8 * 2  # 3 batches and 1
     assert [row.samples for row in callback.session.cost.rows] == [32] * 8
+
+
+@pytest.mark.parametrize("pops", [False, True], ids=["kept", "taken out"])
+def test_what_is_reported_is_the_batch_that_the_model_got_on_its_device(tmp_path: Path, pops: bool) -> None:
+    """A move to a GPU makes new tensors, as this Trainer does; those that were moved are on the logits' device."""
+    given, reported = list[int](), list[int]()
+
+    class Moving(transformers.Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {name: tensor.clone() for name, tensor in super()._prepare_inputs(inputs).items()}
+
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            given.append(inputs["labels"].data_ptr())
+            labels = inputs.pop("labels") if pops else inputs["labels"]
+            return nn.functional.cross_entropy(model(inputs["x"])["logits"], labels)
+
+    def report(batch: Any, outputs: Any) -> Any:
+        reported.append(batch["labels"].data_ptr())
+        return {"correct": outputs["logits"].argmax(1) == batch["labels"]}
+
+    run = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked", report=report), kind=Moving)
+    run.train()
+    assert len(given) == 8 * 4
+    assert reported == given
+
+
+def test_a_step_of_ones_own_that_prepares_nothing_is_reported_as_the_trainer_would_prepare_it(tmp_path: Path) -> None:
+    class Own(transformers.Trainer):
+        def training_step(self, model: Any, inputs: Any, *_: Any) -> Any:
+            model.train()
+            loss = nn.functional.cross_entropy(model(inputs["x"])["logits"], inputs["labels"])
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    own, usual = (SpfdeCallback(runs.RECIPE, engine="masked") for _ in range(2))
+    one, other = runs.trainer(tmp_path, own, kind=Own), runs.trainer(tmp_path, usual)
+    one.train()
+    other.train()
+    assert same(one.model, other.model)
+
+
+@pytest.mark.parametrize(
+    "sieving", [spfde.DataSieving(criterion="random"), spfde.DataSieving(removed_fraction=0.0)], ids=["random", "none"]
+)
+def test_a_recipe_that_needs_no_reports_asks_for_none(tmp_path: Path, sieving: Any) -> None:
+    class Wordless(runs.Classifier):
+        def forward(self, x: Any, labels: Any = None) -> Any:  # type: ignore[override]
+            return {"loss": super().forward(x, labels)["loss"]} if labels is not None else super().forward(x)
+
+    callback = SpfdeCallback(spfde.Recipe(sieving=sieving, update_interval_epochs=2))
+    runs.trainer(tmp_path, callback, model=Wordless()).train()
+    assert callback.session is not None
+    assert callback.session.epoch == 8
 
 
 @pytest.mark.long
@@ -227,6 +281,42 @@ def test_a_train_dataloader_of_ones_own_is_sieved(tmp_path: Path) -> None:
     runs.trainer(tmp_path, callback, kind=Own).train()
     assert callback.session is not None
     assert callback.session.step == 8 * 4  # 32 samples in batches of 10
+
+
+class OwnBatches(torch.utils.data.BatchSampler):
+    """A batch sampler of one's own: the session does not know how it would batch the partial set."""
+
+
+class Batched(transformers.Trainer):
+    """With batches that cannot be sieved."""
+
+    def get_train_dataloader(self) -> Any:
+        order = torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+        sampler = OwnBatches(order, 16, drop_last=False)
+        return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=sampler)
+
+
+class BatchedAndPrepared(Batched):
+    def get_train_dataloader(self) -> Any:
+        return self.accelerator.prepare(super().get_train_dataloader())
+
+
+@pytest.mark.parametrize("kind", [Batched, BatchedAndPrepared])
+def test_batches_of_ones_own_that_are_not_sieved_are_trained_on(tmp_path: Path, kind: Any) -> None:
+    callback = SpfdeCallback(SPARSE, engine="masked")
+    runs.trainer(tmp_path, callback, kind=kind, gradient_accumulation_steps=2).train()
+    assert callback.session is not None
+    assert [(row.samples, row.steps) for row in callback.session.cost.rows] == [(40, 2)] * 8  # 16 and 16, 8
+
+
+def test_a_checkpoint_from_within_an_epoch_that_would_begin_anew_is_refused(tmp_path: Path) -> None:
+    """Batches that are of no samples with ids cannot be passed over, and the Trainer counts its steps once."""
+    saving: Any = {"save_strategy": "steps", "save_steps": 2}
+    runs.trainer(tmp_path, SpfdeCallback(SPARSE, engine="masked"), kind=Batched, **saving).train()
+    with pytest.raises(spfde.UsageError, match="anew"):
+        runs.trainer(tmp_path, SpfdeCallback(SPARSE, engine="masked"), kind=Batched).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
 
 
 def test_a_sampler_that_does_not_tell_how_many_samples_are_left_is_refused(tmp_path: Path) -> None:

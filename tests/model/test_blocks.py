@@ -270,6 +270,41 @@ def test_named_blocks_that_run_interleaved_are_refused():
         partition(Crossed(), images(), ("a", "b"))
 
 
+class Tied(nn.Module):
+    """A language model in small: the output is read from the embedding."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(7, 4), nn.Sequential(Unit(4, 4), Unit(4, 4))
+        self.head = nn.Linear(4, 7, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).mT[..., None]
+        return self.head(self.layers(x)[..., 0].mT)
+
+
+TOKENS = torch.zeros(2, 5, dtype=torch.long)
+
+
+def test_of_a_tied_head_the_remedy_is_no_names_of_blocks():
+    assert "tie_word_embeddings" in str(partition(Tied(), TOKENS).remedy)
+    assert "embedding.weight" in str(partition(Tied(), TOKENS).reason)
+    assert names(partition(Tied(tied=False), TOKENS)) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("blocks", [("layers.0",), ("layers.0", "layers.1"), ("layers",)])
+def test_blocks_between_a_tied_embedding_and_its_head_are_refused_with_the_parameter(blocks):
+    with pytest.raises(InvalidArgument) as caught:
+        partition(Tied(), TOKENS, blocks)
+    (problem,) = caught.value.problems
+    assert "'embedding.weight'" in problem.rule
+    assert "tie_word_embeddings" in problem.remedy
+    assert "blocks" not in problem.remedy
+    partition(Tied(tied=False), TOKENS, blocks)
+
+
 def without_batch_norm(model: nn.Module) -> nn.Module:
     """Evaluation mode: a frozen and a trained BatchNorm compute the same."""
     return model.eval()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from helpers.native import NATIVE
+from helpers.native import NATIVE, needs_kernels
+from spfde.core.plain_kernels import uncompiled
+from spfde.engines.native.trace import trace as trace_native
 from spfde.model.trace import trace
 
 
@@ -83,6 +87,94 @@ def test_attaching_in_several_threads_gives_each_the_same_and_leaves_every_switc
         assert isinstance(other, spfde.Session)
         assert str(other.cost) == str(first.cost)
         assert all(torch.equal(mask, other.masks[name]) for name, mask in first.masks.items())
+
+
+class Drawing(threading.Thread):
+    """Draws from each generator of the process, until it is told to stop; ``found`` has the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[float, float, float]] = []
+        self.over = threading.Event()
+
+    def __enter__(self) -> Drawing:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            self.found.append(self.draw())
+
+    @staticmethod
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(1).item(), random.random(), float(np.random.rand())  # noqa: NPY002
+
+    @staticmethod
+    def seed() -> None:
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+
+
+class Dropping(nn.Module):
+    """Leaves a block out by chance, of a generator of the process."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.block, self.draw = nn.Conv2d(8, 8, 3, padding=1), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if self.draw() > 0.5 else x
+
+
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        ("masked", spfde.SET(sparsity=0.8)),
+        pytest.param("native", spfde.SET(sparsity=0.8), marks=needs_kernels),
+        ("masked", spfde.SNIP(sparsity=0.8)),
+    ],
+    ids=["masked", "native", "scored"],
+)
+def test_a_thread_s_random_numbers_are_those_that_it_draws_where_nobody_attaches(
+    engine: str, method: spfde.sparsity.SparsityMethod
+) -> None:
+    models = [net() for _ in range(4)]
+    recipe = spfde.Recipe(sparsity=method)
+    data = TensorDataset(torch.randn(16, 3, 8, 8), torch.randint(4, (16,)))
+    Drawing.seed()
+    with Drawing() as drawing:
+        for model in models:
+            loader, optimizer = DataLoader(data, batch_size=8), torch.optim.SGD(model.parameters(), lr=0.1)
+            assert spfde.attach(model, optimizer, loader, recipe, epochs=3, engine=engine).engine == engine
+    Drawing.seed()
+    assert drawing.found
+    assert drawing.found == [Drawing.draw() for _ in drawing.found]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(len(torch.randperm(4)))])
+def test_a_block_that_draws_is_left_to_pytorch_beside_a_thread_that_draws_too(draw: Callable[[], float]) -> None:
+    layers = list(net())
+    model = nn.Sequential(*layers[:4], Dropping(draw), *layers[4:])
+    with Drawing():
+        traced = trace_native(model, torch.zeros(1, 3, 8, 8))
+    assert dict(traced.leaves) == {"4": "draws random numbers outside of PyTorch's operators"}
+
+
+def test_the_switch_of_older_pytorch_is_turned_back_by_the_last_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo.eval_frame as dynamo
+
+    monkeypatch.delattr(dynamo, "_use_eager_on_nested_compile", raising=False)
+    before = dynamo._stance.stance
+    first, second = uncompiled(), uncompiled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dynamo._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert dynamo._stance.stance == before
 
 
 class Attending(nn.Module):

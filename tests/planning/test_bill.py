@@ -142,3 +142,52 @@ def test_counts_below_one_are_refused(resnet32: nn.Module, name: str, value: int
         spfde.plan(
             resnet32, torch.zeros(1, 3, 32, 32), spfde.Recipe(), 4, **{"samples": 10, "batch_size": 4, name: value}
         )
+
+
+def test_the_share_of_freezing_is_of_the_run_without_it_and_the_bills_own_share_is_told_beside_it() -> None:
+    model, sample = (
+        build_model("resnet8", num_classes=10, in_channels=1, image_size=(28, 28)),
+        torch.zeros(1, 1, 28, 28),
+    )
+    recipe = spfde.Recipe(
+        sparsity=spfde.MEST(sparsity=0.9, soft_bound=True), freezing=spfde.ProgressiveFreezing(flops_reduction=0.2)
+    )
+    bill = spfde.plan(model, sample, recipe, 6, 10_000)
+    without = spfde.plan(model, sample, recipe.replace(freezing=None), 6, 10_000)
+    backward = 0
+    for row in without.timeline:
+        count = bill.timeline.frozen[row.epoch]
+        for layer, density, block in zip(
+            bill.blueprint.cost.layers, without.blueprint.density(row), bill.blueprint.block_of_layer, strict=True
+        ):
+            if block < count:
+                backward += 2 * layer.forward_flops * density * 10_000
+    assert bill.blueprint.freeze_plan.reduction == pytest.approx(backward / without.training_flops)
+    assert f"{backward / without.training_flops:.1%} of the training FLOPs of the same run without freezing" in str(
+        bill
+    )
+    of_the_bill = bill.savings["freezing"] / (bill.dense_training_flops - bill.savings["sparsity"])
+    assert of_the_bill < backward / without.training_flops
+    assert f"in the bill {of_the_bill:.1%}" in str(bill)
+
+
+def test_where_both_shares_of_freezing_agree_one_is_told() -> None:
+    model, sample = (
+        build_model("resnet8", num_classes=10, in_channels=1, image_size=(28, 28)),
+        torch.zeros(1, 1, 28, 28),
+    )
+    recipe = spfde.Recipe(
+        sparsity=spfde.SET(sparsity=0.9),
+        freezing=spfde.ProgressiveFreezing(flops_reduction=0.2),
+        sieving=spfde.DataSieving(removed_fraction=0.2),
+    )
+    bill = spfde.plan(model, sample, recipe, 6, 10_000)
+    of_the_bill = bill.savings["freezing"] / (bill.dense_training_flops - bill.savings["sparsity"])
+    assert bill.blueprint.freeze_plan.reduction == pytest.approx(of_the_bill)
+    assert f"{of_the_bill:.1%}" in str(bill)
+    assert "in the bill" not in str(bill)
+
+
+def test_a_single_epoch_is_told_in_the_singular() -> None:
+    bill = spfde.plan(nn.Linear(3, 2), torch.zeros(1, 3), spfde.Recipe(), 1, 8)
+    assert "Plan: 1 epoch of" in str(bill)

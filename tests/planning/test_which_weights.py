@@ -377,3 +377,21 @@ def test_a_model_that_cannot_be_traced_is_refused_where_the_recipe_needs_it(fiel
     (problem,) = caught.value.problems
     assert problem.argument == "sample"
     assert ("include" if "sparsity" in fields else "freezing") in problem.remedy
+
+
+def test_freezing_a_model_with_a_tied_head_is_refused_with_advice_that_can_be_followed() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.embedding(tokens)) @ self.embedding.weight.T
+
+    recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.1))
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        spfde.plan(Tied(), torch.zeros(2, 3, dtype=torch.long), recipe, 8, 8)
+    (problem,) = caught.value.problems
+    assert "embedding.weight" in problem.rule
+    assert "tie_word_embeddings" in problem.remedy
+    assert "blocks" not in problem.remedy

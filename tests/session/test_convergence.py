@@ -79,7 +79,9 @@ def test_a_block_of_which_nothing_can_be_seen_goes_by_the_next_one_behind_it() -
 
 def test_all_processes_go_by_the_first_ones_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
     session, _ = scripted([0.95] * 8)
-    monkeypatch.setattr(World, "gather", lambda world, mine: [mine - 0.1, mine] if isinstance(mine, float) else [mine])
+    monkeypatch.setattr(
+        World, "gather", lambda world, mine, error=None: [mine - 0.1, mine] if isinstance(mine, float) else [mine]
+    )
     frozen = [session.frozen_blocks for _ in session.epochs()]
     assert convergence_of(session).similarity == pytest.approx(0.85)
     assert frozen == [0] * 6 + [1, 2]

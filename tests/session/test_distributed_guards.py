@@ -45,5 +45,14 @@ def test_what_one_rank_finds_ends_all(said: list[dict[str, tuple[str, int]]]) ->
     assert "attach again" in said[1]["one rank replaced"][0]
 
 
+@pytest.mark.parametrize("what", worker.SPOILT)
+def test_whatever_one_rank_finds_at_the_bottom_of_an_epoch_ends_all(
+    said: list[dict[str, tuple[str, int]]], what: str
+) -> None:
+    found, told = (by_case[f"one rank: {what}"][0] for by_case in said)
+    assert worker.SPOILT[what][1] in found
+    assert "another rank" in told
+
+
 def test_an_optimizer_that_shards_its_state_trains_under_masks(said: list[dict[str, tuple[str, int]]]) -> None:
     assert [by_case["sharded optimizer"] for by_case in said] == [("nothing", EPOCHS)] * 2

@@ -47,6 +47,38 @@ class Always(InPlace):
         return x - self.mean
 
 
+class Codebook(nn.Module):
+    """Counts how often each entry is used, in evaluation mode, too, and drops those that never are."""
+
+    def __init__(self, kind: torch.dtype = torch.long) -> None:
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(8, dtype=kind))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.usage = self.usage + (x.detach().abs().sum(0) > 0).to(self.usage.dtype)
+        return x * (self.usage > 0)
+
+
+class Hidden(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class Flagged(nn.Module):
+    """Raises a flag at every third call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("flag", torch.tensor(False))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.flag = torch.tensor(self.calls % 3 == 0)
+        return x
+
+
 class Counter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -90,9 +122,20 @@ def test_statistics_of_a_hand_written_norm_are_still_in_a_frozen_block(norm: typ
     assert not module.training
 
 
-def test_what_changes_in_evaluation_mode_too_is_named_once() -> None:
-    _, _, said = run(Always)
-    assert sum("0.1.mean of Always" in text for text in said) == 1
+@pytest.mark.parametrize("norm", [Always, Hidden])
+def test_what_changes_in_evaluation_mode_too_is_named_once(norm: type[nn.Module]) -> None:
+    _, _, said = run(norm)
+    assert sum(f"0.1.mean of {norm.__name__}" in text for text in said) == 1
+
+
+def test_whole_numbers_that_change_while_frozen_are_named() -> None:
+    _, _, said = run(Codebook)
+    assert sum("0.1.usage of Codebook" in text for text in said) == 1
+
+
+def test_a_flag_that_changes_while_frozen_is_named() -> None:
+    _, _, said = run(Flagged)
+    assert sum("0.1.flag of Flagged" in text for text in said) == 1
 
 
 def test_a_counter_goes_on_without_a_word() -> None:

@@ -260,6 +260,21 @@ def test_sessions_on_a_module_and_on_one_inside_it_are_refused(inner_first: bool
     second().detach()
 
 
+def test_a_session_is_looked_for_while_another_thread_attaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [attached() for _ in range(3)]
+    holds, meanwhile = spfde.Session.holds, []
+
+    def interrupted(session: spfde.Session, target: object) -> bool:
+        if not meanwhile:
+            meanwhile.append(None)
+            kept.append(attached())
+        return holds(session, target)
+
+    monkeypatch.setattr(spfde.Session, "holds", interrupted)
+    kept.append(attached())
+    assert len(kept) == 5
+
+
 # --- asked for -------------------------------------------------------------------------------------------------------
 
 
@@ -282,4 +297,17 @@ def test_a_detached_session_verifies_nothing() -> None:
     session.detach()
     assigned(parts)
     with pytest.raises(spfde.UsageError, match="attach"):
+        session.verify()
+
+
+def test_replaced_and_written_tensors_are_told_in_their_number_and_by_name() -> None:
+    parts, session = attached()
+    name, mask = next(iter(session.masks.items()))
+    with torch.no_grad():
+        dict(parts.model.named_parameters())[name].masked_fill_(~mask, 1.0)
+    with pytest.warns(UserWarning, match="outside the masks") as heard:
+        session.verify()
+    assert f"1 tensor ('{name}')" in str(heard[0].message)
+    parts.model.stem.weight = nn.Parameter(parts.model.stem.weight.detach().clone())
+    with pytest.raises(spfde.UsageError, match=r"'stem\.weight'"):
         session.verify()

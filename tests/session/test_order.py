@@ -64,6 +64,16 @@ def test_an_optimizer_that_was_loaded_before_attach_keeps_its_momentum_under_the
     assert_equal(finish(parts, session), end)
 
 
+def test_an_optimizers_state_with_groups_that_block_wise_rates_have_split_fits_after_attach_alone() -> None:
+    saved, end = Loop(recipe_with("mest-ems")).states()
+    states = torch.load(io.BytesIO(saved[bottom(3)]), weights_only=True)
+    parts = make_parts(seed=99)
+    with pytest.raises(ValueError, match="parameter group"):  # PyTorch's own
+        parts.optimizer.load_state_dict(states["optimizer"])
+    assert "comes after" in str(spfde.attach.__doc__)
+    assert_equal(finish(*weights_first(recipe_with("mest-ems"), saved[bottom(3)])), end)
+
+
 def test_a_state_under_other_weights_is_refused_and_leaves_them_as_they_were() -> None:
     loop = Loop(recipe_with("mest-ems"))
     saved, _ = loop.states()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -126,6 +127,93 @@ def test_beyond_the_shapes_that_are_measured_the_nearest_counts_and_it_is_said(m
     each, head = 2 * 8 * 8, 2 * 8 * 4
     assert session.cost.rows[0].training_flops == 3 * 2 * (6 * each + head + 2 * (6 * each + head))
     assert "2 samples" in str(session)
+
+
+@pytest.mark.filterwarnings("ignore:epoch 0 has had more")
+@pytest.mark.parametrize("ends", [True, False])
+def test_samples_that_were_not_measured_are_still_said_in_the_run_that_goes_on(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spfde.session.passes.MOST_SHAPES", 1)
+    model, optimizer, session = words()
+    session.begin_epoch()
+    train(model, optimizer, [6, 12, 12])
+    if ends:
+        session.end_epoch()
+    states = [own.state_dict() for own in (model, optimizer, session)]
+    again = words()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for own, state in zip(again, states, strict=True):
+            own.load_state_dict(state)
+    assert "4 samples of shapes that were not measured" in str(again[2])
+
+
+def called(how: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    if how == "torch.compile":
+        return torch.compile(model, backend="eager")
+    if how == "compile":
+        model.compile(backend="eager")
+    if how == "eval":
+        model.eval()
+    return model.forward if how == "forward" else model
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile", "forward", "eval"])
+def test_steps_whose_passes_are_not_seen_are_said_once_and_stay_in_the_state(how: str) -> None:
+    model, optimizer, session = words()
+    forward = called(how, model)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            session.begin_epoch()
+            for x, y in texts([5, 7, 7]):
+                F.cross_entropy(forward(x), y).backward()
+                optimizer.step()
+            session.end_epoch()
+    assert sum("no forward pass" in str(warning.message) for warning in heard) == 1
+    assert "6 steps without a forward pass" in str(session)
+    _, _, other = words()
+    other._bill.load_state_dict(session._bill.state_dict())
+    assert "6 steps without a forward pass" in str(other)
+
+
+@pytest.mark.filterwarnings("ignore:before .* no forward pass:UserWarning")
+def test_a_pass_that_is_seen_stands_for_those_that_are_not() -> None:
+    model, optimizer, _, session = parts()
+    for _ in session.epochs():
+        for number, (x, y) in enumerate(session.loader):
+            F.cross_entropy(model(x) if number == 2 else model.forward(x), y).backward()
+            optimizer.step()
+        break
+    session.end_epoch()
+    assert session.cost.rows[0].samples == N
+    assert session.cost.rows[0].training_flops == 3 * FORWARD * N
+
+
+def test_a_model_that_was_compiled_before_attach_is_billed_by_its_shapes() -> None:
+    model = Words()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = DataLoader(TensorDataset(torch.ones(4, 3, dtype=torch.long), torch.arange(4)), batch_size=2)
+    session = spfde.attach(compiled, optimizer, data, spfde.Recipe(), epochs=2, engine="masked")
+    session.begin_epoch()
+    train(compiled, optimizer, [5, 7])
+    session.end_epoch()
+    assert session.cost.rows[0].training_flops == 3 * 2 * (2 * 8 * 8 * (5 + 7) + 2 * 2 * 8 * 4)
+    assert "without a forward pass" not in str(session)
+
+
+def test_passes_that_run_ahead_of_their_steps_are_seen() -> None:
+    model, optimizer, session = words()
+    session.begin_epoch()
+    losses = [F.cross_entropy(model(x), y) for x, y in texts([3, 5, 7])]
+    for loss in losses[:1]:
+        loss.backward()
+    for _ in losses:
+        optimizer.step()
+    session.end_epoch()
+    assert "without a forward pass" not in str(session)
 
 
 def test_what_ran_before_an_epoch_is_not_billed() -> None:

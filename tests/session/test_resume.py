@@ -236,3 +236,34 @@ def test_a_state_from_another_model_length_or_version_is_refused() -> None:
     shapes = {**state["run"]["parameters"], "fc.weight": [5, 6]}
     with pytest.raises(spfde.StateMismatch, match=r"fc\.weight"):
         session.load_state_dict({**state, "run": {**state["run"], "parameters": shapes}})
+
+
+def mismatch(saved: spfde.Recipe, now: spfde.Recipe) -> str:
+    _, session = Loop(saved).start()
+    _, other = Loop(now).start()
+    with pytest.raises(spfde.StateMismatch) as caught:
+        other.load_state_dict(session.state_dict())
+    return str(caught.value)
+
+
+def test_a_technique_that_was_switched_off_is_named_and_not_poured_out() -> None:
+    whole = recipe_with("mest-ems")
+    said = mismatch(whole, whole.replace(sieving=None))
+    assert "sieving is circular" in said
+    assert "here sieving is none" in said
+    assert "there sieving is none" in mismatch(whole.replace(sieving=None), whole)
+    for name in ("sieving", "freezing", "sparsity", "learning_rate"):
+        said = mismatch(whole, whole.replace(**{name: None}))
+        assert name in said
+        assert "{" not in said
+        assert len(said) < 300
+
+
+def test_a_loader_with_other_generators_is_told_in_words_of_the_loader() -> None:
+    _, session = Loop(recipe_with("set")).start()
+    state = session.state_dict()
+    state["run"] = {**state["run"], "loader_generators": state["run"]["loader_generators"] + 1}
+    with pytest.raises(spfde.StateMismatch) as caught:
+        session.load_state_dict(state)
+    assert "loader_generators" not in str(caught.value)
+    assert "generator" in str(caught.value)

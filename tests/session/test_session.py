@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import re
 import warnings
 from typing import Any
 
@@ -340,6 +341,41 @@ def test_print_lists_what_is_hooked(parts: Parts, whole_recipe: spfde.Recipe) ->
     assert "detached" in str(session)
     assert "session.loader" not in str(session)
     assert "bn" not in str(session)
+
+
+def hooks_on(parts: Parts) -> dict[str, int]:
+    """How many hooks there are, by the word that print has for what they are on."""
+    model, optimizer = parts.model, parts.optimizer
+    return {
+        "gradients": sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()),
+        "steps": len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks),
+        "forward pass": len(model._forward_pre_hooks),
+    }
+
+
+def hooks_told(session: spfde.Session) -> dict[str, int]:
+    found = {"gradients": 0, "steps": 0, "forward pass": 0}
+    for line in str(session).splitlines():
+        if "hooked:" in line:
+            if number := re.search(r"gradients? of (\d+) ", line):
+                found["gradients"] += int(number[1])
+            found["steps"] += 2 * ("steps" in line)  # before and after
+            found["forward pass"] += "forward pass" in line
+    return found
+
+
+def test_print_tells_of_each_hook_that_there_is(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe, engine="masked")
+    assert hooks_told(session) == hooks_on(parts)
+    assert min(hooks_on(parts).values()) > 0
+    for epoch in session.epochs():
+        parts.model.train()
+        assert hooks_told(session) == hooks_on(parts), epoch
+        for x, y in session.loader:
+            step(parts, session, x, y)
+        assert hooks_told(session) == hooks_on(parts), epoch
+    session.detach()
+    assert set(hooks_on(parts).values()) == {0}
 
 
 def test_the_model_is_not_wrapped_and_can_be_copied_while_attached(parts: Parts, whole_recipe: spfde.Recipe) -> None:
@@ -776,3 +812,58 @@ def test_weights_behind_the_mask_and_an_optimizer_that_runs_the_model_itself_are
     parts.optimizer = torch.optim.LBFGS(parts.model.parameters())
     with pytest.raises(spfde.InvalidArgument, match=r"LBFGS.*runs the model within its step"):
         attach(parts, spfde.Recipe(sparsity=method))
+
+
+def test_what_was_frozen_when_it_was_detached_can_still_be_read(parts: Parts, whole_recipe: spfde.Recipe) -> None:
+    session = attach(parts, whole_recipe)
+    train(parts, session)
+    frozen = session.frozen_blocks
+    assert frozen == session.cost.rows[-1].frozen_blocks > 0
+    session.detach()
+    assert session.frozen_blocks == frozen
+    assert f"freezing: {frozen} of 3 blocks frozen" in str(session)
+    assert all(parameter.requires_grad for parameter in parts.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "interval", "advised", "not_said"),
+    [
+        (8, 1, ["update_interval_epochs=2"], "4 epochs"),
+        (3, 1, ["update_interval_epochs=2", "4 epochs"], "run of"),
+        (3, "auto", ["4 epochs"], "update_interval_epochs"),
+        (2, "auto", ["4 epochs"], "update_interval_epochs"),
+    ],
+)
+def test_samples_that_are_left_out_at_random_are_warned_of_with_advice_that_ends_it(
+    epochs: int, interval: int | str, advised: list[str], not_said: str
+) -> None:
+    recipe = spfde.Recipe(sieving=spfde.DataSieving(removed_fraction=0.25), update_interval_epochs=interval)
+    wanted = recipe.replace(update_interval_epochs=2) if "update_interval_epochs=2" in advised else recipe
+    for attempt in (
+        lambda recipe, epochs: attach(make_parts(), recipe, epochs=epochs),
+        lambda recipe, epochs: spfde.plan(SmallNet(), torch.zeros(1, 2, 8, 8), recipe, epochs, SAMPLES),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attempt(recipe, epochs)
+        (warning,) = caught
+        for words in (*advised, "at random"):
+            assert words in str(warning.message)
+        assert not_said not in str(warning.message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attempt(wanted, max(epochs, 4))
+
+
+def test_a_loop_without_ends_is_told_one_thing_by_the_warning_and_another_by_the_error(
+    parts: Parts, whole_recipe: spfde.Recipe
+) -> None:
+    session = attach(parts, whole_recipe)
+    for x, y in session.loader:
+        step(parts, session, x, y)
+    with pytest.warns(UserWarning, match="another loader") as heard:
+        batch = next(iter(session.loader))
+    with pytest.raises(spfde.UsageError, match=r"session\.epochs\(\)") as caught:
+        step(parts, session, *batch)
+    assert "mutated" in str(caught.value)
+    assert "mutated" not in str(heard[0].message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -97,6 +98,48 @@ def test_phases_of_one_and_of_the_other_count_all_their_steps() -> None:
         for x, y in session.loader:
             steps(session, parts, [pair[epoch % 2]], x, y)
     assert [row.steps for row in session.cost.rows] == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("method", ["static", "str", "deepr"])
+def test_phases_within_an_epoch_count_the_same_in_a_run_that_was_stopped_between_them(method: str) -> None:
+    def start() -> tuple[Parts, list[torch.optim.Optimizer], spfde.Session]:
+        parts = make_parts()
+        pair = halves(parts)
+        how = spfde.Recipe(sparsity=METHODS[method])
+        return parts, pair, spfde.attach(parts.model, pair, parts.loader, how, epochs=2, engine="masked")
+
+    def run(parts: Parts, pair: list[Any], session: spfde.Session, *, phase: int = 0, stop: int | None = None) -> Any:
+        for epoch in session.epochs():
+            for number, (x, y) in enumerate(session.loader, start=phase):
+                steps(session, parts, [pair[number >= 2]], x, y)
+                parts.model.zero_grad()
+                if (epoch, number) == (0, stop):
+                    break
+            else:
+                phase = 0
+                continue
+            break
+        return copy.deepcopy([own.state_dict() for own in (parts.model, session, *pair)])
+
+    whole = run(*start())
+    for stop in (1, 2, 3):
+        saved = run(*start(), stop=stop)
+        parts, pair, session = start()
+        for own, state in zip((parts.model, *pair, session), (saved[0], *saved[2:], saved[1]), strict=True):
+            own.load_state_dict(state)
+        resumed = run(parts, pair, session, phase=stop + 1)
+        assert [row.steps for row in session.cost.rows] == [3, 3]
+        assert_equal(resumed[1]["parts"]["masks"], whole[1]["parts"]["masks"])
+        assert_equal(resumed[0], whole[0])
+
+
+@pytest.mark.parametrize("damage", [[1], [1, -2], [1, "2"], [1, 2, 3]])
+def test_damaged_counts_of_their_steps_are_refused(damage: list[Any]) -> None:
+    parts = make_parts()
+    session = spfde.attach(parts.model, halves(parts), parts.loader, spfde.Recipe(sparsity=METHODS["str"]), epochs=2)
+    state = session.state_dict()
+    with pytest.raises(spfde.StateMismatch):
+        session.load_state_dict({**state, "optimizer_steps": damage})
 
 
 def test_a_parameter_in_two_optimizers_or_in_none_is_refused_by_name() -> None:

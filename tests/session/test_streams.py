@@ -82,6 +82,7 @@ def test_without_a_loader_batches_come_from_elsewhere_and_the_epochs_size_is_tol
         (None, {"sample": SAMPLE}, "samples_per_epoch"),
         (batches, {"sample": SAMPLE, "samples_per_epoch": 0}, "samples_per_epoch"),
         (batches, {"sample": SAMPLE, "samples_per_epoch": 2.5}, "samples_per_epoch"),
+        (DataLoader(make_images(), BATCH), {"samples_per_epoch": SAMPLES - BATCH}, "samples_per_epoch"),
         (batches(), {"sample": SAMPLE, "samples_per_epoch": SAMPLES}, "loader"),
         ("abc", {"sample": SAMPLE, "samples_per_epoch": SAMPLES}, "loader"),
         (list(batches()), {"recipe": RECIPE.replace(sparsity=spfde.SNIP(sparsity=0.8))}, "loader"),
@@ -92,6 +93,22 @@ def test_what_cannot_be_told_is_asked_for_by_name(loader: Any, options: dict[str
     with pytest.raises(spfde.InvalidArgument) as caught:
         attach(loader, **options)
     assert argument in [problem.argument for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, spfde.Recipe(sieving=spfde.DataSieving(), update_interval_epochs=2)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_size_of_the_epoch_may_be_told_where_it_is_known_if_it_is_right(
+    drop_last: bool, recipe: spfde.Recipe
+) -> None:
+    loader = DataLoader(make_images(SAMPLES + 1), BATCH, drop_last=drop_last)
+    right = SAMPLES + (not drop_last)
+    _, session = attach(loader, recipe, samples_per_epoch=right)
+    session.detach()
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        attach(loader, recipe, samples_per_epoch=right + 8)
+    assert [(problem.argument, problem.value) for problem in caught.value.problems] == [
+        ("samples_per_epoch", right + 8)
+    ]
 
 
 def test_an_epoch_that_is_resumed_amid_itself_begins_anew_and_what_is_done_twice_is_billed() -> None:

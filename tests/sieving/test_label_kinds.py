@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -10,7 +12,13 @@ from torch import Tensor
 
 import spfde
 from spfde.sieving.criteria import Loss, Scorer
-from spfde.sieving.evidence import check_label_bounds, label_bounds
+from spfde.sieving.evidence import (
+    check_label_bounds,
+    correct_from_logits,
+    el2n_from_logits,
+    label_bounds,
+    loss_from_logits,
+)
 from spfde.sieving.observer import Observer
 from spfde.sieving.tickets import Tickets
 
@@ -109,3 +117,15 @@ def test_targets_that_pass_for_smoothed_classes_one_batch_at_a_time_are_refused_
         observer.check_labels(torch.zeros(1), torch.tensor([target]))
     with pytest.raises(spfde.InvalidArgument, match=r"loss="):
         observer.exchange()
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+@pytest.mark.parametrize("y", [torch.tensor([0, 3, 1]), torch.tensor([0, 1, 1])], ids=["four classes", "two"])
+@pytest.mark.parametrize("read", [label_bounds, correct_from_logits, loss_from_logits, el2n_from_logits])
+def test_predicted_classes_are_no_logits_whatever_the_labels(read: Any, y: Tensor, shape: tuple[int, ...]) -> None:
+    with pytest.raises(spfde.InvalidArgument) as caught:
+        read(torch.tensor([0, 3, 1]).reshape(shape), y)
+    (problem,) = caught.value.problems
+    assert problem.argument == "logits"
+    assert "int64" in str(problem)
+    assert "correct=" in problem.remedy

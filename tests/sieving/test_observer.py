@@ -22,7 +22,7 @@ def make_observer(scorer: Scorer, classes: ClassLabels, **arguments: Any) -> Obs
 def test_scores_and_classes_of_all_ranks_are_counted_once_they_are_exchanged() -> None:
     other = [torch.tensor([2, 3]), torch.tensor([5.0, 7.0]), torch.tensor([1, 0])]
     scorer, classes = Loss().scorer(5), ClassLabels(5)
-    observer = make_observer(scorer, classes, gather=lambda mine: [mine, other, []])
+    observer = make_observer(scorer, classes, gather=lambda mine, _error: [mine, other, []])
     observer.report(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([1, 1]))
     assert scorer.difficulty().isinf().all()
     observer.exchange()

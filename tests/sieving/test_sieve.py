@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_a_removed_fraction_that_leaves_no_full_batch_is_reported_with_what_woul
     assert problem.value == 0.5
     assert "50 of 100" in problem.rule
     assert "0.36" in problem.remedy
-    assert "at most 50" in problem.remedy
+    assert "batch_size=50 " in problem.remedy
     assert check_fraction(DataSieving(removed_fraction=0.36), 100, 64) == []
     assert check_fraction(DataSieving(removed_fraction=0.5), 100, 50) == []
 
@@ -88,15 +89,21 @@ def test_a_removed_fraction_that_leaves_no_full_batch_is_reported_with_what_woul
 def test_a_data_set_smaller_than_a_batch_is_fine_while_nothing_is_removed():
     assert check_fraction(DataSieving(removed_fraction=0.0), 10, 64) == []
     (problem,) = check_fraction(DataSieving(removed_fraction=0.2), 10, 64)
-    assert "remove nothing" in problem.remedy
+    assert "batch_size=8 " in problem.remedy
+    assert "removed_fraction=0" in problem.remedy
 
 
 @given(st.integers(2, 500), st.integers(1, 400), st.floats(0.01, 0.99))
 def test_what_the_remedy_advises_is_accepted(n, batch_size, fraction):
     problems = check_fraction(DataSieving(removed_fraction=fraction), n, batch_size)
-    if problems and "At most" in problems[0].remedy:
-        advised = float(problems[0].remedy.split()[2])
-        assert check_fraction(DataSieving(removed_fraction=advised), n, batch_size) == []
+    if problems:
+        share = re.search(r"removed_fraction=([\d.]+\d|0)", problems[0].remedy)
+        size = re.search(r"batch_size=(\d+)", problems[0].remedy)
+        assert share is not None
+        assert check_fraction(DataSieving(removed_fraction=float(share[1])), n, batch_size) == []
+        assert (size is None) == ("leaves 0 " in problems[0].rule)
+        if size is not None:
+            assert check_fraction(DataSieving(removed_fraction=fraction), n, int(size[1])) == []
 
 
 # --- the pure functions ----------------------------------------------------------------------------------------------

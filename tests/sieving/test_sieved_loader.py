@@ -287,6 +287,31 @@ def test_the_length_is_the_number_of_batches_that_come(sampler, drop_last):
     assert len(source) == len(list(source))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keep", [None, without(1, 2, 3)])
+@pytest.mark.parametrize("taken", [None, 2])
+def test_whether_a_batch_is_left_is_known_before_it_is_loaded(workers, keep, taken):
+    loader = wrap(DataLoader(Tuples(), 4, sampler=EveryOther(), num_workers=workers), keep)
+    loader.go_on(taken, loader.started_with)
+    left = [loader.has_more for _ in loader]
+    assert left == [True] * (2 if taken is None else 0) + [False]
+    assert [loader.has_more for _ in loader] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "keep", "expected"),
+    [
+        (SequentialSampler(range(N)), without(0, 9), N - 2),
+        (RandomSampler(range(N), num_samples=2 * N), without(0, 9), 2 * (N - 2)),
+        (SubsetRandomSampler([0, 1, 2, 9]), without(0, 9), 2),
+        (EveryOther(), None, 12),
+    ],
+)
+def test_the_samples_of_an_epoch_are_counted_before_they_are_dealt(sampler, keep, expected):
+    assert SievedBatchSampler(sampler, 4, True, keep=lambda: keep, share=(0, 2)).n_samples() == expected
+    assert sum(map(len, SievedBatchSampler(sampler, 4, False, keep=lambda: keep))) == expected
+
+
 @pytest.mark.parametrize(
     "sampler",
     [RandomSampler(range(N), replacement=True), RandomSampler(range(N), num_samples=7), EveryOther()],
@@ -295,6 +320,8 @@ def test_a_length_that_cannot_be_known_is_a_type_error_and_does_not_hinder_itera
     kept = SievedBatchSampler(sampler, 4, False, keep=lambda: without(0))
     with pytest.raises(TypeError, match=type(sampler).__name__):
         len(kept)
+    with pytest.raises(TypeError, match=type(sampler).__name__):
+        kept.n_samples()
     assert list(kept)
     assert len(SievedBatchSampler(sampler, 4, False, keep=lambda: None)) == -(-len(sampler) // 4)
 
@@ -604,3 +631,31 @@ def test_each_generator_of_a_loader_is_found_once():
     assert loader_generators(DataLoader(Tuples(), 4, sampler=sampler)) == [other]
     assert loader_generators(DataLoader(Tuples(), 4, sampler=sampler, generator=one)) == [one, other]
     assert loader_generators(wrap(DataLoader(Tuples(), 4, sampler=sampler, generator=one))) == [one, other]
+
+
+OWN_ORDER = ("own generator", "workers, own generator, prefetch", "replacement", "subset", "weighted")
+
+
+@pytest.mark.parametrize("name", ["shuffled", "sequential", *OWN_ORDER])
+def test_going_on_gives_the_rest_and_leaves_the_global_generator_to_others_where_the_order_is_its_own(
+    name, monkeypatch
+):
+    torch.manual_seed(1)
+    first = wrap(plain_loader(ARGUMENTS[name]))
+    batches = [batch[0].tolist() for batch in first]
+    second = wrap(plain_loader(ARGUMENTS[name]))
+    second.go_on(1, first.started_with)
+    begin, after = SievedLoader._begin, []
+
+    def beside_a_thread_that_draws(loader: SievedLoader, passed_over: int) -> None:
+        torch.rand(3)
+        after.append(torch.get_rng_state())
+        begin(loader, passed_over)
+
+    monkeypatch.setattr(SievedLoader, "_begin", beside_a_thread_that_draws)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    rest = iter(second)
+    assert torch.equal(torch.get_rng_state(), after[0] if name in OWN_ORDER else before)
+    if name in OWN_ORDER:
+        assert [batch[0].tolist() for batch in rest] == batches[1:]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
+from spfde.core.generators import GeneratorsRestored
 from spfde.core.torch_private import tree_leaves
 from spfde.model.blocks import Partition
-from spfde.model.sample import Sample, call_arguments, global_generators_restored, unwrap
+from spfde.model.sample import Sample, call_arguments, unwrap
 
 
 def output_modules(model: nn.Module, partition: Partition, sample: Sample) -> list[str | None]:
@@ -225,7 +226,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     for module, _ in modes:
         module.training = False
     try:
-        with torch.no_grad(), global_generators_restored():
+        with torch.no_grad(), GeneratorsRestored():
             yield
     finally:
         for module, mode in modes:

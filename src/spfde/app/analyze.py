@@ -28,6 +28,7 @@ from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
 from spfde.core.files import clear_errors, written_whole
+from spfde.core.say import counted
 from spfde.core.technique import Technique
 
 RESULT = "analysis.json"
@@ -136,7 +137,7 @@ def _measure(
         with _timed(seconds, "cka"):
             reference = list(batch_grams(outputs, model.batches(images, n_batches)))
         for number, (epoch, path) in enumerate(checkpoints.items(), start=1):
-            tell(f"checkpoint {number}/{len(checkpoints)}: after {epoch} epochs")
+            tell(f"checkpoint {number}/{len(checkpoints)}: after {counted(epoch, 'epoch')}")
             model.load(path)
             with _timed(seconds, "structural_similarity"):
                 weights = dict(model.module.named_parameters())

@@ -322,7 +322,7 @@ def _options_of(argument: str) -> list[str]:
 
 def _words_in_options(words: str, context: typer.Context) -> str:
     """A remedy or a warning of the library as a person at the command line can follow it."""
-    words = words.replace("soft_bound=False", "--no-soft-bound")
+    words = words.replace("soft_bound=False", "--no-soft-bound").replace("batch_size=", f"{flag('batch_size')} ")
     for name, to in recipe_fields().items():
         if "_" in to.field and to.field != name and name in context.params:  # others are words of the language as well
             words = re.sub(rf"\b{to.field}=", f"{flag(name)} ", words)

@@ -56,7 +56,7 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.argument}={_shorten(self.value)}: {self.rule}. {self.remedy}"
+        return f"{self.argument}={shortened(self.value)}: {self.rule}. {self.remedy}"
 
 
 class InvalidArgument(SpfdeError, ValueError):
@@ -171,6 +171,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}Known names: {', '.join(names)}."
 
 
-def _shorten(value: object, limit: int = 120) -> str:
+def shortened(value: object, limit: int = 120) -> str:
+    """How a value is written in an error: cut where it is long."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from spfde.core.errors import StateMismatch
 from spfde.core.torch_private import hook_steps, steps_running
 
 
@@ -93,21 +94,37 @@ class Optimizers:
 
 
 class LeadingSteps:
-    """Counts a step where an optimizer has stepped more often than any before: several make one step together."""
+    """Counts a step where an optimizer has stepped more often than any before: several make one step together.
 
-    def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
+    Args:
+        optimizers: all of them.
+
+    Attributes:
+        counts: steps of each since ``reset``, in their order; to be saved, and set by a run that goes on.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._index = {id(optimizer): index for index, optimizer in enumerate(optimizers)}
+        self.reset()
 
     def leads(self, optimizer: Optimizer) -> bool:
         """Note that it steps; whether that is a step of the loop."""
-        own = self._counts.get(id(optimizer), 0) + 1
-        is_first = own > max(self._counts.values(), default=0)
-        self._counts[id(optimizer)] = own
-        return is_first
+        index, most = self._index[id(optimizer)], max(self.counts)
+        self.counts[index] += 1
+        return self.counts[index] > most
 
     def reset(self) -> None:
         """Count anew: at the top of an epoch, for phases may train one and then the other."""
-        self._counts.clear()
+        self.counts = [0] * len(self._index)
+
+    def check(self, counts: object) -> None:
+        """Raise ``StateMismatch`` for counts of a saved state that cannot be taken over."""
+        sound = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+        if not sound or len(counts) != len(self._index):  # type: ignore[arg-type]  # a list, where it is sound
+            raise StateMismatch(
+                f"the state counts the optimizers' steps as {counts!r}, and there are {len(self._index)} of them here. "
+                "Attach to as many as in the saved run, in the same order."
+            )
 
 
 def inside(optimizer: Optimizer) -> list[Optimizer]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch.nn.functional as F
 import torch.nn.modules.transformer as transformer
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["PlainKernels", "attention_in_products", "uncompiled"]
+__all__ = ["PlainKernels", "attention_in_products", "takes_random_numbers", "uncompiled"]
 
 _aten = torch.ops.aten
 _RECURRENT = {
@@ -103,6 +107,28 @@ def attention_in_products(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     )
 
 
+def takes_random_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator draws from one of the process's generators: in earnest, and not from one it is handed.
+
+    Args:
+        func: an operator with its overload, as a dispatch mode is handed it.
+        args, kwargs: of its call.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()) or kwargs.get("generator") is not None:
+        return False
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+    if given.get("dropout_p") == 0:  # of fused attention
+        return False
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    pretends = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+    on_meta = torch.device(kwargs.get("device") or "cpu").type == "meta"
+    return not (pretends or on_meta or any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors))
+
+
+_eager, _n_eager, _SWITCHING = contextlib.ExitStack(), 0, threading.Lock()
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Run what ``torch.compile`` compiled as it was written, in this thread; before torch 2.14 in all of them."""
@@ -111,5 +137,22 @@ def uncompiled() -> Iterator[None]:
         yield
         return
     in_thread = getattr(dynamo, "_use_eager_on_nested_compile", None)
-    with in_thread() if in_thread is not None else torch.compiler.set_stance("force_eager"):
+    with in_thread() if in_thread is not None else _uncompiled_everywhere():
         yield
+
+
+@contextlib.contextmanager
+def _uncompiled_everywhere() -> Iterator[None]:
+    """The switch of the process: the first of several threads turns it, and the last one turns it back."""
+    global _n_eager
+    with _SWITCHING:
+        if not _n_eager:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _n_eager += 1
+    try:
+        yield
+    finally:
+        with _SWITCHING:
+            _n_eager -= 1
+            if not _n_eager:
+                _eager.close()

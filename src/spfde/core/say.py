@@ -6,6 +6,11 @@ import logging
 import sys
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: 1 epoch, 2 epochs; by default the plural ends in s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def say_on_stderr(line: str) -> None:
     """Tell the user what takes a while."""
     print(f"spfde: {line}", file=sys.stderr, flush=True)

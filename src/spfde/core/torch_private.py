@@ -29,6 +29,7 @@ __all__ = [
     "NormBase",  # the base of all norms that keep statistics; the public classes have no common one
     "TorchDispatchMode",  # sees every operator that runs
     "active_ddp",
+    "backward_pass",
     "compiled_inside",
     "has_global_hooks",
     "hook_steps",
@@ -61,6 +62,9 @@ _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # whe
 
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
+
+# The number of the backward pass that runs now, -1 outside: hooks on parameters are not told which one calls them.
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def compiled_inside(model: nn.Module) -> nn.Module | None:

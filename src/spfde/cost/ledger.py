@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.say import counted
 from spfde.core.state import check_all, check_entries
 from spfde.cost.training import EpochCost, total_cost
 
@@ -47,6 +48,7 @@ class LedgerRow:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
         ...         optimizer.step()
         >>> row = session.cost.rows[0]
         >>> row.samples, row.steps
@@ -87,6 +89,7 @@ class LedgerTotals:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
         ...         optimizer.step()
         >>> session.cost.totals.epochs, session.cost.totals.cost.saved_by_freezing
         (2, 0)
@@ -121,6 +124,7 @@ class Ledger:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
         ...         optimizer.step()
         >>> session.cost.totals.samples
         20
@@ -185,7 +189,7 @@ class Ledger:
         return _render(self.totals, self.uncounted, self.dense_memory_bytes)
 
     def __repr__(self) -> str:
-        return f"<Ledger: {len(self)} epochs, {self.totals.flops_ratio:.1%} of the dense training FLOPs>"
+        return f"<Ledger: {counted(len(self), 'epoch')}, {self.totals.flops_ratio:.1%} of the dense training FLOPs>"
 
     def state_dict(self) -> dict[str, Any]:
         """Rows and baselines, in primitives."""
@@ -245,7 +249,8 @@ def _render(totals: LedgerTotals, uncounted: Mapping[str, int] | None, dense_mem
         ("peak memory", "", format_bytes(totals.peak_memory_bytes), "", ""),
         ("time", "", format_seconds(totals.seconds), _DASH, _DASH),
     ]
-    title = f"Cost of {totals.epochs:,} epochs, {totals.steps:,} steps, {totals.samples:,} samples"
+    counts = ((totals.epochs, "epoch"), (totals.steps, "step"), (totals.samples, "sample"))
+    title = f"Cost of {', '.join(counted(count, noun) for count, noun in counts)}"
     lines = [title, "", _table(table), "", "The dense column is modelled."]
     if uncounted is not None:
         listed = ", ".join(f"{name} x{calls}" for name, calls in sorted(uncounted.items())) or "nothing"

@@ -80,6 +80,8 @@ def save_compressed(
     _check_tensors(state_dict)
     if unknown := sorted(set(masks or {}) - set(state_dict)):
         rule, remedy = "masks tensors that are not in state_dict", "Pass the masks of this model (session.masks)."
+        if part := _part_of(state_dict, masks or {}):
+            remedy = f"They are of its part '{part}': pass that one's state_dict, such as model.{part}.state_dict()."
         raise InvalidArgument(Problem("masks", unknown, rule, remedy))
     stored: dict[str, Tensor] = {}
     tensors = {}
@@ -149,6 +151,17 @@ def _encode(name: str, tensor: Tensor, mask: Tensor | None) -> Encoded:
         return encode(tensor, mask)
     except InvalidArgument as error:
         raise InvalidArgument(*(replace(problem, argument=f"masks[{name!r}]") for problem in error.problems)) from None
+
+
+def _part_of(state_dict: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
+    """The part of a model whose tensors have the names and shapes of the masks; None where there is none."""
+    first = next(iter(masks))
+    parts = (name.removesuffix(f".{first}") for name in state_dict if name.endswith(f".{first}"))
+    for part in parts:
+        held = ((state_dict.get(f"{part}.{name}"), mask) for name, mask in masks.items())
+        if all(tensor is not None and tensor.shape == mask.shape for tensor, mask in held):
+            return part
+    return None
 
 
 def _found(name: str, kind: Any, shape: list[int], stored: Mapping[str, Tensor]) -> Encoded:

@@ -33,17 +33,22 @@ class Arrivals:
         parameters = dict(model.named_parameters())
         self._blocks = [(block.name, [parameters[name] for name in block.parameters]) for block in blocks]
         self._arrived: set[int] = set()
-        self._expected: dict[str, set[int]] = {}
+        self._expected: dict[str, list[nn.Parameter]] = {}
         self._steps = 0
         self._handles: dict[int, RemovableHandle] = {}
         self._watch()
 
     def expect(self, n_frozen: int) -> None:
         """Blocks were frozen: so many in all. The others must learn as they did."""
-        learn = ((name, {id(p) for p in own} & self._arrived) for name, own in self._blocks[n_frozen:])
+        learn = ((name, [p for p in own if id(p) in self._arrived]) for name, own in self._blocks[n_frozen:])
         self._expected = {name: known for name, known in learn if known}
         self._arrived, self._steps = set(), 0
         self._watch()
+
+    @property
+    def n_watched(self) -> int:
+        """Parameters whose next gradient is waited for."""
+        return len(self._handles)
 
     def on_step(self) -> None:
         """A step was taken.
@@ -57,10 +62,17 @@ class Arrivals:
                 self.check()
 
     def check(self) -> None:
-        """Raise ``UsageError`` where a whole block that learned before has had no gradient since others froze."""
+        """Raise ``UsageError`` where a whole block that learned before has had no gradient since others froze.
+
+        Parameters that the user has frozen meanwhile are not waited for.
+        """
         if not self._expected or not self._steps:
             return
-        missing = [name for name, known in self._expected.items() if not known & self._arrived]
+        missing = []
+        for name, known in self._expected.items():
+            learning = [p for p in known if p.requires_grad]
+            if learning and not any(id(p) in self._arrived for p in learning):
+                missing.append(name)
         self._expected = {}
         if missing:
             raise UsageError(

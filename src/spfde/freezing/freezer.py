@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from spfde.core.checksum import checksums
 from spfde.core.errors import StateMismatch
 from spfde.core.optimizers import Optimizers
 from spfde.core.state import check_entries
-from spfde.core.torch_private import is_compiled, recompile_limit, version_of
+from spfde.core.torch_private import is_compiled, recompile_limit
 from spfde.model.blocks import Block
 from spfde.model.sample import unwrap
 
@@ -34,7 +35,7 @@ class _Frozen:
 
     trained: list[nn.Parameter]  # those that required gradients
     held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
-    buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]]  # with version and value, to notice what changes them
+    buffers: dict[str, int]  # what tells their values apart: copies of tables and masks would take their memory twice
 
 
 class Freezer:
@@ -105,13 +106,12 @@ class Freezer:
         held = [(norm, vars(norm).get("train")) for norm in self._norms[index]]
         for norm, _ in held:
             hold_in_eval(norm)
-        kept = {name: (buffer, version_of(buffer), buffer.detach().clone()) for name, buffer in self._values(index)}
-        return _Frozen(trained, held, kept)
+        return _Frozen(trained, held, checksums(self._values(index)))
 
-    def _values(self, index: int) -> list[tuple[str, torch.Tensor]]:
-        """The buffers of a block as they are now."""
+    def _values(self, index: int) -> dict[str, torch.Tensor]:
+        """The buffers of a block as they are now, but for counters."""
         found = ((name, module._buffers.get(name.rpartition(".")[2])) for name, module in self._buffers[index])
-        return [(name, buffer) for name, buffer in found if buffer is not None and buffer.is_floating_point()]
+        return {name: b for name, b in found if b is not None and not b.is_meta and not _is_counter(b)}
 
     def changed_buffers(self) -> list[str]:
         """Buffers of frozen blocks that have changed since they were frozen, each named once; counters are left out.
@@ -121,14 +121,9 @@ class Freezer:
         changed = []
         for index, frozen in enumerate(self._frozen):
             modules = dict(self._buffers[index])
-            for name, buffer in self._values(index):
-                before = frozen.buffers.get(name)
-                if before is None or name in self._warned:
-                    continue
-                same, version, value = before
-                if same is buffer and version == version_of(buffer):
-                    continue
-                if value.shape != buffer.shape or not torch.equal(value, buffer.to(value.device)):
+            # Versions do not tell: what is written by way of ``buffer.data`` leaves them as they were.
+            for name, number in checksums(self._values(index)).items():
+                if name not in self._warned and frozen.buffers.get(name, number) != number:
                     self._warned.add(name)
                     changed.append(f"{name} of {type(modules[name]).__name__}")
         return changed
@@ -224,6 +219,12 @@ def _buffers_of(model: nn.Module, block: Block) -> list[tuple[str, nn.Module]]:
         for name in block.modules
         for buffer, _ in modules[name].named_buffers(recurse=False)
     ]
+
+
+def _is_counter(buffer: torch.Tensor) -> bool:
+    """One whole number, as layers count their calls."""
+    is_integer = not (buffer.is_floating_point() or buffer.is_complex() or buffer.dtype == torch.bool)
+    return is_integer and buffer.numel() == 1
 
 
 def _changes_in_training(module: nn.Module) -> bool:

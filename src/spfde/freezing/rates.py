@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -107,7 +108,8 @@ class GroupRates:
                 "drives the rates. Remove one of them; Recipe(learning_rate=None) leaves the rates to you."
             )
         for (group, _), value in zip(groups, self._set, strict=False):
-            if float(group["lr"]) != value:
+            # A tensor rounds what a state brings as a number.
+            if not math.isclose(float(group["lr"]), value, rel_tol=1e-6):
                 raise UsageError(
                     f"a learning rate was set to {float(group['lr']):.4g}, by a scheduler like ReduceLROnPlateau, by "
                     "hand or with the optimizer's state alone, while BlockwiseCosine drives it and had set "
@@ -139,25 +141,33 @@ class GroupRates:
         self._splits, self._set = [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """The base rate of each of the user's groups."""
-        return {"base_rates": list(self._bases)}
+        """The base rate of each of the user's groups, and what ``apply`` has set, group by group."""
+        return {"base_rates": list(self._bases), "rates": list(self._set)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the base rates.
+        """Take over the base rates, and set the rates that were set: the optimizer's state may come later, or never.
 
         Raises:
-            StateMismatch: the state is of another number of groups, or damaged.
+            StateMismatch: see ``check_state``.
         """
-        check_entries(state, "the learning rates", {"base_rates": list})
-        bases = state["base_rates"]
-        if len(bases) != len(self._bases) or not all(isinstance(base, float) for base in bases):
-            raise StateMismatch(
-                f"the state of the learning rates has base_rates={bases!r}, and the optimizer has {len(self._bases)} "
-                "parameter groups. Load it with the optimizer that it was saved with."
-            )
-        self._bases = list(bases)
-        # The optimizer's state, loaded before or after this one, has brought rates of its own.
-        self._set = []
+        self.check_state(state)
+        self._bases = list(state["base_rates"])
+        groups = [group for group, _ in self._groups()][: len(state["rates"])]
+        for group, value in zip(groups, state["rates"], strict=True):
+            _set_rate(group, value)
+        self._set = list(state["rates"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``StateMismatch`` where a state is of another number of groups, or damaged."""
+        check_entries(state, "the learning rates", {"base_rates": list, "rates": list})
+        groups = len(self._groups())
+        for name, allowed in (("base_rates", (len(self._bases),)), ("rates", (0, groups))):
+            found = state[name]
+            if len(found) not in allowed or not all(isinstance(rate, float) for rate in found):
+                raise StateMismatch(
+                    f"the state of the learning rates has {name}={found!r}, and the optimizer has {len(self._bases)} "
+                    f"parameter groups, made into {groups}. Load it with the optimizer that it was saved with."
+                )
 
 
 class _Split:

@@ -15,6 +15,7 @@ from typing import ClassVar
 from spfde.core.errors import InvalidArgument, Problem, Problems
 from spfde.core.numbers import round_half_up
 from spfde.core.registry import find, register
+from spfde.core.say import counted
 from spfde.freezing.plan import FreezePlan
 
 RESUME_SHARE = 0.1
@@ -270,11 +271,11 @@ def _problems_with_epoch(name: str, value: int, savings: Savings) -> list[Proble
     if value % interval:
         below = value - value % interval
         wanted = f"{below} or {below + interval}" if below or name == "start_epoch" else f"{interval}"
-        rule = f"must be a multiple of the update interval ({interval} epochs)"
+        rule = f"must be a multiple of the update interval ({counted(interval, 'epoch')})"
         problems.append(Problem(name, value, rule, f"Pass {wanted}, or change update_interval_epochs."))
     if value >= epochs:
         remedy = "Start earlier." if name == "start_epoch" else "Resume for a shorter time."
-        problems.append(Problem(name, value, f"must lie within the run ({epochs} epochs)", remedy))
+        problems.append(Problem(name, value, f"must lie within the run ({counted(epochs, 'epoch')})", remedy))
     return problems
 
 
@@ -290,13 +291,15 @@ def _check_timeline(scheme: FreezingScheme, frozen: Timeline, savings: Savings) 
 def _unreachable(savings: Savings, best: Timeline, start_epoch: int | None) -> InvalidArgument:
     # Rounded down, so that the figure in the message can be asked for.
     most = math.floor(savings.reduction(best) * 1000) / 1000
-    longer = "start earlier" if start_epoch is not None else "train for more epochs, or shorten update_interval_epochs"
+    longer = "start earlier" if start_epoch is not None else "train for more epochs"
+    if start_epoch is None and savings.interval > 1:
+        longer += ", or shorten update_interval_epochs"
     remedy = (
         f"Ask for flops_reduction={most:.3f} at most, raise fraction, {longer}."
         if most
         else "Train for more epochs, or freeze nothing (flops_reduction=0)."
     )
     first = next((epoch for epoch, count in enumerate(best) if count), None)
-    how = "" if first is None else f", with {max(best)} blocks frozen, the first in epoch {first}"
+    how = "" if first is None else f", with {counted(max(best), 'block')} frozen, the first in epoch {first}"
     rule = f"cannot be reached: the most possible is {most:.3f}{how}"
     return InvalidArgument(Problem("flops_reduction", savings.flops_reduction, rule, remedy))

@@ -1,12 +1,14 @@
 """Accelerate: attach to what ``accelerator.prepare`` takes or gives, in any order.
 
 Accelerate's prepared loader puts batches on the device, and tells ``accelerator.accumulate`` where an epoch ends. So
-the session's loader is put inside one of its kind.
+the session's loader is put inside one of its kind; where the batches are no samples with ids, it is the other way
+round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from spfde.core.errors import InvalidArgument, Problem
 from spfde.recipe import Recipe
 from spfde.session.attach import attach as attach_plain
 from spfde.session.session import Session
-from spfde.sieving.loader import settings_of
+from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.loader import SievedLoader, settings_of
+from spfde.sieving.stream import is_stream
 
 try:
     from accelerate import Accelerator
@@ -41,14 +45,16 @@ def attach(
     """Attach a recipe to a loop with Accelerate, before or after ``accelerator.prepare``.
 
     ``session.loader`` takes the prepared loader's place and needs no ``prepare``: it deals its batches out over the
-    processes, puts them on the device, and ends accumulation with the epoch. ``accelerator.save_state`` and
+    processes, puts them on the device, and ends accumulation with the epoch. A DataLoader that the session cannot deal
+    out (over a stream, with a batch sampler of your own) is dealt out by Accelerate, and what is no DataLoader by
+    nobody: each process iterates its own. ``accelerator.save_state`` and
     ``load_state`` take the session along after ``accelerator.register_for_checkpointing(session)``.
 
     Args:
         accelerator: the Accelerator.
-        model: the model, prepared or not.
+        model: the model, prepared or not; it is moved to the accelerator's device, as ``prepare`` does.
         optimizer: the optimizer, prepared or not, or a list.
-        loader: the training loader over a map-style data set, prepared or not.
+        loader: the training loader, prepared or not; where nothing is sieved of any kind, as in ``spfde.attach``.
         recipe: what to save, and how.
         epochs: length of the run.
         options: further arguments of ``spfde.attach``.
@@ -72,7 +78,13 @@ def attach(
     _check_accelerator(accelerator)
     optimizers = [getattr(each, "optimizer", each) for each in _listed(optimizer)]
     plain = plain_loader(loader)
-    if accelerator.num_processes > 1:
+    if accelerator.device_placement and isinstance(model, nn.Module) and not hasattr(model, "hf_device_map"):
+        model.to(accelerator.device)  # as prepare does: masks and the engine go by where the model is
+    by_accelerate = is_dealt_by_accelerate(plain, recipe)
+    if by_accelerate:
+        plain = accelerator.prepare_data_loader(loader)
+        options.setdefault("samples_per_epoch", samples_of_process(plain, accelerator.num_processes))
+    elif accelerator.num_processes > 1 and isinstance(plain, DataLoader):
         share_order(plain)
     session = attach_plain(
         model,
@@ -82,13 +94,16 @@ def attach(
         epochs=epochs,
         **options,
     )
-    session.loader = _SessionLoader(session.loader, accelerator.device if accelerator.device_placement else None)
+    if not by_accelerate:
+        session.loader = _SessionLoader(session.loader, accelerator)
     return session
 
 
-def plain_loader(loader: Any) -> DataLoader[Any]:
-    """The DataLoader that a prepared one was made from: all batches, in one order."""
-    inner: DataLoader[Any] = getattr(loader, "base_dataloader", loader)
+def plain_loader(loader: Any) -> Any:
+    """The DataLoader that a prepared one was made from: all batches, in one order. Anything else stays as it is."""
+    inner = getattr(loader, "base_dataloader", loader)
+    if not isinstance(inner, DataLoader):
+        return inner
     batches = inner.batch_sampler
     if isinstance(batches, BatchSamplerShard):
         if batches.split_batches:
@@ -118,36 +133,76 @@ def plain_loader(loader: Any) -> DataLoader[Any]:
     )
 
 
+def is_dealt_by_accelerate(plain: Any, recipe: Recipe) -> bool:
+    """Whether a DataLoader's batches are not of samples with ids, so that the session cannot deal them out."""
+    return isinstance(plain, DataLoader) and not recipe.sieves and is_stream(plain)
+
+
 class _SessionLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate is not there for mypy
     """The session's loader as Accelerate's: batches on the device, and the last one announced.
 
-    Accelerate's own draws one batch ahead to know the last one; here the length tells it.
+    Accelerate's own loads one batch ahead to know the last one; here the sampler tells it, where there is one.
     """
 
-    def __init__(self, loader: Any, device: torch.device | None) -> None:
-        super().__init__(loader.dataset, device=device, batch_sampler=loader.batch_sampler)
+    def __init__(self, loader: Any, accelerator: Accelerator) -> None:
+        device = accelerator.device if accelerator.device_placement else None
+        super().__init__(getattr(loader, "dataset", []), device=device)
         self.base_dataloader = loader
+        self._n_processes = accelerator.num_processes
         self._is_accelerate_prepared = True  # so that prepare() leaves it as it is
 
     def __iter__(self) -> Iterator[Any]:
         self.begin()
+        self.remainder = _remainder(self.base_dataloader, self._n_processes)
         try:
-            last: int | None = None
-            for number, batch in enumerate(self.base_dataloader, 1):
-                if last is None:
-                    last = sized(self.base_dataloader)
-                self.end_of_dataloader = number == last
+            for batch, is_last in _announced(self.base_dataloader):
+                self.end_of_dataloader = is_last
                 yield batch if self.device is None else send_to_device(batch, self.device)
         finally:
             self.end()
 
 
-def sized(loader: Any) -> int:
-    """Batches of an epoch; 0 where that is not known."""
-    try:
-        return len(loader)
-    except TypeError:
+def _announced(loader: Any) -> Iterator[tuple[Any, bool]]:
+    """Batches of an epoch, and whether each is the last one."""
+    batches = iter(loader)
+    if isinstance(loader, SievedLoader):
+        for batch in batches:
+            yield batch, not loader.has_more
+        return
+    ahead = list(islice(batches, 1))
+    while ahead:
+        batch, ahead = ahead[0], list(islice(batches, 1))
+        yield batch, not ahead
+
+
+def _remainder(loader: Any, n_processes: int) -> int:
+    """Samples of an epoch's last round of batches before those that come again, where ``gather_for_metrics`` cuts it.
+
+    0: none come again. -1, Accelerate's word for a length that is not known: it cuts nothing, and logs that.
+    """
+    if n_processes == 1:
         return 0
+    batches = getattr(loader, "batch_sampler", None)
+    if not isinstance(batches, SievedBatchSampler) or batches.share[1] != n_processes:
+        return -1
+    if batches.drop_last:
+        return 0
+    try:
+        return batches.n_samples() % (n_processes * batches.batch_size)
+    except TypeError:
+        return -1
+
+
+def samples_of_process(loader: Any, n_processes: int) -> int | None:
+    """Samples of an epoch that Accelerate deals out to each of several processes; None where attach can tell."""
+    if n_processes == 1:
+        return None
+    try:
+        n: int = loader.total_dataset_length
+    except TypeError:
+        return None
+    batch_size: int = loader.batch_size or 1
+    return n // (batch_size * n_processes) * batch_size if loader.drop_last else -(-n // n_processes)
 
 
 def _listed(optimizer: Any) -> list[Any]:

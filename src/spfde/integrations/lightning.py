@@ -16,11 +16,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
 from spfde.recipe import Recipe
-from spfde.session.attach import attach
+from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
+from spfde.sieving.stream import is_stream
 
 try:
     if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -40,10 +42,11 @@ _REPORTS = (("logits", "y"), ("correct",), ("sample_loss",))
 class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there for mypy
     """Train a LightningModule with SpFDE: ``Trainer(callbacks=[SpfdeCallback(recipe)])``.
 
-    ``Trainer(max_epochs=...)`` is the length of the run. With a recipe that sieves, ``training_step`` says how the
-    batch went: it returns ``{"loss": loss, "logits": logits, "y": y}`` (or, instead of the last two, ``"correct"``,
-    bool [N], or ``"sample_loss"``, the loss of each sample, [N]), or calls ``callback.session.observe(...)`` itself.
-    Lightning's checkpoints hold the session's state, and ``fit(ckpt_path=...)`` goes on from it.
+    ``Trainer(max_epochs=...)`` is the length of the run. With a recipe that sieves by reports, ``training_step`` says
+    how the batch went: it returns ``{"loss": loss, "logits": logits, "y": y}`` (or, instead of the last two,
+    ``"correct"``, bool [N], or ``"sample_loss"``, the loss of each sample, [N]), or calls
+    ``callback.session.observe(...)`` itself. Lightning's checkpoints hold the session's state, and
+    ``fit(ckpt_path=...)`` goes on from it.
 
     Args:
         recipe: what to save, and how.
@@ -76,6 +79,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         model: str | None = None,
         **attach_options: Any,
     ) -> None:
+        check_options(recipe, attach_options)
         self.session: Session | None = None
         self._recipe, self._model_name = recipe, model
         self._options = {**attach_options, "seed": seed, "engine": engine}
@@ -86,28 +90,33 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
     # --- the life of a session ---------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.session is not None:
-            self._leave()  # a fit that an exception has ended
-        # The state of an earlier fit counts where the trainer goes on, too.
+        # The state of an earlier fit counts where the trainer goes on without a checkpoint.
         state = self._state if self._is_resumed or trainer.current_epoch else None
         self._is_resumed = False
-        _check_trainer(trainer, self._recipe)
+        if self.session is not None:
+            self.session.detach()
+        recipe = _lenient(self._recipe) if trainer.fast_dev_run else self._recipe
+        _check_trainer(trainer, recipe)
         model = _model_of(pl_module, self._model_name)
         source = trainer.fit_loop._data_source
+        loader = source.dataloader()
+        _check_dealt(trainer, loader, self._recipe)
         self.session = attach(
             model,
             _optimizers_of(trainer, model),
-            source.dataloader(),
-            self._recipe,
+            loader,
+            recipe,
             epochs=trainer.max_epochs,
             state=state,
             **self._options,
         )
-        _check_batches_counted(trainer, self.session.loader)
-        if self.session._sampling.begins_anew:
+        if self._recipe.sieves:
+            _check_batches_counted(trainer, self.session.loader)
+        if self.session.begins_anew:
             raise UsageError(
-                "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and "
-                "Lightning goes on behind its batches. Pass the ckpt_path of a checkpoint of an epoch's end."
+                "the checkpoint is from amid an epoch, which would begin anew (several processes sieve, or its batches "
+                "are of no samples with ids), and Lightning goes on behind its batches. Pass the ckpt_path of a "
+                "checkpoint of an epoch's end."
             )
         self.session.loader.asks_for_more = False  # Lightning goes by the length
         trainer.fit_loop._combined_loader = None
@@ -115,7 +124,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()
-        if session._clock.is_resumed_at_end and session.epoch < trainer.current_epoch:
+        if session.phase == "drained" and session.epoch < trainer.current_epoch:
             session.end_epoch()  # saved after an epoch's last batch, and Lightning takes the epoch for ended
         if session.epoch != trainer.current_epoch:
             raise UsageError(
@@ -128,29 +137,35 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         self._running().begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._reported = self._running()._sampling.samples_observed
+        self._reported = self._running().samples_observed
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         session = self._running()
-        if self._recipe.sieving is not None and session._sampling.samples_observed == self._reported:
+        if session.needs_reports and session.samples_observed == self._reported:
             _report(session, outputs)
         if trainer.is_last_batch:
-            session._clock.stop_watch(session._setting.device)  # what comes now is validation
+            session.stop_watch()  # what comes now is validation
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         session = self._running()
         if session.epoch == trainer.current_epoch:
             session.end_epoch()
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.session is not None:
+            self._leave()
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and self.session is not None:
+        if stage == "fit" and self.session is not None and self.session.is_attached:
+            self.session.verify()  # callbacks that average weights put theirs in as training ends
+            self.session.warn_if_early()
             self._leave()
 
     # --- Lightning's checkpoints -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into its checkpoint: the session's state, tensors and primitives alone."""
-        state = self.session.state_dict() if self.session is not None and self.session._attached else self._state
+        state = self.session.state_dict() if self.session is not None and self.session.is_attached else self._state
         return {} if state is None else {"session": state}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -166,7 +181,7 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
 
     def _leave(self) -> None:
         session = self._running()
-        if session._attached:
+        if session.is_attached:
             with suppress(UsageError):  # in the middle of an epoch that was interrupted
                 self._state = session.state_dict()
             session.detach()
@@ -224,7 +239,19 @@ def _check_trainer(trainer: Any, recipe: Recipe) -> None:
         rule = "sets learning rates, which the recipe's learning_rate does, too"
         problems.add("configure_optimizers", names, rule, "Return no scheduler, or set learning_rate=None.")
     _check_strategy(trainer, recipe, problems)
+    averaging = [name for each in trainer.callbacks if (name := type(each).__name__) == "StochasticWeightAveraging"]
+    if averaging:
+        rule = "runs over the training set once more behind the last epoch, and sets learning rates"
+        problems.add("callbacks", averaging[0], rule, "Leave it out.")
     problems.raise_if_any()
+
+
+def _lenient(recipe: Recipe) -> Recipe:
+    """For a smoke test of one epoch: freeze what can be reached."""
+    freezing = recipe.freezing
+    if freezing is not None:
+        freezing = freezing.model_copy(update={"as_far_as_possible": True})
+    return recipe.replace(freezing=freezing, update_interval_epochs="auto")
 
 
 def _check_limits(trainer: Any, recipe: Recipe, problems: Problems) -> None:
@@ -246,6 +273,21 @@ def _check_strategy(trainer: Any, recipe: Recipe, problems: Problems) -> None:
         rule = "waits for the gradients of all parameters, and frozen ones have none"
         remedy = "Pass strategy='ddp_find_unused_parameters_true'."
         problems.add("strategy", "ddp", rule, remedy)
+
+
+def _check_dealt(trainer: Any, loader: Any, recipe: Recipe) -> None:
+    """Would Lightning deal out batches that the session cannot deal out in its place?"""
+    if (
+        trainer.world_size > 1
+        and trainer._accelerator_connector.use_distributed_sampler
+        and isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and not recipe.sieves
+        and is_stream(loader)
+    ):
+        rule = "is your own: the session cannot deal its batches out, and Lightning would not do it here"
+        remedy = "Pass sampler= and batch_size= instead; or deal them out in it, with use_distributed_sampler=False."
+        raise InvalidArgument(Problem("loader.batch_sampler", type(loader.batch_sampler).__name__, rule, remedy))
 
 
 def _model_of(module: Any, name: str | None) -> nn.Module:
@@ -297,8 +339,12 @@ def _check_batches_counted(trainer: Any, loader: Any) -> None:
     """Has ``configure_optimizers`` had the batches counted before the session left samples out?"""
     if trainer.fit_loop._combined_loader is None:
         return
-    counted, left = trainer.fit_loop.max_batches, len(loader)
-    if counted > left:
+    counted = trainer.fit_loop.max_batches
+    try:
+        left: int | str = len(loader)
+    except TypeError:
+        left = "a number that is not known in advance"
+    if counted != left:
         rule = f"was counted with {counted} batches an epoch, and sieving leaves {left}"
         remedy = "Give the scheduler its number of steps yourself, or let it step once an epoch (interval='epoch')."
         raise InvalidArgument(Problem("trainer.estimated_stepping_batches", None, rule, remedy))

@@ -1,9 +1,9 @@
 """The Trainer of Hugging Face: a callback that attaches a session where the Trainer makes its train dataloader.
 
 The Trainer counts its steps and makes its schedule from the length of that loader, and calls no callback before. So
-the callback takes hold of the Trainer that it is given to, and stands at three of its methods: ``train`` (from which
-checkpoint?), ``get_train_dataloader`` (the weights are loaded: here the session is attached, with its saved state) and
-``training_step`` (how did the batch go?).
+the callback takes hold of the Trainer that it is given to, and stands at four of its methods: ``train`` (from which
+checkpoint?), ``get_train_dataloader`` (the weights are loaded: here the session is attached, with its saved state),
+``training_step`` (how did the batch go?) and ``_prepare_inputs`` (what is the batch, on the model's device?).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
 from spfde.recipe import Recipe
-from spfde.session.attach import attach
+from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
 
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    from spfde.integrations.accelerate import plain_loader, share_order
+    from spfde.integrations.accelerate import is_dealt_by_accelerate, plain_loader, samples_of_process, share_order
 except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
     raise InvalidArgument(Problem("import", __name__, "needs the package transformers", remedy)) from error
@@ -36,22 +36,25 @@ except ImportError as error:
 STATE_NAME = "spfde.pt"
 """The session's state in each of the Trainer's checkpoint folders."""
 
+_EVIDENCE = {"logits", "y", "indices", "correct", "loss"}
+"""Arguments of ``observe``."""
+
 Report = Callable[[Mapping[str, Any], Any], Mapping[str, Tensor]]
 
 
 class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not there for mypy
     """Train with SpFDE in a Trainer: ``Trainer(..., callbacks=[SpfdeCallback(recipe)])``.
 
-    ``num_train_epochs`` is the length of the run. With a recipe that sieves, each training step is reported from the
-    batch's ``labels`` [N] and the model's ``logits`` [N, classes]; other tasks pass ``report``. Each checkpoint folder
-    gets the session's state, and ``train(resume_from_checkpoint=...)`` goes on from it.
+    ``num_train_epochs`` is the length of the run. With a recipe that sieves by reports, each training step is reported
+    from the batch's ``labels`` [N] and the model's ``logits`` [N, classes]; other tasks pass ``report``. Each
+    checkpoint folder gets the session's state, and ``train(resume_from_checkpoint=...)`` goes on from it.
 
     Args:
         recipe: what to save, and how.
         seed: seed of masks, growth and sieving.
         engine: as in ``spfde.attach``.
-        report: called with a batch and the model's outputs for it; returns arguments of ``session.observe``, such as
-            ``{"loss": ...}`` with one loss a sample, [N].
+        report: called with a batch, on the model's device, and the model's outputs for it; returns arguments of
+            ``session.observe``, such as ``{"loss": ...}`` with one loss a sample, [N].
         attach_options: further arguments of ``spfde.attach``.
 
     Attributes:
@@ -78,6 +81,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         report: Report | None = None,
         **attach_options: Any,
     ) -> None:
+        check_options(recipe, attach_options)
         self.session: Session | None = None
         self._recipe, self._report = recipe, report
         self._options = {**attach_options, "seed": seed, "engine": engine}
@@ -86,6 +90,8 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self._checkpoint: str | None = None
         self._order: tuple[torch.Generator, int] | None = None
         self._hook: RemovableHandle | None = None
+        self._is_in_step = False
+        self._batch: dict[str, Any] | None = None
         self._outputs: list[Any] = []
 
     # --- the Trainer's methods ---------------------------------------------------------------------------------------
@@ -94,9 +100,13 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self._trainer = trainer = _calling_trainer(self)
         # The session passes over the batches of an epoch that have been taken; the Trainer would do so once more.
         args.ignore_data_skip = True
-        train, make_loader, step = trainer.train, trainer.get_train_dataloader, trainer.training_step
+        train, make_loader = trainer.train, trainer.get_train_dataloader
 
         def train_with_session(resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
+            if self not in trainer.callback_handler.callbacks:
+                raise UsageError(
+                    "SpfdeCallback was removed from a Trainer that was made with it. Make a new Trainer without it."
+                )
             _check_arguments(trainer, self._recipe)
             self._checkpoint = _folder(resume_from_checkpoint, args)
             self._trial = rest[0] if rest else named.get("trial")
@@ -108,23 +118,41 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         def loader_of_session() -> Any:
             return self._attach(make_loader())
 
+        trainer.train, trainer.get_train_dataloader = train_with_session, loader_of_session
+        self._stand_at_steps(trainer)
+
+    def _stand_at_steps(self, trainer: Any) -> None:
+        step, prepare = trainer.training_step, trainer._prepare_inputs
+
         def step_and_report(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            if self.session is None or not self.session.needs_reports:
+                return step(model, inputs, *rest, **named)
             self._outputs.clear()
-            batch = dict(inputs) if self._recipe.sieving is not None else {}  # labels are taken out for some losses
-            loss = step(model, inputs, *rest, **named)
-            if self._recipe.sieving is not None:
-                self._observe(batch)
+            self._batch, given, self._is_in_step = None, dict(inputs), True
+            try:
+                loss = step(model, inputs, *rest, **named)
+            finally:
+                self._is_in_step = False
+            self._observe(prepare(given) if self._batch is None else self._batch)
             return loss
 
-        trainer.train, trainer.get_train_dataloader = train_with_session, loader_of_session
-        trainer.training_step = step_and_report
+        def prepare_and_note(inputs: Any) -> Any:
+            prepared = prepare(inputs)
+            if self._is_in_step and self._batch is None:
+                self._batch = dict(prepared)  # a copy, for labels are taken out for some losses
+            return prepared
+
+        trainer.training_step, trainer._prepare_inputs = step_and_report, prepare_and_note
 
     def _attach(self, loader: Any) -> Any:
         trainer, args = self._trainer, self._trainer.args
         self._leave()
         plain = plain_loader(loader)
-        self._order = _reseeded(loader, plain)
-        if args.world_size > 1:
+        self._order, options = _reseeded(loader, plain), dict(self._options)
+        if is_dealt_by_accelerate(plain, self._recipe):
+            plain = trainer.accelerator.prepare_data_loader(loader)
+            options.setdefault("samples_per_epoch", samples_of_process(plain, args.world_size))
+        elif args.world_size > 1:
             share_order(plain)
         trainer.create_optimizer()
         if self._recipe.learning_rate is not None:
@@ -133,7 +161,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         state = self._saved_state()
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         epochs = int(args.num_train_epochs)
-        session = attach(model, optimizer, plain, self._recipe, epochs=epochs, state=state, **self._options)
+        session = attach(model, optimizer, plain, self._recipe, epochs=epochs, state=state, **options)
         self.session = session
         try:
             _check_length(session)
@@ -141,7 +169,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         except (InvalidArgument, UsageError):
             session.detach()
             raise
-        if self._recipe.sieving is not None:
+        if session.needs_reports:
             self._hook = model.register_forward_hook(self._note_outputs)
         return session.loader
 
@@ -158,12 +186,19 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                 f"the model ran {len(outputs)} times in one training step, so that it cannot be told which outputs say "
                 "how the batch went. Call the model once in compute_loss, or set sieving=None."
             )
-        session.observe(**(_class_report if self._report is None else self._report)(batch, outputs[0]))
+        told = (_class_report if self._report is None else self._report)(batch, outputs[0])
+        if not isinstance(told, Mapping) or not told.keys() <= _EVIDENCE:
+            given = sorted(told) if isinstance(told, Mapping) else type(told).__name__
+            remedy = "Return a dictionary, such as {'loss': losses} with one loss a sample."
+            raise InvalidArgument(
+                Problem("report", given, f"must return some of {', '.join(sorted(_EVIDENCE))}", remedy)
+            )
+        session.observe(**told)
 
     # --- the Trainer's events ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.session is None or not self.session._attached:
+        if self.session is None or not self.session.is_attached:
             raise UsageError(
                 "SpfdeCallback was given to the Trainer too late. Pass it as Trainer(..., callbacks=[...])."
             )
@@ -179,6 +214,12 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._running().end_epoch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        session = self._running()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            session.take_masks(_state_in(state.best_model_checkpoint))  # the Trainer has loaded its weights
+        session.warn_if_early()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = self._running().state_dict()
@@ -201,16 +242,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         return self.session
 
     def _saved_state(self) -> Mapping[str, Any] | None:
-        if self._checkpoint is None:
-            return None
-        path = Path(self._checkpoint, STATE_NAME)
-        if not path.is_file():
-            raise StateMismatch(
-                f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
-                "earlier one, or start a new run without resume_from_checkpoint."
-            )
-        state: Mapping[str, Any] = torch.load(path, weights_only=True)
-        return state
+        return None if self._checkpoint is None else _state_in(self._checkpoint)
 
 
 class _NoSchedule:
@@ -250,6 +282,18 @@ def _folder(resume_from_checkpoint: Any, args: Any) -> str | None:
         last: str | None = get_last_checkpoint(args.output_dir)
         return last
     return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _state_in(folder: str) -> Mapping[str, Any]:
+    """The session's state in a checkpoint of the Trainer."""
+    path = Path(folder, STATE_NAME)
+    if not path.is_file():
+        raise StateMismatch(
+            f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
+            "earlier one, or start a new run without resume_from_checkpoint."
+        )
+    state: Mapping[str, Any] = torch.load(path, weights_only=True)
+    return state
 
 
 def _check_arguments(trainer: Any, recipe: Recipe) -> None:
@@ -314,12 +358,13 @@ def _check_steps(counted: int, batches: int, args: Any) -> None:
 def _check_place(session: Session, accumulated: int) -> None:
     """Will the Trainer, which counts a resumed epoch's batches from 0, step after its last one?"""
     batches = len(session.loader)
-    if session._sampling.begins_anew:
+    if session.begins_anew:
         raise UsageError(
-            "the checkpoint is from amid an epoch, which would begin anew where several processes sieve, and the "
-            "Trainer counts its steps once. Resume from a checkpoint of an epoch's end (save_strategy='epoch')."
+            "the checkpoint is from amid an epoch, which would begin anew (several processes sieve, or its batches are "
+            "of no samples with ids), and the Trainer counts its steps once. Resume from a checkpoint of an epoch's "
+            "end (save_strategy='epoch')."
         )
-    if session._clock.phase == "running" and batches % accumulated:
+    if session.phase == "running" and batches % accumulated:
         raise UsageError(
             f"the checkpoint is from amid an epoch of {batches} batches, which gradient_accumulation_steps="
             f"{accumulated} does not divide: the Trainer would leave out the epoch's last step. Resume from a "
@@ -351,4 +396,4 @@ def _class_report(batch: Mapping[str, Any], outputs: Any) -> Mapping[str, Tensor
             "a sample (labels [N], logits [N, classes]). Pass SpfdeCallback(recipe, report=...), a function of the "
             "batch and the outputs that returns {'loss': one loss a sample} or {'correct': ...}."
         )
-    return {"logits": logits.detach(), "y": labels}
+    return {"logits": logits.detach(), "y": labels.to(logits.device)}  # a model may lie on several devices

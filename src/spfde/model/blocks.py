@@ -22,6 +22,9 @@ from spfde.core.errors import Problems, nearest
 from spfde.model.sample import unwrap
 from spfde.model.trace import Trace, weight_of
 
+_UNTIE = (
+    "Train it without freezing, or give the head a parameter of its own (in Transformers: tie_word_embeddings=False)."
+)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -44,6 +47,7 @@ class Partition:
     blocks: tuple[Block, ...]  # in order of execution; together with the head they cover the whole trace
     head: Block  # what follows the last block and is never frozen
     reason: str | None = None  # why there is no block, where there is none
+    remedy: str | None = None  # and what to do about it
 
 
 def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None = None) -> Partition:
@@ -82,8 +86,8 @@ def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None 
         reader.block(name, units[cut:after], start=start, stop=stop, all_units=units)
         for name, cut, start, (after, stop) in zip(names, cuts, starts, ends, strict=True)
     ]
-    reason = _reason(units, reader) if len(found) == 1 else None
-    return Partition(tuple(found[:-1]), found[-1], reason)
+    reason, remedy = _reason(units, reader) if len(found) == 1 else (None, None)
+    return Partition(tuple(found[:-1]), found[-1], reason, remedy)
 
 
 @dataclass(frozen=True)
@@ -276,16 +280,19 @@ def _cuts(units: list[_Unit], anchors: list[int]) -> list[int]:
     return cuts
 
 
-def _reason(units: list[_Unit], reader: _Reader) -> str:
-    """Why nothing can be frozen."""
+def _reason(units: list[_Unit], reader: _Reader) -> tuple[str, str]:
+    """Why nothing can be frozen, and what to do."""
     if not reader.layers:
-        return "no convolution or matrix product with a trained weight was found"
+        return "no convolution or matrix product with a trained weight was found", "Train it without freezing."
     if len(reader.layers) == 1:
-        return "it has a single layer, which is the head"
+        return "it has a single layer, which is the head", "Train it without freezing."
     head = units[-1] if units[-1].layers else max(units, key=lambda unit: len(unit.layers))
     spans = {name: reader.uses[name][1] - reader.uses[name][0] for name in head.parameters}
     widest = max(spans, key=lambda name: (spans[name], name in reader.layers))
-    return f"the parameter '{widest}' is read by the front of the model and by its head, which is never frozen"
+    reason = f"the parameter '{widest}' is read by the front of the model and by its head, which is never frozen"
+    # Read once, it cannot be what keeps the layers together: they run interleaved, which smaller blocks may not.
+    named = "Train it without freezing, or name the blocks with ProgressiveFreezing(blocks=...)."
+    return reason, _UNTIE if spans[widest] else named
 
 
 def _resolved(model: nn.Module, blocks: Sequence[str]) -> dict[str, str]:
@@ -317,6 +324,12 @@ def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str
     """As ``_anchors``, for blocks that the user named."""
     problems = Problems()
     anchors = [index for index, unit in enumerate(units) if unit.composite]
+    has_head = not anchors or any(unit.layers for unit in units[anchors[-1] + 1 :])
+    tied = None if has_head else _tied(units[anchors[-1]], given, reader)
+    if tied is not None:
+        rule = f"cannot be frozen: the parameter '{tied}' is read by the front of the model and by its head"
+        problems.add("blocks", tuple(blocks), rule, _UNTIE)
+        problems.raise_if_any()
     order = [list(dict.fromkeys(given[name] for name in units[index].names if name in given)) for index in anchors]
     for names in order:
         if len(names) > 1:
@@ -328,10 +341,16 @@ def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str
         problems.add("blocks", name, "reads no parameter in the forward pass", "Leave it out.")
     if flat != [name for name in blocks if name not in unused]:
         problems.add("blocks", tuple(blocks), "must be in order of execution", f"Pass blocks={tuple(flat)!r}.")
-    if anchors and not any(unit.layers for unit in units[anchors[-1] + 1 :]):
+    if not has_head:
         rule = "leaves no layer for the head, which is never frozen"
         shared = [p for p in units[anchors[-1]].parameters if reader.uses[p][1] == units[anchors[-1]].last]
         hint = f" (it reads '{shared[0]}' last)" if shared else ""
         problems.add("blocks", flat[-1], rule + hint, "Leave the last block out, or name smaller modules.")
     problems.raise_if_any()
     return [*anchors, anchors[-1] + 1]
+
+
+def _tied(unit: _Unit, given: Mapping[str, str], reader: _Reader) -> str | None:
+    """The parameter, of no named module, that the last unit reads in front of them and once more at its end."""
+    ends = (p for p in sorted(unit.parameters) if reader.uses[p][0] < reader.uses[p][1] == unit.last)
+    return next((p for p in ends if not any(p.startswith(f"{module}.") for module in given)), None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.generators import GeneratorsRestored
 from spfde.core.torch_private import compiled_inside
 
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -92,7 +93,7 @@ def batch_of(loader: Any, indices: Sequence[int]) -> Any:
 @contextlib.contextmanager
 def without_traces(dataset: object) -> Iterator[None]:
     """Read items of a data set: generators come back, the global ones and those that it holds."""
-    with global_generators_restored(), _own_generators_restored(dataset):
+    with GeneratorsRestored(), _own_generators_restored(dataset):
         yield
 
 
@@ -103,19 +104,6 @@ def call_arguments(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(sample, (tuple, list)):
         return tuple(sample), {}
     return (sample,), {}
-
-
-@contextlib.contextmanager
-def global_generators_restored() -> Iterator[None]:
-    """Put back the global generators of Python, NumPy and torch, those of accelerators in use included."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.generators import GeneratorsRestored
 from spfde.core.plain_kernels import PlainKernels, uncompiled
 from spfde.core.torch_private import (
     FakeTensorMode,
@@ -25,10 +27,13 @@ from spfde.core.torch_private import (
     tree_map_only,
 )
 from spfde.model.recorder import Recorder, TracedOp
-from spfde.model.sample import Sample, Untraceable, call_arguments, global_generators_restored, unwrap
+from spfde.model.sample import Sample, Untraceable, call_arguments, unwrap
 from spfde.model.twin import fake_copy
 
 __all__ = ["Trace", "TracedOp", "Untraceable", "fake_copy", "like_the_model", "memory_shared_by", "trace", "weight_of"]
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bo
     if lazy:
         rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."
         raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
-    args, kwargs = sample if calls else call_arguments(sample)
+    args, kwargs = cast(Arguments, sample) if calls else call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors or tensors[0].dim() == 0 or len(tensors[0]) == 0:
         rule, remedy = (
@@ -83,6 +88,27 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bo
             "Pass sample=, a small batch.",
         )
         raise Untraceable(Problem("sample", sample, rule, remedy))
+    generators = GeneratorsRestored(watches=False)
+    try:
+        found = _run(model, args, kwargs, generators, training=training)
+    except Untraceable:
+        if not generators.is_unclear:
+            raise
+    else:
+        if not generators.is_unclear:
+            return found
+    return _run(model, args, kwargs, GeneratorsRestored(again=generators), training=training)
+
+
+def _run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    generators: GeneratorsRestored,
+    *,
+    training: bool,
+) -> Trace:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
         twin, stand_ins = fake_copy(model, fake)
@@ -94,7 +120,7 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bo
         recorder = Recorder(owners, buffers, learning, given, batch_size=int(tensors[0].shape[0]))
         try:
             # Parts of the model may be compiled on their own.
-            with recorder.watching(twin), torch.no_grad(), global_generators_restored(), uncompiled(), recorder:
+            with recorder.watching(twin), torch.no_grad(), generators, uncompiled(), recorder:
                 twin.train(training)(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

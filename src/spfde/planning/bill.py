@@ -11,12 +11,12 @@ from typing import Any, get_args
 from torch import nn
 
 from spfde.core.errors import Problems
-from spfde.core.say import say_on_stderr
+from spfde.core.say import counted, say_on_stderr
 from spfde.cost import EpochCost, MemoryTimeline, format_bytes, format_flops
 from spfde.cost.memory import Accounting, memory_timeline
 from spfde.cost.training import epoch_cost, total_cost
 from spfde.model.sample import Sample
-from spfde.planning.blueprint import Blueprint, check_recipe, draw
+from spfde.planning.blueprint import Blueprint, check_recipe, draw, sieving_warning
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
 from spfde.sparsity.layers import describe_left
@@ -183,7 +183,7 @@ class Plan:
         first, since = self.samples_in_use[0], self.samples_in_use.index(self.partial_samples)
         changes = f", {self.partial_samples:,} from epoch {since} on" if since else ""
         lines = [
-            f"Plan: {self.blueprint.epochs} epochs of {first:,} of {self.samples:,} samples{changes} "
+            f"Plan: {counted(self.blueprint.epochs, 'epoch')} of {first:,} of {self.samples:,} samples{changes} "
             "(every figure is modelled)",
             "",
             f"training FLOPs   {format_flops(self.training_flops):>12}   {self.flops_ratio:.1%} of dense "
@@ -217,16 +217,21 @@ class Plan:
         if freeze_plan.resume_epoch is not None:
             how += f", all trained again from epoch {freeze_plan.resume_epoch}"
         lines = [
-            f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the sparse training FLOPs"
+            f"freezing: from epoch {self.start_epoch}, {how}, {freeze_plan.reduction:.1%} of the training FLOPs of the "
+            "same run without freezing"
         ]
+        of_the_bill = self.savings["freezing"] / (self.dense_training_flops - self.savings["sparsity"])
+        if f"{of_the_bill:.1%}" != f"{freeze_plan.reduction:.1%}":
+            lines.append(
+                f"  in the bill {of_the_bill:.1%} of what sparsity leaves: before blocks are frozen, they are pruned"
+            )
         if technique.adapts:
             lines.append(f"  at the latest: a block is frozen earlier where its {technique.criterion} has converged")
         for index, (block, at) in enumerate(zip(self.blueprint.partition.blocks, self.freeze_epochs, strict=True)):
             n_epochs = sum(count > index for count in freeze_plan.frozen)
             when = "never" if at is None else f"epoch {at}"
-            lines.append(
-                f"  {block.name:<24} {when}{f', frozen in {n_epochs} epochs' if n_epochs and technique.thaws else ''}"
-            )
+            length = f", frozen in {counted(n_epochs, 'epoch')}" if n_epochs and technique.thaws else ""
+            lines.append(f"  {block.name:<24} {when}{length}")
         return "\n".join(lines)
 
 
@@ -279,8 +284,9 @@ def plan(
     blueprint = draw(model, sample, recipe, epochs)
     if blueprint.shortfall is not None:
         say_on_stderr(blueprint.shortfall)
-    if blueprint.left_dense_warning is not None:
-        warnings.warn(blueprint.left_dense_warning, stacklevel=2)
+    for words in (blueprint.left_dense_warning, sieving_warning(recipe, epochs)):
+        if words is not None:
+            warnings.warn(words, stacklevel=2)
     timeline = Timeline(blueprint, recipe, samples)
     rows = timeline.rows
     scoring = scoring_flops(blueprint, samples=samples, batch_size=batch_size)

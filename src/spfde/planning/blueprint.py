@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.say import counted
 from spfde.core.torch_private import tree_map_only
 from spfde.cost.flops import LayerCost, ModelCost, model_cost
 from spfde.freezing import ProgressiveFreezing, Savings
@@ -22,6 +23,7 @@ from spfde.model.sample import Sample, unwrap
 from spfde.model.trace import Untraceable, trace
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
+from spfde.sieving import DataSieving
 from spfde.sparsity import SparsityMethod
 from spfde.sparsity.layers import LeftDense, describe_left, left_dense, select_layers
 
@@ -110,11 +112,7 @@ class Blueprint:
         if plan.reduction >= plan.asked - 1e-9:
             return None
         found = f"{plan.reduction:.1%} is frozen" if any(plan.frozen) else "nothing is frozen"
-        reason = (
-            f" ({self.partition.reason})"
-            if not self.partition.blocks
-            else f" in {self.epochs} {'epoch' if self.epochs == 1 else 'epochs'}"
-        )
+        reason = f" ({self.partition.reason})" if not self.partition.blocks else f" in {counted(self.epochs, 'epoch')}"
         return f"freezing saves {plan.asked:.0%} of the training FLOPs where that can be reached; here{reason} {found}"
 
     @property
@@ -314,7 +312,7 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
                 "freezing",
                 technique,
                 f"the model has no block that can be frozen ({blueprint.partition.reason})",
-                "Train it without freezing, or name the blocks with ProgressiveFreezing(blocks=...).",
+                blueprint.partition.remedy or "Train it without freezing.",
             )
         )
     if technique.criterion == "structure" and blueprint.method is None:
@@ -342,6 +340,32 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
         as_far_as_possible=technique.as_far_as_possible,
     )
     return replace(blueprint, freeze_plan=solved)
+
+
+def sieving_warning(recipe: Recipe, epochs: int) -> str | None:
+    """A text where the criterion can say nothing of a sample between two updates; None where it can."""
+    technique, interval = recipe.sieving, recipe.interval(epochs)
+    if technique is None or not recipe.sieves or not isinstance(technique, DataSieving) or epochs < 2:
+        return None
+    needed = technique.make_criterion().presentations_needed
+    if interval >= needed:
+        return None
+    # The last epoch has no update: that many are needed for one behind an interval.
+    longer = max(epochs, needed + 2)
+    is_auto = recipe.update_interval_epochs == "auto"
+    found = (
+        f"the update interval of a run of {counted(epochs, 'epoch')} is {interval}"
+        if is_auto
+        else f"update_interval_epochs is {interval}"
+    )
+    remedies = (
+        [] if is_auto and recipe.interval(longer) >= needed else [f"take update_interval_epochs={needed} or more"]
+    )
+    remedies += [f"train for {longer} epochs or more"] if longer > epochs else []
+    return (
+        f"{found}, and {technique.criterion} can say nothing of a sample that is seen less than {needed} times between "
+        f"two updates: those that are left out are drawn at random. To have them chosen, {' and '.join(remedies)}."
+    )
 
 
 def check_recipe(recipe: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.say import counted
 from spfde.core.technique import Technique, read_named, write_named
 from spfde.freezing import BlockwiseCosine, ProgressiveFreezing
 from spfde.sieving import SievingMethod
@@ -118,7 +119,10 @@ class Recipe(Technique):
         if given == "auto":
             return max(min(5, max(1, round(epochs / 32))), 2 if epochs >= 4 else 1)
         if given > epochs:
-            rule, remedy = f"must not be longer than the run of {epochs} epochs", 'Train longer, or leave it at "auto".'
+            rule, remedy = (
+                f"must not be longer than the run of {counted(epochs, 'epoch')}",
+                'Train longer, or leave it at "auto".',
+            )
             raise InvalidArgument(Problem("update_interval_epochs", given, rule, remedy))
         return given
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from spfde.core.errors import StateMismatch
 from spfde.core.numbers import round_half_up
+from spfde.core.state import check_entries
 from spfde.cost import Ledger, LedgerRow, peak_bytes
 from spfde.cost.memory import memory_of
 from spfde.engines.base import Job
@@ -47,12 +49,18 @@ class Bill(Part):
         dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
         self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
         is_known = setting.blueprint.untraced is None
+        self._is_warned = False
         self._estimated = 0  # samples of shapes that were not measured, in the epochs that ended
         self.passes = Passes(job.given, setting.model, cost, job.sample, is_known=is_known)
+        sampling.unended.computed = self.passes.total
 
     def begin_epoch(self, row: Row) -> None:
         if not self._setting.clock.is_late:
             self.passes.clear()  # what ran before the epoch is no part of it
+
+    def on_step(self) -> None:
+        """A step was taken."""
+        self.passes.on_step()
 
     def end_epoch(self) -> None:
         setting, sampling, clock = self._setting, self._sampling, self._setting.clock
@@ -64,8 +72,8 @@ class Bill(Part):
         overhead = clock.overhead_flops
         if clock.epoch == 0:
             overhead += scoring_flops(blueprint, samples=len(sampling.population), batch_size=sampling.batch_size)
-        passed, flops = self._passed()
-        computed = passed or samples
+        self._say_unseen()
+        passed, computed, flops = self._passed(samples)
         cost = price(
             blueprint,
             row,
@@ -107,14 +115,34 @@ class Bill(Part):
             )
         )
 
-    def _passed(self) -> tuple[int, list[int] | None]:
-        """Samples that all processes computed, and the FLOPs by layer; None where all had the usual shape."""
-        self.passes.settle()
-        of_ranks = self._setting.world.gather((self.passes.samples, self.passes.flops, self.passes.dense_flops))
-        samples = sum(own[0] for own in of_ranks)
-        if all(own[1] is None for own in of_ranks):
-            return samples, None
-        return samples, [sum(of_layer) for of_layer in zip(*(own[2] for own in of_ranks), strict=True)]
+    def _say_unseen(self) -> None:
+        """Warn, once in a session, where steps were taken on passes that nobody has seen."""
+        unseen = self.passes.unseen
+        if unseen and not self._is_warned and self._setting.blueprint.untraced is None:
+            self._is_warned = True
+            warnings.warn(
+                f"before {unseen} optimizer steps no forward pass of the model was seen: it was compiled after attach, "
+                "is called by another method than model(...), or trains in evaluation mode. Their samples are billed "
+                "with the shape that attach saw. Where shapes vary, attach to what torch.compile returns, call that, "
+                "and train in training mode.",
+                stacklevel=4,
+            )
+
+    def _passed(self, seen: int) -> tuple[int, int, list[int] | None]:
+        """Samples in the passes of all processes, those that were computed, and the FLOPs of these by layer.
+
+        Where some passes were seen and others not, each sample of ``seen`` costs as much as those in the former. FLOPs
+        are None where all had the usual shape.
+        """
+        passes = self.passes
+        passes.settle()
+        of_ranks = self._setting.world.gather((passes.samples, passes.unseen, passes.flops, passes.dense_flops))
+        passed = sum(own[0] for own in of_ranks)
+        computed = max(passed, seen) if any(own[1] for own in of_ranks) else passed or seen
+        if all(own[2] is None for own in of_ranks):
+            return passed, computed, None
+        flops = [sum(of_layer) for of_layer in zip(*(own[3] for own in of_ranks), strict=True)]
+        return passed, computed, [of_layer * computed // max(1, passed) for of_layer in flops]
 
     def _dense_samples(self, computed: int, seen: int) -> int:
         """Samples that the dense run would have computed: more by those that the sieve left out, and by no others."""
@@ -131,14 +159,17 @@ class Bill(Part):
         return max(self._sampling.batch_size, -(-computed // max(1, self._setting.clock.steps)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.ledger.state_dict(), "passes": self.passes.state_dict()}
+        own = {"estimated": self._estimated, "passes": self.passes.state_dict()}
+        return {**self.ledger.state_dict(), **own}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        copy(self.ledger).load_state_dict(_without_passes(state))
+        copy(self.ledger).load_state_dict(_of_ledger(state))
+        check_entries({"estimated": state["estimated"]}, "the bill", {"estimated": int})
         self.passes.check_state(state["passes"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ledger.load_state_dict(_without_passes(state))
+        self.ledger.load_state_dict(_of_ledger(state))
+        self._estimated = state["estimated"]
         self.passes.load_state_dict(state["passes"])
 
     def detach(self) -> None:
@@ -154,11 +185,19 @@ class Bill(Part):
             lines.append(
                 f"bill: {estimated:,} samples of shapes that were not measured cost as much as the nearest one"
             )
+        if self.passes.unseen:
+            lines.append(
+                f"bill: {self.passes.unseen:,} steps without a forward pass that was seen: one shape is assumed"
+            )
         return lines
 
 
-def _without_passes(state: Mapping[str, Any]) -> dict[str, Any]:
+_OWN = ("estimated", "passes")
+
+
+def _of_ledger(state: Mapping[str, Any]) -> dict[str, Any]:
     """The ledger's part of the state."""
-    if "passes" not in state:
-        raise StateMismatch("the state of the bill lacks passes. It is damaged, or of another version.")
-    return {name: value for name, value in state.items() if name != "passes"}
+    missing = [name for name in _OWN if name not in state]
+    if missing:
+        raise StateMismatch(f"the state of the bill lacks {missing[0]}. It is damaged, or of another version.")
+    return {name: value for name, value in state.items() if name not in _OWN}

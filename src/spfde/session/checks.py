@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from spfde.core.errors import Problem
 from spfde.core.optimizers import Optimizers
+from spfde.core.say import counted
 from spfde.core.torch_private import layers_of_wrapping, steps_can_be_hooked
 from spfde.model.sample import unwrap
 from spfde.recipe.recipe import Recipe
@@ -22,11 +24,18 @@ if TYPE_CHECKING:
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """The sessions that there are."""
+_NOTING = threading.Lock()  # a set that grows in one thread cannot be iterated in another
 
 
 def note_session(session: Session) -> None:
     """Remember a session that is attached now."""
-    _SESSIONS.add(session)
+    with _NOTING:
+        _SESSIONS.add(session)
+
+
+def _sessions() -> list[Session]:
+    with _NOTING:
+        return list(_SESSIONS)
 
 
 def are_optimizers(given: object) -> bool:
@@ -51,16 +60,17 @@ def check_model(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> lis
 
 def _check_unattached(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
     """Two sessions on one parameter would undo each other's masks."""
+    sessions = _sessions()
     for name, targets in (("model", [model]), ("optimizer", optimizers.each)):
         for target in targets:
-            if any(session.holds(target) for session in _SESSIONS):
+            if any(session.holds(target) for session in sessions):
                 rule = "has a session already"
                 return [Problem(name, type(target).__name__, rule, "Call detach() on that session first.")]
     own = {id(p) for p in model.parameters()}
-    for session in _SESSIONS:
+    for session in sessions:
         shared = session.holds_parameters(own)
         if shared:
-            rule = f"shares {shared} parameters with {session.name_of_model}, which has a session already"
+            rule = f"shares {counted(shared, 'parameter')} with {session.name_of_model}, which has a session already"
             remedy = "Attach one session, to the outer of the two modules, or call detach() on the other first."
             return [Problem("model", type(model).__name__, rule, remedy)]
     return []
@@ -145,7 +155,7 @@ def _check_coverage(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
         problems.append(
             Problem(
                 "optimizer",
-                f"{len(foreign)} parameters of shapes {foreign[:3]}",
+                f"{counted(len(foreign), 'parameter')} of shape {', '.join(map(str, foreign[:3]))}",
                 "holds parameters that are not the model's",
                 "Make the optimizer from model.parameters(), after the model is complete.",
             )
@@ -155,12 +165,12 @@ def _check_coverage(model: nn.Module, optimizers: Optimizers) -> list[Problem]:
             Problem(
                 "optimizer",
                 _some(missing),
-                f"lacks {len(missing)} trainable parameters of the model",
+                f"lacks {counted(len(missing), 'trainable parameter')} of the model",
                 "Add them to the optimizer, pass all optimizers as a list, or set requires_grad=False on them.",
             )
         )
     if twice:
-        rule = f"holds {len(twice)} parameters more than once"
+        rule = f"holds {counted(len(twice), 'parameter')} more than once"
         problems.append(Problem("optimizer", _some(twice), rule, "Give each parameter to one optimizer alone."))
     return problems
 

@@ -73,11 +73,10 @@ class Computing(Part):
     def begin_epoch(self, row: Row) -> None:
         self._asked_for_seeds = False
 
-    def end_epoch(self) -> None:
+    def check_complete(self) -> None:
         clock = self._setting.clock
         frozen = self._setting.timeline.frozen[clock.epoch]
-        is_resumed = clock.is_resumed_at_end
-        if self.caches_prefix and frozen and clock.steps and not self._asked_for_seeds and not is_resumed:
+        if self.caches_prefix and frozen and clock.steps and not self._asked_for_seeds:
             raise UsageError(
                 "a cache was asked for and blocks are frozen, but nothing was cached: augment each batch from "
                 "session.augmentation_seeds(), called once before its forward pass, or attach without cache=."

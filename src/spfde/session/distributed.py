@@ -44,13 +44,20 @@ class World:
         """Whether there is more than one process."""
         return self.size > 1
 
-    def gather(self, item: Any) -> list[Any]:
-        """``item`` of every rank, in order of rank. Every rank has to call it."""
-        if not self.is_shared:
-            return [item]
-        items: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(items, item)
-        return items
+    def gather(self, item: Any, error: Exception | None = None) -> list[Any]:
+        """``item`` of every rank, in order of rank. Every rank has to call it.
+
+        A rank that has found something wrong passes its ``error``, so that the others do not wait for it: it is raised
+        here, and wherever they gather next, whatever that is, they raise ``UsageError``.
+        """
+        items: list[Any] = [(error is not None, item)] * self.size
+        if self.is_shared:
+            torch.distributed.all_gather_object(items, items[0])
+        if error is not None:
+            raise error
+        if any(failed for failed, _ in items):
+            raise UsageError("another rank has found something wrong, and says what. All ranks end here.")
+        return [own for _, own in items]
 
     def sum(self, value: int) -> int:
         """The sum over the ranks. Every rank has to call it."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.freezing.arrivals import Arrivals
 from spfde.freezing.freezer import Freezer, is_held
@@ -25,12 +26,13 @@ class Freezing(Part):
             setting.model, setting.blueprint.partition.blocks, setting.optimizer, setting.blueprint.updating
         )
         self.remembers = self.freezer
+        self._at_detach: int | None = None
         self._arrivals = Arrivals(setting.model, setting.blueprint.partition.blocks) if setting.recipe.freezes else None
 
     @property
     def n_frozen(self) -> int:
-        """Number of frozen blocks."""
-        return self.freezer.n_frozen
+        """Number of frozen blocks; once detached, of those that were frozen then."""
+        return self.freezer.n_frozen if self._at_detach is None else self._at_detach
 
     def begin_epoch(self, row: Row) -> None:
         before = self.n_frozen
@@ -61,6 +63,7 @@ class Freezing(Part):
         check_entries(state, "the frozen blocks", {"n_frozen": int, "blocks": list})
 
     def detach(self) -> None:
+        self._at_detach = self.freezer.n_frozen
         self.freezer.freeze_to(0)
         if self._arrivals is not None:
             self._arrivals.close()
@@ -68,15 +71,19 @@ class Freezing(Part):
     def summarise(self) -> list[str]:
         blueprint = self._setting.blueprint
         blocks, epochs = len(blueprint.partition.blocks), list(blueprint.freeze_plan.freeze_epochs)
-        lines = [f"freezing: {self.n_frozen} of {blocks} blocks frozen; freeze epochs {epochs}"]
+        lines = [f"freezing: {self.n_frozen} of {counted(blocks, 'block')} frozen; freeze epochs {epochs}"]
         return lines if self._setting.recipe.learning_rate is not None else [*lines, "learning rate: the caller’s"]
 
     def describe(self) -> list[str]:
         held = [name for name, module in self._setting.model.named_modules() if is_held(module)]
+        arrivals = 0 if self._arrivals is None else self._arrivals.n_watched
+        lines = [f"hooked: the gradients of {arrivals} parameters, once each, to see that they arrive (freezing)"]
+        lines = lines if arrivals else []
         if not held:
-            return []
+            return lines
         return [
-            f"replaced: train() of {len(held)} norms, which frozen blocks hold in evaluation mode:",
+            *lines,
+            f"replaced: train() of {counted(len(held), 'norm')}, which frozen blocks hold in evaluation mode:",
             *(f"  {name}" for name in held),
         ]
 
@@ -100,6 +107,9 @@ class Rates(Part):
 
     def verify(self) -> None:
         self.remembers.check()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        self.remembers.check_state(state)
 
     def detach(self) -> None:
         self.remembers.join()

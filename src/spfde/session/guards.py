@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from spfde.core.checksum import checksums
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.hooks import weakly
 from spfde.core.optimizers import inside
+from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.core.torch_private import PARAMETERS, active_ddp, n_reduced
 from spfde.planning.timeline import Row
+from spfde.session.backward import BackwardPasses
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
@@ -32,6 +34,7 @@ class Guards(Part):
         setting: the session's.
         masks: of the weights.
         freezing: of the blocks.
+        backward: tells of backward passes.
 
     Attributes:
         trusts_weights: whether a state is loaded whatever weights the model has, as long as its masks hold for them.
@@ -39,7 +42,7 @@ class Guards(Part):
 
     name = "guards"
 
-    def __init__(self, setting: Setting, masks: WholeModel, freezing: Freezing) -> None:
+    def __init__(self, setting: Setting, masks: WholeModel, freezing: Freezing, backward: BackwardPasses) -> None:
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self.trusts_weights = False
         modules = dict(setting.model.named_modules())
@@ -49,20 +52,15 @@ class Guards(Part):
         ]
         self._held = {id(p) for group in setting.optimizer.param_groups for p in group["params"]}
         self._said = False
-        self._passes, self._before = 0, self._content()
-        self._handles: list[RemovableHandle] = []
+        self._before = self._content()
         self._look: RemovableHandle | None = None
-        trained = [p for *_, p in self._parameters if p.requires_grad and id(p) in self._held]
-        if trained:
-            # The last one: it is never frozen.
-            counts = torch.compiler.disable(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
-            self._handles.append(trained[-1].register_post_accumulate_grad_hook(counts))  # type: ignore[no-untyped-call]
+        self._backward = backward
+        backward.tell(self._on_gradient)
         self._await_wrapper()
 
     # --- when it looks -----------------------------------------------------------------------------------------------
 
     def begin_epoch(self, row: Row) -> None:
-        self._passes = 0
         self._before = self._content()
 
     def before_masks(self) -> None:
@@ -78,22 +76,17 @@ class Guards(Part):
             self._check_groups()
 
     def verify(self) -> None:
-        found = None
-        try:
-            self._check_parameters()
-            self._check_groups()
-            self._check_steps()
-            self._enforce_masks()
-        except UsageError as error:
-            found = error
-        self._check_ranks(found)
-        if found is not None:
-            raise found
+        self._check_parameters()
+        self._check_groups()
+        self._check_steps()
+        self._enforce_masks()
 
     def detach(self) -> None:
         self._stop_looking()
-        for handle in self._handles:
-            handle.remove()
+
+    def describe(self) -> list[str]:
+        wrapper = "hooked: the model's forward pass, once, to see the DistributedDataParallel that it is in (guards)"
+        return [] if self._look is None else [wrapper]
 
     # --- what it looks for -------------------------------------------------------------------------------------------
 
@@ -101,27 +94,28 @@ class Guards(Part):
         """Are the model's parameters those that the masks and the optimizer hold?"""
         for name, module, leaf, parameter in self._parameters:
             if vars(module)[PARAMETERS].get(leaf) is not parameter:
-                self._raise_replaced(f"{name} of the model")
+                self._raise_replaced(f"'{name}' of the model")
 
     def _check_groups(self) -> None:
         now = {id(p) for group in self._setting.optimizer.param_groups for p in group["params"]}
         if not self._held <= now:
-            self._raise_replaced(f"{len(self._held - now)} of the optimizer's parameters")
+            missing = counted(len(self._held - now), "parameter")
+            self._raise_replaced(f"{missing} of the optimizer")
         current = dict(self._setting.model.named_parameters())
         for name, _, _, parameter in self._parameters:
             if current.get(name) is not parameter:
-                self._raise_replaced(f"{name} of the model")
+                self._raise_replaced(f"'{name}' of the model")
 
     def _raise_replaced(self, what: str) -> None:
         raise UsageError(
-            f"{what} was replaced by another tensor since attach (load_state_dict(assign=True), fully_shard, "
-            "parametrizations and copies of modules do that): the masks and the optimizer hold one that is gone. Do it "
+            f"replaced by other tensors since attach: {what}. load_state_dict(assign=True), fully_shard, "
+            "parametrizations and copies of modules do that, and the masks and the optimizer hold what is gone. Do it "
             "before the optimizer is made, and attach again; or write into the parameters, as load_state_dict does."
         )
 
     def _check_steps(self) -> None:
         """Have the weights moved in an epoch without a step of the optimizer that was attached?"""
-        if self._setting.clock.steps or not self._passes or self._setting.clock.phase == "between":
+        if self._setting.clock.steps or not self._backward.count or self._setting.clock.phase == "between":
             return
         if self._content() == self._before:
             return  # evaluated, accumulated, or skipped by a scaler
@@ -134,8 +128,8 @@ class Guards(Part):
         ]
         remedy = f"Attach to {inner[0]}" if inner else "Attach to that one"
         raise UsageError(
-            f"the weights have moved in {self._passes} backward passes, but step() of {', '.join(names)} was never "
-            "called: another optimizer steps, around the hooks, and nothing is masked or counted. "
+            f"the weights have moved in {self._backward.count} backward passes, but step() of {', '.join(names)} was "
+            "never called: another optimizer steps, around the hooks, and nothing is masked or counted. "
             f"{remedy}, whose step() runs."
         )
 
@@ -144,25 +138,23 @@ class Guards(Part):
         if found and not self._said:
             self._said = True
             warnings.warn(
-                f"weights outside the masks were not zero in {len(found)} tensors ({found[0]}), or are not those that "
+                f"weights outside the masks were not zero in {_some(found)}, or are not those that "
                 "the last step left: something has loaded, averaged or moved them beside the optimizer. They are "
                 "masked again, now and from here on. Average and load masked weights, or attach to what steps.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
-    def _check_ranks(self, found: UsageError | None) -> None:
+    def compare_ranks(self, found: Exception | None) -> None:
+        """Raise what this rank's parts have found; ``UsageError`` where others have, or have drifted apart."""
         world = self._setting.world
+        every = world.gather((checksums(self._masks.masks), self._content()) if world.is_shared else None, found)
         if not world.is_shared:
             return
-        own = (found is not None, checksums(self._masks.masks), self._content())
-        every = world.gather(own)
-        if found is None and any(failed for failed, *_ in every):
-            raise UsageError("another rank has found something wrong, and says what. All ranks end here.")
         for what, at, remedy in (
-            ("masks", 1, "Attach with one seed and one recipe, to equal weights, and let every rank take each step"),
+            ("masks", 0, "Attach with one seed and one recipe, to equal weights, and let every rank take each step"),
             (
                 "weights",
-                2,
+                1,
                 "Wrap the model in DistributedDataParallel(model, find_unused_parameters=True) before blocks are "
                 "frozen, on every rank, and call the wrapped model",
             ),
@@ -171,7 +163,7 @@ class Guards(Part):
             names = [name for name in first if any(other[at].get(name) != first[name] for other in every)]
             if names:
                 raise UsageError(
-                    f"the {what} of {len(names)} tensors ({names[0]}) differ between the ranks: each trains on "
+                    f"the {what} of {_some(names)} differ between the ranks: each trains on "
                     f"gradients of its own. {remedy}."
                 )
 
@@ -223,7 +215,7 @@ class Guards(Part):
         other = [name for name, number in now.items() if state["weights"].get(name) != number]
         if other:
             raise StateMismatch(
-                f"the weights of {len(other)} tensors ({other[0]}) are not those that the state was saved with. "
+                f"the weights of {_some(other)} are not those that the state was saved with. "
                 "Either attach first, then load the model, the optimizer and the session, in this order; or load the "
                 "model first and pass the session's state to attach(state=...)."
             )
@@ -235,8 +227,7 @@ class Guards(Part):
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        self._passes += 1
-        if self._passes in _LOOKS:
+        if self._backward.count in _LOOKS:
             self._check_steps()
 
     def _content(self) -> dict[str, int]:
@@ -244,3 +235,8 @@ class Guards(Part):
 
     def _masked_content(self) -> dict[str, int]:
         return checksums({name: p for name, _, _, p in self._parameters if name in self._masks.masks})
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many tensors, and the first one's name."""
+    return f"{counted(len(names), 'tensor')} ('{names[0]}')"

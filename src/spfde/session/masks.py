@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spfde.core.errors import UsageError
+from spfde.core.say import counted
 from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
 from spfde.sparsity import SparsityMethod
@@ -19,7 +20,7 @@ class WholeModel(Part):
 
     name = "masks"
     masks: Mapping[str, Tensor] = {}
-    density = 1.0
+    density = target_density = 1.0
     explored = 1.0
     dense_gradient_steps = 0
     wants_dense_gradients: frozenset[str] = frozenset()
@@ -72,6 +73,13 @@ class Masks(WholeModel):
         return self.masker.density
 
     @property
+    def target_density(self) -> float:  # type: ignore[override]
+        """Active share of the masked tensors that the recipe asks for."""
+        layers, masked = self.masker.layers, self._setting.blueprint.masked
+        active = sum(masked[name].target * layer.unit_size for name, layer in layers.items())
+        return active / sum(layer.numel for layer in layers.values())
+
+    @property
     def explored(self) -> float:  # type: ignore[override]
         """Share of the masked weights that have been active at some time."""
         return self.masker.explored
@@ -122,7 +130,7 @@ class Masks(WholeModel):
     def describe(self) -> list[str]:
         names = list(self.masks)
         return [
-            f"hooked: the optimizer's steps and the gradients of {len(names)} tensors (masks):",
+            f"hooked: the optimizer's steps and the gradients of {counted(len(names), 'tensor')} (masks):",
             *(f"  {name}" for name in names),
         ]
 

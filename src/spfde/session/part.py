@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spfde.core.clock import Clock
-from spfde.core.optimizers import Optimizers
+from spfde.core.optimizers import LeadingSteps, Optimizers
 from spfde.core.state import check_entries
 from spfde.planning.blueprint import Blueprint
 from spfde.planning.timeline import Row, Timeline
@@ -33,6 +33,7 @@ class Setting:
         world: the processes that train together.
         clock: epochs, steps and seconds.
         generator: the one source of randomness of masks, growth and sieving; saved once, by the session.
+        leading: which steps count, where there are several optimizers.
     """
 
     model: nn.Module
@@ -44,6 +45,10 @@ class Setting:
     world: World
     clock: Clock = field(default_factory=Clock)
     generator: torch.Generator = field(default_factory=torch.Generator)
+    leading: LeadingSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leading = LeadingSteps(self.optimizer.each)
 
     @property
     def device(self) -> torch.device:
@@ -66,17 +71,20 @@ class Part:
         """The top of an epoch, in the order of the parts; ``row`` is the timeline's, as the parts before amended it."""
 
     def end_epoch(self) -> None:
-        """The bottom of an epoch, in the order of the parts.
-
-        Raises:
-            UsageError: the epoch is not complete.
-        """
+        """The bottom of an epoch, in the order of the parts."""
 
     def verify(self) -> None:
         """See whether what it promises still holds: at the bottom of each epoch, and when the user asks for it.
 
         Raises:
             UsageError: it does not, with what was seen and the remedy.
+        """
+
+    def check_complete(self) -> None:
+        """Before the bottom of an epoch: whether all was done that belongs to it. Other ranks may find other things.
+
+        Raises:
+            UsageError: it was not, with the remedy.
         """
 
     def check_state(self, state: Mapping[str, Any]) -> None:

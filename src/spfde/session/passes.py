@@ -39,6 +39,7 @@ class Passes:
     Attributes:
         samples: samples that went through the model, as the first dimension of its first tensor counts them.
         estimated: samples whose shape was not measured.
+        unseen: optimizer steps of all epochs so far without a pass that was seen before them.
     """
 
     def __init__(
@@ -52,17 +53,20 @@ class Passes:
         self._measured: dict[str, tuple[int, list[int]]] = {}  # elements and FLOPs of a sample, by kind
         hooked = given if compiled_inside(given) is not None else model
         self._handle = hooked.register_forward_pre_hook(_Count(self), with_kwargs=True)
+        self.unseen = 0
         self.clear()
 
     def clear(self) -> None:
         """Begin to count anew."""
         self._counts.clear()
         self.samples, self.estimated = 0, 0
+        self._ahead = 0  # passes in this epoch without a step behind them
         self._is_usual = True
         self._flops = [0] * len(self._forward)
 
     def count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass with these arguments begins."""
+        self._ahead += 1
         if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
             shapes: Shapes = (args[0].shape,)
         else:
@@ -75,6 +79,13 @@ class Passes:
                 self._calls.setdefault(shapes, on_meta)
         else:
             self._counts[shapes] = known + 1
+
+    def on_step(self) -> None:
+        """The optimizer has taken a step: a pass of the model came before it, or several."""
+        if self._ahead:
+            self._ahead -= 1
+        else:
+            self.unseen += 1
 
     def settle(self) -> None:
         """Price what was counted since the last time."""
@@ -91,6 +102,10 @@ class Passes:
                 self._flops[index] += rows * of_layer
         self._counts.clear()
         self._calls.clear()
+
+    def total(self) -> int:
+        """Samples that went through the model, with those that are not settled."""
+        return self.samples + sum(passes * _rows(shapes) for shapes, passes in self._counts.items())
 
     @property
     def flops(self) -> list[int] | None:
@@ -141,6 +156,7 @@ class Passes:
         return {
             "samples": self.samples,
             "estimated": self.estimated,
+            "unseen": self.unseen,
             "is_usual": self._is_usual,
             "flops": list(self._flops),
             "measured": [[kind, size, list(flops)] for kind, (size, flops) in self._measured.items()],
@@ -148,7 +164,7 @@ class Passes:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ``StateMismatch`` for a state that cannot be loaded."""
-        kinds = {"samples": int, "estimated": int, "is_usual": bool, "flops": list, "measured": list}
+        kinds = {"samples": int, "estimated": int, "unseen": int, "is_usual": bool, "flops": list, "measured": list}
         check_entries(state, "the counts of the bill", kinds)
         measured = state["measured"]
         is_whole = all(isinstance(own, (list, tuple)) and len(own) == 3 for own in measured)
@@ -163,7 +179,7 @@ class Passes:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self.clear()
-        self.samples, self.estimated = state["samples"], state["estimated"]
+        self.samples, self.estimated, self.unseen = state["samples"], state["estimated"], state["unseen"]
         self._is_usual, self._flops = state["is_usual"], list(state["flops"])
         self._measured = {kind: (size, list(flops)) for kind, size, flops in state["measured"]}
 

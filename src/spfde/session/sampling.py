@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
-from spfde.core.hooks import weakly
 from spfde.planning.timeline import Row
+from spfde.session.backward import BackwardPasses
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
+from spfde.session.unended import Unended
 from spfde.sieving.batch_sampler import SievedBatchSampler
 from spfde.sieving.loader import SievedLoader, loader_generators, population_of
 from spfde.sieving.stream import StreamLoader
@@ -34,10 +35,13 @@ class Sampling(Part):
         by_report: each batch needs a report; otherwise it is done with when it has been trained on.
 
     Attributes:
+        needs_reports: see ``by_report``.
         population: ids of all samples, ascending.
         batch_size: of the loader.
         dense_samples: samples that the plain loop trains on in an epoch, by all processes together.
         tickets: of the batches that were drawn from ``loader`` in this epoch.
+        backward: tells of backward passes.
+        unended: looks for an epoch that goes on and on.
         is_surplus: ``loader`` runs again, though its epoch is complete and has not ended.
     """
 
@@ -53,7 +57,7 @@ class Sampling(Part):
         by_report: bool = False,
     ) -> None:
         self._setting = setting
-        self._by_report = by_report
+        self.needs_reports = by_report
         self._is_dealt = False
         if isinstance(loader, StreamLoader):
             self.loader, self.batch_size = loader, loader.batch_size
@@ -61,15 +65,16 @@ class Sampling(Part):
         else:
             self.loader = self._share(loader, keep)
         self.tickets = Tickets(by_report=by_report)
-        self._handles = [] if by_report else _hook_gradients(setting, self.tickets)
+        self.backward = BackwardPasses(setting.model, *([] if by_report else [self.tickets.train]))
         self._place: tuple[int, list[Tensor]] | None = None  # where a loaded epoch goes on, until it does
-        self._is_warned = False
+        samples = self.dense_samples if self._is_dealt else self.dense_samples // setting.world.size
+        self.unended = Unended(setting.clock, samples, self.batch_size)
         self._reset()
 
     def _share(self, loader: DataLoader[Any], keep: Callable[[], Tensor | None]) -> SievedLoader:
         assert loader.batch_size is not None, "attach lets no such loader in"
         self.population, self.batch_size = population_of(loader), loader.batch_size
-        self.dense_samples = _samples_per_epoch(loader)
+        self.dense_samples = samples_of_epoch(loader)
         share, world = (0, 1), self._setting.world
         if deals_out(loader, world):
             share, self._is_dealt = (world.rank, world.size), True
@@ -132,7 +137,7 @@ class Sampling(Part):
         ticket = self.tickets.ask()
         # Two backward passes of one batch close its ticket, and it is still the one in hand.
         samples: Tensor | None = None if ticket is None else ticket.ids
-        if ticket is None and not self._by_report:
+        if ticket is None and not self.needs_reports:
             samples = self.loader.current_indices
         if samples is None:
             raise UsageError(
@@ -146,16 +151,10 @@ class Sampling(Part):
     def on_loader_start(self) -> None:
         """``session.loader`` is iterated, and no epoch has begun for it yet."""
         clock = self._setting.clock
-        if clock.phase in ("between", "begun") or not clock.steps or not self.is_complete:
+        if clock.phase in ("between", "begun") or not clock.steps or self.is_surplus:
             return
-        if not self.is_surplus:
-            warnings.warn(
-                "session.loader was started again while its epoch has not ended, so nothing is mutated, frozen or "
-                "sieved. Loop over session.epochs(), or call session.end_epoch() after each epoch; for evaluation take "
-                "another loader.",
-                stacklevel=6,
-            )
-        self.is_surplus = True
+        self.unended.check_start(is_complete=self.is_complete)
+        self.is_surplus = self.is_complete
 
     def note_drawn(self) -> None:
         """The epoch of the iteration has begun: what is handed out from now on adds to what was drawn before."""
@@ -164,6 +163,7 @@ class Sampling(Part):
         # Batches of an iteration that was left early, and that nobody trained on, are drawn once more.
         self._drawn_before = self._setting.clock.samples_drawn - self._samples_left()
         self._is_iterated = True
+        self.unended.start()
         self.tickets.begin(self.loader.iteration + 1)
         if self._place is not None:
             taken, started_with = self._place
@@ -193,15 +193,8 @@ class Sampling(Part):
 
     def on_step(self) -> None:
         """The optimizer has taken a step."""
-        clock, allowed = self._setting.clock, self._steps_allowed
-        if allowed is not None and clock.steps > max(allowed, self._batches) and not self._is_warned:
-            self._is_warned = True
-            warnings.warn(
-                f"epoch {clock.epoch} has had more optimizer steps than the loader has batches ({allowed}), and has "
-                "not ended, so nothing is mutated, frozen or sieved. Loop over session.epochs(), or call "
-                "session.end_epoch() after each epoch.",
-                stacklevel=4,
-            )
+        allowed = self._steps_allowed
+        self.unended.check_step(None if allowed is None else max(allowed, self._batches))
 
     def before_step(self) -> None:
         """The optimizer is about to take a step.
@@ -296,6 +289,7 @@ class Sampling(Part):
         self._steps_allowed = None if length is None else length + (clock.steps if taken == ANEW else 0)
         if taken == ANEW:
             self._steps_before = clock.steps
+            self.unended.begin(anew=True)
             warnings.warn(
                 f"The state was taken in the middle of epoch {clock.epoch}, and the batches taken of it cannot be "
                 "passed over (they are not from session.loader, or several processes sieve): the epoch begins anew, "
@@ -305,6 +299,8 @@ class Sampling(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self._reset()
+        self.unended.begin()
+        self.backward.watch()
         self._place = None
         self._steps_allowed = self._length()
 
@@ -314,16 +310,18 @@ class Sampling(Part):
             return self.loader.states_at_end()
         return [generator.get_state() for generator in loader_generators(self.loader)]
 
+    def check_complete(self) -> None:
+        if self.tickets.is_asked and self.loader.is_ended and not self.needs_reports and (left := self._left()):
+            raise UsageError(
+                f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "
+                "batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
+            )
+
     def end_epoch(self) -> None:
         if self._setting.clock.is_resumed_at_end:
             return
         if self.is_all_drawn and not self.is_surplus:
             self.loader.asks_for_more = self.loader.is_ended
-        if self.tickets.is_asked and self.loader.is_ended and not self._by_report and (left := self._left()):
-            raise UsageError(
-                f"{len(left)} batches of session.loader were drawn and not trained on, so it cannot be told which "
-                "batch augmentation_seeds() or loss_weights() was asked for. Pass indices= to them."
-            )
         if self._is_dealt and self._setting.world.disagrees(self.loader.started_with[:-1]):
             raise UsageError(
                 "the ranks drew this epoch's batches in different orders, so that some samples were seen twice and "
@@ -333,29 +331,24 @@ class Sampling(Part):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._reset()
+        self.unended.begin()
         self._place = None
         self.loader.go_on(None)
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.backward.stop()
         self.loader.end_workers()
 
     def summarise(self) -> list[str]:
         return [f"sieving: {len(self.partial_set):,} of {len(self.population):,} samples in use"]
 
     def describe(self) -> list[str]:
-        return ["made: session.loader, whose batches drive the clock; your loader stays as it is"]
+        lines = ["made: session.loader, whose batches drive the clock; your loader stays as it is"]
+        n = self.backward.n_watched
+        return [*lines, f"hooked: the gradients of {n} parameters, to see backward passes (sampling, guards)"]
 
 
-def _hook_gradients(setting: Setting, tickets: Tickets) -> list[Any]:
-    """Count the backward passes by the last parameters, which are frozen last."""
-    hook = weakly(tickets.train)
-    learning = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
-    return [p.register_post_accumulate_grad_hook(hook) for p in learning[-2:]]  # type: ignore[no-untyped-call]
-
-
-def _samples_per_epoch(loader: DataLoader[Any]) -> int:
+def samples_of_epoch(loader: DataLoader[Any]) -> int:
     """Samples that the plain loop trains on in an epoch."""
     assert loader.batch_size is not None
     try:

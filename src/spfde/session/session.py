@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from spfde.core.errors import UsageError
 from spfde.core.hooks import weakly
-from spfde.core.optimizers import LeadingSteps
 from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
@@ -86,12 +85,11 @@ class Session(SessionView):
             else SievedSampling(setting, loader, labels)
         )
         self.loader = self._sampling.loader
-        self._leading = LeadingSteps()
         self._handles = setting.optimizer.hook(self._before_step, self._after_step)
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
         self._bill = Bill(setting, self._sampling, self._masks, job)
-        self._guards = Guards(setting, self._masks, self._freezing)
+        self._guards = Guards(setting, self._masks, self._freezing, self._sampling.backward)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
         converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.
@@ -117,7 +115,11 @@ class Session(SessionView):
         while self._attached and self.epoch < len(self.timeline):
             self._begin_epoch()
             epoch = self.epoch
-            yield epoch
+            self._sampling.unended.n_loops += 1
+            try:
+                yield epoch
+            finally:
+                self._sampling.unended.n_loops -= 1
             # The loop's body may have ended the epoch, or the session.
             if self._attached and self.epoch == epoch:
                 self.end_epoch()
@@ -132,6 +134,7 @@ class Session(SessionView):
         if self._clock.is_resumed_at_end:
             self.end_epoch()
         self._begin_epoch()
+        self._sampling.unended.is_begun_by_hand = True
 
     def end_epoch(self) -> None:
         """Close the running epoch: its row goes into the bill. ``epochs`` calls it; callbacks call it themselves.
@@ -147,7 +150,7 @@ class Session(SessionView):
                 "session.epochs() calls it for you."
             )
         if not clock.is_resumed_at_end:
-            self.verify()
+            self._verify(is_end=True)
         self._begin_epoch()
         for part in self._parts:
             if part not in self._have_ended:
@@ -163,7 +166,7 @@ class Session(SessionView):
         if clock.phase == "between" and clock.epoch < len(self.timeline):
             join_first(self._setting.world)
             self._guards.before_masks()
-            self._leading.reset()
+            self._setting.leading.reset()
             self._to_begin, self._have_ended = list(self._parts), []
             clock.begin_epoch()
             clock.is_late = is_late
@@ -276,7 +279,8 @@ class Session(SessionView):
         self._sampling.before_step()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._leading.leads(optimizer):
+        self._sampling.tickets.stepped(optimizer)
+        if not self._setting.leading.leads(optimizer):
             return
         clock = self._clock
         if clock.phase == "begun":
@@ -286,13 +290,14 @@ class Session(SessionView):
         clock.steps += 1
         self._sampling.on_step()
         self._freezing.on_step()
+        self._bill.on_step()
 
     # --- attaching and detaching -----------------------------------------------------------------------------------
 
     def detach(self) -> None:
         """Undo everything: hooks, frozen flags, held BatchNorms and the split of the optimizer's groups.
 
-        The weights stay as they are, zeros included; ``masks`` and ``cost`` can still be read.
+        The weights stay as they are, zeros included; ``masks``, ``cost`` and ``frozen_blocks`` can still be read.
         """
         if not self._attached:
             return

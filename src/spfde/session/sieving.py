@@ -80,15 +80,16 @@ class SievedSampling(Sampling):
             self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels)
             self._scorer.reset()
 
+    def check_complete(self) -> None:
+        self._check_reported()
+        if self._technique.rescales and self._setting.clock.steps and not self._asked_for_weights:
+            raise UsageError(
+                "rescale_loss is set, but the losses were not weighted: multiply each sample's loss by "
+                "session.loss_weights() before taking the mean, or set rescale_loss=False."
+            )
+        super().check_complete()
+
     def end_epoch(self) -> None:
-        clock = self._setting.clock
-        if not clock.is_resumed_at_end:
-            self._check_reported()
-            if self._technique.rescales and clock.steps and not self._asked_for_weights:
-                raise UsageError(
-                    "rescale_loss is set, but the losses were not weighted: multiply each sample's loss by "
-                    "session.loss_weights() before taking the mean, or set rescale_loss=False."
-                )
         super().end_epoch()
         self._observer.exchange()
 
@@ -113,7 +114,7 @@ class SievedSampling(Sampling):
         Tickets of a loop that was left early may be of batches that a loader fetched ahead of it.
         """
         clock, left = self._setting.clock, len(self._left())
-        if not self._by_report:
+        if not self.needs_reports:
             return
         if left and (self.is_all_drawn or not self._n_reports or clock.steps > self._n_reports):
             self._is_told = True
@@ -144,19 +145,19 @@ class SievedSampling(Sampling):
 
     def _exchange_if_complete(self) -> None:
         """With several processes a state must be complete without the others' help."""
-        if self._setting.world.is_shared and self._by_report and not self.is_surplus and self.is_complete:
+        if self._setting.world.is_shared and self.needs_reports and not self.is_surplus and self.is_complete:
             self._observer.exchange()
 
     def _untrained(self) -> list[Ticket]:
         left = self._left()
-        if not self._by_report:
+        if not self.needs_reports:
             return left
         # A step without a report came of the oldest one.
         return left[max(0, self._setting.clock.steps - self._n_reports) :]
 
     def _can_go_on(self) -> bool:
         # What the others observed in this epoch is not known yet.
-        return not (self._setting.world.is_shared and self._by_report)
+        return not (self._setting.world.is_shared and self.needs_reports)
 
     def state_dict(self) -> dict[str, Any]:
         if not self._setting.world.is_shared:

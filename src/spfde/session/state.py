@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from spfde.core.clock import Clock
-from spfde.core.errors import StateMismatch
+from spfde.core.errors import StateMismatch, shortened
+from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.session.freezing import Freezing
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import ANEW, Sampling
 from spfde.sieving.loader import loader_generators
 
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -24,11 +25,22 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "run": dict,
     "seed": int,
     "clock": dict,
+    "optimizer_steps": list,
     "place": dict,
     "generator": Tensor,
     "loader_generators": list,
     "timeline": dict,
     "parts": dict,
+}
+
+
+#: What is called otherwise in the state than by users.
+_NAMES = {
+    "interval": "update_interval_epochs",
+    "samples": "the number of samples",
+    "batch_size": "the loader's batch_size",
+    "blocks": "the list of blocks",
+    "loader_generators": "the number of generators that the loader and its sampler have",
 }
 
 
@@ -41,6 +53,7 @@ def save_state(setting: Setting, parts: Sequence[Part], sampling: Sampling) -> d
         "run": _run(setting, sampling),
         "seed": setting.seed,
         "clock": clock,
+        "optimizer_steps": list(setting.leading.counts),
         "place": sampling.place(clock["phase"]),
         "generator": setting.generator.get_state(),
         "loader_generators": sampling.generator_states(),
@@ -63,12 +76,14 @@ def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, stat
     for part in parts:
         part.check_state(state["parts"][part.name])
     Clock().load_state_dict(state["clock"])
+    setting.leading.check(state["optimizer_steps"])
     _check_place(state["place"], len(loader_generators(sampling.loader)))
     setting.timeline.load_state_dict(state["timeline"])
     # What is frozen has no gradient: it is frozen before the masks look for those that learn.
     for part in sorted(parts, key=lambda part: not isinstance(part, Freezing)):
         part.load_state_dict(state["parts"][part.name])
     setting.clock.load_state_dict(state["clock"])
+    setting.leading.counts = list(state["optimizer_steps"])
     for generator, own in zip(generators, saved, strict=True):
         generator.set_state(own.cpu())
     setting.seed = state["seed"]
@@ -105,14 +120,16 @@ def _check_agreement(state: Mapping[str, Any], *, recipe: Mapping[str, Any], run
             was, now = _first_difference(theirs, mine)
             raise StateMismatch(
                 f"the state is of another {what}: there {was}, here {now}. "
-                "Attach the same model, loader, recipe and number of epochs as in the saved run."
+                "Go on with the model, loader, recipe and number of epochs of the saved run."
             )
 
 
 def _check_generators(saved: Sequence[Any], count: int) -> None:
     """Refuse states of generators that cannot be loaded."""
     if len(saved) != count:
-        raise StateMismatch(f"the state has {len(saved)} generators, and this session {count}. It is damaged.")
+        raise StateMismatch(
+            f"the state has {counted(len(saved), 'generator')}, and this session {count}. It is damaged."
+        )
     for own in saved:
         try:
             torch.Generator().set_state(own.cpu())
@@ -134,4 +151,14 @@ def _first_difference(theirs: Any, mine: Any, path: str = "") -> tuple[str, str]
         for name in dict.fromkeys([*theirs, *mine]):
             if theirs.get(name) != mine.get(name):
                 return _first_difference(theirs.get(name), mine.get(name), f"{path}.{name}" if path else str(name))
-    return f"{path} is {theirs}", f"{path} is {mine}"
+    name = _NAMES.get(path, path)
+    return f"{name} is {_told(theirs)}", f"{name} is {_told(mine)}"
+
+
+def _told(value: Any) -> str:
+    """A value in a line; of a technique its method, for the other side may have none."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return str(value.get("method", "on"))
+    return shortened(value)

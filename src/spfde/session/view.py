@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from spfde.core.clock import Clock
+from spfde.core.clock import Clock, Phase
 from spfde.core.errors import UsageError
 from spfde.cost.ledger import Ledger
 from spfde.planning.timeline import Timeline
 from spfde.session.bill import Bill
 from spfde.session.computing import Computing
 from spfde.session.freezing import Freezing
+from spfde.session.guards import Guards
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
@@ -32,11 +34,40 @@ class SessionView:
     _masks: WholeModel
     _freezing: Freezing
     _bill: Bill
+    _guards: Guards
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it follows the loop: until ``detach``.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.is_attached
+            True
+            >>> session.detach()
+            >>> session.is_attached
+            False
+        """
+        return self._attached
 
     @property
     def epoch(self) -> int:
         """The epoch that runs now or comes next, from 0."""
         return self._clock.epoch
+
+    @property
+    def phase(self) -> Phase:
+        """Where in an epoch it stands: "between" two, "begun", "running", or "drained": all its batches are drawn.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.phase
+            'between'
+            >>> session.begin_epoch()
+            >>> session.phase
+            'begun'
+        """
+        return self._clock.phase
 
     @property
     def step(self) -> int:
@@ -60,7 +91,7 @@ class SessionView:
 
     @property
     def frozen_blocks(self) -> int:
-        """Number of frozen blocks."""
+        """Number of frozen blocks; of a detached session, of those that were frozen when it was detached."""
         return self._freezing.n_frozen
 
     @property
@@ -94,6 +125,42 @@ class SessionView:
         return {"moved": self._clock.sieve_moved, "ever_used": self._sampling.n_used}
 
     @property
+    def needs_reports(self) -> bool:
+        """Whether ``observe`` has to be called once a batch; not where nothing is sieved, or by chance alone.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.needs_reports
+            False
+        """
+        return self._sampling.needs_reports
+
+    @property
+    def samples_observed(self) -> int:
+        """Samples that were reported to ``observe`` in this epoch; 0 where nothing is sieved.
+
+        Example:
+            >>> recipe = spfde.Recipe(sieving=spfde.DataSieving())
+            >>> session = spfde.attach(model, optimizer, loader, recipe, epochs=2)
+            >>> x, y = next(iter(session.loader))
+            >>> session.observe(model(x), y)
+            >>> session.samples_observed == len(y)
+            True
+        """
+        return self._sampling.samples_observed
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a state was loaded from amid an epoch that begins anew, for its batches cannot be passed over.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.begins_anew
+            False
+        """
+        return self._sampling.begins_anew
+
+    @property
     def caches_prefix(self) -> bool:
         """Whether outputs of the frozen front are kept; then all augmentation must come from ``augmentation_seeds``."""
         return self._computing.caches_prefix
@@ -112,6 +179,55 @@ class SessionView:
         """The class of its model."""
         return type(self._setting.model).__name__
 
+    def stop_watch(self) -> None:
+        """This epoch's training is done: what comes now, such as a validation, is not among its seconds.
+
+        ``session.loader`` does it itself at its end; this is for trainers that do not ask for one batch more than there
+        are. On an accelerator it waits for the work under way.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.begin_epoch()
+            >>> session.stop_watch()
+        """
+        self._clock.stop_watch(self._setting.device)
+
+    def warn_if_early(self) -> None:
+        """Warn where training ends here with more weights than the recipe asks for, as trainers that stop early do.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.warn_if_early()  # a fixed mask has its sparsity from the beginning
+        """
+        target = self._masks.target_density
+        if self.epoch < len(self.timeline) and self.density > target + 1e-6:
+            warnings.warn(
+                f"training ended after {self.epoch} of {len(self.timeline)} epochs, and {self.density:.1%} of the "
+                f"masked weights exist, where the recipe's sparsity is {1 - target:.1%}: its method prunes to that as "
+                "the run ends. Train to the end, or choose soft_bound=False where the method has one.",
+                stacklevel=3,
+            )
+
+    def take_masks(self, state: Mapping[str, Any]) -> None:
+        """Take the masks of a saved state whose weights were loaded, as a trainer loads its best checkpoint at the end.
+
+        Clock, bill and sieve stay: this is no way to train on.
+
+        Args:
+            state: from ``state_dict``.
+
+        Raises:
+            StateMismatch: it is of another model or sparsity, or a weight outside its masks is not zero.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
+            >>> session.take_masks(session.state_dict())
+        """
+        self._check_attached()
+        remembers = self._masks.remembers
+        if remembers is not None:
+            remembers.load_state_dict(state["parts"][self._masks.name])
+
     def verify(self) -> None:
         """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
 
@@ -127,8 +243,18 @@ class SessionView:
             >>> session.verify()
         """
         self._check_attached()
-        for part in self._parts:
-            part.verify()
+        self._verify()
+
+    def _verify(self, *, is_end: bool = False) -> None:
+        """Raise the first of what all parts find, on all ranks; ``is_end``: whether the epoch is complete, too."""
+        found: Exception | None = None
+        for check in [part.verify for part in self._parts] + [part.check_complete for part in self._parts if is_end]:
+            try:
+                check()
+            except Exception as error:
+                # Raised at once it would leave the other ranks waiting.
+                found = found or error
+        self._guards.compare_ranks(found)
 
     def _check_attached(self) -> None:
         if not self._attached:

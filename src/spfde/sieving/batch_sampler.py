@@ -87,6 +87,15 @@ class SievedBatchSampler(BatchSampler):
             n_batches = _divide(self._n_kept(keep), self.batch_size, drop_rest=self.drop_last)
         return _divide(n_batches, self.share[1], drop_rest=self.drop_last)
 
+    def n_samples(self) -> int:
+        """Samples of an epoch, over all processes, before ``drop_last``.
+
+        Raises:
+            TypeError: it is not known; see ``__len__``.
+        """
+        keep = self.keep()
+        return len(self.sampler) if keep is None else self._n_kept(keep)  # type: ignore[arg-type]  # a TypeError
+
     def _kept(self, keep: Tensor) -> Iterator[list[int]]:
         # bytes and filter: one look-up in C for each index, about 2 ms for 50,000. Filtering a tensor and turning it
         # into ints costs as much, and this serves every sampler, lazily and with the very index objects it yields.
@@ -147,6 +156,11 @@ class Rest(Iterator[list[int]]):
             rest, self._taken = islice(self._batches, self._taken, self._taken + 1), 0
             self._ahead = list(rest)
         return bool(self._ahead)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a batch is left that was not handed on; it may draw one batch more from the sampler."""
+        return bool(self._queue) or self.look_ahead()
 
     def __next__(self) -> list[int]:
         if not self.look_ahead():

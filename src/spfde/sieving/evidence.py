@@ -58,8 +58,7 @@ def average_loss(loss: Tensor) -> Tensor:
 
 def loss_from_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Cross entropy of each sample; shapes as in ``correct_from_logits``, float32 [N]."""
-    logits = logits.float()
-    kind = labels_kind(logits, y)
+    kind, logits = labels_kind(logits, y), logits.float()
     if kind == "binary":
         return F.binary_cross_entropy_with_logits(logits.reshape(-1), y.reshape(-1).float(), reduction="none")
     return F.cross_entropy(logits, y.float() if kind == "soft" else y, reduction="none")
@@ -71,8 +70,7 @@ def el2n_from_logits(logits: Tensor, y: Tensor) -> Tensor:
     Shapes as in ``correct_from_logits``, float32 [N], in [0, sqrt(2)]. One logit z stands for the two logits (0, z);
     class probabilities take the one-hot vector's place.
     """
-    logits = logits.float()
-    kind = labels_kind(logits, y)
+    kind, logits = labels_kind(logits, y), logits.float()
     if kind == "binary":
         return math.sqrt(2.0) * (logits.reshape(-1).sigmoid() - y.reshape(-1).float()).abs()
     error = logits.softmax(1)
@@ -89,10 +87,14 @@ def labels_kind(logits: Tensor, y: Tensor) -> Literal["binary", "hard", "soft"]:
     """How outputs and labels belong together: one logit for two classes, class indices, or class probabilities.
 
     Raises:
-        InvalidArgument: the shapes are none of these.
+        InvalidArgument: the shapes are none of these, or the outputs are predicted classes: one whole number a sample.
     """
     samples = logits.shape[0] if logits.dim() else 0
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
+        if not logits.is_floating_point() and logits.dtype != torch.bool:
+            rule = "holds one whole number a sample: predicted classes, and no outputs of the model"
+            remedy = "Pass the logits as the model gives them, or correct=predicted == y."
+            raise InvalidArgument(Problem("logits", f"{logits.dtype} {tuple(logits.shape)}", rule, remedy))
         if y.numel() == samples and y.shape[:1] == logits.shape[:1]:
             return "binary"
     elif logits.dim() == 2:

@@ -23,6 +23,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 from spfde.core.errors import Problem, UsageError
@@ -82,6 +83,8 @@ def _batching_problems(loader: DataLoader[Any]) -> list[Problem]:
     if kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator:
         rule = "iterates in its own way, which cannot be carried over to another loader"
         remedy = "Attach with a plain DataLoader, and wrap session.loader afterwards."
+        if kind.__module__.startswith("accelerate."):
+            remedy = "Call spfde.integrations.accelerate.attach, which takes what prepare() gives."
         problems.append(Problem("loader", _kind(loader), rule, remedy))
     return problems
 
@@ -115,6 +118,14 @@ def loader_generators(loader: Any) -> list[Generator]:
         if isinstance(generator, Generator) and not any(generator is known for known in found):
             found.append(generator)
     return found
+
+
+def has_own_order(sampler: Any) -> bool:
+    """Whether it is known of a sampler that it leaves the global generator alone."""
+    if iterates_as(sampler, SequentialSampler):
+        return True
+    is_known = any(iterates_as(sampler, kind) for kind in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
+    return is_known and sampler.generator is not None
 
 
 def settings_of(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -233,10 +244,18 @@ class SievedLoader(DataLoader[Any]):
             yield
             return
         *owned, shared = started_with
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(shared)
+        with self._shared_restored() as is_drawn_from:
+            if is_drawn_from:
+                torch.set_rng_state(shared)
             self._set(owned)
             yield
+
+    @contextmanager
+    def _shared_restored(self) -> Iterator[bool]:
+        """Put the global generator back, where the order comes from it: other threads may be drawing from it."""
+        is_drawn_from = self.generator is None or not has_own_order(self.sampler)
+        with torch.random.fork_rng(devices=[], enabled=is_drawn_from):
+            yield is_drawn_from
 
     def hand_out(self, iteration: int, keys: list[Any], *, is_known: bool = True) -> None:
         """A batch of an iteration is about to be in somebody's hands."""
@@ -254,6 +273,11 @@ class SievedLoader(DataLoader[Any]):
             self._set(self._at_end)
         self.on_event("end")
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the newest iteration has a batch left: its indices are drawn, and its samples not loaded."""
+        return self._rest is not None and self._rest.has_more
+
     def states_at_end(self) -> list[Tensor]:
         """The states of the loader's own generators when the newest iteration, which has handed out all, has ended.
 
@@ -264,7 +288,7 @@ class SievedLoader(DataLoader[Any]):
         if not self.asks_for_more or self.is_ended or self._rest is None:
             return now
         if self._at_end is None:
-            with torch.random.fork_rng(devices=[]):
+            with self._shared_restored():
                 self._rest.look_ahead()
             self._at_end = _states(self)[:-1]
             self._set(now)

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.numbers import latest_update_epoch, round_half_up
 from spfde.core.registry import find, register
+from spfde.core.say import counted
 from spfde.core.technique import Technique
 from spfde.sieving.criteria import Forgetting, NeverLearned, SievingCriterion
 
@@ -195,7 +196,7 @@ class OneTimeRemoval(SievingMethod):
         """
         last = latest_update_epoch(max(epochs - 2, 0), interval)
         if last == 0:
-            rule = f"finds no update in a run of {epochs} epochs with one every {interval}"
+            rule = f"finds no update in a run of {counted(epochs, 'epoch')} with one every {interval}"
             remedy = "Train longer, or take a shorter update_interval_epochs."
             raise InvalidArgument(Problem("at_fraction", self.at_fraction, rule, remedy))
         return min(max(round_half_up(self.at_fraction * epochs / interval), 1) * interval, last)
@@ -229,10 +230,8 @@ def check_fraction(technique: SievingMethod, n: int, batch_size: int) -> list[Pr
         return []
     rule = f"leaves {n - removed} of {n} samples, no full batch of {batch_size}"
     # Rounded down, so that the number that is printed works.
-    most = math.floor((n - batch_size) / n * 1000) / 1000
-    remedy = (
-        f"At most {most:g} can be removed at this batch size, or choose a batch size of at most {max(n - removed, 1)}."
-        if most > 0
-        else f"Choose a batch size below {n}, or remove nothing."
-    )
+    most = max(0.0, math.floor((n - batch_size) / n * 1000) / 1000)
+    share = f"removed_fraction={most:g} at most" if most else "removed_fraction=0 (all samples)"
+    size = f", or batch_size={n - removed} at most" if removed < n else ""
+    remedy = f"Take {share}{size}."
     return [Problem("removed_fraction", technique.removed_fraction, rule, remedy)]

@@ -28,7 +28,7 @@ class Observer:
         self,
         scorer: Scorer,
         tickets: Tickets,
-        gather: Callable[[Any], list[Any]] = lambda own: [own],
+        gather: Callable[[Any, Exception | None], list[Any]] | None = None,
         *,
         classes: ClassLabels | None = None,
     ) -> None:
@@ -37,10 +37,10 @@ class Observer:
         Args:
             scorer: where reports go.
             tickets: of the batches that the session's loader has handed out.
-            gather: collects an object from all ranks.
+            gather: collects an object from all ranks, and ends all where one has an error; by default there is one.
             classes: where the classes in reports go.
         """
-        self._scorer, self._tickets, self._gather = scorer, tickets, gather
+        self._scorer, self._tickets, self._gather = scorer, tickets, gather or _alone
         self._classes = classes
         self._n_classes = 0
         self.begin_epoch()
@@ -114,11 +114,15 @@ class Observer:
             InvalidArgument: see ``check_labels``.
         """
         bounds, self._bounds = self._bounds, []
-        for size in {len(bound) for bound in bounds}:
-            alike = torch.stack([bound for bound in bounds if len(bound) == size])
-            check_label_bounds(alike.cpu(), self._n_classes)
+        error = None
+        try:
+            for size in {len(bound) for bound in bounds}:
+                alike = torch.stack([bound for bound in bounds if len(bound) == size])
+                check_label_bounds(alike.cpu(), self._n_classes)
+        except InvalidArgument as found:
+            error = found  # raised at once it would leave the other ranks waiting
         mine = [_joined(column) for column in zip(*self._waiting, strict=True)]
-        reports = self._gather(mine)
+        reports = self._gather(mine, error)
         self._waiting = []
         for report in filter(None, reports):
             indices, values, labels = report
@@ -139,6 +143,12 @@ class Observer:
                 "any order. Let the data set return each sample's index, and pass it as indices=."
             )
         return ticket.ids
+
+
+def _alone(own: Any, error: Exception | None) -> list[Any]:
+    if error is not None:
+        raise error
+    return [own]
 
 
 def _joined(batches: tuple[Any, ...]) -> Tensor | None:

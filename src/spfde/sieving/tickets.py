@@ -64,6 +64,7 @@ class Tickets:
     def _start(self) -> None:
         self._trained = False  # since the newest batch was drawn
         self._passes = Counter[int]()  # of each parameter that is watched: a loss need not reach all
+        self._is_seen = False  # a backward pass since the last step
         self._n_drawn = self._n_closed = 0
         self._is_plain: bool | None = None  # whether the loop draws a batch only when it is done with the last one
         self._drawing = 0
@@ -118,8 +119,15 @@ class Tickets:
 
     def train(self, parameter: Tensor) -> None:
         """A backward pass has come to one of the parameters that are watched."""
-        self._trained = True
+        self._trained = self._is_seen = True
         self._passes[id(parameter)] += 1
+
+    def stepped(self, optimizer: object) -> None:
+        """An optimizer has stepped: where no backward pass was seen before (``autograd.grad``), there was one."""
+        if self._open and not self._is_seen:
+            self._trained = True
+            self._passes[id(optimizer)] += 1
+        self._is_seen = False
 
     def step(self) -> None:
         """The optimizer takes a step: is the batch drawn last the one that is trained on?"""

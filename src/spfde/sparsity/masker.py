@@ -63,7 +63,7 @@ class Masker:
         self._dense = DenseGradients()
         self._handles: list[RemovableHandle] = []
         self._groups: dict[int, dict[str, Any]] = {}
-        self._leading = LeadingSteps()
+        self._leading = LeadingSteps(self.optimizers.each)
         self.reset_epoch_counters()
         self.strategy = method.strategy(self)
         for name, layer in self.layers.items():
@@ -221,6 +221,7 @@ class Masker:
             "explored": {name: layer.explored.clone() for name, layer in layers.items()},
             "dense_gradient_passes": {name: self._dense.passes.get(name, 0) for name in layers},
             "steps": self._steps,
+            "optimizer_steps": list(self._leading.counts),
             "active_over_steps": dict(self._active_over_steps),
             "strategy": self.strategy.state_dict(),
         }
@@ -242,6 +243,7 @@ class Masker:
         self._dense.clear()
         self._dense.passes = dict(state["dense_gradient_passes"])
         self._steps, self._active_over_steps = state["steps"], dict(state["active_over_steps"])
+        self._leading.counts = list(state["optimizer_steps"])
         self.strategy.clear()
         self.strategy.load_state_dict(state["strategy"])
         for layer in self.layers.values():
@@ -254,6 +256,7 @@ class Masker:
         loaded = check_state(state, self.layers, counts_known=self.method.counts_known)
         check_weights(self.layers, loaded)
         self.strategy.check_state(state["strategy"], loaded)
+        self._leading.check(state["optimizer_steps"])
         return loaded
 
     # --- for strategies ----------------------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.generators import GeneratorsRestored
+from spfde.core.plain_kernels import uncompiled
 from spfde.core.torch_private import tree_leaves, tree_map_only
-from spfde.model.sample import Sample, call_arguments, global_generators_restored
+from spfde.model.sample import Sample, call_arguments
 from spfde.sparsity.masks import highest_overall
 from spfde.sparsity.structure import Structure
 
@@ -38,14 +40,9 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, key, b) for module in model.modules() for key, b in module._buffers.items() if b is not None]
     values = [buffer.detach().clone() for _, _, buffer in buffers]
-    # What is compiled has no second derivative, and would be compiled again for these few passes.
-    eager = torch.compiler.set_stance("force_eager")
     try:
-        with global_generators_restored(), torch.enable_grad(), eager:
-            # torch.manual_seed would also seed a CUDA context that is made later.
-            torch.default_generator.manual_seed(0)
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.manual_seed_all(0)
+        # What is compiled has no second derivative, and would be compiled again for these few passes.
+        with GeneratorsRestored(prepare=_seed), torch.enable_grad(), uncompiled():
             model.train(training)
             yield
     finally:
@@ -55,6 +52,13 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+def _seed() -> None:
+    # torch.manual_seed would also seed a CUDA context that is made later.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
 
 
 def connection_sensitivity(model: nn.Module, weights: Weights, batches: Sequence[Any], loss: ScoreLoss) -> Scores:

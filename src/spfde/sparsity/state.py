@@ -20,7 +20,7 @@ _KINDS_BY_LAYER = {
     "dense_gradient_passes": int,
     "active_over_steps": int,
 }
-_KINDS = {**dict.fromkeys(_KINDS_BY_LAYER, dict), "steps": int, "strategy": dict}
+_KINDS = {**dict.fromkeys(_KINDS_BY_LAYER, dict), "steps": int, "optimizer_steps": list, "strategy": dict}
 
 
 def check_state(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,49 @@ def test_folders_and_files_elsewhere_are_found_through_links(tmp_path: Path) -> 
         assert describe_data(root).train_samples == 7
 
 
+def to_folder(root: Path, store: Path) -> None:
+    (root / "train" / "one" / "more").symlink_to("../../test/one")
+
+
+def to_file(root: Path, store: Path) -> None:
+    for number in (0, 1):
+        (root / "train" / "two" / f"linked{number}.png").symlink_to(f"../../test/one/{number}.png")
+
+
+def from_both(root: Path, store: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "one" / "more").symlink_to(store / "train" / "one")
+
+
+def back(root: Path, store: Path) -> None:
+    (root / "test" / "one" / "more").symlink_to("../../train/one")
+
+
+@pytest.mark.parametrize(
+    ("link", "part", "tested"),
+    [(to_folder, "train", 4), (to_file, "train", 4), (from_both, "train", 6), (back, "test", 4)],
+)
+def test_no_link_brings_an_image_into_training_and_test(
+    link: Callable[[Path, Path], None], part: str, tested: int, tmp_path: Path
+) -> None:
+    root = folder(tmp_path / "pictures")
+    link(root, folder(tmp_path / "store"))
+    with pytest.warns(UserWarning, match=rf"2 images of .*{part} are in the other set"):
+        data = load(root)
+    assert (data.spec.train_samples, data.spec.test_samples) == (4, tested)
+    assert (len(data.train), len(data.test)) == (4, tested)
+
+
+@pytest.mark.parametrize("linked", ["train", "train/two"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the images are said to be left out, too
+def test_a_class_that_is_the_same_in_training_and_test_is_refused(linked: str, tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    shutil.rmtree(root / linked)
+    (root / linked).symlink_to(root / linked.replace("train", "test"))
+    with pytest.raises(DataError, match="other set"):
+        describe_data(root)
+
+
 def test_the_size_that_is_asked_for_is_that_of_all_images(tmp_path: Path) -> None:
     root = folder(tmp_path)
     assert load(root).spec.image_size == (SIDE, SIDE)
@@ -125,3 +170,58 @@ def test_scaling_covers_the_size_and_cuts_at_the_centre() -> None:
     rows = torch.arange(4.0)[:, None].expand(4, 2)[None, None]
     assert resized(rows, 2).tolist() == rows[:, :, 1:3].tolist()
     assert resized(rows.byte(), 1).dtype == torch.uint8
+
+
+# --- what lies in the file beside colours ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_pixels_are_white(mode: str, tmp_path: Path) -> None:
+    pixels = np.zeros((SIDE, SIDE, 4), np.uint8)  # black everywhere
+    pixels[:, : SIDE // 2, 3] = 255  # and seen on the left alone
+    image = Image.fromarray(pixels, "RGBA")
+    options: dict[str, Any] = {}
+    if mode == "P":
+        image = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8), "P")
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        options["transparency"] = 1
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    suffix = ".tif" if mode == "PA" else ".png"
+    write(folder(tmp_path) / "train" / "one" / f"-first{suffix}", image, **options)
+    assert first_pixels(load(tmp_path)) == [0] * (SIDE // 2) + [255] * (SIDE // 2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_as_the_camera_says(orientation: int, tmp_path: Path) -> None:
+    """The file is made from the upright image by the turn that undoes each orientation."""
+    upright = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
+    upright[: SIDE // 2, :SIDE] = 200  # the upper left quarter
+    turned = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud}
+    turned |= {5: lambda a: a.swapaxes(0, 1), 6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1)}
+    turned |= {8: lambda a: np.rot90(a, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.ascontiguousarray(turned[orientation](upright)))
+    write(folder(tmp_path) / "train" / "one" / "-first.png", image, exif=exif)
+    found, _ = load(tmp_path).train[0]
+    assert tuple(found.shape) == (3, SIDE, 2 * SIDE)
+    assert torch.equal(found[0], torch.from_numpy(upright[..., 0]))
+
+
+def test_a_link_to_an_image_of_the_same_tree_counts_once(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    (root / "train" / "one" / "again.png").symlink_to("0.png")
+    (root / "train" / "two" / "other.png").symlink_to("../one/1.png")
+    with pytest.warns(UserWarning, match="is a link to"):
+        assert describe_data(root).train_samples == 4
+
+
+@pytest.mark.parametrize("where", ["train/three", "train/one/gone.png", "train/one/gone"])
+@pytest.mark.parametrize("target", ["/nowhere/at/all", "."])
+def test_a_link_to_nothing_is_an_error_that_names_it(where: str, target: str, tmp_path: Path) -> None:
+    place = folder(tmp_path) / where
+    place.symlink_to(place.name if target == "." else target)
+    with pytest.raises(DataError, match="link to nothing") as caught:
+        describe_data(tmp_path)
+    assert place.name in str(caught.value)

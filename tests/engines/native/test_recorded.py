@@ -125,6 +125,7 @@ def test_a_model_that_is_compiled_before_is_computed_by_the_masked_engine(how: s
     assert "engine: masked" in str(session)
 
 
+@pytest.mark.filterwarnings("ignore:before .* no forward pass:UserWarning")  # see test_passes.py
 def test_a_model_that_is_compiled_after_trains_as_under_the_masked_engine_and_it_is_said() -> None:
     def losses(engine: str) -> list[float]:
         model = net()

@@ -42,7 +42,13 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         super().__init__(str(root), is_valid_file=_is_shown_image)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """Class folders in the order of their names, but for hidden ones."""
+        """Class folders in the order of their names, but for hidden ones.
+
+        Raises:
+            DataError: one is a link to nothing.
+        """
+        for entry in os.scandir(directory):
+            _check_link(entry)
         names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
         return names, {name: label for label, name in enumerate(names)}
 
@@ -56,7 +62,9 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         height, width = self.image_size
         with _opened(path) as image:
             image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
-            fitted = ImageOps.fit(_as_rgb(image, path), (width, height), Image.Resampling.BILINEAR)
+            pixels, turn = _as_rgb(image, path), _TURNS.get(image.getexif().get(_ORIENTATION))
+            upright = pixels if turn is None else pixels.transpose(turn)
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous(), label
 
     @staticmethod
@@ -85,8 +93,11 @@ def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]
 
     Args:
         start: the folder.
-        inside: the real folders of the whole data set; a link to one of them is left out, and said.
-        seen: real folders that were met, and those above the data set; it grows.
+        inside: the real folders of the whole data set; a link to one, or to a file there, is left out, and said.
+        seen: real folders and linked files that were met, and folders above the data set; it grows.
+
+    Raises:
+        DataError: a link leads to nothing.
     """
     waiting = [str(start)]
     while waiting:
@@ -97,18 +108,44 @@ def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]
             continue
         seen.add(real)
         for entry in os.scandir(folder):
+            _check_link(entry)
             if entry.is_dir():
                 waiting.append(entry.path)
+            elif entry.is_symlink() and (target := os.path.realpath(entry.path)):
+                if target in seen or os.path.dirname(target) in inside:
+                    warnings.warn(
+                        f"{entry.path} is a link to {target}, which is read already: it is left out.", stacklevel=2
+                    )
+                    continue
+                seen.add(target)
+                yield entry.path
             elif entry.is_file():
                 yield entry.path
 
 
+def _check_link(entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry.path):
+        raise data_error(entry.path, "is a link to nothing", "Mount what it points at, or remove it.")
+
+
 # What Pillow turns into 8 bits a channel as it is meant: 0 is black, the largest value white.
 _EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
+_WITH_ALPHA = {"RGBA", "LA", "PA"}
+# How a camera held the image, in EXIF, and what puts it upright.
+_ORIENTATION, _ON_ITS_SIDE, _Turn = 0x0112, range(5, 9), Image.Transpose
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
 
 
 def _as_rgb(image: Any, path: str) -> Any:
-    """The image in RGB of 8 bits; 16 bits are scaled.
+    """The image in RGB of 8 bits, on white where it is transparent; 16 bits are scaled.
 
     Raises:
         DataError: numbers of another range, whose black and white nobody knows.
@@ -121,6 +158,9 @@ def _as_rgb(image: Any, path: str) -> Any:
         rule = f"has pixels of mode {mode} ({image.format}), whose black and white are not known"
         remedy = "Save it with 8 or 16 bits a channel, or put the numbers into an .npz as float32."
         raise data_error(path, rule, remedy)
+    if mode in _WITH_ALPHA or "transparency" in image.info:
+        above = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
     return image.convert("RGB")
 
 
@@ -203,7 +243,53 @@ def _find(path: str | Path) -> tuple[ImageFiles, ImageFiles]:
         raise data_error(path, rule, "Add or remove folders until they agree.")
     if len(train.classes) < 2:
         raise data_error(path, f"has one class ({train.classes[0]}), but there must be 2 at least", _LAYOUT)
+    _keep_apart(train, test)
     return train, test
+
+
+def _keep_apart(train: ImageFiles, test: ImageFiles) -> None:
+    """Leave out images that a link brings into both sets: of the set that has the link, of training where both have.
+
+    Raises:
+        DataError: nothing is left of a class.
+    """
+    real, real_test = _real_paths(train), _real_paths(test)
+    shared = set(real) & set(real_test)
+    if not shared:
+        return
+    root = os.path.realpath(train.root) + os.sep
+    of_train = {path for path in shared if not path.startswith(root)}
+    if root == os.path.realpath(test.root) + os.sep:
+        of_train = shared
+    for files, found, left_out in ((train, real, of_train), (test, real_test, shared - of_train)):
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} images of {files.root} are in the other set, by links ({min(left_out)}): they are "
+                "left out here.",
+                stacklevel=4,
+            )
+            pairs = zip(files.samples, found, strict=True)
+            files.samples = files.imgs = [sample for sample, path in pairs if path not in left_out]
+            files.targets = [label for _, label in files.samples]
+            empty = set(range(len(files.classes))) - set(files.targets)
+            if empty:
+                folder, rule = Path(files.root) / files.classes[min(empty)], "has no image that is not in the other set"
+                raise data_error(folder, rule, "Give training and test images of their own.")
+
+
+def _real_paths(files: ImageFiles) -> list[str]:
+    """Where each image is, links followed; only of links and folders it costs much to ask."""
+    folders: dict[str, str] = {}
+    found = []
+    for path, _ in files.samples:
+        if os.path.islink(path):
+            found.append(os.path.realpath(path))
+            continue
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        found.append(os.path.join(folders[folder], name))
+    return found
 
 
 def _describe(path: str | Path, train: ImageFiles, test: ImageFiles, image_size: int | None) -> DataSpec:
@@ -217,10 +303,11 @@ def _describe(path: str | Path, train: ImageFiles, test: ImageFiles, image_size:
 
 
 def _size_of(path: str) -> tuple[int, int]:
-    """Width and height, by the file's header."""
+    """Width and height of the upright image, by the file's header."""
     with _opened(path) as image:
-        size: tuple[int, int] = image.size
-    return size
+        width, height = image.size
+        on_its_side = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    return (height, width) if on_its_side else (width, height)
 
 
 @contextmanager

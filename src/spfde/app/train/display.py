@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spfde.app.train.setup import TrainingRun
+from spfde.core.say import counted
 from spfde.cost import format_flops, format_seconds
 
 WIDTH = 80
@@ -73,18 +74,20 @@ class ConsoleDisplay:
         images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
         self._print(
             f"spfde · {short_name(spec.name)}: {images} · {options.model} · "
-            f"recipe {short_name(options.recipe_name)} · {options.epochs} epochs · engine {session.engine} · "
-            f"{run.accelerator.device}"
+            f"recipe {short_name(options.recipe_name)} · {counted(options.epochs, 'epoch')} · "
+            f"engine {session.engine} · {run.accelerator.device}"
         )
         if session.recipe.is_sparse:
             self._print(f"engine {session.engine}: {session.engine_reason}")
-        freezing = f"; freezing starts after {bill.start_epoch} epochs" if bill.start_epoch is not None else ""
+        freezing = (
+            f"; freezing starts after {counted(bill.start_epoch, 'epoch')}" if bill.start_epoch is not None else ""
+        )
         self._print(
             f"plan (modelled): {format_flops(bill.training_flops)} of {format_flops(bill.dense_training_flops)} "
             f"training FLOPs, {bill.flops_ratio:.1%}{freezing}"
         )
         if run.resumed_from is not None:
-            self._print(f"going on after {session.epoch} of {options.epochs} epochs from {run.resumed_from}")
+            self._print(f"going on after {session.epoch} of {counted(options.epochs, 'epoch')} from {run.resumed_from}")
         elif run.is_resumed:
             self._print("no epoch had been finished: starting over")
         self._print(_LEGEND)

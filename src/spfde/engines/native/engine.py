@@ -54,7 +54,7 @@ class NativeEngine(Engine):
         try:
             taken, left = _layers(job), _captured(job).left
         except InvalidArgument as error:
-            return str(error)
+            return "; ".join(problem.rule for problem in error.problems)
         if taken.keys() & set(target):
             return None
         first = next(iter(target))

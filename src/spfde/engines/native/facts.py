@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from spfde.core.generators import GeneratorsRestored
 from spfde.core.plain_kernels import attention_in_products
 from spfde.core.torch_private import NormBase, TorchDispatchMode, storage_id, tree_leaves, version_of
 
@@ -42,11 +41,6 @@ class Impure(Exception):
         self.reason, self.module = reason, module
 
 
-def generators_of_python() -> tuple[Any, ...]:
-    name, keys, *position = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), name, np.asarray(keys).tobytes(), position
-
-
 class _Draws(TorchDispatchMode):
     """Notes whether an operator took random numbers."""
 
@@ -70,9 +64,11 @@ class _Draws(TorchDispatchMode):
 class _Interpreter(fx.Interpreter):
     """Runs a graph, keeps every value, and notes what each node did."""
 
-    def __init__(self, twin: nn.Module, graph: fx.Graph, leaves: Collection[str], draws: _Draws) -> None:
+    def __init__(
+        self, twin: nn.Module, graph: fx.Graph, leaves: Collection[str], draws: _Draws, generators: GeneratorsRestored
+    ) -> None:
         super().__init__(twin, garbage_collect_values=False, graph=graph)
-        self.leaves, self.draws = leaves, draws
+        self.leaves, self.draws, self.generators = leaves, draws, generators
         self.facts: dict[fx.Node, Fact] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -80,7 +76,7 @@ class _Interpreter(fx.Interpreter):
         before = [version_of(value) for _, value in sources]
         self.draws.seen = False
         is_opaque = n.op == "call_module" and n.target in self.leaves
-        drawn = generators_of_python() if is_opaque else ()
+        mark = self.generators.mark() if is_opaque else ()
         result = super().run_node(n)
         writes = [node for (node, value), then in zip(sources, before, strict=True) if version_of(value) != then]
         tensors = _tensors(result)
@@ -89,13 +85,18 @@ class _Interpreter(fx.Interpreter):
             frozenset(storage_id(tensor) for tensor in tensors),
             tuple(dict.fromkeys(writes)),
             next((node for node, value in sources if value is result), None),
-            self.draws.seen or (is_opaque and drawn != generators_of_python()),
+            self.draws.seen or (is_opaque and self.generators.has_drawn_since(mark)),
         )
         return result
 
 
 def run(
-    graph: fx.Graph, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Collection[str]
+    graph: fx.Graph,
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Collection[str],
+    generators: GeneratorsRestored,
 ) -> dict[fx.Node, Fact]:
     given = []
     for position, node in enumerate(node for node in graph.nodes if node.op == "placeholder"):
@@ -105,7 +106,7 @@ def run(
         if isinstance(module, NormBase):
             module.training = False  # a sample of one image has no statistics
     draws = _Draws()
-    interpreter = _Interpreter(twin, graph, leaves, draws)
+    interpreter = _Interpreter(twin, graph, leaves, draws, generators)
     with draws:
         interpreter.run(*given, enable_io_processing=False)
     return interpreter.facts

@@ -8,6 +8,7 @@ seen, not guessed from its name.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.generators import GeneratorsRestored
 from spfde.core.plain_kernels import PlainKernels
 from spfde.core.torch_private import (
     HOOKS,
@@ -29,14 +31,15 @@ from spfde.core.torch_private import (
     tree_map_only,
     version_of,
 )
-from spfde.engines.native.facts import Fact, Impure, functionalise, generators_of_python, owners, run
+from spfde.engines.native.facts import Fact, Impure, functionalise, owners, run
 from spfde.engines.native.guards import Reads, is_same, state_of
-from spfde.model.sample import Sample, call_arguments, global_generators_restored
+from spfde.model.sample import Sample, call_arguments
 from spfde.model.trace import like_the_model
 from spfde.model.twin import fake_copy
 
 # fx patches nn.Module while it traces, and the second of two threads would put back the first one's patch.
 _PATCHING = threading.RLock()
+_HINT = "; what depends on the data, or changes the model, belongs in a submodule"
 
 
 @dataclass(frozen=True)
@@ -75,44 +78,68 @@ def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> 
     Raises:
         InvalidArgument: the model's own ``forward`` cannot be traced.
     """
+    _check_arguments(model)
     leaves: dict[str, str] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for _ in range(1 + len(modules)):
-        tracer = _Tracer(modules, leaves)
+    generators = GeneratorsRestored(watches=False)
+    for _ in range(2 + len(modules)):
+        tracer = _Tracer(modules, leaves, generators)
+        refused: Exception | None = None
         try:
-            fake = FakeTensorMode(allow_non_fake_inputs=True)
-            with fake:
-                twin, _ = fake_copy(model, fake)
-                args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), call_arguments(sample))
-            if training is not None:
-                twin.train(training)
-            with torch.no_grad(), global_generators_restored():
-                with _PATCHING, tracer.noting(twin), _unchanged(twin):
-                    graph = tracer.trace(twin)
-                with fake, PlainKernels():
-                    facts = run(graph, twin, args, kwargs, tracer.leaves)
-            shared = functionalise(graph, facts)
-        except Impure as error:
-            leaves = tracer.leaves
-            name = error.module if error.module is not None else (tracer.stack or [""])[-1]
-            if not name:
-                raise _refused(model, error.reason) from error
-            leaves[name] = error.reason
+            traced = _follow(model, sample, tracer, training=training)
         except Exception as error:  # a trace runs the user's code on stand-ins: anything may come
-            leaves = tracer.leaves
-            if not tracer.stack:
-                raise _refused(model, _first_line(error)) from error
-            leaves[tracer.stack[-1]] = f"cannot be traced: {_first_line(error)}"
+            refused = error
+        if generators.is_unclear:
+            generators = GeneratorsRestored(again=generators)
+        elif refused is None:
+            return traced
         else:
-            _drop_unneeded(graph, modules, tracer.leaves)
-            return Traced(graph, facts, shared, tracer.leaves, tracer.reads.found, tracer.called - tracer.leaves.keys())
-    raise AssertionError("each attempt makes one more module a leaf")
+            leaves = _with_one_more(tracer, model, refused)
+            generators = GeneratorsRestored(watches=generators.watches)
+    raise AssertionError("each attempt makes one more module a leaf, and one is made again")
+
+
+def _follow(model: nn.Module, sample: Sample, tracer: _Tracer, *, training: bool | None) -> Traced:
+    """One attempt, with the modules as leaves that the tracer knows.
+
+    Raises:
+        Impure: a module does what no graph holds.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        twin, _ = fake_copy(model, fake)
+        args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), call_arguments(sample))
+    if training is not None:
+        twin.train(training)
+    with torch.no_grad(), tracer.generators:
+        with _PATCHING, tracer.noting(twin), _unchanged(twin, tracer.generators):
+            graph = tracer.trace(twin)
+        with fake, PlainKernels():
+            facts = run(graph, twin, args, kwargs, tracer.leaves, tracer.generators)
+    shared = functionalise(graph, facts)
+    _drop_unneeded(graph, tracer.modules, tracer.leaves)
+    return Traced(graph, facts, shared, tracer.leaves, tracer.reads.found, tracer.called - tracer.leaves.keys())
+
+
+def _with_one_more(tracer: _Tracer, model: nn.Module, error: Exception) -> dict[str, str]:
+    """The leaves, and why; with the module where an attempt ended.
+
+    Raises:
+        InvalidArgument: it is the model itself.
+    """
+    is_impure = isinstance(error, Impure)
+    why = error.reason if isinstance(error, Impure) else _first_line(error)
+    within = tracer.stack[-1] if tracer.stack else ""
+    name = error.module if isinstance(error, Impure) and error.module is not None else within
+    if not name:
+        raise _refused(model, why) from error
+    return {**tracer.leaves, name: why if is_impure else f"cannot be traced: {why}"}
 
 
 def check_forward(model: nn.Module) -> None:
     """Raise ``InvalidArgument`` where another forward than the class's was put on the model: the engine replaces it."""
     if _has_own_forward(model):
-        raise _refused(model, "the instance has a forward of its own")
+        raise _refused(model, "the instance has a forward of its own", hint="")
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -136,15 +163,26 @@ def _own_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _refused(model: nn.Module, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        Problem(
-            "model",
-            type(model).__name__,
-            f"its forward cannot be traced for the native engine ({why})",
-            'Use engine="masked", or move what depends on the data, or changes the model, into a submodule.',
-        )
-    )
+def _check_arguments(model: nn.Module) -> None:
+    """Raise ``InvalidArgument`` where torch.fx cannot give the forward its arguments.
+
+    It reads the parameters of what a decorator wraps. Where some are ``*args``, ``**kwargs`` or by keyword alone it
+    rewrites the code of the wrapper to take all of them one by one, which needs a wrapper that has the same.
+    """
+    forward = type(model).forward
+    inner = inspect.unwrap(forward)
+    if inner is forward or not inspect.isfunction(forward):
+        return
+    own, wrapped = (inspect.signature(each, follow_wrapped=False).parameters.values() for each in (forward, inner))
+    marks = {"KEYWORD_ONLY": "", "VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+    asked = [f"{marks[p.kind.name]}{p.name}" for p in wrapped if p.kind.name in marks]
+    if asked and [(p.name, p.kind) for p in own] != [(p.name, p.kind) for p in wrapped]:
+        raise _refused(model, f"it is decorated and takes {', '.join(asked)}, which torch.fx cannot follow", hint="")
+
+
+def _refused(model: nn.Module, why: str, hint: str = _HINT) -> InvalidArgument:
+    rule = f"its forward cannot be traced for the native engine ({why}){hint}"
+    return InvalidArgument(Problem("model", type(model).__name__, rule, 'Use engine="masked".'))
 
 
 def _first_line(error: BaseException) -> str:
@@ -175,12 +213,15 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, modules: Mapping[str, nn.Module], leaves: Mapping[str, str]) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], leaves: Mapping[str, str], generators: GeneratorsRestored
+    ) -> None:
         super().__init__()
         self.modules, self.leaves = modules, dict(leaves)
         self.stack: list[str] = []
         self.called: set[str] = set()
         self.thread = threading.get_ident()
+        self.generators = generators
 
     @contextmanager
     def noting(self, twin: nn.Module) -> Iterator[None]:
@@ -228,7 +269,7 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             self.called.add(name)
         self.stack.append(name)
-        with _unchanged(m):
+        with _unchanged(m, self.generators):
             found = super().call_module(m, forward, args, kwargs)
         self.stack.pop()  # on an error it stays, and tells where it was
         return found
@@ -243,18 +284,14 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
+def _unchanged(module: nn.Module, generators: GeneratorsRestored) -> Iterator[None]:
     """Refuse what draws random numbers or changes the module in its trace: it would happen once, and never again."""
-    drawn, state = _generators(), _state(module)
+    mark, state = generators.mark(), _state(module)
     yield
-    if drawn != _generators():
+    if generators.has_drawn_since(mark):
         raise Impure("draws random numbers outside of PyTorch's operators")
     if not is_same(state, _state(module)):
         raise Impure("changes its own attributes")
-
-
-def _generators() -> tuple[Any, ...]:
-    return *generators_of_python(), torch.get_rng_state().numpy().tobytes()
 
 
 def _state(module: nn.Module) -> list[Any]:
