@@ -325,7 +325,8 @@ def _probe(
         rule = f"must be at most the number of samples ({len(population)})"
         raise InvalidArgument(Problem("probe_samples", technique.probe_samples, rule, "Lower it."))
     order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed))
-    drawn = sample_from(loader, model, population[order[: technique.probe_samples]].tolist())
+    indices = population[order[: technique.probe_samples]].tolist()
+    drawn = sample_from(loader, model, indices, argument="probe")
     device = next(unwrap(model).parameters()).device
     moved: Sample = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     return moved
