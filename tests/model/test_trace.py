@@ -259,9 +259,10 @@ def test_positional_and_keyword_samples_are_passed_as_the_model_is_called():
         (Small(), torch.zeros(2, 5, 8, 8), r"sample=.*\(2, 5, 8, 8\).*cannot be traced.*Pass sample="),
         (Small(), torch.tensor(1.0), "batch dimension"),
         (Small(), ("text",), "batch dimension"),
+        (Small(), torch.zeros(0, 3, 8, 8), "one sample"),
         (nn.LazyLinear(3), torch.zeros(2, 4), "Run the model once"),
     ],
-    ids=["wrong shape", "no batch", "no tensor", "lazy"],
+    ids=["wrong shape", "no batch", "no tensor", "no sample", "lazy"],
 )
 def test_a_sample_or_model_that_cannot_be_traced_is_refused_with_the_remedy(model, sample, message):
     with pytest.raises(InvalidArgument, match=message):

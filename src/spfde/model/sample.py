@@ -37,14 +37,24 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,)) -> Sample:
+def sample_from(loader: Any, model: nn.Module, indices: Sequence[int] = (0,), *, argument: str = "sample") -> Sample:
     """The model's inputs from the first item of a loader's data set, or from others, without iterating the loader.
 
     Global generators are put back afterwards, so that a random augmentation of these items leaves no trace. Of a
     tuple the first element is taken, of a mapping the entries that ``model.forward`` has arguments for.
+
+    Raises:
+        Untraceable: these items make no batch: ``collate_fn`` drops them as damaged, or they cannot be read. The
+            ``argument`` that is to be given instead is named.
     """
-    with without_traces(loader.dataset):
-        batch = batch_of(loader, indices)
+    try:
+        with without_traces(loader.dataset):
+            batch = batch_of(loader, indices)
+    except Exception as error:
+        items = f"item {indices[0]} of the data set" if len(indices) == 1 else f"{len(indices)} items of the data set"
+        rule = f"is needed, for the loader's collate_fn makes no batch of {items} ({type(error).__name__}: {error})"
+        remedy = f"Pass {argument}= to attach: an input of the model."
+        raise Untraceable(Problem(argument, None, rule, remedy)) from error
     return _inputs_of(batch, model)
 
 

@@ -82,8 +82,11 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bo
         raise InvalidArgument(Problem("model", lazy[0], rule, remedy))
     args, kwargs = cast(Arguments, sample) if calls else call_arguments(sample)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not tensors or tensors[0].dim() == 0:
-        rule, remedy = "must hold a tensor with a batch dimension", "Pass the inputs of one small batch."
+    if not tensors or tensors[0].dim() == 0 or len(tensors[0]) == 0:
+        rule, remedy = (
+            "must hold a tensor with a batch dimension, and one sample at least",
+            "Pass sample=, a small batch.",
+        )
         raise Untraceable(Problem("sample", sample, rule, remedy))
     generators = GeneratorsRestored(watches=False)
     try:

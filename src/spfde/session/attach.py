@@ -79,8 +79,9 @@ def attach(
         samples_per_epoch: samples that this process trains on in an epoch; needed where the loader does not tell, and
             no other number than the loader's where it does.
         seed: seed of masks, growth and sieving; the same seed gives the same choices on every device.
-        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), another registered one, or
-            "auto": the one that is expected to be the fastest, which a line on the standard error tells.
+        engine: "masked" (dense arithmetic under a mask), "native" (sparse kernels on a CPU), "cudagraph" (captured
+            passes on a GPU), "blocks" (kernels for blocks of weights on a GPU), another registered one, or "auto": the
+            one that is expected to be the fastest, which a line on the standard error tells.
             ``session.engine`` is the choice, ``session.engine_reason`` why.
         compile: compile the model's blocks one by one with ``torch.compile``, each kind of block once for each mode and
             shape. Sums round in another order then.
@@ -324,7 +325,8 @@ def _probe(
         rule = f"must be at most the number of samples ({len(population)})"
         raise InvalidArgument(Problem("probe_samples", technique.probe_samples, rule, "Lower it."))
     order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed))
-    drawn = sample_from(loader, model, population[order[: technique.probe_samples]].tolist())
+    indices = population[order[: technique.probe_samples]].tolist()
+    drawn = sample_from(loader, model, indices, argument="probe")
     device = next(unwrap(model).parameters()).device
     moved: Sample = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     return moved

@@ -47,9 +47,9 @@ def are_optimizers(given: object) -> bool:
 def check_model(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[Problem]:
     """All problems of the model, its wrappers and its optimizers with each other."""
     inner = unwrap(model)
-    sharded = _check_sharding(inner)
-    if sharded:
-        return sharded
+    unusable = _check_sharding(inner) or _check_values(inner)
+    if unusable:
+        return unusable
     return [
         *_check_coverage(inner, optimizers),
         *(problem for optimizer in optimizers.each for problem in _check_hooks(optimizer, recipe)),
@@ -87,6 +87,20 @@ def _check_sharding(model: nn.Module) -> list[Problem]:
         "Train it in DistributedDataParallel(model, find_unused_parameters=True); sharded models are not supported."
     )
     return [Problem("model", wrapper or f"{parts} as DTensor", rule, remedy)]
+
+
+def _check_values(model: nn.Module) -> list[Problem]:
+    """Are there any? On the meta device tensors are shapes alone."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    found = [name for name, tensor in named if tensor.is_meta]
+    if not found:
+        return []
+    rule = f"is on the meta device, as {len(found)} of {len(named)} parameters and buffers are: they have no values"
+    remedy = (
+        "Call model.to_empty(device=...) and load or initialise the weights, make the optimizer, and attach then; "
+        "spfde.plan takes the model as it is."
+    )
+    return [Problem("model", _some(found), rule, remedy)]
 
 
 def _check_wrappers(model: nn.Module, recipe: Recipe) -> list[Problem]:

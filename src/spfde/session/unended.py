@@ -49,13 +49,18 @@ class Unended:
         Args:
             is_complete: all its batches were trained on.
         """
-        if not is_complete:
+        message = f"session.loader was started again while its epoch has not ended, {_REMEDY}."
+        if is_complete:
+            message = (
+                "session.loader was started again before session.end_epoch(): its batches are not counted now, and "
+                "training on them is an error. To look at samples, take another loader."
+            )
+        else:
             has_left = self._steps_at_start is not None and self._clock.steps > self._steps_at_start
             if not has_left or self.is_begun_by_hand or self.n_loops or self._is_told:
                 return
             self._is_told = True
-        message = f"session.loader was started again while its epoch has not ended, {_REMEDY}"
-        warnings.warn(f"{message}; for evaluation take another loader.", stacklevel=7)
+        warnings.warn(message, stacklevel=7)
 
     def check_step(self, most: int | None) -> None:
         """A step was taken.

@@ -97,7 +97,8 @@ class Observer:
                     "observe",
                     short,
                     f"must have one entry for each of the {len(indices)} samples of the batch",
-                    "Pass the whole batch's outputs and labels.",
+                    "Pass the whole batch's outputs and labels. Samples that collate_fn drops cannot be sieved: leave "
+                    "them out of the data set, such as by torch.utils.data.Subset.",
                 )
             )
         is_on_host = indices.device.type == "cpu"
