@@ -101,8 +101,8 @@ class GeneratorsRestored:
     def mark(self) -> tuple[Any, ...]:
         """What ``has_drawn_since`` compares with."""
         if self._operators is None:
-            return _torch_state(), random.getstate(), None, _numpy_state()
-        return self._drawn["torch"], self._drawn["python"], self._drawn["numpy"], _numpy_state()
+            return _torch_state(), random.getstate(), None, numpy_state()
+        return self._drawn["torch"], self._drawn["python"], self._drawn["numpy"], numpy_state()
 
     def has_drawn_since(self, mark: tuple[Any, ...]) -> bool:
         """Whether this thread has drawn from a generator, or seeded one, since then; where it is unclear: may have."""
@@ -222,20 +222,22 @@ def _keep_torch() -> Callable[[], None]:
     return put_back
 
 
-def _keep_python() -> Callable[[], None]:
+def keep_python() -> Callable[[], None]:
+    """What puts Python's generator back to where it is now."""
     state = random.getstate()
     return lambda: random.setstate(state)
 
 
-def _keep_numpy() -> Callable[[], None]:
+def keep_numpy() -> Callable[[], None]:
+    """What puts NumPy's generator back to where it is now."""
     state = np.random.get_state()  # noqa: NPY002
     return lambda: np.random.set_state(state)  # noqa: NPY002
 
 
 _KEEP: Mapping[str, Callable[[], Callable[[], None]]] = {
     "torch": _keep_torch,
-    "python": _keep_python,
-    "numpy": _keep_numpy,
+    "python": keep_python,
+    "numpy": keep_numpy,
 }
 
 
@@ -245,6 +247,7 @@ def _torch_state() -> bytes:
     return ctypes.string_at(state.data_ptr(), state.untyped_storage().nbytes())
 
 
-def _numpy_state() -> tuple[Any, ...]:
+def numpy_state() -> tuple[Any, ...]:
+    """The state of NumPy's generator, to be compared."""
     name, keys, *position = np.random.get_state()  # noqa: NPY002
     return name, np.asarray(keys).tobytes(), position
