@@ -74,7 +74,7 @@ class CapturedModel:
         self._pending: weakref.ref[Token] | None = None
         self.replayed, self.recorded = 0, 0
         self.eager: Counter[str] = Counter()
-        put_on(self)
+        put_on(self.model, self)
 
     def bypass(self) -> AbstractContextManager[None]:
         """The model computes as its class says."""
@@ -82,7 +82,7 @@ class CapturedModel:
 
     def detach(self) -> None:
         """Give the model its forward pass back and free the recordings."""
-        if take_off(self):
+        if take_off(self.model, self):
             self._known.clear()
             self._backend.free()
 
