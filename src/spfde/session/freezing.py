@@ -83,8 +83,11 @@ class Freezing(Part):
     def describe(self) -> list[str]:
         held = [name for name, module in self._setting.model.named_modules() if is_held(module)]
         arrivals = 0 if self._arrivals is None else self._arrivals.n_watched
-        lines = [f"hooked: the gradients of {arrivals} parameters, once each, to see that they arrive (freezing)"]
-        lines = lines if arrivals else []
+        lines = []
+        if arrivals:
+            lines.append(
+                f"hooked: the gradients of {arrivals} parameters, once each, to see that they arrive (freezing)"
+            )
         if not held:
             return lines
         return [
