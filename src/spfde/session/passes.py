@@ -39,6 +39,7 @@ class Passes:
     Attributes:
         samples: samples that went through the model, as the first dimension of its first tensor counts them.
         estimated: samples whose shape was not measured.
+        is_called: whether the model was called in this epoch, in whichever mode.
         unseen: optimizer steps of all epochs so far without a pass that was seen before them.
     """
 
@@ -61,6 +62,7 @@ class Passes:
         self._counts.clear()
         self.samples, self.estimated = 0, 0
         self._ahead = 0  # passes in this epoch without a step behind them
+        self.is_called = False
         self._is_usual = True
         self._flops = [0] * len(self._forward)
 
@@ -191,7 +193,10 @@ class _Count:
         self._passes = passes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        self._passes.is_called = True
+        if module.training and torch.is_grad_enabled():
             self._passes.count(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
