@@ -83,10 +83,10 @@ class Passes:
             self._counts[shapes] = known + 1
 
     def on_step(self) -> None:
-        """The optimizer has taken a step: a pass of the model came before it, or several."""
+        """The optimizer has taken a step: a pass came before it, or several; none where there is no gradient."""
         if self._ahead:
             self._ahead -= 1
-        else:
+        elif any(parameter.grad is not None for parameter in self._model.parameters()):
             self.unseen += 1
 
     def settle(self) -> None:
