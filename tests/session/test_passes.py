@@ -204,6 +204,14 @@ def test_a_model_that_was_compiled_before_attach_is_billed_by_its_shapes() -> No
     assert "without a forward pass" not in str(session)
 
 
+def test_steps_without_a_gradient_need_no_pass() -> None:
+    _, optimizer, session = words()
+    session.begin_epoch()
+    optimizer.step()
+    session.end_epoch()
+    assert "without a forward pass" not in str(session)
+
+
 def test_passes_that_run_ahead_of_their_steps_are_seen() -> None:
     model, optimizer, session = words()
     session.begin_epoch()

@@ -210,9 +210,7 @@ def _attributes(value: Any) -> list[Any]:
 
 
 def _keep_torch() -> Callable[[], None]:
-    state = torch.get_rng_state()
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    on_devices = torch.cuda.get_rng_state_all() if in_use else []
+    state, on_devices = torch.get_rng_state(), _states_on_devices()
 
     def put_back() -> None:
         torch.set_rng_state(state)
@@ -241,10 +239,15 @@ _KEEP: Mapping[str, Callable[[], Callable[[], None]]] = {
 }
 
 
-def _torch_state() -> bytes:
-    state = torch.get_rng_state()
-    # Its memory: any operator on it would be a fake one, where tensors are.
-    return ctypes.string_at(state.data_ptr(), state.untyped_storage().nbytes())
+def _torch_state() -> list[bytes]:
+    # Their memory: any operator on them would be a fake one, where tensors are.
+    states = (torch.get_rng_state(), *_states_on_devices())
+    return [ctypes.string_at(state.data_ptr(), state.untyped_storage().nbytes()) for state in states]
+
+
+def _states_on_devices() -> list[torch.Tensor]:
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if in_use else []
 
 
 def numpy_state() -> tuple[Any, ...]:

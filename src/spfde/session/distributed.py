@@ -157,8 +157,8 @@ def go_on_together(world: World, place: tuple[int, bool, int | None]) -> None:
     if other is not None:
         raise UsageError(
             f"rank {world.rank} goes on in epoch {place[0]} and rank {other} in epoch {places[other][0]}, or behind "
-            "other batches of it. A state was loaded on some ranks only: load the states of the model, the optimizer "
-            "and the session on every rank (DistributedDataParallel hands on the weights alone)."
+            "other batches of it. A state was loaded on some ranks only: load those of the model, the optimizer and "
+            "the session on every rank (DistributedDataParallel hands on the weights alone)."
         )
 
 

@@ -39,6 +39,7 @@ class Passes:
     Attributes:
         samples: samples that went through the model, as the first dimension of its first tensor counts them.
         estimated: samples whose shape was not measured.
+        is_called: whether the model was called in this epoch, in whichever mode.
         unseen: optimizer steps of all epochs so far without a pass that was seen before them.
     """
 
@@ -61,6 +62,7 @@ class Passes:
         self._counts.clear()
         self.samples, self.estimated = 0, 0
         self._ahead = 0  # passes in this epoch without a step behind them
+        self.is_called = False
         self._is_usual = True
         self._flops = [0] * len(self._forward)
 
@@ -81,10 +83,10 @@ class Passes:
             self._counts[shapes] = known + 1
 
     def on_step(self) -> None:
-        """The optimizer has taken a step: a pass of the model came before it, or several."""
+        """The optimizer has taken a step: a pass came before it, or several; none where there is no gradient."""
         if self._ahead:
             self._ahead -= 1
-        else:
+        elif any(parameter.grad is not None for parameter in self._model.parameters()):
             self.unseen += 1
 
     def settle(self) -> None:
@@ -191,7 +193,10 @@ class _Count:
         self._passes = passes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        self._passes.is_called = True
+        if module.training and torch.is_grad_enabled():
             self._passes.count(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
