@@ -47,6 +47,7 @@ class LedgerRow:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
+        ...         model(x).sum().backward()
         ...         optimizer.step()
         >>> row = session.cost.rows[0]
         >>> row.samples, row.steps
@@ -87,6 +88,7 @@ class LedgerTotals:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
+        ...         model(x).sum().backward()
         ...         optimizer.step()
         >>> session.cost.totals.epochs, session.cost.totals.cost.saved_by_freezing
         (2, 0)
@@ -121,6 +123,7 @@ class Ledger:
         >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
         >>> for epoch in session.epochs():
         ...     for x, y in session.loader:
+        ...         model(x).sum().backward()
         ...         optimizer.step()
         >>> session.cost.totals.samples
         20

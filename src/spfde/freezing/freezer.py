@@ -81,6 +81,11 @@ class Freezer:
         return sum(len(block.trained) for block in self._frozen)
 
     @property
+    def paused(self) -> frozenset[int]:
+        """Identities of the parameters that ``n_paused`` counts."""
+        return frozenset(id(p) for block in self._frozen for p in block.trained)
+
+    @property
     def frozen_parameters(self) -> frozenset[str]:
         """Names of the parameters in frozen blocks."""
         return frozenset(name for block in self._blocks[: self.n_frozen] for name in block.parameters)

@@ -11,6 +11,7 @@ from spfde.freezing.arrivals import Arrivals
 from spfde.freezing.freezer import Freezer, is_held
 from spfde.freezing.rates import GroupRates
 from spfde.planning.timeline import Row
+from spfde.session.learning import Learning
 from spfde.session.part import Part, Setting
 
 
@@ -25,6 +26,7 @@ class Freezing(Part):
             setting.model, setting.blueprint.partition.blocks, setting.optimizer, setting.blueprint.updating
         )
         self.remembers = self.freezer
+        self.learning = Learning(setting.model, lambda: self.freezer.paused)
         self._arrivals = Arrivals(setting.model, setting.blueprint.partition.blocks) if setting.recipe.freezes else None
 
     @property
@@ -33,6 +35,7 @@ class Freezing(Part):
         return self.freezer.n_frozen
 
     def begin_epoch(self, row: Row) -> None:
+        self.learning.begin_epoch()
         before = self.n_frozen
         self.freezer.freeze_to(row.frozen_blocks)
         if self._arrivals is not None and self.n_frozen > before:

@@ -114,7 +114,8 @@ class Sampling(Part):
         """Samples that were trained on in this epoch, by all processes together."""
         clock = self._setting.clock
         drawn = clock.samples_drawn - (0 if clock.is_resumed_at_end else self._samples_left())
-        own = drawn or self.samples_observed or clock.steps * self.batch_size
+        # Where gradients are accumulated there are more backward passes than steps.
+        own = drawn or self.samples_observed or max(clock.steps, self.backward.count) * self.batch_size
         if isinstance(self.loader, StreamLoader) and not drawn and clock.steps:
             # What was taken before an epoch began anew counts in proportion.
             own = self.loader.samples * clock.steps // max(1, clock.steps - self._steps_before)
