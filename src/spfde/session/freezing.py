@@ -51,13 +51,15 @@ class Freezing(Part):
             self._arrivals.check()
 
     def end_epoch(self) -> None:
-        changed = self.freezer.changed_buffers()
+        changed = self.freezer.changed()
         # DistributedDataParallel hands the first rank's buffers on, and those of the others change by that, rightly.
         if changed and not self._setting.world.rank:
             warnings.warn(
-                f"{', '.join(changed)} changes although its block is frozen: the module was held in evaluation mode, "
-                "and is changed there, too, or from elsewhere. Change it only `if self.training`, in the module that "
-                "has the buffer, or name other blocks in ProgressiveFreezing(blocks=...).",
+                f"{', '.join(changed)} changes although its block is frozen, and stays on in evaluation mode: it is "
+                "changed there, too, or from elsewhere (weights that are written by hand, averaged, loaded). Change it "
+                "only `if self.training`, in the module that has it, and only parameters that require a gradient; or "
+                "name other blocks in ProgressiveFreezing(blocks=...). What forward() only leaves behind for others to "
+                "read does no harm.",
                 stacklevel=4,
             )
 
