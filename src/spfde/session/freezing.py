@@ -55,7 +55,7 @@ class Freezing(Part):
         # DistributedDataParallel hands the first rank's buffers on, and those of the others change by that, rightly.
         if changed and not self._setting.world.rank:
             warnings.warn(
-                f"{', '.join(changed)} changes although its block is frozen, and stays on in evaluation mode: it is "
+                f"{', '.join(changed)} changes although its block is frozen and held in evaluation mode: it is "
                 "changed there, too, or from elsewhere (weights that are written by hand, averaged, loaded). Change it "
                 "only `if self.training`, in the module that has it, and only parameters that require a gradient; or "
                 "name other blocks in ProgressiveFreezing(blocks=...). What forward() only leaves behind for others to "
