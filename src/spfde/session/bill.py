@@ -131,7 +131,7 @@ class Bill(Part):
                 "or is called by another method than model(...). Each backward pass is billed as a batch of the shape "
                 "that attach saw. Where shapes or batches vary, attach to what torch.compile returns, and call that "
                 "or model(...).",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _say_changed(self) -> None:
@@ -142,7 +142,7 @@ class Bill(Part):
             warnings.warn(
                 f"{'; '.join(told)}. They are billed as they are, but masks and freezing go by what attach saw: "
                 "weights that learned nothing then stay dense. Set requires_grad before attach, or attach again.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _changed(self) -> list[str]:
