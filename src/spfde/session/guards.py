@@ -78,6 +78,7 @@ class Guards(Part):
     def before_step(self) -> None:
         """An optimizer is about to step."""
         self._has_step_begun = True
+        self._freezing.learning.before_step()
         self._check_parameters()
         if not self._setting.clock.steps:
             self._check_groups()

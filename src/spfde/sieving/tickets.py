@@ -43,6 +43,7 @@ class Tickets:
 
     Attributes:
         is_asked: somebody asked for the oldest ticket in this epoch, without saying which batch is meant.
+        strangers: samples that reports named in this epoch, and that were in no batch that was open.
     """
 
     def __init__(self, *, by_report: bool) -> None:
@@ -59,6 +60,7 @@ class Tickets:
         self._aside: dict[int, deque[Ticket]] = {}
         self._iteration = -1
         self.is_asked = False
+        self.strangers: list[int] = []
         self._start()
 
     def _start(self) -> None:
@@ -167,6 +169,7 @@ class Tickets:
                 reported -= left
                 if not ticket.left:
                     self._open.remove(ticket)
+        self.strangers += reported.elements()
 
     def _of_these(self, given: list[int]) -> Ticket | None:
         """The ticket of exactly these samples, in any order, or the oldest of so many that are not known."""
