@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,16 @@ BAD_OPTIONS = [
 ]
 
 
+def planned_and_trained(spfde: Spfde, data: Path, epochs: int) -> Iterator[list[str]]:
+    """What `spfde plan` and `spfde train` say of a run of so many epochs on the standard error, line by line."""
+    for command in (["plan"], ["train", "--quiet", "--out", "run"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            ended = spfde(*command, "--data", data, "--batch-size", 16, "--epochs", epochs)
+        assert ended.code == 0, ended.err
+        yield ended.err.splitlines()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(("options", "told"), [(bad[0], bad[1:]) for bad in BAD_OPTIONS], ids=lambda bad: str(bad))
     def test_a_bad_option_is_refused_with_value_rule_and_remedy_and_nothing_is_left(
@@ -452,12 +463,8 @@ class TestBadInput:
     def test_a_run_too_short_to_choose_samples_says_so_in_words_that_help(
         self, epochs: int, lines: int, tiny: Path, spfde: Spfde
     ) -> None:
-        for command in (["plan"], ["train", "--quiet", "--out", "run"]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                ended = spfde(*command, "--data", tiny, "--batch-size", 16, "--epochs", epochs)
-            assert ended.code == 0, ended.err
-            said = [line for line in ended.err.splitlines() if "at random" in line]
+        for told in planned_and_trained(spfde, tiny, epochs):
+            said = [line for line in told if "at random" in line]
             assert len(said) == lines
             assert all("4 epochs" in line and "--interval" not in line for line in said)
 
@@ -466,12 +473,8 @@ class TestBadInput:
     def test_a_preset_freezes_what_a_short_run_allows_and_says_so_in_a_line(
         self, epochs: int, lines: int, tiny: Path, spfde: Spfde
     ) -> None:
-        for command in (["plan"], ["train", "--quiet", "--out", "run"]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                ended = spfde(*command, "--data", tiny, "--batch-size", 16, "--epochs", epochs)
-            assert ended.code == 0, ended.err
-            assert len([line for line in ended.err.splitlines() if "freez" in line]) == lines
+        for told in planned_and_trained(spfde, tiny, epochs):
+            assert len([line for line in told if "freez" in line]) == lines
 
     def test_several_bad_options_are_told_together(self, tiny: Path, spfde: Spfde) -> None:
         ended = spfde("train", "--data", tiny, "--epochs", 0, "--lr", -1)

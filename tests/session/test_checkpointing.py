@@ -62,6 +62,7 @@ def test_layers_that_get_no_gradient_behind_a_frozen_front_are_an_error_with_the
         train(True)
 
 
+@pytest.mark.filterwarnings("ignore:.* do not learn any more:UserWarning")
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_block_that_the_user_freezes_is_not_waited_for(at: int) -> None:
     before = train(None, lambda step: step < 0).layers[2][0].weight

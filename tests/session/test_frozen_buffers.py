@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
+from spfde.freezing.freezer import Freezer
+from spfde.model.blocks import Block
 
 
 class InPlace(nn.Module):
@@ -59,6 +61,43 @@ class Codebook(nn.Module):
         return x * (self.usage > 0)
 
 
+class Parametric(nn.Module):
+    """Its statistic is a parameter without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    @torch.no_grad()
+    def follow(self, x: Tensor) -> None:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.follow(x)
+        return x - self.mean
+
+
+class Plain(nn.Module):
+    """Its statistic is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Looked(nn.Module):
+    """Keeps its output for others to read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = 2 * x
+        return x
+
+
 class Hidden(InPlace):
     def forward(self, x: Tensor) -> Tensor:
         self.mean.data = 0.9 * self.mean + 0.1 * x.detach().mean(0)
@@ -89,7 +128,7 @@ class Counter(nn.Module):
         return x
 
 
-def run(norm: type[nn.Module]) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
+def run(norm: type[nn.Module], decay: float = 1.0) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     """The norm of the first block, what it was when that was frozen, and what was said."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(8, 8), norm(), nn.ReLU()) for _ in range(3)]
@@ -110,7 +149,10 @@ def run(norm: type[nn.Module]) -> tuple[nn.Module, dict[str, Tensor], list[str]]
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    assert kept
+                with torch.no_grad():
+                    for weight in model.parameters() if decay != 1 else ():
+                        weight *= decay
+    assert kept or norm in (nn.Identity, Plain, Looked)
     return blocks[0][1], kept, [str(warning.message) for warning in heard]
 
 
@@ -122,10 +164,35 @@ def test_statistics_of_a_hand_written_norm_are_still_in_a_frozen_block(norm: typ
     assert not module.training
 
 
-@pytest.mark.parametrize("norm", [Always, Hidden])
+@pytest.mark.parametrize("norm", [Always, Hidden, Parametric, Plain])
 def test_what_changes_in_evaluation_mode_too_is_named_once(norm: type[nn.Module]) -> None:
     _, _, said = run(norm)
-    assert sum(f"0.1.mean of {norm.__name__}" in text for text in said) == 1
+    own = "0.1.mean changes" if norm is Parametric else f"0.1.mean of {norm.__name__}"
+    assert sum(own in text.replace(", 1.1", " changes, 1.1") for text in said) == 1
+
+
+def test_weights_of_frozen_blocks_that_are_written_by_hand_are_named_once() -> None:
+    _, _, said = run(nn.Identity, decay=0.999)
+    assert sum("0.0.weight, 0.0.bias" in text for text in said) == 1
+
+
+def test_outputs_that_a_module_keeps_are_no_fault() -> None:
+    _, _, said = run(Looked)
+    assert not said
+
+
+def test_a_frozen_model_that_is_converted_is_no_fault() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    freezer = Freezer(
+        model, [Block("0", ("0.weight", "0.bias"), ("0",), 0, 1, 1)], torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    freezer.freeze_to(1)
+    model.to(torch.float64)
+    assert not freezer.changed()
+    freezer.freeze_to(0)
+    freezer.freeze_to(1)
+    model[0].bias.data += 1.0
+    assert freezer.changed() == ["0.bias"]
 
 
 def test_whole_numbers_that_change_while_frozen_are_named() -> None:

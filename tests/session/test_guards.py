@@ -93,6 +93,61 @@ def test_the_inner_optimizer_of_one_that_steps_in_two_is_masked_and_counted() ->
     assert not outside(session, parts.model)
 
 
+@pytest.mark.parametrize("draws", ["session.loader", "own"])
+def test_updates_by_hand_end_the_first_epoch_and_name_step(draws: str) -> None:
+    parts, session = attached()
+    weights = list(parts.model.parameters())
+    with pytest.raises(spfde.UsageError, match=r"\.grad, and call step"):  # noqa: PT012
+        for _ in session.epochs():
+            for x, y in session.loader if draws == "session.loader" else parts.loader:
+                gradients = torch.autograd.grad(F.cross_entropy(parts.model(x), y), weights)
+                with torch.no_grad():
+                    for weight, gradient in zip(weights, gradients, strict=True):
+                        weight -= 0.05 * gradient
+    assert session.epoch == 0
+
+
+def test_a_copy_that_is_trained_in_the_models_place_is_said_once() -> None:
+    parts, session = attached()
+    model = copy.deepcopy(parts.model)
+    other = Parts(model, torch.optim.SGD(model.parameters(), lr=0.1), parts.loader)
+    with pytest.warns(UserWarning, match="copy") as heard:
+        train(other, session)
+    assert len(heard) == 1
+
+
+def test_epochs_that_only_evaluate_are_no_copies() -> None:
+    parts, session = attached()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in session.epochs():
+            with torch.no_grad():
+                for x, _y in session.loader:
+                    parts.model.eval()(x)
+
+
+@pytest.mark.parametrize("closes", ["closure", "nothing"])
+def test_a_first_step_of_many_backward_passes_is_a_step(closes: str) -> None:
+    parts, session = attached(optimizer=lambda model: torch.optim.LBFGS(model.parameters(), lr=0.05, max_iter=20))
+    for epoch in session.epochs():
+        if epoch == 2:
+            break
+        for x, y in session.loader:
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                parts.optimizer.zero_grad()
+                loss = F.cross_entropy(parts.model(x), y)
+                loss.backward()
+                return loss
+
+            if closes == "nothing":
+                for _ in range(20):
+                    closure()
+            parts.optimizer.step(closure)
+    assert session.step == 10
+    assert not outside(session, parts.model)
+
+
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_epochs_without_a_step_are_no_fault(evaluates: bool) -> None:
     parts, session = attached()

@@ -154,12 +154,10 @@ def called(how: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
         return torch.compile(model, backend="eager")
     if how == "compile":
         model.compile(backend="eager")
-    if how == "eval":
-        model.eval()
     return model.forward if how == "forward" else model
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "compile", "forward", "eval"])
+@pytest.mark.parametrize("how", ["torch.compile", "compile", "forward"])
 def test_steps_whose_passes_are_not_seen_are_said_once_and_stay_in_the_state(how: str) -> None:
     model, optimizer, session = words()
     forward = called(how, model)
@@ -176,6 +174,38 @@ def test_steps_whose_passes_are_not_seen_are_said_once_and_stay_in_the_state(how
     _, _, other = words()
     other._bill.load_state_dict(session._bill.state_dict())
     assert "6 steps without a forward pass" in str(other)
+
+
+@pytest.mark.parametrize("how", ["eval", "forward"])
+def test_accumulated_gradients_are_billed_in_evaluation_mode_and_without_a_hook_too(how: str) -> None:
+    model, optimizer, data, session = parts()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        session.begin_epoch()
+        if how == "eval":
+            model.eval()
+        for number, (x, y) in enumerate(data, start=1):
+            F.cross_entropy(model(x) if how == "eval" else model.forward(x), y).backward()
+            if number % 3 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        session.end_epoch()
+    assert session.cost.rows[0].samples == N
+    assert session.cost.rows[0].training_flops == session.cost.rows[0].dense_training_flops == 3 * FORWARD * N
+    assert sum("no forward pass" in str(warning.message) for warning in heard) == (how == "forward")
+
+
+def test_an_evaluation_that_forgets_to_switch_gradients_off_is_not_billed() -> None:
+    model, optimizer, data, session = parts()
+    session.begin_epoch()
+    for x, y in data:
+        model.eval()
+        model(x)
+        model.train()
+        backward(model, x, y)
+        optimizer.step()
+    session.end_epoch()
+    assert session.cost.rows[0].training_flops == 3 * FORWARD * N
 
 
 @pytest.mark.filterwarnings("ignore:before .* no forward pass:UserWarning")
@@ -201,6 +231,14 @@ def test_a_model_that_was_compiled_before_attach_is_billed_by_its_shapes() -> No
     train(compiled, optimizer, [5, 7])
     session.end_epoch()
     assert session.cost.rows[0].training_flops == 3 * 2 * (2 * 8 * 8 * (5 + 7) + 2 * 2 * 8 * 4)
+    assert "without a forward pass" not in str(session)
+
+
+def test_steps_without_a_gradient_need_no_pass() -> None:
+    _, optimizer, session = words()
+    session.begin_epoch()
+    optimizer.step()
+    session.end_epoch()
     assert "without a forward pass" not in str(session)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import spfde
 from helpers.training import BATCH, EPOCHS, SAMPLES, Parts, make_images, make_parts, step, train
@@ -323,3 +323,42 @@ def test_weights_without_a_batch_are_refused(parts: Parts) -> None:
         session.loss_weights()
     with pytest.raises(spfde.InvalidArgument, match="not in the partial set"):
         session.loss_weights(session.removed_set[:1])
+
+
+# --- samples by their positions --------------------------------------------------------------------------------------
+
+
+class Listed(list):
+    """A data set that its owner may add to."""
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks"])
+@pytest.mark.parametrize("at", ["at_top", "at_bottom"])
+def test_a_data_set_of_another_length_ends_the_run_when_its_batches_are_drawn(change: str, at: str) -> None:
+    parts = make_parts()
+    data = Listed(make_images())
+    parts.loader = DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(0))
+    session = attach(parts, METHODS["loss"])
+
+    def changes(epoch: int) -> None:
+        if epoch == (3 if at == "at_top" else 2):
+            data[20:] = [] if change == "shrinks" else [*make_images(), *make_images()]
+
+    with pytest.raises(spfde.UsageError, match="Attach anew") as found:
+        train(parts, session, **{at: changes})
+    assert session.epoch == 3
+    assert str(SAMPLES) in str(found.value)
+
+
+def test_indices_of_the_set_within_a_subset_are_said_to_be_of_another_set() -> None:
+    parts = make_parts()
+    images = TensorDataset(*make_images().tensors, torch.arange(100, 100 + SAMPLES) % SAMPLES)
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5)).tolist()
+    parts.loader = DataLoader(Subset(images, order), BATCH)
+    session = attach(parts, METHODS["loss"])
+    with pytest.raises(spfde.UsageError, match="Subset"):  # noqa: PT012
+        for _ in session.epochs():
+            for x, y, inner in session.loader:
+                step(parts, None, x, y)
+                session.observe(loss=torch.ones(len(y)), indices=inner)
+    assert session.epoch == 0

@@ -101,8 +101,8 @@ class GeneratorsRestored:
     def mark(self) -> tuple[Any, ...]:
         """What ``has_drawn_since`` compares with."""
         if self._operators is None:
-            return _torch_state(), random.getstate(), None, _numpy_state()
-        return self._drawn["torch"], self._drawn["python"], self._drawn["numpy"], _numpy_state()
+            return _torch_state(), random.getstate(), None, numpy_state()
+        return self._drawn["torch"], self._drawn["python"], self._drawn["numpy"], numpy_state()
 
     def has_drawn_since(self, mark: tuple[Any, ...]) -> bool:
         """Whether this thread has drawn from a generator, or seeded one, since then; where it is unclear: may have."""
@@ -210,9 +210,7 @@ def _attributes(value: Any) -> list[Any]:
 
 
 def _keep_torch() -> Callable[[], None]:
-    state = torch.get_rng_state()
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    on_devices = torch.cuda.get_rng_state_all() if in_use else []
+    state, on_devices = torch.get_rng_state(), _states_on_devices()
 
     def put_back() -> None:
         torch.set_rng_state(state)
@@ -222,29 +220,37 @@ def _keep_torch() -> Callable[[], None]:
     return put_back
 
 
-def _keep_python() -> Callable[[], None]:
+def keep_python() -> Callable[[], None]:
+    """What puts Python's generator back to where it is now."""
     state = random.getstate()
     return lambda: random.setstate(state)
 
 
-def _keep_numpy() -> Callable[[], None]:
+def keep_numpy() -> Callable[[], None]:
+    """What puts NumPy's generator back to where it is now."""
     state = np.random.get_state()  # noqa: NPY002
     return lambda: np.random.set_state(state)  # noqa: NPY002
 
 
 _KEEP: Mapping[str, Callable[[], Callable[[], None]]] = {
     "torch": _keep_torch,
-    "python": _keep_python,
-    "numpy": _keep_numpy,
+    "python": keep_python,
+    "numpy": keep_numpy,
 }
 
 
-def _torch_state() -> bytes:
-    state = torch.get_rng_state()
-    # Its memory: any operator on it would be a fake one, where tensors are.
-    return ctypes.string_at(state.data_ptr(), state.untyped_storage().nbytes())
+def _torch_state() -> list[bytes]:
+    # Their memory: any operator on them would be a fake one, where tensors are.
+    states = (torch.get_rng_state(), *_states_on_devices())
+    return [ctypes.string_at(state.data_ptr(), state.untyped_storage().nbytes()) for state in states]
 
 
-def _numpy_state() -> tuple[Any, ...]:
+def _states_on_devices() -> list[torch.Tensor]:
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if in_use else []
+
+
+def numpy_state() -> tuple[Any, ...]:
+    """The state of NumPy's generator, to be compared."""
     name, keys, *position = np.random.get_state()  # noqa: NPY002
     return name, np.asarray(keys).tobytes(), position

@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from spfde.core.torch_private import is_compiled_whole
 from spfde.model.sample import Sample, unwrap
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class Job:
     def model(self) -> nn.Module:
         """The user's own module, without wrappers."""
         return unwrap(self.given)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``torch.compile`` compiles the model as a whole: then nothing can stand in for parts of it."""
+        return is_compiled_whole(self.given) or is_compiled_whole(self.model)
 
 
 @dataclass(frozen=True)
@@ -151,3 +157,38 @@ class Engine(ABC):
     def announce(self, samples: Tensor, variant: int) -> None:
         """The next forward pass in training mode is of these samples [N], each in this variant."""
         raise NotImplementedError(f"the {self.name} engine keeps no variants")
+
+
+class StandIn(Protocol):
+    """What computes a model, or parts of it, in their place."""
+
+    def detach(self) -> None: ...
+
+    def bypass(self) -> AbstractContextManager[None]: ...
+
+
+Computes = TypeVar("Computes", bound=StandIn)
+
+
+class StandInEngine(Engine, Generic[Computes]):
+    """An engine that puts something in the place of a model's forward pass, or of its parts.
+
+    ``attach`` sets ``_attached``.
+    """
+
+    def __init__(self) -> None:
+        self._attached: Computes | None = None
+
+    def detach(self) -> None:
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
+
+    def bypass(self) -> AbstractContextManager[None]:
+        return self.computes.bypass()
+
+    @property
+    def computes(self) -> Computes:
+        """What stands in for the model that this is attached to."""
+        assert self._attached is not None, "attach() comes first"
+        return self._attached

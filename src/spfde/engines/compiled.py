@@ -52,7 +52,7 @@ class CompiledBlocks:
     def detach(self) -> None:
         """Let the modules compute as their classes say."""
         for block in self._blocks:
-            take_off(block)
+            take_off(block.model, block)
 
     def describe(self) -> list[str]:
         """A line for ``print(session)``."""
@@ -96,7 +96,7 @@ class _Block:
 
     def __init__(self, module: nn.Module, kind: _Kind) -> None:
         self.model, self._kind = module, kind
-        put_on(self)
+        put_on(self.model, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._kind.best(self.model, args, kwargs)(self.model, *args, **kwargs)

@@ -218,7 +218,6 @@ def read_by(model: nn.Module, sample: Sample) -> dict[str, set[str]]:
         Untraceable: the forward pass needs real values.
     """
     args, kwargs = call_arguments(sample)
-    found: dict[str, set[str]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, PlainKernels():
         twin, _ = fake_copy(model, fake)
         args, kwargs = tree_map_only(Tensor, like_the_model(model, fake), (args, kwargs))
@@ -236,6 +235,4 @@ def read_by(model: nn.Module, sample: Sample) -> dict[str, set[str]]:
             raise Untraceable(Problem("sample", type(sample).__name__, rule, remedy)) from error
         finally:
             reads.close()
-        for name, names in reads.found.items():
-            found[name] = set(names)
-    return found
+    return reads.found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -24,22 +24,28 @@ class Computes(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def put_on(computes: Computes) -> None:
-    """Let it compute its model from now on."""
-    setattr(computes.model, HELD, _Held(computes))
-    computes.model.forward = types.MethodType(forward, computes.model)
+def put_on(module: nn.Module, computes: Any, *, held: str = HELD, by: Callable[..., Any] | None = None) -> None:
+    """Let a function of module level compute a module from now on, in the place of its forward pass.
+
+    Args:
+        module: the module.
+        computes: what the function finds under ``held`` in the module, as ``Held.computes``.
+        held: name of an attribute.
+        by: the function; by default ``forward``, which asks ``Computes``.
+    """
+    setattr(module, held, Held(computes))
+    module.forward = types.MethodType(forward if by is None else by, module)
 
 
-def take_off(computes: Computes) -> bool:
-    """Give the model its forward pass back; returns whether it was this one that stood there."""
-    model = computes.model
-    held = vars(model).get(HELD)
-    if held is None or held.computes is not computes:
+def take_off(module: nn.Module, computes: Any, *, held: str = HELD, by: Callable[..., Any] | None = None) -> bool:
+    """Give a module its forward pass back; returns whether it was this one that stood there."""
+    found = vars(module).get(held)
+    if found is None or found.computes is not computes:
         return False
-    delattr(model, HELD)
-    # What someone put around it since stays; the stand-in inside computes as the model's class from now on.
-    if getattr(vars(model).get(FORWARD), "__func__", None) is forward:
-        del model.forward
+    delattr(module, held)
+    # What someone put around it since stays; the stand-in inside computes as the module's class from now on.
+    if getattr(vars(module).get(FORWARD), "__func__", None) is (forward if by is None else by):
+        del module.forward
     return True
 
 
@@ -54,10 +60,10 @@ def bypassed(model: nn.Module) -> Iterator[None]:
             model.forward = replaced
 
 
-class _Held:
-    """Keeps the engine for as long as its model lives. Copies and pickles of the model have none."""
+class Held:
+    """Keeps what computes for as long as its module lives. Copies and pickles of the module have none."""
 
-    def __init__(self, computes: Computes) -> None:
+    def __init__(self, computes: Any) -> None:
         self.computes = computes
 
     def __deepcopy__(self, memo: object) -> None:

@@ -35,7 +35,7 @@ class _Frozen:
 
     trained: list[nn.Parameter]  # those that required gradients
     held: list[tuple[nn.Module, object]]  # norms, each with the ``train`` that a user had put on it
-    buffers: dict[str, int]  # what tells their values apart: copies of tables and masks would take their memory twice
+    content: dict[str, int]  # what tells values apart: copies of weights and tables would take their memory twice
 
 
 class Freezer:
@@ -66,7 +66,7 @@ class Freezer:
             [modules[name] for name in block.modules if name in updating or _changes_in_training(modules[name])]
             for block in blocks
         ]
-        self._buffers = [_buffers_of(model, block) for block in blocks]
+        self._modules = [[(name, modules[name]) for name in block.modules] for block in blocks]
         self._warned: set[str] = set()
         self._frozen: list[_Frozen] = []
 
@@ -79,6 +79,11 @@ class Freezer:
     def n_paused(self) -> int:
         """Parameters in frozen blocks that train when these thaw."""
         return sum(len(block.trained) for block in self._frozen)
+
+    @property
+    def paused(self) -> frozenset[int]:
+        """Identities of the parameters that ``n_paused`` counts."""
+        return frozenset(id(p) for block in self._frozen for p in block.trained)
 
     @property
     def frozen_parameters(self) -> frozenset[str]:
@@ -113,23 +118,34 @@ class Freezer:
         return _Frozen(trained, held, checksums(self._values(index)))
 
     def _values(self, index: int) -> dict[str, torch.Tensor]:
-        """The buffers of a block as they are now, but for counters."""
-        found = ((name, module._buffers.get(name.rpartition(".")[2])) for name, module in self._buffers[index])
-        return {name: b for name, b in found if b is not None and not b.is_meta and not _is_counter(b)}
+        """What a block keeps as it is now, by name and kind: parameters, buffers and plain attributes of its modules.
 
-    def changed_buffers(self) -> list[str]:
-        """Buffers of frozen blocks that have changed since they were frozen, each named once; counters are left out.
+        Counters are left out, and what autograd has made: activations that somebody looks at later. A kind is part of
+        the key, so that a model that is converted has nothing to be compared with.
+        """
+        names = zip(self._blocks[index].parameters, self._parameters[index], strict=True)
+        found: list[tuple[str, torch.Tensor]] = [(name, p.detach()) for name, p in names]
+        for path, module in self._modules[index]:
+            own = f"{path}." if path else ""
+            label = f" of {type(module).__name__}"
+            buffers = ((f"{own}{name}{label}", b) for name, b in module._buffers.items() if b is not None)
+            found += [(name, b) for name, b in buffers if not _is_counter(b)]
+            found += [(f"{own}{name}{label}, a plain attribute,", t) for name, t in vars(module).items() if _is_kept(t)]
+        return {f"{name}\n{t.dtype} {tuple(t.shape)}": t for name, t in found if not t.is_meta}
 
-        Something changes them in evaluation mode, too, or from outside the block.
+    def changed(self) -> list[str]:
+        """What has changed in frozen blocks since they were frozen, each named once; counters are left out.
+
+        Something changes it in evaluation mode, too, or from outside the block.
         """
         changed = []
         for index, frozen in enumerate(self._frozen):
-            modules = dict(self._buffers[index])
-            # Versions do not tell: what is written by way of ``buffer.data`` leaves them as they were.
-            for name, number in checksums(self._values(index)).items():
-                if name not in self._warned and frozen.buffers.get(name, number) != number:
+            # Versions do not tell: what is written by way of ``.data`` leaves them as they were.
+            for key, number in checksums(self._values(index)).items():
+                name = key.partition("\n")[0]
+                if name not in self._warned and frozen.content.get(key, number) != number:
                     self._warned.add(name)
-                    changed.append(f"{name} of {type(modules[name]).__name__}")
+                    changed.append(name)
         return changed
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,14 +231,11 @@ def recompile_warning(model: nn.Module, n_fronts: int) -> str | None:
     )
 
 
-def _buffers_of(model: nn.Module, block: Block) -> list[tuple[str, nn.Module]]:
-    """Names of the buffers in a block, and the modules that have them."""
-    modules = dict(model.named_modules())
-    return [
-        (f"{name}.{buffer}", modules[name])
-        for name in block.modules
-        for buffer, _ in modules[name].named_buffers(recurse=False)
-    ]
+def _is_kept(value: object) -> bool:
+    """Whether a plain attribute of a module is a tensor that holds something, and no activation that has a gradient."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+        return False
+    return not value.requires_grad and value.layout == torch.strided and not _is_counter(value)
 
 
 def _is_counter(buffer: torch.Tensor) -> bool:

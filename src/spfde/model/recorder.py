@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 
 from spfde.core.plain_kernels import attention_in_products
 from spfde.core.torch_private import TorchDispatchMode, overloads_of, storage_id, tree_leaves
@@ -69,6 +68,9 @@ class Recorder(TorchDispatchMode):
         batch_size: int,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # a model is traced long after the import of this package
+
+        self._flops_of = flop_registry  # by operation; it imports Triton where that is installed, a third of our time
         self.ops: list[TracedOp] = []
         self.first_run: dict[str, int] = {}
         self.written: dict[str, str] = {}  # buffers that were written to, with the module that was running
@@ -91,7 +93,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = overloads_of(func)
-        if packet not in flop_registry and func is not torch.ops.prim.device.default:
+        if packet not in self._flops_of and func is not torch.ops.prim.device.default:
             # Composite operations (matmul, linear) arrive whole under no_grad; their parts are what is counted.
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -105,7 +107,7 @@ class Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         inputs = [storage_id(tensor) for tensor in tensors]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        count = None if products is not None else flop_registry.get(packet)
+        count = None if products is not None else self._flops_of.get(packet)
         flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
         direct = tuple(dict.fromkeys(self._owners[key] for key in inputs if key in self._owners))
         origins = [name for key in inputs for name in self._computed.get(key, ())]

@@ -19,6 +19,7 @@ from spfde.engines.base import Job
 from spfde.export.encoding import weight_bytes
 from spfde.planning.bill import price, scoring_flops
 from spfde.planning.timeline import Row
+from spfde.session.learning import Learning
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.passes import Passes
@@ -32,6 +33,7 @@ class Bill(Part):
         setting: the session's.
         sampling: says which samples were seen.
         masks: of the weights.
+        learning: says which parameters learn.
         job: the model, and what it is called with.
 
     Attributes:
@@ -41,18 +43,20 @@ class Bill(Part):
 
     name = "bill"
 
-    def __init__(self, setting: Setting, sampling: Sampling, masks: WholeModel, job: Job) -> None:
+    def __init__(self, setting: Setting, sampling: Sampling, masks: WholeModel, learning: Learning, job: Job) -> None:
         self._setting, self._sampling, self._masks = setting, sampling, masks
+        self._learning, self._sample = learning, job.sample
         cost = setting.blueprint.cost
         n_layers, batch = len(cost.layers), sampling.batch_size
         whole, unfrozen = (1.0,) * n_layers, (False,) * n_layers
         dense = memory_of(cost.layers, whole, unfrozen, batch_size=batch, accounting="actual")
         self.ledger = Ledger(uncounted=cost.uncounted, dense_memory_bytes=dense)
         is_known = setting.blueprint.untraced is None
-        self._is_warned = False
+        self._is_warned = self._is_change_told = False
         self._estimated = 0  # samples of shapes that were not measured, in the epochs that ended
         self.passes = Passes(job.given, setting.model, cost, job.sample, is_known=is_known)
         sampling.unended.computed = self.passes.total
+        sampling.backward.tell(self.passes.on_backward)
 
     def begin_epoch(self, row: Row) -> None:
         if not self._setting.clock.is_late:
@@ -67,12 +71,14 @@ class Bill(Part):
         clock.stop_watch(setting.device)
         if self.ledger.rows and self.ledger.rows[-1].epoch == clock.epoch:
             return  # an interruption came between the entry and the next epoch
-        blueprint, row = setting.blueprint, setting.timeline[clock.epoch]
+        blueprint = self._learning.priced(setting.blueprint, self._sample)
+        row = setting.timeline[clock.epoch]
         samples = sampling.samples_seen()
         overhead = clock.overhead_flops
         if clock.epoch == 0:
             overhead += scoring_flops(blueprint, samples=len(sampling.population), batch_size=sampling.batch_size)
         self._say_unseen()
+        self._say_changed()
         passed, computed, flops = self._passed(samples)
         cost = price(
             blueprint,
@@ -122,11 +128,28 @@ class Bill(Part):
             self._is_warned = True
             warnings.warn(
                 f"before {unseen} optimizer steps no forward pass of the model was seen: it was compiled after attach, "
-                "is called by another method than model(...), or trains in evaluation mode. Their samples are billed "
-                "with the shape that attach saw. Where shapes vary, attach to what torch.compile returns, call that, "
-                "and train in training mode.",
-                stacklevel=4,
+                "or is called by another method than model(...). Each backward pass is billed as a batch of the shape "
+                "that attach saw. Where shapes or batches vary, attach to what torch.compile returns, and call that "
+                "or model(...).",
+                stacklevel=5,
             )
+
+    def _say_changed(self) -> None:
+        """Warn, once in a session, where other parameters learn than when it was attached."""
+        told = self._changed()
+        if told and not self._is_change_told:
+            self._is_change_told = True
+            warnings.warn(
+                f"{'; '.join(told)}. They are billed as they are, but masks and freezing go by what attach saw: "
+                "weights that learned nothing then stay dense. Set requires_grad before attach, or attach again.",
+                stacklevel=5,
+            )
+
+    def _changed(self) -> list[str]:
+        """Clauses on parameters whose ``requires_grad`` is not what ``attach`` saw."""
+        begun, stopped = self._learning.changed()
+        found = (begun, "learn, and did not when the session was attached"), (stopped, "do not learn any more")
+        return [f"{_names(names)} {what}" for names, what in found if names]
 
     def _passed(self, seen: int) -> tuple[int, int, list[int] | None]:
         """Samples in the passes of all processes, those that were computed, and the FLOPs of these by layer.
@@ -186,11 +209,18 @@ class Bill(Part):
             lines.append(
                 f"bill: {estimated:,} samples of shapes that were not measured cost as much as the nearest one"
             )
+        lines += [f"requires_grad: {text}" for text in self._changed()]
         if self.passes.unseen:
             lines.append(
                 f"bill: {self.passes.unseen:,} steps without a forward pass that was seen: one shape is assumed"
             )
         return lines
+
+
+def _names(names: list[str]) -> str:
+    """A few of them, and how many."""
+    few = ", ".join(names[:3])
+    return f"{few} and {len(names) - 3} others" if len(names) > 3 else few
 
 
 _OWN = ("estimated", "passes")

@@ -12,6 +12,7 @@ from spfde.freezing.arrivals import Arrivals
 from spfde.freezing.freezer import Freezer, is_held
 from spfde.freezing.rates import GroupRates
 from spfde.planning.timeline import Row
+from spfde.session.learning import Learning
 from spfde.session.part import Part, Setting
 
 
@@ -27,6 +28,7 @@ class Freezing(Part):
         )
         self.remembers = self.freezer
         self._at_detach: int | None = None
+        self.learning = Learning(setting.model, lambda: self.freezer.paused)
         self._arrivals = Arrivals(setting.model, setting.blueprint.partition.blocks) if setting.recipe.freezes else None
 
     @property
@@ -40,6 +42,7 @@ class Freezing(Part):
         return {self.freezer.parameters_of_front(number) for number in numbers}
 
     def begin_epoch(self, row: Row) -> None:
+        self.learning.begin_epoch()
         before = self.n_frozen
         self.freezer.freeze_to(row.frozen_blocks)
         if self._arrivals is not None and self.n_frozen > before:
@@ -55,13 +58,15 @@ class Freezing(Part):
             self._arrivals.check()
 
     def end_epoch(self) -> None:
-        changed = self.freezer.changed_buffers()
+        changed = self.freezer.changed()
         # DistributedDataParallel hands the first rank's buffers on, and those of the others change by that, rightly.
         if changed and not self._setting.world.rank:
             warnings.warn(
-                f"{', '.join(changed)} changes although its block is frozen: the module was held in evaluation mode, "
-                "and is changed there, too, or from elsewhere. Change it only `if self.training`, in the module that "
-                "has the buffer, or name other blocks in ProgressiveFreezing(blocks=...).",
+                f"{', '.join(changed)} changes although its block is frozen and held in evaluation mode: it is "
+                "changed there, too, or from elsewhere (weights that are written by hand, averaged, loaded). Change it "
+                "only `if self.training`, in the module that has it, and only parameters that require a gradient; or "
+                "name other blocks in ProgressiveFreezing(blocks=...). What forward() only leaves behind for others to "
+                "read does no harm.",
                 stacklevel=4,
             )
 
@@ -83,8 +88,11 @@ class Freezing(Part):
     def describe(self) -> list[str]:
         held = [name for name, module in self._setting.model.named_modules() if is_held(module)]
         arrivals = 0 if self._arrivals is None else self._arrivals.n_watched
-        lines = [f"hooked: the gradients of {arrivals} parameters, once each, to see that they arrive (freezing)"]
-        lines = lines if arrivals else []
+        lines = []
+        if arrivals:
+            lines.append(
+                f"hooked: the gradients of {arrivals} parameters, once each, to see that they arrive (freezing)"
+            )
         if not held:
             return lines
         return [

@@ -23,6 +23,7 @@ from spfde.session.backward import BackwardPasses
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
+from spfde.session.passes import Passes
 
 _LOOKS = (16, 256, 4096)
 """After so many backward passes without a step it is looked whether the weights move all the same."""
@@ -36,6 +37,7 @@ class Guards(Part):
         masks: of the weights.
         freezing: of the blocks.
         backward: tells of backward passes.
+        passes: tells of forward passes.
 
     Attributes:
         trusts_weights: whether a state is loaded whatever weights the model has, as long as its masks hold for them.
@@ -43,7 +45,9 @@ class Guards(Part):
 
     name = "guards"
 
-    def __init__(self, setting: Setting, masks: WholeModel, freezing: Freezing, backward: BackwardPasses) -> None:
+    def __init__(
+        self, setting: Setting, masks: WholeModel, freezing: Freezing, backward: BackwardPasses, passes: Passes
+    ) -> None:
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self.trusts_weights = False
         modules = dict(setting.model.named_modules())
@@ -52,10 +56,11 @@ class Guards(Part):
         self._tables = [vars(modules[name.rpartition(".")[0]])[PARAMETERS] for name in self._parameters]
         self._leaves = [name.rpartition(".")[2] for name in self._parameters]
         self._held = {id(p) for group in setting.optimizer.param_groups for p in group["params"]}
-        self._said = False
+        self._said = self._has_said_idle = False
+        self._has_step_begun = False
         self._before = self._content()
         self._look: RemovableHandle | None = None
-        self._backward = backward
+        self._backward, self._passes = backward, passes
         backward.tell(self._on_gradient)
         self._await_wrapper()
 
@@ -63,6 +68,7 @@ class Guards(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self._before = self._content()
+        self._has_step_begun = False
 
     def before_masks(self) -> None:
         """The top of an epoch, before the masks mutate: what was written since the bottom of the last one."""
@@ -72,6 +78,8 @@ class Guards(Part):
 
     def before_step(self) -> None:
         """An optimizer is about to step."""
+        self._has_step_begun = True
+        self._freezing.learning.before_step()
         self._check_parameters()
         if not self._setting.clock.steps:
             self._check_groups()
@@ -117,7 +125,9 @@ class Guards(Part):
 
     def _check_steps(self) -> None:
         """Have the weights moved in an epoch without a step of the optimizer that was attached?"""
-        if self._setting.clock.steps or not self._backward.count or self._setting.clock.phase == "between":
+        clock, passes = self._setting.clock, self._backward.count
+        # Gradients may be taken by autograd.grad, which leaves no trace, of a model whose calls nobody sees.
+        if clock.steps or clock.phase == "between" or not (passes or self._passes.total() or clock.samples_drawn):
             return
         if self._content() == self._before:
             return  # evaluated, accumulated, or skipped by a scaler
@@ -128,11 +138,27 @@ class Guards(Part):
             for name, value in vars(optimizer).items()
             if any(value is each for each in inside(optimizer))
         ]
-        remedy = f"Attach to {inner[0]}" if inner else "Attach to that one"
+        what = f"in {passes} backward passes" if passes else "without a backward pass"
+        remedy = f"Attach to {inner[0]}, whose step() runs" if inner else "Attach to the optimizer whose step() runs"
         raise UsageError(
-            f"the weights have moved in {self._backward.count} backward passes, but step() of {', '.join(names)} was "
-            "never called: another optimizer steps, around the hooks, and nothing is masked or counted. "
-            f"{remedy}, whose step() runs."
+            f"the weights have moved {what}, but step() of {', '.join(names)} was never called: another optimizer "
+            "steps, around the hooks, or they are updated by hand, and nothing is masked or counted. "
+            f"{remedy}; where gradients are taken by hand, put them in each parameter's .grad, and call step()."
+        )
+
+    def check_complete(self) -> None:
+        """Warn, once in a session, where batches were drawn, and nobody has called the model or trained it."""
+        clock = self._setting.clock
+        if self._has_said_idle or clock.steps or not clock.samples_drawn:
+            return
+        if self._passes.is_called or self._backward.count:
+            return
+        self._has_said_idle = True
+        warnings.warn(
+            f"{clock.samples_drawn:,} samples were drawn from session.loader, and the model that the session is "
+            "attached to was not called once, nor its weights moved: is it a copy that is trained? Attach to the model "
+            "and the optimizer of the loop.",
+            stacklevel=6,
         )
 
     def _enforce_masks(self) -> None:
@@ -235,7 +261,8 @@ class Guards(Part):
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if self._backward.count in _LOOKS:
+        # Closures run many passes within one step, and its hook comes behind them.
+        if self._backward.count in _LOOKS and not self._has_step_begun:
             self._check_steps()
 
     def _content(self) -> dict[str, int]:

@@ -27,7 +27,10 @@ Shapes = tuple[torch.Size, ...]
 
 
 class Passes:
-    """Counts forward passes in training mode with gradients, by the shapes of their tensors.
+    """Counts forward passes with gradients, by the shapes of their tensors.
+
+    In training mode each one counts; in evaluation mode those that a backward pass follows, for an evaluation may have
+    forgotten to switch gradients off.
 
     Args:
         given: the model as attached. What is compiled inside it is not counted: its caller is.
@@ -39,6 +42,7 @@ class Passes:
     Attributes:
         samples: samples that went through the model, as the first dimension of its first tensor counts them.
         estimated: samples whose shape was not measured.
+        is_called: whether the model was called in this epoch, in whichever mode.
         unseen: optimizer steps of all epochs so far without a pass that was seen before them.
     """
 
@@ -61,30 +65,47 @@ class Passes:
         self._counts.clear()
         self.samples, self.estimated = 0, 0
         self._ahead = 0  # passes in this epoch without a step behind them
+        self.is_called = False
+        self._maybe: list[Shapes] = []  # of passes in evaluation mode that no backward pass has followed yet
         self._is_usual = True
         self._flops = [0] * len(self._forward)
 
     def count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A forward pass with these arguments begins."""
-        self._ahead += 1
+        """A forward pass in training mode with these arguments begins."""
+        self._maybe.clear()
+        self._add(self._look_up(args, kwargs))
+
+    def wait(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pass in evaluation mode begins, which may be trained on."""
+        self._maybe.append(self._look_up(args, kwargs))
+
+    def on_backward(self, parameter: Tensor) -> None:
+        """A backward pass runs."""
+        for shapes in self._maybe:
+            self._add(shapes)
+        self._maybe.clear()
+
+    def _look_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
+        """The shapes of these arguments; of new ones the arguments are kept, to be measured."""
         if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
             shapes: Shapes = (args[0].shape,)
         else:
             shapes = _shapes((args, kwargs))
-        known = self._counts.get(shapes)
-        if known is None:
-            self._counts[shapes] = 1
-            if shapes and _kind(shapes) not in self._measured and len(self._calls) < MOST_SHAPES:
-                on_meta = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (args, dict(kwargs)))
-                self._calls.setdefault(shapes, on_meta)
-        else:
-            self._counts[shapes] = known + 1
+        is_known = shapes in self._counts or shapes in self._calls or len(self._calls) >= MOST_SHAPES
+        if shapes and not is_known and _kind(shapes) not in self._measured:
+            on_meta = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (args, dict(kwargs)))
+            self._calls[shapes] = on_meta
+        return shapes
+
+    def _add(self, shapes: Shapes) -> None:
+        self._ahead += 1
+        self._counts[shapes] = self._counts.get(shapes, 0) + 1
 
     def on_step(self) -> None:
-        """The optimizer has taken a step: a pass of the model came before it, or several."""
+        """The optimizer has taken a step: a pass came before it, or several; none where there is no gradient."""
         if self._ahead:
             self._ahead -= 1
-        else:
+        elif any(parameter.grad is not None for parameter in self._model.parameters()):
             self.unseen += 1
 
     def settle(self) -> None:
@@ -191,8 +212,12 @@ class _Count:
         self._passes = passes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
-            self._passes.count(args, kwargs)
+        if torch.compiler.is_compiling():
+            return
+        self._passes.is_called = True
+        if torch.is_grad_enabled():
+            note = self._passes.count if module.training else self._passes.wait
+            note(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes three arguments and returns None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from spfde.core.errors import UsageError
 from spfde.planning.timeline import Row
@@ -16,7 +16,7 @@ from spfde.session.backward import BackwardPasses
 from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.session.unended import Unended
-from spfde.sieving.batch_sampler import SievedBatchSampler
+from spfde.sieving.batch_sampler import SievedBatchSampler, iterates_as
 from spfde.sieving.loader import SievedLoader, loader_generators, population_of
 from spfde.sieving.stream import StreamLoader
 from spfde.sieving.tickets import Ticket, Tickets
@@ -74,6 +74,7 @@ class Sampling(Part):
     def _share(self, loader: DataLoader[Any], keep: Callable[[], Tensor | None]) -> SievedLoader:
         assert loader.batch_size is not None, "attach lets no such loader in"
         self.population, self.batch_size = population_of(loader), loader.batch_size
+        self._length_at_attach = len(loader.dataset)  # type: ignore[arg-type]  # attach takes none without a length
         self.dense_samples = samples_of_epoch(loader)
         share, world = (0, 1), self._setting.world
         if deals_out(loader, world):
@@ -114,7 +115,8 @@ class Sampling(Part):
         """Samples that were trained on in this epoch, by all processes together."""
         clock = self._setting.clock
         drawn = clock.samples_drawn - (0 if clock.is_resumed_at_end else self._samples_left())
-        own = drawn or self.samples_observed or clock.steps * self.batch_size
+        # Where gradients are accumulated there are more backward passes than steps.
+        own = drawn or self.samples_observed or max(clock.steps, self.backward.count) * self.batch_size
         if isinstance(self.loader, StreamLoader) and not drawn and clock.steps:
             # What was taken before an epoch began anew counts in proportion.
             own = self.loader.samples * clock.steps // max(1, clock.steps - self._steps_before)
@@ -150,6 +152,7 @@ class Sampling(Part):
 
     def on_loader_start(self) -> None:
         """``session.loader`` is iterated, and no epoch has begun for it yet."""
+        self._check_length()
         clock = self._setting.clock
         if clock.phase in ("between", "begun") or not clock.steps or self.is_surplus:
             return
@@ -309,6 +312,20 @@ class Sampling(Part):
         self.backward.watch()
         self._place = None
         self._steps_allowed = self._length()
+
+    def _check_length(self) -> None:
+        """Raise ``UsageError`` where samples are sieved by their ids, and there are others than at ``attach``."""
+        if not self._setting.recipe.sieves or isinstance(self.loader, StreamLoader):
+            return
+        if iterates_as(self.loader.sampler, SubsetRandomSampler):
+            return  # goes on with the ids that it was given
+        now = len(self.loader.dataset)  # type: ignore[arg-type]  # attach takes none without a length
+        if now != self._length_at_attach:
+            raise UsageError(
+                f"the data set had {self._length_at_attach:,} samples when the session was attached, and has {now:,} "
+                "now: the sieve knows them by their positions. Attach anew with the data set as it is (a state of this "
+                "session does not fit it), or leave sieving out of the recipe."
+            )
 
     def generator_states(self) -> list[Tensor]:
         """The states of the loader's own generators that go with ``clock_state``."""

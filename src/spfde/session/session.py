@@ -87,8 +87,8 @@ class Session(SessionView):
         self._handles = setting.optimizer.hook(self._before_step, self._after_step)
         self._masks.install()
         self._computing = Computing(setting, job, choice, self._masks, self._freezing)
-        self._bill = Bill(setting, self._sampling, self._masks, job)
-        self._guards = Guards(setting, self._masks, self._freezing, self._sampling.backward)
+        self._bill = Bill(setting, self._sampling, self._masks, self._freezing.learning, job)
+        self._guards = Guards(setting, self._masks, self._freezing, self._sampling.backward, self._bill.passes)
         adapts = self.recipe.freezes and self.recipe.freezing is not None and self.recipe.freezing.adapts
         converging = [Convergence(setting, self._masks, self._computing, probe)] if adapts else []
         #: In the order in which they are called.

@@ -120,6 +120,13 @@ class SievedSampling(Sampling):
             return
         if left and (self.is_all_drawn or not self._n_reports or clock.steps > self._n_reports):
             self._is_told = True
+            if strangers := self.tickets.strangers:
+                raise UsageError(
+                    f"{len(strangers)} samples that indices= named, such as {strangers[0]}, were in no batch without a "
+                    f"report, and {left} batches have none. indices= are positions in the loader's data set, as its "
+                    "sampler counts them: in a Subset those in the Subset, not in the set that it is taken from. Leave "
+                    "indices= out, or let the data set give its own positions."
+                )
             raise UsageError(
                 f"observe() was not called for {left} {'batch' if left == 1 else 'batches'} of session.loader. While "
                 "samples are sieved, call session.observe(logits, y) once a batch, and use another loader for "

@@ -43,6 +43,7 @@ class Tickets:
 
     Attributes:
         is_asked: somebody asked for the oldest ticket in this epoch, without saying which batch is meant.
+        strangers: samples that reports named in this epoch, and that were in no batch that was open.
     """
 
     def __init__(self, *, by_report: bool) -> None:
@@ -60,6 +61,7 @@ class Tickets:
         self._told: list[Tensor] = []
         self._iteration = -1
         self.is_asked = False
+        self.strangers: list[int] = []
         self._start()
 
     def _start(self) -> None:
@@ -172,6 +174,7 @@ class Tickets:
                 reported -= left
                 if not ticket.left:
                     self._open.remove(ticket)
+        self.strangers += reported.elements()
 
     def close_later(self, ids: Tensor) -> None:
         """A report has come on samples whose ids are on an accelerator, which is not waited for until it matters."""

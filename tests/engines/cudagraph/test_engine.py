@@ -223,6 +223,25 @@ def test_parameters_in_other_memory_are_noticed() -> None:
     assert both(run).recorded == 2
 
 
+def test_a_module_in_the_place_of_another_is_noticed_and_so_is_the_first_one_when_it_is_back() -> None:
+    model, _, session = attach(ENGINE)
+    first, second = model.head, nn.Linear(16, 3)
+
+    def gradients(head: nn.Module) -> None:
+        model.head = head
+        for x, y in batches(3):
+            head.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            assert head.weight.grad is not None
+
+    for head in (first, second, first):
+        gradients(head)
+    found = computes(session)
+    assert found.recorded == 2
+    assert found.replayed == 2 + 3 + 3  # the first call alone was met but once
+
+
 def test_an_attribute_that_changes_is_noticed() -> None:
     def run(model: Any, optimizer: torch.optim.Optimizer) -> None:
         steps(model, optimizer)

@@ -9,21 +9,19 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
 from spfde.core.registry import register
-from spfde.core.torch_private import is_compiled_whole
-from spfde.engines.base import Engine, Job, Parts
+from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.blocks.lists import MOST_DENSITY, UNIT
 from spfde.engines.blocks.modules import linears_of
 from spfde.sparsity.structure import Block
 
 if TYPE_CHECKING:
-    from spfde.engines.blocks.linear import BlockLinears
+    from spfde.engines.blocks.linear import BlockLinears  # noqa: F401  # named below, in a string
 
 # Modelled, for an H200 (benchmarks/block_linear.py measures). Dense products in bf16, FLOPs a second; and time of a
 # layer's step over the dense one, as a line in its density (slope, at zero): its blocks read their inputs from the
@@ -36,15 +34,12 @@ _INTERPRETED = 1e4  # times as long, in Triton's interpreter
 
 
 @register("engine")
-class BlocksEngine(Engine):
+class BlocksEngine(StandInEngine["BlockLinears"]):
     """Kernels for linear layers that compute with the active blocks alone, forward and backward, on CUDA."""
 
     name: ClassVar[str] = "blocks"
     summary: ClassVar[str] = "kernels for linear layers with blocks of 32x32 weights and more, on CUDA"
     needs_masks: ClassVar[bool] = True
-
-    def __init__(self) -> None:
-        self._attached: BlockLinears | None = None
 
     @classmethod
     def supports(cls, job: Job) -> str | None:
@@ -54,7 +49,7 @@ class BlocksEngine(Engine):
             return f"it takes blocks whose sides are multiples of {UNIT}, and the structure is {structure!r}"
         if isinstance(job.given, nn.DataParallel):
             return "copies of the model on other devices have no kernels; use DistributedDataParallel"
-        if is_compiled_whole(job.given) or is_compiled_whole(job.model):
+        if job.is_compiled:
             return "the model is compiled by torch.compile"
         names = taken(job)
         if not names:
@@ -91,14 +86,6 @@ class BlocksEngine(Engine):
 
         self._attached = BlockLinears(job.model, taken(job), parts)
 
-    def detach(self) -> None:
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached = None
-
-    def bypass(self) -> AbstractContextManager[None]:
-        return self.computes.bypass()
-
     def describe(self) -> list[str]:
         lines = ["replaced: the forward of linear layers, whose active blocks alone are computed with in training:"]
         for layer in self.computes.layers.values():
@@ -106,12 +93,6 @@ class BlocksEngine(Engine):
             how = "" if layer.computes else ", left to PyTorch: too many for the kernels to be faster"
             lines.append(f"  {layer.name}: {layer.lists.active:,} active blocks of {high}x{wide}{how}")
         return lines
-
-    @property
-    def computes(self) -> BlockLinears:
-        """What computes the linear layers."""
-        assert self._attached is not None, "attach() comes first"
-        return self._attached
 
 
 def taken(job: Job) -> dict[str, tuple[int, int]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from spfde.engines.base import Parts
 from spfde.engines.blocks.lists import MOST_DENSITY, BlockLists
 from spfde.engines.blocks.modules import linears_of
 from spfde.engines.blocks.product import block_linear, multiplied_in
+from spfde.engines.stand_in import put_on, take_off
 
-FORWARD, HELD = "forward", "_spfde_blocks"
+HELD = "_spfde_blocks"
 
 
 class BlockLinears:
@@ -119,6 +120,7 @@ class BlockLinear:
         self._version: int | None = None
         self.expects_pass = True
         self.wants_dense = self.computes = False
+        self._standing_in: list[_StandIn] = []
 
     @property
     def lists(self) -> BlockLists:
@@ -167,31 +169,23 @@ class BlockLinear:
 
     def install(self, owner: BlockLinears) -> None:
         """Replace the forward of its modules."""
-        for module in self.modules:
-            setattr(module, HELD, _Held(self, owner, module))
-            setattr(module, FORWARD, types.MethodType(forward, module))
+        self._standing_in = [_StandIn(self, owner, module) for module in self.modules]
+        for each in self._standing_in:
+            put_on(each.module, each, held=HELD, by=forward)
 
     def remove(self) -> None:
         """Give the modules their forward back; what someone put around it since stays."""
-        for module in self.modules:
-            held = vars(module).get(HELD)
-            if held is not None and held.layer is self:
-                delattr(module, HELD)
-                if getattr(vars(module).get(FORWARD), "__func__", None) is forward:
-                    delattr(module, FORWARD)
+        for each in self._standing_in:
+            take_off(each.module, each, held=HELD, by=forward)
 
 
-class _Held:
-    """Keeps a layer's kernels for as long as the module lives. Copies and pickles of the module have none."""
+@dataclass(frozen=True, eq=False)
+class _StandIn:
+    """What stands in for one module."""
 
-    def __init__(self, layer: BlockLinear, owner: BlockLinears, module: nn.Linear) -> None:
-        self.layer, self.owner, self.module = layer, owner, module
-
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+    layer: BlockLinear
+    owner: BlockLinears
+    module: nn.Linear
 
 
 # Copied and pickled by its name, as bound methods are: a copy computes as its class.
@@ -209,7 +203,8 @@ forward.is_spfde = True  # type: ignore[attr-defined]
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code ends before the layer, and goes on behind it
 def _compute(module: nn.Linear, input: Tensor) -> Tensor:
     held = vars(module).get(HELD)
-    if held is None or held.module is not module or held.owner.is_bypassed or is_recorded():
+    found: _StandIn | None = None if held is None else held.computes
+    if found is None or found.module is not module or found.owner.is_bypassed or is_recorded():
         return F.linear(input, module.weight, module.bias)
-    result: Tensor = held.layer(module, input)
+    result: Tensor = found.layer(module, input)
     return result

@@ -10,9 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spfde.core.torch_private import tree_flatten, tree_unflatten
+from spfde.core.torch_private import BUFFERS, PARAMETERS, tree_flatten, tree_unflatten
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+class Slots:
+    """Where a model keeps its parameters and buffers: read at each call, without a walk over its modules.
+
+    Args:
+        model: the model; slots are those of the modules and names that it has now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tables = [vars(module) for module in model.modules()]
+        self._parameters, self._buffers = (
+            [(own[kind], name) for own in tables for name, tensor in own[kind].items() if tensor is not None]
+            for kind in (PARAMETERS, BUFFERS)
+        )
+
+    def read(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What lies in them now, shared tensors once for each of their slots."""
+        found = ([table.get(name) for table, name in slots] for slots in (self._parameters, self._buffers))
+        parameters, buffers = ([tensor for tensor in each if tensor is not None] for each in found)
+        return parameters, buffers
 
 
 @dataclass(frozen=True)
@@ -37,7 +58,7 @@ class Call:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        slots: Slots,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
@@ -47,6 +68,7 @@ class Call:
         """The call, or why it is none that can be recorded, as a clause.
 
         Args:
+            slots: of the model's parameters and buffers.
             device: of the model.
             dense: names of the parameters whose gradients are to come unmasked.
         """
@@ -61,12 +83,12 @@ class Call:
             return "its inputs want gradients"
         if torch.is_inference_mode_enabled():
             return "it runs in inference mode"
-        parameters = list(model.parameters())
+        parameters, buffers = slots.read()
         wanted = tuple(parameter.requires_grad for parameter in parameters)
         learns = grads and any(wanted)
         shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors)
         kind = (shapes, plain, wanted if learns else None, dense if learns else None, _switches(device))
-        places = tuple(tensor.data_ptr() for tensor in (*parameters, *model.buffers()))
+        places = tuple(tensor.data_ptr() for tensor in (*parameters, *buffers))
         return cls(tensors, learns, kind, (kind, spec, places), tuple(leaves), spec, device)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import ClassVar
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
-from spfde.core.torch_private import is_compiled_whole
-from spfde.engines.base import Engine, Job, Parts
+from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.cudagraph.backend import Backend, CudaGraphs
 from spfde.engines.cudagraph.model import CapturedModel
 from spfde.engines.guards import read_by
@@ -19,7 +17,7 @@ _SPEED = 0.4
 
 
 @register("engine")
-class CudaGraphEngine(Engine):
+class CudaGraphEngine(StandInEngine[CapturedModel]):
     """Forward and backward pass of the model as CUDA graphs: no kernel waits for its launch. Masks lie inside.
 
     The loop stays as it is. Each frozen front, input shape, mode and autocast state is recorded when it has come twice
@@ -31,9 +29,6 @@ class CudaGraphEngine(Engine):
     summary: ClassVar[str] = "forward and backward pass recorded once and replayed, on GPUs"
     backend: ClassVar[type[Backend]] = CudaGraphs
 
-    def __init__(self) -> None:
-        self._attached: CapturedModel | None = None
-
     @classmethod
     def supports(cls, job: Job) -> str | None:
         devices = {tensor.device for tensor in (*job.model.parameters(), *job.model.buffers())}
@@ -42,7 +37,7 @@ class CudaGraphEngine(Engine):
         reason = cls.backend.reason_against(next(iter(devices)))
         if reason is not None:
             return reason
-        if is_compiled_whole(job.given) or is_compiled_whole(job.model):
+        if job.is_compiled:
             return "the model is compiled by torch.compile"
         if has_own_forward(job.model):
             return "the model's instance has a forward of its own"
@@ -61,14 +56,6 @@ class CudaGraphEngine(Engine):
         reads = job.found.pop(self.name, None) or read_by(job.model, job.sample)
         self._attached = CapturedModel(job.model, self.backend(device), parts, reads=reads, is_strict=job.is_strict)
 
-    def detach(self) -> None:
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached = None
-
-    def bypass(self) -> AbstractContextManager[None]:
-        return self.computes.bypass()
-
     def describe(self) -> list[str]:
         computes = self.computes
         left = "; ".join(f"{count:,} since {reason}" for reason, count in computes.eager.most_common())
@@ -76,9 +63,3 @@ class CudaGraphEngine(Engine):
             f"replaced: the model's forward; {computes.recorded} stages recorded, {computes.replayed:,} passes "
             f"replayed, by PyTorch: {left or 'none'}"
         ]
-
-    @property
-    def computes(self) -> CapturedModel:
-        """The model's stand-in."""
-        assert self._attached is not None, "it is attached"
-        return self._attached

@@ -16,7 +16,7 @@ from spfde.core.say import say
 from spfde.core.torch_private import has_global_hooks
 from spfde.engines.base import Parts
 from spfde.engines.cudagraph.backend import Backend
-from spfde.engines.cudagraph.call import Call
+from spfde.engines.cudagraph.call import Call, Slots
 from spfde.engines.cudagraph.stage import Stage, Token
 from spfde.engines.guards import Guards, has_hooks
 from spfde.engines.stand_in import bypassed, put_on, take_off
@@ -26,7 +26,7 @@ _IN_TURN, _IN_ALL = 2, 8
 _MOST_STAGES = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class _Known:
     """A stage, and what it holds for beside its call."""
 
@@ -64,6 +64,7 @@ class CapturedModel:
     ) -> None:
         self.model = model
         self._backend, self._parts, self._reads, self._is_strict = backend, parts, reads, is_strict
+        self._slots = Slots(model)
         self._known: list[_Known] = []  # the last used first
         self._refused: list[tuple[tuple[Any, ...], str]] = []
         self._met: Counter[int] = Counter()
@@ -73,7 +74,7 @@ class CapturedModel:
         self._pending: weakref.ref[Token] | None = None
         self.replayed, self.recorded = 0, 0
         self.eager: Counter[str] = Counter()
-        put_on(self)
+        put_on(self.model, self)
 
     def bypass(self) -> AbstractContextManager[None]:
         """The model computes as its class says."""
@@ -81,7 +82,7 @@ class CapturedModel:
 
     def detach(self) -> None:
         """Give the model its forward pass back and free the recordings."""
-        if take_off(self):
+        if take_off(self.model, self):
             self._known.clear()
             self._backend.free()
 
@@ -103,25 +104,36 @@ class CapturedModel:
         """The stage that computes a call, recorded now if need be; or why PyTorch does."""
         if has_global_hooks():
             return "hooks on all modules see each operation"
+        is_pending = self._is_pending()
+        if not is_pending:
+            self._forget_fronts()
         dense = self._parts.dense_gradients()
-        call = Call.of(self.model, args, kwargs, device=self._backend.device, dense=dense)
+        call = Call.of(self._slots, args, kwargs, device=self._backend.device, dense=dense)
+        known = None if isinstance(call, str) else self._known_for(call)
+        if known is None:
+            # A module may be another one since: the guards of what was recorded do not hold then.
+            self._slots = Slots(self.model)
+            call = Call.of(self._slots, args, kwargs, device=self._backend.device, dense=dense)
+            known = None if isinstance(call, str) else self._known_for(call)
         if isinstance(call, str):
             return call
         self._in_turn = self._in_turn + 1 if call.kind == self._last else 1
         self._last = call.kind
-        if self._is_pending():
+        if is_pending:
             return "an earlier forward pass waits for its backward pass"
-        self._forget_fronts()
-        for position, known in enumerate(self._known):
-            if known.signature == call.signature and known.guards.hold:
-                self._known.insert(0, self._known.pop(position))
-                return known, call
+        if known is not None:
+            self._known.remove(known)
+            self._known.insert(0, known)
+            return known, call
         for signature, reason in self._refused:
             if signature == call.signature:
                 return reason
         if not self._is_worth_it(call):
             return "a call of its kind has not come often enough"
         return self._record(call)
+
+    def _known_for(self, call: Call) -> _Known | None:
+        return next((each for each in self._known if each.signature == call.signature and each.guards.hold), None)
 
     def _is_pending(self) -> bool:
         token = None if self._pending is None else self._pending()

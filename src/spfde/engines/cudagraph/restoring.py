@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from spfde.core.generators import keep_numpy, keep_python, numpy_state
 from spfde.core.torch_private import BUFFERS
 
 
@@ -27,7 +27,7 @@ def as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in vars(module)[BUFFERS].items()
         if buffer is not None
     ]
-    on_cpu, others = torch.get_rng_state(), _others()
+    on_cpu, others, put_back = torch.get_rng_state(), _others(), (keep_python(), keep_numpy())
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         yield
@@ -41,11 +41,10 @@ def as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, device)
         if _others() != others:
-            random.setstate(others[0])
-            np.random.set_state(("MT19937", np.frombuffer(others[1], np.uint32), *others[2]))  # noqa: NPY002
+            for each in put_back:
+                each()
 
 
 def _others() -> tuple[Any, ...]:
     """The states of the generators of Python and NumPy, to be compared."""
-    _, keys, *position = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), np.asarray(keys).tobytes(), position
+    return random.getstate(), numpy_state()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
-from spfde.core.torch_private import is_compiled_whole
-from spfde.engines.base import Engine, Job, Parts
+from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.native import build
 from spfde.engines.native.graph import Capture, capture
 from spfde.engines.native.layout import TOKEN_COLUMNS, likely_lanes
@@ -29,19 +27,16 @@ _EMPTY_LANES = 0.75
 
 
 @register("engine")
-class NativeEngine(Engine):
+class NativeEngine(StandInEngine[NativeModel]):
     """Kernels that compute with the active weights alone, forward and backward, on CPUs."""
 
     name: ClassVar[str] = "native"
     summary: ClassVar[str] = "kernels that compute with the active weights alone, on CPUs"
     needs_masks: ClassVar[bool] = True
 
-    def __init__(self) -> None:
-        self._attached: NativeModel | None = None
-
     @classmethod
     def supports(cls, job: Job) -> str | None:
-        if is_compiled_whole(job.given) or is_compiled_whole(job.model):
+        if job.is_compiled:
             return "the model is compiled by torch.compile"
         if job.compiles:
             return "its kernels take the place of blocks that are to be compiled (compile=True)"
@@ -115,14 +110,6 @@ class NativeEngine(Engine):
             captured=job.found.pop(self.name, None),
         )
 
-    def detach(self) -> None:
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached = None
-
-    def bypass(self) -> AbstractContextManager[None]:
-        return self.computes.bypass()
-
     def describe(self) -> list[str]:
         regions, left = self.computes.taken, self.computes.left
         return [
@@ -138,12 +125,6 @@ class NativeEngine(Engine):
 
     def announce(self, samples: Tensor, variant: int) -> None:
         self.computes.announce(samples, variant)
-
-    @property
-    def computes(self) -> NativeModel:
-        """What computes the model that this is attached to."""
-        assert self._attached is not None, "attach() comes first"
-        return self._attached
 
 
 def _captured(job: Job) -> Capture:

@@ -74,7 +74,7 @@ class NativeModel:
             self._take(captured)
         elif sample is not None:
             self._trace()
-        put_on(self)
+        put_on(self.model, self)
 
     @property
     def taken(self) -> tuple[Region, ...]:
@@ -112,7 +112,7 @@ class NativeModel:
 
     def detach(self) -> None:
         """Give the model its forward pass back and free the buffers."""
-        if not take_off(self):
+        if not take_off(self.model, self):
             return
         self._captures.clear()
         if self._cached is not None:
