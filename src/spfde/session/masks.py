@@ -32,6 +32,14 @@ class WholeModel(Part):
     def install(self) -> None:
         """Hook what has to be hooked."""
 
+    @property
+    def more_than_masking(self) -> str | None:
+        """What the next step does to masks beside applying them, as a clause; None where it does nothing."""
+        return None
+
+    def keep_in_place(self) -> None:
+        """Have steps read masks from memory that stays where it is, whatever mutates."""
+
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         """These gradients come masked; see ``engines.base.Parts``."""
 
@@ -102,6 +110,13 @@ class Masks(WholeModel):
 
     def install(self) -> None:
         self.masker.install()
+
+    @property
+    def more_than_masking(self) -> str | None:
+        return "a step changes the masks, or looks at dense gradients" if self.masker.strategy.follows_steps() else None
+
+    def keep_in_place(self) -> None:
+        self.masker.keep_in_place()
 
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         self.masker.masked_already(gradients)

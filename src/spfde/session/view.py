@@ -228,6 +228,16 @@ class SessionView:
         if remembers is not None:
             remembers.load_state_dict(state["parts"][self._masks.name])
 
+    def infer_masks(self) -> None:
+        """Take the masks from the model's zeros, after loading a sparse checkpoint that came without a session.
+
+        Raises:
+            StateMismatch: the model is denser than the recipe allows.
+            UsageError: the recipe has no sparsity.
+        """
+        self._check_attached()
+        self._masks.infer_masks()
+
     def verify(self) -> None:
         """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
 

@@ -91,6 +91,9 @@ class Redistribution(Strategy):
     def may_want_dense(self) -> bool:
         return self._smooths
 
+    def follows_steps(self) -> bool:
+        return self._smooths
+
     def end_step(self, *, was_skipped: Skipped) -> None:
         if not self._smooths:
             return

@@ -148,6 +148,9 @@ class Mutation(Strategy):
     def may_want_dense(self) -> bool:
         return bool(self.pending) and self._grow.needs_gradient
 
+    def follows_steps(self) -> bool:
+        return bool(self.pending)
+
     def before_steps(self, layers: Sequence[MaskedWeight]) -> None:
         if self._drop.needs_gradient:
             super().before_steps(layers)
