@@ -64,10 +64,15 @@ class Beside:
         backward.tell(self._on_backward)
         masks.keep_in_place()
 
-    def reason_against(self) -> str | None:
+    def reason_for_good(self) -> str | None:
         if self._setting.world.is_shared:
             return "several processes train together"
-        return self._masks.more_than_masking
+        if self._masks.follows_every_step:
+            return f"{self._setting.recipe.sparsity!r} changes weights or masks at every step"
+        return None
+
+    def reason_now(self) -> str | None:
+        return "a mutation waits for the gradients of a step" if self._masks.follows_next_step else None
 
     @contextmanager
     def learning(self) -> Iterator[Callable[[], Heard]]:
@@ -123,7 +128,7 @@ class CapturesSteps(SessionView):
 
         Each stage (frozen front, shapes, mode, autocast) is recorded when it has come twice in turn, and replayed from
         then on; mutations record nothing anew. What is more than kernels runs as the function says: the steps in which
-        a method waits for dense gradients, and every step of Top-KAST, STR and DeepR.
+        a method waits for dense gradients, and with ``auto`` every step of Top-KAST, STR and DeepR.
 
         Args:
             step: forward pass, loss, backward pass, ``optimizer.step()`` and at its end ``optimizer.zero_grad()``. It
@@ -135,7 +140,7 @@ class CapturesSteps(SessionView):
             itself where nothing can be captured, and a line says why.
 
         Raises:
-            InvalidArgument: an engine was asked for by name that captures nothing.
+            InvalidArgument: an engine was asked for by name, and it captures nothing, or not with this method.
             UsageError: from the function, with ``engine="cudagraph"``: the step cannot be captured, with the reason.
 
         Example:

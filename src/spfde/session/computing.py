@@ -58,12 +58,16 @@ class Computing(Part):
     def capture(self, step: Callable[..., Any], following: Following) -> Callable[..., Any]:
         """See ``Session.capture``."""
         choice, model = self.choice, self.job.model
-        backend = self.engine.recorder
+        backend, reason = self.engine.recorder, following.reason_for_good()
         if backend is None:
-            reason = f"it is recorded by the cudagraph engine, and this is {choice.name}: {choice.reason}"
+            reason = f"the cudagraph engine captures it, and this is {choice.name}: {choice.reason}"
+        if backend is None or reason is not None:
             if choice.asked != "auto":
-                remedy = 'Attach with engine="cudagraph", or with "auto", which leaves the step to PyTorch then.'
-                raise InvalidArgument(Problem("step", getattr(step, "__name__", step), reason, remedy))
+                remedy = (
+                    'Attach with engine="auto", which leaves the step to PyTorch then, or call the function itself.'
+                )
+                rule = f"cannot be captured: {reason}"
+                raise InvalidArgument(Problem("step", getattr(step, "__name__", step), rule, remedy))
             say(f"session.capture: the step is left to PyTorch: {reason}")
             return step
         captured = CapturedStep(

@@ -33,9 +33,14 @@ class WholeModel(Part):
         """Hook what has to be hooked."""
 
     @property
-    def more_than_masking(self) -> str | None:
-        """What the next step does to masks beside applying them, as a clause; None where it does nothing."""
-        return None
+    def follows_next_step(self) -> bool:
+        """Whether more is done in the next step than to mask."""
+        return False
+
+    @property
+    def follows_every_step(self) -> bool:
+        """Whether that holds for all steps."""
+        return False
 
     def keep_in_place(self) -> None:
         """Have steps read masks from memory that stays where it is, whatever mutates."""
@@ -112,8 +117,12 @@ class Masks(WholeModel):
         self.masker.install()
 
     @property
-    def more_than_masking(self) -> str | None:
-        return "a step changes the masks, or looks at dense gradients" if self.masker.strategy.follows_steps() else None
+    def follows_next_step(self) -> bool:
+        return self.masker.strategy.follows_next_step()
+
+    @property
+    def follows_every_step(self) -> bool:
+        return self.masker.strategy.follows_every_step()
 
     def keep_in_place(self) -> None:
         self.masker.keep_in_place()

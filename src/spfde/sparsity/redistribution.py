@@ -91,8 +91,11 @@ class Redistribution(Strategy):
     def may_want_dense(self) -> bool:
         return self._smooths
 
-    def follows_steps(self) -> bool:
+    def follows_next_step(self) -> bool:
         return self._smooths
+
+    def follows_every_step(self) -> bool:
+        return False
 
     def end_step(self, *, was_skipped: Skipped) -> None:
         if not self._smooths:

@@ -11,7 +11,7 @@ import functools
 import types
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,8 +35,11 @@ from spfde.engines.guards import Guards
 class Following(Protocol):
     """Does beside a replay what hooks do in a step."""
 
-    def reason_against(self) -> str | None:
-        """Why the next step is more than kernels, as a clause; None where a recording can do it."""
+    def reason_for_good(self) -> str | None:
+        """Why each step is more than kernels, as a clause; None where a recording can do what it does."""
+
+    def reason_now(self) -> str | None:
+        """Likewise, of the next step."""
 
     def learning(self) -> AbstractContextManager[Callable[[], Any]]:
         """A context in which a step runs; gives what tells afterwards what the hooks have heard in it."""
@@ -131,14 +134,17 @@ class CapturedStep:
         )
 
     def detach(self) -> None:
-        """Free the recordings."""
+        """Free the recordings: from now on every step is PyTorch's."""
+        self._given_up = "the session is detached"
         self._recordings.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self._given_up or self._find(args, kwargs)
         if isinstance(found, str):
             self.eager[found] += 1
-            return _detached(self._step(*args, **kwargs))
+            # In the form of the others where those are replayed, for the forms of an optimizer round differently.
+            with nullcontext() if self._given_up else self._optimizing.form():
+                return _detached(self._step(*args, **kwargs))
         call, signature, kind = found
         known = self._recordings.find(signature)
         if known is not None:
@@ -156,7 +162,7 @@ class CapturedStep:
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any, Any] | str:
         """The call, its signature and its kind; or why it is for PyTorch."""
         self._recordings.forget_fronts()
-        reason = self._following.reason_against()
+        reason = self._following.reason_now()
         if reason is not None:
             return reason
         if has_global_hooks():
