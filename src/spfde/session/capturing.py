@@ -60,9 +60,6 @@ class Beside:
     ) -> None:
         self._setting, self._masks, self._passes, self._backward = setting, masks, passes, backward
         self._before_step, self._after_step, self._silent = before_step, after_step, silent
-        self._reached: list[Tensor] | None = None
-        backward.tell(self._on_backward)
-        masks.keep_in_place()
 
     def reason_for_good(self) -> str | None:
         if self._setting.world.is_shared:
@@ -79,7 +76,8 @@ class Beside:
         passes: list[Shapes] = []
         reached: list[Tensor] = []
         counts = list(self._setting.leading.counts)
-        self._passes.heard, self._reached = passes.append, reached
+        self._passes.heard = passes.append
+        self._backward.heard = reached.append
 
         def heard() -> Heard:
             each = zip(self._setting.optimizer.each, counts, self._setting.leading.counts, strict=True)
@@ -89,7 +87,7 @@ class Beside:
         try:
             yield heard
         finally:
-            self._passes.heard = self._reached = None
+            self._passes.heard = self._backward.heard = None
 
     def silence(self) -> AbstractContextManager[None]:
         return silenced(*self._silent)
@@ -107,10 +105,6 @@ class Beside:
         for optimizer in heard.stepped:
             self._after_step(optimizer)
 
-    def _on_backward(self, parameter: Tensor) -> None:
-        if self._reached is not None:
-            self._reached.append(parameter)
-
 
 class CapturesSteps(SessionView):
     """``Session.capture``."""
@@ -123,7 +117,18 @@ class CapturesSteps(SessionView):
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """It has."""
 
-    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    @property
+    def captures_steps(self) -> bool:
+        """Whether ``capture`` makes graphs of steps here, as far as is known before one has run.
+
+        Example:
+            >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1, engine="masked")
+            >>> session.captures_steps
+            False
+        """
+        return self._computing.engine.recorder is not None and self._beside().reason_for_good() is None
+
+    def capture(self, step: Callable[..., Any], *, strict: bool | None = None) -> Callable[..., Any]:
         """One graph of a whole training step, for the last bit of speed on a GPU: Python and launches cost nothing.
 
         Each stage (frozen front, shapes, mode, autocast) is recorded when it has come twice in turn, and replayed from
@@ -134,14 +139,16 @@ class CapturesSteps(SessionView):
             step: forward pass, loss, backward pass, ``optimizer.step()`` and at its end ``optimizer.zero_grad()``. It
                 takes tensors on the model's device, beside numbers and strings, and returns tensors. Schedulers,
                 ``observe`` and ``loss_weights`` belong around it, for its lines do not run in a replay.
+            strict: what cannot be captured is an error; otherwise a line says why, and it is left to PyTorch. By
+                default where an engine was asked for by name.
 
         Returns:
-            A function of the same arguments and result, the result detached. With ``engine="auto"`` it is the step
-            itself where nothing can be captured, and a line says why.
+            A function of the same arguments and result, the result detached; the step itself where the engine captures
+            nothing, or not with this method.
 
         Raises:
-            InvalidArgument: an engine was asked for by name, and it captures nothing, or not with this method.
-            UsageError: from the function, with ``engine="cudagraph"``: the step cannot be captured, with the reason.
+            InvalidArgument: under ``strict``: the engine captures nothing, or not with this method.
+            UsageError: under ``strict``, from the function: the step cannot be captured, with the reason.
 
         Example:
             >>> session = spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=1)
@@ -157,14 +164,17 @@ class CapturesSteps(SessionView):
             ...         session.observe(step(x, y), y)
         """
         self._check_attached()
-        parts = self._bill.passes, self._sampling.backward
-        hooked = (self, *parts, self._guards, *self._freezing.hooked)
-        beside = Beside(
+        self._masks.keep_in_place()
+        return self._computing.capture(step, self._beside(), strict=strict)
+
+    def _beside(self) -> Beside:
+        passes, backward = self._bill.passes, self._sampling.backward
+        return Beside(
             self._setting,
             self._masks,
-            *parts,
-            silent=hooked,
+            passes,
+            backward,
             before_step=self._before_step,
             after_step=self._after_step,
+            silent=(self, passes, backward, self._guards, *self._freezing.hooked),
         )
-        return self._computing.capture(step, beside)

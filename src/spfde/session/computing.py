@@ -55,14 +55,15 @@ class Computing(Part):
         self._take(choice)
         self._asked_for_seeds = False
 
-    def capture(self, step: Callable[..., Any], following: Following) -> Callable[..., Any]:
+    def capture(self, step: Callable[..., Any], following: Following, *, strict: bool | None) -> Callable[..., Any]:
         """See ``Session.capture``."""
         choice, model = self.choice, self.job.model
+        is_strict = choice.asked != "auto" if strict is None else strict
         backend, reason = self.engine.recorder, following.reason_for_good()
         if backend is None:
             reason = f"the cudagraph engine captures it, and this is {choice.name}: {choice.reason}"
         if backend is None or reason is not None:
-            if choice.asked != "auto":
+            if is_strict:
                 remedy = (
                     'Attach with engine="auto", which leaves the step to PyTorch then, or call the function itself.'
                 )
@@ -79,7 +80,7 @@ class Computing(Part):
             parts=self._parts,
             reads=read_by(model, self.job.sample),
             bypass=self.engine.bypass,
-            is_strict=choice.asked != "auto",
+            is_strict=is_strict,
         )
         self._steps.append(captured)
         return captured

@@ -125,7 +125,8 @@ class Masks(WholeModel):
         return self.masker.strategy.follows_every_step()
 
     def keep_in_place(self) -> None:
-        self.masker.keep_in_place()
+        for layer in self.masker.layers.values():
+            layer.keep_in_place()
 
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         self.masker.masked_already(gradients)

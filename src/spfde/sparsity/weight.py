@@ -45,7 +45,7 @@ class MaskedWeight:
             arXiv 2102.02887).
         arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.
         clean: identity and version of the gradient that was masked last in this step; None between steps.
-        is_recorded: whether steps are recorded: what they read of the mask stays where it is.
+        is_recorded: see :meth:`keep_in_place`.
         optimizers: whose state is zero where the weight is.
         generator: a CPU generator for what is random.
     """
@@ -113,6 +113,11 @@ class MaskedWeight:
             self.set_mask(self.mask, self.active)
         if moved and self.wider is not None:
             self.wider = self.wider.to(self.parameter.device)
+
+    def keep_in_place(self) -> None:
+        """From now on steps read the mask from memory that stays where it is: what was recorded reads it again."""
+        self.is_recorded = True
+        self.set_mask(self.mask, self.active)  # another tensor: whoever has looked up what to read does so anew
 
     def factors_for(self, tensor: Tensor) -> Tensor:
         """The mask as what ``masks.bits`` of a tensor of the weight's shape are multiplied with."""
