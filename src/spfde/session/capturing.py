@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from spfde.core.hooks import silenced
 from spfde.session.backward import BackwardPasses
+from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Setting
 from spfde.session.passes import Passes, Shapes
@@ -40,6 +41,7 @@ class Beside:
     Args:
         setting: the session's.
         masks: of the weights.
+        freezing: of the blocks.
         passes: counts forward passes.
         backward: counts backward passes.
         before_step: called before each step of an optimizer, as its hook is.
@@ -51,6 +53,7 @@ class Beside:
         self,
         setting: Setting,
         masks: WholeModel,
+        freezing: Freezing,
         passes: Passes,
         backward: BackwardPasses,
         *,
@@ -58,7 +61,8 @@ class Beside:
         after_step: Callable[[Optimizer], None],
         silent: Sequence[object],
     ) -> None:
-        self._setting, self._masks, self._passes, self._backward = setting, masks, passes, backward
+        self._setting, self._masks, self._freezing = setting, masks, freezing
+        self._passes, self._backward = passes, backward
         self._before_step, self._after_step, self._silent = before_step, after_step, silent
 
     def reason_for_good(self) -> str | None:
@@ -93,6 +97,7 @@ class Beside:
         return silenced(*self._silent)
 
     def before(self, heard: Any) -> None:
+        self._freezing.on_replay()
         self._passes.is_called = True
         for shapes in heard.passes:
             self._passes.add(shapes)
@@ -172,6 +177,7 @@ class CapturesSteps(SessionView):
         return Beside(
             self._setting,
             self._masks,
+            self._freezing,
             passes,
             backward,
             before_step=self._before_step,

@@ -59,7 +59,9 @@ class RecordableSteps:
             changed.append((at, group, {name: group[name] for name in wanted}))
             group.update(wanted)
             if "capturable" in wanted:
-                self._move_counts(optimizer, group)
+                _move_counts(optimizer, group)
+            if "fused" in wanted and type(optimizer) is SGD and group["momentum"]:
+                _begin_momentum(optimizer, group)
         try:
             yield lambda: any("lr" in before and self._is_other(at, group) for at, group, before in changed)
         finally:
@@ -86,20 +88,14 @@ class RecordableSteps:
         return wanted
 
     def _can_fuse(self, group: dict[str, Any]) -> bool:
-        return all(p.device == self._device and p.is_floating_point() and not p.is_sparse for p in group["params"])
+        begins_otherwise = group.get("momentum") and group["dampening"]  # than with a momentum of zero
+        return not begins_otherwise and all(p.device == self._device and p.is_floating_point() for p in group["params"])
 
     def _rate_of(self, at: int, group: dict[str, Any]) -> Tensor:
         if at not in self._rates:
             self._rates[at] = torch.empty((), dtype=torch.float32, device=self._device), math.nan
             self.write_rates()
         return self._rates[at][0]
-
-    def _move_counts(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
-        """Counts of steps lie beside the parameters, where a graph can raise them."""
-        for p in group["params"]:
-            for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.dim() == 0 and value.device != p.device:
-                    optimizer.state[p][name] = value.to(p.device)
 
     def write_rates(self) -> None:
         """Write the learning rates that are others since the last step to where the graph reads them."""
@@ -146,6 +142,21 @@ class RecordableSteps:
         for _, optimizer, group in self._groups:
             for p in group["params"]:
                 yield from optimizer.state.get(p, {}).values()
+
+
+def _move_counts(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Counts of steps lie beside the parameters, where a graph can raise them."""
+    for p in group["params"]:
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.dim() == 0 and value.device != p.device:
+                optimizer.state[p][name] = value.to(p.device)
+
+
+def _begin_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """A momentum of zero for those that learn and have none: the fused form takes all of a group, or none of it."""
+    for p in group["params"]:
+        if p.requires_grad and optimizer.state[p].get("momentum_buffer") is None:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
 
 
 def _comparable(value: Any) -> Any:
