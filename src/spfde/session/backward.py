@@ -73,6 +73,10 @@ class BackwardPasses:
                 handle.remove()
             return
         self._last = running
-        self._counts[key] += 1
+        self.count_pass(parameter)
+
+    def count_pass(self, parameter: Tensor) -> None:
+        """A backward pass runs that reaches this parameter first, or one was replayed."""
+        self._counts[id(parameter)] += 1
         for listener in self._listeners:
             listener(parameter)

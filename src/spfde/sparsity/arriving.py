@@ -69,6 +69,10 @@ class ArrivingGradients:
                 self._hooks[name] = hooks_on_gradient(layer.parameter)
         return handles
 
+    def look_up_anew(self) -> None:
+        """Forget what was looked up of the masks."""
+        self._mask_together = GradientMasking()
+
     def announce(self, gradients: Mapping[str, Tensor]) -> None:
         """These come masked in the backward pass that runs, and have not arrived yet.
 

@@ -264,6 +264,14 @@ class Masker:
 
     # --- for engines -------------------------------------------------------------------------------------------------
 
+    def keep_in_place(self) -> None:
+        """From now on steps read masks from memory that stays where it is: what was recorded reads it again."""
+        for layer in self.layers.values():
+            layer.is_recorded = True
+        self._clearing.clear()
+        self._mask_written = GradientMasking()
+        self._arriving.look_up_anew()
+
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         """These gradients come masked in the backward pass that runs; see ``Parts.masked_already``."""
         self._arriving.announce(gradients)
