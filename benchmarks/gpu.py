@@ -13,7 +13,8 @@ Rows: start (a process's first captured step, a new stage), frozen (5 and 10 of 
 epochs), dense and mest (in the user's own loop), step (session.capture), compiled (over torch.compile), masks, memory,
 side (several runs on the GPU), linear (blocks of weights), busy (the trainer).
 
-The exit status is 1 where a row has failed, 2 without a GPU, and 0 where figures miss their targets.
+The exit status is 1 where a row has failed (then nothing is recorded, either), 2 without a GPU, and 0 where figures
+miss their targets.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.rehearse:
         print(f"REHEARSED on a CPU with a tiny network: none of these numbers means anything.\n\n{markdown(found)}")
     else:
-        part = options.quick or set(options.only) != set(ROWS)
+        part = options.quick or bool(failed) or set(options.only) != set(ROWS)
         publish(found, argparse.Namespace(quick=part, results=options.results))
     return 1 if failed else 0
 
@@ -140,7 +141,7 @@ def result(
         title="The engine for GPUs",
         question="How much faster does a small network train on a GPU when its steps are captured in CUDA graphs and "
         "its blocks compiled, and what do masks, frozen blocks, and several runs at once come to there?",
-        command=f"python benchmarks/gpu.py{only}",
+        command=f"python benchmarks/gpu.py{only}{' --quick' if options.quick else ''}",
         figures=tuple(figures),
         tables=(Table("Each variant, a step", ("row", "what", "median", "quartiles", "n"), tuple(rows)),),
         settings={"network": scale.model, "batch": scale.batch, "steps at once": scale.steps, "rounds": scale.rounds},

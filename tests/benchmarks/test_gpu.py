@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,7 +116,23 @@ def test_a_run_that_froze_otherwise_than_planned_and_a_front_that_never_came_are
 
 def test_a_run_survives_its_json(runs: ModuleType) -> None:
     run = a_run(runs)
-    assert runs.WholeRun.from_dict(json.loads(json.dumps(asdict(run)))) == run
+    assert runs.WholeRun.from_dict(json.loads(json.dumps(dataclasses.asdict(run)))) == run
+
+
+def test_short_epochs_freeze_as_long_ones_do_and_come_to_whole_batches(rows: ModuleType) -> None:
+    model = dataclasses.replace(rows.FULL, device="cpu").network()
+    for scale in (rows.FULL, rows.QUICK):
+        short = round(scale.epoch_steps * scale.batch / 0.8)
+        bills = [
+            spfde.plan(
+                model, torch.zeros(2, *scale.sample_shape), scale.recipe("SpFDE"), scale.epochs, n, batch_size=128
+            )
+            for n in (short, scale.samples)
+        ]
+        assert bills[0].timeline.frozen == bills[1].timeline.frozen
+        assert {0, *scale.fronts} <= set(bills[0].timeline.frozen)
+        assert set(bills[0].samples_in_use) == {scale.epoch_steps * scale.batch}
+        assert scale.singly < scale.epoch_steps
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
