@@ -161,7 +161,6 @@ class Contender:
 
     Attributes:
         session: what is attached, or None.
-        kept: seconds until it was warm, and bytes that it took then, once ``warm_up`` has been through.
     """
 
     def __init__(
