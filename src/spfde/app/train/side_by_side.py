@@ -79,15 +79,16 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
         >>> print(error)
         model='none': is no known model. ...
     """
-    jobs = [Job(*job) for job in jobs]
-    if not jobs:
+    wanted = [Job(*job) for job in jobs]
+    if not wanted:
         return []
-    device, load = _checked(jobs), cache(load_data)
+    device, load = _checked(wanted), cache(load_data)
     found: dict[int, Summary | Exception] = {}
     with sigterm_interrupts(), _on(device), Turns(device) as turns, ExitStack() as afterwards:
         waiting: deque[_Run] = deque()
-        for number, job in enumerate(jobs):
-            run = _Run(number, train_in_steps(*job[:3], resume=job.resume, load=load), OwnState(device))
+        for number, job in enumerate(wanted):
+            steps = train_in_steps(job.options, job.out, job.display, resume=job.resume, load=load)
+            run = _Run(number, steps, OwnState(device))
             afterwards.callback(_close, run, turns)
             waiting.append(run)
         while waiting:
@@ -104,7 +105,7 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
                 waiting.append(run)
                 continue
             gc.collect()  # what a run had in hand holds each other; the other runs may need the memory
-    return [found[number] for number in range(len(jobs))]
+    return [found[number] for number in range(len(wanted))]
 
 
 def _checked(jobs: Sequence[Job]) -> torch.device:

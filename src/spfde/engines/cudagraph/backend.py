@@ -69,7 +69,7 @@ class CudaGraphs(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # On one stream for two models, graphs would share a workspace, and those of runs side by side compute at a time.
+        # On one stream for two models, graphs would share a workspace, and runs side by side replay them at a time.
         self._stream = own_stream(device)
         self._pools: dict[str, Any] = {}
 
