@@ -34,10 +34,10 @@ class OwnState:
     def __init__(self, device: torch.device, *, is_callers: bool = False) -> None:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            caller = torch.cuda.current_stream(device)
             # A captured graph reads seed and offset from memory that belongs to the generator's state. So the states
             # themselves change places: with one, and its numbers exchanged, two graphs in flight would share them.
             self._shared = torch.cuda.default_generators[device.index]
-            caller = torch.cuda.current_stream(device)
             if is_callers:
                 self._stream, self._generator = caller, self._shared.graphsafe_get_state()
             else:
@@ -59,7 +59,8 @@ class OwnState:
         if self._stream is not None:
             self._shared.graphsafe_set_state(self._generator)
             torch.cuda.set_stream(self._stream)
-            set_switches(self._switches)
+            if switches() != self._switches:
+                set_switches(self._switches)
 
     def drain(self) -> None:
         """Wait until the device has done the run's work."""
