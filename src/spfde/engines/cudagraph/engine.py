@@ -56,6 +56,10 @@ class CudaGraphEngine(StandInEngine[CapturedModel]):
         reads = job.found.pop(self.name, None) or read_by(job.model, job.sample)
         self._attached = CapturedModel(job.model, self.backend(device), parts, reads=reads, is_strict=job.is_strict)
 
+    @property
+    def recorder(self) -> Backend | None:
+        return self.computes.backend
+
     def describe(self) -> list[str]:
         computes = self.computes
         left = "; ".join(f"{count:,} since {reason}" for reason, count in computes.eager.most_common())

@@ -63,7 +63,7 @@ class CapturedModel:
         is_strict: bool,
     ) -> None:
         self.model = model
-        self._backend, self._parts, self._reads, self._is_strict = backend, parts, reads, is_strict
+        self.backend, self._parts, self._reads, self._is_strict = backend, parts, reads, is_strict
         self._slots = Slots(model)
         self._known: list[_Known] = []  # the last used first
         self._refused: list[tuple[tuple[Any, ...], str]] = []
@@ -84,7 +84,7 @@ class CapturedModel:
         """Give the model its forward pass back and free the recordings."""
         if take_off(self.model, self):
             self._known.clear()
-            self._backend.free()
+            self.backend.free()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self._stage_for(args, kwargs)
@@ -108,12 +108,12 @@ class CapturedModel:
         if not is_pending:
             self._forget_fronts()
         dense = self._parts.dense_gradients()
-        call = Call.of(self._slots, args, kwargs, device=self._backend.device, dense=dense)
+        call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
         known = None if isinstance(call, str) else self._known_for(call)
         if known is None:
             # A module may be another one since: the guards of what was recorded do not hold then.
             self._slots = Slots(self.model)
-            call = Call.of(self._slots, args, kwargs, device=self._backend.device, dense=dense)
+            call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
             known = None if isinstance(call, str) else self._known_for(call)
         if isinstance(call, str):
             return call
@@ -150,7 +150,7 @@ class CapturedModel:
         try:
             if any(has_hooks(module) for module in self.model.modules() if module is not self.model):
                 raise RuntimeError("a module inside has hooks, which are to see each pass")
-            stage = Stage(self.model, compute, call, self._backend, self._parts)
+            stage = Stage(self.model, compute, call, self.backend, self._parts)
             if not guards.hold:
                 raise RuntimeError("an attribute of it is another one after each call")
         except RuntimeError as error:
@@ -178,4 +178,4 @@ class CapturedModel:
         kept = [known for known in self._known if known.frozen in coming]
         if len(kept) < len(self._known):
             self._known = kept
-            self._backend.free()
+            self.backend.free()
