@@ -38,6 +38,7 @@ from _gpu import (
 )
 from _gpu_run import WholeRun
 from spfde import presets
+from spfde.core.streams import own_stream
 from spfde.app.train.events import Display
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
@@ -218,7 +219,7 @@ def side(bench: Bench) -> Iterator[Figure]:
     scale = bench.scale
     runs = []
     for number in range(scale.side_by_side):
-        stream = torch.cuda.Stream() if scale.device == "cuda" else None
+        stream = own_stream(torch.device(scale.device)) if scale.device == "cuda" else None
         begun = time.perf_counter()
         runs.append(Contender(scale, "MEST", is_step_captured=True, stream=stream))
         runs[-1].warm_up(bench.replays)

@@ -186,6 +186,24 @@ class TestMakeFeed:
             with pytest.raises(InvalidArgument, match="312 B are more than half of the 623 B"):
                 make_feed(data, gpu, self.augment, TrainOptions(data_on="device"))
 
+    def test_images_that_another_run_reads_there_are_the_same_and_take_no_more_memory(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data, gpu, meta = data_of(), torch.device("cuda", 0), torch.device("meta")
+        assert isinstance(data.train, ImageArray)
+        assert not data.train.is_on(meta)
+        images, labels = data.train.on(meta)
+        assert (images.shape, labels.shape) == ((10, 1, 4, 4), (10,))
+        assert data.train.is_on(meta)
+        assert [mine is again for mine, again in zip((images, labels), data.train.on(meta), strict=True)] == [True] * 2
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**6))
+        monkeypatch.setattr(DeviceFeed, "__init__", lambda self, *_, **__: None)
+        monkeypatch.setattr(ImageArray, "is_on", lambda self, device: device == gpu and len(self) == 10)
+        with pytest.raises(InvalidArgument):  # the test images are not there
+            make_feed(data, gpu, self.augment, TrainOptions(data_on="device"))
+        monkeypatch.setattr(ImageArray, "is_on", lambda self, device: device == gpu)
+        assert isinstance(make_feed(data, gpu, self.augment, TrainOptions(data_on="device")), DeviceFeed)
+
 
 class TestWholeRuns:
     """By the trainer itself: a run whose images lie on the device is the same run, whatever a recipe asks of them."""

@@ -32,7 +32,7 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
     for check, name in (
         (_check_trackers, "track"),
         (check_engine, "engine"),
-        (_check_device, "device"),
+        (check_device, "device"),
         (check_model, "model"),
     ):
         with problems.collecting():
@@ -46,7 +46,8 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
     return spec
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ``InvalidArgument`` for a name that is no device's, or one of a device that is not there."""
     kind, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and number.isascii() and number.isdigit()):
         known = ["auto", "cpu", "cuda", "cuda:0", "mps"]

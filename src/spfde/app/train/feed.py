@@ -118,11 +118,7 @@ class DeviceFeed(Feed):
     ) -> None:
         super().__init__(augment, by_sample=by_sample)
         self._device = device
-        self._train, self._test = (
-            (part.images.to(device), part.labels.to(device))
-            for part in (data.train, data.test)
-            if isinstance(part, ImageArray)
-        )
+        self._train, self._test = (part.on(device) for part in (data.train, data.test) if isinstance(part, ImageArray))
         self.loader = shuffled(SampleIds(len(self._train[1])), options, collate_fn=_as_given)
         # A loader draws from the global generator for each pass: with one here, it is where it would be otherwise.
         self._test_ids: DataLoader[Any] = DataLoader(
@@ -196,6 +192,8 @@ def _why_not_on(device: torch.device, data: ImageData) -> str | None:
         return "the images are too many to be decoded into memory"
     if device.type != "cuda":
         return None  # the CPU has them already, and other devices do not tell
+    if all(part.is_on(device) for part in (data.train, data.test) if isinstance(part, ImageArray)):
+        return None  # another run reads them there
     free, _ = torch.cuda.mem_get_info(device)
     if size_of(data) <= SHARE_OF_FREE * free:
         return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from spfde.app.runs.folder import SUMMARY
 from spfde.app.train.events import Display
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.profile import profiled
-from spfde.app.train.setup import TrainingRun, opened, versions
+from spfde.app.train.setup import Loads, TrainingRun, opened, versions
 from spfde.app.train.tally import Pass, Tally
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
@@ -31,9 +31,11 @@ Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 PULSE = 20
 """Steps between two looks at the loss."""
+Summary = dict[str, Any]
+"""What ``summary.json`` holds."""
 
 
-def train(options: TrainOptions, out: Path, display: Display | None = None, *, resume: bool = False) -> dict[str, Any]:
+def train(options: TrainOptions, out: Path, display: Display | None = None, *, resume: bool = False) -> Summary:
     """Train a model, or go on with a run that was stopped.
 
     It needs torch, numpy and pydantic alone; safetensors, where it is installed, for the format of the weights.
@@ -51,15 +53,41 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the folder can be resumed.
     """
+    with sigterm_interrupts(), closing(train_in_steps(options, out, display, resume=resume)) as steps:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as ended:
+                summary: Summary = ended.value
+                return summary
+
+
+def train_in_steps(
+    options: TrainOptions,
+    out: Path,
+    display: Display | None = None,
+    *,
+    resume: bool = False,
+    load: Loads | None = None,
+) -> Generator[None, None, Summary]:
+    """What ``train`` does, with a pause once everything is in hand, and behind each batch in training and evaluation.
+
+    Whoever does other things in a pause leaves the process as it was found, see ``turns``.
+
+    Args:
+        options, out, display, resume: as in ``train``.
+        load: gives the data, called as ``load_data`` is, which it is where this is None.
+    """
     display = display or Display()
-    with _sigterm_interrupts(), _plain_data_errors(), display, opened(options, out, resume=resume) as run:
+    with _plain_data_errors(), display, opened(options, out, resume=resume, load=load) as run:
         display.started(run)
+        yield
         to_profile, step = options.profile, stepping(run)
         for epoch in run.session.epochs():
             reset_peak(run.machine.device)
-            trained = train_epoch(run, step, epoch, display, profile=to_profile)
+            trained = yield from train_epoch(run, step, epoch, display, profile=to_profile)
             to_profile = None
-            tested = evaluate(run)
+            tested = yield from evaluate(run)
             if math.isnan(tested.loss):
                 # The epoch's last step broke the weights: they must not become the last good checkpoint.
                 _stop_if_diverged(run, tested.loss, epoch)
@@ -74,7 +102,9 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         return summary
 
 
-def train_epoch(run: TrainingRun, step: Step, epoch: int, display: Display, *, profile: int | None = None) -> Pass:
+def train_epoch(
+    run: TrainingRun, step: Step, epoch: int, display: Display, *, profile: int | None = None
+) -> Generator[None, None, Pass]:
     """One pass over the partial set; ``profile``: so many of its steps are profiled."""
     session, n_batches = run.session, len(run.session.loader)
     _set_rates(run, epoch)
@@ -94,6 +124,7 @@ def train_epoch(run: TrainingRun, step: Step, epoch: int, display: Display, *, p
                     _stop_if_diverged(run, mean, epoch)
                     display.batch_done(run, number, n_batches, mean)
             after_step()
+            yield
     return tally.read(saved.bytes)
 
 
@@ -145,14 +176,15 @@ def _profiling(
     return profiled(steps, n_batches, run.machine.device, run.folder.path, partial(display.profiled, run))
 
 
-@torch.no_grad()
-def evaluate(run: TrainingRun) -> Pass:
+@torch.no_grad()  # in the pauses gradients are on: it is lifted there
+def evaluate(run: TrainingRun) -> Generator[None, None, Pass]:
     """One pass over the test set."""
     run.model.eval()
     tally = Tally(run.machine.device)
     for x, y in run.test_batches():
         logits = run.logits(x)
         tally.add(F.cross_entropy(logits, y, reduction="sum"), logits, y)
+        yield
     return tally.read()
 
 
@@ -240,8 +272,8 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A SIGTERM ends the run as Ctrl-C does: at once, with the folder fit to be resumed."""
+def sigterm_interrupts() -> Iterator[None]:
+    """A SIGTERM ends what runs as Ctrl-C does: at once, with the folder fit to be resumed."""
     try:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread: signals are somebody else's

@@ -55,16 +55,25 @@ class Machine:
         if self.device.type != "cuda":
             yield
             return
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
+        before = switches()
         with torch.cuda.device(self.device):
             try:
                 if self.takes_tf32:
-                    matmul.allow_tf32 = cudnn.allow_tf32 = True
+                    set_switches((True, True))
                 yield
             finally:
                 if self.takes_tf32:
-                    matmul.allow_tf32, cudnn.allow_tf32 = before
+                    set_switches(before)
+
+
+def switches() -> tuple[bool, bool]:
+    """Whether products of matrices, and those of cuDNN, are rounded to TF32: what a run sets in the process."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def set_switches(to: tuple[bool, bool]) -> None:
+    """Set what ``switches`` tells."""
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = to
 
 
 def pick_device(name: str) -> torch.device:

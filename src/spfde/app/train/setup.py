@@ -40,6 +40,9 @@ from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
 from spfde.session.session import Session
 
+Loads = Callable[..., ImageData]
+"""Gives a data set, called as ``load_data`` is."""
+
 
 @dataclass
 class Progress:
@@ -118,7 +121,7 @@ class TrainingRun:
 
 
 @contextmanager
-def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[TrainingRun]:
+def opened(options: TrainOptions, out: Path, *, resume: bool, load: Loads | None = None) -> Iterator[TrainingRun]:
     """The run in its locked folder; a new folder of which nothing came is removed again."""
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
     is_ready = False
@@ -131,7 +134,7 @@ def opened(options: TrainOptions, out: Path, *, resume: bool) -> Iterator[Traini
             checkpoint = folder.checkpoints.newest()
             if checkpoint is not None:
                 options.check_identity(described(checkpoint), checkpoint)
-            run = _prepare(options, folder, afterwards)
+            run = _prepare(options, folder, afterwards, load or load_data)
             run.is_resumed = resume
             if not resume:
                 folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
@@ -160,7 +163,7 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
     return isinstance(error, (TrainingDiverged, DataError))
 
 
-def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack) -> TrainingRun:
+def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack, load: Loads) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     spec = check_named(asked.model_dump())
     check_alone()
@@ -174,7 +177,7 @@ def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack) -> T
     options, chosen = choose(asked, device, bill)
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
-    data = load_data(options.data, root=Path(options.data_root), image_size=options.image_size)
+    data = load(options.data, root=Path(options.data_root), image_size=options.image_size)
     augment = _augment(options, data)
     feed = make_feed(data, device, augment, options)
     normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spfde.core.streams import own_stream
+
 Work = Callable[[], Sequence[Tensor]]
 
 
@@ -72,7 +74,8 @@ class CudaGraphs(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # On one stream for two models, graphs would share a workspace, and runs side by side replay them at a time.
+        self._stream = own_stream(device)
         self._pools: dict[str, Any] = {}
 
     @classmethod
