@@ -38,11 +38,11 @@ from _gpu import (
 )
 from _gpu_run import WholeRun
 from spfde import presets
-from spfde.core.streams import own_stream
 from spfde.app.train.events import Display
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.profile import Profile
+from spfde.core.streams import own_stream
 
 FULL = Scale()
 QUICK = replace(FULL, steps=5, rounds=2, side_by_side=3, epoch_steps=12)
