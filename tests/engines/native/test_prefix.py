@@ -1,11 +1,10 @@
-"""The prefix cache: what is kept, what is read back, and a session that trains from it."""
+"""The prefix cache of the native engine: a session that trains from it."""
 
 from __future__ import annotations
 
 import copy
 import io
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +16,10 @@ from torch import Tensor, nn
 import spfde
 from helpers.native import needs_kernels
 from helpers.training import EPOCHS, Parts, SmallNet, make_parts, step, train
+from spfde.engines.kept_outputs import CachedPrefix
 from spfde.engines.native.graph import capture, region_name
-from spfde.engines.native.prefix import CachedPrefix, OutputStore
 
 pytestmark = needs_kernels
-
-
-# --- the store -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_what_was_put_in_comes_out(on_disk: bool, tmp_path: Path) -> None:
-    store = OutputStore(6, [(2,), (1, 2)], "fp16", tmp_path if on_disk else None)
-    store.put(torch.tensor([4, 1]), [torch.tensor([[1.0, 2.0], [3.0, 70000.0]]), torch.tensor([[[5.0, 6]], [[7, 8]]])])
-    assert store.has(torch.arange(6)).tolist() == [False, True, False, False, True, False]
-    first, second = store.get(torch.tensor([1, 4]))
-    assert first.tolist() == [[3.0, 65504.0], [1.0, 2.0]]  # what half precision cannot hold becomes its largest number
-    assert second.tolist() == [[[7.0, 8.0]], [[5.0, 6.0]]]
-    assert store.bytes_per_slot([(2,), (1, 2)], "fp16") == 2 * 2 + 4 + 2 * 2 + 4
-    assert bool(list(tmp_path.iterdir())) is on_disk
-    store.close()
-    assert not list(tmp_path.iterdir())
-
-
-def test_bytes_have_a_scale_for_each_sample() -> None:
-    store = OutputStore(3, [(4,)], "int8")
-    values = torch.tensor([[0.0, 1.0, -127.0, 63.5], [0.0, 0.0, 0.0, 0.0], [1e-3, 2e-3, -1e-3, 0.0]])
-    store.put(torch.arange(3), [values])
-    (found,) = store.get(torch.arange(3))
-    assert found[0].tolist() == [0.0, 1.0, -127.0, 64.0]
-    assert found[1].tolist() == [0.0] * 4
-    assert torch.allclose(found[2], values[2], atol=2e-3 / 254)
-
-
-def test_each_slot_is_computed_once_and_small_batches_are_filled_up() -> None:
-    cached = CachedPrefix(40, spfde.PrefixCache(2))
-    cached.make_room([(1,)])
-    computed: list[int] = []
-
-    def compute_for(samples: Tensor, variant: int) -> Any:
-        def compute(at: Tensor) -> Sequence[Tensor]:
-            computed.append(len(at))
-            return [(samples[at] + 100 * variant).float()[:, None]]
-
-        return compute
-
-    for samples, variant, expected in (
-        (torch.arange(20), 0, [20]),
-        (torch.arange(20), 0, []),
-        (torch.arange(19, 39), 0, [20]),  # 19 are missing, and one more makes no new size of batch
-        (torch.arange(20), 1, [20]),
-        (torch.tensor([39, *range(19)]), 0, [16]),
-    ):
-        computed.clear()
-        (found,) = cached(samples, variant, compute_for(samples, variant))
-        assert found.flatten().tolist() == (samples + 100 * variant).tolist()
-        assert computed == expected
-
-
-@pytest.mark.parametrize(("limit", "variants"), [(10**6, 3), (2 * 40 * 6 + 5, 2), (40 * 6 - 1, 0)])
-def test_the_limit_takes_variants_away(limit: int, variants: int) -> None:
-    cached = CachedPrefix(40, spfde.PrefixCache(3, limit_gib=limit / 2**30))
-    cached.make_room([(1,)])
-    assert cached.variants == variants
-    assert (cached.store is None) == (variants == 0)
-    cached.clear()
-    assert cached.variants == 3
 
 
 # --- the two halves --------------------------------------------------------------------------------------------------
@@ -93,9 +30,8 @@ def test_the_halves_put_together_are_the_model() -> None:
     frozen = {name for name, _ in model.named_parameters() if name.startswith(("stem", "bn", "blocks.0"))}
     halves = capture(model, torch.zeros(1, 2, 8, 8), frozen=frozen).halves
     assert halves is not None
-    front, back = halves
-    regions = [len(list(half.graph.nodes)) for half in halves]
-    assert all(regions)
+    front, given, back = halves
+    assert not given(torch.zeros(1, 2, 8, 8))  # the back reads nothing but what the front hands over
     # The regions are filled in by the engine; in PyTorch the same cut is checked on the blocks themselves.
     assert [node.target for node in front.graph.nodes if node.op == "call_module"] == [region_name(0)]
     assert [node.target for node in back.graph.nodes if node.op == "call_module"] == [region_name(1), "fc"]
@@ -363,12 +299,12 @@ def test_what_draws_or_counts_in_front_of_a_frozen_layer_is_not_in_the_front() -
     model = Net()
     halves = capture(model, torch.zeros(1, 2, 8, 8), frozen=frozen).halves
     assert halves is not None
-    assert [node.target for node in halves[1].graph.nodes if node.op == "call_function"] == [F.dropout]
+    assert [node.target for node in halves.back.graph.nodes if node.op == "call_function"] == [F.dropout]
     # A norm without parameters that is in training mode measures each batch.
     counting = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3))
     halves = capture(counting, torch.zeros(1, 2, 8, 8), frozen=("0.weight", "0.bias", "2.weight", "2.bias")).halves
     assert halves is not None
-    assert len([node for node in halves[1].graph.nodes if node.op == "call_module"]) == 1
+    assert len([node for node in halves.back.graph.nodes if node.op == "call_module"]) == 1
 
 
 @pytest.mark.parametrize(

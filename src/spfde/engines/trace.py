@@ -31,8 +31,8 @@ from spfde.core.torch_private import (
     tree_map_only,
     version_of,
 )
+from spfde.engines.facts import Fact, Impure, functionalise, owners, run
 from spfde.engines.guards import Reads, is_same, state_of
-from spfde.engines.native.facts import Fact, Impure, functionalise, owners, run
 from spfde.engines.stand_in import has_own_forward
 from spfde.model.sample import Sample, call_arguments
 from spfde.model.trace import like_the_model
@@ -175,7 +175,7 @@ def _check_arguments(model: nn.Module) -> None:
 
 
 def _refused(model: nn.Module, why: str, hint: str = _HINT) -> InvalidArgument:
-    rule = f"its forward cannot be traced for the native engine ({why}){hint}"
+    rule = f"its forward cannot be traced ({why}){hint}"
     return InvalidArgument(Problem("model", type(model).__name__, rule, 'Use engine="masked".'))
 
 
