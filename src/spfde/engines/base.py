@@ -150,6 +150,10 @@ class Engine(ABC):
         """The next batch was drawn: what was announced is over."""
         return
 
+    def on_epoch(self) -> None:
+        """An epoch begins."""
+        return
+
     def prefix_variants(self) -> int:
         """How many variants of each sample are kept of the front that is frozen now; 0 where none is."""
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -57,28 +57,38 @@ def owned(node: fx.Node, model: nn.Module) -> set[str]:
     return {name} if is_read else set()
 
 
-def halve(whole: fx.GraphModule, fixed: Collection[fx.Node], tensors: Collection[fx.Node]) -> Halves | None:
+def halve(
+    traced: Traced, whole: fx.GraphModule, origin: Mapping[fx.Node, fx.Node], fixed: Collection[fx.Node]
+) -> Halves | None:
     """Cut a model in two.
 
+    What both halves need and no parameter has a part in, such as sizes and masks, both compute, as they do what the
+    inputs have no part in but by their sizes: the back gets no numbers that were rounded for no gain.
+
     Args:
-        whole: its graph; the halves share its modules.
+        traced: the model's graph.
+        whole: a graph of the same; the halves share its modules.
+        origin: for each node of it the one of ``traced`` that it stands for.
         fixed: see ``fixed_nodes``.
-        tensors: the nodes whose value is one tensor. Others that both halves need, such as sizes, both make, as they
-            do what does not depend on the inputs.
 
     Returns:
         the halves; None where nothing is computed before the first thing that is not fixed.
     """
     nodes = list(whole.graph.nodes)
-    moving: set[fx.Node] = set()
+    fixed = {node for node in nodes if origin.get(node) in fixed}
+    weighed, moving = set[fx.Node](), set[fx.Node]()  # what parameters have a part in, and numbers of the inputs
     for node in nodes:
-        if node.op == "placeholder" or not moving.isdisjoint(node.all_input_nodes):
+        if node.op in ("call_module", "get_attr") or not weighed.isdisjoint(node.all_input_nodes):
+            weighed.add(node)
+        moves = node.op == "placeholder" or not moving.isdisjoint(node.all_input_nodes)
+        if moves and (node not in origin or traced.kind(origin[node]) != "plain"):
             moving.add(node)
     border, again = set[fx.Node](), set[fx.Node]()
     waiting = [source for node in nodes if node not in fixed for source in node.all_input_nodes if source in fixed]
     while waiting:
         node = waiting.pop()
-        if node.op == "placeholder" or (node in moving and node in tensors):
+        kept = node in moving and node in weighed and traced.kind(origin[node]) == "tensor"
+        if node.op == "placeholder" or kept:
             border.add(node)
         elif node not in again:
             again.add(node)

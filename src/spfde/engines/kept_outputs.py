@@ -78,6 +78,8 @@ class OutputStore:
         #: As the outputs came last, for reading: under autocast they may be of another type.
         self._dtypes = list(dtypes or [torch.float32] * len(self.shapes))
         self._came_from = device
+        #: In which order the dimensions of each lie, the farthest apart first: kept as they come first.
+        self._orders: list[tuple[int, ...]] = []
         self._values = [
             self._room(f"{i}", (slots, math.prod(shape)), _kept_as(dtype, precision))
             for i, (shape, dtype) in enumerate(zip(self.shapes, self._dtypes, strict=True))
@@ -107,9 +109,10 @@ class OutputStore:
 
         It waits for values that lie on another device.
         """
-        at = _moved(slots, self.device)
+        at = moved(slots, self.device)
+        self._orders = self._orders or [_order(value) for value in values]
         for number, (store, scales, value) in enumerate(zip(self._values, self._scales, values, strict=True)):
-            flat = value.detach().reshape(len(slots), -1)
+            flat = value.detach().permute(0, *self._orders[number]).reshape(len(slots), -1)
             if value.is_floating_point():
                 flat, scale = encode(flat, self.precision)
                 if self.precision == "int8":
@@ -120,17 +123,20 @@ class OutputStore:
 
     def get(self, slots: Tensor) -> list[Tensor]:
         """What lies in slots [N]: [N, …], of the types and on the device that the values had. It waits for nothing."""
-        at, found = _moved(slots, self.device), []
-        for store, scales, shape, dtype in zip(self._values, self._scales, self.shapes, self._dtypes, strict=True):
-            value = _moved(store.index_select(0, at), self._came_from)
+        at, found = moved(slots, self.device), []
+        kept = zip(self._values, self._scales, self.shapes, self._dtypes, self._orders, strict=True)
+        for store, scales, shape, dtype, order in kept:
+            value = moved(store.index_select(0, at), self._came_from)
             if dtype.is_floating_point and self.precision == "int8":
-                value = value.float() * _moved(scales.index_select(0, at), self._came_from)[:, None]
-            found.append(value.to(dtype).view(len(slots), *shape))
+                value = value.float() * moved(scales.index_select(0, at), self._came_from)[:, None]
+            lying = value.to(dtype).view(len(slots), *(shape[dim - 1] for dim in order))
+            found.append(lying.permute(0, *(1 + order.index(dim) for dim in range(1, 1 + len(shape)))))
         return found
 
     def empty(self) -> None:
         """Nothing is filled any more; the place stays."""
         self._have.zero_()
+        self._orders = []
 
     def close(self) -> None:
         """Give the memory or the file back."""
@@ -146,13 +152,18 @@ class OutputStore:
         return torch.from_numpy(np.memmap(Path(self._file.name) / name, dtype=kind, mode="w+", shape=shape))
 
 
+def _order(value: Tensor) -> tuple[int, ...]:
+    strides = value.stride()
+    return tuple(sorted(range(1, value.dim()), key=lambda dim: -strides[dim]))
+
+
 def _kept_as(dtype: torch.dtype, precision: Precision) -> torch.dtype:
     if not dtype.is_floating_point:
         return dtype
     return torch.float16 if precision == "fp16" else torch.int8
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. From main memory it goes by way of memory that the GPU reads itself: no one waits."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
@@ -251,8 +262,8 @@ class FrozenNumbers:
         )
 
     def may_differ(self) -> bool:
-        """Was anything written into or put in the place of another since? What ``.data`` hides is not seen."""
-        return self._versions != [(id(number), version_of(number)) for number in self._numbers()]
+        """Was any of these tensors written into since? What is done by way of ``.data`` is not seen."""
+        return self._versions != [version_of(number) for number in self._seen]
 
     def _numbers(self) -> list[Tensor]:
         owners = {name.rpartition(".")[0] for name in self._frozen}
@@ -261,10 +272,10 @@ class FrozenNumbers:
         return [number for number in numbers if number.is_floating_point()]
 
     def _look(self) -> None:
-        numbers = self._numbers()
-        self._versions = [(id(number), version_of(number)) for number in numbers]
+        self._seen = self._numbers()
+        self._versions = [version_of(number) for number in self._seen]
         with torch.no_grad():
-            self._norms = torch.stack(norm_each(numbers)) if numbers else None
+            self._norms = torch.stack(norm_each(self._seen)) if self._seen else None
 
 
 def check_batch(samples: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

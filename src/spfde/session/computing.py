@@ -77,6 +77,7 @@ class Computing(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self._asked_for_seeds = False
+        self.engine.on_epoch()
 
     def check_complete(self) -> None:
         clock = self._setting.clock

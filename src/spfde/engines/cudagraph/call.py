@@ -87,7 +87,7 @@ class Call:
         wanted = tuple(parameter.requires_grad for parameter in parameters)
         learns = grads and any(wanted)
         shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors)
-        kind = (shapes, plain, wanted if learns else None, dense if learns else None, _switches(device))
+        kind = (shapes, plain, wanted if learns else None, dense if learns else None, switches(device))
         places = tuple(tensor.data_ptr() for tensor in (*parameters, *buffers))
         return cls(tensors, learns, kind, (kind, spec, places), tuple(leaves), spec, device)
 
@@ -107,7 +107,7 @@ class Call:
             yield
 
 
-def _switches(device: torch.device) -> tuple[Any, ...]:
+def switches(device: torch.device) -> tuple[Any, ...]:
     """Switches of PyTorch that choose how operations are computed."""
     return (
         torch.is_grad_enabled(),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
+
+from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
 from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.cudagraph.backend import Backend, CudaGraphs
+from spfde.engines.cudagraph.front import CachedFront, kept_on, reason_against
 from spfde.engines.cudagraph.model import CapturedModel
 from spfde.engines.guards import read_by
+from spfde.engines.kept_outputs import CachedPrefix
 from spfde.engines.stand_in import has_own_forward
 
 _SPEED = 0.4
@@ -51,15 +56,43 @@ class CudaGraphEngine(StandInEngine[CapturedModel]):
     def expected_speed(cls, job: Job) -> float:
         return _SPEED
 
+    @classmethod
+    def supports_cache(cls, job: Job) -> str | None:
+        if job.cache is not None and job.cache.folder is not None:
+            return "it keeps them on the GPU or in main memory, and not in a folder"
+        return reason_against(job)
+
     def attach(self, job: Job, parts: Parts) -> None:
         device = next(job.model.parameters()).device
         reads = job.found.pop(self.name, None) or read_by(job.model, job.sample)
-        self._attached = CapturedModel(job.model, self.backend(device), parts, reads=reads, is_strict=job.is_strict)
+        cached = None
+        if job.cache is not None:
+            kept = CachedPrefix(job.n_samples, job.cache, place=partial(kept_on, device), multiple=1)
+            cached = CachedFront(job.model, kept, job.sample, job.batch_size, parts.frozen, reads)
+        self._attached = CapturedModel(
+            job.model, self.backend(device), parts, reads=reads, is_strict=job.is_strict, cached=cached
+        )
 
     def describe(self) -> list[str]:
         computes = self.computes
         left = "; ".join(f"{count:,} since {reason}" for reason, count in computes.eager.most_common())
         return [
             f"replaced: the model's forward; {computes.recorded} stages recorded, {computes.replayed:,} passes "
-            f"replayed, by PyTorch: {left or 'none'}"
+            f"replayed, by PyTorch: {left or 'none'}",
+            *(computes.cached.describe() if computes.cached is not None else ()),
         ]
+
+    def on_batch(self) -> None:
+        if self.computes.cached is not None:
+            self.computes.cached.announce(None)
+
+    def on_epoch(self) -> None:
+        if self.computes.cached is not None:
+            self.computes.cached.look()
+
+    def prefix_variants(self) -> int:
+        return 0 if self.computes.cached is None else self.computes.cached.variants()
+
+    def announce(self, samples: Tensor, variant: int) -> None:
+        assert self.computes.cached is not None, "it has said that there are variants"
+        self.computes.cached.announce(samples, variant)

@@ -13,7 +13,7 @@ from spfde.engines.facts import Fact
 from spfde.engines.guards import Guards, ModeGuards
 from spfde.engines.halves import Halves, fixed_nodes, halve
 from spfde.engines.native.ops import Op, read
-from spfde.engines.trace import Traced, trace
+from spfde.engines.trace import Traced, copy_shared, trace
 from spfde.model.sample import Sample
 
 _REGION = "spfde_region_"
@@ -101,15 +101,14 @@ def capture(
     known, why = _read_all(traced, model, sparse)
     tokens = _leave_without_source(graph, known)
     _leave_by_shape(traced.facts, known, tokens, why)
-    _copy_shared(traced, known)
+    copy_shared(traced, known)
     fixed = set() if frozen is None else fixed_nodes(traced, model, frozen)
     groups = _group(graph, known, {node: (is_tokens, node in fixed) for node, is_tokens in tokens.items()})
     regions = tuple(_region(group, known) for group in groups)
     graph_module, origin = _cut(model, graph, groups, regions)
     halves = None
     if frozen is not None:
-        tensors = {node for node, source in origin.items() if traced.facts[source].is_tensor}
-        halves = halve(graph_module, {node for node, source in origin.items() if source in fixed}, tensors)
+        halves = halve(traced, graph_module, origin, fixed)
     return Capture(
         graph_module,
         _left(graph, {node for group in groups for node in group}, model, why),
@@ -193,15 +192,6 @@ def _leave_by_shape(
         else:
             continue
         del known[node], tokens[node]
-
-
-def _copy_shared(traced: Traced, known: Collection[fx.Node]) -> None:
-    """What PyTorch writes in place must not be what others still read: a region reads its inputs when it runs."""
-    for node in [node for node in traced.graph.nodes if node in traced.shared and node not in known]:
-        for source in node.all_input_nodes:
-            if traced.facts[source].storages:
-                with traced.graph.inserting_before(node):
-                    node.replace_input_with(source, traced.graph.call_method("clone", (source,)))
 
 
 def _group(

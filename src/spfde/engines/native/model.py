@@ -151,7 +151,7 @@ class NativeModel:
             some = slice(None) if len(at) == len(samples) else at
             with torch.no_grad():
                 found = halves.front(*(value[some] for value in args), **{k: v[some] for k, v in kwargs.items()})
-            return [value.float() if value.is_floating_point() else value for value in found]
+            return [(value.float() if value.is_floating_point() else value).contiguous() for value in found]
 
         assert self._cached is not None
         if self._numbers is None:
