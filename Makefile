@@ -23,6 +23,8 @@ PYTHON_OLDEST ?= $(shell for each in python3.11 python3.12 $(PYTHON); do \
 # Each process has one thread, and its own half of the tests as long as there is one.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
+HAS_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-oldest check format bench docs clean
 
@@ -81,6 +83,7 @@ format: $(STAMP) ## Put the code into the form that `make check` asks for
 bench: $(STAMP) ## Run every script in benchmarks/ (an hour), and write docs/benchmarks.md and the README's results
 	@set -e; for script in benchmarks/[!_]*.py; do \
 		[ "$$script" = benchmarks/render.py ] && continue; \
+		[ "$$script" = benchmarks/gpu.py ] && ! $(BIN)/python -c "$(HAS_GPU)" && continue; \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 	$(BIN)/python benchmarks/render.py

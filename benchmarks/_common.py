@@ -201,6 +201,7 @@ class Figure:
         value: the number; for ``points`` a difference of accuracies in [-1, 1].
         low: least value that meets the target; None for no bound.
         high: largest value that meets the target; None for no bound.
+        aim: what is aimed at beyond the target; None for nothing.
         kind: measured on the machine, or modelled.
         n: repetitions behind it.
         spread: first and third quartile, or with ``spread_is="sd"`` the value minus and plus the standard deviation.
@@ -213,6 +214,7 @@ class Figure:
     unit: Unit
     low: float | None = None
     high: float | None = None
+    aim: float | None = None
     kind: Literal["measured", "modelled"] = "measured"
     n: int | None = None
     spread: tuple[float, float] | None = None
@@ -228,6 +230,13 @@ class Figure:
         return (self.low is None or self.value >= self.low) and (self.high is None or self.value <= self.high)
 
     @property
+    def meets_aim(self) -> bool | None:
+        """Whether the aim is reached, on the side that the target bounds; None without one."""
+        if self.aim is None:
+            return None
+        return self.value <= self.aim if self.low is None else self.value >= self.aim
+
+    @property
     def target(self) -> str:
         """The target in words."""
         if self.low is not None and self.high is not None:
@@ -238,7 +247,14 @@ class Figure:
 
     @classmethod
     def of(
-        cls, what: str, ratio: Ratio, *, low: float | None = None, high: float | None = None, headline: bool = False
+        cls,
+        what: str,
+        ratio: Ratio,
+        *,
+        low: float | None = None,
+        high: float | None = None,
+        aim: float | None = None,
+        headline: bool = False,
     ) -> Figure:
         """The figure of a measured ratio."""
         return cls(
@@ -247,6 +263,7 @@ class Figure:
             "ratio",
             low=low,
             high=high,
+            aim=aim,
             n=ratio.n,
             spread=ratio.quartiles,
             of_medians=ratio.of_medians,
@@ -348,13 +365,17 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
-    """The figures with target, spread and n."""
+    """The figures with target, aim, spread and n."""
     medians = any(figure.of_medians is not None for figure in figures)
-    columns = ["figure", "value", "target", "met", "spread", "n", *(["ratio of medians"] if medians else [])]
+    aims = any(figure.aim is not None for figure in figures)
+    columns = ["figure", "value", "target", "met", *(["aim", "reached"] if aims else []), "spread", "n"]
+    columns += ["ratio of medians"] if medians else []
     rows = []
     for figure in figures:
-        row = [figure.what, show(figure.value, figure.unit), figure.target, met_text(figure), _spread_text(figure)]
-        row.append("–" if figure.n is None else str(figure.n))
+        row = [figure.what, show(figure.value, figure.unit), figure.target, met_text(figure)]
+        if aims:
+            row += ["–" if figure.aim is None else show(figure.aim, figure.unit), _yes_or_no(figure.meets_aim)]
+        row += [_spread_text(figure), "–" if figure.n is None else str(figure.n)]
         if medians:
             row.append("–" if figure.of_medians is None else show(figure.of_medians, "ratio"))
         rows.append(row)
@@ -363,7 +384,11 @@ def figures_table(figures: Sequence[Figure]) -> str:
 
 def met_text(figure: Figure) -> str:
     """``yes``, ``no``, or a dash without a target."""
-    return {None: "–", True: "yes", False: "**no**"}[figure.met]
+    return _yes_or_no(figure.met)
+
+
+def _yes_or_no(met: bool | None) -> str:
+    return {None: "–", True: "yes", False: "**no**"}[met]
 
 
 def _spread_text(figure: Figure) -> str:

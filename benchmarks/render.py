@@ -38,6 +38,7 @@ ORDER = (
     "mutation",
     "freezing_schemes",
     "planned_figures",
+    "gpu",
     "block_linear",
 )
 PICTURE = "docs/images/results.svg"

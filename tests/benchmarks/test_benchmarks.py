@@ -152,6 +152,24 @@ def test_a_figure_meets_its_bounds_inclusively(
     assert figure.target == target
 
 
+@pytest.mark.parametrize(
+    ("bounds", "aim", "reached"),
+    [({}, None, None), ({"high": 0.6}, 0.5, True), ({"high": 0.6}, 0.4, False), ({"low": 0.4}, 0.6, False)],
+)
+def test_an_aim_is_reached_on_the_side_that_the_target_bounds(
+    common: ModuleType, bounds: dict[str, float], aim: float | None, reached: bool | None
+) -> None:
+    assert common.Figure("x", 0.5, "ratio", aim=aim, **bounds).meets_aim is reached
+
+
+def test_aims_have_columns_where_there_are_any(common: ModuleType) -> None:
+    plain, aiming = common.Figure("a", 0.5, "ratio"), common.Figure("b", 0.5, "ratio", high=0.6, aim=0.4)
+    assert "aim" not in common.figures_table([plain])
+    text = common.figures_table([plain, aiming])
+    assert "| a | 0.5x | – | – | – | – | – | – |" in text
+    assert "| b | 0.5x | at most 0.6x | yes | 0.4x | **no** | – | – |" in text
+
+
 def test_a_result_survives_its_json(common: ModuleType) -> None:
     result = a_result(common, data={"curve": [{"seconds": 1.5}]})
     assert common.Result.from_json(result.to_json()) == result

@@ -6,6 +6,7 @@ As on a GPU, nothing can be recorded that waits for a result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -57,6 +58,9 @@ class Replays(Backend):
 
     def warm_up(self, work: Callable[[], object]) -> None:
         work()
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def record(self, work: Work, *, pool: str) -> Recording:
         self.records += 1

@@ -108,6 +108,7 @@ def test_a_run_stopped_at_random_ends_like_one_that_never_stopped(case: dict[str
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3000)
 @settings(max_examples=200, deadline=None)
 @given(case=runs, moments=some_moments)
 def test_many_runs_stopped_at_random_end_like_those_that_never_stopped(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 _MARK = "_of_spfde"
+_SILENT: set[int] = set()
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def weakly(method: Callable[..., Any], *first: Any) -> Callable[..., None]:
@@ -20,13 +23,34 @@ def weakly(method: Callable[..., Any], *first: Any) -> Callable[..., None]:
 
     def hook(*arguments: Any) -> None:
         alive = of_object()
-        if alive is not None:
+        if alive is not None and id(alive) not in _SILENT:
             function(alive, *first, *arguments)
 
+    return mark(hook)
+
+
+def mark(hook: Hook) -> Hook:
+    """The same hook, which :func:`is_ours` knows from now on."""
     setattr(hook, _MARK, True)
     return hook
 
 
 def is_ours(hook: object) -> bool:
-    """Whether a hook is one of :func:`weakly`: anybody else's may look at what it is called with."""
+    """Whether a hook is one of :func:`weakly`, or marked: anybody else's may look at what it is called with."""
     return getattr(hook, _MARK, False)
+
+
+@contextmanager
+def silenced(*owners: object) -> Iterator[None]:
+    """A context in which the hooks of these objects do nothing: what runs in it is recorded, and is no step yet."""
+    fresh = {id(owner) for owner in owners} - _SILENT
+    _SILENT.update(fresh)
+    try:
+        yield
+    finally:
+        _SILENT.difference_update(fresh)
+
+
+def is_silent(owner: object) -> bool:
+    """Whether the hooks of an object are to do nothing now: for those that are none of :func:`weakly`."""
+    return id(owner) in _SILENT

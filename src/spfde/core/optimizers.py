@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import StateMismatch
+from spfde.core.hooks import is_silent, mark
 from spfde.core.torch_private import hook_steps, steps_running
 
 
@@ -71,6 +72,7 @@ class Optimizers:
     def hook(self, before: Callable[..., Any], after: Callable[..., Any]) -> list[RemovableHandle]:
         """Hook the steps of all. A ``step`` that calls that of its base class is one step, though hooks run twice."""
         depth: dict[int, int] = {}
+        owners = [getattr(method, "__self__", None) for method in (before, after)]
 
         def outer_before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             within = depth.get(id(optimizer), 0)
@@ -79,11 +81,11 @@ class Optimizers:
                 depth[id(optimizer)] = within + 1
                 return None
             depth[id(optimizer)] = 1
-            return before(optimizer, args, kwargs)
+            return None if is_silent(owners[0]) else before(optimizer, args, kwargs)
 
         def outer_after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             depth[id(optimizer)] -= 1
-            if not depth[id(optimizer)]:
+            if not depth[id(optimizer)] and not is_silent(owners[1]):
                 after(optimizer, args, kwargs)
 
         for optimizer in self.each:
@@ -92,8 +94,8 @@ class Optimizers:
             handle
             for optimizer in self.each
             for handle in (
-                optimizer.register_step_pre_hook(outer_before),
-                optimizer.register_step_post_hook(outer_after),
+                optimizer.register_step_pre_hook(mark(outer_before)),
+                optimizer.register_step_post_hook(mark(outer_after)),
             )
         ]
 

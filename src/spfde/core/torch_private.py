@@ -53,6 +53,7 @@ __all__ = [
     "overloads_of",
     "recompile_limit",
     "run_while_compiling",
+    "step_hooks_of",
     "steps_can_be_hooked",
     "steps_running",
     "storage_id",
@@ -112,6 +113,11 @@ def after_backward(callback: Callable[[], None]) -> None:
 def hooks_on_gradient(parameter: Tensor) -> OrderedDict[int, Callable[..., Any]]:
     """The hooks that are called when a gradient has arrived, in their order: there is no public list of them."""
     return parameter._post_accumulate_grad_hooks or OrderedDict()  # type: ignore[return-value]
+
+
+def step_hooks_of(optimizer: optimizers.Optimizer) -> list[Callable[..., Any]]:
+    """The hooks on an optimizer's steps: there is no public list of them."""
+    return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
 
 
 def find_nonfinite_(tensors: list[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from spfde.core.torch_private import is_compiled_whole
 from spfde.model.sample import Sample, unwrap
 
 if TYPE_CHECKING:
+    from spfde.engines.cudagraph.backend import Backend
     from spfde.engines.prefix_cache import PrefixCache
     from spfde.planning.blueprint import Blueprint
 
@@ -145,6 +146,11 @@ class Engine(ABC):
     def describe(self) -> list[str]:
         """What was replaced, made or hooked, a line each, for ``print(session)``."""
         return []
+
+    @property
+    def recorder(self) -> Backend | None:
+        """What records whole steps where the model is; None: nothing does."""
+        return None
 
     def on_batch(self) -> None:
         """The next batch was drawn: what was announced is over."""

@@ -81,6 +81,11 @@ class Arrivals:
                 "to torch.utils.checkpoint (gradient_checkpointing_kwargs in Transformers)."
             )
 
+    def on_replay(self) -> None:
+        """A recorded step is about to be replayed: one like it has run, and what arrived then will arrive."""
+        self.check()
+        self._expected = {}
+
     def close(self) -> None:
         """Stop watching."""
         for handle in self._handles.values():

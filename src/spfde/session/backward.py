@@ -24,10 +24,14 @@ class BackwardPasses:
         model: the model.
         listeners: called with a parameter whenever one of those that stay watched has its gradient. They may be bound
             methods, which are not kept alive.
+
+    Attributes:
+        heard: called with the parameter that each pass reaches first; None: nobody wants to know.
     """
 
     def __init__(self, model: nn.Module, *listeners: Callable[[Tensor], None]) -> None:
         self._model = model
+        self.heard: Callable[[Tensor], None] | None = None
         self._listeners = [weakly(listener) for listener in listeners]
         self._handles: dict[int, RemovableHandle] = {}
         self._counts = Counter[int]()
@@ -73,6 +77,12 @@ class BackwardPasses:
                 handle.remove()
             return
         self._last = running
-        self._counts[key] += 1
+        self.count_pass(parameter)
+
+    def count_pass(self, parameter: Tensor) -> None:
+        """A backward pass runs that reaches this parameter first, or one was replayed."""
+        if self.heard is not None:
+            self.heard(parameter)
+        self._counts[id(parameter)] += 1
         for listener in self._listeners:
             listener(parameter)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from spfde.core.errors import InvalidArgument, StateMismatch, UsageError
+from spfde.core.errors import InvalidArgument, Problem, StateMismatch, UsageError
 from spfde.core.numbers import mix
 from spfde.core.say import say, say_on_stderr
 from spfde.core.state import check_entries
 from spfde.engines.base import Job, Parts
 from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
 from spfde.engines.compiled import CompiledBlocks
+from spfde.engines.cudagraph.step import CapturedStep, Following
+from spfde.engines.guards import read_by
 from spfde.planning.timeline import Row
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
@@ -49,8 +51,39 @@ class Computing(Part):
         )
         names = [name for block in setting.blueprint.partition.blocks for name in block.name.split(" + ")]
         self._compiled = CompiledBlocks(job.model, names) if job.compiles else None
+        self._steps: list[CapturedStep] = []
         self._take(choice)
         self._asked_for_seeds = False
+
+    def capture(self, step: Callable[..., Any], following: Following, *, strict: bool | None) -> Callable[..., Any]:
+        """See ``Session.capture``."""
+        choice, model = self.choice, self.job.model
+        is_strict = choice.asked != "auto" if strict is None else strict
+        backend, reason = self.engine.recorder, following.reason_for_good()
+        if backend is None:
+            reason = f"the cudagraph engine captures it, and this is {choice.name}: {choice.reason}"
+        if backend is None or reason is not None:
+            if is_strict:
+                remedy = (
+                    'Attach with engine="auto", which leaves the step to PyTorch then, or call the function itself.'
+                )
+                rule = f"cannot be captured: {reason}"
+                raise InvalidArgument(Problem("step", getattr(step, "__name__", step), rule, remedy))
+            say(f"session.capture: the step is left to PyTorch: {reason}")
+            return step
+        captured = CapturedStep(
+            step,
+            model=model,
+            optimizers=self._setting.optimizer.each,
+            backend=backend,
+            following=following,
+            parts=self._parts,
+            reads=read_by(model, self.job.sample),
+            bypass=self.engine.bypass,
+            is_strict=is_strict,
+        )
+        self._steps.append(captured)
+        return captured
 
     def _take(self, choice: Choice) -> None:
         self.choice = choice
@@ -123,6 +156,8 @@ class Computing(Part):
         self._take(Choice(choice.name, "as the state was saved with", asked))
 
     def detach(self) -> None:
+        for step in self._steps:
+            step.detach()
         self.engine.detach()
         if self._compiled is not None:
             self._compiled.detach()
@@ -131,4 +166,5 @@ class Computing(Part):
         return [f"engine: {self.choice.name} ({self.choice.reason})"]
 
     def describe(self) -> list[str]:
-        return [*self.engine.describe(), *(self._compiled.describe() if self._compiled is not None else ())]
+        compiled = [] if self._compiled is None else self._compiled.describe()
+        return [*self.engine.describe(), *compiled, *(step.describe() for step in self._steps)]

@@ -36,6 +36,16 @@ class Freezing(Part):
         """Number of frozen blocks; once detached, of those that were frozen then."""
         return self.freezer.n_frozen if self._at_detach is None else self._at_detach
 
+    @property
+    def hooked(self) -> list[object]:
+        """What hooks gradients, to count them."""
+        return [] if self._arrivals is None else [self._arrivals]
+
+    def on_replay(self) -> None:
+        """A step is about to be replayed."""
+        if self._arrivals is not None:
+            self._arrivals.on_replay()
+
     def coming(self) -> set[frozenset[str]]:
         """Names of the frozen parameters, as they are in this epoch and in each one that is left."""
         numbers = {self.n_frozen, *self._setting.timeline.frozen[self._setting.clock.epoch :]}

@@ -32,6 +32,19 @@ class WholeModel(Part):
     def install(self) -> None:
         """Hook what has to be hooked."""
 
+    @property
+    def follows_next_step(self) -> bool:
+        """Whether more is done in the next step than to mask."""
+        return False
+
+    @property
+    def follows_every_step(self) -> bool:
+        """Whether that holds for all steps."""
+        return False
+
+    def keep_in_place(self) -> None:
+        """Have steps read masks from memory that stays where it is, whatever mutates."""
+
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         """These gradients come masked; see ``engines.base.Parts``."""
 
@@ -102,6 +115,18 @@ class Masks(WholeModel):
 
     def install(self) -> None:
         self.masker.install()
+
+    @property
+    def follows_next_step(self) -> bool:
+        return self.masker.strategy.follows_next_step()
+
+    @property
+    def follows_every_step(self) -> bool:
+        return self.masker.strategy.follows_every_step()
+
+    def keep_in_place(self) -> None:
+        for layer in self.masker.layers.values():
+            layer.keep_in_place()
 
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         self.masker.masked_already(gradients)

@@ -7,13 +7,14 @@ at the end of an epoch, on fake tensors; shapes that differ in the batch alone c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, StateMismatch
+from spfde.core.hooks import is_silent, mark
 from spfde.core.state import check_entries
 from spfde.core.torch_private import compiled_inside, tree_leaves, tree_map_only
 from spfde.cost.flops import ModelCost, model_cost
@@ -44,6 +45,7 @@ class Passes:
         estimated: samples whose shape was not measured.
         is_called: whether the model was called in this epoch, in whichever mode.
         unseen: optimizer steps of all epochs so far without a pass that was seen before them.
+        heard: called with the shapes of each pass that counts; None: nobody wants to know.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Passes:
         self._calls: dict[Shapes, Any] = {}  # arguments on no device, of shapes that have not been measured
         self._measured: dict[str, tuple[int, list[int]]] = {}  # elements and FLOPs of a sample, by kind
         hooked = given if compiled_inside(given) is not None else model
-        self._handle = hooked.register_forward_pre_hook(_Count(self), with_kwargs=True)
+        self._handle = hooked.register_forward_pre_hook(mark(_Count(self)), with_kwargs=True)
+        self.heard: Callable[[Shapes], None] | None = None
         self.unseen = 0
         self.clear()
 
@@ -73,7 +76,7 @@ class Passes:
     def count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass in training mode with these arguments begins."""
         self._maybe.clear()
-        self._add(self._look_up(args, kwargs))
+        self.add(self._look_up(args, kwargs))
 
     def wait(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass in evaluation mode begins, which may be trained on."""
@@ -82,7 +85,7 @@ class Passes:
     def on_backward(self, parameter: Tensor) -> None:
         """A backward pass runs."""
         for shapes in self._maybe:
-            self._add(shapes)
+            self.add(shapes)
         self._maybe.clear()
 
     def _look_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
@@ -97,7 +100,10 @@ class Passes:
             self._calls[shapes] = on_meta
         return shapes
 
-    def _add(self, shapes: Shapes) -> None:
+    def add(self, shapes: Shapes) -> None:
+        """A pass in training, with tensors of these shapes."""
+        if self.heard is not None:
+            self.heard(shapes)
         self._ahead += 1
         self._counts[shapes] = self._counts.get(shapes, 0) + 1
 
@@ -212,7 +218,7 @@ class _Count:
         self._passes = passes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_silent(self._passes):
             return
         self._passes.is_called = True
         if torch.is_grad_enabled():

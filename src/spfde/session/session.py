@@ -20,6 +20,7 @@ from spfde.engines.base import Job
 from spfde.engines.choose import Choice
 from spfde.model.sample import Sample
 from spfde.session.bill import Bill
+from spfde.session.capturing import CapturesSteps
 from spfde.session.computing import Computing
 from spfde.session.convergence import Convergence
 from spfde.session.distributed import go_on_together, join_first, refuse_another_loader
@@ -30,12 +31,11 @@ from spfde.session.part import Part, Setting
 from spfde.session.sampling import Sampling
 from spfde.session.sieving import SievedSampling
 from spfde.session.state import load_state, save_state
-from spfde.session.view import SessionView
 from spfde.sieving.loader import Event
 from spfde.sieving.stream import StreamLoader
 
 
-class Session(SessionView):
+class Session(CapturesSteps):
     """A recipe attached to a training loop; made by ``spfde.attach``.
 
     Attributes:
@@ -306,16 +306,6 @@ class Session(SessionView):
             handle.remove()
         for part in self._parts:
             part.detach()
-
-    def infer_masks(self) -> None:
-        """Take the masks from the model's zeros, after loading a sparse checkpoint that came without a session.
-
-        Raises:
-            StateMismatch: the model is denser than the recipe allows.
-            UsageError: the recipe has no sparsity.
-        """
-        self._check_attached()
-        self._masks.infer_masks()
 
     # --- state -----------------------------------------------------------------------------------------------------
 

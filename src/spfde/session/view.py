@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spfde.core.clock import Clock, Phase
 from spfde.core.errors import UsageError
+from spfde.core.hooks import is_silent
 from spfde.cost.ledger import Ledger
 from spfde.planning.timeline import Timeline
 from spfde.session.bill import Bill
@@ -228,6 +229,16 @@ class SessionView:
         if remembers is not None:
             remembers.load_state_dict(state["parts"][self._masks.name])
 
+    def infer_masks(self) -> None:
+        """Take the masks from the model's zeros, after loading a sparse checkpoint that came without a session.
+
+        Raises:
+            StateMismatch: the model is denser than the recipe allows.
+            UsageError: the recipe has no sparsity.
+        """
+        self._check_attached()
+        self._masks.infer_masks()
+
     def verify(self) -> None:
         """See whether all that the session promises still holds: the end of every epoch does it, and whoever asks.
 
@@ -259,6 +270,11 @@ class SessionView:
     def _check_attached(self) -> None:
         if not self._attached:
             raise UsageError("the session is detached. Call spfde.attach again to go on.")
+        if is_silent(self):
+            raise UsageError(
+                "the session was called within a step that is captured, whose lines do not run when it is replayed. "
+                "Call it before or after the step, and pass what it returns, such as loss weights, as an argument."
+            )
 
     def __repr__(self) -> str:
         state = "attached" if self._attached else "detached"

@@ -91,6 +91,12 @@ class Redistribution(Strategy):
     def may_want_dense(self) -> bool:
         return self._smooths
 
+    def follows_next_step(self) -> bool:
+        return self._smooths
+
+    def follows_every_step(self) -> bool:
+        return False
+
     def end_step(self, *, was_skipped: Skipped) -> None:
         if not self._smooths:
             return

@@ -72,6 +72,15 @@ class Strategy:
         """Whether :meth:`wants_dense` may be true of any layer now: asked once a backward pass."""
         return type(self).wants_dense is not Strategy.wants_dense
 
+    def follows_next_step(self) -> bool:
+        """Whether it does more in the next step than to mask: a step that is replayed would lack that."""
+        return self.follows_every_step()
+
+    def follows_every_step(self) -> bool:
+        """Whether that holds for all steps."""
+        names = ("begin_step", "before_step", "after_step", "begin_steps", "before_steps", "after_steps", "end_step")
+        return self.changes_every_step or any(getattr(type(self), n) is not getattr(Strategy, n) for n in names)
+
     def begin_step(self, layer: MaskedWeight) -> None:
         """A step begins: the weight is as the last one left it."""
 

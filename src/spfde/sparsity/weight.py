@@ -45,6 +45,7 @@ class MaskedWeight:
             arXiv 2102.02887).
         arrived: whether a gradient of this step was masked as it arrived: it is no dense gradient any more.
         clean: identity and version of the gradient that was masked last in this step; None between steps.
+        is_recorded: see :meth:`keep_in_place`.
         optimizers: whose state is zero where the weight is.
         generator: a CPU generator for what is random.
     """
@@ -70,6 +71,7 @@ class MaskedWeight:
         self.is_dense = target * self.unit_size == self.numel
         self.wider: Tensor | None = None
         self.mask = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+        self.is_recorded = False
         self._factors: dict[tuple[object, ...], Tensor] = {}
         self.explored = pack(torch.full(shape, fill_value=self.is_dense))
 
@@ -112,13 +114,21 @@ class MaskedWeight:
         if moved and self.wider is not None:
             self.wider = self.wider.to(self.parameter.device)
 
+    def keep_in_place(self) -> None:
+        """From now on steps read the mask from memory that stays where it is: what was recorded reads it again."""
+        self.is_recorded = True
+        self.set_mask(self.mask, self.active)  # another tensor: whoever has looked up what to read does so anew
+
     def factors_for(self, tensor: Tensor) -> Tensor:
         """The mask as what ``masks.bits`` of a tensor of the weight's shape are multiplied with."""
-        if not keeps_integers(tensor):
+        as_integers = keeps_integers(tensor)
+        if not as_integers and not self.is_recorded:
             return self.mask
-        kind = tensor.device, tensor.element_size(), tensor.stride()
+        kind = tensor.device, tensor.element_size() if as_integers else 0, tensor.stride()
         if kind not in self._factors:
-            self._factors[kind] = factors(tensor, self.mask)
+            # Laid out like the tensor, as the integers are.
+            as_bools = torch.empty_like(tensor, dtype=torch.bool)
+            self._factors[kind] = factors(tensor, self.mask) if as_integers else as_bools.copy_(self.mask)
         return self._factors[kind]
 
     def note_masked(self) -> None:

@@ -186,6 +186,14 @@ def test_detached_it_keeps_nothing() -> None:
     assert not front._cuts
 
 
+def test_a_step_is_not_captured_as_one_graph_where_the_front_is_kept() -> None:
+    session = attach(make_parts(), ALL, ENGINE)
+    assert not session.captures_steps
+    with pytest.raises(spfde.InvalidArgument) as refused:
+        session.capture(lambda x, y: x)
+    assert "cache=" in refused.value.problems[0].rule
+
+
 # --- with compiled blocks --------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
 from spfde.freezing.rates import learning_rate_factor
 
+Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
 PULSE = 20
 """Steps between two looks at the loss."""
 
@@ -52,10 +54,10 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
     display = display or Display()
     with _sigterm_interrupts(), _plain_data_errors(), display, opened(options, out, resume=resume) as run:
         display.started(run)
-        to_profile = options.profile
+        to_profile, step = options.profile, stepping(run)
         for epoch in run.session.epochs():
             reset_peak(run.machine.device)
-            trained = train_epoch(run, epoch, display, profile=to_profile)
+            trained = train_epoch(run, step, epoch, display, profile=to_profile)
             to_profile = None
             tested = evaluate(run)
             if math.isnan(tested.loss):
@@ -72,7 +74,7 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         return summary
 
 
-def train_epoch(run: TrainingRun, epoch: int, display: Display, *, profile: int | None = None) -> Pass:
+def train_epoch(run: TrainingRun, step: Step, epoch: int, display: Display, *, profile: int | None = None) -> Pass:
     """One pass over the partial set; ``profile``: so many of its steps are profiled."""
     session, n_batches = run.session, len(run.session.loader)
     _set_rates(run, epoch)
@@ -82,7 +84,7 @@ def train_epoch(run: TrainingRun, epoch: int, display: Display, *, profile: int 
         for number, handed in enumerate(session.loader, start=1):
             x, y = run.batch(handed)
             with saved if number == 1 else nullcontext():
-                logits, loss = train_step(run, x, y)
+                logits, loss = step(x, y, _weights(run))
             session.observe(logits, y)
             tally.add(loss * len(y), logits, y)
             is_last = number == n_batches
@@ -95,10 +97,13 @@ def train_epoch(run: TrainingRun, epoch: int, display: Display, *, profile: int 
     return tally.read(saved.bytes)
 
 
-def train_step(run: TrainingRun, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One step on a batch as ``TrainingRun.batch`` gives it; the logits, and the loss that it went down, detached."""
+def train_step(run: TrainingRun, x: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One step on a batch as ``TrainingRun.batch`` gives it; the logits, and the loss that it went down, detached.
+
+    Where graphs of steps can be captured this is what is captured: nothing in it waits for the device.
+    """
     logits = run.logits(x)
-    loss = _loss(run, logits, y)
+    loss = F.cross_entropy(logits, y) if weights is None else _weighted(weights, logits, y)
     run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -112,12 +117,23 @@ def _set_rates(run: TrainingRun, epoch: int) -> None:
             group["lr"] = run.options.lr * learning_rate_factor(epoch, stop=run.options.epochs, warmup=0)
 
 
-def _loss(run: TrainingRun, logits: Tensor, y: Tensor) -> Tensor:
-    """The mean over the batch; weighted, where sieving asks for that."""
+def stepping(run: TrainingRun) -> Step:
+    """``train_step`` for a run; as one graph for each stage, where its engine captures and no loss is scaled."""
+    step = partial(train_step, run)
+    if run.session.captures_steps and not run.scaler.is_enabled():
+        return run.session.capture(step, strict=False)
+    return step
+
+
+def _weights(run: TrainingRun) -> Tensor | None:
+    """Of the losses of a batch, where sieving asks for them."""
     sieving = run.session.recipe.sieving
-    if run.session.recipe.sieves and sieving is not None and sieving.rescales:
-        return (run.session.loss_weights() * F.cross_entropy(logits, y, reduction="none")).mean()
-    return F.cross_entropy(logits, y)
+    rescales = run.session.recipe.sieves and sieving is not None and sieving.rescales
+    return run.session.loss_weights() if rescales else None
+
+
+def _weighted(weights: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    return (weights * F.cross_entropy(logits, y, reduction="none")).mean()
 
 
 def _profiling(
@@ -155,6 +171,8 @@ def _metrics(run: TrainingRun, trained: Pass, tested: Pass) -> dict[str, Any]:
     """The epoch's line: the ledger's row, and how the model did."""
     session = run.session
     row = asdict(session.cost.rows[-1])
+    # In a step that is replayed autograd saves nothing anew: a stage's first step, which is not, has told.
+    kept = trained.saved_tensor_bytes or (run.progress.rows[-1]["saved_tensor_bytes"] if run.progress.rows else 0)
     return {
         "epoch": row.pop("epoch"),
         "train_loss": trained.loss,
@@ -166,7 +184,7 @@ def _metrics(run: TrainingRun, trained: Pass, tested: Pass) -> dict[str, Any]:
         "total_blocks": len(session.blueprint.partition.blocks),
         "removed_samples": len(session.removed_set),
         **row,
-        "saved_tensor_bytes": trained.saved_tensor_bytes,
+        "saved_tensor_bytes": kept,
         "sieve_moved": session.sieve_turnover["moved"],
         "sieve_ever_used": session.sieve_turnover["ever_used"],
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ class Backend(ABC):
         """Run the work a few times as it will be recorded: libraries set themselves up, and allocate, at first."""
 
     @abstractmethod
+    def aside(self) -> AbstractContextManager[None]:
+        """A context in which work is done where it will be recorded, between what was queued before and comes after."""
+
+    @abstractmethod
     def record(self, work: Work, *, pool: str) -> Recording:
-        """Record the work.
+        """Record the work, and do it once.
 
         Args:
             work: reads and writes memory that stays where it is, and returns tensors.
@@ -79,12 +84,20 @@ class CudaGraphs(Backend):
         return None
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
+        with self.aside():
             for _ in range(3):
                 work()
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        before = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            before.wait_stream(self._stream)
 
     def record(self, work: Work, *, pool: str) -> Recording:
         graph = torch.cuda.CUDAGraph()
@@ -92,6 +105,7 @@ class CudaGraphs(Backend):
         # Threads that load data allocate and copy meanwhile: that is no part of what is recorded, and no error.
         with torch.cuda.graph(graph, pool=shared, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
+        graph.replay()  # a capture does nothing
         return _Graph(graph, outputs)
 
     def free(self) -> None:

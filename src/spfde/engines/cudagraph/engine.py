@@ -65,13 +65,15 @@ class CudaGraphEngine(StandInEngine[CapturedModel]):
     def attach(self, job: Job, parts: Parts) -> None:
         device = next(job.model.parameters()).device
         reads = job.found.pop(self.name, None) or read_by(job.model, job.sample)
-        cached = None
+        backend, cached = self.backend(device), None
         if job.cache is not None:
             kept = CachedPrefix(job.n_samples, job.cache, place=partial(kept_on, device), multiple=1)
-            cached = CachedFront(job.model, kept, job.sample, job.batch_size, parts.frozen, reads)
-        self._attached = CapturedModel(
-            job.model, self.backend(device), parts, reads=reads, is_strict=job.is_strict, cached=cached
-        )
+            cached = CachedFront(job.model, kept, job.sample, job.batch_size, backend, parts, reads)
+        self._attached = CapturedModel(job.model, backend, parts, reads=reads, is_strict=job.is_strict, cached=cached)
+
+    @property
+    def recorder(self) -> Backend | None:
+        return self.computes.backend
 
     def describe(self) -> list[str]:
         computes = self.computes

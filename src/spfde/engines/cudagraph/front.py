@@ -16,9 +16,12 @@ from torch import Tensor, fx, nn
 from spfde.core.errors import InvalidArgument, UsageError
 from spfde.core.plain_kernels import PlainKernels, uncompiled
 from spfde.core.torch_private import FakeTensorMode, NormBase, has_global_hooks, tree_map_only
-from spfde.engines.base import Job
+from spfde.engines.base import Job, Parts
+from spfde.engines.cudagraph.backend import Backend
 from spfde.engines.cudagraph.call import switches
 from spfde.engines.cudagraph.computation import Computation
+from spfde.engines.cudagraph.known import Recordings
+from spfde.engines.cudagraph.stage import Stage
 from spfde.engines.guards import Guards
 from spfde.engines.halves import Halves, fixed_nodes, halve, owned
 from spfde.engines.kept_outputs import CachedPrefix, FrozenNumbers, check_batch, moved
@@ -52,7 +55,8 @@ class CachedFront:
         cached: what is kept; ``kept_on`` says where.
         sample: what the model is called with.
         batch_size: that the front is run with.
-        frozen: gives the names of the frozen parameters.
+        backend: records the halves.
+        parts: see ``engines.base``.
         reads: the attributes that the forward pass reads, by name of the module.
 
     Example:
@@ -73,18 +77,20 @@ class CachedFront:
         cached: CachedPrefix,
         sample: Sample,
         batch_size: int,
-        frozen: Callable[[], frozenset[str]],
+        backend: Backend,
+        parts: Parts,
         reads: Mapping[str, Collection[str]],
     ) -> None:
         self._model, self._cached, self._sample, self._batch_size = model, cached, sample, batch_size
-        self._frozen, self._reads = frozen, reads
+        self._backend, self._parts, self._reads = backend, parts, reads
         self._announced: tuple[Tensor, int] | None = None
+        self._cuts: list[_Cut] = []  # the last used first
         self._begin(frozenset())
 
     def _begin(self, frozen: frozenset[str]) -> None:
         """Another front is frozen: nothing is known of it."""
         self._frozen_then = frozen
-        self._cuts: list[_Cut] = []  # the last used first
+        self._forget(self._cuts)
         self._numbers: FrozenNumbers | None = None
         self._switches: tuple[Any, ...] | None = None
         self._looks = True
@@ -104,9 +110,10 @@ class CachedFront:
 
     def variants(self) -> int:
         """How many variants of each sample are kept of the present frozen front; 0 where there is none."""
-        if self._frozen() != self._frozen_then:
+        frozen = self._parts.frozen()
+        if frozen != self._frozen_then:
             self._cached.clear()
-            self._begin(self._frozen())
+            self._begin(frozen)
         if self._cached.store is None and self._cached.variants:
             halves = self._cut().halves
             if halves is None:
@@ -163,9 +170,16 @@ class CachedFront:
         else:
             cut = self._trace()
             self._looks = True  # a tensor may be another one
-            del self._cuts[_MOST_CUTS - 1 :]
+            self._forget(self._cuts[_MOST_CUTS - 1 :])
         self._cuts.insert(0, cut)
         return cut
+
+    def _forget(self, cuts: list[_Cut]) -> None:
+        for cut in list(cuts):
+            self._cuts.remove(cut)
+            for half in (cut.front, cut.back):
+                if half is not None:
+                    half.recordings.clear()
 
     def _trace(self) -> _Cut:
         guards = Guards(self._model, self._reads, ())
@@ -176,7 +190,8 @@ class CachedFront:
             return _Cut(guards, None)
 
         def half(module: fx.GraphModule) -> Computation:
-            return Computation(module.forward, lambda: guards, modules=(module,), is_checked=True)
+            recordings: Recordings[Stage] = Recordings(self._backend, self._parts)
+            return Computation(module.forward, recordings, lambda: guards, modules=(module,), is_checked=True)
 
         return _Cut(guards, halves, half(halves.front), half(halves.back))
 

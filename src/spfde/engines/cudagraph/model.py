@@ -6,7 +6,6 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -19,22 +18,10 @@ from spfde.engines.cudagraph.backend import Backend
 from spfde.engines.cudagraph.call import Call, Slots
 from spfde.engines.cudagraph.computation import Computation
 from spfde.engines.cudagraph.front import CachedFront
+from spfde.engines.cudagraph.known import Known, Recordings
 from spfde.engines.cudagraph.stage import Stage, Token
 from spfde.engines.guards import Guards, has_hooks
 from spfde.engines.stand_in import bypassed, put_on, take_off
-
-_MOST_STAGES = 16
-
-
-@dataclass(eq=False)
-class _Known:
-    """A stage, and what it holds for beside its call."""
-
-    of: Computation
-    signature: tuple[Any, ...]
-    frozen: frozenset[str]
-    guards: Guards
-    stage: Stage
 
 
 class CapturedModel:
@@ -66,13 +53,13 @@ class CapturedModel:
         cached: CachedFront | None = None,
     ) -> None:
         self.model, self.cached = model, cached
-        self._backend, self._parts, self._is_strict = backend, parts, is_strict
+        self.backend, self._parts, self._is_strict = backend, parts, is_strict
         self._whole = Computation(
-            lambda *args, **kwargs: type(model).forward(model, *args, **kwargs), lambda: Guards(model, reads, ())
+            lambda *args, **kwargs: type(model).forward(model, *args, **kwargs),
+            Recordings(backend, parts),
+            lambda: Guards(model, reads, ()),
         )
         self._slots = Slots(model)
-        self._known: list[_Known] = []  # the last used first
-        self._frozen: frozenset[str] = frozenset()
         self._pending: weakref.ref[Token] | None = None
         self.replayed, self.recorded = 0, 0
         self.eager: Counter[str] = Counter()
@@ -85,10 +72,9 @@ class CapturedModel:
     def detach(self) -> None:
         """Give the model its forward pass back and free the recordings."""
         if take_off(self.model, self):
-            self._known.clear()
             if self.cached is not None:
                 self.cached.clear()
-            self._backend.free()
+            self._whole.recordings.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         split = None if self.cached is None else self.cached.split(args, kwargs, self._compute)
@@ -105,54 +91,46 @@ class CapturedModel:
         if call.learns:
             self._pending = weakref.ref(token)
         self.replayed += 1
-        return known.stage(call, token)
+        return known.recorded(call, token)
 
     # --- which stage -------------------------------------------------------------------------------------------------
 
-    def _stage_for(self, what: Computation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Known, Call] | str:
+    def _stage_for(
+        self, what: Computation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Known[Stage], Call] | str:
         """The stage that computes a call, recorded now if need be; or why PyTorch does."""
         if has_global_hooks():
             return "hooks on all modules see each operation"
         is_pending = self._is_pending()
         if not is_pending:
-            self._forget_fronts()
+            self._whole.recordings.forget_fronts()
         dense = self._parts.dense_gradients()
-        call = Call.of(self._slots, args, kwargs, device=self._backend.device, dense=dense)
-        known = None if isinstance(call, str) else self._known_for(what, call)
+        call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
+        known = None if isinstance(call, str) else what.recordings.find(call.signature)
         if known is None:
             # A module may be another one since: the guards of what was recorded do not hold then.
             self._slots = Slots(self.model)
-            call = Call.of(self._slots, args, kwargs, device=self._backend.device, dense=dense)
-            known = None if isinstance(call, str) else self._known_for(what, call)
+            call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
+            known = None if isinstance(call, str) else what.recordings.find(call.signature)
         if isinstance(call, str):
             return call
-        what.comes(call)
+        what.recordings.meet(call.kind)
         if is_pending:
             return "an earlier forward pass waits for its backward pass"
         if known is not None:
-            self._known.remove(known)
-            self._known.insert(0, known)
             return known, call
-        if (reason := what.refused(call)) is not None:
-            return reason
-        if not what.is_worth_it(call):
-            return "a call of its kind has not come often enough"
-        return self._record(what, call)
-
-    def _known_for(self, what: Computation, call: Call) -> _Known | None:
-        alike = (each for each in self._known if each.of is what and each.signature == call.signature)
-        return next((each for each in alike if what.is_checked or each.guards.hold), None)
+        return what.recordings.reason_against(call.signature, call.kind) or self._record(what, call)
 
     def _is_pending(self) -> bool:
         token = None if self._pending is None else self._pending()
         return token is not None and not token.is_done
 
-    def _record(self, what: Computation, call: Call) -> tuple[_Known, Call] | str:
+    def _record(self, what: Computation, call: Call) -> tuple[Known[Stage], Call] | str:
         guards = what.guards()
         try:
             if any(has_hooks(module) for module in self.model.modules() if module is not self.model):
                 raise RuntimeError("a module inside has hooks, which are to see each pass")
-            stage = Stage(self.model, what, call, self._backend, self._parts)
+            stage = Stage(self.model, what, call, self.backend, self._parts)
             if not guards.hold:
                 raise RuntimeError("an attribute of it is another one after each call")
         except RuntimeError as error:
@@ -161,23 +139,8 @@ class CapturedModel:
                 raise UsageError(
                     f'the model cannot be captured: {reason}. Attach with engine="masked" or "auto".'
                 ) from error
-            what.refuse(call, reason)
+            what.recordings.refuse(call.signature, reason)
             say(f"engine {self.name}: the model is left to PyTorch where {reason}")
             return reason
         self.recorded += 1
-        known = _Known(what, call.signature, self._parts.frozen(), guards, stage)
-        self._known.insert(0, known)
-        del self._known[_MOST_STAGES:]
-        return known, call
-
-    def _forget_fronts(self) -> None:
-        """Free the stages whose frozen front is gone for good."""
-        frozen = self._parts.frozen()
-        if frozen == self._frozen:
-            return
-        self._frozen = frozen
-        coming = self._parts.coming()
-        kept = [known for known in self._known if known.frozen in coming]
-        if len(kept) < len(self._known):
-            self._known = kept
-            self._backend.free()
+        return what.recordings.add(call.signature, None if what.is_checked else guards, stage), call

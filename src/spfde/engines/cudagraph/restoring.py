@@ -45,6 +45,11 @@ def as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
                 each()
 
 
+def draws_beside(device: torch.device) -> tuple[Any, ...]:
+    """The states of the generators that no recording on the device moves, to be compared."""
+    return (*_others(), torch.get_rng_state().tolist() if device.type != "cpu" else None)
+
+
 def _others() -> tuple[Any, ...]:
     """The states of the generators of Python and NumPy, to be compared."""
     return random.getstate(), numpy_state()

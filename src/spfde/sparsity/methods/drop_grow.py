@@ -148,6 +148,12 @@ class Mutation(Strategy):
     def may_want_dense(self) -> bool:
         return bool(self.pending) and self._grow.needs_gradient
 
+    def follows_next_step(self) -> bool:
+        return bool(self.pending)
+
+    def follows_every_step(self) -> bool:
+        return False
+
     def before_steps(self, layers: Sequence[MaskedWeight]) -> None:
         if self._drop.needs_gradient:
             super().before_steps(layers)

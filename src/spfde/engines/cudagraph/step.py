@@ -1,0 +1,311 @@
+"""A whole training step, recorded once for each stage and replayed: forward, backward, and the optimizer's step.
+
+A graph repeats kernels. What Python does in a step is done beside each replay by whoever follows the loop, who gives a
+:class:`Following`.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spfde.core.errors import UsageError
+from spfde.core.say import say
+from spfde.core.torch_private import has_global_hooks, tree_flatten, tree_map_only, tree_unflatten
+from spfde.engines.base import Parts
+from spfde.engines.cudagraph.backend import Backend, Recording
+from spfde.engines.cudagraph.call import Call, Slots
+from spfde.engines.cudagraph.known import Recordings
+from spfde.engines.cudagraph.optimizing import RecordableSteps
+from spfde.engines.cudagraph.restoring import draws_beside
+from spfde.engines.cudagraph.watching import hooks_of_others
+from spfde.engines.guards import Guards
+
+
+class Following(Protocol):
+    """Does beside a replay what hooks do in a step."""
+
+    def reason_for_good(self) -> str | None:
+        """Why each step is more than kernels, as a clause; None where a recording can do what it does."""
+
+    def reason_now(self) -> str | None:
+        """Likewise, of the next step."""
+
+    def learning(self) -> AbstractContextManager[Callable[[], Any]]:
+        """A context in which a step runs; gives what tells afterwards what the hooks have heard in it."""
+
+    def silence(self) -> AbstractContextManager[None]:
+        """A context in which a step is recorded: hooks do to tensors what they do, and count nothing."""
+
+    def before(self, heard: Any) -> None:
+        """A step is about to be replayed in which the hooks would hear this."""
+
+    def after(self, heard: Any) -> None:
+        """It was replayed."""
+
+
+@dataclass
+class _Whole:
+    """A recording of a step.
+
+    Attributes:
+        inputs: memory that it reads the arguments from.
+        recording: of all its kernels.
+        heard: what hooks hear in such a step.
+        spec: how what it returns is made of the recording's outputs.
+    """
+
+    inputs: Sequence[Tensor]
+    recording: Recording
+    heard: Any
+    spec: Any
+
+
+class CapturedStep:
+    """A function that trains on a batch, replayed where it can be. ``Session.capture`` makes it, and has an example.
+
+    A stage (frozen front, shapes, mode, autocast) is recorded when it has come twice in turn. Until then, and
+    where a step is more than kernels (a mutation that waits for dense gradients), the function itself runs.
+
+    Attributes:
+        recorded: stages that were recorded so far.
+        replayed: steps that were replayed; ``eager``: steps by PyTorch, by reason.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        *,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        backend: Backend,
+        following: Following,
+        parts: Parts,
+        reads: Mapping[str, Collection[str]],
+        bypass: Callable[[], AbstractContextManager[None]],
+        is_strict: bool,
+    ) -> None:
+        """See ``Session.capture``.
+
+        Args:
+            step: the function.
+            model: the user's own module.
+            optimizers: all that step it.
+            backend: records.
+            following: see there.
+            parts: see ``engines.base``.
+            reads: the attributes that the model's forward pass reads, by name of the module.
+            bypass: gives a context in which the model computes by its own modules.
+            is_strict: what cannot be recorded is an error, and not left to PyTorch.
+        """
+        self._step, self._model, self._following, self._parts = step, model, following, parts
+        self._backend, self._reads, self._bypass, self._is_strict = backend, reads, bypass, is_strict
+        self._slots = Slots(model)
+        self._optimizing = RecordableSteps(optimizers, backend.device)
+        self._recordings: Recordings[_Whole] = Recordings(backend, parts)
+        self._heard: dict[tuple[Any, ...], Any] = {}  # in steps that came by now, and are steady, by kind
+        self._given_up: str | None = None
+        self._spec: Any = None
+        self.replayed = 0
+        self.eager: Counter[str] = Counter()
+        functools.update_wrapper(self, step)
+
+    @property
+    def recorded(self) -> int:
+        return self._recordings.made
+
+    def describe(self) -> str:
+        """A line for ``print(session)``."""
+        left = "; ".join(f"{count:,} since {reason}" for reason, count in self.eager.most_common())
+        name = getattr(self._step, "__name__", "a step")
+        return (
+            f"captured: {name}; {self.recorded} stages recorded, {self.replayed:,} steps replayed, "
+            f"by PyTorch: {left or 'none'}"
+        )
+
+    def detach(self) -> None:
+        """Free the recordings: from now on every step is PyTorch's."""
+        self._given_up = "the session is detached"
+        self._recordings.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._given_up or self._find(args, kwargs)
+        if isinstance(found, str):
+            self.eager[found] += 1
+            # In the form of the others where those are replayed, for the forms of an optimizer round differently.
+            with nullcontext() if self._given_up else self._optimizing.form():
+                return _detached(self._step(*args, **kwargs))
+        call, signature, kind = found
+        known = self._recordings.find(signature)
+        if known is not None:
+            return self._replay(known.recorded, call)
+        reason = self._recordings.reason_against(signature, kind)
+        if reason is None and kind not in self._heard:
+            reason = "the optimizer makes its state in such a step"
+        if reason is not None:
+            self.eager[reason] += 1
+            return self._rehearse(kind, args, kwargs)
+        return self._record(call, signature, kind, args, kwargs)
+
+    # --- which stage -------------------------------------------------------------------------------------------------
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any, Any] | str:
+        """The call, its signature and its kind; or why it is for PyTorch."""
+        self._recordings.forget_fronts()
+        reason = self._following.reason_now()
+        if reason is not None:
+            return reason
+        if has_global_hooks():
+            return "hooks on all modules see each operation"
+        if self._optimizing.gradients:
+            return "gradients are there before it begins"
+        call = self._call(args, kwargs)
+        if not isinstance(call, str) and self._recordings.find(self._of(call)[0]) is None:
+            self._slots = Slots(self._model)  # a module may be another one since
+            call = self._call(args, kwargs)
+        if isinstance(call, str):
+            return self._give_up(call)
+        signature, kind = self._of(call)
+        self._recordings.meet(kind)
+        return call, signature, kind
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
+        device = self._backend.device
+        call = Call.of(self._slots, args, kwargs, device=device, dense=frozenset())
+        if isinstance(call, str):
+            return call
+        if not call.learns:
+            return "nothing learns in it"
+        elsewhere = next((tensor for tensor in call.tensors if tensor.device != device), None)
+        return (
+            call if elsewhere is None else f"it is given a tensor on {elsewhere.device}, and the model is on {device}"
+        )
+
+    def _of(self, call: Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What is equal for calls that one recording does, and what is for calls of one kind."""
+        kind = (call.kind, self._optimizing.numbers, _plain_around(self._step))
+        return (kind, call.signature, self._optimizing.memory), kind
+
+    # --- by PyTorch --------------------------------------------------------------------------------------------------
+
+    def _rehearse(self, kind: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step by PyTorch as it would be recorded, and a look at whether a recording would do the same."""
+        optimizing, guards = self._optimizing, Guards(self._model, self._reads, ())
+        memory, beside, drawn = optimizing.memory, optimizing.beside, draws_beside(self._backend.device)
+        aside, learning = self._backend.aside(), self._following.learning()
+        with aside, self._bypass(), learning as heard, optimizing.form() as sets_rates:
+            found = self._step(*args, **kwargs)
+            changes_rates = sets_rates()
+        leaves, _ = tree_flatten(found)
+        strange = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
+        reasons = {
+            "it changes a learning rate: call schedulers outside": changes_rates,
+            "gradients are there when it returns: let it end with optimizer.zero_grad()": optimizing.gradients,
+            "the optimizer counts its steps, or keeps its state, beside the device": (
+                len(beside) == len(optimizing.beside) and beside != optimizing.beside
+            ),
+            "it draws random numbers beside the generator of its device": drawn != draws_beside(self._backend.device),
+            "it changes what the model's forward pass reads": not guards.hold,
+            f"it returns a {type(strange).__name__} beside tensors": strange is not None,
+            **dict.fromkeys(hooks_of_others(self._model, self._optimizing.optimizers), True),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                self._give_up(reason)
+                return _detached(found)
+        if memory == optimizing.memory:
+            self._heard[kind] = heard()
+        return _detached(found)
+
+    def _give_up(self, reason: str) -> str:
+        """Leave the step to PyTorch from now on."""
+        if self._is_strict:
+            raise UsageError(f'the step cannot be captured: {reason}. Or attach with engine="auto".')
+        if self._given_up is None:
+            say(f"session.capture: the step is left to PyTorch: {reason}")
+        self._given_up = reason
+        self._recordings.clear()
+        return reason
+
+    # --- recorded ----------------------------------------------------------------------------------------------------
+
+    def _record(self, call: Call, signature: Any, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = [tensor.detach().clone() for tensor in call.tensors]
+        guards = Guards(self._model, self._reads, ())
+        try:
+            torch.clear_autocast_cache()  # what it holds was cast outside, and would be read for ever
+            recording = self._backend.record(functools.partial(self._work, call, inputs), pool="steps")
+        except RuntimeError as error:
+            self._optimizing.drop_gradients()
+            self._give_up(f"it cannot be recorded ({str(error).splitlines()[0]})")
+            return _detached(self._step(*args, **kwargs))
+        finally:
+            torch.clear_autocast_cache()
+        whole = _Whole(inputs, recording, self._heard[kind], self._spec)
+        self._recordings.add(signature, guards, whole)
+        self._following.before(whole.heard)
+        return self._done(whole)
+
+    def _work(self, call: Call, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is recorded."""
+        args, kwargs = call.with_tensors(inputs)
+        with call.modes(), self._following.silence(), self._optimizing.form(), self._bypass():
+            leaves, self._spec = tree_flatten(self._step(*args, **kwargs))
+        return [leaf.detach() for leaf in leaves]
+
+    def _replay(self, whole: _Whole, call: Call) -> Any:
+        with torch.no_grad():
+            for mine, given in zip(whole.inputs, call.tensors, strict=True):
+                mine.copy_(given, non_blocking=True)
+        self._optimizing.write_rates()
+        self._following.before(whole.heard)
+        whole.recording.replay()
+        return self._done(whole)
+
+    def _done(self, whole: _Whole) -> Any:
+        self.replayed += 1
+        outputs = [output.clone() for output in whole.recording.outputs]
+        self._following.after(whole.heard)
+        return tree_unflatten(outputs, whole.spec)
+
+
+def _detached(found: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, found)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _plain_around(step: Callable[..., Any]) -> tuple[Any, ...]:
+    """Numbers and strings that a function reads from around itself: a recording would repeat them."""
+    if isinstance(step, functools.partial):
+        given = (*step.args, *step.keywords.values())
+        return (*(value for value in given if isinstance(value, _PLAIN)), *_plain_around(step.func))
+    function = getattr(step, "__func__", step)
+    if not isinstance(function, types.FunctionType):
+        return ()
+    around = (function.__globals__.get(name) for name in _globals_of(function.__code__))
+    cells = (cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell))
+    return tuple(value for value in (*around, *cells) if isinstance(value, _PLAIN))
+
+
+@functools.cache
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"))
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is None
+    except ValueError:
+        return True
