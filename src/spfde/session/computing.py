@@ -80,6 +80,7 @@ class Computing(Part):
             parts=self._parts,
             reads=read_by(model, self.job.sample),
             bypass=self.engine.bypass,
+            before_replay=self.engine.before_replay,
             is_strict=is_strict,
         )
         self._steps.append(captured)

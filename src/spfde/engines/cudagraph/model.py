@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,6 +34,7 @@ class CapturedModel:
         reads: the attributes that its forward pass reads, by name of the module.
         is_strict: what cannot be recorded is an error, and not left to PyTorch.
         cached: keeps what the frozen front computes; None: nothing is kept.
+        before_replay: see ``engines.base.Engine``.
 
     Attributes:
         replayed: calls that were replayed, ``eager``: calls left to PyTorch, by reason.
@@ -51,8 +52,9 @@ class CapturedModel:
         reads: Mapping[str, Any],
         is_strict: bool,
         cached: CachedFront | None = None,
+        before_replay: Callable[[], Hashable] = tuple,
     ) -> None:
-        self.model, self.cached = model, cached
+        self.model, self.cached, self._before_replay = model, cached, before_replay
         self.backend, self._parts, self._is_strict = backend, parts, is_strict
         self._whole = Computation(
             lambda *args, **kwargs: type(model).forward(model, *args, **kwargs),
@@ -104,13 +106,17 @@ class CapturedModel:
         is_pending = self._is_pending()
         if not is_pending:
             self._whole.recordings.forget_fronts()
-        dense = self._parts.dense_gradients()
-        call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
+        of_now: Any = {
+            "device": self.backend.device,
+            "dense": self._parts.dense_gradients(),
+            "state": self._before_replay(),
+        }
+        call = Call.of(self._slots, args, kwargs, **of_now)
         known = None if isinstance(call, str) else what.recordings.find(call.signature)
         if known is None:
             # A module may be another one since: the guards of what was recorded do not hold then.
             self._slots = Slots(self.model)
-            call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
+            call = Call.of(self._slots, args, kwargs, **of_now)
             known = None if isinstance(call, str) else what.recordings.find(call.signature)
         if isinstance(call, str):
             return call
