@@ -49,11 +49,13 @@ class Run:
             self.model, self.optimizer, loader, recipe, epochs=EPOCHS, engine="cudagraph", cache=cache
         )
         self.losses: list[torch.Tensor] = []
+        self.x: torch.Tensor | None = None  # as the model got it last
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         seeds = self.session.augmentation_seeds()
         x = torch.stack([torch.roll(image, int(seed % 3), 2) for image, seed in zip(x, seeds, strict=True)])
         x, y = x.cuda().contiguous(memory_format=torch.channels_last), y.cuda()
+        self.x = x
         with torch.autocast("cuda", torch.bfloat16, enabled=self.bf16):
             loss = F.cross_entropy(self.model(x), y)
         loss.backward()
@@ -96,6 +98,7 @@ def test_the_kept_outputs_are_the_front_s_rounded() -> None:
     for epoch in run.session.epochs():
         for x, y in run.session.loader:
             run.step(x, y)
+            ids = run.session.loader.current_indices
         if epoch == 2:
             break
     store = run.front._cached.store
@@ -103,7 +106,9 @@ def test_the_kept_outputs_are_the_front_s_rounded() -> None:
     assert kept.is_cuda
     assert kept.is_contiguous(memory_format=torch.channels_last)
     assert bool(store.has(torch.arange(SAMPLES)).all())
-    assert torch.equal(kept, kept.half().float())
+    with torch.no_grad():
+        (computed,) = run.front._cuts[0].halves.front(run.x)
+    torch.testing.assert_close(kept[ids], computed, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("save_at", [3, 5])

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from spfde.core.errors import InvalidArgument, UsageError
 from spfde.core.plain_kernels import PlainKernels, uncompiled
+from spfde.core.say import counted
 from spfde.core.torch_private import FakeTensorMode, NormBase, has_global_hooks, tree_map_only
 from spfde.engines.base import Job, Parts
 from spfde.engines.cudagraph.backend import Backend
@@ -157,8 +158,8 @@ class CachedFront:
             return ["cached: nothing of the frozen front yet" if self._cached.variants else "cached: nothing fits"]
         where = "on the GPU" if store.device.type == "cuda" else "in main memory"
         return [
-            f"cached: what the frozen front makes of {self._cached.n_samples:,} samples in {self._cached.variants} "
-            f"variants, as {store.precision}: {store.n_bytes / 2**30:.2f} GiB {where}"
+            f"cached: what the frozen front makes of {self._cached.n_samples:,} samples in "
+            f"{counted(self._cached.variants, 'variant')}, as {store.precision}: {store.n_bytes / 2**30:.2f} GiB {where}"
         ]
 
     def _cut(self) -> _Cut:
