@@ -157,9 +157,10 @@ class CachedFront:
         if store is None:
             return ["cached: nothing of the frozen front yet" if self._cached.variants else "cached: nothing fits"]
         where = "on the GPU" if store.device.type == "cuda" else "in main memory"
+        variants = counted(self._cached.variants, "variant")
         return [
-            f"cached: what the frozen front makes of {self._cached.n_samples:,} samples in "
-            f"{counted(self._cached.variants, 'variant')}, as {store.precision}: {store.n_bytes / 2**30:.2f} GiB {where}"
+            f"cached: what the frozen front makes of {self._cached.n_samples:,} samples in {variants}, "
+            f"as {store.precision}: {store.n_bytes / 2**30:.2f} GiB {where}"
         ]
 
     def _cut(self) -> _Cut:
