@@ -113,25 +113,29 @@ def train(engine: str, *, autocast: bool) -> tuple[list[float], dict[str, Tensor
             session.observe(logits.float(), y.cuda())
             losses.append(loss.item())
     assert session.engine == engine
+    assert ("active blocks of 32x32" in str(session)) == (engine != "masked")
     return losses, dict(session.masks)
 
 
-def test_fifty_steps_are_those_of_the_masked_engine() -> None:
-    ours, masked = (train(engine, autocast=False) for engine in ("blocks", "masked"))
+@pytest.mark.parametrize("engine", ["blocks", "cudagraph"])
+def test_fifty_steps_are_those_of_the_masked_engine(engine: str) -> None:
+    ours, masked = (train(name, autocast=False) for name in (engine, "masked"))
     assert len(ours[0]) == 50
     assert ours[0] == pytest.approx(masked[0], rel=2e-3)
     for name, mask in masked[1].items():
         assert (ours[1][name] == mask).float().mean() > 0.98, name
 
 
-def test_fifty_steps_in_bfloat16_come_to_the_loss_of_the_masked_engine() -> None:
-    ours, masked = (train(engine, autocast=True) for engine in ("blocks", "masked"))
+@pytest.mark.parametrize("engine", ["blocks", "cudagraph"])
+def test_fifty_steps_in_bfloat16_come_to_the_loss_of_the_masked_engine(engine: str) -> None:
+    ours, masked = (train(name, autocast=True) for name in (engine, "masked"))
     assert ours[0][:5] == pytest.approx(masked[0][:5], rel=2e-2)
     assert sum(ours[0][-5:]) == pytest.approx(sum(masked[0][-5:]), rel=0.2)
 
 
-def test_the_same_seed_gives_the_same_bits() -> None:
-    assert train("blocks", autocast=True)[0] == train("blocks", autocast=True)[0]
+@pytest.mark.parametrize("engine", ["blocks", "cudagraph"])
+def test_the_same_seed_gives_the_same_bits(engine: str) -> None:
+    assert train(engine, autocast=True)[0] == train(engine, autocast=True)[0]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

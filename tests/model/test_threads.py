@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import spfde
 from helpers.native import NATIVE, needs_kernels
 from spfde.core.plain_kernels import uncompiled
-from spfde.engines.native.trace import trace as trace_native
+from spfde.engines.trace import trace as trace_native
 from spfde.model.trace import trace
 
 

@@ -177,12 +177,15 @@ class CacheOptions:
     cache_variants: Annotated[
         int,
         Ge(0),
-        Words("variants of each sample whose output of the frozen front is kept, 0 or more (native engine)", _MACHINE),
+        Words(
+            "variants of each sample whose output of the frozen front is kept, 0 or more (engines native, cudagraph)",
+            _MACHINE,
+        ),
     ] = 0
     cache_precision: Annotated[Literal["fp16", "int8"], Words("of what is kept: fp16 or int8", _MACHINE)] = "fp16"
     cache_limit: Annotated[float, Gt(0), Words("room for what is kept, in GiB, above 0", _MACHINE)] = 8.0
     cache_folder: Annotated[
-        Path | None, Words("folder of a memory-mapped file for it", _MACHINE, shown="in memory")
+        Path | None, Words("folder of a memory-mapped file for it (engine native)", _MACHINE, shown="in memory")
     ] = None
 
 

@@ -8,7 +8,7 @@ none of them: it calls what stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -152,8 +152,20 @@ class Engine(ABC):
         """What records whole steps where the model is; None: nothing does."""
         return None
 
+    def before_replay(self) -> Hashable:
+        """Bring up to date what passes of the model read beside its parameters and buffers, such as lists of weights.
+
+        Whoever records passes calls it before each recording and each replay: what was recorded holds for as long as
+        what this returns is equal.
+        """
+        return ()
+
     def on_batch(self) -> None:
         """The next batch was drawn: what was announced is over."""
+        return
+
+    def on_epoch(self) -> None:
+        """An epoch begins."""
         return
 
     def prefix_variants(self) -> int:

@@ -98,6 +98,9 @@ def _fastest(engines: list[type[Engine]], job: Job, tell: Callable[[str], None] 
         if speed > WORTH_IT:
             reasons.append(f"the {engine.name} engine would take about {speed:.2f}x of its time here")
             continue
+        if job.cache is not None and (reason := engine.supports_cache(job)) is not None:
+            reasons.append(f"the {engine.name} engine cannot keep the cache: {reason}")
+            continue
         reason = engine.prepare(job, tell)
         if reason is None:
             return Choice(engine.name, f"about {1 / speed:.1f}x faster than {FALLBACK}", AUTO)

@@ -104,3 +104,9 @@ def has_own_forward(module: nn.Module) -> bool:
     function = getattr(own, "__func__", None)
     # An engine's stand-in, or that of a model whose copy this is, computes what the class says.
     return own is not None and function is not type(module).forward and not getattr(function, "is_spfde", False)
+
+
+def stands_in(module: nn.Module) -> bool:
+    """Whether something computes a module in the place of its class's forward, put there by ``put_on``."""
+    held = vars(module).get(HELD)
+    return held is not None and held.computes.model is module

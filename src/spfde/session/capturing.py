@@ -47,6 +47,7 @@ class Beside:
         before_step: called before each step of an optimizer, as its hook is.
         after_step: likewise, after it.
         silent: whose hooks count nothing while a step is recorded.
+        keeps_front: what the frozen front computes is kept: then the model runs in two halves.
     """
 
     def __init__(
@@ -60,14 +61,18 @@ class Beside:
         before_step: Callable[[Optimizer], None],
         after_step: Callable[[Optimizer], None],
         silent: Sequence[object],
+        keeps_front: bool,
     ) -> None:
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self._passes, self._backward = passes, backward
         self._before_step, self._after_step, self._silent = before_step, after_step, silent
+        self._keeps_front = keeps_front
 
     def reason_for_good(self) -> str | None:
         if self._setting.world.is_shared:
             return "several processes train together"
+        if self._keeps_front:
+            return "what the frozen front computes is kept (cache=), of which a captured step would compute all"
         if self._masks.follows_every_step:
             return f"{self._setting.recipe.sparsity!r} changes weights or masks at every step"
         return None
@@ -183,4 +188,5 @@ class CapturesSteps(SessionView):
             before_step=self._before_step,
             after_step=self._after_step,
             silent=(self, passes, backward, self._guards, *self._freezing.hooked),
+            keeps_front=self._computing.caches_prefix,
         )

@@ -80,6 +80,7 @@ class Computing(Part):
             parts=self._parts,
             reads=read_by(model, self.job.sample),
             bypass=self.engine.bypass,
+            before_replay=self.engine.before_replay,
             is_strict=is_strict,
         )
         self._steps.append(captured)
@@ -110,6 +111,7 @@ class Computing(Part):
 
     def begin_epoch(self, row: Row) -> None:
         self._asked_for_seeds = False
+        self.engine.on_epoch()
 
     def check_complete(self) -> None:
         clock = self._setting.clock

@@ -154,7 +154,7 @@ def test_each_frozen_front_is_recorded_once_and_those_that_are_over_are_freed() 
     fronts = len(set(session.timeline.frozen))
     assert fronts >= 3
     assert Replays.newest.frees >= fronts - 1
-    assert len(found._known) <= 2  # two sizes of batches
+    assert len(found._whole.recordings._known) <= 2  # two sizes of batches
     assert found.recorded <= 2 * fronts
 
 

@@ -348,7 +348,7 @@ class Undecided(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "match"),
     [
-        (Undecided(), (2, 8, 8), "cannot be traced for the native engine"),
+        (Undecided(), (2, 8, 8), "cannot be traced"),
         (nn.Sequential(nn.Conv1d(2, 4, 3), nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(16, 4)), (2, 8), "1 .Conv1d."),
     ],
     ids=["undecided", "1d"],

@@ -1,13 +1,8 @@
-"""The prefix cache: what is kept, what is read back, and a session that trains from it."""
+"""The prefix cache of the native engine: where the model is cut, and what is kept in a folder."""
 
 from __future__ import annotations
 
-import copy
-import io
-import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,77 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spfde
+from helpers.caching import attach, go_on, train_and_save, train_cached
 from helpers.native import needs_kernels
-from helpers.training import EPOCHS, Parts, SmallNet, make_parts, step, train
+from helpers.training import SmallNet, make_parts
 from spfde.engines.native.graph import capture, region_name
-from spfde.engines.native.prefix import CachedPrefix, OutputStore
 
 pytestmark = needs_kernels
-
-
-# --- the store -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_what_was_put_in_comes_out(on_disk: bool, tmp_path: Path) -> None:
-    store = OutputStore(6, [(2,), (1, 2)], "fp16", tmp_path if on_disk else None)
-    store.put(torch.tensor([4, 1]), [torch.tensor([[1.0, 2.0], [3.0, 70000.0]]), torch.tensor([[[5.0, 6]], [[7, 8]]])])
-    assert store.has(torch.arange(6)).tolist() == [False, True, False, False, True, False]
-    first, second = store.get(torch.tensor([1, 4]))
-    assert first.tolist() == [[3.0, 65504.0], [1.0, 2.0]]  # what half precision cannot hold becomes its largest number
-    assert second.tolist() == [[[7.0, 8.0]], [[5.0, 6.0]]]
-    assert store.bytes_per_slot([(2,), (1, 2)], "fp16") == 2 * 2 + 4 + 2 * 2 + 4
-    assert bool(list(tmp_path.iterdir())) is on_disk
-    store.close()
-    assert not list(tmp_path.iterdir())
-
-
-def test_bytes_have_a_scale_for_each_sample() -> None:
-    store = OutputStore(3, [(4,)], "int8")
-    values = torch.tensor([[0.0, 1.0, -127.0, 63.5], [0.0, 0.0, 0.0, 0.0], [1e-3, 2e-3, -1e-3, 0.0]])
-    store.put(torch.arange(3), [values])
-    (found,) = store.get(torch.arange(3))
-    assert found[0].tolist() == [0.0, 1.0, -127.0, 64.0]
-    assert found[1].tolist() == [0.0] * 4
-    assert torch.allclose(found[2], values[2], atol=2e-3 / 254)
-
-
-def test_each_slot_is_computed_once_and_small_batches_are_filled_up() -> None:
-    cached = CachedPrefix(40, spfde.PrefixCache(2))
-    cached.make_room([(1,)])
-    computed: list[int] = []
-
-    def compute_for(samples: Tensor, variant: int) -> Any:
-        def compute(at: Tensor) -> Sequence[Tensor]:
-            computed.append(len(at))
-            return [(samples[at] + 100 * variant).float()[:, None]]
-
-        return compute
-
-    for samples, variant, expected in (
-        (torch.arange(20), 0, [20]),
-        (torch.arange(20), 0, []),
-        (torch.arange(19, 39), 0, [20]),  # 19 are missing, and one more makes no new size of batch
-        (torch.arange(20), 1, [20]),
-        (torch.tensor([39, *range(19)]), 0, [16]),
-    ):
-        computed.clear()
-        (found,) = cached(samples, variant, compute_for(samples, variant))
-        assert found.flatten().tolist() == (samples + 100 * variant).tolist()
-        assert computed == expected
-
-
-@pytest.mark.parametrize(("limit", "variants"), [(10**6, 3), (2 * 40 * 6 + 5, 2), (40 * 6 - 1, 0)])
-def test_the_limit_takes_variants_away(limit: int, variants: int) -> None:
-    cached = CachedPrefix(40, spfde.PrefixCache(3, limit_gib=limit / 2**30))
-    cached.make_room([(1,)])
-    assert cached.variants == variants
-    assert (cached.store is None) == (variants == 0)
-    cached.clear()
-    assert cached.variants == 3
-
-
-# --- the two halves --------------------------------------------------------------------------------------------------
 
 
 def test_the_halves_put_together_are_the_model() -> None:
@@ -93,9 +23,8 @@ def test_the_halves_put_together_are_the_model() -> None:
     frozen = {name for name, _ in model.named_parameters() if name.startswith(("stem", "bn", "blocks.0"))}
     halves = capture(model, torch.zeros(1, 2, 8, 8), frozen=frozen).halves
     assert halves is not None
-    front, back = halves
-    regions = [len(list(half.graph.nodes)) for half in halves]
-    assert all(regions)
+    front, given, back = halves
+    assert not given(torch.zeros(1, 2, 8, 8))  # the back reads nothing but what the front hands over
     # The regions are filled in by the engine; in PyTorch the same cut is checked on the blocks themselves.
     assert [node.target for node in front.graph.nodes if node.op == "call_module"] == [region_name(0)]
     assert [node.target for node in back.graph.nodes if node.op == "call_module"] == [region_name(1), "fc"]
@@ -104,250 +33,6 @@ def test_the_halves_put_together_are_the_model() -> None:
 @pytest.mark.parametrize("frozen", [(), ("fc.weight", "fc.bias")])
 def test_without_a_frozen_front_there_are_no_halves(frozen: tuple[str, ...]) -> None:
     assert capture(SmallNet(), torch.zeros(1, 2, 8, 8), frozen=frozen).halves is None
-
-
-# --- a session -------------------------------------------------------------------------------------------------------
-
-RECIPE = spfde.Recipe(
-    sparsity=spfde.MEST(sparsity=0.8),
-    freezing=spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=2),
-    sieving=spfde.DataSieving(removed_fraction=0.25),
-    update_interval_epochs=2,
-)
-ONE = spfde.PrefixCache(1)
-
-
-def attach(
-    parts: Parts,
-    recipe: spfde.Recipe = RECIPE,
-    engine: str = "native",
-    cache: spfde.PrefixCache | None = ONE,
-) -> spfde.Session:
-    return spfde.attach(
-        parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine, cache=cache
-    )
-
-
-def shifted(x: Tensor, seeds: Tensor) -> Tensor:
-    """An augmentation that follows its seeds."""
-    return torch.stack([torch.roll(image, int(seed % 3), 2) for image, seed in zip(x, seeds, strict=True)])
-
-
-def train_cached(parts: Parts, session: spfde.Session) -> list[float]:
-    losses = []
-    for _ in session.epochs():
-        parts.model.train()
-        for x, y in session.loader:
-            losses.append(float(step(parts, session, shifted(x, session.augmentation_seeds()), y)))
-    return losses
-
-
-class Counted:
-    """Counts the images that go through the frozen front, and can let every batch through."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, always: bool = False) -> None:
-        self.images = 0
-        original = CachedPrefix.__call__
-
-        def call(cached: CachedPrefix, samples: Tensor, variant: int, compute: Any) -> Any:
-            def counted(at: Tensor) -> Any:
-                self.images += len(at)
-                return compute(at)
-
-            return counted(torch.arange(len(samples))) if always else original(cached, samples, variant, counted)
-
-        monkeypatch.setattr(CachedPrefix, "__call__", call)
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-2), ("int8", 2e-1)])
-def test_training_from_the_cache_is_training_on_what_it_holds(
-    precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Nothing that chooses: a weight dropped or a sample removed by a hair would be another run.
-    recipe = RECIPE.replace(sparsity=spfde.StaticSparse(sparsity=0.8), sieving=None)
-    cache = spfde.PrefixCache(2, precision=precision)
-    with monkeypatch.context() as patch:
-        always = Counted(patch, always=True)
-        parts = make_parts()
-        expected = train_cached(parts, attach(parts, recipe, cache=cache))
-    counted = Counted(monkeypatch)
-    parts = make_parts()
-    found = train_cached(parts, attach(parts, recipe, cache=cache))
-    assert found[:10] == expected[:10]  # before anything is frozen
-    assert found == pytest.approx(expected, abs=tolerance)
-    assert 0 < counted.images < always.images
-
-
-def test_the_front_is_computed_once_a_sample_variant_and_freeze_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counted(monkeypatch)
-    parts = make_parts()
-    session = attach(parts, RECIPE.replace(sieving=None))
-    after: dict[int, int] = {}
-    for epoch in session.epochs():
-        for x, y in session.loader:
-            step(parts, session, shifted(x, session.augmentation_seeds()), y)
-        after[epoch] = counted.images
-    freeze_steps = sorted({at for at in session.blueprint.freeze_plan.freeze_epochs if at is not None})
-    for epoch, images in after.items():
-        assert images == 40 * sum(at <= epoch for at in freeze_steps)
-
-
-def test_a_front_that_gets_other_weights_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counted(monkeypatch)
-    parts = make_parts()
-    session = attach(parts, RECIPE.replace(sieving=None))
-    for epoch in session.epochs():
-        if epoch == EPOCHS - 1:
-            name = min(session._computing._parts.frozen())
-            weight = parts.model.get_parameter(name)
-            weight.data.mul_(2)
-            counted.images = 0
-        for x, y in session.loader:
-            step(parts, session, shifted(x, session.augmentation_seeds()), y)
-    assert counted.images == 40
-
-
-def test_seeds_repeat_while_variants_are_kept_and_never_else() -> None:
-    parts = make_parts()
-    session = attach(parts, RECIPE.replace(sieving=None), cache=spfde.PrefixCache(2))
-    seeds = []
-    for _ in session.epochs():
-        for x, y in session.loader:
-            step(parts, session, x, y)
-            last = session.augmentation_seeds(torch.arange(40))
-        seeds.append(last)
-    freeze_steps = {at for at in session.blueprint.freeze_plan.freeze_epochs if at is not None}
-    since = [max((at for at in freeze_steps if at <= epoch), default=None) for epoch in range(EPOCHS)]
-    for one in range(EPOCHS):
-        for other in range(one):
-            together = since[one] is not None and since[one] == since[other] and (one - other) % 2 == 0
-            assert torch.equal(seeds[one], seeds[other]) == together, (one, other)
-
-
-def go_on(saved: bytes, cache: spfde.PrefixCache | None) -> Parts:
-    """The run that was saved, attached anew with that cache and trained to its end."""
-    parts = make_parts(seed=5)
-    session = attach(parts, cache=cache)
-    states = torch.load(io.BytesIO(saved), weights_only=False)
-    for part, state in zip((parts.model, parts.optimizer, session), states, strict=True):
-        part.load_state_dict(state)  # type: ignore[attr-defined]
-    train_cached(parts, session)
-    return parts
-
-
-def train_and_save(parts: Parts, session: spfde.Session, stop: int) -> bytes:
-    """Train to the end; what was saved at the top of epoch ``stop``."""
-    file = io.BytesIO()
-    for epoch in session.epochs():
-        if epoch == stop:
-            torch.save([parts.model.state_dict(), parts.optimizer.state_dict(), session.state_dict()], file)
-        for x, y in session.loader:
-            step(parts, session, shifted(x, session.augmentation_seeds()), y)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("stop", [3, 4, 5, 7])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(stop: int) -> None:
-    parts = make_parts()
-    saved = train_and_save(parts, attach(parts), stop)
-    again = go_on(saved, ONE)
-    for name, value in parts.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
-
-
-def test_a_run_that_is_resumed_with_another_folder_is_the_same_run(tmp_path: Path) -> None:
-    parts = make_parts()
-    saved = train_and_save(parts, attach(parts), stop=5)
-    again = go_on(saved, spfde.PrefixCache(1, folder=tmp_path, limit_gib=1.0))
-    for name, value in parts.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize("other", [None, spfde.PrefixCache(3, precision="int8")])
-def test_a_run_goes_on_with_another_cache_or_with_none(other: spfde.PrefixCache | None) -> None:
-    parts = make_parts()
-    saved = train_and_save(parts, attach(parts), stop=5)
-    assert go_on(saved, other).model.training
-
-
-def test_an_epoch_that_never_asked_for_seeds_is_an_error() -> None:
-    parts = make_parts()
-    with pytest.raises(spfde.UsageError, match=r"session\.augmentation_seeds\(\)"):
-        train(parts, attach(parts))
-
-
-def test_another_batch_than_the_announced_one_is_an_error() -> None:
-    parts = make_parts()
-    session = attach(parts)
-    for epoch in session.epochs():
-        for x, y in session.loader:
-            x = shifted(x, session.augmentation_seeds())
-            if epoch == 2:
-                with pytest.raises(spfde.UsageError, match="was told of 8 samples"):
-                    parts.model(x[:3])
-                return
-            step(parts, session, x, y)
-
-
-def test_evaluation_does_not_touch_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counted(monkeypatch)
-    parts = make_parts()
-    session = attach(parts)
-    for epoch in session.epochs():
-        for x, y in session.loader:
-            session.augmentation_seeds()
-            if epoch == 2:
-                parts.model.eval()
-                before = counted.images
-                out = parts.model(x)
-                assert counted.images == before
-                plain = copy.deepcopy(parts.model)
-                assert torch.allclose(plain(x), out, atol=1e-5)
-                return
-            step(parts, session, x, y)
-
-
-def test_the_masked_engine_is_refused_with_the_reason() -> None:
-    with pytest.raises(spfde.InvalidArgument) as refused:
-        attach(make_parts(), engine="masked")
-    (problem,) = refused.value.problems
-    assert (problem.argument, problem.value) == ("cache", ONE)
-    assert "masked" in problem.rule
-
-
-def test_dropout_in_a_block_that_freezes_is_refused() -> None:
-    parts = make_parts()
-    parts.model.blocks[0].add_module("drop", nn.Dropout(0.5))  # type: ignore[index,union-attr]
-    forward = type(parts.model.blocks[0]).forward  # type: ignore[index]
-
-    class Dropping(type(parts.model.blocks[0])):  # type: ignore[misc,index]
-        def forward(self, x: Tensor) -> Tensor:
-            return self.drop(forward(self, x))
-
-    parts.model.blocks[0].__class__ = Dropping  # type: ignore[index]
-    with pytest.raises(spfde.InvalidArgument, match=r"cache=.*blocks\.0\.drop \(Dropout\) draws"):
-        attach(parts)
-
-
-@pytest.mark.parametrize("draw", ["functional", "python"])
-def test_randomness_in_a_block_that_freezes_is_refused_whatever_its_form(draw: str) -> None:
-    class Block(nn.Module):
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.relu(self.norm(self.conv(x)))
-            if draw == "functional":
-                return F.dropout(x, 0.5, training=self.training)
-            return x * 2 if self.training and random.random() < 0.5 else x
-
-    blocks = [Block(2), Block(6), Block(6), Block(6)]
-    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-    model.eval()  # the mode at attaching does not matter
-    parts = Parts(model, torch.optim.SGD(model.parameters(), lr=0.01), make_parts().loader)
-    with pytest.raises(spfde.InvalidArgument, match=r"cache=.*0 \(Block\) draws"):
-        attach(parts)
 
 
 def test_what_draws_or_counts_in_front_of_a_frozen_layer_is_not_in_the_front() -> None:
@@ -363,32 +48,23 @@ def test_what_draws_or_counts_in_front_of_a_frozen_layer_is_not_in_the_front() -
     model = Net()
     halves = capture(model, torch.zeros(1, 2, 8, 8), frozen=frozen).halves
     assert halves is not None
-    assert [node.target for node in halves[1].graph.nodes if node.op == "call_function"] == [F.dropout]
+    assert [node.target for node in halves.back.graph.nodes if node.op == "call_function"] == [F.dropout]
     # A norm without parameters that is in training mode measures each batch.
     counting = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3))
     halves = capture(counting, torch.zeros(1, 2, 8, 8), frozen=("0.weight", "0.bias", "2.weight", "2.bias")).halves
     assert halves is not None
-    assert len([node for node in halves[1].graph.nodes if node.op == "call_module"]) == 1
+    assert len([node for node in halves.back.graph.nodes if node.op == "call_module"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("freezing", "telling"),
-    [
-        (None, "freezes none"),
-        (spfde.ProgressiveFreezing(flops_reduction=0.0), "freezes none"),
-        (spfde.ProgressiveFreezing(flops_reduction=0.05, criterion="structure"), "criterion"),
-        (spfde.ProgressiveFreezing(flops_reduction=0.05, scheme="periodic"), "scheme"),
-        (spfde.ProgressiveFreezing(flops_reduction=0.05, scheme="single-shot-resume"), "scheme"),
-    ],
-)
-def test_a_cache_needs_blocks_that_are_frozen_for_good_at_known_epochs(
-    freezing: spfde.ProgressiveFreezing | None, telling: str
-) -> None:
-    with pytest.raises(spfde.InvalidArgument) as refused:
-        attach(make_parts(), RECIPE.replace(freezing=freezing))
-    (problem,) = refused.value.problems
-    assert problem.argument == "cache"
-    assert telling in problem.rule + problem.remedy
+# --- in a folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_resumed_with_another_folder_is_the_same_run(tmp_path: Path) -> None:
+    parts = make_parts()
+    saved = train_and_save(parts, attach(parts), stop=5)
+    again = go_on(saved, spfde.PrefixCache(1, folder=tmp_path, limit_gib=1.0))
+    for name, value in parts.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from spfde.engines.blocks.modules import linears_of
 from spfde.sparsity.structure import Block
 
 if TYPE_CHECKING:
-    from spfde.engines.blocks.linear import BlockLinears  # noqa: F401  # named below, in a string
+    from spfde.engines.blocks.linear import BlockLinears
 
 # Modelled, for an H200 (benchmarks/block_linear.py measures). Dense products in bf16, FLOPs a second; and time of a
 # layer's step over the dense one, as a line in its density (slope, at zero): its blocks read their inputs from the
@@ -59,17 +59,7 @@ class BlocksEngine(StandInEngine["BlockLinears"]):
 
     @classmethod
     def expected_speed(cls, job: Job) -> float:
-        if _is_interpreted():
-            return _INTERPRETED
-        blocks, (slope, fixed) = taken(job), _LINE
-        ours = dense = 0.0
-        for layer, density in zip(job.blueprint.cost.layers, job.density, strict=True):
-            products = 3 * layer.forward_flops * job.batch_size / _DENSE_RATE
-            by_pytorch = max(products, _START_DENSE)
-            by_blocks = max(products * (slope * density + fixed), _START_BLOCKS)
-            dense += by_pytorch
-            ours += by_blocks if layer.name in blocks and density <= MOST_DENSITY else by_pytorch
-        return ours / dense
+        return _INTERPRETED if _is_interpreted() else modelled_speed(job, _START_DENSE, _START_BLOCKS)
 
     @classmethod
     def prepare(cls, job: Job, tell: Callable[[str], None] | None = None) -> str | None:
@@ -82,17 +72,49 @@ class BlocksEngine(StandInEngine["BlockLinears"]):
         return next(filter(None, (check(block, device) for device in devices for block in set(blocks.values()))), None)
 
     def attach(self, job: Job, parts: Parts) -> None:
-        from spfde.engines.blocks.linear import BlockLinears
+        self._attached = put_on_linears(job, parts)
 
-        self._attached = BlockLinears(job.model, taken(job), parts)
+    def before_replay(self) -> Hashable:
+        self.computes.refresh()
+        return self.computes.key
 
     def describe(self) -> list[str]:
-        lines = ["replaced: the forward of linear layers, whose active blocks alone are computed with in training:"]
-        for layer in self.computes.layers.values():
-            high, wide = layer.lists.sides
-            how = "" if layer.computes else ", left to PyTorch: too many for the kernels to be faster"
-            lines.append(f"  {layer.name}: {layer.lists.active:,} active blocks of {high}x{wide}{how}")
-        return lines
+        return describe(self.computes)
+
+
+def put_on_linears(job: Job, parts: Parts) -> BlockLinears:
+    """Have the kernels compute the job's linear layers."""
+    from spfde.engines.blocks.linear import BlockLinears
+
+    return BlockLinears(job.model, taken(job), parts)
+
+
+def describe(linears: BlockLinears) -> list[str]:
+    """What the kernels compute, and how much of it, a line each."""
+    lines = ["replaced: the forward of linear layers, whose active blocks alone are computed with in training:"]
+    for layer in linears.layers.values():
+        high, wide = layer.lists.sides
+        how = "" if layer.computes else ", left to PyTorch: too many for the kernels to be faster"
+        lines.append(f"  {layer.name}: {layer.lists.active:,} active blocks of {high}x{wide}{how}")
+    return lines
+
+
+def modelled_speed(job: Job, start_dense: float = 0.0, start_blocks: float = 0.0) -> float:
+    """Time of a step with the kernels over that without.
+
+    Args:
+        job: see ``BlocksEngine.supports``.
+        start_dense, start_blocks: seconds to start a layer's kernels, PyTorch's and these; 0 in a CUDA graph.
+    """
+    blocks, (slope, fixed) = taken(job), _LINE
+    ours = dense = 0.0
+    for layer, density in zip(job.blueprint.cost.layers, job.density, strict=True):
+        products = 3 * layer.forward_flops * job.batch_size / _DENSE_RATE
+        by_pytorch = max(products, start_dense)
+        by_blocks = max(products * (slope * density + fixed), start_blocks)
+        dense += by_pytorch
+        ours += by_blocks if layer.name in blocks and density <= MOST_DENSITY else by_pytorch
+    return ours / dense if dense else 1.0
 
 
 def taken(job: Job) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,7 @@ class Call:
         *,
         device: torch.device,
         dense: frozenset[str],
+        state: Hashable = (),
     ) -> Call | str:
         """The call, or why it is none that can be recorded, as a clause.
 
@@ -71,6 +72,7 @@ class Call:
             slots: of the model's parameters and buffers.
             device: of the model.
             dense: names of the parameters whose gradients are to come unmasked.
+            state: what the engine's ``before_replay`` has returned.
         """
         leaves, spec = tree_flatten((args, kwargs))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -87,7 +89,7 @@ class Call:
         wanted = tuple(parameter.requires_grad for parameter in parameters)
         learns = grads and any(wanted)
         shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors)
-        kind = (shapes, plain, wanted if learns else None, dense if learns else None, _switches(device))
+        kind = (shapes, plain, wanted if learns else None, dense if learns else None, state, switches(device))
         places = tuple(tensor.data_ptr() for tensor in (*parameters, *buffers))
         return cls(tensors, learns, kind, (kind, spec, places), tuple(leaves), spec, device)
 
@@ -107,7 +109,7 @@ class Call:
             yield
 
 
-def _switches(device: torch.device) -> tuple[Any, ...]:
+def switches(device: torch.device) -> tuple[Any, ...]:
     """Switches of PyTorch that choose how operations are computed."""
     return (
         torch.is_grad_enabled(),

@@ -19,11 +19,11 @@ Recorded = TypeVar("Recorded")
 
 @dataclass(eq=False)
 class Known(Generic[Recorded]):
-    """A recording, and what it holds for beside its call."""
+    """A recording, and what it holds for beside its call; without guards whoever looks for it has looked at them."""
 
     signature: tuple[Any, ...]
     frozen: frozenset[str]
-    guards: Guards
+    guards: Guards | None
     recorded: Recorded
 
 
@@ -50,7 +50,8 @@ class Recordings(Generic[Recorded]):
 
     def find(self, signature: tuple[Any, ...]) -> Known[Recorded] | None:
         """What was recorded for a call of this signature, and holds still."""
-        known = next((each for each in self._known if each.signature == signature and each.guards.hold), None)
+        alike = (each for each in self._known if each.signature == signature)
+        known = next((each for each in alike if each.guards is None or each.guards.hold), None)
         if known is not None and known is not self._known[0]:
             self._known.remove(known)
             self._known.insert(0, known)
@@ -76,7 +77,7 @@ class Recordings(Generic[Recorded]):
         """Calls of this signature cannot be recorded."""
         self._refused.append((signature, reason))
 
-    def add(self, signature: tuple[Any, ...], guards: Guards, recorded: Recorded) -> Known[Recorded]:
+    def add(self, signature: tuple[Any, ...], guards: Guards | None, recorded: Recorded) -> Known[Recorded]:
         """Keep a recording."""
         self.made += 1
         known = Known(signature, self._parts.frozen(), guards, recorded)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,23 +16,12 @@ from spfde.core.torch_private import has_global_hooks
 from spfde.engines.base import Parts
 from spfde.engines.cudagraph.backend import Backend
 from spfde.engines.cudagraph.call import Call, Slots
+from spfde.engines.cudagraph.computation import Computation
+from spfde.engines.cudagraph.front import CachedFront
+from spfde.engines.cudagraph.known import Known, Recordings
 from spfde.engines.cudagraph.stage import Stage, Token
 from spfde.engines.guards import Guards, has_hooks
 from spfde.engines.stand_in import bypassed, put_on, take_off
-
-_IN_TURN, _IN_ALL = 2, 8
-"""How often a call comes, one after another or at all, before it is recorded: a shape met once is not."""
-_MOST_STAGES = 16
-
-
-@dataclass(eq=False)
-class _Known:
-    """A stage, and what it holds for beside its call."""
-
-    signature: tuple[Any, ...]
-    frozen: frozenset[str]
-    guards: Guards
-    stage: Stage
 
 
 class CapturedModel:
@@ -45,6 +33,8 @@ class CapturedModel:
         parts: see ``engines.base``.
         reads: the attributes that its forward pass reads, by name of the module.
         is_strict: what cannot be recorded is an error, and not left to PyTorch.
+        cached: keeps what the frozen front computes; None: nothing is kept.
+        before_replay: see ``engines.base.Engine``.
 
     Attributes:
         replayed: calls that were replayed, ``eager``: calls left to PyTorch, by reason.
@@ -61,16 +51,17 @@ class CapturedModel:
         *,
         reads: Mapping[str, Any],
         is_strict: bool,
+        cached: CachedFront | None = None,
+        before_replay: Callable[[], Hashable] = tuple,
     ) -> None:
-        self.model = model
-        self.backend, self._parts, self._reads, self._is_strict = backend, parts, reads, is_strict
+        self.model, self.cached, self._before_replay = model, cached, before_replay
+        self.backend, self._parts, self._is_strict = backend, parts, is_strict
+        self._whole = Computation(
+            lambda *args, **kwargs: type(model).forward(model, *args, **kwargs),
+            Recordings(backend, parts),
+            lambda: Guards(model, reads, ()),
+        )
         self._slots = Slots(model)
-        self._known: list[_Known] = []  # the last used first
-        self._refused: list[tuple[tuple[Any, ...], str]] = []
-        self._met: Counter[int] = Counter()
-        self._last: tuple[Any, ...] | None = None
-        self._in_turn = 0
-        self._frozen: frozenset[str] = frozenset()
         self._pending: weakref.ref[Token] | None = None
         self.replayed, self.recorded = 0, 0
         self.eager: Counter[str] = Counter()
@@ -83,74 +74,69 @@ class CapturedModel:
     def detach(self) -> None:
         """Give the model its forward pass back and free the recordings."""
         if take_off(self.model, self):
-            self._known.clear()
-            self.backend.free()
+            if self.cached is not None:
+                self.cached.clear()
+            self._whole.recordings.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._stage_for(args, kwargs)
+        split = None if self.cached is None else self.cached.split(args, kwargs, self._compute)
+        return self._compute(self._whole, args, kwargs) if split is None else self._compute(*split, {})
+
+    def _compute(self, what: Computation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute by a replay, or by PyTorch."""
+        found = self._stage_for(what, args, kwargs)
         if isinstance(found, str):
             self.eager[found] += 1
-            return type(self.model).forward(self.model, *args, **kwargs)
+            return what.run(*args, **kwargs)
         known, call = found
         token = Token()
         if call.learns:
             self._pending = weakref.ref(token)
         self.replayed += 1
-        return known.stage(call, token)
+        return known.recorded(call, token)
 
     # --- which stage -------------------------------------------------------------------------------------------------
 
-    def _stage_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Known, Call] | str:
+    def _stage_for(
+        self, what: Computation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Known[Stage], Call] | str:
         """The stage that computes a call, recorded now if need be; or why PyTorch does."""
         if has_global_hooks():
             return "hooks on all modules see each operation"
         is_pending = self._is_pending()
         if not is_pending:
-            self._forget_fronts()
-        dense = self._parts.dense_gradients()
-        call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
-        known = None if isinstance(call, str) else self._known_for(call)
+            self._whole.recordings.forget_fronts()
+        of_now: Any = {
+            "device": self.backend.device,
+            "dense": self._parts.dense_gradients(),
+            "state": self._before_replay(),
+        }
+        call = Call.of(self._slots, args, kwargs, **of_now)
+        known = None if isinstance(call, str) else what.recordings.find(call.signature)
         if known is None:
             # A module may be another one since: the guards of what was recorded do not hold then.
             self._slots = Slots(self.model)
-            call = Call.of(self._slots, args, kwargs, device=self.backend.device, dense=dense)
-            known = None if isinstance(call, str) else self._known_for(call)
+            call = Call.of(self._slots, args, kwargs, **of_now)
+            known = None if isinstance(call, str) else what.recordings.find(call.signature)
         if isinstance(call, str):
             return call
-        self._in_turn = self._in_turn + 1 if call.kind == self._last else 1
-        self._last = call.kind
+        what.recordings.meet(call.kind)
         if is_pending:
             return "an earlier forward pass waits for its backward pass"
         if known is not None:
-            self._known.remove(known)
-            self._known.insert(0, known)
             return known, call
-        for signature, reason in self._refused:
-            if signature == call.signature:
-                return reason
-        if not self._is_worth_it(call):
-            return "a call of its kind has not come often enough"
-        return self._record(call)
-
-    def _known_for(self, call: Call) -> _Known | None:
-        return next((each for each in self._known if each.signature == call.signature and each.guards.hold), None)
+        return what.recordings.reason_against(call.signature, call.kind) or self._record(what, call)
 
     def _is_pending(self) -> bool:
         token = None if self._pending is None else self._pending()
         return token is not None and not token.is_done
 
-    def _is_worth_it(self, call: Call) -> bool:
-        kind = hash(call.kind)
-        self._met[kind] += 1
-        return self._in_turn >= _IN_TURN or self._met[kind] >= _IN_ALL
-
-    def _record(self, call: Call) -> tuple[_Known, Call] | str:
-        compute: Callable[..., Any] = type(self.model).forward.__get__(self.model)
-        guards = Guards(self.model, self._reads, ())
+    def _record(self, what: Computation, call: Call) -> tuple[Known[Stage], Call] | str:
+        guards = what.guards()
         try:
             if any(has_hooks(module) for module in self.model.modules() if module is not self.model):
                 raise RuntimeError("a module inside has hooks, which are to see each pass")
-            stage = Stage(self.model, compute, call, self.backend, self._parts)
+            stage = Stage(self.model, what, call, self.backend, self._parts)
             if not guards.hold:
                 raise RuntimeError("an attribute of it is another one after each call")
         except RuntimeError as error:
@@ -159,23 +145,8 @@ class CapturedModel:
                 raise UsageError(
                     f'the model cannot be captured: {reason}. Attach with engine="masked" or "auto".'
                 ) from error
-            self._refused.append((call.signature, reason))
+            what.recordings.refuse(call.signature, reason)
             say(f"engine {self.name}: the model is left to PyTorch where {reason}")
             return reason
         self.recorded += 1
-        known = _Known(call.signature, self._parts.frozen(), guards, stage)
-        self._known.insert(0, known)
-        del self._known[_MOST_STAGES:]
-        return known, call
-
-    def _forget_fronts(self) -> None:
-        """Free the stages whose frozen front is gone for good."""
-        frozen = self._parts.frozen()
-        if frozen == self._frozen:
-            return
-        self._frozen = frozen
-        coming = self._parts.coming()
-        kept = [known for known in self._known if known.frozen in coming]
-        if len(kept) < len(self._known):
-            self._known = kept
-            self.backend.free()
+        return what.recordings.add(call.signature, None if what.is_checked else guards, stage), call

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from spfde.core.torch_private import PARAMETERS, tree_flatten, tree_unflatten
 from spfde.engines.base import Parts
 from spfde.engines.cudagraph.backend import Backend, Recording
 from spfde.engines.cudagraph.call import Call
+from spfde.engines.cudagraph.computation import Computation
 from spfde.engines.cudagraph.gradients import FlatGradients
 from spfde.engines.cudagraph.restoring import as_before
 
@@ -35,7 +37,7 @@ class Stage:
 
     Args:
         model: the model; afterwards as it was, generators included.
-        compute: its own forward pass.
+        what: its own forward pass, or a half of it.
         call: a call of this kind.
         backend: records.
         parts: see ``engines.base``; gradients come masked but for those that it wants dense.
@@ -52,10 +54,9 @@ class Stage:
     with_graph: list[int]
     gradients: FlatGradients | None = None
 
-    def __init__(
-        self, model: nn.Module, compute: Callable[..., Any], call: Call, backend: Backend, parts: Parts
-    ) -> None:
-        self._model, self._compute, self._call, self._parts = model, compute, call, parts
+    def __init__(self, model: nn.Module, what: Computation, call: Call, backend: Backend, parts: Parts) -> None:
+        self._compute, self._call, self._parts = what.run, call, parts
+        self._modules = set(chain.from_iterable(module.modules() for module in (model, *what.modules)))
         self._masked = frozenset(parts.masks()) - parts.dense_gradients()
         self._device = backend.device
         self._inputs = [tensor.detach().clone() for tensor in call.tensors]
@@ -111,7 +112,7 @@ class Stage:
         """
         leaves = {id(p): nn.Parameter(p.detach()) for p in self._learning.values()}
         self._leaves = [leaves[id(p)] for p in self._learning.values()]
-        tables = [vars(module)[PARAMETERS] for module in self._model.modules()]
+        tables = [vars(module)[PARAMETERS] for module in self._modules]
         places = [(table, name, p) for table in tables for name, p in table.items() if id(p) in leaves]
         for table, name, parameter in places:
             table[name] = leaves[id(parameter)]

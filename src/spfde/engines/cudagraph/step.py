@@ -10,7 +10,7 @@ import dis
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -93,6 +93,7 @@ class CapturedStep:
         parts: Parts,
         reads: Mapping[str, Collection[str]],
         bypass: Callable[[], AbstractContextManager[None]],
+        before_replay: Callable[[], Hashable],
         is_strict: bool,
     ) -> None:
         """See ``Session.capture``.
@@ -106,10 +107,12 @@ class CapturedStep:
             parts: see ``engines.base``.
             reads: the attributes that the model's forward pass reads, by name of the module.
             bypass: gives a context in which the model computes by its own modules.
+            before_replay: see ``engines.base.Engine``.
             is_strict: what cannot be recorded is an error, and not left to PyTorch.
         """
         self._step, self._model, self._following, self._parts = step, model, following, parts
         self._backend, self._reads, self._bypass, self._is_strict = backend, reads, bypass, is_strict
+        self._before_replay = before_replay
         self._slots = Slots(model)
         self._optimizing = RecordableSteps(optimizers, backend.device)
         self._recordings: Recordings[_Whole] = Recordings(backend, parts)
@@ -169,19 +172,20 @@ class CapturedStep:
             return "hooks on all modules see each operation"
         if self._optimizing.gradients:
             return "gradients are there before it begins"
-        call = self._call(args, kwargs)
+        state = self._before_replay()
+        call = self._call(args, kwargs, state)
         if not isinstance(call, str) and self._recordings.find(self._of(call)[0]) is None:
             self._slots = Slots(self._model)  # a module may be another one since
-            call = self._call(args, kwargs)
+            call = self._call(args, kwargs, state)
         if isinstance(call, str):
             return self._give_up(call)
         signature, kind = self._of(call)
         self._recordings.meet(kind)
         return call, signature, kind
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Hashable) -> Call | str:
         device = self._backend.device
-        call = Call.of(self._slots, args, kwargs, device=device, dense=frozenset())
+        call = Call.of(self._slots, args, kwargs, device=device, dense=frozenset(), state=state)
         if isinstance(call, str):
             return call
         if not call.learns:

@@ -11,12 +11,12 @@ from torch import Tensor
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
 from spfde.engines.base import Job, Parts, StandInEngine
+from spfde.engines.kept_outputs import CachedPrefix
 from spfde.engines.native import build
 from spfde.engines.native.graph import Capture, capture
 from spfde.engines.native.layout import TOKEN_COLUMNS, likely_lanes
 from spfde.engines.native.model import NativeModel
-from spfde.engines.native.prefix import CachedPrefix
-from spfde.engines.native.trace import check_forward
+from spfde.engines.trace import check_forward
 
 # Time of a layer's training step against PyTorch's dense one, as a line in its density (slope, at zero).
 # benchmarks/native.py measures steps against it. A linear layer pays for two changes of layout.

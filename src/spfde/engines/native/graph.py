@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from spfde.core.torch_private import NormBase
+from spfde.engines.facts import Fact
 from spfde.engines.guards import Guards, ModeGuards
-from spfde.engines.native.facts import Fact
+from spfde.engines.halves import Halves, fixed_nodes, halve
 from spfde.engines.native.ops import Op, read
-from spfde.engines.native.trace import Traced, trace
+from spfde.engines.trace import Traced, copy_shared, trace
 from spfde.model.sample import Sample
 
 _REGION = "spfde_region_"
@@ -56,9 +56,8 @@ class Capture:
         regions: what was taken.
         plain: each region once more, in PyTorch, for inputs that the kernels do not take.
         draws: what takes random numbers, by name, with the name of the module that runs it.
-        halves: with ``frozen``, the same in two: what the frozen layers compute, as a tuple, and what becomes of that.
-            They share their modules with ``graph_module``. None where nothing is computed before the first layer that
-            learns.
+        halves: with ``frozen``, the same in two, which share their modules with ``graph_module``. None where nothing is
+            computed before the first layer that learns.
     """
 
     graph_module: fx.GraphModule | None
@@ -67,7 +66,7 @@ class Capture:
     regions: tuple[Region, ...] = ()
     plain: tuple[nn.Module, ...] = ()
     draws: Mapping[str, str] = field(default_factory=dict)
-    halves: tuple[fx.GraphModule, fx.GraphModule] | None = None
+    halves: Halves | None = None
 
     @property
     def is_current(self) -> bool:
@@ -102,14 +101,14 @@ def capture(
     known, why = _read_all(traced, model, sparse)
     tokens = _leave_without_source(graph, known)
     _leave_by_shape(traced.facts, known, tokens, why)
-    _copy_shared(traced, known)
-    fixed = set() if frozen is None else _fixed(traced, model, frozen)
+    copy_shared(traced, known)
+    fixed = set() if frozen is None else fixed_nodes(traced, model, frozen)
     groups = _group(graph, known, {node: (is_tokens, node in fixed) for node, is_tokens in tokens.items()})
     regions = tuple(_region(group, known) for group in groups)
     graph_module, origin = _cut(model, graph, groups, regions)
     halves = None
     if frozen is not None:
-        halves = _halve(graph_module, {node for node, source in origin.items() if source in fixed})
+        halves = halve(traced, graph_module, origin, fixed)
     return Capture(
         graph_module,
         _left(graph, {node for group in groups for node in group}, model, why),
@@ -193,32 +192,6 @@ def _leave_by_shape(
         else:
             continue
         del known[node], tokens[node]
-
-
-def _copy_shared(traced: Traced, known: Collection[fx.Node]) -> None:
-    """What PyTorch writes in place must not be what others still read: a region reads its inputs when it runs."""
-    for node in [node for node in traced.graph.nodes if node in traced.shared and node not in known]:
-        for source in node.all_input_nodes:
-            if traced.facts[source].storages:
-                with traced.graph.inserting_before(node):
-                    node.replace_input_with(source, traced.graph.call_method("clone", (source,)))
-
-
-def _fixed(traced: Traced, model: nn.Module, frozen: Collection[str]) -> set[fx.Node]:
-    """What depends on the model's inputs and frozen parameters alone, and is the same each time."""
-    fixed: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        own: list[str] = []
-        varies = node in traced.facts and traced.facts[node].draws
-        if node.op == "call_module":
-            module, name = model.get_submodule(str(node.target)), str(node.target)
-            own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
-            varies = varies or (isinstance(module, NormBase) and module.training)
-        elif node.op == "get_attr":
-            own = [str(node.target)] if isinstance(operator.attrgetter(str(node.target))(model), nn.Parameter) else []
-        if node.op != "output" and not varies and set(own) <= set(frozen) and fixed.issuperset(node.all_input_nodes):
-            fixed.add(node)
-    return fixed
 
 
 def _group(
@@ -314,25 +287,6 @@ def _plain(model: nn.Module, facts: Mapping[fx.Node, Fact], group: list[fx.Node]
     outputs = tuple(made[name] for name in region.outputs)
     graph.output(outputs[0] if len(outputs) == 1 else outputs)
     return _module(model, graph)
-
-
-def _halve(whole: fx.GraphModule, fixed: set[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule] | None:
-    """The nodes in ``fixed``, and the others, which read what the former hand over."""
-    inputs = [node for node in whole.graph.nodes if node.op == "placeholder"]
-    border = [node for node in whole.graph.nodes if node in fixed and any(user not in fixed for user in node.users)]
-    if not set(border) - set(inputs):
-        return None
-    front, back = fx.Graph(), fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    for node in whole.graph.nodes:
-        if node in fixed:
-            values[node] = front.node_copy(node, lambda n: values[n])
-    front.output(tuple(values[node] for node in border))
-    values = {node: back.placeholder(f"from_front_{node.name}") for node in border}
-    for node in whole.graph.nodes:
-        if node not in fixed:
-            values[node] = back.node_copy(node, lambda n: values[n])
-    return fx.GraphModule(whole, front), fx.GraphModule(whole, back)
 
 
 def _call_region(

@@ -8,21 +8,22 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, UsageError
-from spfde.core.torch_private import has_global_hooks, norm_each
+from spfde.core.torch_private import has_global_hooks
 from spfde.engines.guards import ModeGuards
+from spfde.engines.halves import Halves
+from spfde.engines.kept_outputs import CachedPrefix, FrozenNumbers, check_batch
 from spfde.engines.native import build
 from spfde.engines.native.fusion import fuse
 from spfde.engines.native.graph import Capture, Region, capture, region_name
 from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.packed import PackedWeights
-from spfde.engines.native.prefix import CachedPrefix
 from spfde.engines.native.runner import RegionRunner
-from spfde.engines.native.trace import check_forward
 from spfde.engines.stand_in import bypassed, put_on, take_off
+from spfde.engines.trace import check_forward
 from spfde.model.sample import Sample, call_arguments
 
 _MOST_CAPTURES = 8  # states of the model: modes, hooks, attributes
@@ -62,7 +63,7 @@ class NativeModel:
         self.model = model
         self._frozen, self._cached = frozen, cached
         self._frozen_then: frozenset[str] = frozenset()
-        self._front: Tensor | None = None  # norms of its numbers
+        self._numbers: FrozenNumbers | None = None
         self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool(kernels.dtype)
@@ -103,7 +104,7 @@ class NativeModel:
             assert self._sample is not None, "it was traced with one"
             args, kwargs = call_arguments(self._sample)
             with torch.no_grad():
-                cached.make_room([tuple(value.shape[1:]) for value in _tensors(halves[0](*args, **kwargs))])
+                cached.make_room([tuple(value.shape[1:]) for value in halves.front(*args, **kwargs)])
         return cached.variants
 
     def bypass(self) -> AbstractContextManager[None]:
@@ -138,51 +139,33 @@ class NativeModel:
 
     def _from_cache(
         self,
-        halves: tuple[fx.GraphModule, fx.GraphModule],
+        halves: Halves,
         samples: Tensor,
         variant: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        front, back = halves
-        given = [*args, *kwargs.values()]
-        if not all(isinstance(value, Tensor) and len(value) == len(samples) for value in given):
-            raise UsageError(
-                f"The prefix cache was told of {len(samples)} samples, and the model was called with other inputs than "
-                "a batch of as many. Call session.augmentation_seeds() once before each forward pass in training mode."
-            )
+        check_batch(samples, args, kwargs)
 
         def compute(at: Tensor) -> list[Tensor]:
             some = slice(None) if len(at) == len(samples) else at
             with torch.no_grad():
-                return _tensors(
-                    front(*(value[some] for value in args), **{k: value[some] for k, value in kwargs.items()})
-                )
+                found = halves.front(*(value[some] for value in args), **{k: v[some] for k, v in kwargs.items()})
+            return [(value.float() if value.is_floating_point() else value).contiguous() for value in found]
 
         assert self._cached is not None
-        if not self._front_is_the_same():
+        if self._numbers is None:
+            self._numbers = FrozenNumbers(self.model, self._frozen_then)
+        elif not self._numbers.are_the_same():
             self._cached.forget()
-        return back(*self._cached(samples, variant, compute))
-
-    def _front_is_the_same(self) -> bool:
-        """Does the frozen front have the numbers that what is kept was made with? Loading gives it others."""
-        owners = {name.rpartition(".")[0] for name in self._frozen_then}
-        buffers = [kept for name, kept in self.model.named_buffers() if name.rpartition(".")[0] in owners]
-        numbers = [self.model.get_parameter(name) for name in sorted(self._frozen_then)] + buffers
-        numbers = [number for number in numbers if number.is_floating_point()]
-        if not numbers:
-            return True
-        with torch.no_grad():
-            norms = torch.stack(norm_each(numbers))
-        before, self._front = self._front, norms
-        return before is None or torch.equal(before, norms)
+        return halves.back(*self._cached(samples, variant, compute), *halves.given(*args, **kwargs))
 
     def _known(self) -> Capture | None:
         """The graph of the model as it is now, where it was in this state before."""
         if self._cached is not None and (frozen := self._frozen()) != self._frozen_then:
             self._captures.clear()
             self._cached.clear()
-            self._frozen_then, self._front = frozen, None
+            self._frozen_then, self._numbers = frozen, None
         for position, seen in enumerate(self._captures):
             if seen.is_current:
                 if position:
@@ -241,12 +224,3 @@ class NativeModel:
 def _has_stand_ins(model: nn.Module) -> bool:
     """Are there tensors in the place of parameters, as ``torch.func.functional_call`` puts them there?"""
     return not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if not all(isinstance(value, Tensor) for value in values):
-        raise UsageError(
-            "The frozen front hands over something else than tensors, which the prefix cache cannot keep. "
-            "Attach without cache=."
-        )
-    return list(values)

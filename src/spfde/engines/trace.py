@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,9 +31,9 @@ from spfde.core.torch_private import (
     tree_map_only,
     version_of,
 )
+from spfde.engines.facts import Fact, Impure, functionalise, owners, run
 from spfde.engines.guards import Reads, is_same, state_of
-from spfde.engines.native.facts import Fact, Impure, functionalise, owners, run
-from spfde.engines.stand_in import has_own_forward
+from spfde.engines.stand_in import has_own_forward, stands_in
 from spfde.model.sample import Sample, call_arguments
 from spfde.model.trace import like_the_model
 from spfde.model.twin import fake_copy
@@ -66,6 +66,13 @@ class Traced:
     def owner(self, node: fx.Node) -> str:
         """Name of the innermost module that runs ``node``; '' is the model."""
         return owners(node)[-1]
+
+    def kind(self, node: fx.Node) -> Literal["tensor", "tensors", "plain"]:
+        """Whether the value of ``node`` is one tensor, holds some, or none."""
+        fact = self.facts.get(node)
+        if fact is None or fact.is_tensor:  # only copies of tensors have no facts
+            return "tensor"
+        return "tensors" if fact.storages else "plain"
 
 
 def trace(model: nn.Module, sample: Sample, *, training: bool | None = None) -> Traced:
@@ -149,6 +156,8 @@ def _own_reason(module: nn.Module) -> str | None:
         return "has hooks"
     if has_own_forward(module):
         return "has a forward of its own"
+    if stands_in(module):
+        return "is compiled"
     if parametrize.is_parametrized(module):
         return "is parametrized"
     if isinstance(module, NormBase) and not type(module).__module__.startswith("torch.nn"):
@@ -175,12 +184,26 @@ def _check_arguments(model: nn.Module) -> None:
 
 
 def _refused(model: nn.Module, why: str, hint: str = _HINT) -> InvalidArgument:
-    rule = f"its forward cannot be traced for the native engine ({why}){hint}"
+    rule = f"its forward cannot be traced ({why}){hint}"
     return InvalidArgument(Problem("model", type(model).__name__, rule, 'Use engine="masked".'))
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def copy_shared(traced: Traced, known: Collection[fx.Node] = ()) -> None:
+    """What PyTorch writes in place must not be what others still read: whoever reads it may run later.
+
+    Args:
+        traced: its graph is changed.
+        known: nodes that are not left to PyTorch, and write nothing in place.
+    """
+    for node in [node for node in traced.graph.nodes if node in traced.shared and node not in known]:
+        for source in node.all_input_nodes:
+            if traced.facts[source].storages:
+                with traced.graph.inserting_before(node):
+                    node.replace_input_with(source, traced.graph.call_method("clone", (source,)))
 
 
 # --- the graph -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ class Fact:
         writes: inputs that it wrote into.
         returned: the input that its value is, itself and not a copy.
         draws: whether it took random numbers.
+        is_tensor: whether its value is one tensor.
     """
 
     shape: tuple[int, ...] | None = None
@@ -31,6 +32,7 @@ class Fact:
     writes: tuple[fx.Node, ...] = ()
     returned: fx.Node | None = None
     draws: bool = False
+    is_tensor: bool = False
 
 
 class Impure(Exception):
@@ -86,6 +88,7 @@ class _Interpreter(fx.Interpreter):
             tuple(dict.fromkeys(writes)),
             next((node for node, value in sources if value is result), None),
             self.draws.seen or (is_opaque and self.generators.has_drawn_since(mark)),
+            isinstance(result, Tensor),
         )
         return result
 
