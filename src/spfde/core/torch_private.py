@@ -5,6 +5,7 @@ Each name says what for, and why no public one does. Tested with torch 2.6.0 and
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from collections import OrderedDict
@@ -56,7 +57,9 @@ __all__ = [
     "step_hooks_of",
     "steps_can_be_hooked",
     "steps_running",
+    "stop_allocating",
     "storage_id",
+    "takes_tf32",
     "tree_flatten",
     "tree_leaves",  # the tensors in nested arguments and results
     "tree_map_only",
@@ -118,6 +121,27 @@ def hooks_on_gradient(parameter: Tensor) -> OrderedDict[int, Callable[..., Any]]
 def step_hooks_of(optimizer: optimizers.Optimizer) -> list[Callable[..., Any]]:
     """The hooks on an optimizer's steps: there is no public list of them."""
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+
+
+def takes_tf32() -> tuple[object, object]:
+    """Whether CUDA's products and convolutions in fp32 are rounded to TF32, by the older or the newer switches.
+
+    The older ones cannot be read once the newer ones have been set.
+    """
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        return kinds[0].allow_tf32, kinds[1].allow_tf32
+    except RuntimeError:
+        return tuple(getattr(kind, "fp32_precision", None) for kind in kinds)  # type: ignore[return-value]
+
+
+def stop_allocating(device: torch.device, pool: Any) -> None:
+    """Have no more memory taken from a graph's pool: up to PyTorch 2.12 a capture that fails does not see to it."""
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+    stop = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    if stop is not None:
+        with contextlib.suppress(RuntimeError):  # it was seen to
+            stop(torch.cuda.current_device() if device.index is None else device.index, pool)
 
 
 def find_nonfinite_(tensors: list[Tensor]) -> Tensor:

@@ -145,6 +145,7 @@ def _mode(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(device),
         torch.get_autocast_dtype(device),
+        torch.is_autocast_cache_enabled(),
         tuple(inner.training for inner in module.modules()),
         tuple(parameter.requires_grad for parameter in module.parameters()),
     )

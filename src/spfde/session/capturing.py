@@ -44,6 +44,7 @@ class Beside:
         freezing: of the blocks.
         passes: counts forward passes.
         backward: counts backward passes.
+        begin_epoch: begins an epoch that is due.
         before_step: called before each step of an optimizer, as its hook is.
         after_step: likewise, after it.
         silent: whose hooks count nothing while a step is recorded.
@@ -58,6 +59,7 @@ class Beside:
         passes: Passes,
         backward: BackwardPasses,
         *,
+        begin_epoch: Callable[[], None],
         before_step: Callable[[Optimizer], None],
         after_step: Callable[[Optimizer], None],
         silent: Sequence[object],
@@ -65,8 +67,12 @@ class Beside:
     ) -> None:
         self._setting, self._masks, self._freezing = setting, masks, freezing
         self._passes, self._backward = passes, backward
-        self._before_step, self._after_step, self._silent = before_step, after_step, silent
+        self._begin_epoch, self._before_step, self._after_step = begin_epoch, before_step, after_step
+        self._silent = silent
         self._keeps_front = keeps_front
+
+    def begin(self) -> None:
+        self._begin_epoch()
 
     def reason_for_good(self) -> str | None:
         if self._setting.world.is_shared:
@@ -118,6 +124,10 @@ class Beside:
 
 class CapturesSteps(SessionView):
     """``Session.capture``."""
+
+    @abstractmethod
+    def _begin_epoch(self, *, is_late: bool = False) -> None:
+        """Begin an epoch that is due."""
 
     @abstractmethod
     def _before_step(self, *_: Any) -> None:
@@ -185,6 +195,7 @@ class CapturesSteps(SessionView):
             self._freezing,
             passes,
             backward,
+            begin_epoch=self._begin_epoch,
             before_step=self._before_step,
             after_step=self._after_step,
             silent=(self, passes, backward, self._guards, *self._freezing.hooked),

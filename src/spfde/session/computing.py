@@ -153,6 +153,8 @@ class Computing(Part):
             self.choice = Choice(self.choice.name, reason, asked)
             say(f"engine {self.choice.name}: {reason}")
             return
+        for step in self._steps:
+            step.detach("the state was saved with another engine")
         self.engine.detach()
         self._take(Choice(choice.name, "as the state was saved with", asked))
 

@@ -170,6 +170,7 @@ def test_a_schedule_moves_the_rate_and_records_nothing_anew() -> None:
 def test_another_rate_of_an_optimizer_that_bakes_it_in_is_another_recording() -> None:
     def run(model: nn.Module, optimizer: torch.optim.Optimizer, session: spfde.Session, step: Step) -> None:
         for _ in range(2):
+            session.begin_epoch()
             for x, y in batches(5):
                 step(x, y)
             session.end_epoch()
@@ -271,6 +272,119 @@ def test_a_number_that_the_function_reads_from_around_it_is_looked_at_before_eac
             whole(x, y)
 
     both(run)
+
+
+class Loop:
+    """A step that reads what a function may read from around itself."""
+
+    scale: float | Tensor = 1.0
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = self.scale * F.cross_entropy(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.step(x, y)
+
+
+@pytest.mark.parametrize("kind", ["method", "object", "nested function", "tensor"])
+def test_what_a_step_reads_from_around_itself_is_looked_at_wherever_it_is(kind: str) -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, session: spfde.Session, _: Step) -> None:
+        loop, scale = Loop(model, optimizer), torch.tensor(1.0) if kind == "tensor" else 1.0
+        loop.scale = scale
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            return scale * F.cross_entropy(model(x), y)
+
+        def nested(x: Tensor, y: Tensor) -> Tensor:
+            loss = loss_of(x, y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        step: Step = {"method": loop.step, "object": loop, "nested function": nested, "tensor": nested}[kind]
+        whole = session.capture(step) if session.engine == ENGINE else step
+        for number, (x, y) in enumerate(batches(5)):
+            whole(x, y)
+            if number == 2:
+                loop.scale = scale = torch.tensor(0.5) if kind == "tensor" else 0.5
+
+    both(run)
+
+
+class Counting(torch.optim.SGD):
+    """Its first steps are small, by a number of Python's."""
+
+    t = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.t += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(1 - 0.5**self.t)
+        return super().step(closure)
+
+
+def test_an_optimizer_that_counts_in_python_is_refused() -> None:
+    model, optimizer, session = attach(ENGINE, optimizer=Counting)
+    step = session.capture(plain_step(model, optimizer))
+    with pytest.raises(spfde.UsageError, match="counts its steps"):
+        [step(x, y) for x, y in batches(4)]
+
+
+def test_an_epoch_that_is_due_begins_before_the_step_so_that_what_is_frozen_is_replayed_as_frozen() -> None:
+    parts = make_parts()
+    recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.5), freezing=spfde.ProgressiveFreezing(flops_reduction=0.2))
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=12, engine=ENGINE)
+    step = captured(session, plain_step(parts.model, parts.optimizer))
+    batches_of = list(parts.loader)
+    for _ in range(12):
+        frozen = session._freezing.freezer.frozen_parameters
+        before = {name: parts.model.get_parameter(name).clone() for name in frozen}
+        for x, y in batches_of:
+            step(x, y)
+        assert all(torch.equal(parts.model.get_parameter(name), value) for name, value in before.items())
+        session.end_epoch()
+    assert session.frozen_blocks
+    assert [row.steps for row in session.cost.rows] == [len(batches_of)] * 12
+
+
+def test_a_stop_within_a_recording_leaves_no_gradients() -> None:
+    model, optimizer, session = attach(ENGINE)
+    calls: list[int] = []
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        logits = model(x)
+        F.cross_entropy(logits, y).backward()
+        if len(calls) == 2:  # the first is PyTorch's
+            raise KeyboardInterrupt
+        optimizer.step()
+        optimizer.zero_grad()
+        return logits
+
+    whole = session.capture(step)
+    with pytest.raises(KeyboardInterrupt):
+        [whole(x, y) for x, y in batches(4)]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_rate_that_becomes_a_tensor_is_read_as_one() -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, session: spfde.Session, step: Step) -> None:
+        for number, (x, y) in enumerate(batches(5)):
+            step(x, y)
+            if number == 2:
+                optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+
+    both(run, momentum=0.9)
 
 
 # --- what cannot be captured -----------------------------------------------------------------------------------------

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spfde.core.streams import own_stream
+from spfde.core.torch_private import stop_allocating
 
 Work = Callable[[], Sequence[Tensor]]
+
+_WAITS = "synchronizing CUDA operation"
+"""In what PyTorch says of an operation that waits for the device."""
 
 
 class Recording(ABC):
@@ -52,6 +60,11 @@ class Backend(ABC):
     def aside(self) -> AbstractContextManager[None]:
         """A context in which work is done where it will be recorded, between what was queued before and comes after."""
 
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], str | None]]:
+        """A context in which work is done that may be recorded later; gives what tells afterwards why it cannot be."""
+        yield lambda: None
+
     @abstractmethod
     def record(self, work: Work, *, pool: str) -> Recording:
         """Record the work, and do it once.
@@ -77,6 +90,7 @@ class CudaGraphs(Backend):
         # On one stream for two models, graphs would share a workspace, and runs side by side replay them at a time.
         self._stream = own_stream(device)
         self._pools: dict[str, Any] = {}
+        self._alive: dict[str, weakref.WeakSet[_Graph]] = {}
 
     @classmethod
     def reason_against(cls, device: torch.device) -> str | None:
@@ -103,17 +117,60 @@ class CudaGraphs(Backend):
             before.wait_stream(self._stream)
 
     def record(self, work: Work, *, pool: str) -> Recording:
-        graph = torch.cuda.CUDAGraph()
-        shared = self._pools.setdefault(pool, torch.cuda.graph_pool_handle())
-        # Threads that load data allocate and copy meanwhile: that is no part of what is recorded, and no error.
-        with torch.cuda.graph(graph, pool=shared, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = work()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        alive = self._alive.setdefault(pool, weakref.WeakSet())
+        if not alive:  # a pool whose graphs are all gone may be gone with them
+            self._pools[pool] = torch.cuda.graph_pool_handle()
+        try:
+            # Threads that load data allocate and copy meanwhile: that is no part of what is recorded, and no error.
+            # What the collector would free in a capture (an old graph, a kernel's code) would end it.
+            capture = torch.cuda.graph(
+                graph, pool=self._pools[pool], stream=self._stream, capture_error_mode="thread_local"
+            )
+            with without_collection(), capture:
+                outputs = work()
+        except BaseException:
+            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own where the end of a capture fails
+            stop_allocating(self.device, self._pools[pool])
+            raise
         graph.replay()  # a capture does nothing
-        return _Graph(graph, outputs)
+        recorded = _Graph(graph, outputs)
+        alive.add(recorded)
+        return recorded
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], str | None]]:
+        mode = torch.cuda.get_sync_debug_mode()
+        said: list[str] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield lambda: next(iter(said), None)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        for each in caught:
+            if _WAITS in str(each.message):
+                said.append(f"it waits for the device at {Path(each.filename).name}:{each.lineno}")
+            else:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
     def free(self) -> None:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A context in which Python's collector does not run; it runs before."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Graph(Recording):

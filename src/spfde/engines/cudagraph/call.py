@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spfde.core.torch_private import BUFFERS, PARAMETERS, tree_flatten, tree_unflatten
+from spfde.core.torch_private import BUFFERS, PARAMETERS, takes_tf32, tree_flatten, tree_unflatten
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -102,11 +102,23 @@ class Call:
 
     @contextmanager
     def modes(self) -> Iterator[None]:
-        """The grad mode and the autocast of the call, without a cache of casts: that would outlive a recording."""
+        """The grad mode and the autocast of the call, with a cache of casts that holds none from outside or for later.
+
+        A recording would read a cast that was made before it for ever, and write those that it has made. The cache is
+        as it was otherwise: ``torch.compile`` compiles anew where it is switched off.
+        """
         kind = self._device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        with torch.set_grad_enabled(self.learns), torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
-            yield
+        caches = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()
+        try:
+            with (
+                torch.set_grad_enabled(self.learns),
+                torch.autocast(kind, dtype, enabled=enabled, cache_enabled=caches),
+            ):
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 def switches(device: torch.device) -> tuple[Any, ...]:
@@ -116,6 +128,5 @@ def switches(device: torch.device) -> tuple[Any, ...]:
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        *takes_tf32(),
     )

@@ -13,6 +13,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from spfde.core.torch_private import version_of
 
+_NOTED = ("_opt_called", "_step_count")
+"""What schedulers note on an optimizer, of its steps by PyTorch."""
 _FUSED = (SGD, Adam, AdamW)
 """Those whose fused form takes the learning rate as a tensor."""
 
@@ -21,8 +23,8 @@ class RecordableSteps:
     """The optimizers of a step that is recorded.
 
     A graph repeats the numbers that it was recorded with. PyTorch's fused optimizers and ``capturable`` ones
-    read the learning rate from the device: within :meth:`form` they have that form, and a rate that a scheduler sets is
-    written there before each replay. Of others a new rate is a new recording.
+    read the learning rate from the device: within :meth:`form` they have that form, and :meth:`write_rates` writes what
+    a scheduler has set there before each step. Of others a new rate is a new recording.
 
     Args:
         optimizers: the user's; their settings are changed within ``form`` alone.
@@ -52,7 +54,6 @@ class RecordableSteps:
 
         A rate that is set within stays.
         """
-        self.write_rates()
         changed: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
         for at, optimizer, group in self._groups:
             wanted = self._form_of(at, optimizer, group)
@@ -83,15 +84,15 @@ class RecordableSteps:
             wanted = {"fused": True, "foreach": False}
         if "capturable" in group and self._device.type == "cuda":
             wanted["capturable"] = True
-        if wanted and not isinstance(group["lr"], Tensor):
-            wanted["lr"] = self._rate_of(at, group)
+        if wanted and not self._is_read(group["lr"]):
+            wanted["lr"] = self._rate_of(at)
         return wanted
 
     def _can_fuse(self, group: dict[str, Any]) -> bool:
         begins_otherwise = group.get("momentum") and group["dampening"]  # than with a momentum of zero
         return not begins_otherwise and all(p.device == self._device and p.is_floating_point() for p in group["params"])
 
-    def _rate_of(self, at: int, group: dict[str, Any]) -> Tensor:
+    def _rate_of(self, at: int) -> Tensor:
         if at not in self._rates:
             self._rates[at] = torch.empty((), dtype=torch.float32, device=self._device), math.nan
             self.write_rates()
@@ -100,9 +101,12 @@ class RecordableSteps:
     def write_rates(self) -> None:
         """Write the learning rates that are others since the last step to where the graph reads them."""
         for at, _, group in self._groups:
-            if at in self._rates and not isinstance(group["lr"], Tensor) and group["lr"] != self._rates[at][1]:
-                memory = self._rates[at][0].fill_(group["lr"])
-                self._rates[at], self._written[at] = (memory, group["lr"]), version_of(memory)
+            if at not in self._rates or self._is_read(group["lr"]):
+                continue
+            (memory, before), rate = self._rates[at], float(group["lr"])  # a tensor on the CPU is a number, too
+            if rate != before:
+                memory.fill_(rate)
+                self._rates[at], self._written[at] = (memory, rate), version_of(memory)
 
     @property
     def numbers(self) -> tuple[Any, ...]:
@@ -111,7 +115,7 @@ class RecordableSteps:
             (name, _comparable(value))
             for at, _, group in self._groups
             for name, value in group.items()
-            if name != "params" and not (name == "lr" and at in self._rates)
+            if name != "params" and not (name == "lr" and at in self._rates and not self._is_read(value))
         )
 
     @property
@@ -122,7 +126,8 @@ class RecordableSteps:
     @property
     def beside(self) -> tuple[Any, ...]:
         """What the optimizers keep where no graph reaches it: numbers of Python, tensors on another device."""
-        own = [value for value in self._state() if not self._is_read(value)]
+        held = (value for optimizer in self.optimizers for name, value in vars(optimizer).items() if name not in _NOTED)
+        own = [value for value in (*self._state(), *held) if not self._is_read(value)]
         return tuple((_comparable(value), version_of(value) if isinstance(value, Tensor) else 0) for value in own)
 
     @property

@@ -10,7 +10,7 @@ import dis
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,6 +34,9 @@ from spfde.engines.guards import Guards
 
 class Following(Protocol):
     """Does beside a replay what hooks do in a step."""
+
+    def begin(self) -> None:
+        """A step is about to be taken: what is due before it is done, such as the top of an epoch."""
 
     def reason_for_good(self) -> str | None:
         """Why each step is more than kernels, as a clause; None where a recording can do what it does."""
@@ -63,12 +66,14 @@ class _Whole:
         recording: of all its kernels.
         heard: what hooks hear in such a step.
         spec: how what it returns is made of the recording's outputs.
+        around: what the function reads from around itself: tensors stay where they are for as long as they are held.
     """
 
     inputs: Sequence[Tensor]
     recording: Recording
     heard: Any
     spec: Any
+    around: Sequence[Any]
 
 
 class CapturedStep:
@@ -116,7 +121,8 @@ class CapturedStep:
         self._slots = Slots(model)
         self._optimizing = RecordableSteps(optimizers, backend.device)
         self._recordings: Recordings[_Whole] = Recordings(backend, parts)
-        self._heard: dict[tuple[Any, ...], Any] = {}  # in steps that came by now, and are steady, by kind
+        # Of the last step of each kind that left the optimizers' state where it was: where that is, and what was heard.
+        self._heard: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._given_up: str | None = None
         self._spec: Any = None
         self.replayed = 0
@@ -136,12 +142,15 @@ class CapturedStep:
             f"by PyTorch: {left or 'none'}"
         )
 
-    def detach(self) -> None:
+    def detach(self, reason: str = "the session is detached") -> None:
         """Free the recordings: from now on every step is PyTorch's."""
-        self._given_up = "the session is detached"
+        self._given_up = reason
         self._recordings.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._given_up is None:
+            self._following.begin()
+            self._optimizing.write_rates()
         found = self._given_up or self._find(args, kwargs)
         if isinstance(found, str):
             self.eager[found] += 1
@@ -153,7 +162,7 @@ class CapturedStep:
         if known is not None:
             return self._replay(known.recorded, call)
         reason = self._recordings.reason_against(signature, kind)
-        if reason is None and kind not in self._heard:
+        if reason is None and (kind not in self._heard or self._heard[kind][0] != self._optimizing.memory):
             reason = "the optimizer makes its state in such a step"
         if reason is not None:
             self.eager[reason] += 1
@@ -197,7 +206,7 @@ class CapturedStep:
 
     def _of(self, call: Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What is equal for calls that one recording does, and what is for calls of one kind."""
-        kind = (call.kind, self._optimizing.numbers, _plain_around(self._step))
+        kind = (call.kind, self._optimizing.numbers, _around_now(self._step))
         return (kind, call.signature, self._optimizing.memory), kind
 
     # --- by PyTorch --------------------------------------------------------------------------------------------------
@@ -207,29 +216,43 @@ class CapturedStep:
         optimizing, guards = self._optimizing, Guards(self._model, self._reads, ())
         memory, beside, drawn = optimizing.memory, optimizing.beside, draws_beside(self._backend.device)
         aside, learning = self._backend.aside(), self._following.learning()
-        with aside, self._bypass(), learning as heard, optimizing.form() as sets_rates:
+        with (
+            self._backend.watching() as waits,
+            aside,
+            self._bypass(),
+            learning as heard,
+            optimizing.form() as sets_rates,
+        ):
             found = self._step(*args, **kwargs)
             changes_rates = sets_rates()
+        is_steady = memory == optimizing.memory and len(beside) == len(optimizing.beside)
         leaves, _ = tree_flatten(found)
         strange = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
         reasons = {
             "it changes a learning rate: call schedulers outside": changes_rates,
             "gradients are there when it returns: let it end with optimizer.zero_grad()": optimizing.gradients,
             "the optimizer counts its steps, or keeps its state, beside the device": (
-                len(beside) == len(optimizing.beside) and beside != optimizing.beside
+                is_steady and beside != optimizing.beside
             ),
             "it draws random numbers beside the generator of its device": drawn != draws_beside(self._backend.device),
             "it changes what the model's forward pass reads": not guards.hold,
             f"it returns a {type(strange).__name__} beside tensors": strange is not None,
+            waits() or "": is_steady and waits() is not None,
             **dict.fromkeys(hooks_of_others(self._model, self._optimizing.optimizers), True),
         }
         for reason, holds in reasons.items():
             if holds:
                 self._give_up(reason)
                 return _detached(found)
-        if memory == optimizing.memory:
-            self._heard[kind] = heard()
+        if is_steady:
+            self._heard[kind] = memory, heard()
+        self._say_where_nothing_is_recorded()
         return _detached(found)
+
+    def _say_where_nothing_is_recorded(self) -> None:
+        """Once: such as a step that reads a number from around itself that is another one each time."""
+        if not self.recorded and self.eager.total() == _PATIENCE:
+            say(f"session.capture: nothing was recorded in {_PATIENCE} steps: {'; '.join(self.eager)}")
 
     def _give_up(self, reason: str) -> str:
         """Leave the step to PyTorch from now on."""
@@ -247,15 +270,14 @@ class CapturedStep:
         inputs = [tensor.detach().clone() for tensor in call.tensors]
         guards = Guards(self._model, self._reads, ())
         try:
-            torch.clear_autocast_cache()  # what it holds was cast outside, and would be read for ever
             recording = self._backend.record(functools.partial(self._work, call, inputs), pool="steps")
-        except RuntimeError as error:
-            self._optimizing.drop_gradients()
+        except BaseException as error:
+            self._optimizing.drop_gradients()  # they were never computed
+            if not isinstance(error, RuntimeError):
+                raise
             self._give_up(f"it cannot be recorded ({str(error).splitlines()[0]})")
             return _detached(self._step(*args, **kwargs))
-        finally:
-            torch.clear_autocast_cache()
-        whole = _Whole(inputs, recording, self._heard[kind], self._spec)
+        whole = _Whole(inputs, recording, self._heard[kind][1], self._spec, _around(self._step))
         self._recordings.add(signature, guards, whole)
         self._following.before(whole.heard)
         return self._done(whole)
@@ -271,7 +293,6 @@ class CapturedStep:
         with torch.no_grad():
             for mine, given in zip(whole.inputs, call.tensors, strict=True):
                 mine.copy_(given, non_blocking=True)
-        self._optimizing.write_rates()
         self._following.before(whole.heard)
         whole.recording.replay()
         return self._done(whole)
@@ -288,24 +309,54 @@ def _detached(found: Any) -> Any:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+_PATIENCE = 50
 
 
-def _plain_around(step: Callable[..., Any]) -> tuple[Any, ...]:
-    """Numbers and strings that a function reads from around itself: a recording would repeat them."""
+def _around_now(step: Callable[..., Any]) -> tuple[Any, ...]:
+    """What a recording would repeat of :func:`_around`: numbers as they are, and where tensors lie."""
+    return tuple(each.data_ptr() if isinstance(each, Tensor) else each for each in _around(step))
+
+
+def _around(step: Callable[..., Any], seen: frozenset[int] = frozenset()) -> list[Any]:
+    """Numbers, strings and tensors that a function, and those that it names, read from around themselves."""
+    if id(step) in seen:
+        return []
+    seen |= {id(step)}
     if isinstance(step, functools.partial):
-        given = (*step.args, *step.keywords.values())
-        return (*(value for value in given if isinstance(value, _PLAIN)), *_plain_around(step.func))
+        return [*_told((*step.args, *step.keywords.values()), seen), *_around(step.func, seen)]
+    owner = getattr(step, "__self__", None)
     function = getattr(step, "__func__", step)
     if not isinstance(function, types.FunctionType):
-        return ()
-    around = (function.__globals__.get(name) for name in _globals_of(function.__code__))
-    cells = (cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell))
-    return tuple(value for value in (*around, *cells) if isinstance(value, _PLAIN))
+        owner, function = step, vars(type(step)).get("__call__")
+    if not isinstance(function, types.FunctionType) or isinstance(owner, nn.Module):
+        return []
+    code = function.__code__
+    found = [function.__globals__.get(name) for name in _globals_of(code)]
+    found += [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    if owner is not None and hasattr(owner, "__dict__"):
+        found += [value for name, value in vars(owner).items() if name in code.co_names]
+    return _told(found, seen)
+
+
+def _told(values: Iterable[Any], seen: frozenset[int]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, (*_PLAIN, Tensor)):
+            found.append(value)
+        elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)) and not _is_of_torch(value):
+            found += _around(value, seen)
+    return found
+
+
+def _is_of_torch(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
 @functools.cache
 def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"))
+    inner = (name for each in code.co_consts if isinstance(each, types.CodeType) for name in _globals_of(each))
+    own = (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    return tuple(dict.fromkeys((*own, *inner)))
 
 
 def _is_empty(cell: types.CellType) -> bool:
