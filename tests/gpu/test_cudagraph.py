@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
 }
-WHOLE = ("sgd", "fused sgd", "adamw", "fused adamw", "adam")
+WHOLE = ("sgd", "fused sgd", "adamw", "fused adamw", "adam", "rmsprop")
 """Those whose step can be captured, too."""
 FREEZING = spfde.ProgressiveFreezing(flops_reduction=0.15)
 METHODS = {
@@ -180,23 +180,83 @@ def test_memory_does_not_grow_over_fifty_changes_of_the_stage(whole: bool) -> No
     assert max(reserved[30:]) <= 1.1 * max(reserved[:30])
 
 
-def test_dropout_draws_as_in_eager_mode() -> None:
+def test_a_schedule_that_moves_the_rate_in_every_step_is_followed() -> None:
+    runs = []
+    for engine in ("masked", "cudagraph"):
+        run = Run(engine, whole=True, epochs=4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 2.0 ** -(step % 3))
+        take = run.take
+
+        def stepped(x: torch.Tensor, y: torch.Tensor, take: Any = take, schedule: Any = schedule) -> torch.Tensor:
+            loss: torch.Tensor = take(x, y)
+            schedule.step()
+            return loss
+
+        run.take = stepped
+        runs.append(run.train())
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("wait", ["at the end", "in the middle"])
+def test_a_step_that_waits_for_the_device_is_left_to_pytorch_under_auto(wait: str) -> None:
+    run = Run("auto")
+    assert run.session.engine == "cudagraph"
+
+    def waiting(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(run.model(x), y)
+        if wait == "in the middle" and loss.item() < 0:
+            return loss
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        loss.detach().sum().item()
+        return loss
+
+    run.take = run.session.capture(waiting)
+    losses = run.train()
+    torch.cuda.empty_cache()
+    assert run.take.replayed == 0
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(losses, Run("masked").train(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_capture_that_fails_leaves_streams_and_memory_as_they_were() -> None:
+    run = Run("cudagraph")
+    backend = run.session._computing.engine.recorder
+    before = torch.cuda.current_stream()
+
+    def fails() -> list[torch.Tensor]:
+        number = torch.ones(3, device="cuda").sum()
+        return [number * number.item()]
+
+    with pytest.raises(RuntimeError):
+        backend.record(fails, pool="learning")
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    assert run.train()[-1] < 5
+
+
+@whole
+def test_dropout_draws_as_in_eager_mode(whole: bool) -> None:
     def run(engine: str) -> tuple[list[float], torch.Tensor]:
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 32), nn.Linear(32, 4)).cuda()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=2**-3)
         data = TensorDataset(torch.randn(32, 16), torch.randint(4, (32,)))
         recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.5))
         session = spfde.attach(model, optimizer, DataLoader(data, 8), recipe, epochs=4, engine=engine)
         torch.cuda.manual_seed(7)
-        losses = []
-        for _ in session.epochs():
-            for x, y in session.loader:
-                loss = F.cross_entropy(model(x.cuda()), y.cuda())
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(float(loss))
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        take = session.capture(step) if whole and engine == "cudagraph" else step
+        losses = [float(take(x.cuda(), y.cuda())) for _ in session.epochs() for x, y in session.loader]
         return losses, torch.cuda.get_rng_state()
 
     masked, captured = run("masked"), run("cudagraph")

@@ -66,6 +66,12 @@ class Run:
         return self
 
 
+@pytest.fixture(autouse=True)
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recording backend looks on by a dispatch mode, under which the kernels leave the work to PyTorch."""
+    monkeypatch.setattr("spfde.engines.blocks.linear.is_recorded", lambda: False)
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were started."""
