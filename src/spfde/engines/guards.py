@@ -13,8 +13,8 @@ import operator
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import starmap
-from typing import Any
+from itertools import chain, starmap
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,17 +90,30 @@ class Guards:
     """
 
     def __init__(self, model: nn.Module, reads: Mapping[str, Collection[str]], called: Collection[str]) -> None:
-        self._spec: list[tuple[nn.Module, tuple[str, ...], bool]] = []
+        self._modules: list[nn.Module] = []
+        self._tables: list[dict[str, Any]] = []  # all that they hold counts
+        self._places: list[tuple[dict[str, Any], str]] = []  # what lies there counts
         for name, module in model.named_modules():
             read = {each for each in reads.get(name, ()) if not each.startswith("__")}
             is_called = name in called
-            if not read and not is_called:
-                continue
-            kind: Any = type(module)
-            names = (read - _OF_EVERY_MODULE) | (_settings(kind) if is_called else set())
-            self._spec.append((module, tuple(sorted(names)), is_called or bool(read & {PARAMETERS, BUFFERS})))
-        self._model = model
+            if read or is_called:
+                self._look_at(module, read, is_called=is_called, is_root=module is model)
+        self._holders = [(table, name) for table, name in self._places if _holds(table.get(name))]
         self._before = self._state()
+
+    def _look_at(self, module: nn.Module, read: set[str], *, is_called: bool, is_root: bool) -> None:
+        own, kind = vars(module), cast("Any", type(module))
+        self._modules.append(module)
+        self._tables.append(own[MODULES])
+        if not is_root:  # whose own hooks run around what was traced
+            self._places.append((own, FORWARD))
+            self._tables += [own[name] for name in HOOKS]
+        parameters, buffers = own[PARAMETERS], own[BUFFERS]
+        if is_called or read & {PARAMETERS, BUFFERS}:
+            self._tables += [parameters, buffers]
+        for name in sorted((read - _OF_EVERY_MODULE) | (_settings(kind) if is_called else set())):
+            table = next((table for table in (own, parameters, buffers) if name in table), own)
+            self._places.append((table, name))
 
     @property
     def hold(self) -> bool:
@@ -108,27 +121,14 @@ class Guards:
         return is_same(self._before, self._state())
 
     def _state(self) -> list[Any]:
-        found: list[Any] = []
-        for module, names, with_tensors in self._spec:
-            own = vars(module)
-            found.append(type(module))
-            if module is not self._model:  # whose own hooks run around what was traced
-                found.append(own.get(FORWARD))
-                _add_hooks(found, own)
-            found.extend(own[MODULES].values())
-            parameters, buffers = own[PARAMETERS], own[BUFFERS]
-            if with_tensors:
-                found.extend(parameters.values())
-                found.extend(buffers.values())
-            for name in names:
-                value = own.get(name, _Missing)
-                if value is _Missing:
-                    value = parameters.get(name, _Missing)
-                if value is _Missing:
-                    value = buffers.get(name, _Missing)
-                found.append(value)
-                if type(value) in _HOLDERS or dataclasses.is_dataclass(value):
-                    found.extend(_held_by(value))
+        # At each pass, for hundreds of values: no line of Python for each.
+        found: list[Any] = [*map(type, self._modules)]
+        found += [table.get(name, _Missing) for table, name in self._places]
+        found += chain.from_iterable(map(dict.values, self._tables))
+        for table, name in self._holders:
+            value = table.get(name)
+            if _holds(value):
+                found += _held_by(value)
         return found
 
 
@@ -157,6 +157,11 @@ class _Missing:
 
 
 _HOLDERS = (list, dict, set, types.SimpleNamespace)
+
+
+def _holds(value: Any) -> bool:
+    """Whether what an object holds is looked at, too."""
+    return type(value) in _HOLDERS or dataclasses.is_dataclass(value)
 
 
 def _held_by(value: Any) -> Collection[Any]:

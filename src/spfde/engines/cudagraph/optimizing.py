@@ -15,6 +15,7 @@ from spfde.core.torch_private import version_of
 
 _NOTED = ("_opt_called", "_step_count")
 """What schedulers note on an optimizer, of its steps by PyTorch."""
+_PLAIN = (bool, int, float, str, type(None))
 _FUSED = (SGD, Adam, AdamW)
 """Those whose fused form takes the learning rate as a tensor."""
 
@@ -111,17 +112,21 @@ class RecordableSteps:
     @property
     def numbers(self) -> tuple[Any, ...]:
         """The settings that a recording repeats: learning rates where they are not read from memory."""
-        return tuple(
-            (name, _comparable(value))
-            for at, _, group in self._groups
-            for name, value in group.items()
-            if name != "params" and not (name == "lr" and at in self._rates and not self._is_read(value))
-        )
+        found: list[Any] = []
+        for at, _, group in self._groups:
+            reads_rate = at in self._rates and not self._is_read(group["lr"])
+            found += [
+                value if type(value) in _PLAIN else _comparable(value)
+                for name, value in group.items()
+                if name != "params" and not (reads_rate and name == "lr")
+            ]
+        return tuple(found)
 
     @property
     def memory(self) -> tuple[int, ...]:
         """Where the optimizers' state lies."""
-        return tuple(value.data_ptr() for value in self._state() if self._is_read(value))
+        device = self._device
+        return tuple(v.data_ptr() for v in self._state() if isinstance(v, Tensor) and v.device == device)
 
     @property
     def beside(self) -> tuple[Any, ...]:
@@ -143,10 +148,14 @@ class RecordableSteps:
     def _is_read(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device == self._device
 
-    def _state(self) -> Iterator[Any]:
+    def _state(self) -> list[Any]:
+        found: list[Any] = []
         for _, optimizer, group in self._groups:
+            of_optimizer = optimizer.state
             for p in group["params"]:
-                yield from optimizer.state.get(p, {}).values()
+                if p in of_optimizer:
+                    found += of_optimizer[p].values()
+        return found
 
 
 def _move_counts(optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -170,4 +179,4 @@ def _comparable(value: Any) -> Any:
         return value.data_ptr()
     if isinstance(value, (list, tuple)):
         return tuple(_comparable(each) for each in value)
-    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+    return value if isinstance(value, _PLAIN) else id(value)

@@ -25,7 +25,7 @@ from spfde.core.torch_private import has_global_hooks, tree_flatten, tree_map_on
 from spfde.engines.base import Parts
 from spfde.engines.cudagraph.backend import Backend, Recording
 from spfde.engines.cudagraph.call import Call, Slots
-from spfde.engines.cudagraph.known import Recordings
+from spfde.engines.cudagraph.known import Known, Recordings
 from spfde.engines.cudagraph.optimizing import RecordableSteps
 from spfde.engines.cudagraph.restoring import draws_beside
 from spfde.engines.cudagraph.watching import hooks_of_others
@@ -157,8 +157,7 @@ class CapturedStep:
             # In the form of the others where those are replayed, for the forms of an optimizer round differently.
             with nullcontext() if self._given_up else self._optimizing.form():
                 return _detached(self._step(*args, **kwargs))
-        call, signature, kind = found
-        known = self._recordings.find(signature)
+        call, signature, kind, known = found
         if known is not None:
             return self._replay(known.recorded, call)
         reason = self._recordings.reason_against(signature, kind)
@@ -171,8 +170,8 @@ class CapturedStep:
 
     # --- which stage -------------------------------------------------------------------------------------------------
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any, Any] | str:
-        """The call, its signature and its kind; or why it is for PyTorch."""
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any, Any, Known[_Whole] | None] | str:
+        """The call, its signature, its kind, and what was recorded of it; or why it is for PyTorch."""
         self._recordings.forget_fronts()
         reason = self._following.reason_now()
         if reason is not None:
@@ -182,15 +181,17 @@ class CapturedStep:
         if self._optimizing.gradients:
             return "gradients are there before it begins"
         state = self._before_replay()
-        call = self._call(args, kwargs, state)
-        if not isinstance(call, str) and self._recordings.find(self._of(call)[0]) is None:
-            self._slots = Slots(self._model)  # a module may be another one since
+        for _ in range(2):
             call = self._call(args, kwargs, state)
-        if isinstance(call, str):
-            return self._give_up(call)
-        signature, kind = self._of(call)
+            if isinstance(call, str):
+                return self._give_up(call)
+            signature, kind = self._of(call)
+            known = self._recordings.find(signature)
+            if known is not None:
+                break
+            self._slots = Slots(self._model)  # a module may be another one since
         self._recordings.meet(kind)
-        return call, signature, kind
+        return call, signature, kind, known
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Hashable) -> Call | str:
         device = self._backend.device
