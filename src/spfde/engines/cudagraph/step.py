@@ -76,6 +76,9 @@ class _Whole:
     around: Sequence[Any]
 
 
+_Found = tuple[Call, tuple[Any, ...], tuple[Any, ...], Known[_Whole] | None]
+
+
 class CapturedStep:
     """A function that trains on a batch, replayed where it can be. ``Session.capture`` makes it, and has an example.
 
@@ -170,7 +173,7 @@ class CapturedStep:
 
     # --- which stage -------------------------------------------------------------------------------------------------
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any, Any, Known[_Whole] | None] | str:
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Found | str:
         """The call, its signature, its kind, and what was recorded of it; or why it is for PyTorch."""
         self._recordings.forget_fronts()
         reason = self._following.reason_now()
@@ -181,17 +184,21 @@ class CapturedStep:
         if self._optimizing.gradients:
             return "gradients are there before it begins"
         state = self._before_replay()
-        for _ in range(2):
-            call = self._call(args, kwargs, state)
-            if isinstance(call, str):
-                return self._give_up(call)
-            signature, kind = self._of(call)
-            known = self._recordings.find(signature)
-            if known is not None:
-                break
+        found = self._look_up(args, kwargs, state)
+        if not isinstance(found, str) and found[3] is None:
             self._slots = Slots(self._model)  # a module may be another one since
-        self._recordings.meet(kind)
-        return call, signature, kind, known
+            found = self._look_up(args, kwargs, state)
+        if isinstance(found, str):
+            return self._give_up(found)
+        self._recordings.meet(found[2])
+        return found
+
+    def _look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Hashable) -> _Found | str:
+        call = self._call(args, kwargs, state)
+        if isinstance(call, str):
+            return call
+        signature, kind = self._of(call)
+        return call, signature, kind, self._recordings.find(signature)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Hashable) -> Call | str:
         device = self._backend.device
