@@ -246,7 +246,7 @@ def _alone(rank: int, what: str) -> None:
 
 
 def refusals(rank: int, size: int, folder: str, _: str) -> None:
-    """What is said where ranks drift apart, and of each wrapper that does not fit: by the name of the case."""
+    """What is said where ranks drift apart, and with each kind of wrapper: by the name of the case."""
     join(rank, size, folder)
     cases = {
         "no wrapper": lambda: _one_run(spfde.Recipe(sparsity=spfde.SET(sparsity=0.8)), wrap=None),
@@ -371,7 +371,7 @@ def _thaw_after_wrapping() -> Any:
     parts.model.load_state_dict(states[0])
     parts.optimizer.load_state_dict(states[1])
     session.load_state_dict(states[2])
-    _loop(parts, session, DistributedDataParallel(parts.model, find_unused_parameters=True))
+    _loop(parts, session, DistributedDataParallel(parts.model))
     return session
 
 
