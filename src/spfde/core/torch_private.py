@@ -140,7 +140,8 @@ def rebuild_reducer(wrapper: nn.parallel.DistributedDataParallel) -> frozenset[i
 
     It fixes them when it is made, and waits for the gradients of them all: one that is frozen later would be waited for
     in vain. These are the steps of its own ``__init__`` and ``__setstate__`` (which unpickling takes), in their order,
-    from torch 2.6 to 2.14. They exchange nothing between the ranks. Hooks of others are registered again.
+    as torch 2.14.1 has them (not run with 2.6 yet). They exchange nothing between the ranks. Hooks of others are
+    registered again.
 
     Returns:
         Identities of the parameters.
