@@ -30,6 +30,7 @@ ORDER = (
     "freezing",
     "sieving",
     "data_path",
+    "distributed",
     "same_budget",
     "start_up",
     "export",

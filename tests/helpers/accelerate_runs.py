@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import spfde
@@ -40,10 +39,7 @@ class Run:
     def __init__(
         self, recipe: Any = RECIPE, *, prepared: str = "before", accumulation: int = 1, **options: Any
     ) -> None:
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=accumulation, kwargs_handlers=[unused], **options
-        )
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, **options)
         parts = make_parts()
         self.net = parts.model
         whole = parts.model, parts.optimizer, parts.loader

@@ -143,6 +143,69 @@ def _refusal(call: Callable[[], object]) -> str:
     return "accepted"
 
 
+def begin(rank: int, size: int, folder: str, _: str) -> None:
+    """The first half of runs that go on with other ranks: amid an epoch, and at the bottom of one."""
+    join(rank, size, folder)
+    leave(rank, folder, begin_runs(rank))
+
+
+def begin_runs(rank: int = 0) -> dict[str, Any]:
+    """By name: the states of an epoch and its first batch on each rank, or of an epoch that sieves; and what was seen.
+
+    The first rank's states are those that are kept.
+    """
+    found = {}
+    for name, how in OTHER_RANKS.items():
+        parts, session = _small(how)
+        seen = _train_rank(parts, session, stop_after=1 if name == "amid" else None)
+        if name != "amid":
+            session.end_epoch()
+        states = parts.model.state_dict(), parts.optimizer.state_dict(), session.state_dict()
+        found[name] = {"states": states if rank == 0 else None, "seen": seen}
+    return found
+
+
+def go_on(rank: int, size: int, folder: str, _: str) -> None:
+    """The second half; the states lie in the folder."""
+    join(rank, size, folder)
+    leave(rank, folder, go_on_runs(torch.load(Path(folder) / "states.pt", weights_only=True)))
+
+
+def go_on_runs(states: dict[str, Any]) -> dict[str, Any]:
+    """By name: what was seen in the epoch that goes on, and its row of the bill."""
+    found = {}
+    for name, how in OTHER_RANKS.items():
+        parts, session = _small(how)
+        parts.model.load_state_dict(states[name][0])
+        parts.optimizer.load_state_dict(states[name][1])
+        session.load_state_dict(states[name][2])
+        seen = _train_rank(parts, session)
+        session.end_epoch()
+        row = session.cost.rows[-1]
+        found[name] = {"seen": seen[-1], "samples": row.samples, "steps": row.steps, "partial": session.partial_set}
+    return found
+
+
+def _train_rank(parts: Parts, session: spfde.Session, stop_after: int | None = None) -> list[list[int]]:
+    """Two epochs where one is to be stopped, else one; the ids that this rank was dealt, by epoch."""
+    wrapped, seen = parts, list[list[int]]()
+    if torch.distributed.is_initialized():
+        wrapped = dataclasses.replace(parts, model=DistributedDataParallel(parts.model))
+    for _ in range(1 if stop_after is None else 2):
+        seen.append([])
+        for number, (x, y) in enumerate(session.loader):
+            if seen[1:] and number == stop_after:
+                return seen
+            seen[-1] += session.loader.current_indices.tolist()
+            step(wrapped, session, x, y)
+        if stop_after is not None:
+            session.end_epoch()
+    return seen
+
+
+OTHER_RANKS = {"amid": recipe("mest").replace(sieving=None), "bottom": recipe("mest")}
+
+
 def attach_with_other_seeds(rank: int, size: int, folder: str, _: str) -> None:
     join(rank, size, folder)
     messages = []
@@ -246,7 +309,7 @@ def _alone(rank: int, what: str) -> None:
 
 
 def refusals(rank: int, size: int, folder: str, _: str) -> None:
-    """What is said where ranks drift apart, and of each wrapper that does not fit: by the name of the case."""
+    """What is said where ranks drift apart, and with each kind of wrapper: by the name of the case."""
     join(rank, size, folder)
     cases = {
         "no wrapper": lambda: _one_run(spfde.Recipe(sparsity=spfde.SET(sparsity=0.8)), wrap=None),
@@ -371,7 +434,7 @@ def _thaw_after_wrapping() -> Any:
     parts.model.load_state_dict(states[0])
     parts.optimizer.load_state_dict(states[1])
     session.load_state_dict(states[2])
-    _loop(parts, session, DistributedDataParallel(parts.model, find_unused_parameters=True))
+    _loop(parts, session, DistributedDataParallel(parts.model))
     return session
 
 

@@ -101,7 +101,7 @@ def run_until_killed(folder: Path, after: int) -> None:
 def train_rank(folder: Path) -> None:
     """One of several processes: trains, and leaves its weights and the samples that it was dealt."""
     callback = SpfdeCallback(RECIPE, engine="masked")
-    run = trainer(Path(folder), callback, ddp_find_unused_parameters=True)
+    run = trainer(Path(folder), callback, ddp_find_unused_parameters=False)
     run.train()
     assert callback.session is not None
     samples = [row.samples for row in callback.session.cost.rows]

@@ -209,8 +209,7 @@ def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Pat
     done = start(runs.__file__, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    # Without find_unused_parameters, and with batches that nobody would deal out.
-    assert first["refused"] == second["refused"] == ["strategy", "loader.batch_sampler"]
+    assert first["refused"] == second["refused"] == ["loader.batch_sampler"]  # nobody would deal them out
     assert first["samples"] == second["samples"] == [32] * 8
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 

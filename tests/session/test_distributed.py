@@ -15,9 +15,9 @@ from spfde.session.distributed import fingerprint
 from spfde.sieving.batch_sampler import SievedBatchSampler
 
 
-def run(function: Any, folder: Path, method: str = "") -> list[Any]:
-    multiprocessing.spawn(function, args=(2, str(folder), method), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+def run(function: Any, folder: Path, method: str = "", size: int = 2) -> list[Any]:
+    multiprocessing.spawn(function, args=(size, str(folder), method), nprocs=size)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
@@ -63,6 +63,30 @@ def test_ranks_share_every_epoch_or_are_told_why_not(tmp_path: Path) -> None:
         assert found["sparse"] == {"samples": SAMPLES + 8, "steps": 3, "said": False}
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.long)])
+def test_a_run_goes_on_with_another_number_of_ranks_and_sees_each_sample_once(
+    tmp_path: Path, before: int, now: int
+) -> None:
+    first = [worker.begin_runs()] if before == 1 else run(worker.begin, tmp_path, size=before)
+    states = {name: own["states"] for name, own in first[0].items()}
+    torch.save(states, tmp_path / "states.pt")
+    (tmp_path / "meet").unlink(missing_ok=True)
+    second = [worker.go_on_runs(states)] if now == 1 else run(worker.go_on, tmp_path, size=now)
+
+    taken = [index for rank in first for index in rank["amid"]["seen"][1]]
+    left = [index for rank in second for index in rank["amid"]["seen"]]
+    assert len(taken) == before * 8
+    assert sorted(taken + left) == list(range(SAMPLES))
+    assert [rank["amid"]["samples"] for rank in second] == [SAMPLES] * now
+    assert [rank["amid"]["steps"] for rank in second] == [1 + (SAMPLES // 8 - before) // now] * now
+
+    # Four batches of 30 samples; where they do not divide, the first come again.
+    dealt = [index for rank in second for index in rank["bottom"]["seen"]]
+    assert set(dealt) == set(second[0]["bottom"]["partial"].tolist())
+    assert len(dealt) == {1: 30, 2: 30, 3: 30 + 2 * 8}[now]
+
+
 def test_batches_are_dealt_out_evenly_and_the_first_come_again_where_they_do_not_divide() -> None:
     def dealt(rank: int, size: int, *, drop_last: bool) -> list[list[int]]:
         sampler = SievedBatchSampler(range(10), 2, drop_last, keep=lambda: None, share=(rank, size))
@@ -78,6 +102,20 @@ def test_batches_are_dealt_out_evenly_and_the_first_come_again_where_they_do_not
     assert [dealt(rank, 3, drop_last=True) for rank in range(3)] == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert dealt(3, 8, drop_last=False) == [[6, 7]]
     assert dealt(7, 8, drop_last=False) == [[4, 5]]
+
+
+def test_what_all_ranks_have_taken_is_dealt_out_no_more() -> None:
+    def dealt(rank: int, size: int, taken: int, *, drop_last: bool = False) -> list[list[int]]:
+        sampler = SievedBatchSampler(range(10), 2, drop_last, keep=lambda: None, share=(rank, size))
+        batches = list(sampler._batches(taken))
+        assert sampler.n_left(taken) == len(batches)
+        return batches
+
+    assert [dealt(rank, 2, 2) for rank in range(2)] == [[[4, 5], [8, 9]], [[6, 7], [0, 1]]]
+    assert [dealt(rank, 2, 2, drop_last=True) for rank in range(2)] == [[[4, 5]], [[6, 7]]]
+    assert [dealt(rank, 3, 2) for rank in range(3)] == [[[4, 5]], [[6, 7]], [[8, 9]]]
+    assert dealt(0, 1, 3) == [[6, 7], [8, 9]]
+    assert dealt(0, 2, 5) == dealt(1, 2, 5) == []
 
 
 def test_fingerprints_tell_tensors_apart() -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "add_each_",
     "after_backward",
     "backward_pass",
+    "comm_hook_of",
     "compiled_inside",
     "copy_each_",
     "find_nonfinite_",
@@ -41,6 +42,7 @@ __all__ = [
     "hook_steps",
     "hooks_on_gradient",
     "hooks_to_copy",
+    "install_comm_hook",
     "is_compiled",
     "is_compiled_whole",
     "is_recorded",
@@ -49,9 +51,9 @@ __all__ = [
     "lerp_each_",
     "multiply_each",
     "multiply_each_",
-    "n_reduced",
     "norm_each",
     "overloads_of",
+    "rebuild_reducer",
     "recompile_limit",
     "run_while_compiling",
     "step_hooks_of",
@@ -65,6 +67,7 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "version_of",
+    "why_not_rebuilt",
 ]
 
 # Where a module keeps what it holds. A guard reads them at every pass, and the public iterators take ten times as long.
@@ -76,6 +79,8 @@ _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # whe
 # One call for many tensors, as the optimizers of PyTorch make it.
 lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
 copy_each_, multiply_each_, add_each_ = torch._foreach_copy_, torch._foreach_mul_, torch._foreach_add_
+
+_distributed: Any = torch.distributed  # what is not among its documented names
 
 # A number that grows with every write in place, by which PyTorch itself finds out about them.
 version_of: Callable[[Tensor], int] = attrgetter("_version")  # no line of Python: a step asks for dozens
@@ -154,9 +159,62 @@ def find_nonfinite_(tensors: list[Tensor]) -> Tensor:
     return found
 
 
-def n_reduced(wrapper: nn.parallel.DistributedDataParallel) -> int:
-    """Parameters whose gradients a DistributedDataParallel averages: those that were to train when it was made."""
-    return int(wrapper._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
+def rebuild_reducer(wrapper: nn.parallel.DistributedDataParallel) -> frozenset[int]:
+    """Have a DistributedDataParallel average the gradients of the parameters that require one now, and of no others.
+
+    It fixes them when it is made, and waits for the gradients of them all: one that is frozen later would be waited for
+    in vain. These are the steps of its own ``__init__`` and ``__setstate__`` (which unpickling takes), in their order,
+    as torch 2.14.1 has them (not run with 2.6 yet). They exchange nothing between the ranks. Hooks of others are
+    registered again.
+
+    Returns:
+        Identities of the parameters.
+    """
+    builtin = comm_hook_of(wrapper) if not wrapper._comm_hooks else ""
+    wrapper._remove_autograd_hooks()  # type: ignore[no-untyped-call]  # of the reducer that goes
+    parameters, are_sparse = wrapper._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    names = wrapper._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    wrapper._ddp_init_helper(parameters, are_sparse, names, wrapper.static_graph)  # type: ignore[no-untyped-call]
+    wrapper._has_rebuilt_buckets = False
+    if wrapper.static_graph:
+        wrapper._static_graph_delay_allreduce_enqueued = False
+        wrapper.reducer._set_static_graph()
+        wrapper.logger._set_static_graph()  # type: ignore[union-attr]
+    for hook, state in wrapper._comm_hooks:
+        wrapper.logger._set_comm_hook_name(hook.__qualname__)  # type: ignore[union-attr]
+        _distributed._register_comm_hook(wrapper.reducer, state, hook)
+    if builtin.startswith("BuiltinCommHookType."):
+        kind = getattr(_distributed.BuiltinCommHookType, builtin.partition(".")[2])
+        wrapper._register_builtin_comm_hook(kind)  # type: ignore[no-untyped-call]
+    return frozenset(map(id, parameters))
+
+
+def comm_hook_of(wrapper: nn.parallel.DistributedDataParallel) -> str:
+    """The name of the communication hook on a DistributedDataParallel; empty without one. It has no public one."""
+    return str(wrapper._get_ddp_logging_data().get("comm_hook", ""))  # type: ignore[no-untyped-call]
+
+
+def install_comm_hook(
+    wrapper: nn.parallel.DistributedDataParallel, hook: Callable[[Any, Any], Any], state: object
+) -> None:
+    """Register a communication hook on the reducer that a DistributedDataParallel has now, and on no other.
+
+    ``register_comm_hook`` notes it on the wrapper, too, where copies and pickles would take it along.
+    """
+    wrapper.logger._set_comm_hook_name(hook.__qualname__)  # type: ignore[union-attr]
+    _distributed._register_comm_hook(wrapper.reducer, state, hook)
+
+
+def why_not_rebuilt(wrapper: nn.parallel.DistributedDataParallel) -> str | None:
+    """What of a DistributedDataParallel ``rebuild_reducer`` would lose; None where it can be rebuilt."""
+    if wrapper._use_python_reducer:
+        return 'torch._dynamo.config.optimize_ddp = "python_reducer"'
+    if getattr(wrapper, "mixed_precision", None) is not None:
+        return "mixed_precision"
+    if getattr(wrapper, "_delay_all_reduce_params", None):
+        return "delay_all_reduce_named_params"
+    by_bucket = [state for _, state in wrapper._comm_hooks if type(state).__name__ == "PowerSGDState"]
+    return "the PowerSGD hook, which keeps what it knows by bucket" if by_bucket else None
 
 
 def steps_running(optimizer: torch.optim.Optimizer) -> int:

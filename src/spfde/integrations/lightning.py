@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -238,7 +237,7 @@ def _check_trainer(trainer: Any, recipe: Recipe) -> None:
         names = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         rule = "sets learning rates, which the recipe's learning_rate does, too"
         problems.add("configure_optimizers", names, rule, "Return no scheduler, or set learning_rate=None.")
-    _check_strategy(trainer, recipe, problems)
+    _check_strategy(trainer, problems)
     averaging = [name for each in trainer.callbacks if (name := type(each).__name__) == "StochasticWeightAveraging"]
     if averaging:
         rule = "runs over the training set once more behind the last epoch, and sets learning rates"
@@ -263,16 +262,11 @@ def _check_limits(trainer: Any, recipe: Recipe, problems: Problems) -> None:
         problems.add("limit_train_batches", trainer.limit_train_batches, rule, "Leave it at 1.0, or set sieving=None.")
 
 
-def _check_strategy(trainer: Any, recipe: Recipe, problems: Problems) -> None:
+def _check_strategy(trainer: Any, problems: Problems) -> None:
     kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     if not kinds & {"SingleDeviceStrategy", "DDPStrategy"} or "DeepSpeedStrategy" in kinds:
         rule = "shards or replaces the parameters, which masks and freezing work on"
         problems.add("strategy", type(trainer.strategy).__name__, rule, "Take one device, or strategy='ddp'.")
-    wrapped = trainer.strategy.model
-    if recipe.freezes and isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
-        rule = "waits for the gradients of all parameters, and frozen ones have none"
-        remedy = "Pass strategy='ddp_find_unused_parameters_true'."
-        problems.add("strategy", "ddp", rule, remedy)
 
 
 def _check_dealt(trainer: Any, loader: Any, recipe: Recipe) -> None:

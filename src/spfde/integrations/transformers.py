@@ -202,7 +202,6 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             raise UsageError(
                 "SpfdeCallback was given to the Trainer too late. Pass it as Trainer(..., callbacks=[...])."
             )
-        _check_wrapped(self._trainer.model_wrapped, self._recipe)
         _check_steps(state.max_steps, len(self.session.loader), args)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -321,13 +320,6 @@ def _check_arguments(trainer: Any, recipe: Recipe) -> None:
         remedy = 'Pass lr_scheduler_type="constant", or set learning_rate=None.'
         problems.add("lr_scheduler_type", schedule, rule, remedy)
     problems.raise_if_any()
-
-
-def _check_wrapped(model: nn.Module, recipe: Recipe) -> None:
-    if recipe.freezes and getattr(model, "find_unused_parameters", True) is False:
-        rule = "waits for the gradients of all parameters, and frozen ones have none"
-        remedy = "Pass ddp_find_unused_parameters=True."
-        raise InvalidArgument(Problem("ddp_find_unused_parameters", False, rule, remedy))
 
 
 def _check_length(session: Session) -> None:

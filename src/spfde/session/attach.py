@@ -59,6 +59,7 @@ def attach(
     labels: Tensor | Sequence[int] | None = None,
     loss: ScoreLoss | None = None,
     probe: Sample | None = None,
+    sparse_allreduce: bool = True,
     state: Mapping[str, Any] | None = None,
 ) -> Session:
     """Attach a recipe to a training loop.
@@ -96,6 +97,8 @@ def attach(
             ``model(x)`` against ``y``.
         probe: for freezing with ``criterion="representation"``: what the model is called with to compare its outputs,
             ``probe_samples`` samples; by default random ones of the data set.
+        sparse_allreduce: with several processes in DistributedDataParallel: average the active entries of masked
+            gradients alone, which come to the same; False: whole gradients.
         state: of a session, from ``state_dict``, to go on from. The weights stay as they are, so load them before. The
             optimizer's state comes after, where ``recipe.learning_rate`` has split its groups, else before or after.
 
@@ -167,6 +170,7 @@ def attach(
         timeline=timeline,
         seed=seed,
         world=world,
+        sparse_allreduce=sparse_allreduce,
     )
     kept = None if state is None else Kept(optimizers, blueprint.sparse_layers.values())
     session = Session(

@@ -18,6 +18,7 @@ from spfde.core.say import counted
 from spfde.core.torch_private import layers_of_wrapping, steps_can_be_hooked
 from spfde.model.sample import unwrap
 from spfde.recipe.recipe import Recipe
+from spfde.session.reducing import find_problem
 
 if TYPE_CHECKING:
     from spfde.session.session import Session
@@ -83,9 +84,7 @@ def _check_sharding(model: nn.Module) -> list[Problem]:
     if parts is None and wrapper is None:
         return []
     rule = "is sharded over the ranks (FSDP), and masks are drawn over whole tensors"
-    remedy = (
-        "Train it in DistributedDataParallel(model, find_unused_parameters=True); sharded models are not supported."
-    )
+    remedy = "Train it in DistributedDataParallel(model); sharded models are not supported."
     return [Problem("model", wrapper or f"{parts} as DTensor", rule, remedy)]
 
 
@@ -104,17 +103,11 @@ def _check_values(model: nn.Module) -> list[Problem]:
 
 
 def _check_wrappers(model: nn.Module, recipe: Recipe) -> list[Problem]:
-    """Does DistributedDataParallel let parameters be without a gradient?"""
+    """Can DistributedDataParallel follow what is frozen?"""
     if not recipe.freezes:
         return []
-    for wrapper in layers_of_wrapping(model):
-        if isinstance(wrapper, nn.parallel.DistributedDataParallel) and (
-            not wrapper.find_unused_parameters or wrapper.static_graph
-        ):
-            rule = "waits for the gradients of all parameters, and frozen ones have none"
-            remedy = "Wrap the model with find_unused_parameters=True, and without static_graph."
-            return [Problem("model", "DistributedDataParallel", rule, remedy)]
-    return []
+    wrappers = [each for each in layers_of_wrapping(model) if isinstance(each, nn.parallel.DistributedDataParallel)]
+    return [problem for wrapper in wrappers if (problem := find_problem(wrapper)) is not None]
 
 
 def _check_hooks(optimizer: Optimizer, recipe: Recipe) -> list[Problem]:

@@ -7,23 +7,21 @@ from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from spfde.core.checksum import checksums
 from spfde.core.errors import StateMismatch, UsageError
-from spfde.core.hooks import weakly
 from spfde.core.optimizers import inside
 from spfde.core.say import counted
 from spfde.core.state import check_entries
-from spfde.core.torch_private import PARAMETERS, active_ddp, n_reduced
+from spfde.core.torch_private import PARAMETERS
 from spfde.planning.timeline import Row
 from spfde.session.backward import BackwardPasses
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.passes import Passes
+from spfde.session.reducing import Reducing
 
 _LOOKS = (16, 256, 4096)
 """After so many backward passes without a step it is looked whether the weights move all the same."""
@@ -40,6 +38,7 @@ class Guards(Part):
         passes: tells of forward passes.
 
     Attributes:
+        reducing: has DistributedDataParallel follow what is frozen and masked.
         trusts_weights: whether a state is loaded whatever weights the model has, as long as its masks hold for them.
     """
 
@@ -59,16 +58,16 @@ class Guards(Part):
         self._said = self._has_said_idle = False
         self._has_step_begun = False
         self._before = self._content()
-        self._look: RemovableHandle | None = None
         self._backward, self._passes = backward, passes
         backward.tell(self._on_gradient)
-        self._await_wrapper()
+        self.reducing = Reducing(setting, masks, freezing)
 
     # --- when it looks -----------------------------------------------------------------------------------------------
 
     def begin_epoch(self, row: Row) -> None:
         self._before = self._content()
         self._has_step_begun = False
+        self.reducing.follow()
 
     def before_masks(self) -> None:
         """The top of an epoch, before the masks mutate: what was written since the bottom of the last one."""
@@ -91,11 +90,10 @@ class Guards(Part):
         self._enforce_masks()
 
     def detach(self) -> None:
-        self._stop_looking()
+        self.reducing.close()
 
     def describe(self) -> list[str]:
-        wrapper = "hooked: the model's forward pass, once, to see the DistributedDataParallel that it is in (guards)"
-        return [] if self._look is None else [wrapper]
+        return self.reducing.describe()
 
     # --- what it looks for -------------------------------------------------------------------------------------------
 
@@ -189,8 +187,7 @@ class Guards(Part):
             (
                 "weights",
                 1,
-                "Wrap the model in DistributedDataParallel(model, find_unused_parameters=True) before blocks are "
-                "frozen, on every rank, and call the wrapped model",
+                "Wrap the model in DistributedDataParallel on every rank, and call the wrapped model",
             ),
         ):
             first = every[0][at]
@@ -200,41 +197,6 @@ class Guards(Part):
                     f"the {what} of {_some(names)} differ between the ranks: each trains on "
                     f"gradients of its own. {remedy}."
                 )
-
-    # --- DistributedDataParallel -------------------------------------------------------------------------------------
-
-    def _await_wrapper(self) -> None:
-        """Look at the wrapper in the next forward pass: it may be made after attach."""
-        if self._setting.world.is_shared and self._setting.recipe.freezes:
-            look = torch.compiler.disable(weakly(self._on_forward))  # type: ignore[no-untyped-call]
-            self._stop_looking()
-            self._look = self._setting.model.register_forward_pre_hook(look)
-
-    def _stop_looking(self) -> None:
-        if self._look is not None:
-            self._look.remove()
-        self._look = None
-
-    def _on_forward(self, model: nn.Module, _: Any = None) -> None:
-        wrapper = active_ddp()
-        if wrapper is None or not model.training or self._setting.clock.epoch >= len(self._setting.timeline):
-            return
-        self._stop_looking()
-        timeline, epoch = self._setting.timeline, self._setting.clock.epoch
-        now, later = timeline.frozen[epoch], timeline.frozen[epoch:]
-        trained = sum(p.requires_grad for p in wrapper.module.parameters())
-        thaws = any(count < now for count in later)
-        known, needed = n_reduced(wrapper), trained + (self._freezing.freezer.n_paused if thaws else 0)
-        if any(count != now for count in later) and (not wrapper.find_unused_parameters or wrapper.static_graph):
-            raise UsageError(
-                "the model is in a DistributedDataParallel without find_unused_parameters=True, or with static_graph: "
-                "it waits for the gradients of frozen blocks. Wrap it with find_unused_parameters=True alone."
-            )
-        if known < needed:
-            raise UsageError(
-                "DistributedDataParallel was made while blocks were frozen that train again, and does not know their "
-                "parameters. Wrap the model, with find_unused_parameters=True, before the session's state is loaded."
-            )
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -256,7 +218,7 @@ class Guards(Part):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._before = self._content()
-        self._await_wrapper()
+        self.reducing.follow()
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

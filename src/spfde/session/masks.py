@@ -13,6 +13,7 @@ from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
 from spfde.sparsity import SparsityMethod
 from spfde.sparsity.masker import Masker
+from spfde.sparsity.weight import MaskedWeight
 
 
 class WholeModel(Part):
@@ -20,6 +21,7 @@ class WholeModel(Part):
 
     name = "masks"
     masks: Mapping[str, Tensor] = {}
+    layers: Mapping[str, MaskedWeight] = {}
     density = target_density = 1.0
     explored = 1.0
     dense_gradient_steps = 0
@@ -82,6 +84,11 @@ class Masks(WholeModel):
     def masks(self) -> Mapping[str, Tensor]:  # type: ignore[override]  # read-only here, empty there
         """Masks by parameter name; True where the weight exists."""
         return self.masker.masks
+
+    @property
+    def layers(self) -> Mapping[str, MaskedWeight]:  # type: ignore[override]
+        """The masked weights by parameter name."""
+        return self.masker.layers
 
     @property
     def density(self) -> float:  # type: ignore[override]

@@ -31,6 +31,7 @@ class Setting:
         timeline: what happens in each epoch; parts may amend it.
         seed: as attached.
         world: the processes that train together.
+        sparse_allreduce: whether of masked gradients the active entries alone are averaged over the processes.
         clock: epochs, steps and seconds.
         generator: the one source of randomness of masks, growth and sieving; saved once, by the session.
         leading: which steps count, where there are several optimizers.
@@ -43,6 +44,7 @@ class Setting:
     timeline: Timeline
     seed: int
     world: World
+    sparse_allreduce: bool = True
     clock: Clock = field(default_factory=Clock)
     generator: torch.Generator = field(default_factory=torch.Generator)
     leading: LeadingSteps = field(init=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -168,11 +168,12 @@ class Sampling(Part):
         self._is_iterated = True
         self.unended.start()
         self.tickets.begin(self.loader.iteration + 1)
+        passed_over = 0
         if self._place is not None:
             taken, started_with = self._place
             self.loader.go_on(None if taken == ANEW else taken, started_with)
-            self._place = None
-        self._n_batches = self._length()
+            self._place, passed_over = None, max(taken, 0)
+        self._n_batches = self._length(passed_over)
 
     def on_batch(self) -> None:
         """A batch is handed out."""
@@ -218,9 +219,10 @@ class Sampling(Part):
 
     # --- how far the epoch is ----------------------------------------------------------------------------------------
 
-    def _length(self) -> int | None:
+    def _length(self, passed_over: int = 0) -> int | None:
+        """Batches in an epoch that are left behind so many of all ranks together; None where that is not known."""
         try:
-            return len(self.loader)
+            return self.loader.n_left(passed_over)
         except TypeError:
             return None
 
@@ -240,8 +242,10 @@ class Sampling(Part):
         loader = self.loader
         if not self._is_iterated:
             return False
-        handed = loader.batches_handed + loader.passed_over
-        return loader.is_ended or (self._n_batches is not None and 0 < self._n_batches <= handed)
+        handed = loader.batches_handed
+        return loader.is_ended or (
+            self._n_batches is not None and handed + loader.passed_over > 0 and self._n_batches <= handed
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -260,7 +264,8 @@ class Sampling(Part):
         return self._place is not None and self._place[0] == ANEW
 
     def place(self, phase: str) -> dict[str, Any]:
-        """Where an epoch of this phase stands, to go on there: the batches taken, the generators when it started."""
+        """Where an epoch of this phase stands, to go on there: the batches that all ranks have taken together (of a
+        sampler of its own each rank), how many ranks these are, and the generators when it started."""
         loader, taken, started_with = self.loader, 0, list[Tensor]()
         if phase != "running":
             pass
@@ -269,10 +274,13 @@ class Sampling(Part):
         elif not self._is_iterated or not self._can_go_on():
             taken = ANEW
         else:
-            taken = loader.passed_over + loader.batches_handed - len(self._left())
+            ranks = self._setting.world.size if self._is_dealt else 1
+            taken = loader.passed_over + ranks * (loader.batches_handed - len(self._left()))
             started_with = loader.started_with
         return {
             "taken": taken,
+            "ranks": self._setting.world.size,
+            "dealt": self._is_dealt,
             "started_with": [state.clone() for state in started_with],
             "asks_for_more": loader.asks_for_more,
         }
@@ -289,20 +297,26 @@ class Sampling(Part):
             state["samples_drawn"] -= self._samples_left()
         return state
 
-    def go_on(self, taken: int, started_with: Sequence[Tensor]) -> None:
-        """Go on in an epoch of which so many batches were taken; the clock has been loaded."""
+    def go_on(self, place: Mapping[str, Any]) -> None:
+        """Go on in an epoch at the place that :meth:`place` told; the clock has been loaded."""
         self._reset()
-        self._place = (taken, list(started_with))
-        clock = self._setting.clock
-        self._batches, length = max(taken, 0), self._length()
-        self._steps_allowed = None if length is None else length + (clock.steps if taken == ANEW else 0)
+        taken, ranks, clock = place["taken"], place["ranks"], self._setting.clock
+        now = self._setting.world.size
+        knows_order = (place["dealt"] or ranks == 1) and (self._is_dealt or now == 1)
+        if ranks != now and not knows_order and taken:
+            taken = ANEW  # a sampler of each rank's own gives another order to so many
+        self._place = (taken, list(place["started_with"]))
+        # What each rank took: a loop of several batches a step has taken more than it made steps.
+        self._batches = max(-(-taken // ranks) if place["dealt"] else taken, 0)
+        left = self._length(max(taken, 0))
+        self._steps_allowed = None if left is None else left + (clock.steps if taken == ANEW else self._batches)
         if taken == ANEW:
             self._steps_before = clock.steps
             self.unended.begin(anew=True)
             warnings.warn(
                 f"The state was taken in the middle of epoch {clock.epoch}, and the batches taken of it cannot be "
-                "passed over (they are not from session.loader, or several processes sieve): the epoch begins anew, "
-                "and what is done twice is billed.",
+                "passed over (they are not from session.loader, several processes sieve, or other processes than now "
+                "dealt them out by a sampler of yours): the epoch begins anew, and what is done twice is billed.",
                 stacklevel=4,
             )
 

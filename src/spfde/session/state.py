@@ -17,7 +17,7 @@ from spfde.session.part import Part, Setting
 from spfde.session.sampling import ANEW, Sampling
 from spfde.sieving.loader import loader_generators
 
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -31,6 +31,15 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "loader_generators": list,
     "timeline": dict,
     "parts": dict,
+}
+
+
+_PLACE: dict[str, type] = {
+    "taken": int,
+    "ranks": int,
+    "dealt": bool,
+    "started_with": list,
+    "asks_for_more": bool,
 }
 
 
@@ -84,13 +93,17 @@ def load_state(setting: Setting, parts: Sequence[Part], sampling: Sampling, stat
         part.load_state_dict(state["parts"][part.name])
     setting.clock.load_state_dict(state["clock"])
     setting.leading.counts = list(state["optimizer_steps"])
+    ranks, world = state["place"]["ranks"], setting.world
+    if ranks != world.size:
+        # What they had drawn together: the bill adds it up over the ranks that there are now.
+        setting.clock.samples_drawn *= 0 if world.rank else ranks
     for generator, own in zip(generators, saved, strict=True):
         generator.set_state(own.cpu())
     setting.seed = state["seed"]
     sampling.loader.had_workers = setting.clock.epoch > 0 or setting.clock.is_resumed_at_end
     sampling.loader.asks_for_more = state["place"]["asks_for_more"]
     if setting.clock.phase == "running":
-        sampling.go_on(state["place"]["taken"], state["place"]["started_with"])
+        sampling.go_on(state["place"])
 
 
 def _run(setting: Setting, sampling: Sampling) -> dict[str, Any]:
@@ -139,11 +152,13 @@ def _check_generators(saved: Sequence[Any], count: int) -> None:
 
 def _check_place(place: Mapping[str, Any], n_generators: int) -> None:
     """Refuse what cannot be the place of an epoch that goes on."""
-    check_entries(place, "the place in the epoch", {"taken": int, "started_with": list, "asks_for_more": bool})
+    check_entries(place, "the place in the epoch", _PLACE)
     if place["started_with"]:
         _check_generators(place["started_with"], n_generators + 1)
-    if place["taken"] < ANEW:
-        raise StateMismatch(f"the state's place in the epoch is damaged: {place['taken']} batches were taken.")
+    if place["taken"] < ANEW or place["ranks"] < 1:
+        raise StateMismatch(
+            f"the state's place in the epoch is damaged: {place['ranks']} processes had taken {place['taken']} batches."
+        )
 
 
 def _first_difference(theirs: Any, mine: Any, path: str = "") -> tuple[str, str]:

@@ -57,6 +57,18 @@ class SessionView:
         return self._clock.epoch
 
     @property
+    def gradient_bytes(self) -> tuple[int, int]:
+        """Bytes of gradients that this process has handed over to be averaged, and those of whole gradients.
+
+        Counted where the session averages them for DistributedDataParallel (``attach(sparse_allreduce=True)``).
+
+        Example:
+            >>> spfde.attach(model, optimizer, loader, spfde.presets.static, epochs=2).gradient_bytes
+            (0, 0)
+        """
+        return self._guards.reducing.bytes_averaged
+
+    @property
     def phase(self) -> Phase:
         """Where in an epoch it stands: "between" two, "begun", "running", or "drained": all its batches are drawn.
 

@@ -55,26 +55,33 @@ class SievedBatchSampler(BatchSampler):
         super().__init__(sampler, batch_size, drop_last)
         self.keep = keep
         self.share = share
-        #: Of the iteration of ``SievedLoader`` that starts: where batches are noted, and how many are passed over.
+        #: Of the iteration of ``SievedLoader`` that starts: where batches are noted, and how many of all ranks' batches
+        #: are passed over.
         self.handed_on: deque[list[Any]] | None = None
         self.passed_over = 0
         self.newest: Rest | None = None
         #: Looks after iterations that ``SievedLoader`` does not make: somebody reads the batches, or another loader.
-        self.watch: Callable[[Callable[[], Iterator[list[int]]]], Iterator[list[int]]] | None = None
+        self.watch: Callable[[Callable[[int], Iterator[list[int]]]], Iterator[list[int]]] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.handed_on is None:
-            return self._batches() if self.watch is None else self.watch(self._batches)
-        self.newest = Rest(self._batches(), self.handed_on, self.passed_over)
+            return self._batches(0) if self.watch is None else self.watch(self._batches)
+        self.newest = Rest(self._batches(self.passed_over), self.handed_on)
         return self.newest
 
-    def _batches(self) -> Iterator[list[int]]:
+    def _batches(self, taken: int) -> Iterator[list[int]]:
         keep = self.keep()
         batches = super().__iter__() if keep is None else self._kept(keep)
-        return _dealt(batches, *self.share, drop_rest=self.drop_last) if self.share[1] > 1 else batches
+        if self.share[1] > 1:
+            return _dealt(batches, *self.share, drop_rest=self.drop_last, taken=taken)
+        return islice(batches, taken, None) if taken else batches
 
     def __len__(self) -> int:
-        """Number of batches in an epoch.
+        """Number of batches in an epoch; see ``n_left``."""
+        return self.n_left(0)
+
+    def n_left(self, taken: int) -> int:
+        """Number of batches for this rank, in an epoch of which the ranks have taken so many together.
 
         Raises:
             TypeError: something is removed, and the sampler (random with replacement, or not one of PyTorch's own)
@@ -85,7 +92,7 @@ class SievedBatchSampler(BatchSampler):
             n_batches = int(super().__len__())
         else:
             n_batches = _divide(self._n_kept(keep), self.batch_size, drop_rest=self.drop_last)
-        return _divide(n_batches, self.share[1], drop_rest=self.drop_last)
+        return _divide(max(0, n_batches - taken), self.share[1], drop_rest=self.drop_last)
 
     def n_samples(self) -> int:
         """Samples of an epoch, over all processes, before ``drop_last``.
@@ -122,13 +129,20 @@ def _divide(n: int, size: int, *, drop_rest: bool) -> int:
     return n // size if drop_rest else -(-n // size)
 
 
-def _dealt(batches: Iterator[list[int]], rank: int, size: int, *, drop_rest: bool) -> Iterator[list[int]]:
-    """Every ``size``-th batch, from ``rank`` on; a last round that is not full is filled from the first batches."""
+def _dealt(
+    batches: Iterator[list[int]], rank: int, size: int, *, drop_rest: bool, taken: int = 0
+) -> Iterator[list[int]]:
+    """Every ``size``-th batch, from ``rank`` on, of those that are not taken.
+
+    A last round that is not full is filled from the first batches.
+    """
     first: list[list[int]] = []
     hand: list[list[int]] = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if len(first) < size:
             first.append(batch)
+        if number < taken:
+            continue
         hand.append(batch)
         if len(hand) == size:
             yield hand[rank]
@@ -141,20 +155,18 @@ class Rest(Iterator[list[int]]):
     """The batches of an epoch, from the first one that was not taken.
 
     Args:
-        batches: all of them.
+        batches: those.
         queue: where the batches that are asked for are noted.
-        taken: how many are passed over.
     """
 
-    def __init__(self, batches: Iterator[list[int]], queue: deque[list[Any]], taken: int) -> None:
-        self._batches, self._queue, self._taken = batches, queue, taken
+    def __init__(self, batches: Iterator[list[int]], queue: deque[list[Any]]) -> None:
+        self._batches, self._queue = batches, queue
         self._ahead: list[list[int]] = []
 
     def look_ahead(self) -> bool:
         """Draw one batch more from the sampler, for the next call; returns whether there is one."""
         if not self._ahead:
-            rest, self._taken = islice(self._batches, self._taken, self._taken + 1), 0
-            self._ahead = list(rest)
+            self._ahead = list(islice(self._batches, 1))
         return bool(self._ahead)
 
     @property

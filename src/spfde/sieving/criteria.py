@@ -77,7 +77,7 @@ class SievingCriterion:
         """What is kept at the start of an interval: tensors by name, each with an entry for each of ``n`` samples."""
         return {
             "total": torch.zeros(n, dtype=torch.float64),
-            "presentations": torch.zeros(n, dtype=torch.long),
+            "presentations": torch.zeros(n, dtype=torch.int32),
         }
 
     def add(self, kept: dict[str, Tensor], indices: Tensor, values: Tensor) -> None:
@@ -207,7 +207,7 @@ class Forgetting(SievingCriterion):
 
     def start(self, n: int) -> dict[str, Tensor]:
         return {
-            "forgotten": torch.zeros(n, dtype=torch.long),
+            "forgotten": torch.zeros(n, dtype=torch.int32),
             "last": torch.full((n,), -1, dtype=torch.int8),  # -1 unseen, 0 wrong, 1 right
             "learned": torch.zeros(n, dtype=torch.bool),
         }

@@ -162,7 +162,7 @@ class SievedLoader(DataLoader[Any]):
         iteration: number of the newest iteration; -1 before the first.
         is_ended: whether it has come to its end.
         batches_handed: batches handed out in it, and ``samples_handed`` their samples.
-        passed_over: batches of its epoch that had been taken before it started, in the run that goes on.
+        passed_over: batches of its epoch that all ranks had taken before it started, in the run that goes on.
         started_with: the states of the generators when it started, the global one's last.
         handed_by: the iteration that handed out the last batch, ``handed_keys`` what the sampler gave for its samples
             (None where that is not known), and ``handed_size`` their number.
@@ -207,7 +207,7 @@ class SievedLoader(DataLoader[Any]):
         """The next iteration gives what is left of an epoch in a run that goes on; None: it gives a whole one.
 
         Args:
-            taken: batches of it that were taken. They are passed over, and their samples are not loaded.
+            taken: batches of it that all ranks had taken. They are passed over, and their samples are not loaded.
             started_with: see the attribute of this name.
         """
         self._goes_on = None if taken is None else (taken, started_with)
@@ -257,6 +257,10 @@ class SievedLoader(DataLoader[Any]):
         with torch.random.fork_rng(devices=[], enabled=is_drawn_from):
             yield is_drawn_from
 
+    def n_left(self, taken: int) -> int:
+        """Batches in an epoch of which all ranks have taken so many, or a ``TypeError`` where that is not known."""
+        return self._source.n_left(taken)
+
     def hand_out(self, iteration: int, keys: list[Any], *, is_known: bool = True) -> None:
         """A batch of an iteration is about to be in somebody's hands."""
         if iteration == self.iteration:
@@ -298,19 +302,17 @@ class SievedLoader(DataLoader[Any]):
         for generator, state in zip(loader_generators(self), states or (), strict=False):
             generator.set_state(state)
 
-    def _watch(self, batches: Callable[[], Iterator[list[int]]]) -> Iterator[list[int]]:
+    def _watch(self, batches: Callable[[int], Iterator[list[int]]]) -> Iterator[list[int]]:
         """Batches that are drawn from the batch sampler without this loader."""
         if not _is_drawn_by_a_loader():
-            yield from batches()
+            yield from batches(0)
             return
         self.on_event("taken over")
         self.on_event("start")
         (taken, started_with), self._goes_on = self._goes_on or (0, ()), None
         with self._drawing_as_before(started_with):
             self._begin(taken)
-            rest = batches()
-            for _ in range(taken):
-                next(rest, None)
+            rest = batches(taken)
         iteration = self.iteration
         for batch in rest:
             self.hand_out(iteration, list(batch))

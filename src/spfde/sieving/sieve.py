@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -154,12 +155,16 @@ class Sieve:
         return self._weights[torch.searchsorted(self.partial, ids)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Sets, queue order and history: tensors and primitives only. The generator is saved by whoever gave it."""
+        """The queue in its order, and the history: tensors and primitives only. What is not removed is in use.
+
+        Less than four bytes a sample where ids and updates are few enough for small integers. The generator is saved by
+        whoever gave it.
+        """
         return {
-            "partial": self.partial.clone(),
-            "removed": self.removed.clone(),
-            "ever_used": self._ever_used.clone(),
-            "included": self._included.clone(),
+            "ids": int(self.population.sum()),
+            "removed": self.removed.to(_smallest(int(self.population[-1])), copy=True),
+            "ever_used": torch.from_numpy(np.packbits(self._ever_used.numpy())),
+            "included": self._included.to(_smallest(self._updates), copy=True),
             "updates": self._updates,
             "n_swap": self.n_swap,
         }
@@ -171,33 +176,38 @@ class Sieve:
             StateMismatch: the state is of other samples or other fractions, or damaged; nothing has changed then.
         """
         self._check_state(state)
-        self.partial = state["partial"].detach().to("cpu", copy=True)
-        self.removed = state["removed"].detach().to("cpu", copy=True)
-        self._ever_used = state["ever_used"].detach().to("cpu", copy=True)
-        self._included = state["included"].detach().to("cpu", copy=True)
+        n = self.population.numel()
+        self.removed = state["removed"].detach().cpu().long()
+        self.partial = _without(self.population, torch.searchsorted(self.population, self.removed))
+        used = np.unpackbits(state["ever_used"].detach().cpu().numpy(), count=n)
+        self._ever_used = torch.from_numpy(used).bool()
+        self._included = state["included"].detach().to("cpu", self._included.dtype, copy=True)
         self._updates = int(state["updates"])
         self._refresh()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        mine = self.state_dict()
-        check_entries(state, "the sieve", {name: type(value) for name, value in mine.items()})
+        check_entries(state, "the sieve", {name: type(value) for name, value in self.state_dict().items()})
         if state["n_swap"] != self.n_swap or state["updates"] < 0:
             raise StateMismatch(
                 f"the saved sieve swapped {state['n_swap']} samples {state['updates']} times, and this one swaps "
                 f"{self.n_swap} each time. Use the recipe and the data set that it was saved with."
             )
         n, n_removed = self.population.numel(), self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
-        sizes = {"partial": n - n_removed, "removed": n_removed, "ever_used": n, "included": n}
-        for name, size in sizes.items():
-            if state[name].shape != (size,) or state[name].dtype != mine[name].dtype:
+        forms = {
+            "removed": (n_removed, _smallest(int(self.population[-1]))),
+            "ever_used": (-(-n // 8), torch.uint8),
+            "included": (n, _smallest(state["updates"])),
+        }
+        for name, (size, dtype) in forms.items():
+            if state[name].shape != (size,) or state[name].dtype != dtype:
                 found = f"{state[name].dtype} of shape {tuple(state[name].shape)}"
                 raise StateMismatch(
-                    f"{name} in the state of the sieve is {found}, and here {mine[name].dtype} of shape ({size},). "
+                    f"{name} in the state of the sieve is {found}, and here {dtype} of shape ({size},). "
                     "Use the recipe and the data set that it was saved with."
                 )
-        together = torch.cat([state["partial"], state["removed"]]).cpu().sort().values
-        ascending = bool((state["partial"].diff() > 0).all())
-        if not torch.equal(together, self.population) or not ascending:
+        removed = state["removed"].cpu().long().sort().values
+        are_known = bool(torch.isin(removed, self.population).all()) and bool((removed.diff() > 0).all())
+        if state["ids"] != int(self.population.sum()) or not are_known:
             raise StateMismatch("the saved sieve holds other sample ids. Use the data set that it was saved with.")
 
     def _weigh(self) -> Tensor:
@@ -222,6 +232,11 @@ class Sieve:
         self._contains[self.partial] = True
         self._ever_used |= self._contains[self.population]
         self._weights = None
+
+
+def _smallest(largest: int) -> torch.dtype:
+    """The integers, of 16 bits or more, that hold numbers from 0 to this one."""
+    return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(dtype).max)
 
 
 def _without(ids: Tensor, leaving: Tensor) -> Tensor:

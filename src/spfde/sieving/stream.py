@@ -42,6 +42,10 @@ class StreamLoader:
             raise TypeError("the number of batches is not known")
         return len(self.source)  # type: ignore[arg-type]  # a TypeError where it has none
 
+    def n_left(self, taken: int) -> int:
+        """All: an epoch of such batches is not resumed amid itself."""
+        return len(self)
+
     def __iter__(self) -> Iterator[Any]:
         if self.source is None:
             raise UsageError("session.loader is empty, for attach was given loader=None. Iterate your own loader.")
