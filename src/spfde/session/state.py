@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spfde.core.clock import Clock
 from spfde.core.errors import StateMismatch, shortened
+from spfde.core.generator_states import check_torch
 from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.session.freezing import Freezing
@@ -131,10 +131,7 @@ def _check_generators(saved: Sequence[Any], count: int) -> None:
             f"the state has {counted(len(saved), 'generator')}, and this session {count}. It is damaged."
         )
     for own in saved:
-        try:
-            torch.Generator().set_state(own.cpu())
-        except (AttributeError, RuntimeError, TypeError) as error:
-            raise StateMismatch(f"a generator in the state is damaged ({error}).") from error
+        check_torch(own, "a generator")
 
 
 def _check_place(place: Mapping[str, Any], n_generators: int) -> None:

@@ -270,6 +270,8 @@ def _described(run: TrainingRun) -> dict[str, Any]:
 def _load(run: TrainingRun, checkpoint: Path) -> None:
     try:
         run.load(checkpoint)
+    except RunFolderError:
+        raise
     except StateMismatch as error:
         raise StateMismatch(f"checkpoint {checkpoint}: {error}") from error
     except Exception as error:

@@ -131,7 +131,8 @@ def _version(command: tuple[str, ...]) -> str:
         ran = subprocess.run([*command, "--version"], capture_output=True, timeout=30, check=True, **_TEXT)
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailable(f"{shlex.join(command)} does not run ({error})") from error
-    return (ran.stdout.strip().splitlines() or [command[0]])[0]
+    said: list[str] = ran.stdout.strip().splitlines()
+    return said[0] if said else command[0]
 
 
 def _machine_flag() -> str:
