@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spfde.core import json_text
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError, WeightsFileError
 from spfde.core.files import clear_errors, written_whole
 from spfde.export.encoding import Encoded, as_bits, decode, encode
@@ -124,7 +125,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if metadata.get(_CHECKSUM) != _checksum(stored):
         raise WeightsFileError(f"{path}: is damaged (its checksum differs from when it was written). {_REMEDY}")
     try:
-        layout = json.loads(metadata[_TENSORS])
+        layout = json_text.parse(metadata[_TENSORS])
         return decode({name: _found(name, kind, shape, stored) for name, (kind, shape) in layout.items()})
     except (KeyError, ValueError, TypeError, AttributeError, InvalidArgument) as error:
         raise WeightsFileError(f"{path}: is damaged ({error}). {_REMEDY}") from error
