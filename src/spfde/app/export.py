@@ -87,10 +87,10 @@ def _why(run: RunFolder, checkpoint: Path, which: Literal["best", "last"]) -> st
         RunFolderError: the best one is denser than the run: it was kept by a version that went by accuracy alone.
     """
     epoch, rows = epoch_of(checkpoint), run.read_metrics()
-    row = rows.get(epoch, {})
-    if which == "last" or "density" not in row:
+    row = rows.get(epoch)
+    if which == "last" or row is None:
         return f"epoch {epoch}, {'the last one' if which == 'last' else 'the best one'}"
-    lowest = min(row["density"] for row in rows.values() if "density" in row)
+    lowest = min(row["density"] for row in rows.values())
     if not is_sparse(row, lowest):
         raise RunFolderError(
             f"{run.path}: its best checkpoint, of epoch {epoch}, has a density of {row['density']:.3f}, and the run "

@@ -116,7 +116,7 @@ def _check_agreement(state: Mapping[str, Any], *, recipe: Mapping[str, Any], run
         )
     check_entries(state, "the session", _KINDS)
     for what, theirs, mine in (("recipe", state["recipe"], recipe), ("run", state["run"], run)):
-        if theirs != mine:
+        if _differ(theirs, mine):
             was, now = _first_difference(theirs, mine)
             raise StateMismatch(
                 f"the state is of another {what}: there {was}, here {now}. "
@@ -143,10 +143,17 @@ def _check_place(place: Mapping[str, Any], n_generators: int) -> None:
         raise StateMismatch(f"the state's place in the epoch is damaged: {place['taken']} batches were taken.")
 
 
+def _differ(theirs: Any, mine: Any) -> bool:
+    try:
+        return bool(theirs != mine)
+    except RuntimeError:  # a tensor of several elements, where a primitive belongs
+        return True
+
+
 def _first_difference(theirs: Any, mine: Any, path: str = "") -> tuple[str, str]:
     if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
         for name in dict.fromkeys([*theirs, *mine]):
-            if theirs.get(name) != mine.get(name):
+            if _differ(theirs.get(name), mine.get(name)):
                 return _first_difference(theirs.get(name), mine.get(name), f"{path}.{name}" if path else str(name))
     name = _NAMES.get(path, path)
     return f"{name} is {_told(theirs)}", f"{name} is {_told(mine)}"

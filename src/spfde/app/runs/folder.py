@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spfde.app.runs.checkpoints import Checkpoints
+from spfde.app.runs.rows import is_row
 from spfde.core import json_text
 from spfde.core.errors import RunFolderError
 from spfde.core.files import DRAFT, clear_errors, written_whole
@@ -182,10 +183,11 @@ class RunFolder:
         """The lines of the finished epochs, by epoch; of two about one epoch the later one, and no half-written one."""
         rows: dict[int, dict[str, Any]] = {}
         with suppress(OSError):
-            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
+            for line in (self.path / METRICS).read_bytes().decode("utf-8", "replace").splitlines():
+                with suppress(ValueError):
                     row = json_text.parse(line)
-                    rows[int(row["epoch"])] = row
+                    if is_row(row):
+                        rows[row["epoch"]] = row
         return rows
 
 

@@ -21,10 +21,15 @@ from torch.optim import Optimizer
 
 from spfde.core.errors import RunFolderError
 from spfde.core.generator_states import check_numpy, check_python, check_torch
+from spfde.core.optimizer_states import check_optimizer
 from spfde.core.state import Kind, check_entries
 
 WEIGHTS, OTHER_WEIGHTS = "model.safetensors", "model.pt"
 _OPTIMIZER, _SCALER, _GENERATORS = "optimizer.pt", "scaler.pt", "generators.pt"
+_SCALER_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float),
+    **dict.fromkeys(("growth_interval", "_growth_tracker"), int),
+}
 _OF_EARLIER_VERSIONS = "custom_checkpoint_*.pkl"
 _PYTHON, _NUMPY, _TORCH, _CUDA = "python", "numpy", "torch", "cuda"
 
@@ -99,9 +104,11 @@ def load_state(
         load_model(model, folder / WEIGHTS, device="cpu")
     else:
         model.load_state_dict(_read(folder / OTHER_WEIGHTS))
-    optimizer.load_state_dict(_read(folder / _OPTIMIZER))
+    check_optimizer(states := _read(folder / _OPTIMIZER), optimizer)
+    optimizer.load_state_dict(states)
     if scaler.is_enabled():
-        scaler.load_state_dict(_read(folder / _SCALER))
+        check_entries(states := _read(folder / _SCALER), "the loss scale", _SCALER_KINDS)
+        scaler.load_state_dict(states)
     _set_generators(_read(folder / _GENERATORS), device)
     for name, other in others.items():
         other.load_state_dict(_read(folder / f"{name}.pt"))
