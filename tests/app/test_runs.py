@@ -262,8 +262,8 @@ class TestResuming:
         ("damage", "told"),
         [
             (lambda latest: _flip_a_byte(latest / "model.safetensors"), "model.safetensors has another checksum"),
-            (lambda latest: os.truncate(latest / "optimizer.bin", 100), "optimizer.bin has another checksum"),
-            (lambda latest: (latest / "custom_checkpoint_0.pkl").unlink(), "custom_checkpoint_0.pkl is missing"),
+            (lambda latest: os.truncate(latest / "optimizer.pt", 100), "optimizer.pt has another checksum"),
+            (lambda latest: (latest / "session.pt").unlink(), "session.pt is missing"),
             (lambda latest: (latest / "manifest.json").unlink(), "manifest.json is missing"),
             (lambda latest: (latest / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
         ],

@@ -18,7 +18,9 @@ from torch import nn
 import spfde
 from helpers.training import SmallNet, make_parts
 from spfde.core.errors import InvalidArgument, UsageError, WeightsFileError
-from spfde.export import load, save_compressed, save_dense, save_onnx
+from spfde.export import files, load, save_compressed, save_dense, save_onnx
+
+ABSURD: list[Any] = [[2**40, 2**40], [10**400], [-1, -324], [-324, -1], ["324"], [324.0], [True] * 3, "324", 324, None]
 
 
 def sparse_net() -> nn.Module:
@@ -183,18 +185,40 @@ def test_a_header_that_lies_is_refused(compressed: Path) -> None:
         {name: ["rle", [6, 6, 3, 3]]},
         {"v": ["dense", [1]]},
         {name: 1},
+        *({name: [kind, shape]} for kind in ("dense", "mask") for shape in ABSURD),
     ):
         lied = {**tensors, **lie} if isinstance(lie, dict) else lie
         text = lied if isinstance(lied, str) else json.dumps(lied)
-        save_file(stored, compressed, metadata={**metadata, "spfde.tensors": text})
+        sealed = {"spfde.tensors": text, "spfde.checksum": files._checksum(stored, text)}
+        save_file(stored, compressed, metadata={**metadata, **sealed})
         with pytest.raises(WeightsFileError, match="is damaged"):
+            load(compressed)
+
+
+def test_a_shape_is_refused_before_there_is_memory_for_it(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {name: value.clone() for name, value in load_file(compressed).items()}
+    name = next(name.removeprefix("mask/") for name in stored if name.startswith("mask/"))
+    text = json.dumps({name: ["mask", [2**20, 2**20]]})
+    sealed = {"spfde.tensors": text, "spfde.checksum": files._checksum(stored, text)}
+    save_file(stored, compressed, metadata={"spfde.compressed": "3", **sealed})
+    monkeypatch.setattr(np, "zeros", lambda *_, **__: pytest.fail("memory was asked for"))
+    with pytest.raises(WeightsFileError, match="is damaged"):
+        load(compressed)
+
+
+def test_any_changed_character_of_the_table_shows(compressed: Path) -> None:
+    whole = compressed.read_bytes()
+    for old, new in ((b" 3, 3]]", b" 9, 1]]"), (b'\\"mask\\"', b'\\"task\\"')):
+        assert old in whole
+        compressed.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(WeightsFileError, match="checksum"):
             load(compressed)
 
 
 def test_a_newer_layout_is_refused(compressed: Path) -> None:
     stored = {name: value.clone() for name, value in load_file(compressed).items()}
-    save_file(stored, compressed, metadata={"spfde.compressed": "3"})
-    with pytest.raises(WeightsFileError, match="layout 3"):
+    save_file(stored, compressed, metadata={"spfde.compressed": "4"})
+    with pytest.raises(WeightsFileError, match="layout 4"):
         load(compressed)
 
 

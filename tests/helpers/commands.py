@@ -155,7 +155,7 @@ def _before_the_checkpoint(flag: Path) -> None:
 def _in_a_checkpoint(flag: Path) -> None:
     from spfde.app.runs import checkpoints
 
-    _wait_before(checkpoints, "_seal", 3, flag)
+    _wait_before(checkpoints, "seal", 3, flag)
 
 
 def _before_the_checkpoint_is_named(flag: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +46,13 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["bes
         raise InvalidArgument(Problem("--out", str(path), "exists already", "Remove it, or choose another name."))
     if not path.parent.is_dir():
         raise InvalidArgument(Problem("--out", str(path), f"there is no folder {path.parent}", "Make it first."))
-    checkpoint = _checkpoint(run, which)
-    why = _why(run, checkpoint, which)
-    config = run.read_json(CONFIG)
-    model, sample = _build(config, folder / CONFIG)
-    _load(model, checkpoint)
+    model, sample = _build(run.read_json(CONFIG), folder / CONFIG)
+
+    def load(checkpoint: Path) -> tuple[Path, str]:
+        _load(model, checkpoint)
+        return checkpoint, _why(run, checkpoint, which)
+
+    checkpoint, why = run.checkpoints.read(partial(_checkpoint, run, which), load)
     state = model.state_dict()
     if kind == "dense":
         save_dense(state, path)
@@ -63,10 +66,11 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["bes
 
 
 def _checkpoint(run: RunFolder, which: Literal["best", "last"]) -> Path:
-    best = run.checkpoints.best
-    if which == "best" and best.is_dir():
-        check_whole(best)
-        return best
+    if which == "best":
+        for best in (run.checkpoints.best, run.checkpoints.best_before):
+            if best.is_dir():
+                check_whole(best)
+                return best
     newest = run.checkpoints.newest()
     go_on = f"go on with `spfde train --resume {run.path}`."
     if newest is None:
@@ -83,10 +87,10 @@ def _why(run: RunFolder, checkpoint: Path, which: Literal["best", "last"]) -> st
         RunFolderError: the best one is denser than the run: it was kept by a version that went by accuracy alone.
     """
     epoch, rows = epoch_of(checkpoint), run.read_metrics()
-    row = rows.get(epoch, {})
-    if which == "last" or "density" not in row:
+    row = rows.get(epoch)
+    if which == "last" or row is None:
         return f"epoch {epoch}, {'the last one' if which == 'last' else 'the best one'}"
-    lowest = min(row["density"] for row in rows.values() if "density" in row)
+    lowest = min(row["density"] for row in rows.values())
     if not is_sparse(row, lowest):
         raise RunFolderError(
             f"{run.path}: its best checkpoint, of epoch {epoch}, has a density of {row['density']:.3f}, and the run "

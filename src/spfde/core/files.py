@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,16 +36,20 @@ def clear_errors(
 
 
 @contextmanager
-def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
+def written_whole(*paths: Path, mode: int = 0o666) -> Iterator[tuple[Path, ...]]:
     """Passing names beside ``paths`` to write to: all files are there in the end, or none of them.
 
     When the block ends, what was written is put on disk and takes its name, the first file last; when it fails, the
-    drafts are taken away, and what was there before is as it was.
+    drafts are taken away, and what was there before is as it was. Who may read and write them is ``mode``, less the
+    umask.
     """
     drafts = tuple(path.with_name(f".{path.name}.{os.getpid()}{DRAFT}") for path in paths)
     try:
+        modes = [_make(draft, mode) for draft in drafts]
         yield drafts
-        for draft in drafts:
+        for draft, given in zip(drafts, modes, strict=True):
+            # Some write to a temporary file of their own, which nobody else may read, and rename it.
+            draft.chmod(given)
             sync_file(draft)
         for draft, path in zip(reversed(drafts), reversed(paths), strict=True):
             draft.replace(path)
@@ -54,6 +59,16 @@ def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 draft.unlink()
     for folder in {path.parent for path in paths}:
         sync_folder(folder)
+
+
+def _make(path: Path, mode: int) -> int:
+    """Make an empty file that was not there before; the mode that the umask gives it."""
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
 
 
 def sync_file(path: Path) -> None:

@@ -110,6 +110,8 @@ def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
     Raises:
         InvalidArgument: positions do not fit the shape or the values; the data are damaged.
     """
+    for name, item in encoded.items():
+        _check(name, item, _has_possible_size(item))
     sizes = {name: math.prod(item.shape) * item.values.element_size() for name, item in encoded.items()}
     starts, total = {}, 0
     for name, size in sizes.items():
@@ -128,6 +130,15 @@ def decode(encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
             _check(name, item, _fill(as_bits(tensor), as_bits(item.values), item.positions.numpy()))
         decoded[name] = tensor.view(item.shape)
     return decoded
+
+
+def _has_possible_size(item: Encoded) -> bool:
+    """Whether what is stored says as much as the shape does, before there is memory for it."""
+    if not all(type(side) is int and side >= 0 for side in item.shape):
+        return False
+    numel = math.prod(item.shape)
+    stored = item.values.numel() if item.kind == "dense" else item.positions.numel()
+    return item.values.dim() == 1 and stored == (numel if item.kind == "dense" else -(-numel // 8))
 
 
 def as_bits(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -154,7 +165,7 @@ def _fill(target: np.ndarray[Any, Any], values: np.ndarray[Any, Any], packed: np
 
 def _check(name: str, item: Encoded, fits: bool) -> None:
     if not fits:
-        found = f"{len(item.values)} values of shape {item.shape} by {item.kind}"
+        found = f"{item.values.numel()} values of shape {item.shape} by {item.kind}"
         raise InvalidArgument(Problem(name, found, "values, positions and shape do not fit", "The data are damaged."))
 
 

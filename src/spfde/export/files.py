@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spfde.core import json_text
 from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError, WeightsFileError
 from spfde.core.files import clear_errors, written_whole
 from spfde.export.encoding import Encoded, as_bits, decode, encode
 
 # Version of the compressed layout, and the keys of the header's metadata.
-_VERSION = "2"
+_VERSION = "3"
 _LAYOUT, _TENSORS, _CHECKSUM = "spfde.compressed", "spfde.tensors", "spfde.checksum"
 _REMEDY = "Export it again, or restore it from a copy."
 
@@ -92,7 +93,8 @@ def save_compressed(
             stored[f"dense/{name}"] = encoded.values.clone()
         else:
             stored |= {f"values/{name}": encoded.values, f"mask/{name}": encoded.positions}
-    _save(stored, Path(path), {_LAYOUT: _VERSION, _TENSORS: json.dumps(tensors), _CHECKSUM: _checksum(stored)})
+    layout = json.dumps(tensors)
+    _save(stored, Path(path), {_LAYOUT: _VERSION, _TENSORS: layout, _CHECKSUM: _checksum(stored, layout)})
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -121,10 +123,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if metadata[_LAYOUT] != _VERSION:
         rule = f"has layout {metadata[_LAYOUT]}, and this version of spfde reads layout {_VERSION}"
         raise WeightsFileError(f"{path}: {rule}. Read it with the version that wrote it.")
-    if metadata.get(_CHECKSUM) != _checksum(stored):
+    if metadata.get(_CHECKSUM) != _checksum(stored, metadata.get(_TENSORS, "")):
         raise WeightsFileError(f"{path}: is damaged (its checksum differs from when it was written). {_REMEDY}")
     try:
-        layout = json.loads(metadata[_TENSORS])
+        layout = json_text.parse(metadata[_TENSORS])
         return decode({name: _found(name, kind, shape, stored) for name, (kind, shape) in layout.items()})
     except (KeyError, ValueError, TypeError, AttributeError, InvalidArgument) as error:
         raise WeightsFileError(f"{path}: is damaged ({error}). {_REMEDY}") from error
@@ -171,11 +173,12 @@ def _found(name: str, kind: Any, shape: list[int], stored: Mapping[str, Tensor])
     return Encoded(kind, tuple(shape), stored[f"values/{name}"], stored[f"{kind}/{name}"])
 
 
-def _checksum(stored: Mapping[str, Tensor]) -> str:
-    """CRC-32 of each entry's sum, in order of the names: any damaged byte shows, at the speed of memory."""
-    value = 0
+def _checksum(stored: Mapping[str, Tensor], layout: str) -> str:
+    """CRC-32 of the table, and of each entry's name, type, shape and sum: any damaged byte shows, at memory's speed."""
+    value = zlib.crc32(layout.encode())
     for name in sorted(stored):
         bits = as_bits(stored[name])
+        value = zlib.crc32(f"{name} {stored[name].dtype} {list(stored[name].shape)}".encode(), value)
         value = zlib.crc32(np.add.reduce(bits, dtype=bits.dtype).tobytes(), value)
     return f"{value:08x}"
 

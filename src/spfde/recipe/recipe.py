@@ -175,9 +175,10 @@ class Recipe(Technique):
         """
         try:
             written = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = "it nests too deep" if isinstance(error, RecursionError) else error
             raise InvalidArgument(
-                Problem("recipe", text, f"is no valid TOML ({error})", "Compare it with a run folder's recipe.toml.")
+                Problem("recipe", text, f"is no valid TOML ({reason})", "Compare it with a run folder's recipe.toml.")
             ) from None
         return cls.from_dict(written)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spfde.core.clock import Clock
 from spfde.core.errors import StateMismatch, shortened
+from spfde.core.generator_states import check_torch
 from spfde.core.say import counted
 from spfde.core.state import check_entries
 from spfde.session.freezing import Freezing
@@ -129,7 +129,7 @@ def _check_agreement(state: Mapping[str, Any], *, recipe: Mapping[str, Any], run
         )
     check_entries(state, "the session", _KINDS)
     for what, theirs, mine in (("recipe", state["recipe"], recipe), ("run", state["run"], run)):
-        if theirs != mine:
+        if _differ(theirs, mine):
             was, now = _first_difference(theirs, mine)
             raise StateMismatch(
                 f"the state is of another {what}: there {was}, here {now}. "
@@ -144,10 +144,7 @@ def _check_generators(saved: Sequence[Any], count: int) -> None:
             f"the state has {counted(len(saved), 'generator')}, and this session {count}. It is damaged."
         )
     for own in saved:
-        try:
-            torch.Generator().set_state(own.cpu())
-        except (AttributeError, RuntimeError, TypeError) as error:
-            raise StateMismatch(f"a generator in the state is damaged ({error}).") from error
+        check_torch(own, "a generator")
 
 
 def _check_place(place: Mapping[str, Any], n_generators: int) -> None:
@@ -161,10 +158,17 @@ def _check_place(place: Mapping[str, Any], n_generators: int) -> None:
         )
 
 
+def _differ(theirs: Any, mine: Any) -> bool:
+    try:
+        return bool(theirs != mine)
+    except RuntimeError:  # a tensor of several elements, where a primitive belongs
+        return True
+
+
 def _first_difference(theirs: Any, mine: Any, path: str = "") -> tuple[str, str]:
     if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
         for name in dict.fromkeys([*theirs, *mine]):
-            if theirs.get(name) != mine.get(name):
+            if _differ(theirs.get(name), mine.get(name)):
                 return _first_difference(theirs.get(name), mine.get(name), f"{path}.{name}" if path else str(name))
     name = _NAMES.get(path, path)
     return f"{name} is {_told(theirs)}", f"{name} is {_told(mine)}"

@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import inspect
+import io
+import os
 import struct
 import subprocess
 import sys
@@ -354,6 +356,48 @@ class TestNpz:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"no readable \.npz"):
             _load(path)
+
+    def test_a_flipped_bit_in_a_header_is_refused_or_changes_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "set.npz"
+        np.savez(path, **_arrays())
+        whole = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            start = archive.getinfo("x_train.npy").header_offset
+            expected = archive.read("x_train.npy")
+        for at in range(start, start + 200):
+            content = bytearray(whole)
+            content[at] ^= 1 << at % 8
+            path.write_bytes(content)
+            try:
+                _load(path)
+            except DataError:
+                continue
+            with zipfile.ZipFile(path) as archive:
+                assert archive.read("x_train.npy") == expected
+
+    @pytest.mark.parametrize("shape", ["(2**60,)", "(-4, 8, 8)", "(12, 8, 8, 10**30)", "('a',)"])
+    @pytest.mark.parametrize("key", ["x_train", "y_train"])
+    def test_a_shape_that_the_archive_cannot_hold_is_refused_before_there_is_memory_for_it(
+        self, key: str, shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "set.npz"
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"shape": eval(shape), "fortran_order": False, "descr": "|u1" if key == "x_train" else "<i8"}
+        )
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in _arrays().items():
+                content = io.BytesIO()
+                np.save(content, array)
+                archive.writestr(f"{name}.npy", header.getvalue() if name == key else content.getvalue())
+        monkeypatch.setattr(np, "ndarray", lambda *_, **__: pytest.fail("memory was asked for"))
+        with pytest.raises(DataError):
+            describe_data(path)
+
+    def test_a_queue_is_refused_and_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "set.npz")
+        with pytest.raises(DataError, match="queue"):
+            describe_data(tmp_path / "set.npz")
 
     @pytest.mark.parametrize("content", [b"", b"not a zip at all"])
     def test_a_file_that_is_no_archive_is_refused(self, content: bytes, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -225,3 +227,26 @@ def test_a_link_to_nothing_is_an_error_that_names_it(where: str, target: str, tm
     with pytest.raises(DataError, match="link to nothing") as caught:
         describe_data(tmp_path)
     assert place.name in str(caught.value)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_queue_among_the_images_is_an_error_that_names_it_and_not_waited_for(linked: bool, tmp_path: Path) -> None:
+    root = folder(tmp_path / "data")
+    place = next((root / "train").iterdir()) / "queue.png"
+    os.mkfifo(tmp_path / "queue" if linked else place)
+    if linked:
+        place.symlink_to(tmp_path / "queue")
+    with pytest.raises(DataError, match=r"queue\.png.*is no plain file"):
+        describe_data(root)
+
+
+def test_a_file_that_another_program_would_decode_is_refused_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow hands PostScript to Ghostscript."""
+    root = folder(tmp_path / "data")
+    place = next((root / "train").iterdir()) / "picture.png"
+    Image.new("RGB", (8, 8)).save(place, format="EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(DataError, match=r"picture\.png.*cannot be read as an image"):
+        load_data(root, root=tmp_path)

@@ -5,49 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import spfde
+from helpers.libraries import library_path, needs_compiler, start_load
+from helpers.training import make_parts
 from spfde.engines.native import build
-
-WHOLE = 'extern "C" __attribute__((visibility("default"))) int spfde_lanes() { return 1; }\n'
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"
-)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("SPFDE_CACHE_DIR", str(folder))
-    monkeypatch.delenv("CXX", raising=False)
-    return folder
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source that compiles in no time."""
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    (folder / "kernels.cpp").write_text(WHOLE)
-    monkeypatch.setattr(build, "SOURCES", folder)
-    return folder
-
-
-def library_path(**options: Any) -> Path:
-    """Where the library that is loaded lies."""
-    return Path(build.load(**options)._name)
-
-
-def start_load(sources: Path) -> subprocess.Popen[str]:
-    """Another process that loads the library, and tells where it lies and how often it was told to wait."""
-    code = (
-        "import sys; from pathlib import Path; from spfde.engines.native import build; said = [];"
-        "build.SOURCES = Path(sys.argv[1]); print(build.load(on_build=said.append)._name, len(said))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, str(sources)], stdout=subprocess.PIPE, text=True)
+from spfde.engines.native.engine import NativeEngine
 
 
 @needs_compiler
@@ -163,3 +128,42 @@ def test_kernels_and_pytorch_share_one_openmp_runtime(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert ran.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(
+    ("told", "part"),
+    [('"g++', "cannot be read"), ("\udcff", "is no compiler"), ("/", "is no compiler")],
+    ids=["a quote without an end", "no text", "a folder"],
+)
+def test_a_compiler_that_cannot_be_named_so_is_a_reason(
+    told: str, part: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", told)
+    reason = build.available()
+    assert reason is not None
+    assert part in reason
+
+
+@pytest.mark.parametrize("at", ["--version", "compiling"])
+@pytest.mark.parametrize(
+    "does",
+    ["exit 1", "printf 'error: \\377\\376' >&2; exit 1", "exit 0", "kill -9 $$"],
+    ids=["fails", "says no text", "does nothing", "dies"],
+)
+def test_a_compiler_that_does_not_work_is_a_reason_and_auto_goes_without(
+    does: str, at: str, cache: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "my-compiler"
+    answer = does if at == "--version" else "printf 'mine \\377'; exit 0"
+    mine.write_text(f'#!/bin/sh\nif [ "$1" = "--version" ]; then {answer}; fi\n{does}\n')
+    mine.chmod(0o755)
+    monkeypatch.setenv("CXX", str(mine))
+    if build.available() is None:
+        with pytest.raises(build.KernelsUnavailable):
+            build.load()
+    monkeypatch.setattr(NativeEngine, "expected_speed", lambda job: 0.1)
+    parts = make_parts()
+    recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.8), update_interval_epochs=2)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=4, engine="auto")
+    assert session.engine == "masked"
+    assert "the native engine cannot work here" in str(session)

@@ -111,6 +111,8 @@ def _files_under(start: Path, inside: set[str], seen: set[str]) -> Iterator[str]
             _check_link(entry)
             if entry.is_dir():
                 waiting.append(entry.path)
+            elif _is_shown_image(entry.path) and not entry.is_file():
+                raise data_error(entry.path, "is no plain file, and could be waited for without end", "Remove it.")
             elif entry.is_symlink() and (target := os.path.realpath(entry.path)):
                 if target in seen or os.path.dirname(target) in inside:
                     warnings.warn(
@@ -130,6 +132,8 @@ def _check_link(entry: os.DirEntry[str]) -> None:
 
 # What Pillow turns into 8 bits a channel as it is meant: 0 is black, the largest value white.
 _EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
+# By their content, whatever their name: Pillow would start another program for some, such as Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 _WITH_ALPHA = {"RGBA", "LA", "PA"}
 # How a camera held the image, in EXIF, and what puts it upright.
 _ORIENTATION, _ON_ITS_SIDE, _Turn = 0x0112, range(5, 9), Image.Transpose
@@ -313,7 +317,7 @@ def _size_of(path: str) -> tuple[int, int]:
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             yield image
     except DataError:
         raise

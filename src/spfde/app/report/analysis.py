@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from spfde.app.report.canvas import (
     style_of,
     whole_epochs,
 )
+from spfde.core import json_text
 from spfde.core.errors import RunFolderError
 from spfde.core.files import clear_errors, written_whole
 
@@ -41,7 +41,7 @@ def draw_analysis(path: str | Path) -> list[Path]:
     """
     source = Path(path)
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json_text.read(source)
         epochs, blocks = list(content["epochs"]), list(content["blocks"])
         layers = [layer for block in blocks for layer in block["layers"]]
         similarity, alignment = _curves(blocks, "structural_similarity"), _curves(blocks, "cka")

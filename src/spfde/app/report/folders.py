@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spfde.app.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
+from spfde.core import json_text
 from spfde.core.errors import RunFolderError
 
 
@@ -135,8 +135,8 @@ def _read_epochs(path: Path) -> dict[int, dict[str, float]]:
     by_epoch: dict[int, dict[str, float]] = {}
     for at, line in lines:
         try:
-            epoch, row = _parse_epoch(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            epoch, row = _parse_epoch(json_text.parse(line))
+        except ValueError as error:
             if at == lines[-1][0]:
                 break
             remedy = "Restore the file, or leave this run out."

@@ -7,20 +7,21 @@ At every moment ``latest`` or ``previous`` is a whole checkpoint, so that a kill
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from spfde.app.runs.manifest import Damaged, Manifest, damage, files_in, read_manifest, seal
 from spfde.core.errors import RunFolderError
 from spfde.core.files import clear_errors, sync_file, sync_folder
 
-MANIFEST = "manifest.json"
 _DRAFT = ".writing-"
 _KEPT = "epoch-"
+_ATTEMPTS = 10
+
+Result = TypeVar("Result")
 
 
 class Checkpoints:
@@ -29,6 +30,7 @@ class Checkpoints:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.latest, self.previous, self.best = path / "latest", path / "previous", path / "best"
+        self.best_before = path / ".best-before"
 
     @property
     def exist(self) -> bool:
@@ -83,7 +85,7 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
                 _write(write, draft)
-                _seal(draft, {"epoch": epoch, "about": about})
+                seal(draft, {"epoch": epoch, "about": about})
                 yield draft
         except Exception:
             # On a full disk the unfinished files are in the way of everything else.
@@ -93,17 +95,48 @@ class Checkpoints:
     def _copy_best(self, sealed: Path) -> None:
         draft = self.path / f"{_DRAFT}best"
         shutil.rmtree(draft, ignore_errors=True)
-        for path in _files(sealed):
+        for path in files_in(sealed):
             # Not copytree: it collects the system's errors into one of its own, which hides a full disk.
             copy = draft / path.relative_to(sealed)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
             sync_file(copy)
-        shutil.rmtree(self.best, ignore_errors=True)
+        # ``best`` may be read meanwhile: at each moment it is there, or the one before it.
+        shutil.rmtree(self.best_before, ignore_errors=True)
+        if self.best.exists():
+            self.best.rename(self.best_before)
         draft.rename(self.best)
+        shutil.rmtree(self.best_before, ignore_errors=True)
+
+    def read(self, find: Callable[[], Path], read: Callable[[Path], Result]) -> Result:
+        """Read a checkpoint of a run that may go on meanwhile: what is replaced as it is read is looked for again.
+
+        Args:
+            find: the checkpoint to read, checked.
+            read: reads it.
+        """
+        for _ in range(_ATTEMPTS):
+            before = self._standing()
+            try:
+                found = read(find())
+            except (OSError, RunFolderError):
+                if self._standing() == before:
+                    raise
+            else:
+                if self._standing() == before:
+                    return found
+        raise RunFolderError(
+            f"{self.path}: its checkpoints are replaced faster than they can be read. Try again later."
+        )
+
+    def _standing(self) -> list[tuple[int, int] | None]:
+        return [_identity(path) for path in (self.latest, self.previous, self.best, self.best_before)]
 
     def remove_drafts(self) -> None:
-        """Take away what a killed process left half-written."""
+        """Take away what a killed process left half-written, and put back a best one that was about to be replaced."""
+        if not self.best.exists() and self.best_before.is_dir():
+            self.best_before.rename(self.best)
+        shutil.rmtree(self.best_before, ignore_errors=True)
         for draft in self.path.glob(f"{_DRAFT}*"):
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -115,34 +148,43 @@ class Checkpoints:
         """
         for path in (self.latest, self.previous):
             if path.is_dir():
-                damage = _damage(path)
-                if damage is None:
+                found = damage(path)
+                if found is None:
                     return path
                 remedy = "Restore it from a copy, or start a new run."
-                if path == self.latest and self.previous.is_dir() and _damage(self.previous) is None:
+                if path == self.latest and self.previous.is_dir() and damage(self.previous) is None:
                     remedy = f"Remove {path} to go on from {self.previous}, one epoch earlier."
-                raise RunFolderError(f"checkpoint {path}: is damaged ({damage}). {remedy}")
+                raise RunFolderError(f"checkpoint {path}: is damaged ({found}). {remedy}")
         return None
 
 
 def check_whole(checkpoint: Path) -> None:
     """Raise RunFolderError where a checkpoint is not as it was written."""
-    damage = _damage(checkpoint)
-    if damage is not None:
-        raise RunFolderError(
-            f"checkpoint {checkpoint}: is damaged ({damage}). Restore it from a copy, or remove it to go without."
-        )
+    found = damage(checkpoint)
+    if found is not None:
+        raise _error(checkpoint, found)
 
 
 def described(checkpoint: Path) -> dict[str, Any]:
     """What ``save`` was told about a checkpoint."""
-    about: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["about"]
-    return about
+    return _manifest(checkpoint).about
 
 
 def epoch_of(checkpoint: Path) -> int:
     """The epoch that a checkpoint ends, from 0."""
-    return int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["epoch"]) - 1
+    return _manifest(checkpoint).epoch - 1
+
+
+def _manifest(checkpoint: Path) -> Manifest:
+    try:
+        return read_manifest(checkpoint)
+    except Damaged as damage:
+        raise _error(checkpoint, damage) from None
+
+
+def _error(checkpoint: Path, damage: object) -> RunFolderError:
+    remedy = "Restore it from a copy, or remove it to go without."
+    return RunFolderError(f"checkpoint {checkpoint}: is damaged ({damage}). {remedy}")
 
 
 def _write(write: Callable[[Path], None], draft: Path) -> None:
@@ -157,35 +199,9 @@ def _write(write: Callable[[Path], None], draft: Path) -> None:
         raise OSError(errno.ENOSPC if is_full else errno.EIO, text) from error
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    sums = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": sums}, indent=2), encoding="utf-8")
-    for path in _files(folder):
-        sync_file(path)
-    sync_folder(folder)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder; None where it is as it was written."""
+def _identity(folder: Path) -> tuple[int, int] | None:
     try:
-        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"].items()
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    for name, expected in sums:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _checksum(path) != expected:
-            return f"{name} has another checksum than when it was written"
-    return None
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns

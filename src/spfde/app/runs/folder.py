@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from spfde.app.runs.checkpoints import Checkpoints
+from spfde.app.runs.rows import is_row
+from spfde.core import json_text
 from spfde.core.errors import RunFolderError
 from spfde.core.files import DRAFT, clear_errors, written_whole
 
@@ -155,8 +157,8 @@ class RunFolder:
         path = self.path / name
         remedy = "Restore it from a copy, or start a new run."
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            content = json_text.read(path)
+        except (OSError, ValueError) as error:
             raise RunFolderError(f"{path}: is damaged ({error}). {remedy}") from None
         if not isinstance(content, dict):
             raise RunFolderError(f"{path}: is damaged (it holds no JSON object). {remedy}")
@@ -181,10 +183,11 @@ class RunFolder:
         """The lines of the finished epochs, by epoch; of two about one epoch the later one, and no half-written one."""
         rows: dict[int, dict[str, Any]] = {}
         with suppress(OSError):
-            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    row = json.loads(line)
-                    rows[int(row["epoch"])] = row
+            for line in (self.path / METRICS).read_bytes().decode("utf-8", "replace").splitlines():
+                with suppress(ValueError):
+                    row = json_text.parse(line)
+                    if is_row(row):
+                        rows[row["epoch"]] = row
         return rows
 
 

@@ -67,7 +67,7 @@ class CheckpointedModel:
         try:
             state, masks = kept_checkpoints.read(checkpoint)
             self.module.load_state_dict(state)
-        except (OSError, RuntimeError, KeyError, InvalidArgument) as error:
+        except Exception as error:  # readers raise whatever they like on damaged files
             reason = " ".join(str(error).split())[:200]
             raise RunFolderError(f"checkpoint {checkpoint}: does not fit {self.name} ({reason}). {remedy}") from error
         self.masks = {name: mask.to(self.device) for name, mask in masks.items()}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spfde.core.errors import StateMismatch
+from spfde.core.generator_states import check_torch
 from spfde.core.numbers import mix
 from spfde.core.state import check_entries
 
@@ -121,7 +122,5 @@ class BatchAugment:
                     f"augmentation: the saved {field} is {state[field]!r}, this run's is {getattr(self, field)!r}. "
                     "Resume with the augmentation that the run was started with."
                 )
-        try:
-            self.generator.set_state(state["generator"].cpu())
-        except (RuntimeError, TypeError) as error:
-            raise StateMismatch(f"augmentation: the saved generator cannot be restored: {error}") from error
+        check_torch(state["generator"], "the augmentation's generator")
+        self.generator.set_state(state["generator"].cpu())

@@ -1,11 +1,12 @@
 """A run's state in a checkpoint's folder: weights, optimizer, generators, and what else remembers something.
 
-Files and layout are those of Accelerate's ``save_state``, which earlier versions called.
+Nothing that is read here can run code: weights are safetensors, all else tensors and primitives that
+``torch.load(weights_only=True)`` reads, with nothing allowed beyond its own list. Earlier versions wrote
+``custom_checkpoint_N.pkl`` by way of Accelerate, which reads pickles of any kind; those are refused.
 """
 
 from __future__ import annotations
 
-import codecs
 import random
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,15 +15,23 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from spfde.core.errors import RunFolderError
+from spfde.core.generator_states import check_numpy, check_python, check_torch
+from spfde.core.optimizer_states import check_optimizer
+from spfde.core.state import Kind, check_entries
+
 WEIGHTS, OTHER_WEIGHTS = "model.safetensors", "model.pt"
-_OPTIMIZER, _SCALER, _GENERATORS = "optimizer.bin", "scaler.pt", "random_states_0.pkl"
-_CUDA = "torch_cuda_manual_seed"
-# Earlier versions wrote NumPy's state as an array.
-_ARRAYS: list[Any] = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32)), codecs.encode]
+_OPTIMIZER, _SCALER, _GENERATORS = "optimizer.pt", "scaler.pt", "generators.pt"
+_SCALER_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float),
+    **dict.fromkeys(("growth_interval", "_growth_tracker"), int),
+}
+_OF_EARLIER_VERSIONS = "custom_checkpoint_*.pkl"
+_PYTHON, _NUMPY, _TORCH, _CUDA = "python", "numpy", "torch", "cuda"
 
 
 class Remembers(Protocol):
@@ -52,7 +61,7 @@ def save_state(
 
     Args:
         folder: where; it exists.
-        others: what else is saved, in an order that stays.
+        others: what else is saved, by the names of their files.
         device: whose generator is saved.
     """
     if weights_note() is None:
@@ -65,8 +74,8 @@ def save_state(
     if scaler.is_enabled():
         torch.save(scaler.state_dict(), folder / _SCALER)
     torch.save(_generators(device), folder / _GENERATORS)
-    for number, other in enumerate(others.values()):
-        torch.save(other.state_dict(), folder / f"custom_checkpoint_{number}.pkl")
+    for name, other in others.items():
+        torch.save(other.state_dict(), folder / f"{name}.pt")
 
 
 def load_state(
@@ -77,19 +86,32 @@ def load_state(
     others: Mapping[str, Remembers],
     device: torch.device,
 ) -> None:
-    """Read what ``save_state`` wrote, in the same order; on another device too, with the generators that both have."""
+    """Read what ``save_state`` wrote; on another device too, with the generators that both have.
+
+    Raises:
+        RunFolderError: an earlier version wrote it.
+        StateMismatch: a state is not as it was written.
+    """
+    if found := next(folder.glob(_OF_EARLIER_VERSIONS), None):
+        raise RunFolderError(
+            f"checkpoint {folder}: holds {found.name}, which earlier versions wrote in Accelerate's form. A file of "
+            "that kind can run code when it is read, so it is not. If the run is yours, end it with the version that "
+            "began it; or start a new one."
+        )
     if (folder / WEIGHTS).exists():
         from safetensors.torch import load_model
 
         load_model(model, folder / WEIGHTS, device="cpu")
     else:
         model.load_state_dict(_read(folder / OTHER_WEIGHTS))
-    optimizer.load_state_dict(_read(folder / _OPTIMIZER))
+    check_optimizer(states := _read(folder / _OPTIMIZER), optimizer)
+    optimizer.load_state_dict(states)
     if scaler.is_enabled():
-        scaler.load_state_dict(_read(folder / _SCALER))
+        check_entries(states := _read(folder / _SCALER), "the loss scale", _SCALER_KINDS)
+        scaler.load_state_dict(states)
     _set_generators(_read(folder / _GENERATORS), device)
-    for number, other in enumerate(others.values()):
-        other.load_state_dict(_read(folder / f"custom_checkpoint_{number}.pkl"))
+    for name, other in others.items():
+        other.load_state_dict(_read(folder / f"{name}.pt"))
 
 
 def seed_all(seed: int) -> None:
@@ -100,25 +122,28 @@ def seed_all(seed: int) -> None:
 
 
 def _read(path: Path) -> Any:
-    with torch.serialization.safe_globals(_ARRAYS):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _generators(device: torch.device) -> dict[str, Any]:
-    name, key, *rest = np.random.get_state()  # noqa: NPY002
+    name, words, *rest = np.random.get_state()  # noqa: NPY002
     states = {
-        "random_state": random.getstate(),
-        "numpy_random_seed": (name, np.asarray(key).tolist(), *rest),
-        "torch_manual_seed": torch.get_rng_state(),
+        _PYTHON: random.getstate(),
+        _NUMPY: (name, np.asarray(words).tolist(), *rest),
+        _TORCH: torch.get_rng_state(),
     }
-    return states | ({_CUDA: [torch.cuda.get_rng_state(device)]} if device.type == "cuda" else {})
+    return states | ({_CUDA: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
-    random.setstate(states["random_state"])
-    name, key, *rest = states["numpy_random_seed"]
-    np.random.set_state((name, np.asarray(key, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch_manual_seed"])
+    kinds: dict[str, Kind] = {_PYTHON: tuple, _NUMPY: tuple, _TORCH: Tensor}
+    check_entries(states, "the generators", kinds | ({_CUDA: Tensor} if _CUDA in states else {}))
+    check_python(states[_PYTHON], "Python's generator")
+    check_numpy(states[_NUMPY], "NumPy's generator")
+    check_torch(states[_TORCH], "PyTorch's generator")
+    random.setstate(states[_PYTHON])
+    name, words, *rest = states[_NUMPY]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states[_TORCH])
     if device.type == "cuda" and _CUDA in states:
-        found = states[_CUDA]  # earlier versions saved one for each device of the machine
-        torch.cuda.set_rng_state(found[min(device.index or 0, len(found) - 1)], device)
+        torch.cuda.set_rng_state(states[_CUDA], device)

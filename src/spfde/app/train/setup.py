@@ -25,6 +25,7 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, draw
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
+from spfde.app.runs.rows import check_rows
 from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.checks import check_named
 from spfde.app.train.feed import Feed, make_feed
@@ -56,6 +57,7 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_entries(state, "the run's progress", {"rows": list, "dense_step_seconds": (float, type(None))})
+        check_rows(state["rows"])
         self.rows, self.dense_step_seconds = state["rows"], state["dense_step_seconds"]
 
 
@@ -273,6 +275,8 @@ def _described(run: TrainingRun) -> dict[str, Any]:
 def _load(run: TrainingRun, checkpoint: Path) -> None:
     try:
         run.load(checkpoint)
+    except RunFolderError:
+        raise
     except StateMismatch as error:
         raise StateMismatch(f"checkpoint {checkpoint}: {error}") from error
     except Exception as error:

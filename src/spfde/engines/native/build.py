@@ -1,7 +1,8 @@
 """Compiling the kernels on the machine that runs them, once, and loading them.
 
 The library is kept in the user's cache folder under a name that says what it was made of: sources, flags, compiler and
-processor. A second process that starts at the same time waits for the first.
+processor. A second process that starts at the same time waits for the first. Where the folder cannot be used, or others
+could write to it, the library is built into a temporary folder of this process, and that is said.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spfde.core.errors import SpfdeError
+from spfde.engines.native import library_cache
 
 SOURCES = Path(__file__).parent / "kernels"
 _COMPILERS = ("g++", "c++", "clang++")
@@ -32,6 +34,8 @@ _FLAGS = (
 )
 _OPENMP = "-fopenmp"
 _MOST_SECONDS = 300
+# What a compiler says may be of any encoding.
+_TEXT: Mapping[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 
 Real = Literal["float", "double"]
 
@@ -72,17 +76,26 @@ def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[st
     flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
     if sanitize:
         flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
-    name = f"kernels-{_digest(flags, compiler)}.so"
-    for folder in (cache_folder(), Path(_private_folder().name)):
-        with contextlib.suppress(OSError), _locked(folder, name):
-            target = folder / name
-            if not _is_whole(target):
-                if on_build is not None:
-                    version = _version(compiler)
-                    on_build(f"compiling the kernels with {version} (once on this machine, some seconds)")
-                _compile(compiler, flags, target)
-            return _open(str(target))
-    raise KernelsUnavailable("neither the cache folder nor a temporary one can be written to")
+    name, tell = f"kernels-{_digest(flags, compiler)}.so", on_build or (lambda line: None)
+    build = functools.partial(_compile, compiler, flags, tell)
+    try:
+        return _kept(cache_folder(), name, build)
+    except (OSError, library_cache.Unusable) as error:
+        tell(f"the kernels are built for this process alone: {error}")
+    try:
+        return _kept(Path(_private_folder().name), name, build)
+    except (OSError, library_cache.Unusable) as error:
+        raise KernelsUnavailable(f"neither the cache folder nor a temporary one can be used ({error})") from error
+
+
+def _kept(folder: Path, name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
+    """The library of that name in a folder, built where it is not there as it was built."""
+    library = library_cache.made(folder) / name
+    if not _is_usable(library):
+        with library_cache.locked(library):
+            if not _is_usable(library):  # nobody else has built it meanwhile
+                library_cache.put(library, build)
+    return _open(str(library))
 
 
 def cache_folder() -> Path:
@@ -99,7 +112,10 @@ def _compiler() -> tuple[str, ...]:
     """The compiler that runs here, with what $CXX says besides the program: a cache's name, flags."""
     if sys.platform not in ("linux", "darwin"):
         raise KernelsUnavailable(f"the platform {sys.platform} is not supported")
-    own = shlex.split(os.environ.get("CXX", ""))
+    try:
+        own = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:  # a quote that does not end
+        raise KernelsUnavailable(f"$CXX={os.environ['CXX']} cannot be read ({error})") from error
     found = next((path for path in map(shutil.which, own[:1] or _COMPILERS) if path), None)
     if found is None:
         told = f"$CXX={shlex.join(own)} is no compiler" if own else f"no C++ compiler ({', '.join(_COMPILERS)})"
@@ -112,10 +128,11 @@ def _compiler() -> tuple[str, ...]:
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
     try:
-        ran = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True)
+        ran = subprocess.run([*command, "--version"], capture_output=True, timeout=30, check=True, **_TEXT)
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailable(f"{shlex.join(command)} does not run ({error})") from error
-    return (ran.stdout.strip().splitlines() or [command[0]])[0]
+    said: list[str] = ran.stdout.strip().splitlines()
+    return said[0] if said else command[0]
 
 
 def _machine_flag() -> str:
@@ -125,9 +142,9 @@ def _machine_flag() -> str:
 def _digest(flags: list[str], compiler: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+        digest.update(os.fsencode(source.name) + b"\0" + source.read_bytes() + b"\0")
     for part in (*flags, *compiler, _version(compiler), _processor()):
-        digest.update(part.encode() + b"\0")
+        digest.update(os.fsencode(part) + b"\0")
     return digest.hexdigest()[:20]
 
 
@@ -135,7 +152,7 @@ def _digest(flags: list[str], compiler: tuple[str, ...]) -> str:
 def _processor() -> str:
     """What the compiler's "native" stands for."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
         told = [
             line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features", "CPU part")
         ]
@@ -144,10 +161,10 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _is_whole(path: Path) -> bool:
-    """Is there a library that can be opened? A file that was cut short is built anew."""
+def _is_usable(library: Path) -> bool:
+    """A whole one may not open: where PyTorch, whose OpenMP runtime it takes, has moved. Then it is built anew."""
     try:
-        return path.is_file() and hasattr(_open(str(path)), "spfde_lanes")
+        return library_cache.is_whole(library) and hasattr(_open(str(library)), "spfde_lanes")
     except KernelsUnavailable:
         return False
 
@@ -163,24 +180,18 @@ def _open(path: str) -> ctypes.CDLL:
         raise KernelsUnavailable(f"the built library cannot be loaded ({error})") from error
 
 
-def _compile(compiler: tuple[str, ...], flags: list[str], target: Path) -> None:
-    handle, made = tempfile.mkstemp(suffix=".so", prefix="building-", dir=target.parent)
-    os.close(handle)
-    try:
-        failed = None
-        for openmp in ([_OPENMP], []):
-            failed = _run([*compiler, *flags, *openmp, str(SOURCES / "kernels.cpp"), "-o", made, *_runtime(openmp)])
-            if failed is None:
-                break
-        if failed is not None:
-            log = target.with_suffix(".log")
-            log.write_text(failed)
-            lines = failed.strip().splitlines()
-            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            raise KernelsUnavailable(f"the build failed ({first.strip()}; all of it in {log})")
-        os.replace(made, target)
-    finally:
-        Path(made).unlink(missing_ok=True)
+def _compile(compiler: tuple[str, ...], flags: list[str], tell: Callable[[str], None], target: Path) -> None:
+    tell(f"compiling the kernels with {_version(compiler)} (once on this machine, some seconds)")
+    failed = None
+    for openmp in ([_OPENMP], []):
+        failed = _run([*compiler, *flags, *openmp, str(SOURCES / "kernels.cpp"), "-o", str(target), *_runtime(openmp)])
+        if failed is None:
+            return
+    log = target.parent / "failed-build.log"
+    log.write_text(str(failed), encoding="utf-8")
+    lines = str(failed).strip().splitlines()
+    first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+    raise KernelsUnavailable(f"the build failed ({first.strip()}; all of it in {log})")
 
 
 def _runtime(openmp: list[str]) -> list[str]:
@@ -197,20 +208,10 @@ def _runtime(openmp: list[str]) -> list[str]:
 def _run(command: list[str]) -> str | None:
     """Run a compilation; its messages if it failed."""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_SECONDS, check=False)
+        ran = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS, check=False, umask=0o022, **_TEXT)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     return None if ran.returncode == 0 else ran.stderr or ran.stdout or f"exit code {ran.returncode}"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache
