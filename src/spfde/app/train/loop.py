@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from torch import Tensor
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
+from spfde.app.terminating import terminable
 from spfde.app.train.events import Display
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.profile import profiled
@@ -49,24 +49,26 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
 
     Raises:
         SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM; the folder can be resumed.
+        KeyboardInterrupt: on Ctrl-C, and as ``Terminated`` on SIGTERM, which waits some seconds for the checkpoint of
+            an epoch that is trained; the folder can be resumed.
     """
     display = display or Display()
-    with _sigterm_interrupts(), _plain_data_errors(), display, opened(options, out, resume=resume) as run:
+    with terminable() as ending, _plain_data_errors(), display, opened(options, out, resume=resume) as run:
         display.started(run)
         to_profile, step = options.profile, stepping(run)
         for epoch in run.session.epochs():
             reset_peak(run.machine.device)
             trained = train_epoch(run, step, epoch, display, profile=to_profile)
             to_profile = None
-            tested = evaluate(run)
-            if math.isnan(tested.loss):
-                # The epoch's last step broke the weights: they must not become the last good checkpoint.
-                _stop_if_diverged(run, tested.loss, epoch)
-            run.session.end_epoch()
-            row = _metrics(run, trained, tested)
-            _keep(run, row)
-            display.epoch_done(run, row)
+            with ending.held():
+                tested = evaluate(run)
+                if math.isnan(tested.loss):
+                    # The epoch's last step broke the weights: they must not become the last good checkpoint.
+                    _stop_if_diverged(run, tested.loss, epoch)
+                run.session.end_epoch()
+                row = _metrics(run, trained, tested)
+                _keep(run, row)
+                display.epoch_done(run, row)
         summary = _summary(run)
         run.folder.write_json(SUMMARY, summary)
         run.trackers.finish()
@@ -237,20 +239,6 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
         "seed": run.options.seed,
         "versions": {name: version for name, version in versions().items() if name in ("spfde", "torch")},
     }
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A SIGTERM ends the run as Ctrl-C does: at once, with the folder fit to be resumed."""
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not in the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
