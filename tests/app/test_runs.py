@@ -193,8 +193,8 @@ class TestKilledRuns:
         running = commands.start(arguments(tiny, "term"), log=place / "term", cwd=place, wait_at="among later batches")
         running.reach()
         ended = running.kill(signal.SIGTERM)
-        assert ended.code == 130
-        assert ended.err == "spfde: interrupted. Go on with `spfde train --resume term`.\n"
+        assert ended.code == 143
+        assert ended.err == "spfde: terminated. Go on with `spfde train --resume term`.\n"
         # From another folder: what the run reads is kept with its absolute path.
         elsewhere = place / "elsewhere"
         elsewhere.mkdir()

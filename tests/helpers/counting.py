@@ -1,8 +1,10 @@
-"""What is handed to PyTorch's dispatcher: how many operations, and whether a value is read from a tensor."""
+"""What is handed to PyTorch's dispatcher: how many operations, and whether a value is read from a tensor; and calls."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -53,3 +55,19 @@ class Devices(TorchDispatchMode):
         if len(devices) > 1:
             self.copied.append(func.__name__)
         return found
+
+
+def calls(function: Callable[[], object]) -> int:
+    """How many functions are called within a call, built-in ones and steps of generators included."""
+    counts: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        counts[event] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return counts["call"] + counts["c_call"]

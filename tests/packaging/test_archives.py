@@ -95,7 +95,7 @@ def test_the_wheel_says_what_it_needs_and_what_it_brings(archives: Archives) -> 
         scripts = wheel.read(info["entry_points.txt"]).decode()
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.partition(">")[0] for line in needed} == {"torch", "numpy", "pydantic"}
-    assert "spfde = spfde.app.cli:main" in scripts
+    assert "spfde = spfde.__main__:main" in scripts
     assert {"LICENSE", "fashion_mini.LICENSE"} <= info.keys()
 
 

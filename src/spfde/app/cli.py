@@ -33,6 +33,7 @@ from spfde.app.options import (
     recipe_fields,
     takes,
 )
+from spfde.app.terminating import EXIT_TERMINATED, Terminated, terminable
 
 if TYPE_CHECKING:
     from spfde.app.train.options import TrainOptions
@@ -69,9 +70,8 @@ class PlainCommand(TyperCommand):
                 return super().invoke(ctx)
             except SpfdeError as error:
                 _fail(_in_options(error, ctx))
-            except KeyboardInterrupt:
-                typer.echo("spfde: interrupted.", err=True)
-                raise typer.Exit(EXIT_INTERRUPTED) from None
+            except KeyboardInterrupt as error:
+                _end(error)
 
 
 command = partial(app.command, cls=PlainCommand)
@@ -254,10 +254,8 @@ def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None
     logging.getLogger("spfde").setLevel(logging.WARNING)  # the display tells which engine was chosen
     try:
         train_loop(options, out, display, resume=resume)
-    except KeyboardInterrupt:
-        hint = f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else ""
-        typer.echo(f"spfde: interrupted.{hint}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        _end(error, f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else "")
     finally:
         logging.getLogger("spfde").setLevel(logging.NOTSET)
     if not quiet:
@@ -343,10 +341,25 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(EXIT_ERROR)
 
 
+def _end(error: KeyboardInterrupt, hint: str = "") -> NoReturn:
+    """The line and the exit code of a command that was told to stop."""
+    is_terminated = isinstance(error, Terminated)
+    typer.echo(f"spfde: {'terminated' if is_terminated else 'interrupted'}.{hint}", err=True)
+    raise typer.Exit(EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED) from None
+
+
 def main(argv: list[str] | None = None) -> Any:
-    """Entry point of the ``spfde`` command and of ``python -m spfde``."""
+    """Run a command; what ``spfde`` and ``python -m spfde`` come to."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character gets a question mark, not a crash.
             stream.reconfigure(errors="replace")
-    return app(args=argv, prog_name="spfde")
+    with terminable() as ending:
+        try:
+            return app(args=argv, prog_name="spfde")
+        except BaseException as error:
+            # What a library made of it, or it came between a command and its end.
+            if ending.asked and not (isinstance(error, SystemExit) and error.code == EXIT_TERMINATED):
+                typer.echo("spfde: terminated.", err=True)
+                raise SystemExit(EXIT_TERMINATED) from None
+            raise

@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
+
+from spfde.core.numbers import MOST_EPOCHS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -117,7 +119,9 @@ class RecipeOptions:
 class LengthOptions:
     """How long the run is."""
 
-    epochs: Annotated[int, Ge(1), Words("length of the run in epochs, from 1 on", _TRAINING)] = 20
+    epochs: Annotated[
+        int, Ge(1), Le(MOST_EPOCHS), Words(f"length of the run in epochs, from 1 to {MOST_EPOCHS:,}", _TRAINING)
+    ] = 20
     batch_size: Annotated[int, Ge(1), Words("samples per step, from 1 on", _TRAINING)] = 64
 
 

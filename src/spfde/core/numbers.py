@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_EPOCHS = 100_000
+"""How long a run may be: a row of its timeline is worked out for each epoch before it starts."""
+
 
 def round_half_up(value: float) -> int:
     """The nearest integer, halves upwards; noise below 1e-6, as in ``(1 - 0.9) * 5``, does not decide."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import ClassVar
 
 from spfde.core.errors import InvalidArgument, Problem, Problems
@@ -63,14 +66,29 @@ class Savings:
         """The positive multiples of the interval up to ``last``, the largest first."""
         return range(last // self.interval * self.interval, 0, -self.interval)
 
+    @cached_property
+    def of_front(self) -> Sequence[Sequence[float]]:
+        """``of_front[e][n]``: FLOPs that are saved in epoch ``e`` where the first ``n`` blocks are frozen."""
+        return [tuple(accumulate(blocks, initial=0.0)) for blocks in zip(*self.backward, strict=True)]
+
     def reduction(self, frozen: Timeline) -> float:
         """Share of the training FLOPs that is saved with so many frozen blocks in each epoch."""
-        saved = (self.backward[block][epoch] for epoch, count in enumerate(frozen) for block in range(count))
-        return math.fsum(saved) / self.total if self.total else 0.0
+        # Rounded once, so that to freeze more never seems to save less.
+        saved = math.fsum(of_front[count] for of_front, count in zip(self.of_front, frozen, strict=True))
+        return self.share(saved)
+
+    def share(self, saved: float) -> float:
+        """So many FLOPs as a share of the whole run's."""
+        return saved / self.total if self.total else 0.0
 
     def reaches(self, frozen: Timeline) -> bool:
         """Is the target met?"""
-        return self.reduction(frozen) >= self.flops_reduction - 1e-12  # sums may fall short of what is met exactly
+        return self.reduction(frozen) >= self.enough
+
+    @property
+    def enough(self) -> float:
+        """The reduction that meets the target: sums may fall short of what is met exactly."""
+        return self.flops_reduction - 1e-12
 
 
 class FreezingScheme(ABC):
@@ -180,12 +198,17 @@ class SingleShot(FreezingScheme):
             frozen = ((epoch - start) // savings.interval + 1 for epoch in range(end))
             return (*(max(0, min(n_blocks, count)) for count in frozen), *(0,) * (savings.epochs - end))
 
+        def most(start: int) -> float:
+            return savings.reduction(from_epoch(start, savings.n_blocks))
+
         starts = savings.update_epochs(end - 1) if self.start_epoch is None else (self.start_epoch,)
-        for start in starts:
-            everything = from_epoch(start, savings.n_blocks)
-            if savings.flops_reduction > 0 and savings.reaches(everything):
-                yield from (from_epoch(start, n_blocks) for n_blocks in range(1, savings.n_blocks))
-            yield everything
+        if not starts:
+            return
+        # The earlier the start, the more is saved: halving finds the latest that is early enough, or as good as any.
+        start = starts[bisect_left(starts, min(savings.enough, most(starts[-1])), key=most)]
+        if savings.flops_reduction > 0 and most(start) >= savings.enough:
+            yield from (from_epoch(start, n_blocks) for n_blocks in range(1, savings.n_blocks))
+        yield from_epoch(start, savings.n_blocks)
 
 
 @register("freezing-scheme")
@@ -225,16 +248,25 @@ class Periodic(FreezingScheme):
 
     def _nearest(self, savings: Savings, *, delay: int) -> Timeline:
         """That of the best pair; where none meets the target, that of the pair that saves most."""
-        pairs = [(front, middle) for middle in range(savings.n_blocks + 1) for front in range(middle + 1)]
-        timelines = {pair: paused(savings.epochs, *pair, delay=delay) for pair in pairs}
+        counts = range(savings.n_blocks + 1)
+        pairs = [(front, middle) for middle in counts for front in range(middle + 1)]
+        phases = [
+            [math.fsum(of_front[n] for of_front in savings.of_front[delay + phase :: PERIODS[0]]) for n in counts]
+            for phase in range(PERIODS[0])
+        ]
+        shares = {
+            pair: savings.share(sum(phases[phase][_frozen_at(phase, *pair)] for phase in range(PERIODS[0])))
+            for pair in pairs
+        }
         # Rounded, for sums of equal numbers differ in a digit, and are ties.
-        reached = {pair: round(savings.reduction(of), 9) for pair, of in timelines.items() if savings.reaches(of)}
+        reached = {pair: round(share, 9) for pair, share in shares.items() if share >= savings.enough}
         if not reached:
-            return timelines[pairs[-1]]
+            return paused(savings.epochs, *pairs[-1], delay=delay)
         least = min(reached.values())
         near = [pair for pair, reduction in reached.items() if reduction < least + 0.01]
         # Three parts if possible, then the least overshoot, then more blocks that pause for less.
-        return timelines[min(near, key=lambda pair: (not 0 < pair[0] < pair[1], reached[pair], -pair[1]))]
+        best = min(near, key=lambda pair: (not 0 < pair[0] < pair[1], reached[pair], -pair[1]))
+        return paused(savings.epochs, *best, delay=delay)
 
 
 @register("freezing-scheme")
@@ -250,19 +282,35 @@ class DelayedPeriodic(Periodic):
 
     def timelines(self, savings: Savings) -> Iterator[Timeline]:
         quarter = math.floor(DELAY_SHARE * savings.epochs)
-        starts = savings.update_epochs(quarter) or (savings.interval,)
-        for start in starts if self.start_epoch is None else (self.start_epoch,):
-            yield self._nearest(savings, delay=start)
+        starts = savings.update_epochs(quarter) or (min(savings.interval, savings.epochs),)
+        if self.start_epoch is not None:
+            starts = (self.start_epoch,)
+        most = _saved_by_all(savings)
+        needed = min(savings.flops_reduction * savings.total, max(most[start] for start in starts))
+        for start in starts:
+            # Others cannot be the answer, and each costs a look at the whole run. These sums are rounded at each step.
+            if most[start] >= needed - 1e-9 * savings.total:
+                yield self._nearest(savings, delay=start)
 
 
 def paused(epochs: int, n_front: int, n_up_to_middle: int, *, delay: int = 0) -> Timeline:
     """Frozen blocks in each epoch, of which the first ``delay`` are before the first period."""
+    begun = (_frozen_at(since, n_front, n_up_to_middle) for since in range(epochs - delay))
+    return (*(0,) * min(delay, epochs), *begun)
+
+
+def _frozen_at(since: int, n_front: int, n_up_to_middle: int) -> int:
     front, middle = PERIODS
+    return 0 if since % front == 0 else n_front if since % middle == 0 else n_up_to_middle
 
-    def frozen(since: int) -> int:
-        return 0 if since < 0 or since % front == 0 else n_front if since % middle == 0 else n_up_to_middle
 
-    return tuple(frozen(epoch - delay) for epoch in range(epochs))
+def _saved_by_all(savings: Savings) -> Sequence[float]:
+    """FLOPs saved where all blocks that may are front blocks, and pause from an epoch on: for each such epoch."""
+    front, epochs = PERIODS[0], savings.epochs
+    every_fourth = [0.0] * (epochs + front)  # what one epoch in four saves, from an epoch on
+    for epoch in reversed(range(epochs)):
+        every_fourth[epoch] = savings.of_front[epoch][savings.n_blocks] + every_fourth[epoch + front]
+    return [sum(every_fourth[epoch + 1 : epoch + front]) for epoch in range(epochs + 1)]
 
 
 def _problems_with_epoch(name: str, value: int, savings: Savings) -> list[Problem]:

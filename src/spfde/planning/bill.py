@@ -97,7 +97,7 @@ class Plan:
     samples: int
     batch_size: int
 
-    @property
+    @cached_property
     def cost(self) -> EpochCost:
         """The whole run's cost and savings."""
         return total_cost(self.epoch_costs)

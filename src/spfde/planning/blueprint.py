@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.numbers import MOST_EPOCHS
 from spfde.core.say import counted
 from spfde.core.torch_private import tree_map_only
 from spfde.cost.flops import LayerCost, ModelCost, model_cost
@@ -377,9 +378,10 @@ def check_recipe(recipe: object) -> None:
 
 
 def check_epochs(epochs: object) -> None:
-    """Raise ``InvalidArgument`` for anything but a whole number from 1 on."""
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise InvalidArgument(Problem("epochs", epochs, "must be a whole number from 1 on", "Pass the run's length."))
+    """Raise ``InvalidArgument`` for anything but a whole number from 1 to ``MOST_EPOCHS``."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or not 1 <= epochs <= MOST_EPOCHS:
+        rule = f"must be a whole number from 1 to {MOST_EPOCHS:,}"
+        raise InvalidArgument(Problem("epochs", epochs, rule, "Pass the run's length."))
 
 
 def _block_at(position: int, partition: Partition) -> int:

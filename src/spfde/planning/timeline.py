@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 from spfde.core.errors import StateMismatch
@@ -235,9 +235,8 @@ class Timeline:
         if block >= len(self._blueprint.partition.blocks):
             return False
         if self._blueprint.freeze_plan.pauses:
-            updates = {*range(0, self._epochs, self._interval), self._epochs - 1}
-            last: int = max(at for at in updates if self.frozen[at] <= block)
-            return last == epoch < self._epochs - 1
+            later = chain(range(epoch + self._interval, self._epochs, self._interval), (self._epochs - 1,))
+            return not any(self.frozen[at] <= block for at in later)
         return self.frozen[min(epoch + self._interval, self._epochs - 1)] > block
 
     def _dense_gradients(self, epoch: int) -> DenseGradients:

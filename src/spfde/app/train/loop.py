@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from torch import Tensor
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
+from spfde.app.terminating import terminable
 from spfde.app.train.events import Display
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.profile import profiled
@@ -51,9 +51,10 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
 
     Raises:
         SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM; the folder can be resumed.
+        KeyboardInterrupt: on Ctrl-C, and as ``Terminated`` on SIGTERM, which waits some seconds for the checkpoint of
+            an epoch that is trained; the folder can be resumed.
     """
-    with sigterm_interrupts(), closing(train_in_steps(options, out, display, resume=resume)) as steps:
+    with closing(train_in_steps(options, out, display, resume=resume)) as steps:
         while True:
             try:
                 next(steps)
@@ -79,7 +80,7 @@ def train_in_steps(
         load: gives the data, called as ``load_data`` is, which it is where this is None.
     """
     display = display or Display()
-    with _plain_data_errors(), display, opened(options, out, resume=resume, load=load) as run:
+    with terminable() as ending, _plain_data_errors(), display, opened(options, out, resume=resume, load=load) as run:
         display.started(run)
         yield
         to_profile, step = options.profile, stepping(run)
@@ -87,14 +88,15 @@ def train_in_steps(
             reset_peak(run.machine.device)
             trained = yield from train_epoch(run, step, epoch, display, profile=to_profile)
             to_profile = None
-            tested = yield from evaluate(run)
-            if math.isnan(tested.loss):
-                # The epoch's last step broke the weights: they must not become the last good checkpoint.
-                _stop_if_diverged(run, tested.loss, epoch)
-            run.session.end_epoch()
-            row = _metrics(run, trained, tested)
-            _keep(run, row)
-            display.epoch_done(run, row)
+            with ending.held():
+                tested = yield from evaluate(run)
+                if math.isnan(tested.loss):
+                    # The epoch's last step broke the weights: they must not become the last good checkpoint.
+                    _stop_if_diverged(run, tested.loss, epoch)
+                run.session.end_epoch()
+                row = _metrics(run, trained, tested)
+                _keep(run, row)
+                display.epoch_done(run, row)
         summary = _summary(run)
         run.folder.write_json(SUMMARY, summary)
         run.trackers.finish()
@@ -269,20 +271,6 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
         "seed": run.options.seed,
         "versions": {name: version for name, version in versions().items() if name in ("spfde", "torch")},
     }
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """A SIGTERM ends what runs as Ctrl-C does: at once, with the folder fit to be resumed."""
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not in the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 
 from spfde.app.data.datasets import load_data
+from spfde.app.terminating import terminable
 from spfde.app.train.checks import check_device
 from spfde.app.train.events import Display
-from spfde.app.train.loop import Summary, sigterm_interrupts, train_in_steps
+from spfde.app.train.loop import Summary, train_in_steps
 from spfde.app.train.machine import pick_device
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.turns import OwnState, Turns
@@ -84,7 +85,7 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
         return []
     device, load = _checked(wanted), cache(load_data)
     found: dict[int, Summary | Exception] = {}
-    with sigterm_interrupts(), _on(device), Turns(device) as turns, ExitStack() as afterwards:
+    with terminable(), _on(device), Turns(device) as turns, ExitStack() as afterwards:
         waiting: deque[_Run] = deque()
         for number, job in enumerate(wanted):
             steps = train_in_steps(job.options, job.out, job.display, resume=job.resume, load=load)
