@@ -64,7 +64,7 @@ def left_by(folder: Path) -> tuple[Any, ...]:
     latest = folder / "checkpoints" / "latest"
     assert described(latest)
     weights = next(path for path in (latest / "model.safetensors", latest / "model.pt") if path.is_file())
-    generators = torch.load(latest / "random_states_0.pkl", weights_only=False)
+    generators = torch.load(latest / "generators.pt", weights_only=True)
     on_device = [state.tolist() for state in generators.get("torch_cuda_manual_seed", [])]
     return [[row[name] for name in names] for row in rows], weights.read_bytes(), on_device
 

@@ -106,8 +106,8 @@ def left_by(folder: Path) -> dict[str, Any]:
         "rows": [{name: value for name, value in row.items() if name not in OWN_TIME} for row in rows],
         "summary": {name: value for name, value in summary.items() if name not in OWN_TIME},
         "weights": (latest / "model.safetensors").read_bytes(),
-        "optimizer": (latest / "optimizer.bin").read_bytes(),
-        "generators": (latest / "random_states_0.pkl").read_bytes(),
+        "optimizer": (latest / "optimizer.pt").read_bytes(),
+        "generators": (latest / "generators.pt").read_bytes(),
     }
 
 
@@ -239,7 +239,8 @@ class TestStopped:
             train_side_by_side(jobs)
         assert states() == usual
         assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-        assert sorted(notes[-3:]) == ["a over: GeneratorExit", "b over: KeyboardInterrupt", "c over: GeneratorExit"]
+        stopped = "Terminated" if how == signal.SIGTERM else "KeyboardInterrupt"
+        assert sorted(notes[-3:]) == ["a over: GeneratorExit", f"b over: {stopped}", "c over: GeneratorExit"]
         assert not any((tmp_path / name / "summary.json").exists() for name in names)
         train(asked[0], tmp_path / "alone", resume=True)
         train_side_by_side(
