@@ -104,7 +104,7 @@ class RunFolder:
         return folder
 
     def _acquire(self) -> None:
-        handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
