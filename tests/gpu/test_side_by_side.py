@@ -65,7 +65,7 @@ def left_by(folder: Path) -> tuple[Any, ...]:
     assert described(latest)
     weights = next(path for path in (latest / "model.safetensors", latest / "model.pt") if path.is_file())
     generators = torch.load(latest / "generators.pt", weights_only=True)
-    on_device = [state.tolist() for state in generators.get("torch_cuda_manual_seed", [])]
+    on_device = generators["cuda"].tolist()
     return [[row[name] for name in names] for row in rows], weights.read_bytes(), on_device
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import spfde
 from helpers import accelerate_runs as runs
 from helpers.processes import start
+from helpers.strangers import RunsCode
 from helpers.training import make_parts, train
 from spfde.integrations.accelerate import attach
 
@@ -87,3 +88,25 @@ def test_the_model_is_where_prepare_puts_it_before_masks_and_engine_go_by_that(p
     session = attach(accelerator, model, parts.optimizer, parts.loader, UNSIEVED, epochs=runs.EPOCHS)
     assert model.moves == ([(accelerator.device,)] if placed else [])
     session.detach()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_folder_whose_files_would_run_code_is_refused_and_nothing_of_it_is_loaded(
+    number: int, tmp_path: Path
+) -> None:
+    saved, run = runs.Run(), runs.Run()
+    saved.train()
+    mark = tmp_path / "mark"
+    for each in (saved, run):
+        each.accelerator.register_for_checkpointing(torch.optim.lr_scheduler.ConstantLR(each.optimizer))
+    folder = Path(saved.accelerator.save_state(str(tmp_path / "state")))
+    before = {name: tensor.clone() for name, tensor in run.net.state_dict().items()}
+    usual = (folder / f"custom_checkpoint_{number}.pkl").read_bytes()
+    torch.save({"format": RunsCode(mark)}, folder / f"custom_checkpoint_{number}.pkl")
+    with pytest.raises(spfde.StateMismatch, match=f"custom_checkpoint_{number}.pkl.*would run code"):
+        run.accelerator.load_state(str(folder))
+    assert not mark.exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.net.state_dict().items())
+    (folder / f"custom_checkpoint_{number}.pkl").write_bytes(usual)
+    run.accelerator.load_state(str(folder))
+    assert same(run.net, saved.net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from spfde.app.runs.folder import RECIPE, RunFolder
@@ -19,7 +20,7 @@ def cite_source(source: str) -> str:
         RunFolderError: the folder is no run's, or its recipe is damaged.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return cite(read_recipe(source))
     path = RunFolder.existing(folder, needs=RECIPE).path / RECIPE
     try:

@@ -59,6 +59,7 @@ class PlainCommand(TyperCommand):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        from spfde.app.machine_errors import machine_error
         from spfde.app.plugins import load_plugins
         from spfde.core.errors import SpfdeError
 
@@ -70,6 +71,11 @@ class PlainCommand(TyperCommand):
                 return super().invoke(ctx)
             except SpfdeError as error:
                 _fail(_in_options(error, ctx))
+            except (OSError, MemoryError, RuntimeError) as error:
+                told = machine_error(error)
+                if told is None:
+                    raise
+                _fail(told)
             except KeyboardInterrupt as error:
                 _end(error)
 

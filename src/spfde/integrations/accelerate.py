@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from spfde.core.errors import InvalidArgument, Problem
+from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.recipe import Recipe
 from spfde.session.attach import attach as attach_plain
 from spfde.session.session import Session
@@ -27,6 +29,7 @@ try:
     from accelerate import Accelerator
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
     from accelerate.utils import send_to_device
+    from accelerate.utils.other import load
 except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
     raise InvalidArgument(Problem("import", __name__, "needs the package accelerate", remedy)) from error
@@ -48,7 +51,8 @@ def attach(
     processes, puts them on the device, and ends accumulation with the epoch. A DataLoader that the session cannot deal
     out (over a stream, with a batch sampler of your own) is dealt out by Accelerate, and what is no DataLoader by
     nobody: each process iterates its own. ``accelerator.save_state`` and
-    ``load_state`` take the session along after ``accelerator.register_for_checkpointing(session)``.
+    ``load_state`` take the session along after ``accelerator.register_for_checkpointing(session)``; ``load_state``
+    then refuses a folder whose registered objects' files would run code.
 
     Args:
         accelerator: the Accelerator.
@@ -96,7 +100,25 @@ def attach(
     )
     if not by_accelerate:
         session.loader = _SessionLoader(session.loader, accelerator)
+    accelerator.register_load_state_pre_hook(_refuse_code)
     return session
+
+
+def _refuse_code(models: list[nn.Module], folder: str) -> None:
+    """Look at what Accelerate is about to load: of registered objects it takes pickles of any kind, code included.
+
+    Raises:
+        StateMismatch: a file holds more than tensors, arrays and primitives.
+    """
+    for path in sorted(Path(folder).glob("custom_checkpoint_*.pkl")):
+        try:
+            load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise StateMismatch(
+                f"{path}: holds more than tensors and primitives, and would run code when Accelerate loads it "
+                f"({reason}). Nothing of {folder} was loaded. Use a checkpoint of your own."
+            ) from error
 
 
 def plain_loader(loader: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.strangers import RunsCode
 from spfde.app.train import saving
 from spfde.app.train.machine import Machine
 from spfde.app.train.saving import load_state, save_state, seed_all, weights_note
@@ -104,19 +105,9 @@ def test_a_checkpoint_from_a_machine_with_gpus_is_read_without_them(tmp_path: Pa
     load_state(tmp_path, *parts(2), CPU)
 
 
-class Runs:
-    """What a pickle is that runs code: a call, and its arguments."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
 def test_a_pickle_that_runs_code_does(tmp_path: Path) -> None:
     """The tests below look for this mark: here is how it comes."""
-    torch.save({"a": Runs(tmp_path / "mark")}, tmp_path / "file")
+    torch.save({"a": RunsCode(tmp_path / "mark")}, tmp_path / "file")
     torch.load(tmp_path / "file", weights_only=False)
     assert (tmp_path / "mark").exists()
 
@@ -137,7 +128,7 @@ def test_no_file_of_a_checkpoint_runs_code(
     assert names == sorted([weights, "optimizer.pt", "scaler.pt", "generators.pt", "one.pt", "two.pt"])
     for name in names:
         usual = (folder / name).read_bytes()
-        for content in (Runs(mark), {"value": Runs(mark)}):
+        for content in (RunsCode(mark), {"value": RunsCode(mark)}):
             torch.save(content, folder / name)
             with pytest.raises(Exception):  # noqa: B017  # PyTorch's and safetensors' own; the trainer says which file
                 load_state(folder, model, optimizer, scaler, others, CPU)
@@ -165,7 +156,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_with_the_reason_and_not_r
         accelerator.save_state(str(tmp_path))
     finally:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    torch.save(Runs(tmp_path / "mark"), tmp_path / "custom_checkpoint_0.pkl")
+    torch.save(RunsCode(tmp_path / "mark"), tmp_path / "custom_checkpoint_0.pkl")
     with pytest.raises(RunFolderError, match=r"custom_checkpoint_\d.pkl.*can run code"):
         load_state(tmp_path, *parts(2), CPU)
     assert not (tmp_path / "mark").exists()

@@ -6,6 +6,7 @@ The named sets' shapes and counts are written down here, so that a plan needs no
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -138,9 +139,9 @@ def _kind(name_or_path: str | Path) -> Literal["named", "npz", "folder"]:
         return "named"
     if path.suffix.lower() == ".npz":
         return "npz"
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes any text, too long ones too
         return "folder"
-    if path.exists():
+    if os.path.exists(path):
         raise data_error(text, "is neither an .npz nor a folder", "Give a name, an .npz or an image folder.")
     if path.name != text:
         raise data_error(text, "does not exist", "Check the path.")

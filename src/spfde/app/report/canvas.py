@@ -66,7 +66,8 @@ def picture(draw: Callable[[Any, Theme], None], theme: Theme) -> bytes:
 
 
 def label(name: str, limit: int = 32) -> str:
-    """A run's name as Matplotlib takes it: no mathematics, not hidden from legends, and not too long."""
+    """A run's name as Matplotlib takes it: text, no mathematics, not hidden from legends, and not too long."""
+    name = name.encode(errors="replace").decode()
     short = name if len(name) <= limit else f"…{name[1 - limit :]}"
     return (f" {short}" if short.startswith("_") else short).replace("$", r"\$")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 from spfde.app.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from spfde.core import json_text
 from spfde.core.errors import RunFolderError
+
+LARGEST = 1e30
+"""Above what any run counts, and far below where sums and axes break."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ class RecordedRun:
 
 
 def number(value: object) -> float | None:
-    """A finite number as it is, anything else as None. (True and False are no numbers.)"""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """A finite number as it is, anything else as None. (True and False are no numbers, nor is what no run can have.)"""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    return value if -LARGEST <= value <= LARGEST else None
 
 
 def read_run(path: str | Path) -> RecordedRun:

@@ -43,7 +43,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
         raise InvalidArgument(Problem("out", str(page), rule, remedy))
     found = told_apart([read_run(path) for path in {Path(path).resolve(): path for path in runs}.values()])
     pictures = [(plot, plot.png(found, LIGHT), plot.png(found, DARK)) for plot in PLOTS]
-    files = {page: render(found, pictures).encode()}
+    files = {page: render(found, pictures).encode(errors="replace")}  # names of folders may be no text
     for plot, light, _ in pictures:
         if light is not None:
             files[page.with_name(f"{page.stem}-{plot.key}.png")] = light

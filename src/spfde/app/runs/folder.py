@@ -55,6 +55,7 @@ class RunFolder:
         Raises:
             RunFolderError: it holds something already, is in use, or cannot be written; nothing was changed.
         """
+        _check_text(path)
         folder = cls(path)
         folder._made = tuple(parent for parent in (path, *path.parents) if not parent.exists())
         try:
@@ -94,6 +95,7 @@ class RunFolder:
             RunFolderError: it is no run folder, is in use, or cannot be written.
         """
         folder = cls.existing(path)
+        _check_text(path)
         with clear_errors(path):
             folder._acquire()
             folder.checkpoints.remove_drafts()
@@ -102,7 +104,7 @@ class RunFolder:
         return folder
 
     def _acquire(self) -> None:
-        handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -182,6 +184,8 @@ class RunFolder:
     def read_metrics(self) -> dict[int, dict[str, Any]]:
         """The lines of the finished epochs, by epoch; of two about one epoch the later one, and no half-written one."""
         rows: dict[int, dict[str, Any]] = {}
+        if not (self.path / METRICS).is_file():
+            return rows
         with suppress(OSError):
             for line in (self.path / METRICS).read_bytes().decode("utf-8", "replace").splitlines():
                 with suppress(ValueError):
@@ -207,6 +211,15 @@ def _check_empty(path: Path) -> None:
         )
     if contents:
         raise RunFolderError(f"--out={path}: is not empty ({contents[0]}). Choose a new or an empty folder.")
+
+
+def _check_text(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode(errors="replace").decode()
+        rule = "is no text in UTF-8, and the files of weights are written by their names in UTF-8"
+        raise RunFolderError(f"{shown}: {rule}. Choose another name.") from None
 
 
 def _is_litter(name: str) -> bool:

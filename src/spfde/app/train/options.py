@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from spfde.app.options import (
 )
 from spfde.app.runs.folder import flat
 from spfde.app.train.checks import check_named
-from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest
+from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest, shortened
 from spfde.core.registry import registered
 from spfde.core.technique import Technique
 from spfde.freezing import ProgressiveFreezing
@@ -41,7 +42,7 @@ from spfde.sparsity import MEST, NM, Block, Structure
 def absolute_source(data: str) -> str:
     """A file's or folder's absolute path, so that a run can be resumed from anywhere; a data set's name as it is."""
     path = Path(data)
-    return str(path.absolute()) if path.exists() and data not in DATASETS else data
+    return str(path.absolute()) if os.path.exists(path) and data not in DATASETS else data
 
 
 @with_words
@@ -95,7 +96,10 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
         remedy = "Restore the file from a copy, or start a new run."
         if not isinstance(command, dict):
             raise RunFolderError(f'{path}: lacks the run\'s options ("command"). {remedy}')
-        if missing := [name for name in command.get("plugin") or () if name not in sys.modules]:
+        plugins = command.get("plugin") or ()
+        if not isinstance(plugins, list | tuple) or not all(isinstance(name, str) for name in plugins):
+            raise RunFolderError(f"{path}: names its plugins as {shortened(plugins)}, which is no list. {remedy}")
+        if missing := [name for name in plugins if name not in sys.modules]:
             again = " ".join(f"--plugin {name}" for name in missing)
             raise RunFolderError(f"{path}: the run was trained with {again}. Pass that again, or install the package.")
         try:
@@ -231,7 +235,7 @@ def read_structure(text: str) -> Structure:
 def read_recipe(name: str) -> Recipe:
     """The preset of that name, or the recipe in that TOML file."""
     path = Path(name)
-    if name not in presets.PRESETS and (path.suffix == ".toml" or path.exists()):
+    if name not in presets.PRESETS and (path.suffix == ".toml" or os.path.exists(path)):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

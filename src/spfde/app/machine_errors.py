@@ -1,0 +1,38 @@
+"""What a machine does to a run, in a line: a file that cannot be read, a process that was killed, no more memory."""
+
+from __future__ import annotations
+
+_MEMORY = "there is not enough memory"
+_KILLED = "DataLoader worker (pid"
+
+
+def machine_error(error: BaseException) -> str | None:
+    """The line to end with; None where the error is a fault of the program, whose traceback is wanted.
+
+    Example:
+        >>> from spfde.app.machine_errors import machine_error
+        >>> machine_error(PermissionError(13, "Permission denied", "run/config.json"))
+        'run/config.json: permission denied. Look at the disk and at who may use the file, and try again.'
+        >>> machine_error(ValueError("wrong"))
+    """
+    text = str(error).strip()
+    if _KILLED in text:
+        return (
+            "a loader's worker process was killed, as a system does that is out of memory. Go on with --resume, with "
+            "fewer --workers or --workers 0."
+        )
+    if isinstance(error, MemoryError) or _is_memory(error, text):
+        first = f" ({text.splitlines()[0]})" if text else ""
+        return f"{_MEMORY}{first}. Try again with a smaller --batch-size, a smaller --model or --image-size."
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        reason = (error.strerror or text or type(error).__name__).lower()
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{reason}. Look at the disk and at who may use the file, and try again."
+    return None
+
+
+def _is_memory(error: BaseException, text: str) -> bool:
+    """PyTorch's own: of a GPU, and of the CPU's allocator, which is told by its words."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
+    )
