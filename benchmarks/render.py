@@ -31,6 +31,8 @@ ORDER = (
     "sieving",
     "data_path",
     "same_budget",
+    "crash",
+    "busy",
     "start_up",
     "export",
     "analysis",
