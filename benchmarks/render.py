@@ -32,6 +32,8 @@ ORDER = (
     "data_path",
     "distributed",
     "same_budget",
+    "crash",
+    "busy",
     "start_up",
     "export",
     "analysis",

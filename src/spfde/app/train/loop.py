@@ -19,6 +19,7 @@ from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
 from spfde.app.terminating import terminable
 from spfde.app.train.events import Display
+from spfde.app.train.memory import memory_advice
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.profile import profiled
 from spfde.app.train.setup import Loads, TrainingRun, opened, versions
@@ -50,7 +51,8 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         The summary, as written to ``summary.json``.
 
     Raises:
-        SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged.
+        SpfdeError: a mistake in the options (nothing is left behind), a damaged checkpoint, a loss that diverged, no
+            memory left.
         KeyboardInterrupt: on Ctrl-C, and as ``Terminated`` on SIGTERM, which waits some seconds for the checkpoint of
             an epoch that is trained; the folder can be resumed.
     """
@@ -80,7 +82,13 @@ def train_in_steps(
         load: gives the data, called as ``load_data`` is, which it is where this is None.
     """
     display = display or Display()
-    with terminable() as ending, _plain_data_errors(), display, opened(options, out, resume=resume, load=load) as run:
+    with (
+        terminable() as ending,
+        _plain_data_errors(),
+        memory_advice(options, out),
+        display,
+        opened(options, out, resume=resume, load=load) as run,
+    ):
         display.started(run)
         yield
         to_profile, step = options.profile, stepping(run)
