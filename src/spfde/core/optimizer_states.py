@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from spfde.core.errors import StateMismatch
 from spfde.core.state import check_entries
 
+_ONE_A_PARAMETER = ("step", "eta", "mu", "mu_product")
+"""What PyTorch's optimizers keep once for a parameter; all else is kept for each of its elements."""
+
 
 def check_optimizer(state: Any, optimizer: Optimizer) -> None:
     """Raise ``StateMismatch`` for what is no state of such an optimizer, on such parameters.
@@ -31,7 +34,7 @@ def check_optimizer(state: Any, optimizer: Optimizer) -> None:
         raise StateMismatch(f"the state of {what} has {len(state['param_groups'])} groups, not {len(mine)}.")
     for theirs, own in zip(state["param_groups"], mine, strict=True):
         check_entries(theirs, f"a group of {what}", dict.fromkeys(own, (object, bool)))
-        if theirs["params"] != own["params"]:
+        if not _are_numbers(theirs["params"]) or theirs["params"] != own["params"]:
             raise StateMismatch(f"a group of {what} has other parameters. The state is damaged.")
         for name, value in own.items():
             if not _is_alike(theirs[name], value):
@@ -41,7 +44,7 @@ def check_optimizer(state: Any, optimizer: Optimizer) -> None:
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(kept, Mapping):
             raise StateMismatch(f"the state of {what} is kept under {index!r}, which is no parameter. It is damaged.")
         for name, value in kept.items():
-            if not _fits(value, parameters[index]):
+            if not _fits(name, value, parameters[index]):
                 raise StateMismatch(f"{name} in the state of {what} does not fit its parameter. It is damaged.")
 
 
@@ -56,8 +59,15 @@ def _is_alike(theirs: Any, own: Any) -> bool:
     return isinstance(theirs, type(own))
 
 
-def _fits(value: Any, parameter: Tensor) -> bool:
-    if isinstance(value, Tensor):
-        is_count = value.dim() == 0
-        return is_count or (value.shape == parameter.shape and value.is_floating_point())
-    return value is None or (isinstance(value, float | int) and math.isfinite(value))
+def _are_numbers(indices: Any) -> bool:
+    return isinstance(indices, list) and all(type(index) is int for index in indices)
+
+
+def _fits(name: Any, value: Any, parameter: Tensor) -> bool:
+    if name in _ONE_A_PARAMETER:
+        return (isinstance(value, float | int) and math.isfinite(value)) or (
+            isinstance(value, Tensor) and value.dim() == 0 and bool(value.isfinite())
+        )
+    if not isinstance(value, Tensor):
+        return value is None
+    return value.shape == parameter.shape and value.is_floating_point()

@@ -9,10 +9,12 @@ from typing import Any
 
 from spfde.app.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from spfde.core import json_text
-from spfde.core.errors import RunFolderError
+from spfde.core.errors import RunFolderError, shortened
 
 LARGEST = 1e30
 """Above what any run counts, and far below where sums and axes break."""
+MOST = 100_000
+"""Epochs of a run, and its blocks: what a file says beyond that is not believed, as there would be a list of it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RecordedRun:
     def planned_epochs(self) -> int:
         """Epochs that were asked for; those that are done, where the folder does not say."""
         asked = number(self.section("command").get("epochs"))
-        return max(int(asked or 0), max(self.epochs, default=-1) + 1)
+        return max(min(int(asked or 0), MOST), max(self.epochs, default=-1) + 1)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A table of ``config.json``; empty if it has none of that name."""
@@ -84,7 +86,9 @@ class RecordedRun:
         """Number of frozen blocks in each epoch, as the timeline in ``config.json`` says; empty where there is none."""
         try:
             rows = [(int(count), int(row["frozen_blocks"])) for count, row in self.section("timeline").get("rows", [])]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return []
+        if sum(max(0, count) for count, _ in rows) > MOST:
             return []
         return [frozen for count, frozen in rows for _ in range(count)]
 
@@ -98,7 +102,7 @@ class RecordedRun:
         names = self.section("plan").get("block_names")
         given = [str(name) for name in names] if isinstance(names, list) else []
         least = max(self.largest("total_blocks") or 0, self.largest("frozen_blocks") or 0)
-        return [*given, *(f"block {index}" for index in range(len(given), int(least)))]
+        return [*given, *(f"block {index}" for index in range(len(given), min(int(least), MOST)))]
 
 
 def number(value: object) -> float | None:
@@ -151,9 +155,9 @@ def _parse_epoch(row: object) -> tuple[int, dict[str, float]]:
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     at = row.pop("epoch", None)
-    if not isinstance(at, int) or isinstance(at, bool) or at < 0:
-        raise ValueError(f"epoch={at!r} is no whole number from 0 on")
+    if not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < MOST:
+        raise ValueError(f"epoch={shortened(at)} is no whole number from 0 to {MOST - 1}")
     for name, value in row.items():
         if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is no number")
+            raise ValueError(f"{name}={shortened(value)} is no number")
     return at, {name: value for name, value in row.items() if number(value) is not None}

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from annotated_types import Ge
-from pydantic import AllowInfNan, BaseModel, ConfigDict, TypeAdapter, ValidationError
+import math
+from typing import Any
 
 from spfde.core.errors import StateMismatch
 
-Number = Annotated[float, AllowInfNan(False)]
-
-
-class _Row(BaseModel):
-    """What is read of a row by its name; all else is a number, too, or None for what was not measured."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, int | Number | None]
-
-    epoch: Annotated[int, Ge(0)]
-    density: Number
-    test_accuracy: Number
-    saved_tensor_bytes: int
-
-
-_ROWS = TypeAdapter(list[_Row])
+_NUMBERS = ("density", "test_accuracy", "saved_tensor_bytes")
+"""What is read of a row by its name, beside ``epoch``."""
 
 
 def check_rows(rows: Any) -> None:
@@ -34,20 +18,22 @@ def check_rows(rows: Any) -> None:
         >>> from spfde.app.runs.rows import check_rows
         >>> check_rows([{"epoch": 0, "density": 0.1, "test_accuracy": 0.9, "saved_tensor_bytes": 0, "lr": None}])
     """
-    try:
-        epochs = [row.epoch for row in _ROWS.validate_python(rows)]
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        place = ".".join(map(str, wrong["loc"]))
-        raise StateMismatch(f"the rows of metrics are damaged ({place}: {wrong['msg']}).") from None
-    if epochs != list(range(len(epochs))):
+    if not isinstance(rows, list) or not all(map(is_row, rows)):
+        raise StateMismatch("the rows of metrics hold something else than finite numbers. They are damaged.")
+    if [row["epoch"] for row in rows] != list(range(len(rows))):
         raise StateMismatch("the rows of metrics are not those of the epochs from the first one on. They are damaged.")
 
 
 def is_row(row: Any) -> bool:
-    """Whether this is an epoch's row."""
-    try:
-        _Row.model_validate(row)
-    except ValidationError:
-        return False
-    return True
+    """Whether this is an epoch's row: numbers by name, None for what was not measured."""
+    return (
+        isinstance(row, dict)
+        and type(row.get("epoch")) is int
+        and row["epoch"] >= 0
+        and all(_is_number(row.get(name)) for name in _NUMBERS)
+        and all(isinstance(name, str) and (value is None or _is_number(value)) for name, value in row.items())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
