@@ -169,15 +169,18 @@ def test_a_loader_s_worker_that_is_killed_is_one_line(
     assert_plain(ended, "worker process was killed", "--workers")
 
 
+def test_a_command_without_memory_says_so_in_a_line() -> None:
+    told = machine_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert told is not None
+    assert "not enough memory (CUDA out of memory" in told
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (MemoryError(), "not enough memory. Try again with a smaller --batch-size"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            "not enough memory (CUDA out of memory",
-        ),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (MemoryError(), "the machine has no memory left"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the device has no memory left"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the machine has no memory left"),
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: permission denied"),
         (OSError(errno.EIO, "Input/output error"), "input/output error"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _MEMORY = "there is not enough memory"
+_OF_ALLOCATORS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 _KILLED = "DataLoader worker (pid"
 
 
@@ -21,7 +22,7 @@ def machine_error(error: BaseException) -> str | None:
             "a loader's worker process was killed, as a system does that is out of memory. Go on with --resume, with "
             "fewer --workers or --workers 0."
         )
-    if isinstance(error, MemoryError) or _is_memory(error, text):
+    if is_out_of_memory(error):
         first = f" ({text.splitlines()[0]})" if text else ""
         return f"{_MEMORY}{first}. Try again with a smaller --batch-size, a smaller --model or --image-size."
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
@@ -31,8 +32,8 @@ def machine_error(error: BaseException) -> str | None:
     return None
 
 
-def _is_memory(error: BaseException, text: str) -> bool:
-    """PyTorch's own: of a GPU, and of the CPU's allocator, which is told by its words."""
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no more memory: Python's error and PyTorch's, whose allocator of the host is told by its words."""
+    text = str(error)
+    by_words = isinstance(error, RuntimeError) and any(words in text for words in _OF_ALLOCATORS)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or by_words

@@ -26,7 +26,7 @@ from spfde.app.train.events import Display
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.side_by_side import Job, train_side_by_side
-from spfde.core.errors import DataError, InvalidArgument, RunFolderError, TrainingDiverged
+from spfde.core.errors import DataError, InvalidArgument, RunFolderError, TrainingDiverged, UsageError
 
 __all__ = ["on_cpu"]
 OWN_TIME = {"seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated"}
@@ -212,7 +212,8 @@ class TestOneThatFails:
         found = train_side_by_side(
             [Job(options(), tmp_path / "greedy", Greedy()), Job(options(), tmp_path / "good", look)]
         )
-        assert isinstance(found[0], torch.OutOfMemoryError)
+        assert isinstance(found[0], UsageError)
+        assert isinstance(found[0].__cause__, torch.OutOfMemoryError)
         assert alive == [False, False, False]
         assert found[0].__traceback__ is not None
         # What was safe on disk stays, and the run can go on.

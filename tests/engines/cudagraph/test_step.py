@@ -92,7 +92,18 @@ def whole_run(method: str, engine: str, *, stop_at: int | None = None) -> tuple[
 EVERY_STEP = ("topkast", "deepr", "str")  # change weights or masks
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith(EVERY_STEP)])
+SHORT = ("static", "mest-ems", "rigl", "gmp", "dsr", "set-block")
+"""One of each kind; all of them in the long form."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method in SHORT else pytest.mark.long)
+        for method in METHODS
+        if not method.startswith(EVERY_STEP)
+    ],
+)
 def test_a_whole_run_ends_as_under_the_masked_engine(method: str) -> None:
     found, step = whole_run(method, ENGINE)
     expected, _ = whole_run(method, "masked")

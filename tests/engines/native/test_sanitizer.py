@@ -26,7 +26,7 @@ def sanitizer_is_there() -> bool:
 @needs_kernels
 @pytest.mark.skipif(not sanitizer_is_there(), reason="g++ with AddressSanitizer is not there")
 def test_random_models_touch_no_memory_that_is_not_theirs_and_agree_with_pytorch() -> None:
-    command = [sys.executable, str(SCRIPT), "--rounds", "30", "--seed", "1"]
+    command = [sys.executable, str(SCRIPT), "--rounds", "12", "--seed", "1"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "30 rounds, no fault" in ended.stdout
+    assert "12 rounds, no fault" in ended.stdout

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 
+from spfde.app.machine_errors import is_out_of_memory
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import UsageError
-
-# What PyTorch's allocators of the host's memory say in a plain RuntimeError.
-_HOST = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 @contextmanager
@@ -25,10 +23,9 @@ def memory_advice(options: TrainOptions, out: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        on_device = isinstance(error, torch.OutOfMemoryError)
-        on_host = isinstance(error, MemoryError) or any(words in str(error) for words in _HOST)
-        if not (on_device or on_host):
+        if not is_out_of_memory(error):
             raise
+        on_device = isinstance(error, torch.OutOfMemoryError)
         where = "the device" if on_device else "the machine"
         change = [f"a smaller --batch-size (it was {options.batch_size})", "a smaller --model or --image-size"]
         if on_device:
