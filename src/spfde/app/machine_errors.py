@@ -33,7 +33,7 @@ def machine_error(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no more memory: Python's error and PyTorch's, whose allocator of the host is told by its words."""
+    """Whether there was no more memory: Python's error and PyTorch's, that of the host told by its words."""
     text = str(error)
     by_words = isinstance(error, RuntimeError) and any(words in text for words in _OF_ALLOCATORS)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or by_words
