@@ -228,6 +228,7 @@ class TestCommands:
         assert (ended.returncode, ended.stderr) == (143, "spfde: terminated.\n")
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the kernels' compiler is named by $CXX")
+    @pytest.mark.long
     def test_while_it_compiles_kernels(self, tiny: Path, tmp_path: Path) -> None:
         compiler, cache = tmp_path / "compiler", tmp_path / "cache"
         compiler.write_text(

@@ -301,6 +301,7 @@ def three_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
 
 
+@pytest.mark.long
 def test_every_method_changes_its_masks_in_every_round(common: ModuleType, mutation: ModuleType) -> None:
     for method in mutation.methods().values():
         mutating = mutation.Mutating(three_layers, method, torch.zeros(1, 256))

@@ -23,6 +23,7 @@ def run(*options: str) -> str:
 
 
 @needs_kernels
+@pytest.mark.long
 def test_runs_that_are_killed_at_random_end_as_if_nothing_had_been() -> None:
     told = run("--quick")
     assert told.count("2 kills, as if nothing had been") == 2

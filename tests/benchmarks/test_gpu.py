@@ -119,6 +119,7 @@ def test_a_run_survives_its_json(runs: ModuleType) -> None:
     assert runs.WholeRun.from_dict(json.loads(json.dumps(dataclasses.asdict(run)))) == run
 
 
+@pytest.mark.long
 def test_short_epochs_freeze_as_long_ones_do_and_come_to_whole_batches(rows: ModuleType) -> None:
     model = dataclasses.replace(rows.FULL, device="cpu").network()
     for scale in (rows.FULL, rows.QUICK):

@@ -37,7 +37,10 @@ def test_every_example_has_a_case() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("vision_models.py", "segmentation.py", "text_transformer.py")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in CASES])
 def test_the_example_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     arguments, expected = CASES[name]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "always::UserWarning"}

@@ -111,7 +111,9 @@ def test_seeds_repeat_while_variants_are_kept_and_never_else(engine: str) -> Non
             assert torch.equal(seeds[one], seeds[other]) == together, (one, other)
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 7])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(3, marks=pytest.mark.long), 4, pytest.param(5, marks=pytest.mark.long), 7]
+)
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(engine: str, stop: int) -> None:
     parts = make_parts()
     saved = train_and_save(parts, attach(parts, engine=engine), stop)

@@ -79,6 +79,7 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_the_site_has_the_reference_and_a_broken_link_or_an_undocumented_name_ends_its_building(copied: Path) -> None:
     with (copied / "docs" / "faq.md").open("a", encoding="utf-8") as page:
         page.write("\n[a](gone.md) [b](cost.md#nowhere)\n")

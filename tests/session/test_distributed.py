@@ -21,7 +21,7 @@ def run(function: Any, folder: Path, method: str = "", size: int = 2) -> list[An
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-@pytest.mark.parametrize("method", ["mest", "rigl"])
+@pytest.mark.parametrize("method", [pytest.param("mest", marks=pytest.mark.long), "rigl"])
 def test_two_ranks_keep_the_same_masks_and_sets_and_share_the_samples(tmp_path: Path, method: str) -> None:
     first, second = run(worker.train, tmp_path, method)
     for key in ("masks", "weights"):
@@ -41,6 +41,7 @@ def test_two_ranks_keep_the_same_masks_and_sets_and_share_the_samples(tmp_path: 
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.long
 def test_ranks_that_disagree_are_refused_with_what_differs(tmp_path: Path) -> None:
     for messages in run(worker.attach_with_other_seeds, tmp_path):
         model, loader, seed = messages
@@ -65,6 +66,7 @@ def test_ranks_share_every_epoch_or_are_told_why_not(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_ranks_and_sees_each_sample_once(
     tmp_path: Path, before: int, now: int
 ) -> None:

@@ -63,6 +63,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("case", [case for case in worker.SHARDS if case != "same"])
+@pytest.mark.long
 def test_ranks_with_data_of_their_own_are_refused_with_both_ways_out(alone: list[dict[str, str]], case: str) -> None:
     for by_case in alone:
         assert "must be the same on all 2 ranks" in by_case[case]

@@ -81,6 +81,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(worker.others, tmp_path_factory.mktemp("others"))
 
 
+@pytest.mark.long
 def test_a_communication_hook_of_the_users_stays_and_follows_what_is_frozen(others: list[dict[str, Any]]) -> None:
     assert [found["hook"] for found in others] == [((0, 0), 2)] * 2
 

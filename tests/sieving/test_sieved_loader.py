@@ -205,7 +205,10 @@ def test_with_samples_removed_the_generators_go_on_as_with_the_plain_loader():
     assert torch.equal(plain.generator.get_state(), sieved.generator.get_state())
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, pytest.param({"num_workers": 2}, marks=pytest.mark.long), {"num_workers": 2, "persistent_workers": True}],
+)
 def test_each_sample_of_the_partial_set_comes_exactly_once_an_epoch_while_the_sieve_moves_on(arguments):
     plain = DataLoader(Tuples(), 4, shuffle=True, generator=seeded(), **arguments)
     sieve = Sieve(population_of(plain), DataSieving(removed_fraction=0.3), seeded())

@@ -228,6 +228,7 @@ class TestWholeRuns:
             train(self.options(tiny, made, augment_draws=draws, data_on=place), tmp_path / place)
         assert self.weights(tmp_path / "host") == self.weights(tmp_path / "device")
 
+    @pytest.mark.long
     def test_a_run_that_goes_on_elsewhere_sees_the_same_images(self, tiny: Path, tmp_path: Path) -> None:
         options = self.options(tiny, presets.mest, data_on="device")
         train(options, tmp_path / "whole")

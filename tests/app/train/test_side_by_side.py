@@ -250,6 +250,7 @@ class TestStopped:
         for seed, name in enumerate(names):
             assert left_by(tmp_path / name) == left_by(tmp_path / f"whole-{seed}")
 
+    @pytest.mark.long
     def test_a_run_of_its_own_goes_on_beside_others(self, options: Callable[..., TrainOptions], tmp_path: Path) -> None:
         def stop(epochs: int) -> None:
             raise KeyboardInterrupt
@@ -290,6 +291,7 @@ class TestRefused:
         assert train_side_by_side([]) == []
 
 
+@pytest.mark.long
 def test_one_run_is_what_train_makes_of_it(options: Callable[..., TrainOptions], tmp_path: Path) -> None:
     train(options(epochs=1), tmp_path / "alone")
     train_side_by_side([(options(epochs=1, profile=2), tmp_path / "beside")])

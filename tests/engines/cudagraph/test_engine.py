@@ -24,7 +24,13 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 # --- the same run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+SHORT = ("static", "mest-ems", "rigl", "gmp", "dsr", "snfs", "topkast", "deepr", "str", "set-block")
+"""One of each kind; all of them in the long form."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=() if method in SHORT else pytest.mark.long) for method in METHODS]
+)
 def test_a_whole_run_ends_as_under_the_masked_engine(method: str) -> None:
     ends = []
     for engine in ("masked", ENGINE):
