@@ -12,9 +12,19 @@ for _name in ("PY_COLORS", "FORCE_COLOR", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):
 
 import pytest
 import torch
+from hypothesis import settings
 
 import spfde
 from helpers.training import Parts, make_parts
+
+# Tests that say no number of examples of their own: some in the short form, as many as Hypothesis wants in the long one.
+settings.register_profile("short", max_examples=30)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not long":
+        settings.load_profile("short")
+
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

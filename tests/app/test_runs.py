@@ -163,6 +163,7 @@ class TestKilledRuns:
         assert ("going on after" in ended.out) != started_over
 
     @needs_kernels
+    @pytest.mark.long
     def test_a_killed_run_with_a_prefix_cache_ends_like_one_that_never_stopped(self, tiny: Path, place: Path) -> None:
         cached = ["--cache-variants", "1", "--engine", "native"]
         ended = commands.start(arguments(tiny, "cached") + cached, log=place / "cached", cwd=place).end()

@@ -203,6 +203,7 @@ def test_a_run_that_is_to_find_nothing_compiled_does_not_start_where_something_i
             _ = bench.run
 
 
+@pytest.mark.long
 def test_rows_without_a_captured_step_are_rehearsed_and_record_nothing(
     gpu: ModuleType, recorded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

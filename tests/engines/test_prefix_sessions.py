@@ -21,7 +21,7 @@ from spfde.engines.kept_outputs import CachedPrefix
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-@pytest.fixture(params=[NATIVE, "cudagraph"])
+@pytest.fixture(params=[NATIVE, pytest.param("cudagraph", marks=pytest.mark.long)])
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

@@ -51,6 +51,7 @@ def test_ranks_that_disagree_are_refused_with_what_differs(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.long
 def test_ranks_share_every_epoch_or_are_told_why_not(tmp_path: Path) -> None:
     first, second = run(worker.share_and_resume, tmp_path)
     assert len(set(first["neutral"] + second["neutral"])) == SAMPLES

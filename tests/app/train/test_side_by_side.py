@@ -136,6 +136,7 @@ def test_each_run_comes_to_what_it_comes_to_alone(options: Callable[..., TrainOp
     assert len({left_by(tmp_path / f"beside-{number}")["generators"] for number in range(3)}) == 3
 
 
+@pytest.mark.long
 def test_recorded_passes_of_two_runs_do_not_mix(
     options: Callable[..., TrainOptions], on_cpu: type[Replays], tmp_path: Path
 ) -> None:
