@@ -17,7 +17,7 @@ from hypothesis import settings
 import spfde
 from helpers.training import Parts, make_parts
 
-# Tests that say no number of examples of their own: some in the short form, as many as Hypothesis wants in the long one.
+# For tests that say no number of examples of their own; the long form has as many as Hypothesis wants.
 settings.register_profile("short", max_examples=30)
 
 
