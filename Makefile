@@ -20,7 +20,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 FITS_OLDEST := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON_OLDEST ?= $(shell for each in python3.11 python3.12 $(PYTHON); do \
 	$$each -c '$(FITS_OLDEST)' 2>/dev/null && echo $$each && break; done)
-# Each process has one thread, and its own half of the tests as long as there is one.
+# Each process has one thread, and its own share of the tests; a third one computes while others wait for what they started.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 HAS_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
