@@ -12,7 +12,7 @@ def test_numbers_pointers_arrays_and_structures_are_told_apart() -> None:
     assert kinds["source"] is kinds["choice"] is ctypes.c_void_p
     assert kinds["input"] is kinds["output"] is struct("Blocked")
     assert (kinds["kernel"]._type_, kinds["kernel"]._length_) == (ctypes.c_int64, 2)
-    assert kinds["count_padding"] is ctypes.c_int64
+    assert kinds["threads"] is ctypes.c_int64
     assert dict(struct("ConstantsJob")._fields_)["eps"] is ctypes.c_double  # type: ignore[arg-type]
 
 

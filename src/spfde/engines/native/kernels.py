@@ -68,7 +68,16 @@ class Kernels:
 
 
 class KernelTape(Tape):
-    """A tape that knows what each kernel is told. Buffers are blocked as their layouts say."""
+    """A tape that knows what each kernel is told. Buffers are blocked as their layouts say.
+
+    Args:
+        library, dtype: see ``Tape``.
+        threads: that each kernel uses.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int) -> None:
+        super().__init__(library, dtype)
+        self.threads = threads
 
     def conv(
         self, source: Buffer, target: Buffer, entries: Entries, values: Place, *, step_x: int = 1, step_y: int = 1,
@@ -86,7 +95,7 @@ class KernelTape(Tape):
         self.call(
             "spfde_conv", "ConvJob", source, target, source.layout.c, to.c, entries.c, values, step_x, step_y,
             down, right, height, width, accumulate, scale, shift, residual, (residual or target).layout.c,
-            ACTIVATIONS[activation], statistics, -(-height // rows), rows,
+            ACTIVATIONS[activation], statistics, -(-height // rows), rows, self.threads,
         )  # fmt: skip
 
     def statistics_size(self, to: Layout) -> int:
@@ -97,7 +106,7 @@ class KernelTape(Tape):
         """Mean and biased variance of each channel from what ``conv`` wrote."""
         bands = Bands(to, self.threads)
         self.call(
-            "spfde_statistics", "StatisticsJob", statistics, to.c, bands.n, bands.rows, mean, variance
+            "spfde_statistics", "StatisticsJob", statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
         )  # fmt: skip
 
     def constants(
@@ -135,7 +144,7 @@ class KernelTape(Tape):
         """target = activation(source * scale + shift + residual)."""
         self.call(
             "spfde_apply", "ApplyJob", source, target, source.layout.c, target.layout.c, scale, shift, residual,
-            (residual or target).layout.c, ACTIVATIONS[activation],
+            (residual or target).layout.c, ACTIVATIONS[activation], self.threads,
         )  # fmt: skip
 
     def apply_backward(
@@ -154,7 +163,7 @@ class KernelTape(Tape):
 
     def add(self, source: Buffer, target: Buffer, *, accumulate: bool = True) -> None:
         """target += source, or a copy."""
-        self.call("spfde_add", "AddJob", source, target, source.layout.c, target.layout.c, accumulate)
+        self.call("spfde_add", "AddJob", source, target, source.layout.c, target.layout.c, accumulate, self.threads)
 
     def channel_sum(self, source: Buffer, out: Place, *, around: Place | None = None, divisor: int = 1) -> None:
         """Sum of each channel, or of its squared distances from ``around`` [channels]; divided by a number."""
@@ -165,11 +174,11 @@ class KernelTape(Tape):
     def copy(self, way: Way, tensor: Place, strides: Sequence[int], blocked: Buffer) -> None:
         """From a tensor [N, C, H, W] of any strides into a buffer, or back."""
         four = (ctypes.c_int64 * 4)(*strides)
-        self.call(f"spfde_{way}", "PackJob", tensor, four, blocked, blocked.layout.c)
+        self.call(f"spfde_{way}", "PackJob", tensor, four, blocked, blocked.layout.c, self.threads)
 
     def copy_tokens(self, way: Way, tokens: Place, n: int, blocked: Buffer) -> None:
         """The same of contiguous tokens [n, C]; what the buffer holds beyond them becomes zero."""
-        self.call(f"spfde_{way}_tokens", "TokensJob", tokens, n, blocked, blocked.layout.c)
+        self.call(f"spfde_{way}_tokens", "TokensJob", tokens, n, blocked, blocked.layout.c, self.threads)
 
     def gather(self, weight: Tensor, entries: Entries) -> Place:
         """The entries' weights, in their order."""
@@ -184,7 +193,7 @@ class KernelTape(Tape):
     def _index(self, kernel: str, weight: At, entries: Entries, values: Place, *, accumulate: bool = False) -> None:
         self.hold(entries)
         at = entries.index.data_ptr()
-        self.call(kernel, "IndexJob", weight, at, entries.n, values, accumulate)
+        self.call(kernel, "IndexJob", weight, at, entries.n, values, accumulate, self.threads)
 
     def accumulate(self, source: Place, target: Place, n: int) -> None:
         """target += source, n numbers."""
@@ -209,15 +218,15 @@ class KernelTape(Tape):
         sizes = ((ctypes.c_int64 * 2)(*pair) for pair in window)
         self.call(
             f"spfde_{kernel}", "PoolJob", source, target, input_.layout.c, output.layout.c, *sizes, choice,
-            count_padding, accumulate,
+            count_padding, accumulate, self.threads,
         )  # fmt: skip
 
     def global_pool(self, source: Buffer, means: Place) -> None:
         """Mean of each plane into a contiguous [N, C]."""
-        self.call("spfde_global_pool", "GlobalPoolJob", source, source.layout.c, means, False)
+        self.call("spfde_global_pool", "GlobalPoolJob", source, source.layout.c, means, False, self.threads)
 
     def global_pool_backward(self, gradient: Place, target: Buffer, *, accumulate: bool) -> None:
         """From a contiguous [N, C]."""
         self.call(
-            "spfde_global_pool_backward", "GlobalPoolJob", target, target.layout.c, gradient, accumulate
+            "spfde_global_pool_backward", "GlobalPoolJob", target, target.layout.c, gradient, accumulate, self.threads
         )  # fmt: skip

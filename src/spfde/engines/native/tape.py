@@ -59,11 +59,10 @@ class Tape:
     Args:
         library: the loaded kernels.
         dtype: of the numbers.
-        threads: that share each job's work.
     """
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int = 1) -> None:
-        self.dtype, self.threads = dtype, threads
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._library = library
         self._n_slots = 0
         self._given: dict[Hashable, int] = {}
@@ -157,7 +156,7 @@ class Tape:
         patches = (patch * len(self._patches))(*starmap(patch, self._patches))
         calls = (call * len(self._calls))(*starmap(call, self._calls))
         self._held += [jobs, patches, calls]
-        self._ready = struct("Tape")(at(jobs), at(patches), len(patches), at(calls), len(calls), self.threads)
+        self._ready = struct("Tape")(at(jobs), at(patches), len(patches), at(calls), len(calls))
 
     # --- playing -----------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ struct ConvJob {
   int64_t activation;
   real* statistics;           // of what is written, [groups][bands][rows][3][LANES]: a sample, sum and sum of
                               // squares around it; or null
-  int64_t bands, band_rows;
+  int64_t bands, band_rows, threads;
 };
 
 template <int ROWS, int COLUMNS>
@@ -176,7 +176,8 @@ static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
 SPFDE_EXPORT void spfde_conv(const void* data) {
   const auto* job = static_cast<const ConvJob*>(data);
   const int64_t units = job->from.groups * job->bands;
-  share(units, [&](int64_t unit) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t unit = 0; unit < units; unit++) {
     const int64_t g = unit / job->bands, band = unit % job->bands;
     if (job->step_x == 1 && job->step_y == 1) {
       conv_band<1, 1>(*job, g, band);
@@ -187,7 +188,7 @@ SPFDE_EXPORT void spfde_conv(const void* data) {
     } else {
       conv_band<0, 0>(*job, g, band);
     }
-  });
+  }
 }
 
 // Mean and biased variance of each row from the statistics of its bands, put together in double precision.
@@ -197,6 +198,7 @@ struct StatisticsJob {
   int64_t bands, band_rows;
   real* mean;      // [rows]
   real* variance;  // [rows]
+  int64_t threads;
 };
 
 SPFDE_EXPORT void spfde_statistics(const void* data) {
@@ -204,7 +206,8 @@ SPFDE_EXPORT void spfde_statistics(const void* data) {
   const Blocked* layout = &job->layout;
   const int64_t bands = job->bands, band_rows = job->band_rows;
   const double count = double(layout->height) * double(layout->width) * double(layout->batch);
-  share(layout->channels, [&](int64_t row) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t row = 0; row < layout->channels; row++) {
     // Two passes over the parts: the mean of all, then how far each part's own mean is from it.
     double average = 0, squares = 0;
     for (int pass = 0; pass < 2; pass++) {
@@ -232,7 +235,7 @@ SPFDE_EXPORT void spfde_statistics(const void* data) {
     }
     job->mean[row] = real(average);
     job->variance[row] = real(squares > 0 || squares != squares ? squares / count : 0);
-  });
+  }
 }
 
 // The gradient of each active entry, in the order of the entries. A unit is a band of rows of a group.
@@ -297,7 +300,8 @@ SPFDE_EXPORT void spfde_conv_weight(const void* data) {
   const auto* job = static_cast<const WeightJob*>(data);
   const int64_t units = job->to.groups * job->bands, threads = job->threads;
   const int64_t n_entries = job->entries.start[job->entries.chunks * job->entries.rows];
-  share(threads, [&](int64_t part) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int64_t part = 0; part < threads; part++) {
     real* sums = job->partial + part * n_entries * LANES;
     std::memset(sums, 0, sizeof(real) * n_entries * LANES);
     for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; unit++) {
@@ -310,10 +314,11 @@ SPFDE_EXPORT void spfde_conv_weight(const void* data) {
         weight_unit<0>(*job, g, band, sums);
       }
     }
-  });
-  share(n_entries, [&](int64_t k) {
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t k = 0; k < n_entries; k++) {
     vec sum{};
     for (int64_t part = 0; part < threads; part++) sum += load(job->partial + (part * n_entries + k) * LANES);
     job->out[k] = sum_lanes(sum);
-  });
+  }
 }

@@ -9,7 +9,7 @@
 // above a group the end of the group before it: one halo serves both sides.
 //
 // Kernels cut groups and rows among the threads in the same way, in order (pooling and packing: groups and channels). So
-// a thread that is not late reads what it wrote itself: two cores need not share a cache, and what travels between their caches costs more
+// a thread reads what it wrote itself: two cores need not share a cache, and what travels between their caches costs more
 // than what a step computes.
 #pragma once
 
@@ -20,8 +20,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-#include "team.h"
 
 #ifndef SPFDE_REAL
 #define SPFDE_REAL float
@@ -146,10 +144,11 @@ struct Blocked {
 
 // each(g, c) for every channel of every group.
 template <class Each>
-static inline void each_plane(const Blocked& layout, const Each& each) {
-  share(layout.groups * layout.channels, [&](int64_t index) {
+static inline void each_plane(const Blocked& layout, int64_t threads, const Each& each) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t index = 0; index < layout.groups * layout.channels; index++) {
     each(index / layout.channels, index % layout.channels);
-  });
+  }
 }
 
 enum Activation : int64_t { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3, GELU = 4 };

@@ -9,6 +9,7 @@ struct PackJob {
   int64_t strides[4];
   real* blocked;
   Blocked layout;
+  int64_t threads;
 };
 
 // each(s, t, lanes) for every pixel of a group: s is its first image's in the tensor, t its vector.
@@ -16,7 +17,7 @@ template <class Each>
 static inline void each_vector(const PackJob& job, const Each& each) {
   const Blocked blocked = job.layout;
   const int64_t* strides = job.strides;
-  each_plane(blocked, [&](int64_t g, int64_t c) {
+  each_plane(blocked, job.threads, [&](int64_t g, int64_t c) {
     const int64_t lanes = blocked.images(g);
     for (int64_t h = 0; h < blocked.height; h++) {
       real* s = job.tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
@@ -71,6 +72,7 @@ struct TokensJob {
   int64_t n;
   real* blocked;
   Blocked layout;
+  int64_t threads;
 };
 
 // square(s, t) for LANES tokens and as many channels, column(s, t, have) for each channel that is left of `have` tokens:
@@ -79,7 +81,8 @@ template <class Square, class Column>
 static inline void each_square(const TokensJob& job, const Square& square, const Column& column) {
   const Blocked layout = job.layout;
   const int64_t channels = layout.channels, each = layout.span;
-  share(layout.groups, [&](int64_t g) {
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t g = 0; g < layout.groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
       const int64_t first = g * each + i, left = job.n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
       real* token = job.tokens + first * channels;
@@ -90,7 +93,7 @@ static inline void each_square(const TokensJob& job, const Square& square, const
       }
       for (; c < channels; c++) column(token + c, t + c * each, have);
     }
-  });
+  }
 }
 
 SPFDE_EXPORT void spfde_pack_tokens(const void* data) {
@@ -129,20 +132,22 @@ struct IndexJob {
   const int32_t* index;
   int64_t n;
   real* values;
-  int64_t accumulate;
+  int64_t accumulate, threads;
 };
 
 SPFDE_EXPORT void spfde_gather(const void* data) {
   const auto* job = static_cast<const IndexJob*>(data);
-  share(job->n, [&](int64_t k) { job->values[k] = job->weights[job->index[k]]; });
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t k = 0; k < job->n; k++) job->values[k] = job->weights[job->index[k]];
 }
 
 SPFDE_EXPORT void spfde_scatter(const void* data) {
   const auto* job = static_cast<const IndexJob*>(data);
-  share(job->n, [&](int64_t k) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t k = 0; k < job->n; k++) {
     real* at = job->weights + job->index[k];
     *at = job->accumulate ? *at + job->values[k] : job->values[k];
-  });
+  }
 }
 
 // target += source, of n numbers.

@@ -44,14 +44,15 @@ struct ApplyJob {
   const real* shift;  // [channels] or null
   const real* residual;
   Blocked residual_layout;
-  int64_t activation;
+  int64_t activation, threads;
 };
 
 SPFDE_EXPORT void spfde_apply(const void* data) {
   const auto* job = static_cast<const ApplyJob*>(data);
   const Blocked from = job->from, to = job->to, other = job->residual_layout;
   const int64_t lines = from.groups * from.height, act = job->activation;
-  share(lines, [&](int64_t line) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t line = 0; line < lines; line++) {
     const int64_t g = line / from.height, h = line % from.height;
     const vec valid = from.valid(g);
     const bool is_short = from.is_short(g);
@@ -68,7 +69,7 @@ SPFDE_EXPORT void spfde_apply(const void* data) {
         store(z + i, u);
       }
     }
-  });
+  }
 }
 
 // The way back through z = activation(y * scale + shift + residual), where scale and shift come from the batch (`batch`)
@@ -109,7 +110,8 @@ struct ChannelSums {
   // `each(g, c, h, sum, dot)` adds to the two vectors what line h of channel c brings.
   template <class Each>
   void take(const Each& each) {
-    share(parts, [&](int64_t part) {
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
+    for (int64_t part = 0; part < parts; part++) {
       double* total = totals.data() + part * 2 * channels;
       std::vector<real> sums(size_t((2 * channels + 1) * LANES));
       real* at = aligned(sums.data());
@@ -128,7 +130,7 @@ struct ChannelSums {
         }
         std::fill(sums.begin(), sums.end(), real(0));
       }
-    });
+    }
   }
 
   double sum(int64_t which, int64_t c) const {
@@ -170,7 +172,8 @@ SPFDE_EXPORT void spfde_apply_backward(const void* data) {
     constants[size_t(2 * c + 1)] = real(-a * total / count);
   }
   if (!job->out) return;
-  share(sums.parts, [&](int64_t part) {
+#pragma omp parallel for schedule(static, 1) num_threads(sums.parts)
+  for (int64_t part = 0; part < sums.parts; part++) {
     // From the last line to the first: the last ones are still in the cache.
     for (int64_t line = sums.start(part + 1) - 1; line >= sums.start(part); line--) {
       const int64_t g = line / yl.height, h = line % yl.height;
@@ -194,7 +197,7 @@ SPFDE_EXPORT void spfde_apply_backward(const void* data) {
         }
       }
     }
-  });
+  }
 }
 
 // target += source, or = source.
@@ -202,14 +205,15 @@ struct AddJob {
   const real* source;
   real* target;
   Blocked from, to;
-  int64_t accumulate;
+  int64_t accumulate, threads;
 };
 
 SPFDE_EXPORT void spfde_add(const void* data) {
   const auto* job = static_cast<const AddJob*>(data);
   const Blocked from = job->from, to = job->to;
   const int64_t lines = from.groups * from.height;
-  share(lines, [&](int64_t line) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t line = 0; line < lines; line++) {
     const int64_t g = line / from.height, h = line % from.height;
     for (int64_t c = 0; c < from.channels; c++) {
       const real* s = job->source + from.at(g, c, h);
@@ -218,7 +222,7 @@ SPFDE_EXPORT void spfde_add(const void* data) {
         store(t + i, job->accumulate ? load(t + i) + load(s + i) : load(s + i));
       }
     }
-  });
+  }
 }
 
 // Of each channel the sum over images and pixels, or with `around` that of the squared distances from it; divided.

@@ -11,7 +11,7 @@ struct PoolJob {
   Blocked input, output;
   int64_t kernel[2], stride[2], padding[2];
   int32_t* choice;  // maximum: [groups][channels][height * width][LANES], the winner's pixel in its plane
-  int64_t count_padding, accumulate;
+  int64_t count_padding, accumulate, threads;
 };
 
 // Rows and columns of the input under one pixel of the output, the ends not included; and what their sum is divided by.
@@ -25,7 +25,7 @@ struct Window {
 template <bool BACKWARD, class Each>
 static inline void each_window(const PoolJob& job, const Each& each) {
   const Blocked in = job.input, out = job.output;
-  each_plane(in, [&](int64_t g, int64_t c) {
+  each_plane(in, job.threads, [&](int64_t g, int64_t c) {
     real* x = (BACKWARD ? job.target : const_cast<real*>(job.source)) + in.origin(g, c);
     real* y = (BACKWARD ? const_cast<real*>(job.source) : job.target) + out.origin(g, c);
     int64_t pixel = (g * in.channels + c) * out.height * out.width;
@@ -111,13 +111,13 @@ struct GlobalPoolJob {
   real* blocked;  // planes, or their gradient
   Blocked layout;
   real* means;  // [images, channels], or their gradient
-  int64_t accumulate;
+  int64_t accumulate, threads;
 };
 
 SPFDE_EXPORT void spfde_global_pool(const void* data) {
   const auto* job = static_cast<const GlobalPoolJob*>(data);
   const Blocked layout = job->layout;
-  each_plane(layout, [&](int64_t g, int64_t c) {
+  each_plane(layout, job->threads, [&](int64_t g, int64_t c) {
     vec sum{};
     for (int64_t h = 0; h < layout.height; h++) {
       const real* s = job->blocked + layout.at(g, c, h);
@@ -133,7 +133,7 @@ SPFDE_EXPORT void spfde_global_pool(const void* data) {
 SPFDE_EXPORT void spfde_global_pool_backward(const void* data) {
   const auto* job = static_cast<const GlobalPoolJob*>(data);
   const Blocked layout = job->layout;
-  each_plane(layout, [&](int64_t g, int64_t c) {
+  each_plane(layout, job->threads, [&](int64_t g, int64_t c) {
     vec d{};
     for (int64_t lane = 0; lane < layout.images(g); lane++) {
       d[lane] = job->means[(g * LANES + lane) * layout.channels + c] / real(layout.height * layout.width);
