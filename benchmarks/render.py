@@ -33,7 +33,6 @@ ORDER = (
     "distributed",
     "same_budget",
     "crash",
-    "busy",
     "start_up",
     "export",
     "analysis",
