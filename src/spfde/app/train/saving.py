@@ -133,7 +133,8 @@ def _generators(device: torch.device) -> dict[str, Any]:
 
 def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     kinds: dict[str, Kind] = {_PYTHON: tuple, _NUMPY: tuple, _TORCH: Tensor}
-    check_entries(states, "the generators", kinds | ({_CUDA: Tensor} if _CUDA in states else {}))
+    has_cuda = isinstance(states, Mapping) and _CUDA in states
+    check_entries(states, "the generators", kinds | ({_CUDA: Tensor} if has_cuda else {}))
     check_python(states[_PYTHON], "Python's generator")
     check_numpy(states[_NUMPY], "NumPy's generator")
     check_torch(states[_TORCH], "PyTorch's generator")
@@ -141,5 +142,5 @@ def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     name, words, *rest = states[_NUMPY]
     np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states[_TORCH])
-    if device.type == "cuda" and _CUDA in states:
+    if device.type == "cuda" and has_cuda:
         torch.cuda.set_rng_state(states[_CUDA], device)
