@@ -174,6 +174,7 @@ CHANGES: list[tuple[str, Callable[[Any], Any]]] = [
     ("generators.pt", lambda state: {**state, "numpy": ("MT19937", [1] * 624, 9999, 0, 0.0)}),
     ("generators.pt", lambda state: {**state, "torch": state["torch"][:7]}),
     ("generators.pt", lambda state: {}),
+    ("generators.pt", lambda state: 0.5),
     ("augment.pt", lambda state: {**state, "generator": torch.zeros_like(state["generator"])}),
     ("session.pt", lambda state: {**state, "generator": torch.zeros_like(state["generator"])}),
     ("session.pt", lambda state: {**state, "run": {**state["run"], "epochs": torch.zeros(3)}}),

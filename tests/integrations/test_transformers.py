@@ -15,7 +15,8 @@ from torch import nn
 import spfde
 from helpers import transformers_runs as runs
 from helpers.processes import start
-from spfde.integrations.transformers import SpfdeCallback
+from helpers.strangers import RunsCode
+from spfde.integrations.transformers import STATE_NAME, SpfdeCallback, _state_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPARSE = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.8), update_interval_epochs=2)
@@ -371,3 +372,15 @@ def test_an_epoch_whose_last_step_the_trainer_would_leave_out_is_not_gone_on_wit
     resumed = runs.trainer(tmp_path, callback, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(whole.model, resumed.model)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "code"])
+def test_a_state_that_cannot_be_read_or_would_run_code_is_refused(content: bytes | str, tmp_path: Path) -> None:
+    path = tmp_path / STATE_NAME
+    if content == "code":
+        torch.save(RunsCode(tmp_path / "mark"), path)
+    else:
+        path.write_bytes(bytes(content))  # type: ignore[arg-type]
+    with pytest.raises(spfde.StateMismatch, match="cannot be read"):
+        _state_in(str(tmp_path))
+    assert not (tmp_path / "mark").exists()

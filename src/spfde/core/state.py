@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from spfde.core.errors import StateMismatch
@@ -28,6 +29,21 @@ def check_entries(state: Any, what: str, kinds: Mapping[str, Kind]) -> None:
             raise StateMismatch(
                 f"{name} in the state of {what} is a {type(value).__name__}, not {wanted}. It is damaged."
             )
+
+
+def read_saved(path: Path) -> Any:
+    """What ``torch.save`` has put into a file, on the CPU: tensors and primitives, and nothing that could run code.
+
+    Raises:
+        StateMismatch: it holds something else, is damaged, or cannot be read.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch's reader raises whatever it likes on damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StateMismatch(f"{path} cannot be read ({reason}). Use another checkpoint.") from error
 
 
 def check_all(values: Any, what: str, kind: Kind) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import RandomSampler
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
+from spfde.core.state import read_saved
 from spfde.recipe import Recipe
 from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
@@ -291,7 +292,7 @@ def _state_in(folder: str) -> Mapping[str, Any]:
             f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
             "earlier one, or start a new run without resume_from_checkpoint."
         )
-    state: Mapping[str, Any] = torch.load(path, weights_only=True)
+    state: Mapping[str, Any] = read_saved(path)
     return state
 
 

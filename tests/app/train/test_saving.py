@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from helpers.strangers import RunsCode
 from spfde.app.train import saving
 from spfde.app.train.machine import Machine
 from spfde.app.train.saving import load_state, save_state, seed_all, weights_note
-from spfde.errors import RunFolderError
+from spfde.errors import RunFolderError, StateMismatch
 
 CPU = torch.device("cpu")
 
@@ -142,7 +141,7 @@ def test_arrays_of_numpy_are_not_read(tmp_path: Path) -> None:
     saved = parts(1)
     save_state(tmp_path, *saved, CPU)
     torch.save(np.zeros(3), tmp_path / "one.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(StateMismatch, match=r"one\.pt cannot be read"):
         load_state(tmp_path, *parts(2), CPU)
 
 

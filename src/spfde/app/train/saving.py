@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from spfde.core.errors import RunFolderError
 from spfde.core.generator_states import check_numpy, check_python, check_torch
 from spfde.core.optimizer_states import check_optimizer
-from spfde.core.state import Kind, check_entries
+from spfde.core.state import Kind, check_entries, read_saved
 
 WEIGHTS, OTHER_WEIGHTS = "model.safetensors", "model.pt"
 _OPTIMIZER, _SCALER, _GENERATORS = "optimizer.pt", "scaler.pt", "generators.pt"
@@ -103,15 +103,15 @@ def load_state(
 
         load_model(model, folder / WEIGHTS, device="cpu")
     else:
-        model.load_state_dict(_read(folder / OTHER_WEIGHTS))
-    check_optimizer(states := _read(folder / _OPTIMIZER), optimizer)
+        model.load_state_dict(read_saved(folder / OTHER_WEIGHTS))
+    check_optimizer(states := read_saved(folder / _OPTIMIZER), optimizer)
     optimizer.load_state_dict(states)
     if scaler.is_enabled():
-        check_entries(states := _read(folder / _SCALER), "the loss scale", _SCALER_KINDS)
+        check_entries(states := read_saved(folder / _SCALER), "the loss scale", _SCALER_KINDS)
         scaler.load_state_dict(states)
-    _set_generators(_read(folder / _GENERATORS), device)
+    _set_generators(read_saved(folder / _GENERATORS), device)
     for name, other in others.items():
-        other.load_state_dict(_read(folder / f"{name}.pt"))
+        other.load_state_dict(read_saved(folder / f"{name}.pt"))
 
 
 def seed_all(seed: int) -> None:
@@ -119,10 +119,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
-
-
-def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _generators(device: torch.device) -> dict[str, Any]:
@@ -137,7 +133,8 @@ def _generators(device: torch.device) -> dict[str, Any]:
 
 def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     kinds: dict[str, Kind] = {_PYTHON: tuple, _NUMPY: tuple, _TORCH: Tensor}
-    check_entries(states, "the generators", kinds | ({_CUDA: Tensor} if _CUDA in states else {}))
+    has_cuda = isinstance(states, Mapping) and _CUDA in states
+    check_entries(states, "the generators", kinds | ({_CUDA: Tensor} if has_cuda else {}))
     check_python(states[_PYTHON], "Python's generator")
     check_numpy(states[_NUMPY], "NumPy's generator")
     check_torch(states[_TORCH], "PyTorch's generator")
@@ -145,5 +142,5 @@ def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     name, words, *rest = states[_NUMPY]
     np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states[_TORCH])
-    if device.type == "cuda" and _CUDA in states:
+    if device.type == "cuda" and has_cuda:
         torch.cuda.set_rng_state(states[_CUDA], device)
