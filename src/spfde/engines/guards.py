@@ -29,7 +29,8 @@ from spfde.model.twin import fake_copy
 
 # What the engine itself puts on the model.
 FORWARD, HELD = "forward", "_spfde_engine"
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
+"""Types of values that are compared, where others are told by identity."""
 # What is read of every module that runs, and says nothing of what it computes.
 _OF_EVERY_MODULE = frozenset({*dir(nn.Module), *vars(nn.Module())} - {"training"})
 
@@ -213,7 +214,7 @@ def _is_alike(one: Any, other: Any) -> bool:
         return one is other
     if isinstance(one, tuple):
         return is_same(one, other)
-    return isinstance(one, _PLAIN) and bool(one == other)
+    return isinstance(one, PLAIN) and bool(one == other)
 
 
 def read_by(model: nn.Module, sample: Sample) -> dict[str, set[str]]:

@@ -219,7 +219,6 @@ def _opened(source: str | Path | IO[bytes], shown: object) -> Iterator[zipfile.Z
         raise data_error(shown, "does not exist", "Check the path.") from error
     except (PermissionError, IsADirectoryError) as error:
         raise data_error(shown, f"cannot be read ({error.strerror})", "Check the path and its permissions.") from error
-    except (
-        Exception
-    ) as error:  # zipfile, its decompressors and NumPy's headers raise whatever they like on damaged files
+    except Exception as error:
+        # zipfile, its decompressors and NumPy's headers raise whatever they like on damaged files.
         raise data_error(shown, f"is no readable .npz archive ({error})", f"Make it anew. {_DESCRIPTION}") from error

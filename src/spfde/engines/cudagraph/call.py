@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.torch_private import BUFFERS, PARAMETERS, takes_tf32, tree_flatten, tree_unflatten
-
-_PLAIN = (bool, int, float, str, type(None))
+from spfde.engines.guards import PLAIN
 
 
 class Slots:
@@ -77,7 +76,7 @@ class Call:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         plain = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        strange = next((leaf for leaf in plain if not isinstance(leaf, _PLAIN)), None)
+        strange = next((leaf for leaf in plain if not isinstance(leaf, PLAIN)), None)
         if strange is not None:
             return f"it is called with a {type(strange).__name__}"
         grads = torch.is_grad_enabled()

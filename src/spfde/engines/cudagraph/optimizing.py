@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from spfde.core.torch_private import version_of
+from spfde.engines.guards import PLAIN
 
 _NOTED = ("_opt_called", "_step_count")
 """What schedulers note on an optimizer, of its steps by PyTorch."""
-_PLAIN = (bool, int, float, str, type(None))
 _FUSED = (SGD, Adam, AdamW)
 """Those whose fused form takes the learning rate as a tensor."""
 
@@ -116,7 +116,7 @@ class RecordableSteps:
         for at, _, group in self._groups:
             reads_rate = at in self._rates and not self._is_read(group["lr"])
             found += [
-                value if type(value) in _PLAIN else _comparable(value)
+                value if type(value) in PLAIN else _comparable(value)
                 for name, value in group.items()
                 if name != "params" and not (reads_rate and name == "lr")
             ]
@@ -179,4 +179,4 @@ def _comparable(value: Any) -> Any:
         return value.data_ptr()
     if isinstance(value, (list, tuple)):
         return tuple(_comparable(each) for each in value)
-    return value if isinstance(value, _PLAIN) else id(value)
+    return value if isinstance(value, PLAIN) else id(value)

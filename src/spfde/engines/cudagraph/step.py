@@ -29,7 +29,7 @@ from spfde.engines.cudagraph.known import Known, Recordings
 from spfde.engines.cudagraph.optimizing import RecordableSteps
 from spfde.engines.cudagraph.restoring import draws_beside
 from spfde.engines.cudagraph.watching import hooks_of_others
-from spfde.engines.guards import Guards
+from spfde.engines.guards import PLAIN, Guards
 
 
 class Following(Protocol):
@@ -316,7 +316,6 @@ def _detached(found: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, found)
 
 
-_PLAIN = (bool, int, float, str, type(None))
 _PATIENCE = 50
 
 
@@ -349,7 +348,7 @@ def _around(step: Callable[..., Any], seen: frozenset[int] = frozenset()) -> lis
 def _told(values: Iterable[Any], seen: frozenset[int]) -> list[Any]:
     found: list[Any] = []
     for value in values:
-        if isinstance(value, (*_PLAIN, Tensor)):
+        if isinstance(value, (*PLAIN, Tensor)):
             found.append(value)
         elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)) and not _is_of_torch(value):
             found += _around(value, seen)
