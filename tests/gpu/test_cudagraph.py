@@ -222,7 +222,7 @@ def test_a_step_that_waits_for_the_device_is_left_to_pytorch_under_auto(wait: st
 
 def test_a_capture_that_fails_leaves_streams_and_memory_as_they_were() -> None:
     run = Run("cudagraph")
-    backend = run.session._computing.engine.recorder
+    backend = run.session._computing.engine.recorder.backend
     before = torch.cuda.current_stream()
 
     def fails() -> list[torch.Tensor]:

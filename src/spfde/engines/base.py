@@ -85,6 +85,23 @@ class Parts:
     masked_already: Callable[[Mapping[str, Tensor]], None] = lambda gradients: None
 
 
+@dataclass(frozen=True)
+class Recorder:
+    """What an engine gives to have whole steps of its model recorded.
+
+    Attributes:
+        backend: records, where the model is.
+        reads: the attributes that the model's forward pass reads, by name of the module.
+        bypass: gives a context in which the model computes by its own modules: then its passes are part of the step.
+        before_replay: see ``Engine``.
+    """
+
+    backend: Backend
+    reads: Mapping[str, Collection[str]]
+    bypass: Callable[[], AbstractContextManager[None]]
+    before_replay: Callable[[], Hashable]
+
+
 class Engine(ABC):
     """Computes one model. It is made without arguments, and attached once.
 
@@ -148,8 +165,8 @@ class Engine(ABC):
         return []
 
     @property
-    def recorder(self) -> Backend | None:
-        """What records whole steps where the model is; None: nothing does."""
+    def recorder(self) -> Recorder | None:
+        """What records whole steps of the model; None: nothing does."""
         return None
 
     def before_replay(self) -> Hashable:

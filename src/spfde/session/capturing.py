@@ -184,7 +184,8 @@ class CapturesSteps(SessionView):
             ...         session.observe(step(x, y), y)
         """
         self._check_attached()
-        self._masks.keep_in_place()
+        if self.captures_steps:  # elsewhere nothing reads the copies, which each mutation would write
+            self._masks.keep_in_place()
         return self._computing.capture(step, self._beside(), strict=strict)
 
     def _beside(self) -> Beside:

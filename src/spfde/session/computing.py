@@ -16,7 +16,6 @@ from spfde.engines.base import Job, Parts
 from spfde.engines.choose import Choice, choose_engine, engine_names, make_engine
 from spfde.engines.compiled import CompiledBlocks
 from spfde.engines.cudagraph.step import CapturedStep, Following
-from spfde.engines.guards import read_by
 from spfde.planning.timeline import Row
 from spfde.session.freezing import Freezing
 from spfde.session.masks import WholeModel
@@ -57,12 +56,12 @@ class Computing(Part):
 
     def capture(self, step: Callable[..., Any], following: Following, *, strict: bool | None) -> Callable[..., Any]:
         """See ``Session.capture``."""
-        choice, model = self.choice, self.job.model
+        choice, recorder = self.choice, self.engine.recorder
         is_strict = choice.asked != "auto" if strict is None else strict
-        backend, reason = self.engine.recorder, following.reason_for_good()
-        if backend is None:
+        reason = following.reason_for_good()
+        if recorder is None:
             reason = f"the cudagraph engine captures it, and this is {choice.name}: {choice.reason}"
-        if backend is None or reason is not None:
+        if recorder is None or reason is not None:
             if is_strict:
                 remedy = (
                     'Attach with engine="auto", which leaves the step to PyTorch then, or call the function itself.'
@@ -73,14 +72,11 @@ class Computing(Part):
             return step
         captured = CapturedStep(
             step,
-            model=model,
+            model=self.job.model,
             optimizers=self._setting.optimizer.each,
-            backend=backend,
+            recorder=recorder,
             following=following,
             parts=self._parts,
-            reads=read_by(model, self.job.sample),
-            bypass=self.engine.bypass,
-            before_replay=self.engine.before_replay,
             is_strict=is_strict,
         )
         self._steps.append(captured)

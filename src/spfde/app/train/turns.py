@@ -12,14 +12,15 @@ stream is idle (``OwnState.drain``).
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
-import numpy as np
 import torch
 
 from spfde.app.train.machine import set_switches, switches
+from spfde.core.generators import keep_numpy, keep_python
 from spfde.core.streams import own_stream
 
 
@@ -47,15 +48,14 @@ class OwnState:
 
     def keep(self) -> None:
         """Remember what the process has now."""
-        self._states: tuple[Any, ...] = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        of_torch = partial(torch.set_rng_state, torch.get_rng_state())
+        self._generators: tuple[Callable[[], object], ...] = keep_python(), keep_numpy(), of_torch
         self._switches = switches()
 
     def put_back(self) -> None:
         """Let the process have it."""
-        of_python, of_numpy, of_torch = self._states
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-        torch.set_rng_state(of_torch)
+        for generator in self._generators:
+            generator()
         if self._stream is not None:
             self._shared.graphsafe_set_state(self._generator)
             torch.cuda.set_stream(self._stream)

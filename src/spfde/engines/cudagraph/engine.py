@@ -11,10 +11,11 @@ from torch import Tensor
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import register
 from spfde.core.say import say
-from spfde.engines.base import Job, Parts, StandInEngine
+from spfde.engines.base import Job, Parts, Recorder, StandInEngine
 from spfde.engines.blocks.engine import BlocksEngine, describe, modelled_speed, put_on_linears
 from spfde.engines.cudagraph.backend import Backend, CudaGraphs
 from spfde.engines.cudagraph.front import CachedFront, kept_on, reason_against
+from spfde.engines.cudagraph.known import told
 from spfde.engines.cudagraph.model import CapturedModel
 from spfde.engines.guards import read_by
 from spfde.engines.kept_outputs import CachedPrefix
@@ -112,15 +113,13 @@ class CudaGraphEngine(StandInEngine[CapturedModel]):
         return self._linears.key
 
     @property
-    def recorder(self) -> Backend | None:
-        return self.computes.backend
+    def recorder(self) -> Recorder | None:
+        return Recorder(self.computes.backend, self.computes.reads, self.bypass, self.before_replay)
 
     def describe(self) -> list[str]:
         computes = self.computes
-        left = "; ".join(f"{count:,} since {reason}" for reason, count in computes.eager.most_common())
         return [
-            f"replaced: the model's forward; {computes.recorded} stages recorded, {computes.replayed:,} passes "
-            f"replayed, by PyTorch: {left or 'none'}",
+            f"replaced: the model's forward; {told(computes.recorded, computes.replayed, 'passes', computes.eager)}",
             *(computes.cached.describe() if computes.cached is not None else ()),
             *(describe(self._linears) if self._linears is not None else ()),
         ]

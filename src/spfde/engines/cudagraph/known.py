@@ -27,6 +27,12 @@ class Known(Generic[Recorded]):
     recorded: Recorded
 
 
+def told(recorded: int, replayed: int, what: str, eager: Counter[str]) -> str:
+    """How much was recorded and replayed, and what was left to PyTorch, for ``print(session)``."""
+    left = "; ".join(f"{count:,} since {reason}" for reason, count in eager.most_common())
+    return f"{recorded} stages recorded, {replayed:,} {what} replayed, by PyTorch: {left or 'none'}"
+
+
 class Recordings(Generic[Recorded]):
     """Finds the recording of a call, and frees those that cannot come back.
 

@@ -55,7 +55,7 @@ class CapturedModel:
         before_replay: Callable[[], Hashable] = tuple,
     ) -> None:
         self.model, self.cached, self._before_replay = model, cached, before_replay
-        self.backend, self._parts, self._is_strict = backend, parts, is_strict
+        self.backend, self.reads, self._parts, self._is_strict = backend, reads, parts, is_strict
         self._whole = Computation(
             lambda *args, **kwargs: type(model).forward(model, *args, **kwargs),
             Recordings(backend, parts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ _NOTED = ("_opt_called", "_step_count")
 """What schedulers note on an optimizer, of its steps by PyTorch."""
 _FUSED = (SGD, Adam, AdamW)
 """Those whose fused form takes the learning rate as a tensor."""
+
+
+@dataclass
+class _Rate:
+    """A learning rate that a graph reads: where, what was written there, and the version of that memory then."""
+
+    memory: Tensor
+    value: float = math.nan
+    version: int = 0
 
 
 class RecordableSteps:
@@ -37,9 +47,7 @@ class RecordableSteps:
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device) -> None:
         self.optimizers, self._device = tuple(optimizers), device
-        # By place of the group, which loading a state replaces: the memory that is read, and what is in it.
-        self._rates: dict[int, tuple[Tensor, float]] = {}
-        self._written: dict[int, int] = {}  # the versions of that memory then
+        self._rates: dict[int, _Rate] = {}  # by place of the group, for loading a state replaces the groups
         for at, optimizer, group in self._groups:
             self._form_of(at, optimizer, group)
 
@@ -73,8 +81,8 @@ class RecordableSteps:
                 group.update(before)
 
     def _is_other(self, at: int, group: dict[str, Any]) -> bool:
-        memory = self._rates[at][0]
-        return group["lr"] is not memory or version_of(memory) != self._written[at]  # schedulers write to a tensor
+        rate = self._rates[at]
+        return group["lr"] is not rate.memory or version_of(rate.memory) != rate.version  # schedulers write to a tensor
 
     def _form_of(self, at: int, optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a group that are others within a graph."""
@@ -95,19 +103,19 @@ class RecordableSteps:
 
     def _rate_of(self, at: int) -> Tensor:
         if at not in self._rates:
-            self._rates[at] = torch.empty((), dtype=torch.float32, device=self._device), math.nan
+            self._rates[at] = _Rate(torch.empty((), dtype=torch.float32, device=self._device))
             self.write_rates()
-        return self._rates[at][0]
+        return self._rates[at].memory
 
     def write_rates(self) -> None:
         """Write the learning rates that are others since the last step to where the graph reads them."""
         for at, _, group in self._groups:
             if at not in self._rates or self._is_read(group["lr"]):
                 continue
-            (memory, before), rate = self._rates[at], float(group["lr"])  # a tensor on the CPU is a number, too
-            if rate != before:
-                memory.fill_(rate)
-                self._rates[at], self._written[at] = (memory, rate), version_of(memory)
+            rate, value = self._rates[at], float(group["lr"])  # a tensor on the CPU is a number, too
+            if value != rate.value:
+                rate.memory.fill_(value)
+                rate.value, rate.version = value, version_of(rate.memory)
 
     @property
     def numbers(self) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import dis
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 from spfde.core.errors import UsageError
 from spfde.core.say import say
 from spfde.core.torch_private import has_global_hooks, tree_flatten, tree_map_only, tree_unflatten
-from spfde.engines.base import Parts
-from spfde.engines.cudagraph.backend import Backend, Recording
+from spfde.engines.base import Parts, Recorder
+from spfde.engines.cudagraph.backend import Recording
 from spfde.engines.cudagraph.call import Call, Slots
-from spfde.engines.cudagraph.known import Known, Recordings
+from spfde.engines.cudagraph.known import Known, Recordings, told
 from spfde.engines.cudagraph.optimizing import RecordableSteps
 from spfde.engines.cudagraph.restoring import draws_beside
 from spfde.engines.cudagraph.watching import hooks_of_others
@@ -96,12 +96,9 @@ class CapturedStep:
         *,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        backend: Backend,
+        recorder: Recorder,
         following: Following,
         parts: Parts,
-        reads: Mapping[str, Collection[str]],
-        bypass: Callable[[], AbstractContextManager[None]],
-        before_replay: Callable[[], Hashable],
         is_strict: bool,
     ) -> None:
         """See ``Session.capture``.
@@ -110,20 +107,15 @@ class CapturedStep:
             step: the function.
             model: the user's own module.
             optimizers: all that step it.
-            backend: records.
+            recorder: see ``engines.base``, as for ``parts``.
             following: see there.
-            parts: see ``engines.base``.
-            reads: the attributes that the model's forward pass reads, by name of the module.
-            bypass: gives a context in which the model computes by its own modules.
-            before_replay: see ``engines.base.Engine``.
             is_strict: what cannot be recorded is an error, and not left to PyTorch.
         """
-        self._step, self._model, self._following, self._parts = step, model, following, parts
-        self._backend, self._reads, self._bypass, self._is_strict = backend, reads, bypass, is_strict
-        self._before_replay = before_replay
+        self._step, self._model, self._following, self._is_strict = step, model, following, is_strict
+        self._recorder, self._backend = recorder, recorder.backend
         self._slots = Slots(model)
-        self._optimizing = RecordableSteps(optimizers, backend.device)
-        self._recordings: Recordings[_Whole] = Recordings(backend, parts)
+        self._optimizing = RecordableSteps(optimizers, self._backend.device)
+        self._recordings: Recordings[_Whole] = Recordings(self._backend, parts)
         # Of the last step of each kind that left the optimizers' state where it was: where that is, and what was heard.
         self._heard: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._given_up: str | None = None
@@ -138,12 +130,8 @@ class CapturedStep:
 
     def describe(self) -> str:
         """A line for ``print(session)``."""
-        left = "; ".join(f"{count:,} since {reason}" for reason, count in self.eager.most_common())
         name = getattr(self._step, "__name__", "a step")
-        return (
-            f"captured: {name}; {self.recorded} stages recorded, {self.replayed:,} steps replayed, "
-            f"by PyTorch: {left or 'none'}"
-        )
+        return f"captured: {name}; {told(self.recorded, self.replayed, 'steps', self.eager)}"
 
     def detach(self, reason: str = "the session is detached") -> None:
         """Free the recordings: from now on every step is PyTorch's."""
@@ -183,7 +171,7 @@ class CapturedStep:
             return "hooks on all modules see each operation"
         if self._optimizing.gradients:
             return "gradients are there before it begins"
-        state = self._before_replay()
+        state = self._recorder.before_replay()
         found = self._look_up(args, kwargs, state)
         if not isinstance(found, str) and found[3] is None:
             self._slots = Slots(self._model)  # a module may be another one since
@@ -221,41 +209,43 @@ class CapturedStep:
 
     def _rehearse(self, kind: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step by PyTorch as it would be recorded, and a look at whether a recording would do the same."""
-        optimizing, guards = self._optimizing, Guards(self._model, self._reads, ())
-        memory, beside, drawn = optimizing.memory, optimizing.beside, draws_beside(self._backend.device)
-        aside, learning = self._backend.aside(), self._following.learning()
+        backend, optimizing, guards = self._backend, self._optimizing, self._guards()
+        memory, beside, drawn = optimizing.memory, optimizing.beside, draws_beside(backend.device)
         with (
-            self._backend.watching() as waits,
-            aside,
-            self._bypass(),
-            learning as heard,
+            backend.watching() as waits,
+            backend.aside(),
+            self._recorder.bypass(),
+            self._following.learning() as heard,
             optimizing.form() as sets_rates,
         ):
             found = self._step(*args, **kwargs)
             changes_rates = sets_rates()
-        is_steady = memory == optimizing.memory and len(beside) == len(optimizing.beside)
+        beside_now = optimizing.beside
+        is_steady = memory == optimizing.memory and len(beside) == len(beside_now)
         leaves, _ = tree_flatten(found)
-        strange = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
-        reasons = {
-            "it changes a learning rate: call schedulers outside": changes_rates,
-            "gradients are there when it returns: let it end with optimizer.zero_grad()": optimizing.gradients,
-            "the optimizer counts its steps, or keeps its state, beside the device": (
-                is_steady and beside != optimizing.beside
-            ),
-            "it draws random numbers beside the generator of its device": drawn != draws_beside(self._backend.device),
-            "it changes what the model's forward pass reads": not guards.hold,
-            f"it returns a {type(strange).__name__} beside tensors": strange is not None,
-            waits() or "": is_steady and waits() is not None,
-            **dict.fromkeys(hooks_of_others(self._model, self._optimizing.optimizers), True),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                self._give_up(reason)
-                return _detached(found)
+        strange = (f"a {type(leaf).__name__}" for leaf in leaves if not isinstance(leaf, Tensor))
+        reasons = (
+            changes_rates and "it changes a learning rate: call schedulers outside",
+            optimizing.gradients and "gradients are there when it returns: let it end with optimizer.zero_grad()",
+            is_steady
+            and beside != beside_now
+            and "the optimizer counts its steps, or keeps its state, beside the device",
+            drawn != draws_beside(backend.device) and "it draws random numbers beside the generator of its device",
+            not guards.hold and "it changes what the model's forward pass reads",
+            *(f"it returns {kind_of} beside tensors" for kind_of in strange),
+            is_steady and waits(),
+            *hooks_of_others(self._model, optimizing.optimizers),
+        )
+        if reason := next(filter(None, reasons), None):
+            self._give_up(str(reason))
+            return _detached(found)
         if is_steady:
             self._heard[kind] = memory, heard()
         self._say_where_nothing_is_recorded()
         return _detached(found)
+
+    def _guards(self) -> Guards:
+        return Guards(self._model, self._recorder.reads, ())
 
     def _say_where_nothing_is_recorded(self) -> None:
         """Once: such as a step that reads a number from around itself that is another one each time."""
@@ -276,7 +266,7 @@ class CapturedStep:
 
     def _record(self, call: Call, signature: Any, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = [tensor.detach().clone() for tensor in call.tensors]
-        guards = Guards(self._model, self._reads, ())
+        guards = self._guards()
         try:
             recording = self._backend.record(functools.partial(self._work, call, inputs), pool="steps")
         except BaseException as error:
@@ -293,7 +283,7 @@ class CapturedStep:
     def _work(self, call: Call, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What is recorded."""
         args, kwargs = call.with_tensors(inputs)
-        with call.modes(), self._following.silence(), self._optimizing.form(), self._bypass():
+        with call.modes(), self._following.silence(), self._optimizing.form(), self._recorder.bypass():
             leaves, self._spec = tree_flatten(self._step(*args, **kwargs))
         return [leaf.detach() for leaf in leaves]
 
