@@ -100,6 +100,11 @@ class Bench:
             self.rows.append((row, name, *cells))
             tell(f"{row}: {name}: {cells[0]}")
 
+    def over(self, row: str, name: str, base: str, what: str, *, high: float, aim: float) -> Figure:
+        """A contender's step over another one's."""
+        timings = self.time(row, name, base)
+        return Figure.of(what, compare(timings[name], timings[base]), high=high, aim=aim, headline=True)
+
     def over_eager(self, row: str, name: str, what: str, *, high: float, aim: float) -> Figure:
         """A contender's step over the faster one of plain dense PyTorch in tf32 and in bf16."""
         timings = self.time(row, name, *EAGER)
@@ -172,9 +177,8 @@ def step(bench: Bench) -> Iterator[Figure]:
 
 def compiled(bench: Bench) -> Iterator[Figure]:
     """MEST by session.capture(step) over dense torch.compile(mode="reduce-overhead")."""
-    timings = bench.time("compiled", MEST_STEP, COMPILED)
     what = 'MEST 90 %, session.capture(step): over dense torch.compile(mode="reduce-overhead")'
-    yield Figure.of(what, compare(timings[MEST_STEP], timings[COMPILED]), high=1.05, aim=0.95, headline=True)
+    yield bench.over("compiled", MEST_STEP, COMPILED, what, high=1.05, aim=0.95)
 
 
 def frozen(bench: Bench) -> Iterator[Figure]:
@@ -242,9 +246,8 @@ def side(bench: Bench) -> Iterator[Figure]:
 
 def masks(bench: Bench) -> Iterator[Figure]:
     """A captured step with masks over the same without."""
-    timings = bench.time("masks", MEST_STEP, DENSE_STEP)
     what = "captured step with masks, over the same without"
-    yield Figure.of(what, compare(timings[MEST_STEP], timings[DENSE_STEP]), high=1.03, aim=1.01, headline=True)
+    yield bench.over("masks", MEST_STEP, DENSE_STEP, what, high=1.03, aim=1.01)
 
 
 def start(bench: Bench) -> Iterator[Figure]:

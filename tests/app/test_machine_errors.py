@@ -15,43 +15,21 @@ import pytest
 import torch
 
 from helpers.commands import Outcome, Spfde
-from spfde import presets
+from helpers.stopping import stopped_run
 from spfde.app.data.images import ImageArray
 from spfde.app.machine_errors import machine_error
 from spfde.app.runs import checkpoints
 from spfde.app.runs.checkpoints import Checkpoints
 from spfde.app.runs.folder import RunFolder
 from spfde.app.train import loop
-from spfde.app.train.events import Display
-from spfde.app.train.loop import train
-from spfde.app.train.options import TrainOptions
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
-
-
-class Stopping(Display):
-    """Ends the run with Ctrl-C after two epochs."""
-
-    def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
-        if row["epoch"] == 1:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after two of three epochs."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    options = TrainOptions(
-        data=str(tiny),
-        recipe=presets.mest.to_dict(),
-        epochs=3,
-        batch_size=32,
-        dense_timing_steps=0,
-        engine="masked",
-    )
-    with pytest.raises(KeyboardInterrupt):
-        train(options, out, Stopping())
-    return out
+    return stopped_run(tiny, tmp_path_factory.mktemp("trained") / "run", after=2, epochs=3)
 
 
 @pytest.fixture

@@ -13,37 +13,15 @@ import pytest
 import torch
 
 from helpers.commands import Spfde
+from helpers.stopping import stopped_run
 from helpers.strangers import RunsCode
-from spfde import presets
 from spfde.app.runs import manifest
-from spfde.app.train.events import Display
-from spfde.app.train.loop import train
-from spfde.app.train.options import TrainOptions
-
-
-class Stopping(Display):
-    """Ends the run with Ctrl-C after its first epoch."""
-
-    def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after one of two epochs."""
-    out = tmp_path_factory.mktemp("stranger") / "run"
-    options = TrainOptions(
-        data=str(tiny),
-        recipe=presets.mest.to_dict(),
-        epochs=2,
-        batch_size=32,
-        dense_timing_steps=0,
-        engine="masked",
-        keep_every=1,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        train(options, out, Stopping())
-    return out
+    return stopped_run(tiny, tmp_path_factory.mktemp("stranger") / "run", after=1, epochs=2, keep_every=1)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import spfde
 from spfde.app.train.models import build_model
 
+pytestmark = pytest.mark.usefixtures("deterministic")
 # A graph reads the rate as float32: these are the same number there.
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=2**-4, momentum=0.9, weight_decay=1e-4),
@@ -96,15 +97,6 @@ class Run:
     @property
     def replayed(self) -> int:
         return (self.session._computing.engine.computes if self.take == self.step else self.take).replayed
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Any:
-    """The same kernels on both sides."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    yield
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
 def close(one: nn.Module, other: nn.Module) -> None:

@@ -16,15 +16,8 @@ from spfde.app.train.models import build_model
 from spfde.engines.cudagraph import engine as engine_module
 from spfde.engines.kept_outputs import OutputStore
 
+pytestmark = pytest.mark.usefixtures("deterministic")
 EPOCHS, SAMPLES, BATCH = 8, 224, 32
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Any:
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    yield
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
 class Run:

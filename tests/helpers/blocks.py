@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +56,23 @@ def exact_step(
     }
     gradients["weight"] = gradients["weight"] * mask.cpu()
     return out.detach(), gradients
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were started."""
+    from spfde.engines.blocks import kernels
+
+    names: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid: Any) -> Any:
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("product", "weight_gradient", "collect"):
+        monkeypatch.setattr(kernels, name, Counted(name))
+    return names

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.stopping import Stopping
 from spfde import presets
 from spfde.app.data.images import DataSpec, ImageArray, ImageData
 from spfde.app.train.augment import AugmentMode, BatchAugment
-from spfde.app.train.events import Display
 from spfde.app.train.feed import DeviceFeed, Feed, HostFeed, make_feed, size_of
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
@@ -208,10 +208,6 @@ class TestMakeFeed:
 class TestWholeRuns:
     """By the trainer itself: a run whose images lie on the device is the same run, whatever a recipe asks of them."""
 
-    class Stop(Display):
-        def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
-            raise KeyboardInterrupt
-
     def options(self, data: Path, recipe: Any, **changes: Any) -> TrainOptions:
         given = {"recipe": recipe.to_dict(), "epochs": 3, "batch_size": 16, "dense_timing_steps": 0, "engine": "masked"}
         return TrainOptions(data=str(data), **(given | changes))
@@ -233,7 +229,7 @@ class TestWholeRuns:
         options = self.options(tiny, presets.mest, data_on="device")
         train(options, tmp_path / "whole")
         with pytest.raises(KeyboardInterrupt):
-            train(options, tmp_path / "moved", self.Stop())
+            train(options, tmp_path / "moved", Stopping())
         elsewhere = options.model_copy(update={"data_on": "host", "workers": 1})
         train(elsewhere, tmp_path / "moved", resume=True)
         assert self.weights(tmp_path / "moved") == self.weights(tmp_path / "whole")

@@ -10,8 +10,8 @@ import pytest
 
 import spfde
 from helpers.recording import Replays, on_cpu  # noqa: F401  # a fixture
+from helpers.stopping import Stopping
 from spfde import presets
-from spfde.app.train.events import Display
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 
@@ -22,14 +22,6 @@ RECIPES = {
     ),
     "topkast": presets.topkast,
 }
-
-
-class Stop(Display):
-    """Stops a run after its third epoch."""
-
-    def epoch_done(self, run: Any, row: dict[str, Any]) -> None:
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
 
 
 def options(tiny: Path, recipe: spfde.Recipe, **changes: Any) -> TrainOptions:
@@ -67,7 +59,7 @@ def test_a_run_of_captured_steps_that_was_stopped_ends_like_one_that_never_stopp
     given = options(tiny, RECIPES["spfde"], engine="cudagraph")
     whole = train(given, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(given, tmp_path / "stopped", Stop())
+        train(given, tmp_path / "stopped", Stopping(3))
     resumed = train(given, tmp_path / "stopped", resume=True)
     timed = {"seconds", "peak_memory_bytes"}
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}

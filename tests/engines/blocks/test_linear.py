@@ -6,7 +6,6 @@ import copy
 import io
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -73,26 +72,6 @@ class Masked:
 @pytest.fixture
 def masked() -> Masked:
     return Masked()
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were started."""
-    from spfde.engines.blocks import kernels
-
-    names: list[str] = []
-
-    class Counted:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(kernels, name)
-
-        def __getitem__(self, grid: Any) -> Any:
-            names.append(self.name)
-            return self.kernel[grid]
-
-    for name in ("product", "weight_gradient", "collect"):
-        monkeypatch.setattr(kernels, name, Counted(name))
-    return names
 
 
 def test_a_step_is_that_of_pytorch_by_the_kernels(masked: Masked, started: list[str]) -> None:

@@ -72,26 +72,6 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spfde.engines.blocks.linear.is_recorded", lambda: False)
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were started."""
-    from spfde.engines.blocks import kernels
-
-    names: list[str] = []
-
-    class Counted:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(kernels, name)
-
-        def __getitem__(self, grid: Any) -> Any:
-            names.append(self.name)
-            return self.kernel[grid]
-
-    for name in ("product", "weight_gradient", "collect"):
-        monkeypatch.setattr(kernels, name, Counted(name))
-    return names
-
-
 @pytest.mark.parametrize("method", [pytest.param(spfde.SET, marks=pytest.mark.long), spfde.RigL])
 def test_a_run_is_that_of_the_masked_engine_by_the_kernels(method: Any, started: list[str]) -> None:
     ours = Run(ENGINE, method)

@@ -116,35 +116,39 @@ def test_another_autocast_makes_what_is_kept_anew(monkeypatch: pytest.MonkeyPatc
     assert len(fronts.sizes) - before == 5
 
 
+def drawn(session: spfde.Session) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Epoch, number of the batch, images and labels."""
+    for epoch in session.epochs():
+        for number, (x, y) in enumerate(session.loader):
+            yield epoch, number, x, y
+
+
 def test_a_layer_in_the_place_of_a_frozen_one_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fronts = Fronts(monkeypatch)
     parts = make_parts()
     session = attach(parts, ALL, ENGINE)
-    for epoch in session.epochs():
-        for number, (x, _) in enumerate(session.loader):
-            if epoch == EPOCHS - 1 and number == 2:
-                before = len(fronts.sizes)
-                parts.model.stem.weight = nn.Parameter(parts.model.stem.weight * 1.5, requires_grad=False)
-            x = shifted(x, session.augmentation_seeds())
-            parts.model(x)
-            if epoch == EPOCHS - 1 and number == 2:
-                assert len(fronts.sizes) - before == 1
-                return
+    for epoch, number, x, _ in drawn(session):
+        if epoch == EPOCHS - 1 and number == 2:
+            before = len(fronts.sizes)
+            parts.model.stem.weight = nn.Parameter(parts.model.stem.weight * 1.5, requires_grad=False)
+        parts.model(shifted(x, session.augmentation_seeds()))
+        if epoch == EPOCHS - 1 and number == 2:
+            assert len(fronts.sizes) - before == 1
+            return
 
 
 def test_weights_that_are_loaded_within_an_epoch_are_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fronts = Fronts(monkeypatch)
     parts = make_parts()
     session = attach(parts, ALL, ENGINE)
-    for epoch in session.epochs():
-        for number, (x, y) in enumerate(session.loader):
-            if epoch == EPOCHS - 1 and number == 2:
-                before = len(fronts.sizes)
-                parts.model.load_state_dict({k: v * 1.5 for k, v in parts.model.state_dict().items()})
-            step(parts, session, shifted(x, session.augmentation_seeds()), y)
-            if epoch == EPOCHS - 1 and number == 4:
-                assert len(fronts.sizes) - before == 3
-                return
+    for epoch, number, x, y in drawn(session):
+        if epoch == EPOCHS - 1 and number == 2:
+            before = len(fronts.sizes)
+            parts.model.load_state_dict({k: v * 1.5 for k, v in parts.model.state_dict().items()})
+        step(parts, session, shifted(x, session.augmentation_seeds()), y)
+        if epoch == EPOCHS - 1 and number == 4:
+            assert len(fronts.sizes) - before == 3
+            return
 
 
 def test_it_says_where_the_outputs_lie_and_how_much_of_them_there_is() -> None:
