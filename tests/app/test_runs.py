@@ -94,7 +94,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     "sieving",
     [
         DataSieving(removed_fraction=0.25, criterion="loss", rescale_loss=True, balanced=True),
-        OneTimeRemoval(removed_fraction=0.25, at_fraction=0.5),
+        pytest.param(OneTimeRemoval(removed_fraction=0.25, at_fraction=0.5), marks=pytest.mark.long),
     ],
     ids=["rescaled and balanced", "one-time"],
 )
@@ -146,7 +146,14 @@ def resume(folder: Path, display: Display | None = None) -> dict[str, Any]:
 
 
 class TestKilledRuns:
-    @pytest.mark.parametrize("moment", commands.MOMENTS)
+    # Runs that are stopped otherwise are so among later batches, and before a checkpoint.
+    @pytest.mark.parametrize(
+        "moment",
+        [
+            pytest.param(name, marks=pytest.mark.long if name in ("among later batches", "before a checkpoint") else ())
+            for name in commands.MOMENTS
+        ],
+    )
     def test_a_run_killed_at_any_moment_ends_like_one_that_never_stopped(
         self, moment: str, tiny: Path, place: Path, uninterrupted: Path
     ) -> None:
@@ -363,7 +370,10 @@ class TestDisk:
         "error",
         [
             OSError(errno.ENOSPC, "No space left on device"),
-            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            pytest.param(
+                RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+                marks=pytest.mark.long,
+            ),
         ],
         ids=["system", "serialiser"],
     )

@@ -302,7 +302,7 @@ class BatchedAndPrepared(Batched):
         return self.accelerator.prepare(super().get_train_dataloader())
 
 
-@pytest.mark.parametrize("kind", [Batched, BatchedAndPrepared])
+@pytest.mark.parametrize("kind", [pytest.param(Batched, marks=pytest.mark.long), BatchedAndPrepared])
 def test_batches_of_ones_own_that_are_not_sieved_are_trained_on(tmp_path: Path, kind: Any) -> None:
     callback = SpfdeCallback(SPARSE, engine="masked")
     runs.trainer(tmp_path, callback, kind=kind, gradient_accumulation_steps=2).train()
@@ -340,7 +340,9 @@ def test_the_best_model_has_the_weights_of_its_checkpoint(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.long), 2])
-@pytest.mark.parametrize("sieving", [runs.RECIPE.sieving, None], ids=["sieved", "unsieved"])
+@pytest.mark.parametrize(
+    "sieving", [runs.RECIPE.sieving, pytest.param(None, marks=pytest.mark.long)], ids=["sieved", "unsieved"]
+)
 def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(
     tmp_path: Path, sieving: Any, accumulation: int
 ) -> None:

@@ -81,7 +81,7 @@ def test_the_plan_costs_what_is_counted_by_hand(task: Task) -> None:
 NATIVE = pytest.param("native", marks=needs_kernels)
 
 
-@pytest.mark.parametrize("engine", ["masked", NATIVE])
+@pytest.mark.parametrize("engine", [pytest.param("masked", marks=pytest.mark.long), NATIVE])
 def test_it_trains_sparse_frozen_and_sieved(task: Task, engine: str) -> None:
     if engine == "native" and isinstance(task.make(), CharacterModel):
         # PyTorch's encoder layer reads its weights in one fused operation.

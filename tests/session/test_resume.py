@@ -98,6 +98,7 @@ runs = st.fixed_dictionaries(
 some_moments = st.lists(st.sampled_from(MOMENTS), min_size=1, max_size=4, unique=True).map(sorted)
 
 
+@pytest.mark.long
 @settings(max_examples=4, deadline=None)
 @given(case=runs, moments=some_moments)
 def test_a_run_stopped_at_random_ends_like_one_that_never_stopped(case: dict[str, Any], moments: list[int]) -> None:

@@ -60,7 +60,13 @@ def outcome(parts: Parts, session: spfde.Session) -> dict[str, Any]:
 
 
 # Data workers change what the loader does, not the criterion: two stand for all.
-@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in METHODS), ("el2n", 1), ("one-time", 1)])
+RESUMED = [*((name, 0) for name in METHODS), ("el2n", 1), ("one-time", 1)]
+SHORT = [("forgetting", 0), ("el2n", 1), ("balanced", 0), ("rescaled", 0), ("one-time, balanced, by loss", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"), [each if each in SHORT else pytest.param(*each, marks=pytest.mark.long) for each in RESUMED]
+)
 def test_a_resumed_run_ends_like_one_that_never_stopped(name: str, workers: int) -> None:
     saved: list[bytes] = []
 

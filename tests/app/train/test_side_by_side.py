@@ -224,7 +224,7 @@ class TestOneThatFails:
 
 
 class TestStopped:
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
     def test_a_signal_ends_all_and_each_goes_on_alone_or_side_by_side(
         self, how: signal.Signals, options: Callable[..., TrainOptions], tmp_path: Path
     ) -> None:
