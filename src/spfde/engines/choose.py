@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.errors import InvalidArgument, Problem, nearest
 from spfde.core.registry import registered
+from spfde.core.sharding import is_sharded
 from spfde.engines.base import Engine, Job
 
 AUTO, FALLBACK = "auto", "masked"
@@ -75,6 +76,8 @@ def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] 
         return Choice(FALLBACK, "nothing is sparse", asked)
     if asked == AUTO and job.blueprint.untraced is not None:
         return Choice(FALLBACK, "the model cannot be traced", asked)
+    if asked == AUTO and is_sharded(job.model):
+        return Choice(FALLBACK, "the model is sharded (FSDP)", asked)
     if asked == AUTO:
         return _fastest(engines, job, tell)
     (engine,) = engines

@@ -75,7 +75,7 @@ class Masks(WholeModel):
         self._setting = setting
         self.masker = masker = Masker(layers, setting.optimizer, method, generator=setting.generator, masks=masks)
         self.remembers = masker
-        if setting.world.is_shared:
+        if setting.world.is_shared and not setting.is_sharded:  # FSDP averages gradients before they arrive
             masker.average = setting.world.average_
         if any(layer.target != setting.blueprint.masked[name].target for name, layer in masker.layers.items()):
             self._amend(epoch=0)  # the first masks were chosen from data
