@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from helpers.distributed_worker import join, leave
@@ -114,7 +114,7 @@ def make_case(case: Case, *, sharded: bool) -> tuple[nn.Module, torch.optim.Opti
 
 
 def attach(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> spfde.Session:
-    samples = BATCHES * 4 * (dist.get_world_size() if dist.is_initialized() else 1)
+    samples = BATCHES * 4 * case.passes
     return spfde.attach(
         model, optimizer, None, case.recipe, epochs=EPOCHS, samples_per_epoch=samples, sample=torch.zeros(1, 12),
         **options,
@@ -185,8 +185,261 @@ def run(case: Case, *, sharded: bool) -> dict[str, Any]:
     return train(case, model, optimizer, attach(case, model, optimizer))
 
 
+# --- states ----------------------------------------------------------------------------------------------------------
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+SAVED = "mest"
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, session: spfde.Session) -> dict[str, Any]:
+    """What one rank may write for all: the tensors are whole. Every rank calls it."""
+    return {
+        "session": session.state_dict(),
+        "model": get_model_state_dict(model, options=FULL),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=FULL),
+    }
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    saved = copy.deepcopy(saved)
+    # This takes a step, so that the optimizer has a state, and the step masks the weights: they are loaded behind it.
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=FULL)
+    set_model_state_dict(model, saved["model"], options=FULL)
+
+
+def run_and_save(case: Case, *, sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run to its end, and what was saved amid of it."""
+    model, optimizer = make_case(case, sharded=sharded)
+    session = attach(case, model, optimizer)
+    saved: dict[str, Any] = {}
+
+    def note(epoch: int) -> None:
+        if epoch == SAVED_AT:
+            saved.update(copy.deepcopy(save(model, optimizer, session)))
+            # As each rank has them.
+            saved["own"] = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+
+    found = train(case, model, optimizer, session, note)
+    own = saved.pop("own")
+    return {**found, "own": own}, saved
+
+
+def resume(
+    case: Case, saved: dict[str, Any], *, sharded: bool, first: str = "attach", own: Any = None
+) -> dict[str, Any]:
+    """A run from there to the end: attached before the states are loaded, or behind that."""
+    model, optimizer = make_case(case, sharded=sharded)
+    if first == "load":
+        load(model, optimizer, saved)
+        return train(case, model, optimizer, attach(case, model, optimizer, state=saved["session"]))
+    session = attach(case, model, optimizer)
+    if own is None:
+        load(model, optimizer, saved)
+    else:
+        model.load_state_dict(own[0])
+        optimizer.load_state_dict(own[1])
+    session.load_state_dict(saved["session"])
+    return train(case, model, optimizer, session)
+
+
+# --- what is refused, and what else works ----------------------------------------------------------------------------
+
+
+def _said(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except spfde.SpfdeError as error:
+        return str(error)
+    return "accepted"
+
+
+def _refused(prepare: Callable[[nn.Module], None] | None = None, recipe: Any = None, **options: Any) -> str:
+    torch.manual_seed(0)
+    model = Net()
+    prepare = prepare or (lambda model: fully_shard(model, mesh=_mesh()))
+    prepare(model)
+    before = {name: whole(p) for name, p in model.named_parameters()}
+    recipe = recipe or spfde.Recipe(sparsity=spfde.SET(**ALL))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"sample": torch.zeros(1, 12), "samples_per_epoch": 8, "epochs": EPOCHS, **options}
+    said = _said(lambda: spfde.attach(model, optimizer, None, recipe, **options))
+    changed = [name for name, p in model.named_parameters() if not torch.equal(whole(p), before[name])]
+    return said if not changed else f"changed {changed}"
+
+
+def _mesh() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def _in_two_dimensions(model: nn.Module) -> None:
+    names = ("replicate", "shard")
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=names))
+
+
+def _in_part(model: nn.Module) -> None:
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=_mesh())
+
+
+def _by_columns(model: nn.Module) -> None:
+    fully_shard(
+        model, mesh=_mesh(), shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 and p.shape[1] == 12 else None
+    )
+
+
+def _by_tensor(model: nn.Module) -> None:
+    model.fc.weight = nn.Parameter(distribute_tensor(model.fc.weight, _mesh(), [Shard(0)]))  # type: ignore[union-attr]
+
+
+def _flatten(model: nn.Module) -> None:
+    model.stem = FullyShardedDataParallel(model.stem, device_id=torch.device("cpu"))
+
+
+def _sparse(method: type[spfde.SparsityMethod], **fields: Any) -> Callable[[], str]:
+    return lambda: _refused(recipe=spfde.Recipe(sparsity=method(sparsity=0.7, **fields)))
+
+
+REFUSED: dict[str, tuple[Callable[[], str], str]] = {
+    "a method over all layers": (_sparse(spfde.DSR), "sparsity"),
+    "momentum over all layers": (_sparse(spfde.SNFS), "sparsity"),
+    "masks that change each step": (_sparse(spfde.STR), "sparsity"),
+    "rewiring": (_sparse(spfde.DeepR), "sparsity"),
+    "latent weights": (_sparse(spfde.TopKAST), "sparsity"),
+    "pruning at initialisation": (_sparse(spfde.SynFlow), "sparsity"),
+    "a structure": (_sparse(spfde.SET, structure=spfde.Block(rows=1, columns=7)), "structure"),
+    "adaptive freezing": (
+        lambda: _refused(
+            recipe=spfde.Recipe(
+                sparsity=spfde.SET(**ALL),
+                freezing=spfde.ProgressiveFreezing(flops_reduction=0.1, criterion="structure"),
+            )
+        ),
+        "criterion",
+    ),
+    "another engine": (lambda: _refused(engine="native"), "engine"),
+    "compiled blocks": (lambda: _refused(compile=True), "compile"),
+    "a cache": (
+        lambda: _refused(recipe=spfde.Recipe(freezing=FREEZING), cache=spfde.PrefixCache(variants=1)),
+        "cache",
+    ),
+    "two dimensions of ranks": (
+        lambda: _refused(_in_two_dimensions),
+        "mesh of one dimension",
+    ),
+    "columns": (lambda: _refused(_by_columns), "shard_placement_fn"),
+    "parts of the model": (lambda: _refused(_in_part), "fully_shard(model)"),
+    "tensor parallelism": (lambda: _refused(_by_tensor), "DTensor"),
+    "the older FSDP": (lambda: _refused(_flatten), "fully_shard"),
+}
+"""What is refused, and a word of what is said."""
+
+
+def _sharded_later() -> str:
+    """What is said of a model that is sharded after ``attach``."""
+    parts = make_parts()
+    recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.8))
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=2, engine="masked")
+    fully_shard(parts.model, mesh=_mesh())
+    return _said(lambda: next(session.epochs()))
+
+
+def _drifted() -> str:
+    """What is said where one rank draws masks of its own."""
+    model, optimizer = make_case(CASES["set"], sharded=True)
+    session = attach(CASES["set"], model, optimizer)
+    session.begin_epoch()
+    session._setting.generator.manual_seed(dist.get_rank())
+    return _said(session.verify)
+
+
+def _loses_a_weight() -> str:
+    """What is said where the parts of a mask do not add up."""
+    model, optimizer = make_case(CASES["set"], sharded=True)
+    session = attach(CASES["set"], model, optimizer)
+    session.begin_epoch()
+    if not dist.get_rank():
+        session.masks["stem.weight"].to_local().fill_(False)
+    return _said(session.verify)
+
+
+def _sieved() -> dict[str, Any]:
+    """Batches that the session deals out, samples that are sieved, half precision, and one infinite gradient."""
+    torch.manual_seed(0)
+    model = Net()
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=_mesh(), mp_policy=mixed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    weight, is_spoilt = model.stem.weight, False
+
+    def spoil(_: Tensor) -> None:
+        """One rank finds no number where a weight might grow."""
+        if is_spoilt and dist.get_rank():
+            local(weight.grad)[~local(session.masks["stem.weight"])] = torch.inf
+
+    weight.register_post_accumulate_grad_hook(spoil)
+    data = TensorDataset(torch.randn(40, 12), torch.randint(4, (40,)))
+    loader = DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    recipe = spfde.Recipe(
+        sparsity=spfde.RigL(**ALL), sieving=spfde.DataSieving(removed_fraction=0.25), update_interval_epochs=2
+    )
+    session = spfde.attach(model, optimizer, loader, recipe, epochs=5)
+    seen: list[list[int]] = []
+    masks, outside = [], 0
+    for epoch in session.epochs():
+        seen.append([])
+        if epoch == 2:
+            masks.append({name: whole(mask) for name, mask in session.masks.items()})
+        for number, (x, y) in enumerate(session.loader):
+            seen[-1] += session.loader.current_indices.tolist()
+            is_spoilt = epoch == 2 and not number  # a mutation waits for this gradient
+            logits = model(x).float()
+            F.cross_entropy(logits, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.observe(logits, y)
+            if epoch == 2 and number < 2:
+                masks.append({name: whole(mask) for name, mask in session.masks.items()})
+        for name, mask in session.masks.items():
+            parameter = model.get_parameter(name)
+            values = [local(parameter), *state_of(optimizer, parameter)]
+            outside += sum(int(value[~local(mask)].count_nonzero()) for value in values)
+    pairs = zip(masks[:-1], masks[1:], strict=True)
+    return {
+        "seen": seen,
+        "changed": [sum(int((mask != later[name]).sum()) for name, mask in now.items()) for now, later in pairs],
+        "outside": outside,
+        "partial": session.partial_set,
+        "said": str(session),
+        "type": weight.dtype,
+    }
+
+
 def compare(rank: int, size: int, folder: str, which: str) -> None:
-    """By case: see ``train``; and all that needs no more processes than these."""
+    """By case: see ``train``; and, with ``which`` empty, what else two processes show."""
     join(rank, size, folder)
-    names = [which] if which else list(CASES)
-    leave(rank, folder, {name: run((CASES | MORE_CASES)[name], sharded=True) for name in names})
+    if which:
+        leave(rank, folder, {which: run((CASES | MORE_CASES)[which], sharded=True)})
+    found: dict[str, Any] = {name: run(case, sharded=True) for name, case in CASES.items() if name != SAVED}
+    case, of_one = CASES[SAVED], torch.load(Path(folder) / "one.pt")
+    found[SAVED], saved = run_and_save(case, sharded=True)
+    files = [saved]
+    dist.broadcast_object_list(files)  # the first rank writes one for all
+    (saved,) = files
+    own = found[SAVED].pop("own")
+    found["saved"] = saved
+    found["resumed"] = {
+        "with the states of each rank": resume(case, saved, sharded=True, own=own),
+        "with whole states": resume(case, saved, sharded=True),
+        "loaded before attach": resume(case, saved, sharded=True, first="load"),
+        "saved by one process": resume(case, of_one, sharded=True),
+    }
+    found["refused"] = {name: call() for name, (call, _) in REFUSED.items()}
+    found["sharded later"], found["drifted"], found["loses"] = _sharded_later(), _drifted(), _loses_a_weight()
+    found["sieved"] = _sieved()
+    leave(rank, folder, found)
+
+
+def go_on(rank: int, size: int, folder: str, _: str) -> None:
+    """Resume what other ranks have saved."""
+    join(rank, size, folder)
+    leave(rank, folder, resume(CASES[SAVED], torch.load(Path(folder) / "saved.pt"), sharded=True))
