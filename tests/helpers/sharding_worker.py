@@ -6,10 +6,13 @@ All ranks train on the same batches, so that two of them come to the gradients o
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,8 +33,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import spfde
 from helpers.distributed_worker import join, leave
 from helpers.training import make_parts
+from spfde.sparsity.sharded import ShardedWeight
 
-EPOCHS, BATCHES, SAVED_AT = 6, 3, 3
+EPOCHS, BATCHES, SAVED_AT = 5, 2, 3
 
 
 class Block(nn.Module):
@@ -71,6 +75,10 @@ class Case:
     syncs_each: bool = False
     """Whether gradients are reduced in each of them."""
     clips: bool = False
+    compiles: str = ""
+    """What ``torch.compile`` compiles: "blocks", in their places, or the "model"."""
+    keeps_whole: bool = False
+    """Whether parameters stay whole behind a backward pass."""
 
     @property
     def recipe(self) -> spfde.Recipe:
@@ -87,11 +95,16 @@ ALL = {"sparsity": 0.7, "dense_first": False, "dense_head": False}
 FREEZING = spfde.ProgressiveFreezing(flops_reduction=0.1)
 THAWS = spfde.ProgressiveFreezing(flops_reduction=0.05, scheme="single-shot-resume", resume_epochs=1)
 CASES: dict[str, Case] = {
-    "static": Case(spfde.StaticSparse(**ALL), optimizer=torch.optim.AdamW, options=ADAM),
+    "static": Case(spfde.StaticSparse(**ALL), optimizer=torch.optim.AdamW, options=ADAM, clips=True),
     "set": Case(spfde.SET(**ALL), FREEZING, spfde.BlockwiseCosine()),
-    "rigl": Case(spfde.RigL(**ALL), optimizer=torch.optim.AdamW, options=ADAM, clips=True),
     "mest": Case(spfde.MEST(gradient_weight=0.5, soft_bound=True, **ALL), FREEZING),
-    "rigl, accumulated": Case(spfde.RigL(**ALL), passes=2, shard={"reshard_after_forward": False}),
+    "rigl": Case(
+        spfde.RigL(**ALL),
+        optimizer=torch.optim.AdamW,
+        options=ADAM,
+        passes=2,
+        shard={"reshard_after_forward": False},
+    ),
     "rigl, reduced in each pass": Case(spfde.RigL(**ALL), passes=2, syncs_each=True),
 }
 MORE_CASES: dict[str, Case] = {
@@ -99,6 +112,9 @@ MORE_CASES: dict[str, Case] = {
     "gmp": Case(spfde.GMP(**ALL)),
     "rigl-itop": Case(spfde.RigLITOP(**ALL), FREEZING),
     "dense, frozen": Case(None, FREEZING, spfde.BlockwiseCosine()),
+    "compiled blocks": Case(spfde.RigL(**ALL), FREEZING, compiles="blocks"),
+    "compiled model": Case(spfde.SET(**ALL), FREEZING, compiles="model"),
+    "whole behind the backward pass": Case(spfde.RigL(**ALL), FREEZING, keeps_whole=True),
 }
 
 
@@ -110,6 +126,10 @@ def make_case(case: Case, *, sharded: bool) -> tuple[nn.Module, torch.optim.Opti
         for block in model.blocks:
             fully_shard(block, mesh=mesh, **case.shard)
         fully_shard(model, mesh=mesh, **case.shard)
+        if case.keeps_whole:
+            model.set_reshard_after_backward(False)
+        for block in model.blocks if case.compiles == "blocks" else ():
+            block.compile(backend="aot_eager")
     return model, case.optimizer(model.parameters(), **case.options)
 
 
@@ -140,10 +160,11 @@ def train(
     optimizer: torch.optim.Optimizer,
     session: spfde.Session,
     at_top: Callable[[int], None] = lambda epoch: None,
+    given: Any = None,
 ) -> dict[str, Any]:
     """Train to the end; what there is to compare."""
     found: dict[str, Any] = {"masks": [], "outside": 0, "counts": [], "planned": [], "frozen": [], "grads": []}
-    parameters = dict(model.named_parameters())
+    parameters, given = dict(model.named_parameters()), given or model
     while session.epoch < EPOCHS:
         at_top(session.epoch)
         session.begin_epoch()
@@ -153,7 +174,7 @@ def train(
                 x, y = torch.randn(4, 12, generator=generator), torch.randint(4, (4,), generator=generator)
                 if hasattr(model, "set_requires_gradient_sync"):
                     model.set_requires_gradient_sync(case.syncs_each or number == case.passes - 1)
-                F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(given(x), y).backward()
             masks = {name: local(mask) for name, mask in session.masks.items()}
             gradients = {name: p.grad for name, p in parameters.items() if name in masks and p.grad is not None}
             found["outside"] += sum(int(local(g)[~masks[name]].count_nonzero()) for name, g in gradients.items())
@@ -182,7 +203,8 @@ def train(
 
 def run(case: Case, *, sharded: bool) -> dict[str, Any]:
     model, optimizer = make_case(case, sharded=sharded)
-    return train(case, model, optimizer, attach(case, model, optimizer))
+    given = torch.compile(model, backend="aot_eager") if sharded and case.compiles == "model" else model
+    return train(case, model, optimizer, attach(case, given, optimizer), given=given)
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -403,7 +425,7 @@ def _sieved() -> dict[str, Any]:
             parameter = model.get_parameter(name)
             values = [local(parameter), *state_of(optimizer, parameter)]
             outside += sum(int(value[~local(mask)].count_nonzero()) for value in values)
-    pairs = zip(masks[:-1], masks[1:], strict=True)
+    pairs = itertools.pairwise(masks)
     return {
         "seen": seen,
         "changed": [sum(int((mask != later[name]).sum()) for name, mask in now.items()) for now, later in pairs],
@@ -414,6 +436,66 @@ def _sieved() -> dict[str, Any]:
     }
 
 
+def _by_hand() -> dict[str, Tensor]:
+    """A weight of three rows, of which the first rank has two: chosen by magnitude, and then mutated."""
+    weight = torch.tensor([[5.0, -1.0], [2.0, -4.0], [3.0, 6.0]])
+    model = nn.Sequential(nn.Linear(2, 3, bias=False))
+    model[0].weight.data.copy_(weight)
+    fully_shard(model, mesh=_mesh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    method = spfde.SET(sparsity=0.5, dense_first=False, dense_head=False, init="magnitude")
+    session = spfde.attach(
+        model, optimizer, None, spfde.Recipe(sparsity=method), epochs=2, samples_per_epoch=1, sample=torch.zeros(1, 2)
+    )
+    layer = session._masks.masker.layers["0.weight"]  # type: ignore[attr-defined]
+    found = {"first own": layer.mask.clone(), "first": whole(session.masks["0.weight"])}
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    momentum = state_of(optimizer, layer.parameter)
+    found["momentum before"] = momentum[0].clone()
+    gradient = torch.tensor([[0.0, 1.0], [9.0, 2.0], [3.0, 0.0]])
+    layer.mutate(2, 3, drop_score=layer.whole(layer.local.detach()).abs(), grow_score=gradient)
+    found |= {"own": layer.mask, "mask": whole(session.masks["0.weight"]), "weight": whole(layer.parameter)}
+    return {**found, "momentum": momentum[0], "explored": torch.tensor(session.explored)}
+
+
+def _inferred() -> bool:
+    """Whether masks that are taken from zeros are those that made them, under another seed."""
+    model, optimizer = make_case(CASES["static"], sharded=True)
+    first = attach(CASES["static"], model, optimizer)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first.detach()
+    other = attach(CASES["static"], model, optimizer, seed=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    other.infer_masks()
+    return all(torch.equal(local(mask), local(other.masks[name])) for name, mask in first.masks.items())
+
+
+def _gathered() -> list[set[str]]:
+    """The layers of which there are whole tensors, whenever one more is gathered in a mutation by gradients."""
+    model, optimizer = make_case(CASES["rigl"], sharded=True)
+    session = attach(CASES["rigl"], model, optimizer)
+    session.begin_epoch()
+    session.end_epoch()
+    alive: list[tuple[str, weakref.ref[Tensor]]] = []
+    seen: list[set[str]] = []
+    gather = ShardedWeight.whole
+
+    def note(layer: ShardedWeight, own: Tensor) -> Tensor:
+        made = gather(layer, own)
+        alive.append((layer.name, weakref.ref(made)))
+        seen.append({name for name, tensor in alive if tensor() is not None})
+        return made
+
+    with mock.patch.object(ShardedWeight, "whole", note):
+        session.begin_epoch()
+        F.cross_entropy(model(torch.randn(4, 12)), torch.arange(4)).backward()
+        optimizer.step()
+    return seen
+
+
 def compare(rank: int, size: int, folder: str, which: str) -> None:
     """By case: see ``train``; and, with ``which`` empty, what else two processes show."""
     join(rank, size, folder)
@@ -422,6 +504,7 @@ def compare(rank: int, size: int, folder: str, which: str) -> None:
     found: dict[str, Any] = {name: run(case, sharded=True) for name, case in CASES.items() if name != SAVED}
     case, of_one = CASES[SAVED], torch.load(Path(folder) / "one.pt")
     found[SAVED], saved = run_and_save(case, sharded=True)
+    of_one["session"]["parts"]["engine"]["name"] = "native"  # which computes no sharded model
     files = [saved]
     dist.broadcast_object_list(files)  # the first rank writes one for all
     (saved,) = files
@@ -429,13 +512,13 @@ def compare(rank: int, size: int, folder: str, which: str) -> None:
     found["saved"] = saved
     found["resumed"] = {
         "with the states of each rank": resume(case, saved, sharded=True, own=own),
-        "with whole states": resume(case, saved, sharded=True),
         "loaded before attach": resume(case, saved, sharded=True, first="load"),
         "saved by one process": resume(case, of_one, sharded=True),
     }
     found["refused"] = {name: call() for name, (call, _) in REFUSED.items()}
     found["sharded later"], found["drifted"], found["loses"] = _sharded_later(), _drifted(), _loses_a_weight()
-    found["sieved"] = _sieved()
+    found["inferred"] = _inferred()
+    found["sieved"], found["by hand"], found["gathered"] = _sieved(), _by_hand(), _gathered()
     leave(rank, folder, found)
 
 

@@ -81,8 +81,10 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     before = {id(m): (m, kind.__new__(kind)) for m in model.modules() if (kind := class_under_fsdp(m)) is not None}
     memo.update({key: made for key, (_, made) in before.items()})
     for module, made in before.values():
-        kept = {name: value for name, value in vars(module).items() if not is_of_fsdp(name)}
-        vars(made).update(copy.deepcopy(kept, memo))
+        # As deepcopy does it: a module leaves out what it cannot hand on, such as a compiled call.
+        state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+        own = {name: value for name, value in state.items() if not is_of_fsdp(name)}
+        made.__setstate__(copy.deepcopy(own, memo))  # type: ignore[no-untyped-call]
     copied: nn.Module = copy.deepcopy(model, memo)
     return copied
 

@@ -120,7 +120,7 @@ def attach(
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
     optimizers = Optimizers.of(optimizer)
-    machine = {"engine": engine, "compile": compile, "cache": cache}
+    machine = {"compile": compile, "cache": cache}
     _check_together(model, optimizers, loader, recipe, epochs, machine, is_resumed=state is not None)
     world = World.current()
     batches, stream = _loader_of(loader, recipe, model, sample=sample, samples_per_epoch=samples_per_epoch)

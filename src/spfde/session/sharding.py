@@ -24,7 +24,7 @@ def check_sharding(model: nn.Module, recipe: Recipe, machine: Mapping[str, objec
     Args:
         model: without wrappers.
         recipe: as attached.
-        machine: ``engine``, ``compile`` and ``cache`` of ``attach``.
+        machine: ``compile`` and ``cache`` of ``attach``; which engines work, ``choose_engine`` knows.
     """
     wrapper = next((type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
     if wrapper is not None:
@@ -86,12 +86,12 @@ def _check_recipe(recipe: Recipe) -> list[Problem]:
 
 def _check_machine(machine: Mapping[str, object]) -> list[Problem]:
     """Is it left to PyTorch to compute the model?"""
-    usual: dict[str, tuple[object, ...]] = {"engine": ("auto", "masked"), "compile": (False,), "cache": (None,)}
+    usual: dict[str, object] = {"compile": False, "cache": None}
     rule = "is not supported where the model is sharded (FSDP), which PyTorch alone computes"
     return [
         Problem(name, machine[name], rule, "Leave it out, or train it in DistributedDataParallel(model).")
-        for name, values in usual.items()
-        if machine[name] not in values
+        for name, value in usual.items()
+        if machine[name] is not value
     ]
 
 

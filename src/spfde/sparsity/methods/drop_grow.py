@@ -213,13 +213,19 @@ class Mutation(Strategy):
             if lacks_active or lacks_dense:
                 continue
             del self.pending[name]
-            weight = layer.whole(layer.local.detach())
-            layer.mutate(
-                survive,
-                final,
-                drop_score=_score(self._drop, layer, weight, active.get(name)) if drops else None,
-                grow_score=_score(self._grow, layer, weight, dense.get(name)) if grows else None,
-            )
+            self._mutate_one(layer, survive, final, active.get(name), dense.get(name))
+
+    def _mutate_one(
+        self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None
+    ) -> None:
+        """Mutate a layer. Of a sharded one whole tensors are made, which are gone when this returns."""
+        drops, grows, weight = survive < layer.active, final > survive, layer.whole(layer.local.detach())
+        layer.mutate(
+            survive,
+            final,
+            drop_score=_score(self._drop, layer, weight, active) if drops else None,
+            grow_score=_score(self._grow, layer, weight, dense) if grows else None,
+        )
 
 
 def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
