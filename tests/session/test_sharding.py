@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,10 @@ if not torch.distributed.is_available():
 if not hasattr(torch.cpu.Stream, "record_event"):
     pytest.skip("fully_shard of this torch does not run on CPUs", allow_module_level=True)
 
+import spfde
+from helpers import sharded_runs as runs
 from helpers import sharding_worker as worker
+from spfde.session import sharding
 
 
 def spawn(function: Any, folder: Path, size: int = 2, which: str = "") -> list[Any]:
@@ -25,7 +28,7 @@ def spawn(function: Any, folder: Path, size: int = 2, which: str = "") -> list[A
 @pytest.fixture(scope="module")
 def one() -> tuple[dict[str, Any], dict[str, Any]]:
     """The run of one process that is saved amid of it, and what was saved."""
-    return worker.run_and_save(worker.CASES[worker.SAVED], sharded=False)
+    return runs.run_and_save(runs.CASES[runs.SAVED], sharded=False)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def differ(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any], *, atol: float) -> None:
     """The masks are equal entry by entry in each epoch, counts are exact, and nothing is outside of masks."""
-    assert [differ(*pair) for pair in zip(found["masks"], expected["masks"], strict=True)] == [[]] * worker.EPOCHS
+    assert [differ(*pair) for pair in zip(found["masks"], expected["masks"], strict=True)] == [[]] * runs.EPOCHS
     assert differ(found["weights"], expected["weights"], atol=atol) == []
     for key in ("frozen", "grads", "explored", "density"):
         assert found[key] == expected[key]
@@ -69,16 +72,16 @@ def test_three_rows_over_two_ranks_by_hand(two: list[dict[str, Any]]) -> None:
     assert last["momentum"].tolist() == [[0.0, 1.0]]
 
 
-@pytest.mark.parametrize("case", worker.CASES)
+@pytest.mark.parametrize("case", runs.CASES)
 def test_masks_and_weights_of_two_ranks_are_those_of_one_process(two: list[dict[str, Any]], case: str) -> None:
-    expected = worker.run(worker.CASES[case], sharded=False)
+    expected = runs.run(runs.CASES[case], sharded=False)
     for found in two:
         # The norm of all gradients is summed up in another order.
-        check_equal(found[case], expected, atol=1e-6 if worker.CASES[case].clips else 0.0)
+        check_equal(found[case], expected, atol=1e-6 if runs.CASES[case].clips else 0.0)
 
 
 def test_each_rank_bills_its_samples_and_the_weights_of_all(two: list[dict[str, Any]]) -> None:
-    expected = worker.run(worker.CASES["set"], sharded=False)["cost"]
+    expected = runs.run(runs.CASES["set"], sharded=False)["cost"]
     for found in two:
         assert found["set"]["cost"] == [(2 * flops, nbytes) for flops, nbytes in expected]
 
@@ -98,7 +101,7 @@ def test_a_resumed_run_is_the_run_bit_for_bit(two: list[dict[str, Any]], one: An
 
 def test_what_two_ranks_saved_goes_on_in_one_process(two: list[dict[str, Any]], one: Any) -> None:
     for first in ("attach", "load"):
-        found = worker.resume(worker.CASES[worker.SAVED], two[0]["saved"], sharded=False, first=first)
+        found = runs.resume(runs.CASES[runs.SAVED], two[0]["saved"], sharded=False, first=first)
         assert differ(found["weights"], one[0]["weights"]) == []
 
 
@@ -152,18 +155,42 @@ def test_weights_of_a_model_in_half_precision_are_masked(two: list[dict[str, Any
     assert [(found["sieved"]["outside"], found["sieved"]["type"]) for found in two] == [(0, torch.float32)] * 2
 
 
+def test_the_session_says_that_each_rank_has_its_rows(two: list[dict[str, Any]]) -> None:
+    assert all("each rank has its rows" in found["sieved"]["said"] for found in two)
+
+
+class Reversed(spfde.SET):
+    """Changes masks in a way of its own."""
+
+    def strategy(self, masker: Any) -> Any:
+        return super().strategy(masker)
+
+
+class ReversedByLayer(Reversed):
+    by_layer: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "works"), [(spfde.MEST, True), (spfde.DSR, False), (Reversed, False), (ReversedByLayer, True)]
+)
+def test_whoever_changes_masks_says_itself_that_each_follows_from_its_layer(kind: Any, works: bool) -> None:
+    assert [problem.argument for problem in sharding.check_recipe(spfde.Recipe(sparsity=kind(sparsity=0.5)))] == (
+        [] if works else ["sparsity"]
+    )
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("case", worker.MORE_CASES)
+@pytest.mark.parametrize("case", runs.MORE_CASES)
 def test_so_are_those_of_other_methods_and_of_compiled_models(tmp_path: Path, case: str) -> None:
-    expected = worker.run(worker.MORE_CASES[case], sharded=False)
+    expected = runs.run(runs.MORE_CASES[case], sharded=False)
     for found in spawn(worker.compare, tmp_path, which=case):
         check_equal(found[case], expected, atol=0.0)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", worker.CASES)
+@pytest.mark.parametrize("case", runs.CASES)
 def test_a_rank_may_have_few_rows_or_none(tmp_path: Path, case: str) -> None:
-    expected = worker.run(worker.CASES[case], sharded=False)
+    expected = runs.run(runs.CASES[case], sharded=False)
     for found in spawn(worker.compare, tmp_path, 3, case):
         # The sum of three equal gradients, divided by three, is rounded.
         check_equal(found[case], expected, atol=1e-5)

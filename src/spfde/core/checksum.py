@@ -30,7 +30,7 @@ def checksum(tensor: Tensor, first: int = 0) -> Tensor:
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor, first = torch.view_as_real(tensor), 2 * first
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     odd = 2 * torch.arange(min(tensor.numel(), _AT_ONCE), device=tensor.device) + 1
     position = first

@@ -166,8 +166,10 @@ class Masks(WholeModel):
         return lines
 
     def describe(self) -> list[str]:
-        names = list(self.masks)
+        names = list(self.layers)
+        sharded = "sharded: each rank has its rows of the masks, and gathers a layer where its mask changes"
         return [
+            *([sharded] if self._setting.is_sharded else []),
             f"hooked: the optimizer's steps and the gradients of {counted(len(names), 'tensor')} (masks):",
             *(f"  {name}" for name in names),
         ]

@@ -36,7 +36,7 @@ def check_sharding(model: nn.Module, recipe: Recipe, machine: Mapping[str, objec
         remedy = "Use torch.distributed.fsdp.fully_shard alone, or train it in DistributedDataParallel(model)."
         return [Problem("model", spread[0], rule, remedy)] if spread else []
     reshard(model)
-    return [*_check_parameters(model), *_check_recipe(recipe), *_check_machine(machine)]
+    return [*_check_parameters(model), *check_recipe(recipe), *_check_machine(machine)]
 
 
 def _check_parameters(model: nn.Module) -> list[Problem]:
@@ -66,10 +66,10 @@ def _layout_problem(name: str, parameter: Any) -> Problem | None:
     return None
 
 
-def _check_recipe(recipe: Recipe) -> list[Problem]:
+def check_recipe(recipe: Recipe) -> list[Problem]:
     """Do its masks follow from one layer at a time, and its freezing from the plan?"""
     problems, method = [], recipe.sparsity if recipe.is_sparse else None
-    if method is not None and not method.by_layer:
+    if method is not None and not _is_by_layer(type(method)):
         rule = "needs more than a layer's weight and gradient at the times of the plan, and the model is sharded (FSDP)"
         remedy = "Use static, set, rigl, mest or another DropGrow, or train it in DistributedDataParallel(model)."
         problems.append(Problem("sparsity", method.name, rule, remedy))
@@ -82,6 +82,16 @@ def _check_recipe(recipe: Recipe) -> list[Problem]:
         remedy = 'Use criterion="schedule", or train it in DistributedDataParallel(model).'
         problems.append(Problem("criterion", recipe.freezing.criterion, rule, remedy))
     return problems
+
+
+def _is_by_layer(kind: type) -> bool:
+    """Whether the class that says how masks change, or one made of it, says ``by_layer``."""
+    for each in kind.__mro__:
+        if "by_layer" in vars(each):
+            return bool(vars(each)["by_layer"])
+        if "strategy" in vars(each):
+            return False
+    return False
 
 
 def _check_machine(machine: Mapping[str, object]) -> list[Problem]:
