@@ -156,7 +156,7 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end; what there is to compare."""
     found: dict[str, Any] = {"masks": [], "outside": 0, "counts": [], "planned": [], "frozen": [], "grads": []}
-    parameters, given = dict(model.named_parameters()), given or model
+    parameters, given = dict(model.named_parameters()), model if given is None else given
     while session.epoch < EPOCHS:
         at_top(session.epoch)
         session.begin_epoch()

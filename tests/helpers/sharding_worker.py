@@ -270,11 +270,14 @@ def _gathered() -> list[set[str]]:
     return seen
 
 
+SETS = {"cases": CASES, "more": MORE_CASES}
+
+
 def compare(rank: int, size: int, folder: str, which: str) -> None:
-    """By case: see ``train``; and, with ``which`` empty, what else two processes show."""
+    """By case of a set: see ``train``; and, with ``which`` empty, all that two processes show."""
     join(rank, size, folder)
     if which:
-        leave(rank, folder, {which: run((CASES | MORE_CASES)[which], sharded=True)})
+        leave(rank, folder, {name: run(case, sharded=True) for name, case in SETS[which].items()})
     found: dict[str, Any] = {name: run(case, sharded=True) for name, case in CASES.items() if name != SAVED}
     case, of_one = CASES[SAVED], torch.load(Path(folder) / "one.pt")
     found[SAVED], saved = run_and_save(case, sharded=True)

@@ -179,19 +179,29 @@ def test_whoever_changes_masks_says_itself_that_each_follows_from_its_layer(kind
     )
 
 
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(worker.compare, tmp_path_factory.mktemp("more"), which="more")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(worker.compare, tmp_path_factory.mktemp("three"), 3, "cases")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", runs.MORE_CASES)
-def test_so_are_those_of_other_methods_and_of_compiled_models(tmp_path: Path, case: str) -> None:
+def test_so_are_those_of_other_methods_and_of_compiled_models(more: list[dict[str, Any]], case: str) -> None:
     expected = runs.run(runs.MORE_CASES[case], sharded=False)
-    for found in spawn(worker.compare, tmp_path, which=case):
+    for found in more:
         check_equal(found[case], expected, atol=0.0)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", runs.CASES)
-def test_a_rank_may_have_few_rows_or_none(tmp_path: Path, case: str) -> None:
+def test_a_rank_may_have_few_rows_or_none(three: list[dict[str, Any]], case: str) -> None:
     expected = runs.run(runs.CASES[case], sharded=False)
-    for found in spawn(worker.compare, tmp_path, 3, case):
+    for found in three:
         # The sum of three equal gradients, divided by three, is rounded.
         check_equal(found[case], expected, atol=1e-5)
 
