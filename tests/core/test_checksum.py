@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +17,15 @@ from spfde.core.checksum import checksum, checksums
 def test_it_is_the_sum_of_the_bits_weighted_by_the_odd_numbers() -> None:
     assert int(checksum(torch.tensor([2, 3, 5], dtype=torch.int64))) == 1 * 2 + 3 * 3 + 5 * 5
     assert int(checksum(torch.tensor([True, False, True]))) == 1 + 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@given(st.integers(0, 7), st.integers(0, 7), st.integers(0, 2**31))
+def test_those_of_the_rows_add_up_to_that_of_the_whole(dtype: torch.dtype, one: int, other: int, seed: int) -> None:
+    value = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    low, high = sorted((one, other))
+    parts = [checksum(value[start:stop], 3 * start) for start, stop in ((0, low), (low, high), (high, 7))]
+    assert torch.equal(torch.stack(parts).sum(), checksum(value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])

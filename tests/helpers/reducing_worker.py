@@ -8,12 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import init_device_mesh
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import spfde
@@ -145,7 +142,6 @@ def others(rank: int, size: int, folder: str, _: str) -> None:
     except spfde.InvalidArgument as error:
         found["powerSGD"] = str(error)
 
-    found["sharded"] = _sharded()
     left = run(MEST, epochs=4)
     parts, wrapped = left["kept"]
     x, y = next(iter(parts.loader))
@@ -154,26 +150,6 @@ def others(rank: int, size: int, folder: str, _: str) -> None:
     found["detached"] = grads, {name: bool(grads[name][~mask].any()) for name, mask in left["masks"].items()}
     found["said"] = _said_of_running_session()
     leave(rank, folder, found)
-
-
-def _sharded() -> list[str]:
-    """What is said of a model that was sharded before ``attach``, and of one that was sharded after."""
-    before, after = make_parts(), make_parts()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(before.model, mesh=mesh)
-    before.optimizer = torch.optim.SGD(before.model.parameters(), lr=0.1)
-    said = []
-    try:
-        spfde.attach(before.model, before.optimizer, before.loader, MEST, epochs=4)
-    except spfde.InvalidArgument as error:
-        said.append(str(error))
-    session = spfde.attach(after.model, after.optimizer, after.loader, MEST, epochs=4, engine="masked")
-    fully_shard(after.model, mesh=mesh)
-    try:
-        next(session.epochs())
-    except spfde.UsageError as error:
-        said.append(str(error))
-    return said
 
 
 def _take_turns(parts: Parts, session: spfde.Session, wrapped: nn.Module) -> None:

@@ -101,13 +101,6 @@ def test_once_detached_whole_gradients_of_all_parameters_are_averaged(others: li
     assert all(outside.values())
 
 
-def test_a_sharded_model_is_refused_and_one_that_is_sharded_later_noticed(others: list[dict[str, Any]]) -> None:
-    for found in others:
-        before, after = found["sharded"]
-        assert "sharded over the ranks" in before
-        assert "fully_shard" in after
-
-
 def test_the_session_says_what_travels(others: list[dict[str, Any]]) -> None:
     assert all("active entries of gradients" in found["said"] for found in others)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from spfde.core.sharding import own_part
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Floating point of one byte has no arithmetic; of these the bits 1000 0000 are minus zero, of the others they are not.
 _BYTES_WITH_MINUS_ZERO = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -14,19 +16,24 @@ _AT_ONCE = 2**20
 """Elements that are added at once: what it takes in memory is bounded by them, some 30 MB."""
 
 
-def checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor, first: int = 0) -> Tensor:
     """Sum of the bits, weighted by position, modulo 2^64: int64, no dimensions, on the tensor's device.
 
-    The memory layout does not matter, nor the sign of zero. Integers are added in any order with one result.
+    The memory layout does not matter, nor the sign of zero. Integers are added in any order with one result: that of a
+    whole tensor is the sum of those of its parts. Of a DTensor the part in this process counts.
+
+    Args:
+        tensor: of any kind.
+        first: position of the tensor's first element, where it is a part of a whole one.
     """
-    tensor = tensor.detach()
+    tensor = own_part(tensor).detach()
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor, first = torch.view_as_real(tensor), 2 * first
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     odd = 2 * torch.arange(min(tensor.numel(), _AT_ONCE), device=tensor.device) + 1
-    position = 0
+    position = first
     for flat in _pieces(tensor):
         bits = _bits(flat)
         total += (bits * odd[: bits.numel()]).sum() + 2 * position * bits.sum()

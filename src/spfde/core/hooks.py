@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from spfde.core.sharding import is_dtensor
+from spfde.core.torch_private import after_backward
+
 _MARK = "_of_spfde"
 _SILENT: set[int] = set()
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -33,6 +39,17 @@ def mark(hook: Hook) -> Hook:
     """The same hook, which :func:`is_ours` knows from now on."""
     setattr(hook, _MARK, True)
     return hook
+
+
+def remove_from_within(handle: RemovableHandle, parameter: Tensor) -> None:
+    """Remove a hook on a parameter's gradient while it runs.
+
+    FSDP iterates over the hooks of a sharded parameter itself, and none may go meanwhile: it goes when the pass ends.
+    """
+    if is_dtensor(parameter):
+        after_backward(handle.remove)
+    else:
+        handle.remove()
 
 
 def is_ours(hook: object) -> bool:

@@ -324,3 +324,24 @@ def least_two_four_shape(dtype: torch.dtype) -> tuple[int, int] | None:
     kernel = tensors.SparseSemiStructuredTensorCUTLASS if forced else tensors.SparseSemiStructuredTensorCUSPARSELT
     least = getattr(kernel, "_DTYPE_SHAPE_CONSTRAINTS", {}).get(dtype)
     return None if least is None else (least.sparse_min_rows, least.sparse_min_cols)
+
+
+def local_tensor(tensor: Any) -> Tensor:
+    """The local tensor of a DTensor, always the same object; ``to_local()`` gives a view where gradients are on."""
+    found: Tensor = tensor._local_tensor
+    return found
+
+
+def class_under_fsdp(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a module had before ``fully_shard`` gave it another; None for one that was not sharded.
+
+    The new class is ``FSDP…(FSDPModule, the one before)``. It is told by name: not every torch has the package.
+    """
+    classes = type(module).__mro__
+    at = next((at for at, each in enumerate(classes) if each.__name__ == "FSDPModule"), None)
+    return None if at is None else classes[at + 1]
+
+
+def is_of_fsdp(attribute: str) -> bool:
+    """Whether an attribute of a module is what ``fully_shard`` remembers there."""
+    return attribute.startswith("__composable_api_state_key")

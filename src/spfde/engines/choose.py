@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import spfde.engines.builtin  # noqa: F401  # registers them
 from spfde.core.errors import InvalidArgument, Problem, nearest
 from spfde.core.registry import registered
+from spfde.core.sharding import is_sharded
 from spfde.engines.base import Engine, Job
 
 AUTO, FALLBACK = "auto", "masked"
 # How much faster than masked the whole model must come out for "auto" to leave PyTorch's well-trodden way.
 WORTH_IT = 0.9
+_SHARDED = "the model is sharded (FSDP), and PyTorch alone computes such"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def choose_engine(asked: str, job: Job, *, is_neutral: bool, tell: Callable[[str
 def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] | None) -> Choice:
     if asked == FALLBACK:
         return Choice(FALLBACK, "as asked", asked)
+    if asked == AUTO and is_sharded(job.model):
+        return Choice(FALLBACK, _SHARDED, asked)
     engines = [
         engine
         for name, engine in registered("engine").items()
@@ -78,7 +82,7 @@ def _choose(asked: str, job: Job, is_neutral: bool, tell: Callable[[str], None] 
     if asked == AUTO:
         return _fastest(engines, job, tell)
     (engine,) = engines
-    reason = engine.supports(job) or engine.prepare(job, tell)
+    reason = _SHARDED if is_sharded(job.model) else engine.supports(job) or engine.prepare(job, tell)
     if reason is not None:
         rule = f"cannot work here: {reason}"
         raise InvalidArgument(Problem("engine", asked, rule, f'Use engine="{FALLBACK}" or "{AUTO}".'))

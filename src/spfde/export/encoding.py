@@ -67,14 +67,18 @@ def weight_bytes(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
         >>> taken.compressed < taken.dense
         True
     """
+    return bytes_of_counts(tensors, {name: int(masks[name].count_nonzero()) for name in tensors if name in masks})
+
+
+def bytes_of_counts(tensors: Mapping[str, Tensor], active: Mapping[str, int]) -> WeightBytes:
+    """:func:`weight_bytes` where the number of active weights is known, by name."""
     dense = compressed = 0
     for name, tensor in tensors.items():
         dense += tensor.nbytes
-        if name not in masks or tensor.element_size() not in _BITS_OF:
+        if name not in active or tensor.element_size() not in _BITS_OF:
             compressed += tensor.nbytes
             continue
-        active = int(masks[name].count_nonzero())
-        compressed += encoded_bytes(tensor.numel(), active, itemsize=tensor.element_size())
+        compressed += encoded_bytes(tensor.numel(), active[name], itemsize=tensor.element_size())
     return WeightBytes(dense, compressed)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spfde.core.errors import UsageError
-from spfde.core.hooks import weakly
+from spfde.core.hooks import remove_from_within, weakly
 from spfde.model.blocks import Block
 
 # A block may be left out of a step on purpose, as stochastic depth does.
@@ -105,4 +105,4 @@ class Arrivals:
         self._arrived.add(id(parameter))
         handle = self._handles.pop(id(parameter), None)
         if handle is not None:
-            handle.remove()
+            remove_from_within(handle, parameter)

@@ -22,7 +22,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from spfde.core.torch_private import BUFFERS, MODULES, PARAMETERS, FakeTensorMode, hooks_to_copy, storage_id
+from spfde.core.sharding import is_dtensor
+from spfde.core.torch_private import (
+    BUFFERS,
+    MODULES,
+    PARAMETERS,
+    FakeTensorMode,
+    class_under_fsdp,
+    hooks_to_copy,
+    is_of_fsdp,
+    storage_id,
+)
 
 _ATOMS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), type, enum.Enum, range, slice),
@@ -40,8 +50,8 @@ def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[i
     memo: dict[int, Any] = {}
     side_by_side = _views_side_by_side(list(model.parameters()))
     for p in model.parameters():
-        if id(p) in side_by_side:
-            # Told apart by its storage, so it gets one of its own.
+        if id(p) in side_by_side or is_dtensor(p):
+            # Told apart by its storage, so it gets one of its own; a sharded one as a whole.
             with fake:
                 made = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
         else:
@@ -56,13 +66,27 @@ def fake_copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[i
         # norm, spectral norm and pruning compute the weight, so they stay.
         memo.update(hooks_to_copy(module, _computes_a_weight))
         for name, value in vars(module).items():
-            if name not in (PARAMETERS, BUFFERS, MODULES) and id(value) not in memo:
+            is_plain = name not in (PARAMETERS, BUFFERS, MODULES) and not is_of_fsdp(name)
+            if is_plain and id(value) not in memo:
                 _prepare(value, own, memo, fake)
     try:
-        return copy.deepcopy(model, dict(memo)), stand_ins
+        return _copied(model, dict(memo)), stand_ins
     except Exception:  # an attribute says only now that it cannot be copied
         shared = {id(value): value for module in model.modules() for value in _objects_of(module, own)}
-        return copy.deepcopy(model, {**shared, **memo}), stand_ins
+        return _copied(model, {**shared, **memo}), stand_ins
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy. Modules that FSDP has sharded refuse to be copied: those of the copy are what they were before."""
+    before = {id(m): (m, kind.__new__(kind)) for m in model.modules() if (kind := class_under_fsdp(m)) is not None}
+    memo.update({key: made for key, (_, made) in before.items()})
+    for module, made in before.values():
+        # As deepcopy does it: a module leaves out what it cannot hand on, such as a compiled call.
+        state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+        own = {name: value for name, value in state.items() if not is_of_fsdp(name)}
+        made.__setstate__(copy.deepcopy(own, memo))  # type: ignore[no-untyped-call]
+    copied: nn.Module = copy.deepcopy(model, memo)
+    return copied
 
 
 def _views_side_by_side(parameters: Sequence[nn.Parameter]) -> set[int]:
@@ -81,7 +105,8 @@ def _computes_a_weight(hook: object) -> bool:
 def _objects_of(module: nn.Module, own: set[int]) -> list[Any]:
     """What a module holds besides tensors, modules, lists and numbers."""
     kinds = (Tensor, torch.Generator, *_ATOMS, *_CONTAINERS)
-    values = [item for value in vars(module).values() for item in (_items(value) if _is_list(value) else (value,))]
+    kept = [value for name, value in vars(module).items() if not is_of_fsdp(name)]
+    values = [item for value in kept for item in (_items(value) if _is_list(value) else (value,))]
     return [value for value in values if not isinstance(value, kinds) and id(value) not in own]
 
 

@@ -120,7 +120,8 @@ def attach(
     """
     _check_kinds(model, optimizer, loader, recipe, epochs=epochs, seed=seed, engine=engine)
     optimizers = Optimizers.of(optimizer)
-    _check_together(model, optimizers, loader, recipe, epochs, cache, is_resumed=state is not None)
+    machine = {"compile": compile, "cache": cache}
+    _check_together(model, optimizers, loader, recipe, epochs, machine, is_resumed=state is not None)
     world = World.current()
     batches, stream = _loader_of(loader, recipe, model, sample=sample, samples_per_epoch=samples_per_epoch)
     sieving = recipe.sieving if stream is None else None
@@ -277,14 +278,14 @@ def _check_together(
     loader: Any,
     recipe: Recipe,
     epochs: int,
-    cache: PrefixCache | None,
+    machine: Mapping[str, Any],
     *,
     is_resumed: bool,
 ) -> None:
     """Do the arguments fit each other? Nothing here is slow, or touches them."""
     problems = Problems()
-    problems.found.extend(check_model(model, optimizers, recipe))
-    problems.found.extend(find_cache_problems(cache, recipe))
+    problems.found.extend(check_model(model, optimizers, recipe, machine))
+    problems.found.extend(find_cache_problems(machine["cache"], recipe))
     if recipe.learning_rate is not None:
         problems.found.extend(check_rates(optimizers, recipe.learning_rate, decayed=is_resumed))
     with problems.collecting():

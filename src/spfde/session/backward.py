@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spfde.core.hooks import weakly
+from spfde.core.hooks import remove_from_within, weakly
 from spfde.core.torch_private import backward_pass
 
 
@@ -74,7 +74,7 @@ class BackwardPasses:
         if key not in self._counts and running == self._last:
             handle = self._handles.pop(key, None)
             if handle is not None:
-                handle.remove()
+                remove_from_within(handle, parameter)
             return
         self._last = running
         self.count_pass(parameter)

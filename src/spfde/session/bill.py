@@ -16,7 +16,7 @@ from spfde.core.state import check_entries
 from spfde.cost import Ledger, LedgerRow, peak_bytes
 from spfde.cost.memory import memory_of
 from spfde.engines.base import Job
-from spfde.export.encoding import weight_bytes
+from spfde.export.encoding import bytes_of_counts
 from spfde.planning.bill import price, scoring_flops
 from spfde.planning.timeline import Row
 from spfde.session.learning import Learning
@@ -101,7 +101,8 @@ class Bill(Part):
             accounting="actual",
         )
         tensors = {name: value for name, value in setting.model.state_dict().items() if isinstance(value, Tensor)}
-        weights = weight_bytes(tensors, self._masks.masks)
+        active = {name: layer.active * layer.unit_size for name, layer in self._masks.layers.items()}
+        weights = bytes_of_counts(tensors, active)
         self.ledger.add(
             LedgerRow(
                 **dataclasses.asdict(cost),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from spfde.core.torch_private import layers_of_wrapping, steps_can_be_hooked
 from spfde.model.sample import unwrap
 from spfde.recipe.recipe import Recipe
 from spfde.session.reducing import find_problem
+from spfde.session.sharding import check_sharding
 
 if TYPE_CHECKING:
     from spfde.session.session import Session
@@ -45,10 +46,12 @@ def are_optimizers(given: object) -> bool:
     return bool(several) and all(isinstance(each, Optimizer) for each in several)
 
 
-def check_model(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[Problem]:
-    """All problems of the model, its wrappers and its optimizers with each other."""
+def check_model(
+    model: nn.Module, optimizers: Optimizers, recipe: Recipe, machine: Mapping[str, object]
+) -> list[Problem]:
+    """All problems of the model, its wrappers and its optimizers with each other, and of how it is to be computed."""
     inner = unwrap(model)
-    unusable = _check_sharding(inner) or _check_values(inner)
+    unusable = check_sharding(inner, recipe, machine) or _check_values(inner)
     if unusable:
         return unusable
     return [
@@ -75,17 +78,6 @@ def _check_unattached(model: nn.Module, optimizers: Optimizers) -> list[Problem]
             remedy = "Attach one session, to the outer of the two modules, or call detach() on the other first."
             return [Problem("model", type(model).__name__, rule, remedy)]
     return []
-
-
-def _check_sharding(model: nn.Module) -> list[Problem]:
-    """Are the parameters whole? FSDP leaves each rank a part of them."""
-    parts = next((name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
-    wrapper = next((type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
-    if parts is None and wrapper is None:
-        return []
-    rule = "is sharded over the ranks (FSDP), and masks are drawn over whole tensors"
-    remedy = "Train it in DistributedDataParallel(model); sharded models are not supported."
-    return [Problem("model", wrapper or f"{parts} as DTensor", rule, remedy)]
 
 
 def _check_values(model: nn.Module) -> list[Problem]:

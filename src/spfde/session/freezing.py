@@ -70,7 +70,7 @@ class Freezing(Part):
     def end_epoch(self) -> None:
         changed = self.freezer.changed()
         # DistributedDataParallel hands the first rank's buffers on, and those of the others change by that, rightly.
-        if changed and not self._setting.world.rank:
+        if changed and (not self._setting.world.rank or self._setting.is_sharded):
             warnings.warn(
                 f"{', '.join(changed)} changes although its block is frozen and held in evaluation mode: it is "
                 "changed there, too, or from elsewhere (weights that are written by hand, averaged, loaded). Change it "

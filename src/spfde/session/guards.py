@@ -13,6 +13,7 @@ from spfde.core.checksum import checksums
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.optimizers import inside
 from spfde.core.say import counted
+from spfde.core.sharding import reshard
 from spfde.core.state import check_entries
 from spfde.core.torch_private import PARAMETERS
 from spfde.planning.timeline import Row
@@ -22,6 +23,7 @@ from spfde.session.masks import WholeModel
 from spfde.session.part import Part, Setting
 from spfde.session.passes import Passes
 from spfde.session.reducing import Reducing
+from spfde.session.sharding import agreed_on, check_counts, own_counts, whole_checksums
 
 _LOOKS = (16, 256, 4096)
 """After so many backward passes without a step it is looked whether the weights move all the same."""
@@ -101,6 +103,10 @@ class Guards(Part):
         """Are the model's parameters those that the masks and the optimizer hold?"""
         found = map(dict.get, self._tables, self._leaves)  # before each step: no line of Python for each of them
         are_same = list(map(is_, found, self._parameters.values()))
+        if not all(are_same) and self._setting.is_sharded:
+            # Modules that FSDP has sharded hold whole parameters behind a forward pass without a backward pass.
+            reshard(self._setting.model)
+            are_same = list(map(is_, map(dict.get, self._tables, self._leaves), self._parameters.values()))
         if not all(are_same):
             self._raise_replaced(f"'{list(self._parameters)[are_same.index(False)]}' of the model")
 
@@ -178,7 +184,8 @@ class Guards(Part):
             what: when it is looked, for ranks that do not do the same.
         """
         world = self._setting.world
-        mine = (checksums(self._masks.masks), self._content()) if world.is_shared else None
+        layers = self._masks.layers
+        mine = (*agreed_on(self._setting, layers, self._parameters), own_counts(layers)) if world.is_shared else None
         every = world.gather(mine, found, what=what)
         if not world.is_shared:
             return
@@ -197,6 +204,7 @@ class Guards(Part):
                     f"the {what} of {_some(names)} differ between the ranks: each trains on "
                     f"gradients of its own. {remedy}."
                 )
+        check_counts(layers, [own[2] for own in every])
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -231,7 +239,7 @@ class Guards(Part):
         return checksums({name: p for name, p in self._parameters.items() if not p.is_meta})
 
     def _masked_content(self) -> dict[str, int]:
-        return checksums({name: p for name, p in self._parameters.items() if name in self._masks.masks})
+        return whole_checksums(self._masks.layers)
 
 
 def _some(names: Sequence[str]) -> str:

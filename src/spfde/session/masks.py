@@ -75,7 +75,7 @@ class Masks(WholeModel):
         self._setting = setting
         self.masker = masker = Masker(layers, setting.optimizer, method, generator=setting.generator, masks=masks)
         self.remembers = masker
-        if setting.world.is_shared:
+        if setting.world.is_shared and not setting.is_sharded:  # FSDP averages gradients before they arrive
             masker.average = setting.world.average_
         if any(layer.target != setting.blueprint.masked[name].target for name, layer in masker.layers.items()):
             self._amend(epoch=0)  # the first masks were chosen from data
@@ -166,8 +166,10 @@ class Masks(WholeModel):
         return lines
 
     def describe(self) -> list[str]:
-        names = list(self.masks)
+        names = list(self.layers)
+        sharded = "sharded: each rank has its rows of the masks, and gathers a layer where its mask changes"
         return [
+            *([sharded] if self._setting.is_sharded else []),
             f"hooked: the optimizer's steps and the gradients of {counted(len(names), 'tensor')} (masks):",
             *(f"  {name}" for name in names),
         ]

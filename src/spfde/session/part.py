@@ -12,6 +12,7 @@ from torch import nn
 
 from spfde.core.clock import Clock
 from spfde.core.optimizers import LeadingSteps, Optimizers
+from spfde.core.sharding import is_sharded
 from spfde.core.state import check_entries
 from spfde.planning.blueprint import Blueprint
 from spfde.planning.timeline import Row, Timeline
@@ -51,6 +52,11 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.leading = LeadingSteps(self.optimizer.each)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a part of the model's parameters alone (FSDP)."""
+        return is_sharded(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -53,7 +53,7 @@ class Reducing:
     def has_something_to_do(self) -> bool:
         """Whether blocks are frozen, or gradients masked, in a run with a process group."""
         is_there = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return is_there and (self._setting.recipe.freezes or self._packs)
+        return is_there and not self._setting.is_sharded and (self._setting.recipe.freezes or self._packs)
 
     @property
     def _packs(self) -> bool:

@@ -314,7 +314,7 @@ class Session(CapturesSteps):
 
         It can be taken at any time. A state from amid an epoch goes on behind the batches of ``session.loader`` that
         are done with; with batches from elsewhere, and where several processes sieve, that epoch begins anew, and what
-        is done twice is billed.
+        is done twice is billed. Of a sharded model (FSDP) whole masks are gathered: every rank has to call it.
         """
         self._check_attached()
         if self._to_begin:

@@ -109,7 +109,7 @@ class SessionView:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Masks by parameter name; True where the weight exists."""
+        """Masks by parameter name; True where the weight exists. Of a sharded model (FSDP) they are DTensors."""
         return dict(self._masks.masks)
 
     @property

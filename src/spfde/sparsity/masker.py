@@ -13,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from spfde.core.checksum import together
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.core.optimizers import LeadingSteps, Optimizers, around_closure
-from spfde.core.torch_private import version_of
+from spfde.core.sharding import is_dtensor
 from spfde.sparsity import masks as masking
 from spfde.sparsity.arriving import ArrivingGradients
 from spfde.sparsity.gradients import DenseGradients, Skipped
 from spfde.sparsity.schedule import MaskPlan
+from spfde.sparsity.sharded import ShardedWeight
 from spfde.sparsity.state import check_state, check_weights
 from spfde.sparsity.structure import Unstructured
 from spfde.sparsity.together import Clearing, GradientMasking
@@ -80,7 +81,7 @@ class Masker:
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean masks by layer, True where the weight exists; replaced, never changed, by a mutation."""
-        return {name: layer.mask for name, layer in self.layers.items()}
+        return {name: layer.shown for name, layer in self.layers.items()}
 
     @property
     def wants_dense_gradients(self) -> frozenset[str]:
@@ -173,10 +174,10 @@ class Masker:
         layers = [layer for layer in self.layers.values() if not layer.is_dense]
         for layer in layers:
             layer.follow()
-        outside = together(torch.count_nonzero(x.parameter.detach().masked_fill(x.mask, 0)) for x in layers)
+        outside = together(torch.count_nonzero(x.local.detach().masked_fill(x.mask, 0)) for x in layers)
         found = [layer for layer, count in zip(layers, outside, strict=True) if self.strategy.take_over(layer) or count]
         for layer in found:
-            masking.apply_(layer.parameter, layer.mask)
+            masking.apply_(layer.local, layer.mask)
             self.strategy.clear_idle_state(layer)
         return [layer.name for layer in found]
 
@@ -197,7 +198,7 @@ class Masker:
             raise UsageError("Masks of groups cannot be told from zeros. Load the session's state.")
         found = {}
         for name, layer in self.layers.items():
-            n_nonzero = int(torch.count_nonzero(layer.parameter.detach()))
+            n_nonzero = layer.total(int(torch.count_nonzero(layer.local.detach())))
             if n_nonzero > most[name]:
                 raise StateMismatch(
                     f"{name} has {n_nonzero} non-zero weights; sparsity {self.method.sparsity} allows {most[name]}. "
@@ -205,7 +206,8 @@ class Masker:
                 )
             found[name] = max(n_nonzero, layer.target)
         for name, layer in self.layers.items():
-            layer.set_mask(masking.infer_mask(layer.parameter, found[name], self.generator), found[name])
+            weight = layer.whole(layer.local.detach())
+            layer.set_mask(masking.infer_mask(weight, found[name], self.generator), found[name])
             self.strategy.adopt(layer)
             layer.clear_outside()
 
@@ -219,9 +221,9 @@ class Masker:
         """
         layers = self.layers
         return {
-            "masks": {name: masking.pack(layer.mask) for name, layer in layers.items()},
+            "masks": {name: masking.pack(layer.whole(layer.mask)) for name, layer in layers.items()},
             "target": {name: layer.target * layer.unit_size for name, layer in layers.items()},
-            "explored": {name: layer.explored.clone() for name, layer in layers.items()},
+            "explored": {name: layer.saved_explored() for name, layer in layers.items()},
             "dense_gradient_passes": {name: self._dense.passes.get(name, 0) for name in layers},
             "steps": self._steps,
             "optimizer_steps": list(self._leading.counts),
@@ -241,8 +243,8 @@ class Masker:
             layer.target = state["target"][name] // layer.unit_size
             layer.wider = None
             layer.set_mask(loaded[name], int(loaded[name].sum()) // layer.unit_size)
-            layer.explored = state["explored"][name].to("cpu", copy=True)
-            masking.apply_(layer.parameter, layer.mask)
+            layer.load_explored(state["explored"][name])
+            masking.apply_(layer.local, layer.mask)
         self._dense.clear()
         self._dense.passes = dict(state["dense_gradient_passes"])
         self._steps, self._active_over_steps = state["steps"], dict(state["active_over_steps"])
@@ -317,17 +319,14 @@ class Masker:
 
     def _on_gradient(self, layer: MaskedWeight) -> None:
         """After a backward pass: mask the gradient, so that clipping and scaling see the sparse one."""
-        grad = layer.parameter.grad
-        if grad is None:
+        if (grad := layer.grad) is None:
             return
         layer.follow()
         if self.strategy.wants_dense(layer):
             # A gradient that was reset, replaced or unscaled since the last pass (zero_grad, a step that GradScaler
             # skipped) has another version, and starts anew.
-            accumulates = layer.clean == (id(grad), version_of(grad) - 1)
-            self._dense.collect(layer.name, grad, layer.mask, accumulates=accumulates)
-        masking.apply_(grad, layer.gradient_mask)
-        layer.note_masked()
+            self._dense.collect(layer.name, grad, layer.mask, accumulates=layer.adds_up(grad))
+        layer.mask_gradient()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: mask gradients that were set by hand, and those that its closure leaves."""
@@ -345,7 +344,7 @@ class Masker:
         """The layers' gradients are what the optimizer will use: mask those that somebody has written to since."""
         written = [layer for layer in layers if not layer.is_masked]
         for layer in written:
-            grad = layer.parameter.grad
+            grad = layer.grad
             is_dense = not layer.arrived and layer.name not in self._dense and self.strategy.wants_dense(layer)
             if is_dense and grad is not None:
                 layer.follow()
@@ -385,5 +384,6 @@ def _masked_weights(
     for name, parameter in layers.items():
         structure = Unstructured() if counts[name] == parameter.numel() else method.structure
         target = counts[name] // structure.unit_size(tuple(parameter.shape))
-        weights[name] = MaskedWeight(name, parameter, structure, target, optimizer=optimizer, generator=generator)
+        kind = ShardedWeight if is_dtensor(parameter) else MaskedWeight
+        weights[name] = kind(name, parameter, structure, target, optimizer=optimizer, generator=generator)
     return weights

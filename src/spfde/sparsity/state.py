@@ -40,11 +40,12 @@ def check_state(
 def check_weights(layers: Mapping[str, MaskedWeight], masks: Mapping[str, Tensor]) -> None:
     """Refuse masks that would cut off weights which are not zero: those of another model state."""
     for name, layer in layers.items():
-        weight = layer.parameter.detach()
-        outside = torch.count_nonzero(weight.masked_fill(masks[name].to(weight.device), 0))
+        weight = layer.local.detach()
+        found = torch.count_nonzero(weight.masked_fill(layer.own(masks[name]).to(weight.device), 0))
+        outside = layer.total(int(found))
         if outside:
             raise StateMismatch(
-                f"{name} has {int(outside)} non-zero weights outside the mask of the state. Load the model's and the "
+                f"{name} has {outside} non-zero weights outside the mask of the state. Load the model's and the "
                 "optimizer's state_dict before this one, all three from one checkpoint."
             )
 

@@ -62,7 +62,7 @@ class Strategy:
     def prune(self, layer: MaskedWeight, n_active: int) -> None:
         """Drop the smallest units beyond ``n_active``; a layer that has no more keeps them."""
         if layer.active > n_active:
-            layer.mutate(n_active, n_active, drop_score=layer.parameter.detach().abs())
+            layer.mutate(n_active, n_active, drop_score=layer.whole(layer.local.detach()).abs())
 
     def wants_dense(self, layer: MaskedWeight) -> bool:
         """Whether the next gradient of the layer must hold inactive weights too."""
@@ -106,7 +106,7 @@ class Strategy:
         """:meth:`before_step` of all."""
         if type(self).before_step is not Strategy.before_step:
             for layer in layers:
-                self.before_step(layer, layer.parameter.grad)
+                self.before_step(layer, layer.grad)
 
     def after_steps(self, layers: Sequence[MaskedWeight], *, was_skipped: Skipped) -> None:
         """:meth:`after_step` of all."""

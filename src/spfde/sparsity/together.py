@@ -47,7 +47,7 @@ class GradientMasking:
 
     def __call__(self, layers: Iterable[MaskedWeight]) -> None:
         """Mask the gradients of these layers; one without a gradient is passed over."""
-        found = [(layer, grad) for layer in layers if (grad := layer.parameter.grad) is not None]
+        found = [(layer, grad) for layer in layers if (grad := layer.grad) is not None]
         masks = [layer.gradient_mask for layer, _ in found]
         kinds: list[object] = [(grad.dtype, grad.stride(), grad.device) for _, grad in found]
         numbers = [bits(grad) for _, grad in found]
@@ -84,7 +84,7 @@ class Clearing:
     def _look_up(self, layers: Sequence[MaskedWeight]) -> None:
         for layer in layers:
             layer.follow()
-        found = [(layer, tensor) for layer in layers for tensor in (layer.parameter, *layer.optimizer_state())]
+        found = [(layer, tensor) for layer in layers for tensor in (layer.local, *layer.optimizer_state())]
         self._tensors = [tensor for _, tensor in found]
         self._places = list(map(Tensor.data_ptr, self._tensors))
         self._numbers = [bits(tensor) for tensor in self._tensors]
@@ -99,7 +99,7 @@ def _around(layers: Sequence[MaskedWeight]) -> list[object]:
     states = layers[0].optimizers.states if layers else []
     for layer in layers:
         parameter = layer.parameter
-        found += (parameter, layer.mask)
+        found += (layer.local, layer.mask)
         for remembered in states:
             of_weight = remembered.get(parameter)
             if of_weight:

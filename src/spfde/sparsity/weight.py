@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spfde.core.optimizers import Optimizers
+from spfde.core.sharding import own_part
 from spfde.core.torch_private import version_of
 from spfde.sparsity.masks import apply_, factors, pack, unpack
 from spfde.sparsity.structure import Structure
@@ -38,7 +39,7 @@ class MaskedWeight:
         unit_size: active weights of an active unit.
         target: active units by the distribution; methods that move weights between layers change it.
         active: active units now.
-        mask: boolean, of the weight's shape, device and memory layout; replaced, never changed.
+        mask: boolean, of the shape, device and memory layout of :attr:`local`; replaced, never changed.
         is_dense: whether the layer has all its weights whatever happens; then nobody looks after it.
         wider: mask of the weights whose gradient is kept, where these are more than the active ones; else None.
         explored: which weights have ever been active, packed: the union of all masks (Liu et al., ITOP,
@@ -70,10 +71,53 @@ class MaskedWeight:
         self.arrived = False
         self.is_dense = target * self.unit_size == self.numel
         self.wider: Tensor | None = None
-        self.mask = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+        self.mask = torch.ones_like(self.local, dtype=torch.bool, requires_grad=False)
         self.is_recorded = False
         self._factors: dict[tuple[object, ...], Tensor] = {}
-        self.explored = pack(torch.full(shape, fill_value=self.is_dense))
+        self.explored = pack(torch.full(self.mask.shape, fill_value=self.is_dense))
+
+    # --- what lies in this process: all of it, unless the model is sharded (``sharded.py``) ---------------------------
+
+    @property
+    def local(self) -> Tensor:
+        """The part of the weight that lies in this process. Masks, gradients and optimizer state are of its shape."""
+        return self.parameter
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of that part."""
+        return self.parameter.grad
+
+    @property
+    def shown(self) -> Tensor:
+        """The mask as users see it, of the whole weight's shape."""
+        return self.mask
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The whole of a tensor of which each process has a part. Masks are decided on whole tensors."""
+        return own
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's part of a tensor that it has as a whole."""
+        return whole
+
+    def total(self, count: int) -> int:
+        """The sum of what was counted in each process's part."""
+        return count
+
+    def adds_up(self, grad: Tensor) -> bool:
+        """Whether a gradient that has arrived was added to that of the last pass, which was masked and left alone."""
+        return self.clean == (id(grad), version_of(grad) - 1)
+
+    def saved_explored(self) -> Tensor:
+        """``explored`` of the whole weight, as it is saved."""
+        return self.explored.clone()
+
+    def load_explored(self, saved: Tensor) -> None:
+        """Take over what ``saved_explored`` gave."""
+        self.explored = saved.to("cpu", copy=True)
+
+    # --- counts and masks --------------------------------------------------------------------------------------------
 
     @property
     def gradient_mask(self) -> Tensor:
@@ -96,9 +140,12 @@ class MaskedWeight:
         return self.active * self.unit_size / self.numel
 
     def set_mask(self, mask: Tensor, n_active: int) -> None:
-        """Take another mask, of ``n_active`` active units."""
+        """Take another mask, of the whole weight, of ``n_active`` active units."""
+        self._take(self.own(mask), n_active)
+
+    def _take(self, mask: Tensor, n_active: int) -> None:
         # Laid out like the weight (channels_last), a mask is applied without strided copies.
-        self.mask = torch.empty_like(self.parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
+        self.mask = torch.empty_like(self.local, dtype=torch.bool, requires_grad=False).copy_(mask)
         for kept in self._factors.values():
             kept.copy_(self.mask)  # in place: a recorded graph may read this memory
         self.active = n_active
@@ -106,18 +153,19 @@ class MaskedWeight:
 
     def follow(self, *, layout: bool = False) -> None:
         """Move the mask to where ``model.to(...)`` has moved the weight since, and on request lay it out alike."""
-        moved = self.mask.device != self.parameter.device
+        local = self.local
+        moved = self.mask.device != local.device
         if moved:
             self._factors.clear()
-        if moved or (layout and self.mask.stride() != self.parameter.stride()):
-            self.set_mask(self.mask, self.active)
+        if moved or (layout and self.mask.stride() != local.stride()):
+            self._take(self.mask, self.active)
         if moved and self.wider is not None:
-            self.wider = self.wider.to(self.parameter.device)
+            self.wider = self.wider.to(local.device)
 
     def keep_in_place(self) -> None:
         """From now on steps read the mask from memory that stays where it is: what was recorded reads it again."""
         self.is_recorded = True
-        self.set_mask(self.mask, self.active)  # another tensor: whoever has looked up what to read does so anew
+        self._take(self.mask, self.active)  # another tensor: whoever has looked up what to read does so anew
 
     def factors_for(self, tensor: Tensor) -> Tensor:
         """The mask as what ``masks.bits`` of a tensor of the weight's shape are multiplied with."""
@@ -131,28 +179,34 @@ class MaskedWeight:
             self._factors[kind] = factors(tensor, self.mask) if as_integers else as_bools.copy_(self.mask)
         return self._factors[kind]
 
+    def mask_gradient(self) -> None:
+        """Mask the gradient of this step, which has just arrived."""
+        if (grad := self.grad) is not None:
+            apply_(grad, self.gradient_mask)
+        self.note_masked()
+
     def note_masked(self) -> None:
         """The gradient of this step is masked: it need not be once more until somebody writes to it."""
-        grad = self.parameter.grad
+        grad = self.grad
         self.arrived = True
         self.clean = None if grad is None else (id(grad), version_of(grad))
 
     @property
     def is_masked(self) -> bool:
         """Whether there is no gradient, or one that nobody has written to since it was masked."""
-        grad = self.parameter.grad
+        grad = self.grad
         return grad is None or self.clean == (id(grad), version_of(grad))
 
     def draw(self, n_active: int, *, by: Literal["random", "magnitude"]) -> None:
         """Choose ``n_active`` units for the first mask: random ones, or the largest."""
-        score = self.parameter.detach().abs() if by == "magnitude" else None
+        score = self.whole(self.local.detach()).abs() if by == "magnitude" else None
         units = self.structure.choose(self._unit_scores(score), n_active)
         self.set_mask(self._expand(units, score=score), n_active)
 
     def clear_outside(self, mask: Tensor | None = None) -> None:
         """Zero the weight and its optimizer state where its mask, or the given one, has no weight."""
         mask = self.mask if mask is None else mask
-        apply_(self.parameter, mask)
+        apply_(self.local, mask)
         self.clear_state_outside(mask)
 
     def clear_state_outside(self, mask: Tensor) -> None:
@@ -162,9 +216,10 @@ class MaskedWeight:
 
     def optimizer_state(self) -> list[Tensor]:
         """Floating-point state of its shape. Integers (a quantised moment) have no zero that their bits would tell."""
-        shape = self.parameter.shape
+        shape = self.local.shape
         values = [value for state in self.optimizers.states_of(self.parameter) for value in state.values()]
-        return [v for v in values if isinstance(v, Tensor) and v.shape == shape and v.is_floating_point()]
+        found = [own_part(value) for value in values if isinstance(value, Tensor)]
+        return [own for own in found if own.shape == shape and own.is_floating_point()]
 
     def mutate(
         self, survive: int, final: int, *, drop_score: Tensor | None = None, grow_score: Tensor | None = None
@@ -174,15 +229,16 @@ class MaskedWeight:
         Args:
             survive: active units that stay, those of the highest scores.
             final: active units afterwards.
-            drop_score: score of each weight, of its shape; None: at random.
+            drop_score: score of each weight, of the whole one's shape; None: at random.
             grow_score: score of each weight by which inactive units grow, highest first; None: at random.
         """
-        units, kept = self.structure.units_of(self.mask), self.mask
+        kept = self.whole(self.mask)
+        units = self.structure.units_of(kept)
         if survive < self.active:
             units = self.structure.drop(units, self._unit_scores(drop_score), survive)
             kept = self._expand(units, previous=kept)
         # A dropped weight may come back at once, and then starts from zero like any other that is grown.
-        self.clear_outside(kept)
+        self.clear_outside(self.own(kept))
         if final > survive:
             units = self.structure.grow(units, self._unit_scores(grow_score), final)
             kept = self._expand(units, previous=kept, score=grow_score)

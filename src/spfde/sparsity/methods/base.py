@@ -55,6 +55,9 @@ class SparsityMethod(Technique):
     """Whether the method can treat several weights as one unit."""
     refuses_closures: ClassVar[bool] = False
     """Whether a closure must run before the optimizer moves the weights, which that of LBFGS does not."""
+    by_layer: ClassVar[bool] = False
+    """Whether a mask follows from its layer's weight and gradient alone, at the times that the plan says, by way of
+    ``MaskedWeight``: then weights may be sharded over ranks (FSDP), and each is gathered while it is decided on."""
     counts_known: ClassVar[bool] = True
     """Whether each layer's number of active weights is known before training."""
     _count_remedy: ClassVar[str] = "Use another method, such as set or rigl."

@@ -50,6 +50,7 @@ class DropGrow(SparsityMethod):
     name: ClassVar[str] = "drop-grow"
     summary: ClassVar[str] = "Drops weights by one criterion and grows as many by another."
     references: ClassVar[tuple[str, ...]] = ("mocanu2018set",)
+    by_layer: ClassVar[bool] = True
     _count_remedy: ClassVar[str] = "Use soft_bound=0, or another method, such as set or rigl."
 
     drop: SerializeAsAny[Criterion] = Field(default=Magnitude(), description="a criterion, such as Magnitude()")
@@ -169,7 +170,9 @@ class Mutation(Strategy):
         active, self._snapshots = self._snapshots, {}
         dense = self.masker.take_dense_gradients() if self._grow.needs_gradient else {}
         self.masker.average_over_ranks(active)
-        if not was_skipped and are_finite([*active.values(), *dense.values()]):
+        is_usable = not was_skipped and are_finite([*active.values(), *dense.values()])
+        # Of a sharded model each rank sees its own part of the gradients: all do, or none does.
+        if not self.masker.live[0].total(int(not is_usable)):
             self._mutate(active, dense)
 
     def adopt(self, layer: MaskedWeight) -> None:
@@ -210,12 +213,19 @@ class Mutation(Strategy):
             if lacks_active or lacks_dense:
                 continue
             del self.pending[name]
-            layer.mutate(
-                survive,
-                final,
-                drop_score=_score(self._drop, layer, active.get(name)) if drops else None,
-                grow_score=_score(self._grow, layer, dense.get(name)) if grows else None,
-            )
+            self._mutate_one(layer, survive, final, active.get(name), dense.get(name))
+
+    def _mutate_one(
+        self, layer: MaskedWeight, survive: int, final: int, active: Tensor | None, dense: Tensor | None
+    ) -> None:
+        """Mutate a layer. Of a sharded one whole tensors are made, which are gone when this returns."""
+        drops, grows, weight = survive < layer.active, final > survive, layer.whole(layer.local.detach())
+        layer.mutate(
+            survive,
+            final,
+            drop_score=_score(self._drop, layer, weight, active) if drops else None,
+            grow_score=_score(self._grow, layer, weight, dense) if grows else None,
+        )
 
 
 def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
@@ -226,10 +236,9 @@ def _fits(counts: Sequence[Any], layer: MaskedWeight, active: int) -> bool:
     return bool(0 < survive <= min(final, active) and final <= layer.n_units)
 
 
-def _score(criterion: Criterion, layer: MaskedWeight, gradient: Tensor | None) -> Tensor | None:
-    """The criterion's score, which anybody may have written: it is checked."""
-    weight = layer.parameter.detach()
-    score = criterion.score(weight, gradient)
+def _score(criterion: Criterion, layer: MaskedWeight, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """The criterion's score of a whole weight, which anybody may have written: it is checked."""
+    score = criterion.score(weight, None if gradient is None else layer.whole(gradient))
     if score is None:
         return None
     found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__

@@ -43,6 +43,7 @@ class GMP(SparsityMethod):
     )
     cost: ClassVar[str] = "3 passes a step at a density that falls from dense to the target"
     references: ClassVar[tuple[str, ...]] = ("zhu2018prune",)
+    by_layer: ClassVar[bool] = True
 
     initial_sparsity: Fraction = 0.0
     start_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
