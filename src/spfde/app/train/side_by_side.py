@@ -25,6 +25,7 @@ from spfde.app.train.events import Display
 from spfde.app.train.loop import Summary, train_in_steps
 from spfde.app.train.machine import pick_device
 from spfde.app.train.options import TrainOptions
+from spfde.app.train.processes import current
 from spfde.app.train.turns import OwnState, Turns
 from spfde.core.errors import Problems
 
@@ -112,6 +113,9 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
 def _checked(jobs: Sequence[Job]) -> torch.device:
     """The device of all runs."""
     problems = Problems()
+    if (together := current()).is_shared:
+        rule = "runs side by side take turns in one process"
+        problems.add("torchrun", together.size, rule, "Start one process, or train them one after another.")
     for job in jobs:
         with problems.collecting():
             check_device(job.options.device)
