@@ -25,8 +25,9 @@ EXIT_INTERRUPTED = 130
 _SIGNALS = {EXIT_TERMINATED: "terminated", EXIT_INTERRUPTED: "interrupted"}
 
 _CODE, _SAID, _WORDS = "code", "said", "words"
-_FIRST_SPEAKS, _OTHER_LEAVES_WORD = 3.0, 10.0
-"""Seconds for which a process waits: for the first one to say the same, and for one that has ended to say why."""
+_FIRST_SPEAKS, _WORD_IS_LEFT = 3.0, 1.0
+"""Seconds for which a process waits: for the first one to say the same; and for one that ends to leave word, which it
+does before its connections break."""
 _LOOK = 0.02
 
 
@@ -115,13 +116,16 @@ def agreed(code: int, cause: Cause) -> End:
 
 
 def is_first_to_say(words: str) -> bool:
-    """Whether no other process has said this yet; asked before it is said."""
-    processes = sys.modules.get("spfde.app.train.processes")
-    store = processes and processes.current().store
-    if store is None:
+    """Whether no other process has said this yet; asked before it is said. The first process has the first say."""
+    module = sys.modules.get("spfde.app.train.processes")
+    processes = module and module.current()
+    if processes is None or processes.store is None:
         return tells()
+    key = f"{_WORDS}/{hashlib.sha256(words.encode()).hexdigest()}"
     try:
-        return bool(store.add(f"{_WORDS}/{hashlib.sha256(words.encode()).hexdigest()}", 1) == 1)
+        if processes.rank and _waited(processes.store, key, _FIRST_SPEAKS):
+            return False
+        return bool(processes.store.add(key, 1) == 1)
     except RuntimeError:
         return tells()
 
@@ -129,7 +133,7 @@ def is_first_to_say(words: str) -> bool:
 def _agreed(store: Any, rank: int, code: int, cause: Cause) -> End:
     if cause is Cause.ELSEWHERE:
         try:
-            _waited(store, _CODE, _OTHER_LEAVES_WORD)
+            _waited(store, _CODE, _WORD_IS_LEFT)
         except Terminated:  # the launcher has noticed it as well
             code = EXIT_TERMINATED
     code, speaker = map(int, store.compare_set(_CODE, "", f"{code} {rank}").decode().split())
