@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
 import warnings
@@ -367,9 +368,22 @@ def main(argv: list[str] | None = None) -> Any:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character gets a question mark, not a crash.
             stream.reconfigure(errors="replace")
+    if n_started() == 1:
+        return _main_of_one(argv)
     words = sys.argv[1:] if argv is None else argv
     if not tells() and (words[:1] != ["train"] or "--help" in words):
         raise SystemExit(0)  # what does not train is done by the first process
+    try:
+        _main_of_one(argv)
+    except SystemExit as ended:
+        code = ended.code
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Threads of the group outlive it, and may abort an interpreter that winds down: then a run that is done has failed.
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _main_of_one(argv: list[str] | None) -> Any:
     with terminable() as ending:
         try:
             return app(args=argv, prog_name="spfde")
