@@ -8,10 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,7 +64,14 @@ class Command:
         return Outcome(self._process.exitcode, out, err)
 
 
-def start(argv: Sequence[str], *, log: Path, cwd: Path, wait_at: str | None = None) -> Command:
+def start(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    cwd: Path,
+    wait_at: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Command:
     """Start ``spfde`` with these arguments.
 
     Args:
@@ -71,10 +79,42 @@ def start(argv: Sequence[str], *, log: Path, cwd: Path, wait_at: str | None = No
         log: its outputs go to ``log.out`` and ``log.err``.
         cwd: working folder.
         wait_at: one of ``MOMENTS``; there it waits to be killed.
+        environment: variables to set.
     """
-    process = _FORKS.Process(target=_main, args=(list(argv), log, cwd, wait_at))
+    process = _FORKS.Process(target=_main, args=(list(argv), log, cwd, wait_at, dict(environment or {})))
     process.start()
     return Command(process, log)
+
+
+def start_together(
+    argv: Sequence[str], *, log: Path, cwd: Path, ranks: int = 2, wait_at: Mapping[int, str] | None = None
+) -> list[Command]:
+    """Start processes that train together, with what ``torchrun`` tells them; nobody stops them when one has ended.
+
+    Args:
+        argv, log, cwd: as ``start`` has them; each process's log is named by its rank.
+        ranks: how many.
+        wait_at: where to wait, by rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [
+        start(
+            argv,
+            log=log.with_name(f"{log.name}-{rank}"),
+            cwd=cwd,
+            wait_at=(wait_at or {}).get(rank),
+            environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
 
 
 def run(*argv: str, cwd: Path, **environment: str) -> Outcome:
@@ -95,13 +135,13 @@ def _flag(log: Path) -> Path:
     return log.with_suffix(".waits")
 
 
-def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None) -> None:
+def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None, environment: dict[str, str]) -> None:
     # A child of a fork server would start its loader's workers by a fork server as well, which takes seconds.
     multiprocessing.set_start_method("fork", force=True)
     # Whoever runs the tests in the background of a shell ignores Ctrl-C, and their children would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
-    os.environ["COLUMNS"] = "80"
+    os.environ |= {"COLUMNS": "80"} | environment
     for number, suffix in ((1, ".out"), (2, ".err")):
         handle = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
@@ -146,6 +186,44 @@ def _among_later_batches(flag: Path) -> None:
     _wait_before(Session, "observe", 18, flag)  # five batches an epoch: the third of the fourth epoch
 
 
+def _in_the_third_of_shared_epochs(flag: Path) -> None:
+    from spfde.session.session import Session
+
+    _wait_before(Session, "observe", 8, flag)  # three batches an epoch for each of two processes
+
+
+def _slowly_before_the_checkpoint(flag: Path) -> None:
+    from spfde.app.runs.checkpoints import Checkpoints
+
+    usual, calls = Checkpoints.save, 0
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            flag.touch()
+            time.sleep(1.0)
+        usual(*arguments, **options)
+
+    Checkpoints.save = slow  # type: ignore[method-assign]
+
+
+def _after_an_epoch(flag: Path) -> None:
+    from spfde.app.train import loop
+
+    _wait_before(loop, "train_epoch", 2, flag)
+
+
+def _no_data(flag: Path) -> None:
+    from spfde.app.train import setup
+    from spfde.core.errors import DataError
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise DataError("the disk of this host is gone")
+
+    setup.load_data = gone
+
+
 def _before_the_checkpoint(flag: Path) -> None:
     from spfde.app.runs.checkpoints import Checkpoints
 
@@ -180,6 +258,10 @@ def _before_the_summary(flag: Path) -> None:
 MOMENTS = {
     "among the first batches": _among_the_first_batches,
     "among later batches": _among_later_batches,
+    "in the third of shared epochs": _in_the_third_of_shared_epochs,
+    "slowly before a checkpoint": _slowly_before_the_checkpoint,
+    "after an epoch": _after_an_epoch,
+    "no data": _no_data,
     "before a checkpoint": _before_the_checkpoint,
     "in a checkpoint": _in_a_checkpoint,
     "before a checkpoint is named": _before_the_checkpoint_is_named,

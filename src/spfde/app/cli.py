@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -19,6 +21,7 @@ try:
 except ModuleNotFoundError:  # the library is installed without the command line's dependencies
     sys.exit("spfde: the command line needs more packages. Install them with `pip install 'spfde[train,vision]'`.")
 
+from spfde.app.ending import EXIT_ERROR, cause_of, end, fail, is_first_to_say, leave, usage_errors_once
 from spfde.app.options import (
     AnalysisOptions,
     CacheOptions,
@@ -33,7 +36,8 @@ from spfde.app.options import (
     recipe_fields,
     takes,
 )
-from spfde.app.terminating import EXIT_TERMINATED, Terminated, terminable
+from spfde.app.terminating import EXIT_TERMINATED, terminable
+from spfde.core.say import n_started, tells
 
 if TYPE_CHECKING:
     from spfde.app.train.options import TrainOptions
@@ -48,9 +52,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
-
 
 class PlainCommand(TyperCommand):
     """Errors and warnings of the package become plain lines: no traceback for what a person can put right.
@@ -58,26 +59,34 @@ class PlainCommand(TyperCommand):
     Before all else it imports what ``--plugin`` names.
     """
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with usage_errors_once():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         from spfde.app.machine_errors import machine_error
         from spfde.app.plugins import load_plugins
         from spfde.core.errors import SpfdeError
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as group:
             _show_plainly(ctx)
             try:
+                if self.name == "train" and n_started() > 1:
+                    from spfde.app.train.processes import joined
+
+                    group.enter_context(joined())
                 if "plugin" in ctx.params:
                     ctx.params["plugin"] = load_plugins(ctx.params["plugin"])
                 return super().invoke(ctx)
             except SpfdeError as error:
-                _fail(_in_options(error, ctx))
+                fail(_in_options(error, ctx), cause=cause_of(error))
             except (OSError, MemoryError, RuntimeError) as error:
                 told = machine_error(error)
                 if told is None:
                     raise
-                _fail(told)
+                fail(told, cause=cause_of(error))
             except KeyboardInterrupt as error:
-                _end(error)
+                end(error)
 
 
 command = partial(app.command, cls=PlainCommand)
@@ -116,13 +125,15 @@ def train(
     **asked: Any,
 ) -> None:
     """Train a model; with no options, the paper's recipe on the embedded data set, in minutes on two cores."""
+    quiet = quiet or not tells()
     if resume is not None:
         _resume(resume, asked, given=_given_options(context), quiet=quiet)
         return
     from spfde.app.train.options import options_from
+    from spfde.app.train.processes import current
 
     options = options_from(asked)
-    _run(options, out or _new_folder(options), quiet=quiet, resume=False)
+    _run(options, out or current().first(partial(_new_folder, options)), quiet=quiet, resume=False)
 
 
 @command()
@@ -230,22 +241,20 @@ def methods(**_: Any) -> None:
 
 
 def _resume(folder: Path, asked: dict[str, Any], *, given: set[str], quiet: bool) -> None:
-    from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder
-    from spfde.app.train.options import TrainOptions
+    from spfde.app.train.options import TrainOptions, options_in
+    from spfde.app.train.processes import current
 
     if others := sorted(given - _WITH_RESUME):
         flags = ", ".join(map(flag, others))
-        _fail(
+        fail(
             f"--resume={folder}: takes no other options, and {flags} was given. "
             "Leave the rest out: the run goes on as it was started."
         )
-    look = RunFolder.existing(folder)
-    if look.is_finished:
+    options, accuracy = current().first(partial(options_in, folder))
+    if options is None:
         if not quiet:
-            accuracy = look.read_json(SUMMARY).get("test_accuracy")
             typer.echo(f"{folder} is finished: test accuracy {accuracy}")
         return
-    options = TrainOptions.from_config(look.read_json(CONFIG), folder / CONFIG)
     changed = {name: asked[name] for name in given - {"resume", "quiet", "plugin"}}
     _run(TrainOptions(**(options.model_dump() | changed)), folder, quiet=quiet, resume=True)
 
@@ -253,15 +262,24 @@ def _resume(folder: Path, asked: dict[str, Any], *, given: set[str], quiet: bool
 def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None:
     from rich.console import Console
 
+    from spfde.app.machine_errors import is_lost_process, machine_error
     from spfde.app.train.display import ConsoleDisplay
     from spfde.app.train.loop import train as train_loop
 
     display = ConsoleDisplay(Console(quiet=quiet))
     logging.getLogger("spfde").setLevel(logging.WARNING)  # the display tells which engine was chosen
     try:
-        train_loop(options, out, display, resume=resume)
-    except KeyboardInterrupt as error:
-        _end(error, f" Go on with `spfde train --resume {out}`." if (out / "config.json").is_file() else "")
+        with terminable() as ending:
+            train_loop(options, out, display, resume=resume)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        is_kept = (out / "config.json").is_file()
+        hint = f" Go on with `spfde train --resume {out}`." if is_kept else ""
+        if isinstance(error, KeyboardInterrupt):
+            end(error, hint)
+        told = machine_error(error) if is_lost_process(error) else None
+        if told is None:
+            raise
+        leave(EXIT_TERMINATED if ending.asked else EXIT_ERROR, cause_of(error), f"{told}{hint}", hint)
     finally:
         logging.getLogger("spfde").setLevel(logging.NOTSET)
     if not quiet:
@@ -286,6 +304,8 @@ def _show_plainly(context: typer.Context) -> None:
     package, usual = Path(__file__).parent.parent, warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *place: Any) -> None:
+        if not is_first_to_say(str(message)):
+            return
         if package in Path(filename).parents:
             typer.echo(f"spfde: warning: {_words_in_options(str(message), context)}", err=True)
         else:
@@ -342,30 +362,36 @@ def _words_in_options(words: str, context: typer.Context) -> str:
     return words.replace("raise fraction", "raise fraction in a recipe file")
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo("\n".join(f"spfde: {line}" for line in message.splitlines()), err=True)
-    raise typer.Exit(EXIT_ERROR)
-
-
-def _end(error: KeyboardInterrupt, hint: str = "") -> NoReturn:
-    """The line and the exit code of a command that was told to stop."""
-    is_terminated = isinstance(error, Terminated)
-    typer.echo(f"spfde: {'terminated' if is_terminated else 'interrupted'}.{hint}", err=True)
-    raise typer.Exit(EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED) from None
-
-
 def main(argv: list[str] | None = None) -> Any:
     """Run a command; what ``spfde`` and ``python -m spfde`` come to."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character gets a question mark, not a crash.
             stream.reconfigure(errors="replace")
+    if n_started() == 1:
+        return _main_of_one(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not tells() and (words[:1] != ["train"] or "--help" in words):
+        raise SystemExit(0)  # what does not train is done by the first process
+    try:
+        _main_of_one(argv)
+    except SystemExit as ended:
+        code = ended.code
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Threads of the group outlive it, and may abort an interpreter that winds down: then a run that is done has failed.
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _main_of_one(argv: list[str] | None) -> Any:
     with terminable() as ending:
         try:
             return app(args=argv, prog_name="spfde")
         except BaseException as error:
             # What a library made of it, or it came between a command and its end.
-            if ending.asked and not (isinstance(error, SystemExit) and error.code == EXIT_TERMINATED):
-                typer.echo("spfde: terminated.", err=True)
+            has_said = isinstance(error, SystemExit) and (error.code == EXIT_TERMINATED or n_started() > 1)
+            if ending.asked and not has_said:
+                if tells():
+                    typer.echo("spfde: terminated.", err=True)
                 raise SystemExit(EXIT_TERMINATED) from None
             raise

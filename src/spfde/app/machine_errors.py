@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _MEMORY = "there is not enough memory"
 _OF_ALLOCATORS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_OF_EXCHANGES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 _KILLED = "DataLoader worker (pid"
 
 
@@ -22,6 +23,8 @@ def machine_error(error: BaseException) -> str | None:
             "a loader's worker process was killed, as a system does that is out of memory. Go on with --resume, with "
             "fewer --workers or --workers 0."
         )
+    if is_lost_process(error):
+        return "another process of the run has ended, or cannot be reached any more; see what it or the launcher says."
     if is_out_of_memory(error):
         first = f" ({text.splitlines()[0]})" if text else ""
         return f"{_MEMORY}{first}. Try again with a smaller --batch-size, a smaller --model or --image-size."
@@ -30,6 +33,13 @@ def machine_error(error: BaseException) -> str | None:
         named = f"{error.filename}: " if error.filename else ""
         return f"{named}{reason}. Look at the disk and at who may use the file, and try again."
     return None
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether another process of the run has ended, so that nothing can be exchanged with it any more."""
+    of_torch = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+    by_name = any(kind.__name__ in of_torch for kind in type(error).__mro__)
+    return isinstance(error, RuntimeError) and (by_name or any(words in str(error) for words in _OF_EXCHANGES))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -122,7 +122,9 @@ class LengthOptions:
     epochs: Annotated[
         int, Ge(1), Le(MOST_EPOCHS), Words(f"length of the run in epochs, from 1 to {MOST_EPOCHS:,}", _TRAINING)
     ] = 20
-    batch_size: Annotated[int, Ge(1), Words("samples per step, from 1 on", _TRAINING)] = 64
+    batch_size: Annotated[
+        int, Ge(1), Words("samples per step, of each process where there are several; from 1 on", _TRAINING)
+    ] = 64
 
 
 class TrainingOptions(LengthOptions):

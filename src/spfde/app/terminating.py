@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from spfde.core.say import tells
+
 EXIT_TERMINATED = 128 + signal.SIGTERM
 NEAR = 8.0
 """Seconds for which a checkpoint that is under way is waited for: containers are killed ten seconds after SIGTERM."""
@@ -88,7 +90,8 @@ class Termination:
             if self._again is not None:
                 self._again.cancel()
             sys.unraisablehook = self._usual_hook
-            signal.signal(signal.SIGTERM, before)
+            if signal.getsignal(signal.SIGTERM) is self:  # it may be ignored by now, for the process ends
+                signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -117,5 +120,6 @@ def from_the_start() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    os.write(2, b"spfde: terminated.\n")
+    if tells():
+        os.write(2, b"spfde: terminated.\n")
     os._exit(EXIT_TERMINATED)

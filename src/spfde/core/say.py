@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 
@@ -11,9 +12,21 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def n_started() -> int:
+    """How many processes a launcher such as ``torchrun`` has started, of which this is one; 1 without a launcher."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isascii() and size.isdigit() else 1
+
+
+def tells() -> bool:
+    """Whether it is this process that tells what all of them know: the first one of those that were started."""
+    return n_started() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def say_on_stderr(line: str) -> None:
     """Tell the user what takes a while."""
-    print(f"spfde: {line}", file=sys.stderr, flush=True)
+    if tells():
+        print(f"spfde: {line}", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:

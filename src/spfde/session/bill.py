@@ -100,6 +100,7 @@ class Bill(Part):
             batch_size=sampling.batch_size,
             accounting="actual",
         )
+        seconds, peak = self._most()
         tensors = {name: value for name, value in setting.model.state_dict().items() if isinstance(value, Tensor)}
         active = {name: layer.active * layer.unit_size for name, layer in self._masks.layers.items()}
         weights = bytes_of_counts(tensors, active)
@@ -112,8 +113,8 @@ class Bill(Part):
                 density=self._masks.density,
                 frozen_blocks=row.frozen_blocks,
                 partial_samples=len(sampling.partial_set),
-                seconds=clock.seconds,
-                peak_memory_bytes=peak_bytes(setting.device),
+                seconds=seconds,
+                peak_memory_bytes=peak,
                 modelled_memory_bytes=memory,
                 # The largest: the rate of the blocks that learn longest.
                 lr=max(float(group["lr"]) for group in setting.optimizer.param_groups),
@@ -168,6 +169,12 @@ class Bill(Part):
             return passed, computed, None
         flops = [sum(of_layer) for of_layer in zip(*(own[3] for own in of_ranks), strict=True)]
         return passed, computed, [of_layer * computed // max(1, passed) for of_layer in flops]
+
+    def _most(self) -> tuple[float, int | None]:
+        """Seconds of the slowest process, and bytes of the one that needed most; None where they are not known."""
+        own = self._setting.clock.seconds, peak_bytes(self._setting.device)
+        seconds, peaks = zip(*self._setting.world.gather(own, what="seconds and memory"), strict=True)
+        return max(seconds), None if None in peaks else max(peaks)
 
     def _dense_samples(self, computed: int, seen: int) -> int:
         """Samples that the dense run would have computed: more by those that the sieve left out, and by no others."""

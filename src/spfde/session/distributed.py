@@ -21,6 +21,13 @@ from spfde.core.sharding import is_dtensor
 from spfde.core.torch_private import tree_map_only
 
 
+class OtherRankFailed(UsageError):
+    """Another rank has found something wrong, so that this one does not go on."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank has found something wrong, and says what. All ranks end here.")
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that train together.
@@ -62,7 +69,7 @@ class World:
         if error is not None:
             raise error
         if any(failed for failed, _, _ in items):
-            raise UsageError("another rank has found something wrong, and says what. All ranks end here.")
+            raise OtherRankFailed
         other = next(((rank, theirs) for rank, (_, theirs, _) in enumerate(items) if theirs != what), None)
         if other is not None:
             raise UsageError(

@@ -11,9 +11,8 @@ import torch
 import spfde
 from spfde import presets
 from spfde.app.train import machine
-from spfde.app.train.machine import COMPILING_PAYS_FROM, Machine, check_alone, choose, compiling, pick_device
+from spfde.app.train.machine import COMPILING_PAYS_FROM, Machine, choose, compiling, pick_device
 from spfde.app.train.options import TrainOptions
-from spfde.core.errors import InvalidArgument
 from spfde.planning import Plan
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -139,8 +138,19 @@ def test_a_device_is_found_by_its_name() -> None:
         assert pick_device("auto") == CPU
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_alone()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidArgument, match=r"torchrun=2: .*one process"):
-        check_alone()
+def test_of_several_processes_each_has_the_gpu_of_its_place_on_the_host_and_none_is_on_mps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto", 1) == pick_device("cuda", 1) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", 1) == CPU
+
+
+@pytest.mark.usefixtures("new_card")
+def test_several_processes_share_the_steps_and_draw_crops_and_flips_by_sample() -> None:
+    once, _ = choose(TrainOptions(batch_size=1), GPU, bill_of(COMPILING_PAYS_FROM))
+    shared, _ = choose(TrainOptions(batch_size=1), GPU, bill_of(COMPILING_PAYS_FROM), 2)
+    assert (once.compile, shared.compile) == (True, False)
+    assert choose(TrainOptions(), CPU, bill_of(), 2)[0].augment_draws == "sample"

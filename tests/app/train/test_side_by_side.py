@@ -288,6 +288,15 @@ class TestRefused:
                 train_side_by_side([(options(device=name), tmp_path / "a") for name in names])
             assert [(problem.argument, problem.value) for problem in error.value.problems] == [("device", names[1])]
 
+    def test_several_processes_are_refused(
+        self, options: Callable[..., TrainOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InvalidArgument) as error:
+            train_side_by_side([(options(), tmp_path / "run")])
+        assert [(problem.argument, problem.value) for problem in error.value.problems] == [("torchrun", 2)]
+        assert not list(tmp_path.iterdir())
+
     def test_none_are_none(self) -> None:
         assert train_side_by_side([]) == []
 

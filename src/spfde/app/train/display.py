@@ -72,7 +72,7 @@ class ConsoleDisplay(Display):
         self._print(
             f"spfde · {short_name(spec.name)}: {images} · {options.model} · "
             f"recipe {short_name(options.recipe_name)} · {counted(options.epochs, 'epoch')} · "
-            f"engine {session.engine} · {run.machine.device}"
+            f"engine {session.engine} · {run.machine.device}{_together(run)}"
         )
         for line in run.choices:
             self._print(line)
@@ -145,6 +145,12 @@ class ConsoleDisplay(Display):
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _together(run: TrainingRun) -> str:
+    """How many samples a step has, where several processes take it."""
+    size, batch = run.processes.size, run.options.batch_size
+    return f" · {size} processes, {counted(batch, 'sample')} each: {batch * size:,} a step" if size > 1 else ""
 
 
 def profile_lines(found: Profile, *, on_gpu: bool) -> list[str]:

@@ -19,6 +19,7 @@ from spfde.app.train.augment import BatchAugment, Moves
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.cost import format_bytes
+from spfde.session.distributed import World
 from spfde.session.session import Session
 
 EVALUATION_BATCH = 256
@@ -32,6 +33,7 @@ class Feed(ABC):
     Args:
         augment: crops and flips.
         by_sample: crops and flips follow from (seed, epoch, sample id); otherwise they are drawn batch by batch.
+        tested: positions of the test images that this process takes; None: all of them.
 
     Attributes:
         loader: what the session is attached to; what it hands out goes into ``batch``.
@@ -60,14 +62,21 @@ class Feed(ABC):
 
     @abstractmethod
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set, in order, on the device."""
+        """This process's part of the test set, in order, on the device."""
 
 
 class HostFeed(Feed):
     """Images come from a DataLoader and cross to the device batch by batch, behind the loop's back where pinned."""
 
     def __init__(
-        self, data: ImageData, device: torch.device, augment: BatchAugment, options: TrainOptions, *, by_sample: bool
+        self,
+        data: ImageData,
+        device: torch.device,
+        augment: BatchAugment,
+        options: TrainOptions,
+        *,
+        by_sample: bool,
+        tested: range | None = None,
     ) -> None:
         super().__init__(augment, by_sample=by_sample)
         self._device = device
@@ -79,7 +88,7 @@ class HostFeed(Feed):
             "pin_memory": device.type == "cuda",
         }
         self.loader = shuffled(data.train, options, **shared)
-        self._test: DataLoader[Any] = DataLoader(data.test, batch_size=EVALUATION_BATCH, **shared)
+        self._test: DataLoader[Any] = DataLoader(data.test, EVALUATION_BATCH, sampler=tested, **shared)
 
     def plain(self, handed: Any) -> tuple[Tensor, Tensor]:
         images, labels = handed
@@ -114,7 +123,14 @@ class DeviceFeed(Feed):
     """
 
     def __init__(
-        self, data: ImageData, device: torch.device, augment: BatchAugment, options: TrainOptions, *, by_sample: bool
+        self,
+        data: ImageData,
+        device: torch.device,
+        augment: BatchAugment,
+        options: TrainOptions,
+        *,
+        by_sample: bool,
+        tested: range | None = None,
     ) -> None:
         super().__init__(augment, by_sample=by_sample)
         self._device = device
@@ -122,7 +138,7 @@ class DeviceFeed(Feed):
         self.loader = shuffled(SampleIds(len(self._train[1])), options, collate_fn=_as_given)
         # A loader draws from the global generator for each pass: with one here, it is where it would be otherwise.
         self._test_ids: DataLoader[Any] = DataLoader(
-            SampleIds(len(self._test[1])), batch_size=EVALUATION_BATCH, collate_fn=_as_given
+            SampleIds(len(self._test[1])), EVALUATION_BATCH, sampler=tested, collate_fn=_as_given
         )
         self._moves: tuple[int, Moves] | None = None  # of all samples, and the epoch that they are for
 
@@ -159,8 +175,21 @@ def _as_given(batch: Any) -> Any:
     return batch
 
 
-def make_feed(data: ImageData, device: torch.device, augment: BatchAugment, options: TrainOptions) -> Feed:
+def make_feed(
+    data: ImageData,
+    device: torch.device,
+    augment: BatchAugment,
+    options: TrainOptions,
+    processes: World | None = None,
+) -> Feed:
     """The feed that was asked for, or that the device has the room for.
+
+    Where several processes share the data, crops and flips always go by sample: a generator of each process would draw
+    the same for other samples, and stand elsewhere when their last batches differ.
+
+    Args:
+        data, device, augment, options: of the run.
+        processes: those that share the data.
 
     Raises:
         InvalidArgument: the device was asked for, and the images are not in memory, or do not fit.
@@ -170,9 +199,11 @@ def make_feed(data: ImageData, device: torch.device, augment: BatchAugment, opti
         raise InvalidArgument(Problem("data_on", "device", reason, "Use --data-on host, or auto."))
     if options.data_on == "auto" and reason is None and options.workers:
         reason = f"workers={options.workers} was asked for"
-    by_sample = options.augment_draws == "sample"
+    world = processes or World()
+    by_sample = options.augment_draws == "sample" or world.is_shared
+    tested = range(world.rank, data.spec.test_samples, world.size)
     on_device = options.data_on == "device" or (options.data_on == "auto" and device.type == "cuda" and reason is None)
-    feed = (DeviceFeed if on_device else HostFeed)(data, device, augment, options, by_sample=by_sample)
+    feed = (DeviceFeed if on_device else HostFeed)(data, device, augment, options, by_sample=by_sample, tested=tested)
     if on_device:
         feed.where = f"data: {format_bytes(size_of(data))} of images and labels in the memory of {device}"
     elif options.data_on == "auto" and device.type == "cuda":

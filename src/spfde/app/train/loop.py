@@ -21,6 +21,7 @@ from spfde.app.terminating import terminable
 from spfde.app.train.events import Display
 from spfde.app.train.memory import memory_advice
 from spfde.app.train.options import TrainOptions
+from spfde.app.train.processes import joined
 from spfde.app.train.profile import profiled
 from spfde.app.train.setup import Loads, TrainingRun, opened, versions
 from spfde.app.train.tally import Pass, Tally
@@ -81,18 +82,19 @@ def train_in_steps(
         options, out, display, resume: as in ``train``.
         load: gives the data, called as ``load_data`` is, which it is where this is None.
     """
-    display = display or Display()
     with (
+        joined() as processes,
         terminable() as ending,
         _plain_data_errors(),
         memory_advice(options, out),
-        display,
-        opened(options, out, resume=resume, load=load) as run,
+        display if display is not None and processes.is_first else Display() as display,
+        opened(options, out, processes, resume=resume, load=load) as run,
     ):
         display.started(run)
         yield
-        to_profile, step = options.profile, stepping(run)
+        to_profile, step = run.options.profile, stepping(run)
         for epoch in run.session.epochs():
+            processes.seed_epoch(run.options.seed, epoch)
             reset_peak(run.machine.device)
             trained = yield from train_epoch(run, step, epoch, display, profile=to_profile)
             to_profile = None
@@ -103,11 +105,13 @@ def train_in_steps(
                     _stop_if_diverged(run, tested.loss, epoch)
                 run.session.end_epoch()
                 row = _metrics(run, trained, tested)
-                _keep(run, row)
+                with processes.together("what is kept of an epoch"):
+                    _keep(run, row)
                 display.epoch_done(run, row)
-        summary = _summary(run)
-        run.folder.write_json(SUMMARY, summary)
-        run.trackers.finish()
+        summary = processes.first(lambda: _summary(run))
+        with processes.together("the end of the run"):
+            run.folder.write_json(SUMMARY, summary)
+            run.trackers.finish()
         display.finished(run, summary)
         return summary
 
@@ -119,7 +123,7 @@ def train_epoch(
     session, n_batches = run.session, len(run.session.loader)
     _set_rates(run, epoch)
     run.model.train()
-    tally, saved = Tally(run.machine.device), SavedTensorBytes(run.model)
+    tally, saved = Tally(run.machine.device, run.processes), SavedTensorBytes(run.model)
     with _profiling(run, profile, n_batches, display) as after_step:
         for number, handed in enumerate(session.loader, start=1):
             x, y = run.batch(handed)
@@ -188,9 +192,10 @@ def _profiling(
 
 @torch.no_grad()  # in the pauses gradients are on: it is lifted there
 def evaluate(run: TrainingRun) -> Generator[None, None, Pass]:
-    """One pass over the test set."""
+    """One pass over the test set, which the processes share."""
     run.model.eval()
-    tally = Tally(run.machine.device)
+    run.processes.level(run.model)
+    tally = Tally(run.machine.device, run.processes)
     for x, y in run.test_batches():
         logits = run.logits(x)
         tally.add(F.cross_entropy(logits, y, reduction="sum"), logits, y)
@@ -201,8 +206,7 @@ def evaluate(run: TrainingRun) -> Generator[None, None, Pass]:
 def _stop_if_diverged(run: TrainingRun, loss: float, epoch: int) -> None:
     if math.isfinite(loss):
         return
-    checkpoints = run.folder.checkpoints
-    good = f"The last good checkpoint is {checkpoints.latest}" if checkpoints.exist else "There is no checkpoint yet"
+    good = f"The last good checkpoint is {run.folder.checkpoints.latest}" if epoch else "There is no checkpoint yet"
     raise TrainingDiverged(
         f"the loss became {loss} in epoch {epoch}. {good}. Start a new run with a smaller --lr "
         f"(it was {run.options.lr:g})."
@@ -256,7 +260,8 @@ def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
 
 def _summary(run: TrainingRun) -> dict[str, Any]:
     session, totals, progress = run.session, run.session.cost.totals, run.progress
-    dense_steps = math.ceil(run.data.spec.train_samples / run.options.batch_size) * run.options.epochs
+    together = run.options.batch_size * run.processes.size
+    dense_steps = math.ceil(run.data.spec.train_samples / together) * run.options.epochs
     return {
         "test_accuracy": progress.rows[-1]["test_accuracy"],
         "best_test_accuracy": max(row["test_accuracy"] for row in progress.rows),
@@ -275,6 +280,7 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
         "frozen_blocks": session.frozen_blocks,
         "total_blocks": len(session.blueprint.partition.blocks),
         "engine": session.engine,
+        "processes": run.processes.size,
         "recipe": run.options.recipe_name,
         "seed": run.options.seed,
         "versions": {name: version for name, version in versions().items() if name in ("spfde", "torch")},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 from torch.amp import GradScaler
 
 from spfde.app.train.options import TrainOptions
-from spfde.core.errors import InvalidArgument, Problem
 from spfde.planning import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,33 +74,33 @@ def set_switches(to: tuple[bool, bool]) -> None:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = to
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name, with its number; ``auto`` is the first of cuda, mps and cpu that there is."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of that name, with its number; ``auto`` is the first of cuda, mps and cpu that there is.
+
+    Args:
+        name: as ``--device`` has it.
+        local_rank: of several processes that train together, which one of its host this is: each has a GPU of its own,
+            and none computes on MPS, over which gradients cannot travel.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+        has_mps = local_rank is None and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if local_rank is None else local_rank)
+    return torch.device(name)
 
 
-def check_alone() -> None:
-    """Raise ``InvalidArgument`` where this process is one of several that a launcher has started."""
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_processes > 1:
-        rule = "the command trains in one process: its run folder has one writer"
-        remedy = "Start one process, or attach a session to a DistributedDataParallel loop of your own."
-        raise InvalidArgument(Problem("torchrun", n_processes, rule, remedy))
-
-
-def choose(options: TrainOptions, device: torch.device, bill: Plan) -> tuple[TrainOptions, str]:
+def choose(options: TrainOptions, device: torch.device, bill: Plan, n_processes: int = 1) -> tuple[TrainOptions, str]:
     """The options with nothing left to choose, and a line that says what was chosen.
 
     Args:
         options: as they were asked for; of a run that goes on, as they were chosen.
         device: what the run computes on.
         bill: the run's plan, which tells how many steps it has.
+        n_processes: which share them.
     """
     has_bf16 = device.type == "cuda" and _has_bf16(device)
-    steps = sum(math.ceil(samples / options.batch_size) for samples in bill.samples_in_use)
+    steps = sum(math.ceil(samples / (options.batch_size * n_processes)) for samples in bill.samples_in_use)
     chosen: dict[str, Any] = {}
     reasons = {"precision": "", "compile": ""}
     if options.precision == "auto":
@@ -115,7 +113,8 @@ def choose(options: TrainOptions, device: torch.device, bill: Plan) -> tuple[Tra
             reasons["compile"] = f" (auto: {steps:,} steps, pays from {COMPILING_PAYS_FROM:,})"
     if options.augment_draws == "auto":
         # A CPU's runs stay what they have been; elsewhere they do not depend on where the images are augmented.
-        chosen["augment_draws"] = "sample" if device.type == "cuda" or options.data_on == "device" else "batch"
+        by_sample = device.type == "cuda" or options.data_on == "device" or n_processes > 1
+        chosen["augment_draws"] = "sample" if by_sample else "batch"
     options = options.model_copy(update=chosen)
     parts = [f"precision {options.precision}{reasons['precision']}"]
     parts += ["tf32"] if Machine(device, options.precision).takes_tf32 else []

@@ -26,7 +26,7 @@ from spfde.app.options import (
     recipe_fields,
     with_words,
 )
-from spfde.app.runs.folder import flat
+from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, flat
 from spfde.app.train.checks import check_named
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, StateMismatch, nearest, shortened
 from spfde.core.registry import registered
@@ -114,6 +114,10 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
         left = [name for name in self.FORMERLY if getattr(self, name) in ("auto", None)]
         return self.model_copy(update={name: getattr(before, name) for name in left})
 
+    def untold(self) -> Self:
+        """The same for a process of several that tells nobody anything: the first one does."""
+        return self.model_copy(update={"profile": None, "track": ()})
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""
         return self.model_dump(mode="json", exclude=self.MOVABLE)
@@ -127,6 +131,18 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
                     f"checkpoint {checkpoint}: is of another run: there {name} is {theirs[name]!r}, "
                     f"and config.json says {mine!r}. Restore config.json, or start a new run."
                 )
+
+
+def options_in(folder: Path) -> tuple[TrainOptions | None, Any]:
+    """The options of a run that can go on, and None; of one that is finished None, and its test accuracy.
+
+    Raises:
+        RunFolderError: it is no run folder, or its files are damaged.
+    """
+    look = RunFolder.existing(folder)
+    if look.is_finished:
+        return None, look.read_json(SUMMARY).get("test_accuracy")
+    return TrainOptions.from_config(look.read_json(CONFIG), folder / CONFIG), None
 
 
 def options_from(asked: Mapping[str, Any]) -> TrainOptions:

@@ -29,9 +29,10 @@ from spfde.app.runs.rows import check_rows
 from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.checks import check_named
 from spfde.app.train.feed import Feed, make_feed
-from spfde.app.train.machine import Machine, check_alone, choose, compiling, pick_device
+from spfde.app.train.machine import Machine, choose, compiling, pick_device
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
+from spfde.app.train.processes import Processes, check_together, open_folder
 from spfde.app.train.saving import Remembers, load_state, save_state, seed_all, weights_note
 from spfde.app.train.tracking import Trackers
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
@@ -69,17 +70,21 @@ class TrainingRun:
         options: with nothing left to choose.
         asked: the options as they were asked for.
         choices: what was chosen, in lines for the user.
+        processes: those that train it together.
         normalised: gives images on the device as the model takes them, but for the memory format.
+        wrapped: what the model is called by in training: itself, or with others what averages its gradients.
     """
 
     options: TrainOptions
     asked: TrainOptions
     choices: list[str]
     folder: RunFolder
+    processes: Processes
     machine: Machine
     data: ImageData
     normalised: Callable[[Tensor], Tensor]
     model: nn.Module
+    wrapped: nn.Module
     optimizer: Optimizer
     scaler: GradScaler
     session: Session
@@ -97,7 +102,7 @@ class TrainingRun:
         return self._input(images), labels
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set as the model takes it, and its labels, on the device."""
+        """This process's part of the test set as the model takes it, and its labels, on the device."""
         return ((self._input(images), labels) for images, labels in self.feed.test_batches())
 
     def _input(self, images: Tensor) -> Tensor:
@@ -105,8 +110,10 @@ class TrainingRun:
 
     def logits(self, x: Tensor) -> Tensor:
         """The model's outputs in the run's precision, as float32."""
+        # The wrapper waits for the other processes, which in evaluation may have another number of batches.
+        called = self.wrapped if self.model.training else self.model
         with self.machine.autocast():
-            logits: Tensor = self.model(x)
+            logits: Tensor = called(x)
         return logits.float()
 
     def save(self, folder: Path) -> None:
@@ -123,20 +130,17 @@ class TrainingRun:
 
 
 @contextmanager
-def opened(options: TrainOptions, out: Path, *, resume: bool, load: Loads | None = None) -> Iterator[TrainingRun]:
+def opened(
+    options: TrainOptions, out: Path, processes: Processes, *, resume: bool, load: Loads | None = None
+) -> Iterator[TrainingRun]:
     """The run in its locked folder; a new folder of which nothing came is removed again."""
-    folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
+    folder = open_folder(processes, out, resume=resume)
     is_ready = False
     with ExitStack() as afterwards:
         afterwards.callback(folder.close)
         try:
-            if resume:
-                before = TrainOptions.from_config(folder.read_json(CONFIG), out / CONFIG)
-                options = options.as_chosen(before)
-            checkpoint = folder.checkpoints.newest()
-            if checkpoint is not None:
-                options.check_identity(described(checkpoint), checkpoint)
-            run = _prepare(options, folder, afterwards, load or load_data)
+            options, checkpoint = processes.first(partial(_looked_up, options, folder, resume=resume))
+            run = _prepare(options if processes.is_first else options.untold(), folder, processes, afterwards, load)
             run.is_resumed = resume
             if not resume:
                 folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
@@ -155,6 +159,17 @@ def opened(options: TrainOptions, out: Path, *, resume: bool, load: Loads | None
             raise
 
 
+def _looked_up(options: TrainOptions, folder: RunFolder, *, resume: bool) -> tuple[TrainOptions, Path | None]:
+    """The options, with what a resumed run has chosen before, and the checkpoint that it goes on from."""
+    if resume:
+        before = TrainOptions.from_config(folder.read_json(CONFIG), folder.path / CONFIG)
+        options = options.as_chosen(before)
+    checkpoint = folder.checkpoints.newest()
+    if checkpoint is not None:
+        options.check_identity(described(checkpoint), checkpoint)
+    return options, checkpoint
+
+
 def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool) -> bool:
     """Is a new run's folder of no use: no epoch in it, and the same would happen again?"""
     if folder.checkpoints.exist:
@@ -165,23 +180,27 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
     return isinstance(error, (TrainingDiverged, DataError))
 
 
-def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack, load: Loads) -> TrainingRun:
+def _prepare(
+    asked: TrainOptions, folder: RunFolder, processes: Processes, afterwards: ExitStack, load: Loads | None
+) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     spec = check_named(asked.model_dump())
-    check_alone()
-    device = pick_device(asked.device)
+    check_together(asked, processes)
+    device = pick_device(asked.device, processes.local_rank if processes.is_shared else None)
     seed_all(asked.seed)
     recipe = asked.load_recipe()
     model = build_for(asked.model, spec).to(device).to(memory_format=torch.channels_last)
     sample = torch.zeros(2, *spec.sample_shape, device=device)
     bill = plan(model, sample, recipe, asked.epochs, spec.train_samples, batch_size=asked.batch_size)
     check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size)
-    options, chosen = choose(asked, device, bill)
+    options, chosen = choose(asked, device, bill, processes.size)
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
-    data = load(options.data, root=Path(options.data_root), image_size=options.image_size)
+    data = processes.in_turn(  # one of a host downloads what is not there
+        partial(load or load_data, options.data, root=Path(options.data_root), image_size=options.image_size)
+    )
     augment = _augment(options, data)
-    feed = make_feed(data, device, augment, options)
+    feed = make_feed(data, device, augment, options, processes)
     normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))
     optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
 
@@ -209,10 +228,12 @@ def _prepare(asked: TrainOptions, folder: RunFolder, afterwards: ExitStack, load
         asked=asked,
         choices=[line for line in (chosen, feed.where, weights_note()) if line is not None],
         folder=folder,
+        processes=processes,
         machine=machine,
         data=data,
         normalised=normalised,
         model=model,
+        wrapped=processes.wrapped(model, device),
         optimizer=optimizer,
         scaler=machine.scaler(),
         session=session,
@@ -274,7 +295,8 @@ def _described(run: TrainingRun) -> dict[str, Any]:
 
 def _load(run: TrainingRun, checkpoint: Path) -> None:
     try:
-        run.load(checkpoint)
+        with run.processes.copied(checkpoint) as copy:
+            run.load(copy)
     except RunFolderError:
         raise
     except StateMismatch as error:
@@ -292,12 +314,15 @@ def _load(run: TrainingRun, checkpoint: Path) -> None:
 def time_dense_step(run: TrainingRun) -> float:
     """Median seconds of a dense training step, unfrozen, timed on a model of its own before training.
 
+    Several processes take it together, as they would take the dense run's.
+
     It is the measured part of "what the dense run would have taken": this time, times the dense run's steps. The
     global generators are put back, so that the run does not depend on it.
     """
     device, options, spec = run.machine.device, run.options, run.data.spec
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         twin = build_for(options.model, spec).to(device).to(memory_format=torch.channels_last).train()
+        wrapped = run.processes.wrapped(twin, device)
         shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
         x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         y = torch.zeros(len(x), dtype=torch.int64, device=device)
@@ -306,7 +331,7 @@ def time_dense_step(run: TrainingRun) -> float:
         for _ in range(2 + options.dense_timing_steps):
             start = time.perf_counter()
             with run.machine.autocast():
-                loss = F.cross_entropy(twin(x), y)
+                loss = F.cross_entropy(wrapped(x), y)
             torch.autograd.backward([loss])
             optimizer.step()
             optimizer.zero_grad()

@@ -25,8 +25,10 @@ from spfde.app.train.events import Display
 from spfde.app.train.loop import Summary, train_in_steps
 from spfde.app.train.machine import pick_device
 from spfde.app.train.options import TrainOptions
+from spfde.app.train.processes import current
 from spfde.app.train.turns import OwnState, Turns
 from spfde.core.errors import Problems
+from spfde.core.say import n_started
 
 
 class Job(NamedTuple):
@@ -112,6 +114,9 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
 def _checked(jobs: Sequence[Job]) -> torch.device:
     """The device of all runs."""
     problems = Problems()
+    if (together := max(n_started(), current().size)) > 1:
+        rule = "runs side by side take turns in one process"
+        problems.add("torchrun", together, rule, "Start one process, or train them one after another.")
     for job in jobs:
         with problems.collecting():
             check_device(job.options.device)

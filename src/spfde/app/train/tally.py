@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spfde.session.distributed import World
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -22,6 +24,7 @@ class Tally:
 
     Args:
         device: where the batches are.
+        world: the processes whose sums are read together.
 
     Example:
         >>> from spfde.app.train.tally import Tally
@@ -31,7 +34,8 @@ class Tally:
         Pass(loss=0.5, accuracy=0.5, saved_tensor_bytes=None)
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, world: World | None = None) -> None:
+        self._world = world or World()
         kind = torch.float32 if device.type == "mps" else torch.float64
         self._loss = torch.zeros((), dtype=kind, device=device)
         self._hits = torch.zeros((), dtype=torch.int64, device=device)
@@ -45,7 +49,7 @@ class Tally:
         self._seen += len(y)
 
     def glance(self) -> float | None:
-        """The mean loss so far, or on CUDA as it was at the last glance: nobody waits. None where it is not there yet.
+        """This process's mean loss so far, or on CUDA as it was at the last glance: nobody waits. None: not there yet.
 
         On CUDA the sum is copied to the host when the device comes to it, and looked at the next time.
         """
@@ -64,5 +68,7 @@ class Tally:
         return arrived
 
     def read(self, saved_tensor_bytes: int | None = None) -> Pass:
-        """The means over all that was added; waits for the device."""
-        return Pass(float(self._loss) / self._seen, int(self._hits) / self._seen, saved_tensor_bytes)
+        """The means over all that was added, in all processes; waits for the device, and for them."""
+        own = float(self._loss), int(self._hits), self._seen
+        loss, hits, seen = map(sum, zip(*self._world.gather(own, what="losses and hits"), strict=True))
+        return Pass(loss / seen, hits / seen, saved_tensor_bytes)

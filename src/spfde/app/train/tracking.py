@@ -39,7 +39,8 @@ class Trackers:
     def finish(self) -> None:
         """The run has come to its end."""
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # end_training() would end the group of processes as well
+                tracker.finish()
 
     def close(self) -> None:
         """Forget Accelerate's state, which it keeps for the whole process: a second run may have other settings."""
