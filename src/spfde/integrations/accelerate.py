@@ -130,7 +130,7 @@ def _check_folder(accelerator: Accelerator, models: list[nn.Module], folder: str
             reason = str(error).strip().splitlines()[0]
             raise StateMismatch(
                 f"{path}: holds more than tensors and primitives, and would run code when Accelerate loads it "
-                f"({reason}). Nothing of {folder} was loaded. Use a checkpoint of your own, one that was saved to its end."
+                f"({reason}). Nothing of {folder} was loaded. Use a checkpoint of your own that was saved to its end."
             ) from error
         except Exception as error:  # PyTorch's reader raises whatever it likes on damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
