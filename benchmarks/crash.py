@@ -3,9 +3,12 @@
 ``spfde train`` on a small set of images, with every preset by both engines: once undisturbed, and once with SIGKILLs at
 random moments, from before the folder is made to after the summary is written, and ``--resume`` after each. At the end
 every figure (but times and memory), the summary and the weights must be those of the undisturbed run, bit for bit.
+The same for loops of Lightning, Hugging Face's Trainer and Accelerate, which save and resume in their own ways; half of
+their kills fall within the writing of a checkpoint.
 Processes are forked from one that has imported PyTorch, so that moments of training are hit, not of importing.
 
-    python benchmarks/crash.py                      # 100 kills or more, about 10 minutes on two cores
+    python benchmarks/crash.py                      # 160 kills or more, about 12 minutes on two cores
+    python benchmarks/crash.py --loops lightning    # in that one alone
 """
 
 from __future__ import annotations
@@ -28,12 +31,16 @@ from typing import Any
 
 import numpy as np
 
+import _crash_frameworks as frameworks
 from _common import Figure, Result, Table, begin, parser, publish
 from spfde.recipe import presets
 
 MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
 ENGINES = ("masked", "native")
-KILLS, CASES_QUICK, KILLS_QUICK = 100, 2, 2
+COMMAND = "spfde train"
+LOOPS = (COMMAND, *frameworks.LOOPS)
+PRESETS_OF_FRAMEWORKS = ("spfde", "rigl")
+KILLS, KILLS_OF_A_FRAMEWORK, KILLS_QUICK = 100, 20, 2
 EPOCHS = 4
 MOST_SECONDS = 300.0
 
@@ -42,52 +49,69 @@ _FORKS = multiprocessing.get_context("forkserver")
 
 @dataclass
 class Case:
-    """A preset by an engine, and what came of it."""
+    """A preset by an engine in a loop, and what came of it."""
 
     preset: str
     engine: str
+    loop: str = COMMAND
     kills: int = 0
+    refused: int = 0
     moments: list[str] = field(default_factory=list)
     trouble: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.preset} by {self.engine}"
+        return f"{self.preset} by {self.engine}" + (f" in {self.loop}" if self.is_framework else "")
+
+    @property
+    def is_framework(self) -> bool:
+        return self.loop != COMMAND
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
     made = parser(__doc__)
-    made.add_argument("--kills", type=int, default=None, help=f"at least so many ({KILLS})")
+    made.add_argument("--kills", type=int, default=None, help=f"a loop ({KILLS}, or {KILLS_OF_A_FRAMEWORK})")
     made.add_argument("--seed", type=int, default=None, help="of the moments (drawn)")
     made.add_argument("--presets", nargs="*", default=None, help="these alone")
+    made.add_argument("--loops", nargs="*", default=LOOPS, choices=LOOPS, help="these alone")
     options = made.parse_args(argv)
     stamped = begin(options)
-    _FORKS.set_forkserver_preload(["spfde.app.train.loop", "spfde.app.train.display", "torch._dynamo"])
+    preload = ["spfde.app.train.loop", "spfde.app.train.display", "torch._dynamo"]
+    _FORKS.set_forkserver_preload(preload + [f"spfde.integrations.{loop}" for loop in options.loops if loop != COMMAND])
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     draw = random.Random(seed)
-    names = options.presets or [name for name in presets.PRESETS if name != "dense"]
-    cases = [Case(name, engine) for name in names for engine in ENGINES]
-    if options.quick:
-        cases = [Case(name, engine) for name, engine in zip(("spfde", "rigl"), ENGINES, strict=True)][:CASES_QUICK]
-    wanted = options.kills or (CASES_QUICK * KILLS_QUICK if options.quick else KILLS)
+    done: list[Case] = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="spfde-crash-") as folder:
-        run(cases, wanted, Path(folder), draw)
-    publish(result(cases, seed, time.monotonic() - start, stamped), options)
-    if any(case.trouble for case in cases):
+        data = images(Path(folder) / "data.npz")
+        first = _FORKS.Process(target=int)  # it waits for what all are forked from
+        first.start()
+        first.join()
+        for loop in options.loops:
+            cases = cases_of(loop, options.presets, is_quick=options.quick)
+            usual = KILLS if loop == COMMAND else KILLS_OF_A_FRAMEWORK
+            wanted = options.kills or (len(cases) * KILLS_QUICK if options.quick else usual)
+            run(cases, wanted, data, Path(folder) / loop, draw)
+            done += cases
+    publish(result(done, seed, time.monotonic() - start, stamped), options)
+    if any(case.trouble for case in done):
         sys.exit(1)
 
 
-def run(cases: list[Case], wanted: int, folder: Path, draw: random.Random) -> None:
+def cases_of(loop: str, wanted: list[str] | None, *, is_quick: bool) -> list[Case]:
+    """What is tried in a loop."""
+    if is_quick:
+        return [Case("spfde", "masked", loop), *([Case("rigl", "native", loop)] if loop == COMMAND else [])]
+    own = [name for name in presets.PRESETS if name != "dense"] if loop == COMMAND else PRESETS_OF_FRAMEWORKS
+    return [Case(name, engine, loop) for name in wanted or own for engine in ENGINES]
+
+
+def run(cases: list[Case], wanted: int, data: Path, folder: Path, draw: random.Random) -> None:
     """Take the cases one after the other, with their share of the kills."""
-    data = images(folder / "data.npz")
-    first = _FORKS.Process(target=int)  # it waits for what all are forked from
-    first.start()
-    first.join()
     for number, case in enumerate(cases):
         place = folder / f"{number}"
-        place.mkdir()
+        place.mkdir(parents=True)
         started = time.monotonic()
         if (code := end(start(case, data, place, "whole"))) != 0:
             case.trouble = f"lost: the undisturbed run ended with {code}"
@@ -102,19 +126,33 @@ def kill_and_resume(case: Case, data: Path, place: Path, draw: random.Random, *,
     """Kill the run so often, and let it end then; where it ends before, the next one begins anew."""
     out = place / "killed"
     while case.trouble is None:
+        before = frameworks.unfinished(case.loop, out) if case.is_framework else set()
         process = start(case, data, place, "killed")
         if case.kills < kills:
             process.join(draw.uniform(0, 0.8 * seconds))
+            if case.is_framework and draw.random() < 0.5:
+                wait_for_writing(case, process, out, before, draw)
             if process.exitcode is None:
-                case.moments.append(moment(out))
+                case.moments.append(moment(case, out, before))
                 kill(process)
                 case.kills += 1
                 continue
         code = end(process)
-        case.trouble = f"lost: it went on to end with {code}" if code != 0 else compare(place / "whole", out)
+        if code == frameworks.REFUSED and frameworks.may_be_cut_off(case.loop, out):
+            frameworks.take_away_newest(case.loop, out)
+            case.refused += 1
+            continue
+        case.trouble = f"lost: it went on to end with {code}" if code != 0 else compare(case, place / "whole", out)
         if case.kills == kills:
             return
         shutil.rmtree(out)
+
+
+def wait_for_writing(case: Case, process: BaseProcess, out: Path, before: set[Path], draw: random.Random) -> None:
+    """Until some moment at which a checkpoint is being written, or the process has ended."""
+    while process.exitcode is None and not frameworks.unfinished(case.loop, out) - before:
+        time.sleep(0.0002)
+    time.sleep(draw.choice((0, 0.001, 0.003)))
 
 
 def kill(process: BaseProcess) -> None:
@@ -125,8 +163,11 @@ def kill(process: BaseProcess) -> None:
     process.join()
 
 
-def moment(out: Path) -> str:
-    """Where about a run stands."""
+def moment(case: Case, out: Path, before: set[Path]) -> str:
+    """Where about a run stands; ``before``: what another process has left unfinished."""
+    if case.is_framework:
+        is_writing = frameworks.unfinished(case.loop, out) - before
+        return f"in {case.loop}" + (", while a checkpoint is written" if is_writing else "")
     if not (out / "config.json").is_file():
         return "before it began"
     if (out / "summary.json").is_file():
@@ -138,6 +179,11 @@ def moment(out: Path) -> str:
 def start(case: Case, data: Path, place: Path, name: str) -> BaseProcess:
     """The run in a process of its own; it goes on where its folder is one already."""
     out = place / name
+    process: BaseProcess
+    if case.is_framework:
+        process = _FORKS.Process(target=_framework, args=(case, data, out))
+        process.start()
+        return process
     if (out / "config.json").is_file():
         argv = ["train", "--resume", name]
     else:
@@ -156,12 +202,21 @@ def end(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
+def _framework(case: Case, data: Path, out: Path) -> None:
+    _write_to(out.parent / "log")
+    frameworks.run(case.loop, case.preset, case.engine, data, out)
+
+
+def _write_to(path: Path) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(log, number)
+
+
 def _command(argv: list[str], place: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)
     os.chdir(place)
-    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(log, number)
+    _write_to(place / "log")
     from spfde.app.cli import main as command
 
     command(argv)
@@ -180,8 +235,10 @@ def images(path: Path) -> Path:
     return path
 
 
-def compare(whole: Path, killed: Path) -> str | None:
+def compare(case: Case, whole: Path, killed: Path) -> str | None:
     """What differs between two runs that ended; None for nothing."""
+    if case.is_framework:
+        return frameworks.compare(whole, killed)
     for name in ("metrics.jsonl", "summary.json"):
         if _lines(whole / name) != _lines(killed / name):
             return f"different: {name}"
@@ -211,6 +268,7 @@ def result(cases: list[Case], seed: int, seconds: float, stamped: dict[str, Any]
             Figure("SIGKILLs", sum(case.kills for case in cases), "count"),
             Figure("runs lost", lost, "count", high=0, n=len(cases)),
             Figure("runs that ended otherwise", len(troubles) - lost, "count", high=0, n=len(cases)),
+            Figure("checkpoints of frameworks that were cut off, and refused", sum(c.refused for c in cases), "count"),
         ),
         tables=(
             Table("Where the kills fell", ("moment", "kills"), tuple(_moments(cases))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,87 @@ def test_links_in_the_folder_are_replaced_and_not_written_through(run: Path, spf
     assert spfde(*COMMANDS["resume"]).code == 0
     assert precious.read_text() == "content"
     assert not (here / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints",
+        *(f"checkpoints/{name}" for name in ("latest", "previous", "best", ".writing-latest", "kept")),
+        *("checkpoints/kept/epoch-0001", "spfde", "spfde/file"),
+    ],
+)
+def test_nothing_is_written_or_deleted_through_a_link_out_of_the_folder(
+    name: str, run: Path, spfde: Spfde, here: Path
+) -> None:
+    elsewhere = here / "elsewhere"
+    place = run / name
+    if place.is_dir():
+        shutil.move(place, elsewhere)
+    elif name == "spfde/file":  # of a tracker, which would add to it
+        elsewhere.write_text("content")
+    else:
+        elsewhere.mkdir()
+        (elsewhere / "precious").write_text("content")
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(elsewhere)
+    before = contents(elsewhere)
+    ended = spfde(*COMMANDS["resume"])
+    assert ended.code == 2
+    assert f"{name}: is a link that leads out" in ended.err
+    assert contents(elsewhere) == before
+    assert place.is_symlink()
+
+
+def test_a_link_to_the_run_folder_as_a_whole_and_those_inside_it_are_followed(
+    run: Path, spfde: Spfde, here: Path
+) -> None:
+    shutil.move(run, here / "elsewhere")
+    run.symlink_to(here / "elsewhere")
+    (run / "wandb").mkdir()
+    (run / "wandb" / "newest").symlink_to(run / "checkpoints")  # as some trackers make them
+    assert spfde(*COMMANDS["resume"]).code == 0
+    assert (here / "elsewhere" / "summary.json").is_file()
+
+
+def test_checkpoints_behind_a_link_are_read(run: Path, spfde: Spfde, here: Path) -> None:
+    assert spfde(*COMMANDS["resume"]).code == 0
+    shutil.move(run / "checkpoints", here / "elsewhere")
+    (run / "checkpoints").symlink_to(here / "elsewhere")
+    before = contents(here / "elsewhere")
+    assert all(spfde(*COMMANDS[name]).code == 0 for name in COMMANDS if name != "resume")
+    assert contents(here / "elsewhere") == before
+
+
+def test_an_analysis_is_not_written_through_a_link(run: Path, spfde: Spfde, here: Path) -> None:
+    assert spfde(*COMMANDS["resume"]).code == 0
+    (here / "elsewhere").mkdir()
+    (run / "analysis").symlink_to(here / "elsewhere")
+    ended = spfde(*COMMANDS["analyze"])
+    assert ended.code == 2
+    assert "leads out" in ended.err
+    assert not list((here / "elsewhere").iterdir())
+    named = [*COMMANDS["analyze"], "--out", "results"]  # a link that the user names is the user's
+    (here / "results").symlink_to(here / "elsewhere")
+    assert spfde(*named).code == 0
+
+
+def test_files_that_share_their_content_with_others_are_replaced_and_not_written_to(
+    run: Path, spfde: Spfde, here: Path
+) -> None:
+    """Hard links: as an unpacked archive may hold them."""
+    linked = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    for number, path in enumerate(linked):
+        os.link(path, here / f"linked{number}")
+    before = [(here / f"linked{number}").read_bytes() for number in range(len(linked))]
+    assert spfde(*COMMANDS["resume"]).code == 0
+    assert [(here / f"linked{number}").read_bytes() for number in range(len(linked))] == before
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(each.relative_to(path)): each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file()}
 
 
 def change_group(state: dict[str, Any], **values: Any) -> dict[str, Any]:

@@ -25,8 +25,17 @@ def run(*options: str) -> str:
 @needs_kernels
 @pytest.mark.long
 def test_runs_that_are_killed_at_random_end_as_if_nothing_had_been() -> None:
-    told = run("--quick")
+    told = run("--quick", "--loops", "spfde train")
     assert told.count("2 kills, as if nothing had been") == 2
+    assert "| runs lost | 0 |" in told
+
+
+def test_in_trainers_of_others_too() -> None:
+    pytest.importorskip("lightning")
+    pytest.importorskip("transformers")
+    told = run("--quick", "--loops", "lightning", "transformers", "accelerate", "--seed", "1")
+    assert told.count("2 kills, as if nothing had been") == 3
+    assert "while a checkpoint is written" in told
     assert "| runs lost | 0 |" in told
 
 
@@ -38,7 +47,7 @@ def test_a_run_that_ends_otherwise_is_told(tmp_path: Path) -> None:
     source = SCRIPT.read_text().replace('out = place / "killed"', 'case.preset, out = "set", place / "killed"')
     script.write_text(source)
     ended = subprocess.run(
-        [sys.executable, str(script), "--quick"],
+        [sys.executable, str(script), "--quick", "--loops", "spfde train"],
         env={"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class Run:
         self.accelerator.register_for_checkpointing(self.session)
         self.losses: list[float] = []
 
-    def train(self, folder: Path | None = None, *, kill_after: int = -1) -> None:
+    def train(self, folder: Path | None = None) -> None:
         for epoch in self.session.epochs():
             self.model.train()
             for x, y in self.session.loader:
@@ -65,15 +64,8 @@ class Run:
                     self.optimizer.zero_grad()
                 self.session.observe(logits, y)
                 self.losses.append(loss.item())
-                if len(self.losses) == kill_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
             if folder is not None:
                 self.accelerator.save_state(str(folder / f"epoch{epoch}"))
-
-
-def run_until_killed(folder: Path, after: int) -> None:
-    """Train with a checkpoint an epoch, until the process is killed."""
-    Run().train(folder, kill_after=after)
 
 
 def train_rank(folder: Path, prepared: str) -> None:
@@ -136,9 +128,7 @@ def stream_rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     folder, how = Path(sys.argv[1]), sys.argv[2]
-    if how.isdigit():
-        run_until_killed(folder, int(how))
-    elif how in ("gather", "stream"):
+    if how in ("gather", "stream"):
         (gather_rank if how == "gather" else stream_rank)(folder)
     else:
         train_rank(folder, how)

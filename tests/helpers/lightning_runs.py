@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +109,8 @@ def trainer(callback: Any, *others: Any, **options: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=callbacks, **quiet, **settings)
 
 
-class Kill(pl.Callback):
-    """Ends the process after a number of batches, as a machine that is taken away does."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def saving(folder: Path, **when: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **when)
-
-
-def run_until_killed(folder: Path, after: int) -> None:
-    """Train with a checkpoint an epoch, until the process is killed."""
-    callback = SpfdeCallback(RECIPE, engine="masked")
-    trainer(callback, saving(folder), Kill(after)).fit(Module())
 
 
 def train_rank(folder: Path) -> None:
@@ -151,5 +131,4 @@ def train_rank(folder: Path) -> None:
 if __name__ == "__main__":
     import sys
 
-    folder, after = Path(sys.argv[1]), sys.argv[2:]
-    run_until_killed(folder, int(after[0])) if after else train_rank(folder)
+    train_rank(Path(sys.argv[1]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import spfde
 from helpers.training import BATCH, SmallNet, make_images
@@ -82,22 +80,6 @@ def trainer(
     )
 
 
-class Kill(TrainerCallback):
-    """Ends the process after a number of steps, as a machine that is taken away does."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_until_killed(folder: Path, after: int) -> None:
-    """Train with a checkpoint an epoch, until the process is killed."""
-    trainer(folder, SpfdeCallback(RECIPE, engine="masked"), Kill(after), save_strategy="epoch").train()
-
-
 def train_rank(folder: Path) -> None:
     """One of several processes: trains, and leaves its weights and the samples that it was dealt."""
     callback = SpfdeCallback(RECIPE, engine="masked")
@@ -110,5 +92,4 @@ def train_rank(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder, after = Path(sys.argv[1]), sys.argv[2:]
-    run_until_killed(folder, int(after[0])) if after else train_rank(folder)
+    train_rank(Path(sys.argv[1]))

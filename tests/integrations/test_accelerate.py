@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,6 @@ def test_accumulation_ends_with_the_epoch() -> None:
     assert [row.samples for row in run.session.cost.rows] == [32] * runs.EPOCHS
 
 
-def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four batches each
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    last = max(tmp_path.glob("epoch*"))
-    assert last.name == "epoch3"
-    resumed, whole = runs.Run(), runs.Run()
-    resumed.accelerator.load_state(str(last))
-    resumed.train()
-    whole.train()
-    assert same(whole.net, resumed.net)
-    assert [row.epoch for row in resumed.session.cost.rows] == list(range(runs.EPOCHS))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("prepared", ["before", "after"])
 def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path, prepared: str) -> None:
@@ -88,6 +75,28 @@ def test_the_model_is_where_prepare_puts_it_before_masks_and_engine_go_by_that(p
     session = attach(accelerator, model, parts.optimizer, parts.loader, UNSIEVED, epochs=runs.EPOCHS)
     assert model.moves == ([(accelerator.device,)] if placed else [])
     session.detach()
+
+
+@pytest.mark.parametrize("left", [0, 1, 0.5, None])
+def test_a_folder_that_was_not_saved_to_its_end_is_refused_and_the_one_before_it_goes_on(
+    left: float | None, tmp_path: Path
+) -> None:
+    """Accelerate writes the registered objects last: of the session's file a part is there, or nothing."""
+    whole, run = runs.Run(), runs.Run()
+    whole.train(tmp_path)
+    last = tmp_path / "epoch5" / "custom_checkpoint_0.pkl"
+    if left is None:
+        last.unlink()
+    else:
+        os.truncate(last, int(left * last.stat().st_size) if left < 1 else 1)
+    before = {name: tensor.clone() for name, tensor in run.net.state_dict().items()}
+    with pytest.raises(spfde.StateMismatch):
+        run.accelerator.load_state(str(last.parent))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.net.state_dict().items())
+    run.accelerator.load_state(str(tmp_path / "epoch4"))
+    run.train()
+    assert same(run.net, whole.net)
+    assert [row.epoch for row in run.session.cost.rows] == list(range(runs.EPOCHS))
 
 
 @pytest.mark.parametrize("number", [0, 1])

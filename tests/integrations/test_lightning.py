@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -193,17 +192,6 @@ def test_early_stopping_ends_the_run_between_two_epochs() -> None:
     assert callback.session.epoch == 4
 
 
-def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four batches each
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    last = max(tmp_path.glob("*.ckpt"), key=lambda path: path.name)
-    assert last.name.startswith("epoch=3")
-    resumed, whole = runs.Module(), runs.Module()
-    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked")).fit(resumed, ckpt_path=last)
-    runs.trainer(SpfdeCallback(runs.RECIPE, engine="masked")).fit(whole)
-    assert same(whole.net, resumed.net)
-
-
 @pytest.mark.long
 def test_two_ranks_share_the_samples_and_end_with_the_same_weights(tmp_path: Path) -> None:
     done = start(runs.__file__, str(tmp_path), ranks=2)
@@ -288,6 +276,28 @@ def test_what_is_saved_after_the_last_batch_of_an_epoch_goes_on_to_the_end(
         assert same(whole.net, module.net)
     weights = dict(module.net.named_parameters())
     assert all(not weights[name][~mask].any() for name, mask in callback.session.masks.items())
+
+
+@pytest.mark.parametrize("batches", [3, 4])
+def test_a_run_goes_on_after_the_last_batch_of_an_epoch_and_then_from_what_it_saved_next(
+    tmp_path: Path, batches: int
+) -> None:
+    """The second checkpoint is from the epoch that followed: amid it, or from its last batch."""
+    recipe = runs.RECIPE.model_copy(update={"sparsity": spfde.RigL(sparsity=0.8)})
+
+    def run(path: Path | None, *others: Any) -> Any:
+        callback, module = SpfdeCallback(recipe, engine="masked"), runs.Module()
+        runs.trainer(callback, *others).fit(module, ckpt_path=path)
+        return module, [bill(row) for row in callback.session.cost.rows]
+
+    def saved(name: str, step: int) -> Path:
+        return tmp_path / name / f"epoch={(step - 1) // 4}-step={step}.ckpt"
+
+    whole, cost = run(None, runs.saving(tmp_path / "first", every_n_train_steps=4))
+    run(saved("first", 4), runs.saving(tmp_path / "second", every_n_train_steps=batches))
+    again, same_cost = run(saved("second", 2 * batches))
+    assert same(whole.net, again.net)
+    assert same_cost == cost
 
 
 def test_what_is_saved_within_an_epoch_goes_on_with_its_other_batches(tmp_path: Path) -> None:

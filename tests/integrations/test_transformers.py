@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import spfde
 from helpers import transformers_runs as runs
 from helpers.processes import start
 from helpers.strangers import RunsCode
-from spfde.integrations.transformers import STATE_NAME, SpfdeCallback, _state_in
+from spfde.integrations.trainer_checkpoints import STATE_NAME, session_state
+from spfde.integrations.transformers import SpfdeCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPARSE = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.8), update_interval_epochs=2)
@@ -220,6 +221,50 @@ def test_a_checkpoint_without_the_session_is_refused(tmp_path: Path) -> None:
         runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked")).train(resume_from_checkpoint=True)
 
 
+def test_the_newest_checkpoint_that_was_saved_to_its_end_is_gone_on_from_and_the_others_are_told(
+    tmp_path: Path,
+) -> None:
+    def resumed() -> Any:
+        run = runs.trainer(tmp_path, SpfdeCallback(SPARSE), num_train_epochs=4)
+        run.train(resume_from_checkpoint=True)
+        return run
+
+    whole = runs.trainer(tmp_path, SpfdeCallback(SPARSE), save_strategy="epoch", num_train_epochs=4)
+    whole.train()
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"epoch": ')
+    (tmp_path / "checkpoint-15" / STATE_NAME).unlink()
+    with pytest.warns(UserWarning, match="passed over") as warned:
+        assert same(resumed().model, whole.model)
+    told = [str(each.message) for each in warned if "passed over" in str(each.message)]
+    assert ["checkpoint-20" in line for line in told] == [True, False]
+    assert all("goes on from" in line and "checkpoint-10" in line for line in told)
+    for step in (20, 10):
+        (tmp_path / f"checkpoint-{step}" / STATE_NAME).unlink(missing_ok=True)
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    with pytest.raises(spfde.StateMismatch):
+        resumed()
+    with pytest.raises(spfde.StateMismatch):
+        runs.trainer(tmp_path, SpfdeCallback(SPARSE)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_older_checkpoints_are_removed_only_when_the_new_one_has_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two would leave nothing to go on from."""
+    remaining: list[bool] = []
+    remove = shutil.rmtree
+
+    def note(path: Any, *rest: Any, **named: Any) -> None:
+        newest = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        remaining.append((newest / STATE_NAME).is_file() and (newest / "trainer_state.json").is_file())
+        remove(path, *rest, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", note)
+    options = {"save_strategy": "epoch", "save_total_limit": 1, "num_train_epochs": 3}
+    runs.trainer(tmp_path, SpfdeCallback(SPARSE), **options).train()
+    assert remaining == [True, True]
+
+
 @pytest.mark.long
 def test_a_second_train_is_a_new_run(tmp_path: Path) -> None:
     callback = SpfdeCallback(runs.RECIPE, engine="masked")
@@ -230,16 +275,6 @@ def test_a_second_train_is_a_new_run(tmp_path: Path) -> None:
     assert callback.session is not None
     assert callback.session is not first
     assert callback.session.epoch == 8
-
-
-def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    done = start(runs.__file__, str(tmp_path), "18")  # in the fifth epoch of four steps each
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    resumed = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"))
-    resumed.train(resume_from_checkpoint=True)
-    whole = runs.trainer(tmp_path, SpfdeCallback(runs.RECIPE, engine="masked"))
-    whole.train()
-    assert same(whole.model, resumed.model)
 
 
 @pytest.mark.long
@@ -384,5 +419,5 @@ def test_a_state_that_cannot_be_read_or_would_run_code_is_refused(content: bytes
     else:
         path.write_bytes(bytes(content))  # type: ignore[arg-type]
     with pytest.raises(spfde.StateMismatch, match="cannot be read"):
-        _state_in(str(tmp_path))
+        session_state(str(tmp_path))
     assert not (tmp_path / "mark").exists()

@@ -298,6 +298,7 @@ def test_rigl_mutates_under_a_closure() -> None:
 
     run.optimizer.step(closure)
     assert torch.equal(run.mask, _grown_by(before, weight, dense, 12, 24))
+    assert run.masker.dense_gradient_steps == 1  # the stale one was no pass of this step
 
 
 @pytest.mark.parametrize("with_closure", [True, False])

@@ -22,7 +22,7 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, draw
 from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
-from spfde.app.runs.folder import CONFIG, RunFolder
+from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
 from spfde.app.runs.kept_model import CheckpointedModel
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
@@ -49,6 +49,8 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
         StateMismatch: a checkpoint is of another run.
         DataError: the data are missing, or not those of the run.
     """
+    if out.is_relative_to(folder):
+        check_inside(out, folder)
     config, trained, checkpoints = _read_run(folder)
     data = load_data(trained.data, root=options.data_root or trained.data_root, image_size=trained.image_size)
     _check_data(data, config, folder)

@@ -8,6 +8,7 @@ round.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.say import counted
 from spfde.recipe import Recipe
 from spfde.session.attach import attach as attach_plain
 from spfde.session.session import Session
@@ -52,7 +54,7 @@ def attach(
     out (over a stream, with a batch sampler of your own) is dealt out by Accelerate, and what is no DataLoader by
     nobody: each process iterates its own. ``accelerator.save_state`` and
     ``load_state`` take the session along after ``accelerator.register_for_checkpointing(session)``; ``load_state``
-    then refuses a folder whose registered objects' files would run code.
+    then refuses a folder whose registered objects' files would run code, are cut off, or are missing.
 
     Args:
         accelerator: the Accelerator.
@@ -100,25 +102,39 @@ def attach(
     )
     if not by_accelerate:
         session.loader = _SessionLoader(session.loader, accelerator)
-    accelerator.register_load_state_pre_hook(_refuse_code)
+    accelerator.register_load_state_pre_hook(partial(_check_folder, accelerator))
     return session
 
 
-def _refuse_code(models: list[nn.Module], folder: str) -> None:
+_EARLIER = "Nothing of it was loaded. Load the folder that was saved before it."
+
+
+def _check_folder(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
     """Look at what Accelerate is about to load: of registered objects it takes pickles of any kind, code included.
 
+    It writes these last, and not at once: where they are whole, so is the folder.
+
     Raises:
-        StateMismatch: a file holds more than tensors, arrays and primitives.
+        StateMismatch: a file holds more than tensors, arrays and primitives, or is not there to its end.
     """
-    for path in sorted(Path(folder).glob("custom_checkpoint_*.pkl")):
+    found = sorted(Path(folder).glob("custom_checkpoint_*.pkl"))
+    if len(found) < (registered := len(accelerator._custom_objects)):
+        raise StateMismatch(
+            f"{folder}: has {len(found)} of the files of {counted(registered, 'registered object')}, "
+            f"custom_checkpoint_N.pkl: it was not saved to its end, or without them. {_EARLIER}"
+        )
+    for path in found:
         try:
             load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             reason = str(error).strip().splitlines()[0]
             raise StateMismatch(
                 f"{path}: holds more than tensors and primitives, and would run code when Accelerate loads it "
-                f"({reason}). Nothing of {folder} was loaded. Use a checkpoint of your own."
+                f"({reason}). Nothing of {folder} was loaded. Use a checkpoint of your own that was saved to its end."
             ) from error
+        except Exception as error:  # PyTorch's reader raises whatever it likes on damaged files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise StateMismatch(f"{path} cannot be read ({reason}). {_EARLIER}") from error
 
 
 def plain_loader(loader: Any) -> Any:

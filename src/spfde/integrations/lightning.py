@@ -125,6 +125,10 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
         session = self._running()
         if session.phase == "drained" and session.epoch < trainer.current_epoch:
             session.end_epoch()  # saved after an epoch's last batch, and Lightning takes the epoch for ended
+            if hasattr(trainer.fit_loop, "reset_restart_stage"):
+                # Some versions would go on as amid that epoch: the next one would not be counted as begun, and what is
+                # saved in it could not be gone on with.
+                trainer.fit_loop.reset_restart_stage()
         if session.epoch != trainer.current_epoch:
             raise UsageError(
                 f"the trainer goes on with epoch {trainer.current_epoch}, SpfdeCallback with epoch {session.epoch}: "

@@ -1,15 +1,15 @@
 """The Trainer of Hugging Face: a callback that attaches a session where the Trainer makes its train dataloader.
 
 The Trainer counts its steps and makes its schedule from the length of that loader, and calls no callback before. So
-the callback takes hold of the Trainer that it is given to, and stands at four of its methods: ``train`` (from which
+the callback takes hold of the Trainer that it is given to, and stands at five of its methods: ``train`` (from which
 checkpoint?), ``get_train_dataloader`` (the weights are loaded: here the session is attached, with its saved state),
-``training_step`` (how did the batch go?) and ``_prepare_inputs`` (what is the batch, on the model's device?).
+``training_step`` (how did the batch go?), ``_prepare_inputs`` (what is the batch, on the model's device?) and
+``save_model`` (a checkpoint begins: here the session's state is written, before the Trainer removes older ones).
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,20 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from torch.utils.hooks import RemovableHandle
 
-from spfde.core.errors import InvalidArgument, Problem, Problems, StateMismatch, UsageError
-from spfde.core.state import read_saved
+from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
+from spfde.core.files import written_whole
+from spfde.integrations.trainer_checkpoints import STATE_NAME, checkpoint_name, session_state, whole_checkpoint
 from spfde.recipe import Recipe
 from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
 
 try:
     from transformers import Trainer, TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     from spfde.integrations.accelerate import is_dealt_by_accelerate, plain_loader, samples_of_process, share_order
 except ImportError as error:
     remedy = "Install it: pip install 'spfde[transformers]'."
     raise InvalidArgument(Problem("import", __name__, "needs the package transformers", remedy)) from error
-
-STATE_NAME = "spfde.pt"
-"""The session's state in each of the Trainer's checkpoint folders."""
 
 _EVIDENCE = {"logits", "y", "indices", "correct", "loss"}
 """Arguments of ``observe``."""
@@ -87,7 +84,6 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self._recipe, self._report = recipe, report
         self._options = {**attach_options, "seed": seed, "engine": engine}
         self._trainer: Any = None
-        self._trial: Any = None
         self._checkpoint: str | None = None
         self._order: tuple[torch.Generator, int] | None = None
         self._hook: RemovableHandle | None = None
@@ -109,8 +105,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                     "SpfdeCallback was removed from a Trainer that was made with it. Make a new Trainer without it."
                 )
             _check_arguments(trainer, self._recipe)
-            self._checkpoint = _folder(resume_from_checkpoint, args)
-            self._trial = rest[0] if rest else named.get("trial")
+            self._checkpoint = resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, args.output_dir)
             try:
                 return train(resume_from_checkpoint, *rest, **named)
             finally:
@@ -121,6 +116,24 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
         trainer.train, trainer.get_train_dataloader = train_with_session, loader_of_session
         self._stand_at_steps(trainer)
+        self._stand_at_saving(trainer)
+
+    def _stand_at_saving(self, trainer: Any) -> None:
+        save = trainer.save_model
+
+        def save_with_session(output_dir: Any = None, *rest: Any, **named: Any) -> Any:
+            saved = save(output_dir, *rest, **named)
+            is_checkpoint = output_dir is not None and Path(output_dir).name == checkpoint_name(
+                trainer.state.global_step
+            )
+            if is_checkpoint and self.session is not None and self.session.is_attached:
+                state = self.session.state_dict()
+                if trainer.args.should_save:
+                    with written_whole(Path(output_dir, STATE_NAME)) as (draft,):
+                        torch.save(state, draft)
+            return saved
+
+        trainer.save_model = save_with_session
 
     def _stand_at_steps(self, trainer: Any) -> None:
         step, prepare = trainer.training_step, trainer._prepare_inputs
@@ -218,16 +231,8 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         session = self._running()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            session.take_masks(_state_in(state.best_model_checkpoint))  # the Trainer has loaded its weights
+            session.take_masks(session_state(state.best_model_checkpoint))  # the Trainer has loaded its weights
         session.warn_if_early()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        saved = self._running().state_dict()
-        if args.should_save:
-            folder = Path(self._trainer._get_output_dir(self._trial), f"checkpoint-{state.global_step}")
-            part = folder / f"{STATE_NAME}.part"
-            torch.save(saved, part)
-            os.replace(part, folder / STATE_NAME)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -242,7 +247,7 @@ class SpfdeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         return self.session
 
     def _saved_state(self) -> Mapping[str, Any] | None:
-        return None if self._checkpoint is None else _state_in(self._checkpoint)
+        return None if self._checkpoint is None else session_state(self._checkpoint)
 
 
 class _NoSchedule:
@@ -275,25 +280,6 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer:
             return found
         frame = frame.f_back
     raise UsageError("SpfdeCallback belongs into Trainer(..., callbacks=[...]) and follows no other trainer.")
-
-
-def _folder(resume_from_checkpoint: Any, args: Any) -> str | None:
-    if resume_from_checkpoint is True:
-        last: str | None = get_last_checkpoint(args.output_dir)
-        return last
-    return str(resume_from_checkpoint) if resume_from_checkpoint else None
-
-
-def _state_in(folder: str) -> Mapping[str, Any]:
-    """The session's state in a checkpoint of the Trainer."""
-    path = Path(folder, STATE_NAME)
-    if not path.is_file():
-        raise StateMismatch(
-            f"{path} is missing: the checkpoint was saved without SpfdeCallback, or not to its end. Resume from an "
-            "earlier one, or start a new run without resume_from_checkpoint."
-        )
-    state: Mapping[str, Any] = read_saved(path)
-    return state
 
 
 def _check_arguments(trainer: Any, recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from spfde.session.distributed import deals_out
 from spfde.session.part import Part, Setting
 from spfde.session.unended import Unended
 from spfde.sieving.batch_sampler import SievedBatchSampler, iterates_as
+from spfde.sieving.ids import Ids
 from spfde.sieving.loader import SievedLoader, loader_generators, population_of
 from spfde.sieving.stream import StreamLoader
 from spfde.sieving.tickets import Ticket, Tickets
@@ -35,9 +36,7 @@ class Sampling(Part):
         by_report: each batch needs a report; otherwise it is done with when it has been trained on.
 
     Attributes:
-        needs_reports: see ``by_report``.
-        population: ids of all samples, ascending.
-        batch_size: of the loader.
+        needs_reports, batch_size: see ``by_report``; of the loader.
         dense_samples: samples that the plain loop trains on in an epoch, by all processes together.
         tickets: of the batches that were drawn from ``loader`` in this epoch.
         backward: tells of backward passes.
@@ -61,19 +60,18 @@ class Sampling(Part):
         self._is_dealt = False
         if isinstance(loader, StreamLoader):
             self.loader, self.batch_size = loader, loader.batch_size
-            self.population, self.dense_samples = torch.arange(loader.samples), loader.samples * setting.world.size
+            self._ids, self.dense_samples = Ids(torch.arange(loader.samples)), loader.samples * setting.world.size
         else:
             self.loader = self._share(loader, keep)
         self.tickets = Tickets(by_report=by_report)
         self.backward = BackwardPasses(setting.model, *([] if by_report else [self.tickets.train]))
-        self._place: tuple[int, list[Tensor]] | None = None  # where a loaded epoch goes on, until it does
         samples = self.dense_samples if self._is_dealt else self.dense_samples // setting.world.size
         self.unended = Unended(setting.clock, samples, self.batch_size)
         self._reset()
 
     def _share(self, loader: DataLoader[Any], keep: Callable[[], Tensor | None]) -> SievedLoader:
         assert loader.batch_size is not None, "attach lets no such loader in"
-        self.population, self.batch_size = population_of(loader), loader.batch_size
+        self._ids, self.batch_size = Ids(population_of(loader)), loader.batch_size
         self._length_at_attach = len(loader.dataset)  # type: ignore[arg-type]  # attach takes none without a length
         self.dense_samples = samples_of_epoch(loader)
         share, world = (0, 1), self._setting.world
@@ -85,11 +83,17 @@ class Sampling(Part):
         return SievedLoader(loader, sampler)
 
     def _reset(self) -> None:
+        self._place: tuple[int, list[Tensor]] | None = None  # where a loaded epoch goes on, until it does
         self.tickets.forget()
         self.is_surplus = self._is_iterated = False
         self._drawn_before = self._batches = self._steps_before = 0
         self._n_batches: int | None = None
         self._steps_allowed: int | None = None
+
+    @property
+    def population(self) -> Tensor:
+        """Ids of all samples, ascending."""
+        return self._ids.tensor()
 
     @property
     def partial_set(self) -> Tensor:
@@ -104,7 +108,7 @@ class Sampling(Part):
     @property
     def n_used(self) -> int:
         """Distinct samples used so far."""
-        return len(self.population)
+        return len(self._ids)
 
     @property
     def samples_observed(self) -> int:
@@ -324,7 +328,6 @@ class Sampling(Part):
         self._reset()
         self.unended.begin()
         self.backward.watch()
-        self._place = None
         self._steps_allowed = self._length()
 
     def _check_length(self) -> None:
@@ -371,7 +374,6 @@ class Sampling(Part):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._reset()
         self.unended.begin()
-        self._place = None
         self.loader.go_on(None)
 
     def detach(self) -> None:
@@ -379,7 +381,7 @@ class Sampling(Part):
         self.loader.end_workers()
 
     def summarise(self) -> list[str]:
-        return [f"sieving: {len(self.partial_set):,} of {len(self.population):,} samples in use"]
+        return [f"sieving: {len(self.partial_set):,} of {len(self._ids):,} samples in use"]
 
     def describe(self) -> list[str]:
         lines = ["made: session.loader, whose batches drive the clock; your loader stays as it is"]

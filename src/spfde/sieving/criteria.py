@@ -75,17 +75,14 @@ class SievingCriterion:
 
     def start(self, n: int) -> dict[str, Tensor]:
         """What is kept at the start of an interval: tensors by name, each with an entry for each of ``n`` samples."""
-        return {
-            "total": torch.zeros(n, dtype=torch.float64),
-            "presentations": torch.zeros(n, dtype=torch.int32),
-        }
+        return {"total": torch.zeros(n), "presentations": torch.zeros(n, dtype=torch.int32)}
 
     def add(self, kept: dict[str, Tensor], indices: Tensor, values: Tensor) -> None:
         """Add presentations to what is kept: sample ids and their values, both [m], in order of time, on the CPU.
 
         Splitting a stream of presentations must give the same as one call.
         """
-        kept["total"].index_add_(0, indices, values.double())
+        kept["total"].index_add_(0, indices, values.float())
         kept["presentations"] += torch.bincount(indices, minlength=len(kept["presentations"]))
 
     def difficulty(self, kept: Mapping[str, Tensor]) -> Tensor:

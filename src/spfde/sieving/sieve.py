@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.core.state import check_entries
 from spfde.sieving.balance import shuffled_evenly, take_evenly
+from spfde.sieving.ids import Ids
 from spfde.sieving.methods import SievingMethod
 from spfde.sieving.weights import inclusion_probabilities
 
@@ -39,10 +40,10 @@ def easiest(difficulty: Tensor, k: int, generator: Generator) -> Tensor:
 class Sieve:
     """The partial set and the removed queue.
 
+    It keeps less than five bytes a sample: a flag for what is in use, the queue, and the history. Ids are made of these
+    when they are asked for.
+
     Attributes:
-        population: all sample ids, shape (n,), long, ascending.
-        partial: ids that are trained on, long, ascending.
-        removed: ids that are left out, long; the head of the queue comes first.
         n_swap: samples that leave at each update; as many come back, but for a one-time removal.
     """
 
@@ -61,23 +62,37 @@ class Sieve:
         """
         n = population.numel()
         self.technique = technique
-        self.population = population.clone()
+        self._ids = Ids(population)
         self.n_swap, self._n_returning = technique.moves(n)
         self._generator = generator
         self._n_initial = technique.n_removed_at_start(n)
         order = torch.randperm(n, generator=generator) if self._n_initial else torch.arange(n)
         leaving = order[: self._n_initial] if labels is None else take_evenly(order, labels, self._n_initial)
-        self.removed = self.population[leaving]
-        self.partial = _without(self.population, leaving)
         self._updates = 0
         self._weights: Tensor | None = None
-        self._included = torch.zeros(n, dtype=torch.int32)
-        self._ever_used = torch.zeros(n, dtype=torch.bool)
-        self._refresh()
+        self._included = torch.zeros(n, dtype=_smallest(0))
+        self._ever_used = np.zeros(-(-n // 8), dtype=np.uint8)  # a bit a sample
+        self._take(population[leaving])
+        self._note_used()
+
+    @property
+    def population(self) -> Tensor:
+        """All sample ids, shape (n,), long, ascending."""
+        return self._ids.tensor()
+
+    @property
+    def partial(self) -> Tensor:
+        """Ids that are trained on, long, ascending."""
+        return self._contains.nonzero().flatten()
+
+    @property
+    def removed(self) -> Tensor:
+        """Ids that are left out, long; the head of the queue comes first."""
+        return self._queue.long()
 
     def keep(self) -> Tensor | None:
         """Which ids are in the partial set: a bool mask over 0 … largest id; None while nothing is removed."""
-        return self._contains if self.removed.numel() else None
+        return self._contains if self._queue.numel() else None
 
     @property
     def all_retrieved(self) -> bool:
@@ -87,7 +102,7 @@ class Sieve:
     @property
     def ever_used(self) -> int:
         """Number of samples that have been in the partial set at least once."""
-        return int(self._ever_used.sum())
+        return int(np.unpackbits(self._ever_used, count=len(self._ids)).sum())
 
     def update(self, difficulty: Tensor, labels: Tensor | None = None) -> int:
         """Swap the easiest samples of the partial set for the head of the queue.
@@ -108,7 +123,7 @@ class Sieve:
         Raises:
             InvalidArgument: the shape is another one, or there is a NaN.
         """
-        n = self.population.numel()
+        n = len(self._ids)
         if difficulty.shape != (n,) or bool(difficulty.isnan().any()):
             found = f"shape {tuple(difficulty.shape)}" if difficulty.shape != (n,) else "NaN in it"
             rule, remedy = f"must hold a number for each of the {n} samples", "Use inf for samples to keep."
@@ -116,21 +131,22 @@ class Sieve:
         once = self._n_returning == 0
         if self.n_swap == 0 or (once and self._updates):
             return 0
-        positions = torch.searchsorted(self.population, self.partial)
+        partial = self.partial
+        positions = self._ids.positions(partial)
         candidates = difficulty.detach().cpu()[positions]
         if labels is None:
             leaving = easiest(candidates, self.n_swap, self._generator)
         else:
             order = easiest(candidates, candidates.numel(), self._generator)
             leaving = take_evenly(order, labels[positions], self.n_swap)
-        queue = torch.cat([self.removed, self.partial[leaving]])
-        returning, self.removed = queue[: self._n_returning], queue[self._n_returning :]
-        self.partial = torch.cat([_without(self.partial, leaving), returning]).sort().values
+        queue = torch.cat([self.removed, partial[leaving]])[self._n_returning :]
         self._updates += 1
         if self.all_retrieved and not once:
-            self.removed = self.removed[self._shuffled(labels)]
-        self._included[torch.searchsorted(self.population, self.partial)] += 1
-        self._refresh()
+            queue = queue[self._shuffled(queue, labels)]
+        self._take(queue)
+        self._included = self._included.to(_smallest(self._updates))
+        self._included += self._contains[self.population]
+        self._note_used()
         return self.n_swap
 
     def loss_weights(self, ids: Tensor) -> Tensor:
@@ -152,7 +168,7 @@ class Sieve:
             raise InvalidArgument(Problem("indices", int(outside[0]), rule, remedy))
         if self._weights is None:
             self._weights = self._weigh()
-        return self._weights[torch.searchsorted(self.partial, ids)]
+        return self._weights[ids]
 
     def state_dict(self) -> dict[str, Any]:
         """The queue in its order, and the history: tensors and primitives only. What is not removed is in use.
@@ -162,9 +178,9 @@ class Sieve:
         """
         return {
             "ids": int(self.population.sum()),
-            "removed": self.removed.to(_smallest(int(self.population[-1])), copy=True),
-            "ever_used": torch.from_numpy(np.packbits(self._ever_used.numpy())),
-            "included": self._included.to(_smallest(self._updates), copy=True),
+            "removed": self._queue.clone(),
+            "ever_used": torch.from_numpy(self._ever_used.copy()),
+            "included": self._included.clone(),
             "updates": self._updates,
             "n_swap": self.n_swap,
         }
@@ -176,14 +192,10 @@ class Sieve:
             StateMismatch: the state is of other samples or other fractions, or damaged; nothing has changed then.
         """
         self._check_state(state)
-        n = self.population.numel()
-        self.removed = state["removed"].detach().cpu().long()
-        self.partial = _without(self.population, torch.searchsorted(self.population, self.removed))
-        used = np.unpackbits(state["ever_used"].detach().cpu().numpy(), count=n)
-        self._ever_used = torch.from_numpy(used).bool()
-        self._included = state["included"].detach().to("cpu", self._included.dtype, copy=True)
+        self._take(state["removed"].detach().cpu())
+        self._ever_used = state["ever_used"].detach().cpu().numpy().copy()
+        self._included = state["included"].detach().to("cpu", copy=True)
         self._updates = int(state["updates"])
-        self._refresh()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         check_entries(state, "the sieve", {name: type(value) for name, value in self.state_dict().items()})
@@ -192,9 +204,9 @@ class Sieve:
                 f"the saved sieve swapped {state['n_swap']} samples {state['updates']} times, and this one swaps "
                 f"{self.n_swap} each time. Use the recipe and the data set that it was saved with."
             )
-        n, n_removed = self.population.numel(), self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
+        n, n_removed = len(self._ids), self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
         forms = {
-            "removed": (n_removed, _smallest(int(self.population[-1]))),
+            "removed": (n_removed, _smallest(self._ids.end - 1)),
             "ever_used": (-(-n // 8), torch.uint8),
             "included": (n, _smallest(state["updates"])),
         }
@@ -211,36 +223,37 @@ class Sieve:
             raise StateMismatch("the saved sieve holds other sample ids. Use the data set that it was saved with.")
 
     def _weigh(self) -> Tensor:
-        """The weight of each sample of the partial set, shape (m,), float32."""
+        """The weight of each sample of the partial set, at its id, float32."""
+        partial = self.partial
+        found = torch.ones(self._ids.end)
         if self.technique.make_criterion().chooses_at_random:
-            return torch.ones(self.partial.numel())  # all samples are treated alike: the probabilities are equal
-        included = self._included[torch.searchsorted(self.population, self.partial)]
-        share = self.partial.numel() / self.population.numel()
+            return found  # all samples are treated alike: the probabilities are equal
+        share = partial.numel() / len(self._ids)
+        included = self._included[self._ids.positions(partial)]
         weights = share / inclusion_probabilities(included, self._updates, initial=share)
         # While the history is short, those who are in the set now look too frequent, which would lower every step.
-        return (weights / weights.mean()).float()
+        found[partial] = (weights / weights.mean()).float()
+        return found
 
-    def _shuffled(self, labels: Tensor | None) -> Tensor:
+    def _shuffled(self, queue: Tensor, labels: Tensor | None) -> Tensor:
         """A random order of the queue."""
         if labels is None:
-            return torch.randperm(self.removed.numel(), generator=self._generator)
-        return shuffled_evenly(labels[torch.searchsorted(self.population, self.removed)], self._generator)
+            return torch.randperm(queue.numel(), generator=self._generator)
+        return shuffled_evenly(labels[self._ids.positions(queue)], self._generator)
 
-    def _refresh(self) -> None:
+    def _take(self, removed: Tensor) -> None:
+        """Leave these out, in this order, and use all others."""
+        self._queue = removed.to(_smallest(self._ids.end - 1), copy=True)
         # Always a new mask: a loader that is being iterated keeps the one that it started with.
-        self._contains = torch.zeros(int(self.population[-1]) + 1, dtype=torch.bool)
-        self._contains[self.partial] = True
-        self._ever_used |= self._contains[self.population]
+        self._contains = torch.zeros(self._ids.end, dtype=torch.bool)
+        self._contains[self.population] = True
+        self._contains[removed.long()] = False
         self._weights = None
+
+    def _note_used(self) -> None:
+        self._ever_used |= np.packbits(self._contains[self.population].numpy())
 
 
 def _smallest(largest: int) -> torch.dtype:
     """The integers, of 16 bits or more, that hold numbers from 0 to this one."""
     return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(dtype).max)
-
-
-def _without(ids: Tensor, leaving: Tensor) -> Tensor:
-    """All but those at some positions, in their order."""
-    staying = torch.ones(ids.numel(), dtype=torch.bool)
-    staying[leaving] = False
-    return ids[staying]

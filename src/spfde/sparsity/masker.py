@@ -337,8 +337,10 @@ class Masker:
                 self._active_over_steps[name] += layer.active
         own = self._own(optimizer)
         self.strategy.begin_steps(own)
-        self._prepare(own)
-        return around_closure(args, kwargs, self._run_closure)
+        replaced = around_closure(args, kwargs, self._run_closure)
+        if replaced is None:
+            self._prepare(own)  # what a closure finds is from the last step, and it leaves its own
+        return replaced
 
     def _prepare(self, layers: Sequence[MaskedWeight]) -> None:
         """The layers' gradients are what the optimizer will use: mask those that somebody has written to since."""

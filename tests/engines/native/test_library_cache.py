@@ -25,9 +25,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What was opened, byte for byte; nothing is, as a damaged library would take this process with it."""
     contents: list[bytes] = []
 
-    def note(path: str) -> Any:
-        contents.append(Path(path).read_bytes())
-        return SimpleNamespace(_name=path, spfde_lanes=lambda: 1)
+    def note(content: bytes, library: Path) -> Any:
+        contents.append(content)
+        return SimpleNamespace(_name=str(library), spfde_lanes=lambda: 1)
 
     monkeypatch.setattr(build, "_open", note)
     return contents

@@ -92,10 +92,11 @@ class RunFolder:
         """Lock the folder of an earlier run, and take away what was half-written.
 
         Raises:
-            RunFolderError: it is no run folder, is in use, or cannot be written.
+            RunFolderError: it is no run folder, is in use, cannot be written, or holds a link that leads out of it.
         """
         folder = cls.existing(path)
         _check_text(path)
+        _check_links(path)
         with clear_errors(path):
             folder._acquire()
             folder.checkpoints.remove_drafts()
@@ -220,6 +221,31 @@ def _check_text(path: Path) -> None:
         shown = str(path).encode(errors="replace").decode()
         rule = "is no text in UTF-8, and the files of weights are written by their names in UTF-8"
         raise RunFolderError(f"{shown}: {rule}. Choose another name.") from None
+
+
+def _check_links(path: Path) -> None:
+    """Refuse a folder in which something would be written or deleted elsewhere, by way of a link.
+
+    Links to files beside the run's own and in its checkpoints do no harm: those are replaced or only read.
+    """
+    for place, folders, files in os.walk(path):
+        inner = Path(place).relative_to(path).parts[:1]
+        for name in folders if inner in ((), ("checkpoints",)) else [*folders, *files]:
+            check_inside(Path(place, name), path)
+
+
+def check_inside(place: Path, run: Path) -> None:
+    """Refuse to write to a place in a run folder that is elsewhere, by way of a link.
+
+    Raises:
+        RunFolderError: it is a link that leads out of the folder.
+    """
+    if place.is_symlink() and not place.resolve().is_relative_to(run.resolve()):
+        raise RunFolderError(
+            f"{place}: is a link that leads out of the run folder, and what would be written or deleted there is "
+            "somebody else's, maybe. Put a folder in its place; where there is no room, move the run folder as a whole "
+            "and link that."
+        )
 
 
 def _is_litter(name: str) -> bool:

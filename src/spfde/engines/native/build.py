@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from spfde.core.errors import SpfdeError
 from spfde.engines.native import library_cache
+from spfde.engines.native.loading import load_bytes
 
 SOURCES = Path(__file__).parent / "kernels"
 _COMPILERS = ("g++", "c++", "clang++")
@@ -91,11 +92,14 @@ def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[st
 def _kept(folder: Path, name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
     """The library of that name in a folder, built where it is not there as it was built."""
     library = library_cache.made(folder) / name
-    if not _is_usable(library):
+    if (found := _usable(library)) is None:
         with library_cache.locked(library):
-            if not _is_usable(library):  # nobody else has built it meanwhile
+            if (found := _usable(library)) is None:  # nobody else has built it meanwhile
                 library_cache.put(library, build)
-    return _open(str(library))
+                found = _opened(library)
+    if found is None:
+        raise KernelsUnavailable(f"{library} is changed by others as soon as it is built")
+    return found
 
 
 def cache_folder() -> Path:
@@ -161,21 +165,27 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _is_usable(library: Path) -> bool:
+def _usable(library: Path) -> ctypes.CDLL | None:
     """A whole one may not open: where PyTorch, whose OpenMP runtime it takes, has moved. Then it is built anew."""
     try:
-        return library_cache.is_whole(library) and hasattr(_open(str(library)), "spfde_lanes")
+        found = _opened(library)
     except KernelsUnavailable:
-        return False
+        return None
+    return found if hasattr(found, "spfde_lanes") else None
 
 
-@functools.cache
-def _open(path: str) -> ctypes.CDLL:
+def _opened(library: Path) -> ctypes.CDLL | None:
+    """The library, loaded; None where it is not whole."""
+    content = library_cache.read_whole(library)
+    return None if content is None else _open(content, library)
+
+
+def _open(content: bytes, library: Path) -> ctypes.CDLL:
     # PyTorch first, so that both take one OpenMP runtime: two would each start their threads.
     import torch  # noqa: F401
 
     try:
-        return ctypes.CDLL(path)
+        return load_bytes(content, str(library))
     except OSError as error:
         raise KernelsUnavailable(f"the built library cannot be loaded ({error})") from error
 

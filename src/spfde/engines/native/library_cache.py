@@ -54,12 +54,13 @@ def untrusted_parent(folder: Path) -> str | None:
     return None
 
 
-def is_whole(library: Path) -> bool:
-    """Is there a library, ours, with the checksum that was written beside it?"""
+def read_whole(library: Path) -> bytes | None:
+    """The library, if it is ours and has the checksum that was written beside it; else None."""
     try:
-        return _read(_sum_of(library)) == checksum(_read(library)).encode()
+        content = _read(library)
+        return content if _read(_sum_of(library)) == checksum(content).encode() else None
     except (OSError, Unusable):
-        return False
+        return None
 
 
 def checksum(content: bytes) -> str:
