@@ -146,12 +146,16 @@ def resume(folder: Path, display: Display | None = None) -> dict[str, Any]:
 
 
 class TestKilledRuns:
-    # Runs that are stopped otherwise are so among later batches, and before a checkpoint.
     @pytest.mark.parametrize(
         "moment",
         [
-            pytest.param(name, marks=pytest.mark.long if name in ("among later batches", "before a checkpoint") else ())
-            for name in commands.MOMENTS
+            "among the first batches",
+            # Runs that are stopped otherwise are so at these two.
+            pytest.param("among later batches", marks=pytest.mark.long),
+            pytest.param("before a checkpoint", marks=pytest.mark.long),
+            "in a checkpoint",
+            "before a checkpoint is named",
+            "before the summary",
         ],
     )
     def test_a_run_killed_at_any_moment_ends_like_one_that_never_stopped(
