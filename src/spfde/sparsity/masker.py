@@ -338,17 +338,16 @@ class Masker:
         own = self._own(optimizer)
         self.strategy.begin_steps(own)
         replaced = around_closure(args, kwargs, self._run_closure)
-        if replaced is None:
-            self._prepare(own)  # what a closure finds is from the last step, and it leaves its own
+        self._prepare(own, is_new=replaced is None)  # a closure finds the last step's gradients, and leaves its own
         return replaced
 
-    def _prepare(self, layers: Sequence[MaskedWeight]) -> None:
+    def _prepare(self, layers: Sequence[MaskedWeight], *, is_new: bool = True) -> None:
         """The layers' gradients are what the optimizer will use: mask those that somebody has written to since."""
         written = [layer for layer in layers if not layer.is_masked]
         for layer in written:
             grad = layer.grad
-            is_dense = not layer.arrived and layer.name not in self._dense and self.strategy.wants_dense(layer)
-            if is_dense and grad is not None:
+            is_unknown = is_new and not layer.arrived and layer.name not in self._dense
+            if is_unknown and grad is not None and self.strategy.wants_dense(layer):
                 layer.follow()
                 self._dense.collect(layer.name, grad, layer.mask, accumulates=False)
         self._mask_written(written)
