@@ -335,6 +335,7 @@ class TestResuming:
             resume(stopped)
         assert "\n" not in str(refused.value)
 
+    @pytest.mark.long
     def test_where_the_run_computes_may_change_and_workers_change_nothing(self, stopped: Path, tiny: Path) -> None:
         config = read(stopped / CONFIG)
         config["command"] |= {"device": "cpu", "workers": 1}

@@ -145,7 +145,7 @@ def test_a_second_run_of_two_processes_is_the_same_bit_for_bit(tiny: Path, whole
 @pytest.mark.parametrize(
     ("rank", "moment"),
     [
-        (1, "in the third of shared epochs"),
+        pytest.param(1, "in the third of shared epochs", marks=pytest.mark.long),
         pytest.param(0, "in the third of shared epochs", marks=pytest.mark.long),
         pytest.param(0, "in a checkpoint", marks=pytest.mark.long),
         pytest.param(0, "before the summary", marks=pytest.mark.long),

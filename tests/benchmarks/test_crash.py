@@ -30,11 +30,18 @@ def test_runs_that_are_killed_at_random_end_as_if_nothing_had_been() -> None:
     assert "| runs lost | 0 |" in told
 
 
-def test_in_trainers_of_others_too() -> None:
-    pytest.importorskip("lightning")
-    pytest.importorskip("transformers")
-    told = run("--quick", "--loops", "lightning", "transformers", "accelerate", "--seed", "1")
-    assert told.count("2 kills, as if nothing had been") == 3
+@pytest.mark.parametrize(
+    "loops",
+    [
+        pytest.param(["accelerate"], id="accelerate"),
+        pytest.param(["lightning", "transformers", "accelerate"], id="all", marks=pytest.mark.long),
+    ],
+)
+def test_in_trainers_of_others_too(loops: list[str]) -> None:
+    for name in loops:
+        pytest.importorskip(name)
+    told = run("--quick", "--loops", *loops, "--seed", "1")
+    assert told.count("2 kills, as if nothing had been") == len(loops)
     assert "while a checkpoint is written" in told
     assert "| runs lost | 0 |" in told
 

@@ -37,7 +37,15 @@ def test_every_example_has_a_case() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
 
 
-LONG = ("vision_models.py", "segmentation.py", "text_transformer.py", "in_timm.py", "plan_only.py")
+LONG = (
+    "in_lightning.py",
+    "in_transformers.py",
+    "vision_models.py",
+    "segmentation.py",
+    "text_transformer.py",
+    "in_timm.py",
+    "plan_only.py",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in CASES])

@@ -213,7 +213,7 @@ def test_every_method_resumes_amid_pauses_and_after_a_thaw(scheme: str, name: st
     assert_equal(loop.end_with_stops([top(6), top(11)]), loop.end_with_stops([]))
 
 
-@every_scheme
+@pytest.mark.parametrize("scheme", [pytest.param("single-shot", marks=pytest.mark.long), *list(SCHEMES)[1:3]])
 def test_detaching_in_any_epoch_thaws_everything(scheme: str) -> None:
     for stop in range(EPOCHS):
         parts = make_parts()

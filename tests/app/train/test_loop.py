@@ -41,7 +41,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("recipe", [pytest.param(n, marks=pytest.mark.long if n == "topkast" else ()) for n in RECIPES])
 def test_captured_steps_train_as_pytorch_does(recipe: str, tiny: Path, tmp_path: Path) -> None:
     for engine in ("masked", "cudagraph"):
         train(options(tiny, RECIPES[recipe], engine=engine), tmp_path / engine)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 # --- the same run ----------------------------------------------------------------------------------------------------
 
 
-SHORT = ("static", "mest-ems", "rigl", "gmp", "dsr", "snfs", "topkast", "deepr", "str", "set-block")
+SHORT = ("mest-ems", "gmp", "dsr", "snfs", "topkast", "deepr", "str", "set-block")
 """One of each kind; all of them in the long form."""
 
 
@@ -44,7 +44,10 @@ def test_a_whole_run_ends_as_under_the_masked_engine(method: str) -> None:
     assert_equal(ends[1], ends[0])
 
 
-@pytest.mark.parametrize("method", ["mest-ems", "rigl", "topkast"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("mest-ems", marks=pytest.mark.long), "rigl", pytest.param("topkast", marks=pytest.mark.long)],
+)
 def test_a_run_that_was_stopped_ends_like_one_that_never_stopped(method: str) -> None:
     loop = Loop(recipe_with(method), ENGINE)
     assert_equal(loop.end_with_stops(MOMENTS[1::3]), loop.end_with_stops([]))
