@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import re
@@ -495,6 +496,18 @@ def test_with_persistent_workers_an_iteration_that_a_newer_one_has_ended_says_so
         next(old)
     assert next(new)[0].tolist() == [0, 1, 2, 3]
     assert loader.current_indices.tolist() == [0, 1, 2, 3]
+
+
+def test_workers_that_stay_end_with_the_last_that_holds_the_loader_and_wait_for_no_collector():
+    gc.disable()
+    try:
+        loader = wrap(DataLoader(Tuples(), 4, num_workers=1, persistent_workers=True))
+        flat(loader)
+        (worker,) = loader._iterator._workers
+        del loader
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
 
 
 def test_after_a_broken_sample_the_indices_still_fit_without_workers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -60,12 +61,20 @@ class SievedBatchSampler(BatchSampler):
         self.handed_on: deque[list[Any]] | None = None
         self.passed_over = 0
         self.newest: Rest | None = None
-        #: Looks after iterations that ``SievedLoader`` does not make: somebody reads the batches, or another loader.
-        self.watch: Callable[[Callable[[int], Iterator[list[int]]]], Iterator[list[int]]] | None = None
+        self._watcher: weakref.ref[Any] | None = None
+
+    def is_watched_by(self, loader: Any) -> None:
+        """Let a ``SievedLoader`` look after iterations that it does not make: of somebody, or of another loader.
+
+        It is not held: a cycle would leave its workers to the garbage collector, in which they end after seconds only.
+        """
+        self._watcher = weakref.ref(loader)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.handed_on is None:
-            return self._batches(0) if self.watch is None else self.watch(self._batches)
+            watcher = None if self._watcher is None else self._watcher()
+            found: Iterator[list[int]] = self._batches(0) if watcher is None else watcher.watch(self._batches)
+            return found
         self.newest = Rest(self._batches(self.passed_over), self.handed_on)
         return self.newest
 

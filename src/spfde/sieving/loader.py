@@ -187,7 +187,7 @@ class SievedLoader(DataLoader[Any]):
         self.had_workers = False
         self.asks_for_more = True
         self._source: SievedBatchSampler = batch_sampler
-        batch_sampler.watch = self._watch
+        batch_sampler.is_watched_by(self)
         self._goes_on: tuple[int, Sequence[Tensor]] | None = None
         self.iteration, self.handed_by = -1, -1
         self._begin(0)
@@ -302,7 +302,7 @@ class SievedLoader(DataLoader[Any]):
         for generator, state in zip(loader_generators(self), states or (), strict=False):
             generator.set_state(state)
 
-    def _watch(self, batches: Callable[[int], Iterator[list[int]]]) -> Iterator[list[int]]:
+    def watch(self, batches: Callable[[int], Iterator[list[int]]]) -> Iterator[list[int]]:
         """Batches that are drawn from the batch sampler without this loader."""
         if not _is_drawn_by_a_loader():
             yield from batches(0)
