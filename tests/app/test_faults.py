@@ -71,7 +71,12 @@ class TestMemory:
         ("error", "where", "advice"),
         [
             (MemoryError(), "the machine", "smaller --batch-size (it was 16)"),
-            (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 B"), "the machine", "--model"),
+            pytest.param(
+                RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 B"),
+                "the machine",
+                "--model",
+                marks=pytest.mark.long,
+            ),
             (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the device", "--data-on host"),
         ],
         ids=["python", "host", "device"],
@@ -158,8 +163,8 @@ class TestData:
         [
             ("train/b/3.png", 0),
             pytest.param("train/b/3.png", 1, marks=pytest.mark.long),
-            ("train/b", 0),
-            ("test/a/1.png", 0),
+            pytest.param("train/b", 0, marks=pytest.mark.long),
+            pytest.param("test/a/1.png", 0, marks=pytest.mark.long),
         ],
     )
     def test_images_that_vanish_are_named_and_once_they_are_back_the_run_goes_on(

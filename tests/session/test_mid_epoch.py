@@ -10,6 +10,7 @@ import pytest
 
 import spfde
 from helpers.resuming import METHODS, Loop, assert_equal, everything, recipe_with, save
+from helpers.short import short
 from helpers.training import Parts, step
 
 STOPS = [(0, 1), (2, 3), (2, 4), (3, 2), (5, 1)]
@@ -57,20 +58,14 @@ def check(loop: Loop, stops: list[tuple[int, int]], through: Any = iter) -> None
     assert_equal(run(parts, session, through=through), expected)
 
 
-# One of each kind of schedule; the ends of epochs are tried with every method.
-SHORT = ("set", "mest-ems", "rigl-erk", "gmp", "str", "topkast", "deepr")
-
-
-@pytest.mark.parametrize(
-    "method", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
-)
+@pytest.mark.parametrize("method", short(METHODS))
 def test_a_run_that_was_stopped_amid_epochs_ends_like_one_that_never_stopped(method: str) -> None:
     check(Loop(recipe_with(method)), STOPS)
 
 
 @pytest.mark.parametrize("own_generator", [True, False])
 @pytest.mark.parametrize("through", [one_ahead, exactly])
-@pytest.mark.parametrize("sieves", [True, False])
+@pytest.mark.parametrize("sieves", short([True, False], [True]))
 def test_however_the_loop_draws_its_batches(through: Any, sieves: bool, own_generator: bool) -> None:
     recipe = recipe_with("mest-ems")
     recipe = recipe if sieves else recipe.replace(sieving=None)

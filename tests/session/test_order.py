@@ -11,6 +11,7 @@ import torch
 
 import spfde
 from helpers.resuming import EPOCHS, METHODS, Loop, assert_equal, bottom, finish, recipe_with, top
+from helpers.short import short
 from helpers.training import make_parts
 
 WITHOUT_SPARSITY = spfde.Recipe(
@@ -33,7 +34,7 @@ def weights_first(recipe: spfde.Recipe, saved: bytes) -> Any:
     return parts, session
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", short(METHODS))
 def test_weights_loaded_before_attach_go_on_bit_for_bit_with_every_method(method: str) -> None:
     loop = Loop(recipe_with(method))
     saved, end = loop.states()

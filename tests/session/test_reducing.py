@@ -82,19 +82,23 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_communication_hook_of_the_users_stays_and_follows_what_is_frozen(others: list[dict[str, Any]]) -> None:
     assert [found["hook"] for found in others] == [((0, 0), 2)] * 2
 
 
+@pytest.mark.long
 def test_a_hook_that_remembers_buckets_is_refused_where_blocks_are_frozen(others: list[dict[str, Any]]) -> None:
     assert all("PowerSGD" in found["powerSGD"] for found in others)
 
 
+@pytest.mark.long
 def test_parameters_that_take_turns_are_averaged_whenever_they_learn(others: list[dict[str, Any]]) -> None:
     first, second = (found["switched off"] for found in others)
     assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name)
 
 
+@pytest.mark.long
 def test_once_detached_whole_gradients_of_all_parameters_are_averaged(others: list[dict[str, Any]]) -> None:
     (first, outside), (second, _) = (found["detached"] for found in others)
     assert all(torch.equal(grad, second[name]) for name, grad in first.items())

@@ -26,6 +26,7 @@ from helpers.resuming import (
     recipe_with,
     save,
 )
+from helpers.short import METHODS as SOME
 from helpers.training import EPOCHS, step, train
 from spfde.engines.native import build
 
@@ -156,7 +157,10 @@ def test_every_method_resumes_at_any_moment_whoever_loads_its_data(method: str, 
 
 @pytest.mark.parametrize(
     ("method", "engine"),
-    [on_engine(engine, method, engine) for method, engine in zip(METHODS, cycle(FACTORS["engine"]), strict=False)],
+    [
+        pytest.param(method, engine, marks=[*on_engine(engine).marks, *(() if method in SOME else [pytest.mark.long])])
+        for method, engine in zip(METHODS, cycle(FACTORS["engine"]), strict=False)
+    ],
 )
 def test_an_earlier_state_loaded_into_the_session_that_has_gone_on_leads_to_the_same_end(
     method: str, engine: str

@@ -172,6 +172,7 @@ def test_equal_data_are_loaded_once(
 
 
 class TestOneThatFails:
+    @pytest.mark.long
     def test_a_run_that_diverges_ends_alone(self, options: Callable[..., TrainOptions], tmp_path: Path) -> None:
         good, notes = options(seed=1), list[str]()
         train(good, tmp_path / "alone")

@@ -17,6 +17,7 @@ from helpers.captured import ENGINE, Net, attach, batches, both, computes, same,
 from helpers.counting import Operations
 from helpers.recording import Replays, on_cpu  # noqa: F401  # a fixture
 from helpers.resuming import METHODS, MOMENTS, Loop, assert_equal, everything, recipe_with
+from helpers.short import short
 from helpers.training import EPOCHS, make_parts, train
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -24,13 +25,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 # --- the same run ----------------------------------------------------------------------------------------------------
 
 
-SHORT = ("mest-ems", "gmp", "dsr", "snfs", "topkast", "deepr", "str", "set-block")
-"""One of each kind; all of them in the long form."""
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param(method, marks=() if method in SHORT else pytest.mark.long) for method in METHODS]
-)
+@pytest.mark.parametrize("method", short(METHODS))
 def test_a_whole_run_ends_as_under_the_masked_engine(method: str) -> None:
     ends = []
     for engine in ("masked", ENGINE):
@@ -44,10 +39,7 @@ def test_a_whole_run_ends_as_under_the_masked_engine(method: str) -> None:
     assert_equal(ends[1], ends[0])
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param("mest-ems", marks=pytest.mark.long), "rigl", pytest.param("topkast", marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("method", short(["mest-ems", "rigl", "topkast"], ["rigl"]))
 def test_a_run_that_was_stopped_ends_like_one_that_never_stopped(method: str) -> None:
     loop = Loop(recipe_with(method), ENGINE)
     assert_equal(loop.end_with_stops(MOMENTS[1::3]), loop.end_with_stops([]))

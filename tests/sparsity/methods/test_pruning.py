@@ -132,6 +132,7 @@ def test_synflow_leaves_a_path_through_a_chain_at_99_9_percent_sparsity() -> Non
     assert flow.any()
 
 
+@pytest.mark.long
 def test_synflow_in_one_round_is_not_synflow_in_many() -> None:
     model = _chain()
     arguments: dict[str, Any] = {
