@@ -20,7 +20,7 @@ struct Tape {
   const Patch* patches;
   int64_t n_patches;
   const Call* calls;
-  int64_t n_calls;
+  int64_t n_calls, threads;
 };
 
 SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
@@ -29,5 +29,7 @@ SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
     char* const address = slots[patch.slot] + patch.offset;
     std::memcpy(tape->jobs + patch.at, &address, sizeof(address));
   }
-  for (int64_t i = 0; i < tape->n_calls; i++) tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
+  team.play(tape->threads, [tape] {
+    for (int64_t i = 0; i < tape->n_calls; i++) tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
+  });
 }
