@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
 from _common import Figure, Result, Table, Timing, begin, compare, parser, publish, show
-SPINS = "1000"
+from spfde.__main__ import SPINS
 from spfde.app.train.models import build_model
 from spfde.core.numbers import MOST_EPOCHS
 
@@ -34,7 +34,7 @@ BATCH = 64
 SPINNING = (0, 1, 2)
 MOST = {1: 2.0, 2: 4.0}
 MOST_IDLE = 1.05
-SETTINGS = {"1000": {"GOMP_SPINCOUNT": "1000"}, "own": {}}
+SETTINGS = {"as spfde train": {"GOMP_SPINCOUNT": SPINS}, "a loop of your own": {}}
 
 
 def steps() -> Iterator[float]:
@@ -124,7 +124,7 @@ def figures(timings: dict[tuple[str, int], Timing]) -> Iterator[Figure]:
         for busy, high in MOST.items():
             what = f"{name}: step beside {busy} busy process{'es' if busy > 1 else ''} over alone"
             yield Figure.of(what, compare(timings[name, busy], timings[name, 0]), high=high)
-    short, long = timings["1000",0], timings["own",0]
+    short, long = (timings[name, 0] for name in SETTINGS)
     yield Figure.of("step with short waits over OpenMP's own, cores free", compare(short, long), high=MOST_IDLE)
 
 

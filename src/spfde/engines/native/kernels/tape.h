@@ -33,3 +33,10 @@ SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
     for (int64_t i = 0; i < tape->n_calls; i++) tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
   });
 }
+
+// Of so many threads, those that share the work of what this thread plays next.
+SPFDE_EXPORT int64_t spfde_team(int64_t threads) { return team.of(threads); }
+
+SPFDE_EXPORT int64_t spfde_free_threads(int64_t threads, double waited, double seconds) {
+  return free_threads(threads, waited, seconds);
+}
