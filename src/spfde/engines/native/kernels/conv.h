@@ -176,7 +176,7 @@ static void conv_band(const ConvJob& job, int64_t g, int64_t band) {
 SPFDE_EXPORT void spfde_conv(const void* data) {
   const auto* job = static_cast<const ConvJob*>(data);
   const int64_t units = job->from.groups * job->bands;
-#pragma omp parallel for schedule(static) num_threads(team.of(job->threads))
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t unit = 0; unit < units; unit++) {
     const int64_t g = unit / job->bands, band = unit % job->bands;
     if (job->step_x == 1 && job->step_y == 1) {
@@ -206,7 +206,7 @@ SPFDE_EXPORT void spfde_statistics(const void* data) {
   const Blocked* layout = &job->layout;
   const int64_t bands = job->bands, band_rows = job->band_rows;
   const double count = double(layout->height) * double(layout->width) * double(layout->batch);
-#pragma omp parallel for schedule(static) num_threads(team.of(job->threads))
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t row = 0; row < layout->channels; row++) {
     // Two passes over the parts: the mean of all, then how far each part's own mean is from it.
     double average = 0, squares = 0;
@@ -300,7 +300,7 @@ SPFDE_EXPORT void spfde_conv_weight(const void* data) {
   const auto* job = static_cast<const WeightJob*>(data);
   const int64_t units = job->to.groups * job->bands, threads = job->threads;
   const int64_t n_entries = job->entries.start[job->entries.chunks * job->entries.rows];
-#pragma omp parallel for schedule(static, 1) num_threads(team.of(threads))
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t part = 0; part < threads; part++) {
     real* sums = job->partial + part * n_entries * LANES;
     std::memset(sums, 0, sizeof(real) * n_entries * LANES);
@@ -315,7 +315,7 @@ SPFDE_EXPORT void spfde_conv_weight(const void* data) {
       }
     }
   }
-#pragma omp parallel for schedule(static) num_threads(team.of(threads))
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < n_entries; k++) {
     vec sum{};
     for (int64_t part = 0; part < threads; part++) sum += load(job->partial + (part * n_entries + k) * LANES);

@@ -17,7 +17,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "team.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #ifndef SPFDE_REAL
 #define SPFDE_REAL float
@@ -143,7 +145,7 @@ struct Blocked {
 // each(g, c) for every channel of every group.
 template <class Each>
 static inline void each_plane(const Blocked& layout, int64_t threads, const Each& each) {
-#pragma omp parallel for schedule(static) num_threads(team.of(threads))
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t index = 0; index < layout.groups * layout.channels; index++) {
     each(index / layout.channels, index % layout.channels);
   }

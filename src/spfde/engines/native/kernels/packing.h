@@ -81,7 +81,7 @@ template <class Square, class Column>
 static inline void each_square(const TokensJob& job, const Square& square, const Column& column) {
   const Blocked layout = job.layout;
   const int64_t channels = layout.channels, each = layout.span;
-#pragma omp parallel for schedule(static) num_threads(team.of(job.threads))
+#pragma omp parallel for schedule(static) num_threads(job.threads)
   for (int64_t g = 0; g < layout.groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
       const int64_t first = g * each + i, left = job.n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
@@ -137,13 +137,13 @@ struct IndexJob {
 
 SPFDE_EXPORT void spfde_gather(const void* data) {
   const auto* job = static_cast<const IndexJob*>(data);
-#pragma omp parallel for schedule(static) num_threads(team.of(job->threads))
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t k = 0; k < job->n; k++) job->values[k] = job->weights[job->index[k]];
 }
 
 SPFDE_EXPORT void spfde_scatter(const void* data) {
   const auto* job = static_cast<const IndexJob*>(data);
-#pragma omp parallel for schedule(static) num_threads(team.of(job->threads))
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t k = 0; k < job->n; k++) {
     real* at = job->weights + job->index[k];
     *at = job->accumulate ? *at + job->values[k] : job->values[k];

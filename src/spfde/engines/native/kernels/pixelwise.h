@@ -51,7 +51,7 @@ SPFDE_EXPORT void spfde_apply(const void* data) {
   const auto* job = static_cast<const ApplyJob*>(data);
   const Blocked from = job->from, to = job->to, other = job->residual_layout;
   const int64_t lines = from.groups * from.height, act = job->activation;
-#pragma omp parallel for schedule(static) num_threads(team.of(job->threads))
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t line = 0; line < lines; line++) {
     const int64_t g = line / from.height, h = line % from.height;
     const vec valid = from.valid(g);
@@ -110,7 +110,7 @@ struct ChannelSums {
   // `each(g, c, h, sum, dot)` adds to the two vectors what line h of channel c brings.
   template <class Each>
   void take(const Each& each) {
-#pragma omp parallel for schedule(static, 1) num_threads(team.of(parts))
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
     for (int64_t part = 0; part < parts; part++) {
       double* total = totals.data() + part * 2 * channels;
       std::vector<real> sums(size_t((2 * channels + 1) * LANES));
@@ -172,7 +172,7 @@ SPFDE_EXPORT void spfde_apply_backward(const void* data) {
     constants[size_t(2 * c + 1)] = real(-a * total / count);
   }
   if (!job->out) return;
-#pragma omp parallel for schedule(static, 1) num_threads(team.of(sums.parts))
+#pragma omp parallel for schedule(static, 1) num_threads(sums.parts)
   for (int64_t part = 0; part < sums.parts; part++) {
     // From the last line to the first: the last ones are still in the cache.
     for (int64_t line = sums.start(part + 1) - 1; line >= sums.start(part); line--) {
@@ -212,7 +212,7 @@ SPFDE_EXPORT void spfde_add(const void* data) {
   const auto* job = static_cast<const AddJob*>(data);
   const Blocked from = job->from, to = job->to;
   const int64_t lines = from.groups * from.height;
-#pragma omp parallel for schedule(static) num_threads(team.of(job->threads))
+#pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t line = 0; line < lines; line++) {
     const int64_t g = line / from.height, h = line % from.height;
     for (int64_t c = 0; c < from.channels; c++) {

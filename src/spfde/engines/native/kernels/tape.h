@@ -1,6 +1,7 @@
 // A tape: jobs for kernels, one after another. What lies elsewhere each time is known by slots, until it is played.
 #pragma once
 
+#include "crowd.h"
 #include "lanes.h"
 
 using Kernel = void(const void* job);
@@ -29,14 +30,11 @@ SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
     char* const address = slots[patch.slot] + patch.offset;
     std::memcpy(tape->jobs + patch.at, &address, sizeof(address));
   }
-  team.play(tape->threads, [tape] {
-    for (int64_t i = 0; i < tape->n_calls; i++) tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
-  });
+  watch.begin(tape->threads);
+  for (int64_t i = 0; i < tape->n_calls; i++) {
+    tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
+    watch.passed(tape->threads);
+  }
 }
 
-// Of so many threads, those that share the work of what this thread plays next.
-SPFDE_EXPORT int64_t spfde_team(int64_t threads) { return team.of(threads); }
-
-SPFDE_EXPORT int64_t spfde_free_threads(int64_t threads, double waited, double seconds) {
-  return free_threads(threads, waited, seconds);
-}
+SPFDE_EXPORT bool spfde_lacks_cores(double waited, double seconds) { return lacks_cores(waited, seconds); }
