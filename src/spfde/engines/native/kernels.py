@@ -68,16 +68,7 @@ class Kernels:
 
 
 class KernelTape(Tape):
-    """A tape that knows what each kernel is told. Buffers are blocked as their layouts say.
-
-    Args:
-        library, dtype: see ``Tape``.
-        threads: that each kernel uses.
-    """
-
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int) -> None:
-        super().__init__(library, dtype)
-        self.threads = threads
+    """A tape that knows what each kernel is told. Buffers are blocked as their layouts say."""
 
     def conv(
         self, source: Buffer, target: Buffer, entries: Entries, values: Place, *, step_x: int = 1, step_y: int = 1,

@@ -59,10 +59,12 @@ class Tape:
     Args:
         library: the loaded kernels.
         dtype: of the numbers.
+        threads: that each kernel is cut for.
     """
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int) -> None:
         self.dtype = dtype
+        self.threads = threads
         self._library = library
         self._n_slots = 0
         self._given: dict[Hashable, int] = {}
@@ -156,7 +158,7 @@ class Tape:
         patches = (patch * len(self._patches))(*starmap(patch, self._patches))
         calls = (call * len(self._calls))(*starmap(call, self._calls))
         self._held += [jobs, patches, calls]
-        self._ready = struct("Tape")(at(jobs), at(patches), len(patches), at(calls), len(calls))
+        self._ready = struct("Tape")(at(jobs), at(patches), len(patches), at(calls), len(calls), self.threads)
 
     # --- playing -----------------------------------------------------------------------------------------------------
 

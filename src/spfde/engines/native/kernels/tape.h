@@ -1,6 +1,7 @@
 // A tape: jobs for kernels, one after another. What lies elsewhere each time is known by slots, until it is played.
 #pragma once
 
+#include "crowd.h"
 #include "lanes.h"
 
 using Kernel = void(const void* job);
@@ -20,7 +21,7 @@ struct Tape {
   const Patch* patches;
   int64_t n_patches;
   const Call* calls;
-  int64_t n_calls;
+  int64_t n_calls, threads;
 };
 
 SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
@@ -29,5 +30,11 @@ SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
     char* const address = slots[patch.slot] + patch.offset;
     std::memcpy(tape->jobs + patch.at, &address, sizeof(address));
   }
-  for (int64_t i = 0; i < tape->n_calls; i++) tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
+  watch.begin(tape->threads);
+  for (int64_t i = 0; i < tape->n_calls; i++) {
+    tape->calls[i].kernel(tape->jobs + tape->calls[i].job);
+    watch.passed(tape->threads);
+  }
 }
+
+SPFDE_EXPORT bool spfde_lacks_cores(double waited, double seconds) { return lacks_cores(waited, seconds); }

@@ -1,0 +1,142 @@
+// How threads wait for each other where other processes want the cores too.
+//
+// OpenMP's threads spin at the end of every kernel, and of every operation of PyTorch, for milliseconds until they sleep. Where
+// each has a core that is fastest. Where one of them stands in a queue for a core, another one spins for it on a core that
+// it could have, and a step takes many times as long as the cores would need.
+//
+// GCC's runtime lets waiting threads sleep at once when the process has more of them than cores. So from time to time some
+// kernels are watched: the system tells how long each thread was ready to run and had no core. If that is a good part of the time,
+// threads that do nothing are added until it is no more. Who computes what stays as it is.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <fcntl.h>
+#include <unistd.h>
+#endif
+
+// Whether threads that waited so many seconds for a core, all together, in so many seconds are short of cores.
+static inline bool lacks_cores(double waited, double seconds) {
+  constexpr double some = 0.25;  // of a thread: a moment's guest, such as the system itself, is gone before one has slept
+  return waited >= some * seconds;
+}
+
+// More threads of OpenMP than there are cores, while it stands.
+class Crowd {
+ public:
+  ~Crowd() { leave(); }
+
+  bool stands() const { return one_.joinable(); }
+
+  void gather() {
+#ifdef _OPENMP
+    if (stands()) return;
+    stays_ = true, is_gathered_ = false;
+    one_ = std::thread([this] {
+      std::atomic<int> n{0};  // something to do: the compiler leaves out a region in which there is nothing
+#pragma omp parallel num_threads(omp_get_num_procs() + 1)
+      n++;
+      std::unique_lock<std::mutex> lock(mutex_);
+      is_gathered_ = true;
+      changed_.notify_all();
+      changed_.wait(lock, [this] { return !stays_; });
+    });
+    std::unique_lock<std::mutex> lock(mutex_);  // what is computed before would wait in the old way
+    changed_.wait(lock, [this] { return is_gathered_; });
+#endif
+  }
+
+  void leave() {
+    if (!stands()) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stays_ = false;
+    }
+    changed_.notify_all();
+    one_.join();
+  }
+
+ private:
+  std::thread one_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stays_ = false, is_gathered_ = false;
+};
+
+// Watches, from time to time, how the threads of this one wait for each other.
+class Watch {
+ public:
+  // Before the kernels of a tape, which so many threads share.
+  void begin(int64_t threads) {
+    const auto now = Clock::now();
+    if (looks_ || threads < 2 || now < next_) return;
+    looks_ = true;
+    start_ = now;
+    crowd_.leave();
+    before_ = waited(threads);
+  }
+
+  // After each of them.
+  void passed(int64_t threads) {
+    if (!looks_) return;
+    const auto now = Clock::now();
+    if (now - start_ < LOOK) return;
+    looks_ = false;
+    const double seconds = std::chrono::duration<double>(now - start_).count();
+    const bool lacks = lacks_cores(waited(threads) - before_, seconds);
+    others_ = lacks == short_ ? 0 : others_ + 1;  // looks in a row that say otherwise
+    if (others_ == (short_ ? FREE : BUSY)) short_ = lacks, others_ = 0;
+    if (short_) crowd_.gather();
+    const auto end = Clock::now();
+    // To look is to do without what helps: rarely, where it helps.
+    next_ = end + (short_ ? std::max<Clock::duration>(EVERY, RARELY * (end - start_)) : others_ ? Clock::duration(0) : EVERY);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds EVERY{20}, LOOK{15};
+  static constexpr int RARELY = 60, BUSY = 2, FREE = 4;  // BUSY and FREE: looks in a row that are believed
+
+  Crowd crowd_;
+  Clock::time_point next_{}, start_{};
+  double before_ = 0;
+  bool looks_ = false, short_ = false;  // short_: of cores
+  int others_ = 0;
+
+  // Seconds that so many threads were ready to run and had no core, since they began; 0 where the system does not tell.
+  static double waited(int64_t threads) {
+    double seconds = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : seconds)
+    seconds += waited_here();
+    return seconds;
+  }
+
+  static double waited_here() {
+#ifdef __linux__
+    const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    if (file < 0) return 0;
+    char text[96] = {};  // nanoseconds on a core, nanoseconds in the queue, how often
+    const bool is_told = read(file, text, sizeof(text) - 1) > 0;
+    close(file);
+    char* at = text;
+    std::strtoull(text, &at, 10);
+    return is_told ? double(std::strtoull(at, nullptr, 10)) * 1e-9 : 0;
+#else
+    return 0;
+#endif
+  }
+};
+
+// Of the thread that plays: OpenMP gives each one its own others.
+static thread_local Watch watch;

@@ -1,0 +1,63 @@
+"""How the kernels' threads wait for each other where other processes want the cores too."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.native import needs_kernels, random_masks, step, twin
+from spfde.engines.native import build
+
+pytestmark = needs_kernels
+
+
+def lacks_cores(waited: float, seconds: float) -> bool:
+    asked = build.load().spfde_lacks_cores
+    asked.restype, asked.argtypes = ctypes.c_bool, (ctypes.c_double, ctypes.c_double)
+    return bool(asked(waited, seconds))
+
+
+@pytest.mark.parametrize(
+    ("waited", "lacks"),
+    [
+        (0.0, False),
+        (0.002, False),  # a fifth of a thread: somebody's short visit
+        (0.0067, True),  # one busy process on two cores: each of three threads waits a third of the time
+        (0.010, True),  # two busy processes: half of the time
+    ],
+)
+def test_threads_that_stand_in_a_queue_for_a_good_part_of_the_time_lack_cores(waited: float, lacks: bool) -> None:
+    assert lacks_cores(waited, seconds=0.010) == lacks
+
+
+@given(waited=st.floats(0, 1e3), more=st.floats(0, 1e3), seconds=st.floats(1e-6, 1e2))
+def test_longer_queues_lack_them_no_less(waited: float, more: float, seconds: float) -> None:
+    assert lacks_cores(waited + more, seconds) >= lacks_cores(waited, seconds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell how long a thread waited for a core")
+def test_where_there_are_more_threads_than_cores_others_are_added_and_the_numbers_are_the_same() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 9, 3), torch.nn.BatchNorm2d(9), torch.nn.ReLU()).double()
+    twin(model, random_masks(model, 0.4))
+    x, before, threads = torch.randn(64, 3, 24, 24, dtype=torch.float64), torch.get_num_threads(), os.cpu_count() or 1
+    try:
+        torch.set_num_threads(3 * threads)
+        first, n = step(model, x), set[int]()
+        for _ in range(400):
+            model[1].reset_running_stats()
+            again = step(model, x)
+            assert all(torch.equal(again[name], first[name]) for name in first)
+            n.add(len(list(Path("/proc/self/task").iterdir())))
+            if max(n) > min(n):
+                break
+        assert max(n) > min(n)
+    finally:
+        torch.set_num_threads(before)
