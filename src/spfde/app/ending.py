@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import typer
 
 from spfde.app.terminating import EXIT_TERMINATED, Terminated
+from spfde.core.errors import SpfdeError
 from spfde.core.say import n_started, tells
 
 EXIT_ERROR = 2
@@ -79,10 +80,13 @@ def usage_errors_once() -> Iterator[None]:
         if n_started() > 1:
             from spfde.app.train.processes import joined
 
-            with joined():
-                code, speaks = agreed(EXIT_ERROR, Cause.OWN)
+            try:
+                with joined():
+                    speaks = agreed(EXIT_ERROR, Cause.OWN).speaks
+            except (SpfdeError, RuntimeError):  # they cannot meet
+                speaks = tells()
             if not speaks:
-                raise typer.Exit(code) from None
+                raise typer.Exit(EXIT_ERROR) from None
         raise
 
 
@@ -107,12 +111,9 @@ def agreed(code: int, cause: Cause) -> End:
     if processes.store is None:  # they have not met
         return End(code, cause is not Cause.SIGNAL or tells())
     try:
-        decided = _agreed(processes.store, processes.rank, code, cause)
+        return _agreed(processes.store, processes.rank, code, cause)
     except RuntimeError:  # the store is gone with the process that held it
-        decided = End(code, processes.is_first)
-    # The launcher stops those that are left as soon as one has ended, and this one does by itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return decided
+        return End(code, processes.is_first or cause is Cause.OWN)
 
 
 def is_first_to_say(words: str) -> bool:
@@ -136,9 +137,12 @@ def _agreed(store: Any, rank: int, code: int, cause: Cause) -> End:
             _waited(store, _CODE, _WORD_IS_LEFT)
         except Terminated:  # the launcher has noticed it as well
             code = EXIT_TERMINATED
+    # The launcher stops those that are left as soon as one has ended, and this one ends by itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     code, speaker = map(int, store.compare_set(_CODE, "", f"{code} {rank}").decode().split())
     if cause is not Cause.OWN and speaker != rank and code not in _SIGNALS:
-        return End(code, speaks=False)  # that one does, or has
+        _waited(store, _SAID, _FIRST_SPEAKS + _WORD_IS_LEFT)  # it must be there until that one has spoken
+        return End(code, speaks=False)
     if rank and (cause is Cause.SIGNAL or _waited(store, _SAID, _FIRST_SPEAKS)):
         return End(code, speaks=False)  # the launcher passes signals to all, and the first one speaks of them
     return End(code, speaks=store.add(_SAID, 1) == 1)

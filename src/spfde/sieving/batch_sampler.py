@@ -63,7 +63,7 @@ class SievedBatchSampler(BatchSampler):
         self.newest: Rest | None = None
         self._watcher: weakref.ref[Any] | None = None
 
-    def is_watched_by(self, loader: Any) -> None:
+    def be_watched_by(self, loader: Any) -> None:
         """Let a ``SievedLoader`` look after iterations that it does not make: of somebody, or of another loader.
 
         It is not held: a cycle would leave its workers to the garbage collector, in which they end after seconds only.

@@ -187,7 +187,7 @@ class SievedLoader(DataLoader[Any]):
         self.had_workers = False
         self.asks_for_more = True
         self._source: SievedBatchSampler = batch_sampler
-        batch_sampler.is_watched_by(self)
+        batch_sampler.be_watched_by(self)
         self._goes_on: tuple[int, Sequence[Tensor]] | None = None
         self.iteration, self.handed_by = -1, -1
         self._begin(0)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,6 +180,8 @@ def open_folder(processes: Processes, out: Path, *, resume: bool) -> RunFolder:
 # --- who they are ----------------------------------------------------------------------------------------------------
 
 _joined: Processes | None = None
+_PATIENCE = timedelta(hours=6)
+"""For which others wait while one downloads or decodes; a process that has died is noticed at once."""
 
 
 def current() -> Processes:
@@ -213,12 +216,16 @@ def joined() -> Iterator[Processes]:
     except ValueError as error:
         rule = f"the processes do not know where to meet ({error})"
         raise InvalidArgument(Problem("WORLD_SIZE", size, rule, "Start them by torchrun, or unset it.")) from error
+    if "LOCAL_RANK" not in os.environ:
+        rule = "is not set, and says which of a host's processes this is: which GPU it takes, and who downloads"
+        raise InvalidArgument(Problem("LOCAL_RANK", None, rule, "Start the processes by torchrun, or set it."))
     on_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=PrefixStore("group", store),
         rank=rank,
         world_size=size,
+        timeout=_PATIENCE,
     )
     word = PrefixStore("spfde", store)
     _joined = Processes(rank, size, local_rank=int(os.environ.get("LOCAL_RANK", "0")), store=word)

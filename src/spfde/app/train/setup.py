@@ -23,6 +23,7 @@ from torch.optim import SGD, Optimizer
 import spfde
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, draw
+from spfde.app.machine_errors import is_lost_process
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.runs.rows import check_rows
@@ -40,6 +41,7 @@ from spfde.core.state import check_entries
 from spfde.engines.prefix_cache import PrefixCache
 from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
+from spfde.session.distributed import OtherRankFailed
 from spfde.session.session import Session
 
 Loads = Callable[..., ImageData]
@@ -297,11 +299,13 @@ def _load(run: TrainingRun, checkpoint: Path) -> None:
     try:
         with run.processes.copied(checkpoint) as copy:
             run.load(copy)
-    except RunFolderError:
+    except (RunFolderError, OtherRankFailed):
         raise
     except StateMismatch as error:
         raise StateMismatch(f"checkpoint {checkpoint}: {error}") from error
     except Exception as error:
+        if is_lost_process(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         versions_then = run.folder.read_json(CONFIG).get("versions")
         raise RunFolderError(

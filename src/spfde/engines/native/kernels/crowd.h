@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #ifdef _OPENMP
@@ -32,46 +33,66 @@ static inline bool lacks_cores(double waited, double seconds) {
   return waited >= some * seconds;
 }
 
-// More threads of OpenMP than there are cores, while it stands.
+// More threads of OpenMP than there are cores, while it stands: until it is told to leave, or not used for some seconds.
 class Crowd {
  public:
   ~Crowd() { leave(); }
 
-  bool stands() const { return one_.joinable(); }
+  // Whether it stands; it stays for longer then.
+  bool stands() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    until_ = Clock::now() + UNUSED;
+    return state_ == STANDS;
+  }
 
   void gather() {
 #ifdef _OPENMP
     if (stands()) return;
-    stays_ = true, is_gathered_ = false;
-    one_ = std::thread([this] {
-      std::atomic<int> n{0};  // something to do: the compiler leaves out a region in which there is nothing
-#pragma omp parallel num_threads(omp_get_num_procs() + 1)
-      n++;
-      std::unique_lock<std::mutex> lock(mutex_);
-      is_gathered_ = true;
-      changed_.notify_all();
-      changed_.wait(lock, [this] { return !stays_; });
-    });
+    leave();
+    state_ = COMES;
+    try {
+      one_ = std::thread([this] { stay(); });
+    } catch (const std::system_error&) {  // no more threads: it goes on as it was
+      state_ = GONE;
+      return;
+    }
     std::unique_lock<std::mutex> lock(mutex_);  // what is computed before would wait in the old way
-    changed_.wait(lock, [this] { return is_gathered_; });
+    changed_.wait(lock, [this] { return state_ != COMES; });
 #endif
   }
 
   void leave() {
-    if (!stands()) return;
+    if (!one_.joinable()) return;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      stays_ = false;
+      state_ = GONE;
     }
     changed_.notify_all();
     one_.join();
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::seconds UNUSED{2};
+
   std::thread one_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool stays_ = false, is_gathered_ = false;
+  enum { GONE, COMES, STANDS } state_ = GONE;
+  Clock::time_point until_{};
+
+  void stay() {
+#ifdef _OPENMP
+    std::atomic<int> n{0};  // something to do: the compiler leaves out a region in which there is nothing
+#pragma omp parallel num_threads(omp_get_num_procs() + 1)
+    n++;
+#endif
+    std::unique_lock<std::mutex> lock(mutex_);
+    state_ = STANDS;
+    changed_.notify_all();
+    while (state_ == STANDS && Clock::now() < until_) changed_.wait_until(lock, until_);
+    state_ = GONE;
+  }
 };
 
 // Watches, from time to time, how the threads of this one wait for each other.
@@ -80,22 +101,25 @@ class Watch {
   // Before the kernels of a tape, which so many threads share.
   void begin(int64_t threads) {
     const auto now = Clock::now();
-    if (looks_ || threads < 2 || now < next_) return;
-    looks_ = true;
-    start_ = now;
+    if (short_) crowd_.stands();
+    // What began long ago, or with other threads, says nothing.
+    if (looks_ && threads == threads_ && now - start_ < LONG) return;
+    looks_ = threads > 1 && (looks_ || now >= next_);
+    if (!looks_) return;
+    threads_ = threads, start_ = now;
     crowd_.leave();
     before_ = waited(threads);
   }
 
   // After each of them.
-  void passed(int64_t threads) {
+  void passed() {
     if (!looks_) return;
     const auto now = Clock::now();
     if (now - start_ < LOOK) return;
     looks_ = false;
     const double seconds = std::chrono::duration<double>(now - start_).count();
-    const bool lacks = lacks_cores(waited(threads) - before_, seconds);
-    others_ = lacks == short_ ? 0 : others_ + 1;  // looks in a row that say otherwise
+    const bool lacks = lacks_cores(waited(threads_) - before_, seconds);
+    others_ = lacks == short_ ? 0 : others_ + 1;
     if (others_ == (short_ ? FREE : BUSY)) short_ = lacks, others_ = 0;
     if (short_) crowd_.gather();
     const auto end = Clock::now();
@@ -105,14 +129,15 @@ class Watch {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::milliseconds EVERY{20}, LOOK{15};
+  static constexpr std::chrono::milliseconds EVERY{20}, LOOK{15}, LONG{500};
   static constexpr int RARELY = 60, BUSY = 2, FREE = 4;  // BUSY and FREE: looks in a row that are believed
 
   Crowd crowd_;
   Clock::time_point next_{}, start_{};
   double before_ = 0;
   bool looks_ = false, short_ = false;  // short_: of cores
-  int others_ = 0;
+  int others_ = 0;  // looks in a row that say otherwise
+  int64_t threads_ = 0;
 
   // Seconds that so many threads were ready to run and had no core, since they began; 0 where the system does not tell.
   static double waited(int64_t threads) {
