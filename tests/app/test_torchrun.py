@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.commands import Command, Outcome, start, start_together
+from helpers.commands import Command, Outcome, run, start, start_together
 from helpers.processes import start as run_module
 from spfde.app.runs.checkpoints import epoch_of
 
@@ -208,6 +208,33 @@ def test_what_one_process_alone_finds_wrong_ends_all_with_its_words(tiny: Path, 
     assert [each.code for each in ended] == [2, 2]
     assert said(*ended) == ["spfde: the disk of this host is gone"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_under_the_launcher_too_that_ends_all_with_its_code_and_its_words_once(tiny: Path, tmp_path: Path) -> None:
+    """Each of two hosts with one process: the launcher stops the first one as soon as the second has ended."""
+    script = tmp_path / "second_has_no_data.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from helpers import commands\n"
+        "from spfde.app.cli import main\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    commands.MOMENTS['no data'](Path('flag'))\n"
+        "main()\n"
+    )
+    ended = run_module(str(script), *words(tiny), ranks=2, cwd=tmp_path)
+    launched = Outcome(ended.returncode, ended.stdout, ended.stderr)
+    assert set(codes(launched)) == {2}
+    assert said(launched) == ["spfde: the disk of this host is gone"]
+
+
+@pytest.mark.long
+def test_what_no_launcher_started_is_done_whatever_the_rank(tmp_path: Path) -> None:
+    """A container of a job names its rank to every command, not to those of a launcher alone."""
+    ended = run("report", "nowhere", cwd=tmp_path, WORLD_SIZE="2", RANK="1")
+    assert (ended.code, ended.err.count("nowhere: is no run folder")) == (2, 1)
 
 
 @pytest.mark.long

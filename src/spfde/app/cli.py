@@ -37,7 +37,7 @@ from spfde.app.options import (
     takes,
 )
 from spfde.app.terminating import EXIT_TERMINATED, terminable
-from spfde.core.say import n_started, tells
+from spfde.core.say import is_by_launcher, n_started, tells
 
 if TYPE_CHECKING:
     from spfde.app.train.options import TrainOptions
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> Any:
     if n_started() == 1:
         return _main_of_one(argv)
     words = sys.argv[1:] if argv is None else argv
-    if not tells() and (words[:1] != ["train"] or "--help" in words):
+    if not tells() and is_by_launcher() and (words[:1] != ["train"] or "--help" in words):
         raise SystemExit(0)  # what does not train is done by the first process
     try:
         _main_of_one(argv)

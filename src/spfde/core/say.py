@@ -18,6 +18,11 @@ def n_started() -> int:
     return int(size) if size.isascii() and size.isdigit() else 1
 
 
+def is_by_launcher() -> bool:
+    """Whether it is a launcher that gave this process its rank, and not the container that every command runs in."""
+    return "LOCAL_RANK" in os.environ
+
+
 def tells() -> bool:
     """Whether it is this process that tells what all of them know: the first one of those that were started."""
     return n_started() == 1 or os.environ.get("RANK", "0") == "0"

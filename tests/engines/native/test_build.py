@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,15 +67,20 @@ def test_two_processes_at_once_build_one_library(cache: Path, sources: Path) -> 
 
 
 @needs_compiler
-def test_where_the_cache_cannot_be_written_to_a_temporary_folder_serves(
+def test_where_the_cache_cannot_be_written_to_the_process_has_its_own_and_leaves_nothing(
     tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    occupied = tmp_path / "file"
+    occupied, temporary = tmp_path / "file", tmp_path / "temporary"
     occupied.write_text("in the way")
+    temporary.mkdir()
     monkeypatch.setenv("SPFDE_CACHE_DIR", str(occupied / "cache"))
-    path = library_path()
-    assert path.is_file()
-    assert "spfde-kernels-" in str(path)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    told: list[str] = []
+    library = build.load(on_build=told.append)
+    assert "spfde-kernels-" in library._name
+    assert not list(temporary.iterdir())
+    assert build.load(on_build=told.append) is library
+    assert [line for line in told if "alone" in line] == told[:1], "it is built once"
 
 
 def test_without_a_compiler_the_reason_is_given(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,9 @@ _TEXT: Mapping[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 
 Real = Literal["float", "double"]
 
+_built_alone: dict[str, ctypes.CDLL] = {}
+"""By name: libraries that could not be kept."""
+
 
 class KernelsUnavailable(SpfdeError):
     """The kernels cannot be had here.
@@ -79,14 +82,18 @@ def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[st
         flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
     name, tell = f"kernels-{_digest(flags, compiler)}.so", on_build or (lambda line: None)
     build = functools.partial(_compile, compiler, flags, tell)
+    if name in _built_alone:
+        return _built_alone[name]
     try:
         return _kept(cache_folder(), name, build)
     except (OSError, library_cache.Unusable) as error:
         tell(f"the kernels are built for this process alone: {error}")
     try:
-        return _kept(Path(_private_folder().name), name, build)
+        with tempfile.TemporaryDirectory(prefix="spfde-kernels-") as folder:
+            _built_alone[name] = _kept(Path(folder), name, build)
     except (OSError, library_cache.Unusable) as error:
         raise KernelsUnavailable(f"neither the cache folder nor a temporary one can be used ({error})") from error
+    return _built_alone[name]
 
 
 def _kept(folder: Path, name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
@@ -222,9 +229,3 @@ def _run(command: list[str]) -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     return None if ran.returncode == 0 else ran.stderr or ran.stdout or f"exit code {ran.returncode}"
-
-
-@functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, for where the cache cannot be written to; its end removes it."""
-    return tempfile.TemporaryDirectory(prefix="spfde-kernels-")
