@@ -108,6 +108,19 @@ def test_the_named_compiler_is_used(
     assert (tmp_path / "was-used").exists()
 
 
+@needs_compiler
+def test_further_switches_make_another_library(cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = library_path()
+    monkeypatch.setenv("SPFDE_CXXFLAGS", "-DSPFDE_NOTHING '-DSPFDE_WORDS=a b'")
+    assert library_path() != usual
+    monkeypatch.setenv("SPFDE_CXXFLAGS", "-fno-such-switch")
+    with pytest.raises(build.KernelsUnavailable):
+        build.load()
+    monkeypatch.setenv("SPFDE_CXXFLAGS", "'")
+    with pytest.raises(build.KernelsUnavailable, match="SPFDE_CXXFLAGS=' cannot be read"):
+        build.load()
+
+
 def test_the_named_compiler_may_come_with_arguments(
     cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

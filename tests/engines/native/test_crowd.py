@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import ROOT
 from helpers.native import needs_kernels, random_masks, step, twin
 from spfde.engines.native import build
 
@@ -44,6 +48,24 @@ def test_longer_queues_lack_them_no_less(waited: float, more: float, seconds: fl
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell how long a thread waited for a core")
 def test_where_there_are_more_threads_than_cores_others_are_added_and_the_numbers_are_the_same() -> None:
+    with short_of_cores() as (first, again):
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell how long a thread waited for a core")
+def test_a_process_that_is_forked_meanwhile_ends() -> None:
+    """In it these threads are not there to be waited for."""
+    program = "import os, sys; from engines.native.test_crowd import short_of_cores\n"
+    program += "with short_of_cores(): child = os.fork()\n"
+    program += "sys.exit(os.waitpid(child, 0)[1] if child else 0)"
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=60)
+
+
+@contextmanager
+def short_of_cores() -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Threads have been added; what the first step and the last one came to."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 9, 3), torch.nn.BatchNorm2d(9), torch.nn.ReLU()).double()
     twin(model, random_masks(model, 0.4))
@@ -54,10 +76,10 @@ def test_where_there_are_more_threads_than_cores_others_are_added_and_the_number
         for _ in range(400):
             model[1].reset_running_stats()
             again = step(model, x)
-            assert all(torch.equal(again[name], first[name]) for name in first)
             n.add(len(list(Path("/proc/self/task").iterdir())))
             if max(n) > min(n):
                 break
         assert max(n) > min(n)
+        yield first, again
     finally:
         torch.set_num_threads(before)

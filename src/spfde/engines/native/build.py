@@ -66,7 +66,7 @@ def available() -> str | None:
 
 
 def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[str], None] | None = None) -> ctypes.CDLL:
-    """The library, built if need be.
+    """The library, built if need be, with the switches of ``$SPFDE_CXXFLAGS`` behind the usual ones.
 
     Args:
         real: the number type of the kernels; double is for tests.
@@ -78,6 +78,7 @@ def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[st
     """
     compiler = _compiler()
     flags = [*_FLAGS, _machine_flag(), f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
+    flags += _words_of("SPFDE_CXXFLAGS")
     if sanitize:
         flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
     name, tell = f"kernels-{_digest(flags, compiler)}.so", on_build or (lambda line: None)
@@ -123,10 +124,7 @@ def _compiler() -> tuple[str, ...]:
     """The compiler that runs here, with what $CXX says besides the program: a cache's name, flags."""
     if sys.platform not in ("linux", "darwin"):
         raise KernelsUnavailable(f"the platform {sys.platform} is not supported")
-    try:
-        own = shlex.split(os.environ.get("CXX", ""))
-    except ValueError as error:  # a quote that does not end
-        raise KernelsUnavailable(f"$CXX={os.environ['CXX']} cannot be read ({error})") from error
+    own = _words_of("CXX")
     found = next((path for path in map(shutil.which, own[:1] or _COMPILERS) if path), None)
     if found is None:
         told = f"$CXX={shlex.join(own)} is no compiler" if own else f"no C++ compiler ({', '.join(_COMPILERS)})"
@@ -134,6 +132,14 @@ def _compiler() -> tuple[str, ...]:
     command = (found, *own[1:])
     _version(command)
     return command
+
+
+def _words_of(variable: str) -> list[str]:
+    """The words of an environment variable, none where it is not set."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:  # a quote that does not end
+        raise KernelsUnavailable(f"${variable}={os.environ[variable]} cannot be read ({error})") from error
 
 
 @functools.cache
