@@ -1,9 +1,9 @@
 """What does a native step take where other processes want the cores too?
 
 Processes that spin, none to two of them, beside one that trains with the native engine: ResNet-8 at 90 % on images of
-32 pixels, batches of 64, whole steps. In turns with it train one whose kernels do not look for busy cores, and one
-whose OpenMP threads never spin: what waits of no length would come to. Times are means of a round's steps, some seconds after
-the processes began or ended. Run it on a machine that does nothing else.
+32 pixels, batches of 64, whole steps. In turns with it train one whose kernels do not look for busy cores, and one with
+OpenMP threads that never spin, which is what waits of no length would come to. Times are means of a round's steps, some
+seconds after the processes began or ended. Run it on a machine that does nothing else.
 
     python benchmarks/busy.py                       # about 6 minutes on two cores
 """
