@@ -127,6 +127,64 @@ def plan(
 
 
 @command()
+@takes(
+    DataOptions,
+    PluginOptions,
+    RecipeOptions,
+    TrainingOptions,
+    MachineOptions,
+    CacheOptions,
+    lists=(DataOptions, RecipeOptions, TrainingOptions),
+)
+def compare(
+    context: typer.Context,
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            help="a TOML file, or spfde_cifar10 and the like, which come with the package; without one the "
+            "options say what is compared, by lists with commas",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder", show_default="a new one under runs/")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="go on with the comparison in this folder; takes --seeds, --baseline, --jobs, --format, "
+            "--plugin and --quiet alone"
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="so many, from 0 on, or a list", show_default="3")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="the candidate that others are compared with", show_default="the first dense one"),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="runs at a time", show_default="1; on a GPU as many as are found fastest"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="the short form: one seed, few embedded images, few epochs")
+    ] = False,
+    format: Annotated[list[str], typer.Option(help="latex, for table.tex beside the others", show_default=False)] = [],  # noqa: B006
+    print_: Annotated[bool, typer.Option("--print", help="Print SPEC, to be copied and changed, and leave.")] = False,
+    quiet: Quiet = False,
+    **asked: Any,
+) -> None:
+    """Train candidates over several seeds, and compare them: a table with spread, paired differences and cost."""
+    from spfde.app.compare.command import compare_runs, print_spec
+
+    if print_:
+        typer.echo(print_spec(spec or ""), nl=False)
+        return
+    given = given_options(context) - {"spec"}
+    compare_runs(
+        spec, asked, given, out=out, resume=resume, seeds=seeds, baseline=baseline, jobs=jobs, quick=quick,
+        formats=format, quiet=quiet,
+    )  # fmt: skip
+
+
+@command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),

@@ -5,11 +5,11 @@ PyTorch: ``--help`` answers at once. Only ``takes`` loads Typer: a trainer that 
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -210,14 +210,17 @@ Command = TypeVar("Command", bound=Callable[..., None])
 Model = TypeVar("Model", bound="BaseModel")
 
 
-def takes(*groups: type) -> Callable[[Command], Command]:
-    """Give a command the options that the groups declare, as keyword arguments; what it declares itself comes first."""
+def takes(*groups: type, lists: Collection[type] = ()) -> Callable[[Command], Command]:
+    """Give a command the options that the groups declare, as keyword arguments; what it declares itself comes first.
+
+    Options of the groups in ``lists`` are text, which may hold several values with commas between them (``listed``).
+    """
 
     def give(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
         first = [each for each in own if each.default is each.empty]
-        rest = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
+        rest = {name: each for group in groups for name, each in _parameters(group, of_lists=group in lists).items()}
         rest |= {each.name: each.replace(kind=each.KEYWORD_ONLY) for each in own if each not in first}
         command.__signature__ = signature.replace(parameters=[*first, *rest.values()])  # type: ignore[attr-defined]
         return command
@@ -248,8 +251,29 @@ def with_words(model: type[Model]) -> type[Model]:
     return model
 
 
+def listed(group: type, name: str, text: str) -> list[Any]:
+    """The values in the text of an option that may have several, each as the option's type has it.
+
+    Raises:
+        InvalidArgument: one is not of that type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from spfde.core.errors import InvalidArgument, Problem
+
+    kind = get_type_hints(group)[name]
+    values = []
+    for part in (part.strip() for part in text.split(",")):
+        try:
+            values.append(TypeAdapter(kind).validate_python(part))
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"]
+            raise InvalidArgument(Problem(flag(name), part, rule[:1].lower() + rule[1:], "See --help.")) from None
+    return values
+
+
 @cache
-def _parameters(group: type) -> dict[str, inspect.Parameter]:
+def _parameters(group: type, *, of_lists: bool = False) -> dict[str, inspect.Parameter]:
     """As Typer takes them: names of a set are text that is checked later, with all else, and tuples are lists."""
     import typer
 
@@ -265,6 +289,9 @@ def _parameters(group: type) -> dict[str, inspect.Parameter]:
         else:
             kind = plain[name]
         words = next(note for note in notes if isinstance(note, Words))
+        if of_lists and kind not in (list[str], bool | None):
+            shown = words.shown if isinstance(words.shown, str) else str(default)
+            words, kind, default = replace(words, shown=shown), str | None, None
         option = typer.Option(help=words.help, rich_help_panel=words.panel, show_default=words.shown)
         parameters[name] = inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]

@@ -37,7 +37,14 @@ Summary = dict[str, Any]
 """What ``summary.json`` holds."""
 
 
-def train(options: TrainOptions, out: Path, display: Display | None = None, *, resume: bool = False) -> Summary:
+def train(
+    options: TrainOptions,
+    out: Path,
+    display: Display | None = None,
+    *,
+    resume: bool = False,
+    load: Loads | None = None,
+) -> Summary:
     """Train a model, or go on with a run that was stopped.
 
     It needs torch, numpy and pydantic alone; safetensors, where it is installed, for the format of the weights.
@@ -47,6 +54,7 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         out: the run folder.
         display: shows progress; its live bar is gone when this returns, however it does. None shows nothing.
         resume: go on from the newest checkpoint in ``out``; from the start, where there is none yet.
+        load: gives the data, called as ``load_data`` is, which it is where this is None.
 
     Returns:
         The summary, as written to ``summary.json``.
@@ -57,7 +65,7 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         KeyboardInterrupt: on Ctrl-C, and as ``Terminated`` on SIGTERM, which waits some seconds for the checkpoint of
             an epoch that is trained; the folder can be resumed.
     """
-    with closing(train_in_steps(options, out, display, resume=resume)) as steps:
+    with closing(train_in_steps(options, out, display, resume=resume, load=load)) as steps:
         while True:
             try:
                 next(steps)
@@ -79,8 +87,7 @@ def train_in_steps(
     Whoever does other things in a pause leaves the process as it was found, see ``turns``.
 
     Args:
-        options, out, display, resume: as in ``train``.
-        load: gives the data, called as ``load_data`` is, which it is where this is None.
+        options, out, display, resume, load: as in ``train``.
     """
     with (
         joined() as processes,
