@@ -31,7 +31,7 @@ from spfde.core.say import n_started
 LISTS = (DataOptions, RecipeOptions, TrainingOptions)
 """Groups whose options may have several values at the command line."""
 QUICK = "quick.npz"
-_QUICK_IMAGES = {"train": 320, "test": 100}
+_QUICK_IMAGES = {"train": 128, "test": 100}
 _LATEX = "table.tex"
 
 
@@ -71,13 +71,13 @@ def compare_runs(
             comparison = _amended(comparison, seeds, baseline)
         else:
             spec = _spec(source, asked, given, seeds, baseline)
+            comparison = Comparison.of(spec)
             if not quick:
-                check(Comparison.of(spec))
+                check(comparison)
             folder = afterwards.enter_context(folders.created(out or _free_folder(source)))
             if quick:
-                spec = spec.quickened(str(_quick_images(folder.path / QUICK)))
-            comparison = Comparison.of(spec, quick=quick)
-        check(comparison)
+                comparison = Comparison.of(spec.quickened(str(_quick_images(folder.path / QUICK))), quick=True)
+                check(comparison)
         folders.write(folder, comparison)
         _train(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
 

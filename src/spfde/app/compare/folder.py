@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from spfde.app.compare.spec import Seed, Spec, Values
-from spfde.app.options import RecipeOptions, names_of
+from spfde.app.compare.spec import DEFAULTS, Seed, Spec, Values
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
 from spfde.app.train.options import TrainOptions, options_from
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, nearest
@@ -85,11 +84,12 @@ class Comparison(Technique):
             InvalidArgument: options that are not valid, or a baseline that is no candidate; all are told together.
         """
         problems, candidates = Problems(), list[Candidate]()
-        defaults = {name: getattr(RecipeOptions, name) for name in names_of(RecipeOptions)}
         for name, values in spec.expanded():
             with problems.collecting():
-                options = options_from(defaults | _typed(values)).model_dump(mode="json", exclude={"seed"})
-                candidates.append(Candidate(name=name, folder=_free(slug(name), candidates), options=options))
+                options = options_from(DEFAULTS | _typed(values)).model_dump(mode="json", exclude={"seed"})
+                if not any(_are_equal(options, other.options) for other in candidates):
+                    candidates.append(Candidate(name=name, folder=_free(slug(name), candidates), options=options))
+        problems.found = [each for at, each in enumerate(problems.found) if each not in problems.found[:at]]
         problems.raise_if_any()
         baseline = _baseline(spec.baseline, candidates)
         return cls(baseline=baseline, seeds=spec.seeds, quick=quick, candidates=tuple(candidates))
@@ -175,6 +175,11 @@ def check_baseline(name: str, candidates: Sequence[Candidate]) -> None:
     names = [candidate.name for candidate in candidates]
     if name not in names:
         raise InvalidArgument(Problem("baseline", name, "is no candidate", nearest(name, names)))
+
+
+def _are_equal(options: Values, others: Values) -> bool:
+    """Whether runs would be the same, by whatever name their recipe was asked for."""
+    return {**options, "recipe_name": ""} == {**others, "recipe_name": ""}
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:

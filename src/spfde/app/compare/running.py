@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
+from torch import nn
+
 from spfde.app.compare.folder import Comparison, Planned
 from spfde.app.compare.processes import lines_of, train_in_processes
 from spfde.app.data.datasets import load_data
+from spfde.app.data.images import DataSpec
 from spfde.app.machine_errors import machine_error
 from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, flat
 from spfde.app.train.at_once import Measured
@@ -19,32 +23,45 @@ from spfde.app.train.checks import check_named
 from spfde.app.train.events import Display
 from spfde.app.train.loop import Summary, train
 from spfde.app.train.machine import pick_device
-from spfde.app.train.options import TrainOptions
+from spfde.app.train.models import build_for
+from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.side_by_side import Job, train_side_by_side
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, SpfdeError
+from spfde.planning import plan
 
 Ended = Callable[[Planned, Summary | Exception], None]
 """Called when a run is over, with its summary or with what ended it."""
 
 
 def check(comparison: Comparison) -> None:
-    """Find what is wrong before anything is trained.
+    """Find what is wrong before anything is trained; what is planned for each candidate among it.
 
     Raises:
-        InvalidArgument: data, a model, an engine or a device that is not there.
+        InvalidArgument: data, a model, an engine or a device that is not there, or a recipe that cannot be followed
+            with them; a problem that several candidates have is told once.
     """
-    problems, seen = Problems(), set[str]()
+    problems, ready = Problems(), dict[tuple[Any, ...], tuple[DataSpec, nn.Module] | None]()
     for candidate in comparison.candidates:
-        options = {name: candidate.options[name] for name in _NAMED}
-        if repr(options) not in seen:
-            with problems.collecting():
-                check_named(options)
-        seen.add(repr(options))
-    problems.found = list(dict.fromkeys(problems.found))
+        options = candidate.with_seed(comparison.seeds[0])
+        key = tuple(getattr(options, name) for name in _NAMED)
+        with problems.collecting():
+            if key not in ready:
+                ready[key] = None
+                spec = check_named(options.model_dump())
+                ready[key] = spec, build_for(options.model, spec)
+            if (found := ready[key]) is not None:
+                _check_plan(options, *found)
+    problems.found = [each for at, each in enumerate(problems.found) if each not in problems.found[:at]]
     problems.raise_if_any()
 
 
 _NAMED = ("track", "engine", "device", "model", "precision", "data", "image_size")
+
+
+def _check_plan(options: TrainOptions, spec: DataSpec, model: nn.Module) -> None:
+    recipe, sample = options.load_recipe(), torch.zeros(1, *spec.sample_shape)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
+    plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
 
 
 def epochs_done(run: Planned) -> int:

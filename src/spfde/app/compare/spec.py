@@ -16,7 +16,7 @@ It is read from a TOML file or from the command line's lists. The schema, versio
     sparsity = [0.9, 0.95]
     name = "sparse"  # begins the names of these candidates
 
-    [quick]  # options that replace the others in the short form, with one seed on few images
+    [quick]  # options of the short form, which has one seed and few images
     model = "resnet8"
     epochs = 4
 """
@@ -52,13 +52,11 @@ from spfde.recipe.recipe import Recipe
 MOST_RUNS = 10_000
 _NAME = "name"
 _OF_ONE_RUN = ("seed", "profile", "track")
-KNOWN = tuple(
-    name
-    for group in (DataOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions, PluginOptions)
-    for name in names_of(group)
-    if name not in _OF_ONE_RUN
-)
-"""Options of ``spfde train`` that runs can differ in, or have in common."""
+_GROUPS = (DataOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions, PluginOptions)
+DEFAULTS = {name: getattr(group, name) for group in _GROUPS for name in names_of(group)}
+"""Options of ``spfde train``, as they are without being given."""
+KNOWN = tuple(name for name in DEFAULTS if name not in _OF_ONE_RUN)
+"""Those that runs can differ in, or have in common."""
 # Where a recipe has no such technique: the option that makes one of it.
 _MAKES = {"freezing": "freeze", "sieving": "sieve"}
 
@@ -75,7 +73,7 @@ class Spec(Technique):
         baseline: name of the candidate that the others' differences are from.
         options: options of all runs.
         candidates: further options of some, as lists or not.
-        quick: what replaces ``options`` in the short form.
+        quick: options of the short form.
 
     Example:
         >>> from spfde.app.compare.spec import Spec
@@ -134,13 +132,22 @@ class Spec(Technique):
         return unique
 
     def quickened(self, data: str) -> Spec:
-        """The short form: one seed, on other data, with the options of ``quick``."""
-        own = {name for name in self.quick if name in KNOWN} | {"data", "image_size"}
-        tables = [{name: value for name, value in table.items() if name not in own} for table in self.candidates]
-        options = {name: value for name, value in self.options.items() if name not in own}
-        return Spec(
-            seeds=(0,), baseline=self.baseline, options=options | self.quick | {"data": data}, candidates=tuple(tables)
-        )
+        """The short form: one seed, on other data, with the options of ``quick``.
+
+        Options of recipes replace those that candidates have, and do not come to others.
+        """
+        quick = self.quick | {"data": data, "image_size": None}
+        of_recipes = set(names_of(RecipeOptions))
+        options = {name: value for name, value in quick.items() if name not in of_recipes or name in self.options}
+        tables = [
+            {
+                name: quick[name] if name in of_recipes & set(quick) and value else value
+                for name, value in table.items()
+                if name not in options or name in of_recipes
+            }
+            for table in self.candidates
+        ]
+        return Spec(seeds=(0,), options=self.options | options, candidates=tuple(tables))
 
 
 def _check_names(given: Mapping[str, Any], place: str) -> None:
