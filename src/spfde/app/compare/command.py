@@ -31,7 +31,7 @@ from spfde.core.say import n_started
 LISTS = (DataOptions, RecipeOptions, TrainingOptions)
 """Groups whose options may have several values at the command line."""
 QUICK = "quick.npz"
-_QUICK_IMAGES = {"train": 128, "test": 100}
+_QUICK_IMAGES = {"train": 64, "test": 100}
 _LATEX = "table.tex"
 
 

@@ -24,8 +24,11 @@ It is read from a TOML file or from the command line's lists. The schema, versio
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -112,24 +115,23 @@ class Spec(Technique):
             InvalidArgument: an option is unknown or of no candidate, or two candidates have one name.
         """
         problems, found = Problems(), list[tuple[str, Values]]()
+        n = len(self.seeds) * sum(map(_n_combinations, self.candidates))
+        if n > MOST_RUNS:
+            raise InvalidArgument(Problem("candidates", n, f"are more than {MOST_RUNS:,} runs", "Compare fewer."))
         for at, table in enumerate(self.candidates, start=1):
             place = f"candidates[{at}]" if len(self.candidates) > 1 else ""
             with problems.collecting():
                 _check_names({**self.options, **table}, place)
                 found += _combinations(self.options, table, place)
         problems.raise_if_any()
-        unique: list[tuple[str, Values]] = []
+        unique: dict[str, tuple[str, Values]] = {}
         for name, values in found:
-            if not any(values == others for _, others in unique):
-                unique.append((name, values))
-        names = [name for name, _ in unique]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+            unique.setdefault(repr(sorted(values.items())), (name, values))
+        kept = list(unique.values())
+        if twice := next((name for name, count in Counter(name for name, _ in kept).items() if count > 1), None):
             remedy = 'Give them a name each, as name = "…" in their tables.'
             raise InvalidArgument(Problem("candidates", twice, "is the name of two candidates", remedy))
-        if len(unique) * len(self.seeds) > MOST_RUNS:
-            rule = f"are more than {MOST_RUNS:,} runs"
-            raise InvalidArgument(Problem("candidates", f"{len(unique)} x {len(self.seeds)}", rule, "Compare fewer."))
-        return unique
+        return kept
 
     def quickened(self, data: str) -> Spec:
         """The short form: one seed, on other data, with the options of ``quick``.
@@ -162,10 +164,18 @@ def _check_names(given: Mapping[str, Any], place: str) -> None:
     problems.raise_if_any()
 
 
+def _lists(table: Values) -> dict[str, list[Any]]:
+    return {name: list(value) for name, value in table.items() if isinstance(value, list | tuple) and name != "exclude"}
+
+
+def _n_combinations(table: Values) -> int:
+    return math.prod(map(len, _lists(table).values()))
+
+
 def _combinations(shared: Values, table: Values, place: str) -> Iterator[tuple[str, Values]]:
     """The candidates of one table: one for each combination of its lists' values."""
     own = {name: value for name, value in table.items() if name != _NAME}
-    lists = {name: list(value) for name, value in own.items() if isinstance(value, list | tuple) and name != "exclude"}
+    lists, read = _lists(own), cache(read_recipe)
     for name in (name for name, values in lists.items() if not values):
         raise InvalidArgument(Problem(f"{place}.{name}".lstrip("."), [], "is an empty list", "Give it values."))
     fixed = shared | {name: value for name, value in own.items() if name not in lists}
@@ -174,7 +184,7 @@ def _combinations(shared: Values, table: Values, place: str) -> Iterator[tuple[s
     found: list[tuple[str, Values]] = []
     for chosen in itertools.product(*(lists[name] for name in order)):
         values = fixed | dict(zip(order, chosen, strict=True))
-        recipe = read_recipe(str(values.get("recipe", RecipeOptions.recipe)))
+        recipe = read(str(values.get("recipe", RecipeOptions.recipe)))
         values = {name: value for name, value in values.items() if _applies(name, values, recipe)}
         used |= set(values)
         varied = [f"{name}={_shown(values[name])}" for name in order if name in values and name != "recipe"]
