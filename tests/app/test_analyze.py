@@ -215,7 +215,7 @@ class TestMistakes:
     def test_one_kept_checkpoint_is_too_few(self, spfde: Spfde, copied: Path) -> None:
         for epoch in (2, 4):
             shutil.rmtree(copied / "checkpoints" / "kept" / f"epoch-000{epoch}")
-        assert "has 1 kept checkpoints, and two are needed" in self.refused(spfde, copied)
+        assert "has 1 kept checkpoint, and two are needed" in self.refused(spfde, copied)
 
     def test_a_damaged_checkpoint(self, spfde: Spfde, copied: Path) -> None:
         (copied / "checkpoints" / "kept" / "epoch-0004" / "masks.safetensors").write_bytes(b"")

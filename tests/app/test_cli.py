@@ -408,9 +408,9 @@ BAD_OPTIONS = [
     ("--recipe mest --sieve-criterion loss", "--sieve-criterion='loss'", "leaves no samples out"),
     ("--recipe rigl --soft-bound", "--soft-bound=True: ", "RigL"),
     ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),
-    ("--structure 2:4", "--structure=NM(n=2, m=4): ", "mest varies it", "Use --no-soft-bound, or another method, such"),
-    ("--recipe gmp --structure 2:4", "--structure=NM(n=2, m=4): ", "gmp varies it", "Use another method, such as set"),
-    ("--recipe str --structure 4x1", "--structure=Block(rows=4, columns=1): ", "str works", "Use another method"),
+    ("--structure 2:4", "--structure='2:4': ", "mest varies it", "Use --no-soft-bound, or another method, such"),
+    ("--recipe gmp --structure 2:4", "--structure='2:4': ", "gmp varies it", "Use another method, such as set"),
+    ("--recipe str --structure 4x1", "--structure='4x1': ", "str works", "Use another method"),
 ]
 
 
@@ -554,6 +554,7 @@ class TestBadInput:
         recipe.unlink()
         assert_refused(spfde("train", "--data", tiny, "--recipe", recipe), f"--recipe='{recipe}'", "cannot be read")
         assert_refused(spfde("cite", recipe), f"recipe='{recipe}'", "cannot be read")
+        assert_refused(spfde("cite", "runs/gone"), "runs/gone: there is no such folder")
 
 
 class TestBadData:

@@ -87,7 +87,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], TrainOptions, dict[int, Pat
     checkpoints = run.checkpoints.kept()
     if len(checkpoints) < 2:
         raise RunFolderError(
-            f"{folder}: has {len(checkpoints)} kept checkpoints, and two are needed to compare. Train with "
+            f"{folder}: has {counted(len(checkpoints), 'kept checkpoint')}, and two are needed to compare. Train with "
             "`spfde train --keep-every N`, N less than the number of epochs, and let it get that far."
         )
     for path in checkpoints.values():

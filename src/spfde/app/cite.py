@@ -17,10 +17,14 @@ def cite_source(source: str) -> str:
 
     Raises:
         InvalidArgument: it is none of them; the nearest preset is named.
-        RunFolderError: the folder is no run's, or its recipe is damaged.
+        RunFolderError: the path leads nowhere, the folder is no run's, or its recipe is damaged.
     """
     folder = Path(source)
     if not os.path.isdir(folder):
+        if os.sep in source and folder.suffix != ".toml" and not os.path.exists(source):
+            raise RunFolderError(
+                f"{folder}: there is no such folder or file. Pass a run folder, a preset or a TOML file."
+            )
         return cite(read_recipe(source))
     path = RunFolder.existing(folder, needs=RECIPE).path / RECIPE
     try:

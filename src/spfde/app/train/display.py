@@ -124,7 +124,8 @@ class ConsoleDisplay(Display):
         self._stop_bar()
         for line in ("", *results(summary), "", *str(run.session.cost).splitlines()):
             self._print(line)
-        if dense := summary["dense_seconds_extrapolated"]:
+        dense = summary["dense_seconds_extrapolated"]
+        if dense and not run.session.recipe.is_neutral:
             self._print(
                 f"A dense run would take {format_seconds(dense)}, extrapolated from {run.options.dense_timing_steps} "
                 f"steps that were timed before training; this one took {summary['seconds'] / dense:.1%} of that."
@@ -140,7 +141,9 @@ class ConsoleDisplay(Display):
             self._bar = None
 
     def _print(self, text: str) -> None:
-        for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False) or [""]:
+        for line in textwrap.wrap(
+            text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        ) or [""]:
             self._line(line)
 
     def _line(self, text: str) -> None:

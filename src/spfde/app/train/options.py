@@ -230,7 +230,15 @@ def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | 
         return (kind if technique is None else type(technique))(**(own | given))
     except InvalidArgument as error:
         renamed = {field: flag(name) for field, name in options.items() if field in given}
-        problems = (replace(found, argument=renamed.get(found.argument, found.argument)) for found in error.problems)
+        typed = {"structure": asked.structure}
+        problems = (
+            replace(
+                found,
+                argument=renamed.get(found.argument, found.argument),
+                value=typed.get(found.argument, found.value),
+            )
+            for found in error.problems
+        )
         raise InvalidArgument(*problems) from None
 
 
