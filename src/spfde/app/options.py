@@ -117,7 +117,7 @@ class RecipeOptions:
 
 
 class LengthOptions:
-    """How long the run is."""
+    """How long the run is, and of how many samples an epoch."""
 
     epochs: Annotated[
         int, Ge(1), Le(MOST_EPOCHS), Words(f"length of the run in epochs, from 1 to {MOST_EPOCHS:,}", _TRAINING)
@@ -125,6 +125,16 @@ class LengthOptions:
     batch_size: Annotated[
         int, Ge(1), Words("samples per step, of each process where there are several; from 1 on", _TRAINING)
     ] = 64
+    validation_share: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Words(
+            "share of the training set, in [0, 1), that is held out to choose the best epoch by; the test set is then "
+            "looked at once, at the end",
+            _TRAINING,
+        ),
+    ] = 0.0
 
 
 class TrainingOptions(LengthOptions):
