@@ -118,7 +118,7 @@ def test_figures_of_the_test_set_are_those_of_the_last_and_of_the_best_checkpoin
     assert summary["best_val_accuracy"] == rows(folder)[summary["best_epoch"]]["val_accuracy"]
     assert summary["val_accuracy"] == rows(folder)[-1]["val_accuracy"]
     for name, figure in (("latest", "test_accuracy"), ("best", "best_test_accuracy")):
-        model = build_for("resnet8", data.spec).to(memory_format=torch.channels_last).eval()
+        model = build_for("resnet8", data.spec, width=1).to(memory_format=torch.channels_last).eval()
         load_weights(folder / "checkpoints" / name, model)
         with torch.no_grad():
             images = normalise(data.test.images, data.mean, data.std)  # type: ignore[attr-defined]

@@ -123,7 +123,7 @@ def plan(
     spec = trained_on(describe_data(asked["data"], asked["image_size"]), asked["validation_share"], batch_size)
     check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
     sample = torch.zeros(1, *spec.sample_shape)
-    model = build_for(asked["model"], spec)
+    model = build_for(asked["model"], spec, width=asked["width"])
     bill = draw_plan(model, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
     typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
 
@@ -255,7 +255,8 @@ def _new_folder(options: TrainOptions) -> Path:
     """The first free name under ``runs/``."""
     data = Path(options.data).stem
     model = options.model.replace("timm:", "").replace("/", "-")
-    base = f"{data}-{model}-{Path(options.recipe_name).stem}-seed{options.seed}"
+    width = "" if options.width == 1 else f"-width-{options.width:g}"
+    base = f"{data}-{model}{width}-{Path(options.recipe_name).stem}-seed{options.seed}"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))
     return next(folder for name in names if not (folder := Path("runs") / name).exists())
 

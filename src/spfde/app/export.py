@@ -111,7 +111,7 @@ def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, torch.Tensor]
         raise RunFolderError(
             f"{path}: does not say the shape of the run's images ({error!r}). Restore it from a copy."
         ) from error
-    return build_for(options.model, spec, seed=0), sample
+    return build_for(options.model, spec, width=options.width, seed=0), sample
 
 
 def _load(model: nn.Module, checkpoint: Path) -> None:

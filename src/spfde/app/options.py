@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_ori
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from spfde.core.numbers import MOST_EPOCHS
+from spfde.core.numbers import MOST_EPOCHS, MOST_WIDTH
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -57,6 +57,12 @@ class DataOptions:
         ),
     ] = None
     model: Annotated[str, Words("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
+    width: Annotated[
+        float,
+        Gt(0),
+        Le(MOST_WIDTH),
+        Words(f"factor on the channels of a built-in model, above 0 and up to {MOST_WIDTH:g}"),
+    ] = 1.0
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,12 @@ def setting(run: RecordedRun, name: str) -> str:
     return MISSING
 
 
+def model(run: RecordedRun) -> str:
+    """The model's name, and its width where that is not 1."""
+    width = number(run.section("command").get("width"))
+    return setting(run, "model") + ("" if width in (None, 1) else f", width {width:g}")
+
+
 def data_name(run: RecordedRun) -> str:
     name = run.section("data").get("name") or run.section("command").get("data")
     return str(name) if name else MISSING
@@ -157,8 +163,8 @@ def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | No
     def setup(of: RecordedRun) -> tuple[object, ...]:
         command, machine = of.section("command"), of.section("hardware")
         shared = tuple(str(command.get(name)) for name in ("batch_size", "precision", "workers"))
-        of_later = (command.get("validation_share") or 0, command.get("width") or 1)  # older runs do not have them
-        return (setting(of, "model"), of_later, data_name(of), of.planned_epochs, str(dict(machine)), *shared)
+        held_out = command.get("validation_share") or 0  # older runs do not say it
+        return (model(of), held_out, data_name(of), of.planned_epochs, str(dict(machine)), *shared)
 
     for other in runs:
         ratio = figure(other, "flops_ratio")

@@ -74,10 +74,11 @@ class ConsoleDisplay(Display):
 
     def started(self, run: TrainingRun) -> None:
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
+        model = options.model if options.width == 1 else f"{options.model}, width {options.width:g}"
         held_out = "" if run.data.validation is None else f" + {len(run.data.validation):,} held out"  # type: ignore[arg-type]
         images = f"{spec.train_samples:,}{held_out} + {spec.test_samples:,} images"
         self._print(
-            f"spfde · {short_name(spec.name)}: {images} · {options.model} · "
+            f"spfde · {short_name(spec.name)}: {images} · {model} · "
             f"recipe {short_name(options.recipe_name)} · {counted(options.epochs, 'epoch')} · "
             f"engine {session.engine} · {run.machine.device}{_together(run)}"
         )

@@ -259,7 +259,9 @@ def _prepare(
 
 def built(options: TrainOptions, spec: DataSpec, device: torch.device, *, seed: int | None = None) -> nn.Module:
     """The run's model with fresh weights on a device; ``seed`` as ``build_model`` has it."""
-    return build_for(options.model, spec, seed=seed).to(device).to(memory_format=torch.channels_last)
+    return (
+        build_for(options.model, spec, width=options.width, seed=seed).to(device).to(memory_format=torch.channels_last)
+    )
 
 
 def _augment(options: TrainOptions, data: ImageData) -> BatchAugment:
