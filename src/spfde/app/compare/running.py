@@ -16,6 +16,7 @@ from spfde.app.compare.folder import Comparison, Planned
 from spfde.app.compare.processes import lines_of, train_in_processes
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import DataSpec
+from spfde.app.data.validation import trained_on
 from spfde.app.machine_errors import machine_error
 from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, flat
 from spfde.app.train.at_once import Measured
@@ -48,17 +49,18 @@ def check(comparison: Comparison) -> None:
             if key not in ready:
                 ready[key] = None
                 spec = check_named(options.model_dump())
-                ready[key] = spec, build_for(options.model, spec)
+                ready[key] = spec, build_for(options.model, spec, width=options.width)
             if (found := ready[key]) is not None:
                 _check_plan(options, *found)
     problems.found = [each for at, each in enumerate(problems.found) if each not in problems.found[:at]]
     problems.raise_if_any()
 
 
-_NAMED = ("track", "engine", "device", "model", "precision", "data", "image_size")
+_NAMED = ("track", "engine", "device", "model", "precision", "data", "image_size", "width")
 
 
-def _check_plan(options: TrainOptions, spec: DataSpec, model: nn.Module) -> None:
+def _check_plan(options: TrainOptions, whole: DataSpec, model: nn.Module) -> None:
+    spec = trained_on(whole, options.validation_share, options.batch_size)
     recipe, sample = options.load_recipe(), torch.zeros(1, *spec.sample_shape)
     check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
     plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
