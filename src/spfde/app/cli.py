@@ -190,7 +190,7 @@ def report(
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),
 ) -> None:
     """Compare runs in one self-contained HTML file, with PNGs beside it."""
-    from spfde.app.report import write_report
+    from spfde.app.report.page import write_report
 
     for path in write_report(runs, out):
         typer.echo(path)

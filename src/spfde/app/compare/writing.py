@@ -117,14 +117,15 @@ def as_markdown(table: ComparisonTable) -> str:
     """A table that is read as it is, too."""
     lines = [_markdown_line(_HEADINGS), "|---|" + "---:|" * (len(_HEADINGS) - 1)]
     lines += [_markdown_line(cells(row)) for row in table.rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in (*_legend(table), *table.notes)), ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in (*legend(table), *table.notes)), ""])
 
 
 def _markdown_line(texts: tuple[str, ...]) -> str:
     return "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) + " |"
 
 
-def _legend(table: ComparisonTable) -> tuple[str, ...]:
+def legend(table: ComparisonTable) -> tuple[str, ...]:
+    """How the figures are to be read."""
     return (
         f"Accuracies in per cent, mean ± standard deviation over n seeds. Difference: of the last epoch's accuracy "
         f"from that of {table.baseline}, in points, paired by seed, with its {table.confidence:.0%} interval "
@@ -135,7 +136,7 @@ def _legend(table: ComparisonTable) -> tuple[str, ...]:
 
 def as_latex(table: ComparisonTable) -> str:
     """A tabular for booktabs; what there is to say of it stands in comments."""
-    lines = [f"% {note}" for note in (*_legend(table), *table.notes)]
+    lines = [f"% {note}" for note in (*legend(table), *table.notes)]
     lines += [r"\begin{tabular}{l" + "r" * (len(_HEADINGS) - 1) + "}", r"\toprule", _latex_line(_HEADINGS), r"\midrule"]
     lines += [_latex_line(cells(row)) for row in table.rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
