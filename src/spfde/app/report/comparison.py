@@ -12,7 +12,7 @@ from spfde.app.compare.writing import cells, legend
 from spfde.app.report.canvas import DARK, LIGHT, mark_of
 from spfde.app.report.figures import MISSING, NBSP
 from spfde.app.report.html import Line, Picture, WideTable, render
-from spfde.app.report.scatter import PLOTS, named
+from spfde.app.report.scatter import MOST_NAMED, PLOTS, named
 from spfde.app.report.tables import VERSUS_DENSE, Heading, named_values
 from spfde.app.runs.folder import flat
 from spfde.core.say import counted
@@ -23,9 +23,10 @@ _DIFFERENCE = (
     "Of the last epoch's accuracy from the baseline's, in points, paired by seed, with its confidence interval; "
     "not carried: the interval holds zero, so the seeds do not show a difference"
 )
+_FEW_NAMED = f"Of more than {MOST_NAMED} candidates only those on a front, and the baseline, have a number in the plots."
 _FRONT = "Costs for which no candidate is as cheap and as accurate, and better in one of both"
 HEADINGS = (
-    Heading("Seeds", "measured", "How many runs are finished"),
+    Heading("Seeds", None, "How many runs are finished"),
     Heading("Test accuracy, last", "measured", _AFTER_LAST),
     Heading("Test accuracy, best", "measured", _AFTER_BEST),
     Heading("Difference", "measured", _DIFFERENCE),
@@ -34,7 +35,7 @@ HEADINGS = (
     Heading("Time", "measured", "Wall clock of training"),
     Heading("Peak memory", "measured", "Of the process, or of the GPU"),
     Heading("Final sparsity", "measured", "Counted; masked tensors only"),
-    Heading("Pareto front", "measured", _FRONT),
+    Heading("Pareto front", None, _FRONT),
 )
 """Of the columns after the candidate's name: those of ``table.md``, and the last one."""
 _COSTS = {"training_flops": "FLOPs", "seconds": "time"}
@@ -58,7 +59,7 @@ def draw_comparison(folder: Path) -> tuple[str, list[Picture]]:
         facts=_facts(comparison, table, shared),
         unfinished=f"{table.finished} of {table.wanted} runs finished" if table.finished < table.wanted else "",
         table=_wide(table),
-        notes=[*legend(table), *table.notes],
+        notes=[*legend(table), *table.notes, *([_FEW_NAMED] if len(table.rows) > MOST_NAMED else [])],
         shared=named_values(shared),
         own=[(candidate.name, named_values(values)) for candidate, values in zip(comparison.candidates, own, strict=True)],
         light=LIGHT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ MOST_NAMED = 40
 """Candidates with a number, a colour and a marker of their own. Of more, only those on a front and the baseline."""
 _SMALL = {"fontsize": 8}
 _LEGEND_ROW = 0.17  # inches
-_DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-_RADII = (8, 16, 26, 38)  # points between a marker and its number
+_DIRECTIONS = ((1, 0.85), (-1, 0.85), (1, -0.85), (-1, -0.85), (1, 0), (-1, 0), (0, 1), (0, -1))
+_RADII = (9, 16, 25, 36, 48)  # points between a marker and its number
+_OFFSETS = [(radius * dx, radius * dy) for radius in _RADII for dx, dy in _DIRECTIONS]
 _BOX = 5.5, 4.5  # half of a number's width and height, in points
 
 
@@ -108,28 +109,23 @@ def named(table: ComparisonTable) -> list[int]:
 
 
 def _number(axes: Any, named: Sequence[_Point], points: Sequence[_Point], theme: Theme) -> None:
-    """A number beside each point, where it covers no other one and no other number."""
-    width, height = 72 * WIDTH * 0.85, 72 * HEIGHT * 0.75  # of the axes, about
+    """A number beside each point, where it covers no other one, no bar and no other number."""
+    size = 72 * WIDTH * 0.85, 72 * HEIGHT * 0.75  # of the axes, about
     place = axes.transScale + axes.transLimits
-    spots = {point.at: place.transform((point.x, point.y)) * (width, height) for point in points}
+    spots = {point.at: place.transform((point.x, point.y)) * size for point in points}
     taken = [(x, y, 3.0, 3.0) for x, y in spots.values()]
     for point in named:
+        (x, y), (_, top) = spots[point.at], place.transform((point.x, point.y + (point.y_sd or 0))) * size
+        taken.append((x, y, 1.0, top - y))
+    for point in named:
         x, y = spots[point.at]
-        moved = [(x + dx, y + dy) for dx, dy in _offsets()]
-        least = min(range(len(moved)), key=lambda index: _covered(moved[index], taken))
-        dx, dy = list(_offsets())[least]
+        dx, dy = min(_OFFSETS, key=lambda offset: _covered((x + offset[0], y + offset[1]), taken))
         taken.append((x + dx, y + dy, *_BOX))
         line = {"arrowstyle": "-", "color": theme.text, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3, "shrinkA": 0}
         axes.annotate(
             str(point.at + 1), (point.x, point.y), (dx, dy), textcoords="offset points", ha="center", va="center",
             color=theme.text, arrowprops=line if max(abs(dx), abs(dy)) > _RADII[0] else None, **_SMALL,
         )  # fmt: skip
-
-
-def _offsets() -> Iterator[tuple[float, float]]:
-    """The nearest first."""
-    for radius in _RADII:
-        yield from ((radius * dx, radius * dy) for dx, dy in _DIRECTIONS)
 
 
 def _covered(spot: tuple[float, float], taken: Sequence[tuple[float, float, float, float]]) -> float:
@@ -156,20 +152,19 @@ _CAPTION = (
     "A point is a candidate, by its number in the table; bars are one standard deviation over its seeds. Along the "
     "dashed line nothing is as cheap and more accurate."
 )
-_ABOVE = f" Of more than {MOST_NAMED} candidates only those on a front, and the baseline, have a number."
 PLOTS = (
     CostPlot(
         key="flops",
         cost="training_flops",
         axis="training FLOPs (modelled)",
         title="Accuracy over training FLOPs",
-        caption=f"{_CAPTION} FLOPs are modelled.{_ABOVE}",
+        caption=f"{_CAPTION} FLOPs are modelled.",
     ),
     CostPlot(
         key="seconds",
         cost="seconds",
         axis="seconds of training (measured)",
         title="Accuracy over time",
-        caption=f"{_CAPTION} Time is measured, so it is that of this machine and this engine.{_ABOVE}",
+        caption=f"{_CAPTION} Time is measured, so it is that of this machine and this engine.",
     ),
 )

@@ -26,10 +26,10 @@ TIME_VERSUS_DENSE = (
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a column: its title, where its figures come from, and what they mean."""
+    """Of a column: its title, where its figures come from (if that is one place), and what they mean."""
 
     title: str
-    origin: Origin
+    origin: Origin | None
     meaning: str
 
 
