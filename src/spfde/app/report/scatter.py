@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,26 @@ def _number(axes: Any, named: Sequence[_Point], points: Sequence[_Point], theme:
         taken.append((x, y, 1.0, top - y))
     for point in named:
         x, y = spots[point.at]
-        dx, dy = min(_OFFSETS, key=lambda offset: _covered((x + offset[0], y + offset[1]), taken))
+        near = [box for box in taken if abs(box[0] - x) < 2 * _RADII[-1]]
+        covered = ((_covered((x + dx, y + dy), near), dx, dy) for dx, dy in _OFFSETS)
+        dx, dy = _first_or_least(covered)
         taken.append((x + dx, y + dy, *_BOX))
         line = {"arrowstyle": "-", "color": theme.text, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3, "shrinkA": 0}
-        axes.annotate(
+        number = axes.annotate(
             str(point.at + 1), (point.x, point.y), (dx, dy), textcoords="offset points", ha="center", va="center",
             color=theme.text, arrowprops=line if max(abs(dx), abs(dy)) > _RADII[0] else None, **_SMALL,
         )  # fmt: skip
+        number.set_in_layout(False)  # it is inside, and measuring it takes long
+
+
+def _first_or_least(covered: Iterator[tuple[float, float, float]]) -> tuple[float, float]:
+    """The first place that covers nothing, or else the one that covers least."""
+    seen = []
+    for area, dx, dy in covered:
+        if not area:
+            return dx, dy
+        seen.append((area, dx, dy))
+    return min(seen)[1:]
 
 
 def _covered(spot: tuple[float, float], taken: Sequence[tuple[float, float, float, float]]) -> float:
