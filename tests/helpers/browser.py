@@ -57,11 +57,9 @@ def cut_off(page: Path, widths: Sequence[int]) -> dict[int, list[str]]:
     frames = "\n".join(f'<iframe width="{width}" height="2000" srcdoc="{text}"></iframe>' for width in widths)
     probe = page.with_name("probe.html")
     probe.write_text(_PROBE % frames, encoding="utf-8")
-    own = page.parent / "browser"
-    ended = subprocess.run(
-        [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={own}", "--dump-dom", probe.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'browser'}")
+    command = [browser(), *options, "--dump-dom", probe.as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     found = re.search(r'<pre id="found">(.+?)</pre>', ended.stdout, re.DOTALL)
     assert found is not None, ended.stderr
     return {int(width): words for width, words in json.loads(html.unescape(found[1])).items()}

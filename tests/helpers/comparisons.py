@@ -29,7 +29,11 @@ def made_comparison(
     """
     costs = costs or {name: 1 / (place + 1) for place, name in enumerate(accuracies)}
     candidates = [
-        {"name": name, "folder": f"{place}-{slug(name)}"[:100], "options": {**_OPTIONS, **(options or {}), "lr": place + 1}}
+        {
+            "name": name,
+            "folder": f"{place}-{slug(name)}"[:100],
+            "options": {**_OPTIONS, **(options or {}), "lr": place + 1},
+        }
         for place, name in enumerate(accuracies)
     ]
     for candidate in candidates:

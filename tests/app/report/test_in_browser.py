@@ -39,7 +39,9 @@ def test_all_of_a_page_about_runs_is_in_sight(
 
 @pytest.mark.parametrize("count", [3, 30])
 def test_all_of_a_page_about_a_comparison_is_in_sight(tmp_path: Path, count: int) -> None:
-    names = [f"mest sparsity=0.9 {LONG} {at}" if at % 2 else f"rigl sparsity=0.95 freeze=0.3 {at}" for at in range(count)]
+    names = [
+        f"mest sparsity=0.9 {LONG} {at}" if at % 2 else f"rigl sparsity=0.95 freeze=0.3 {at}" for at in range(count)
+    ]
     found = {name: [0.5 + 0.01 * at + 0.002 * seed * (at % 4) for seed in range(4)] for at, name in enumerate(names)}
     folder = made_comparison(tmp_path / LONG, found, seeds=5, options={"data": f"/data/{LONG}"})
     write_report([folder], tmp_path / "report.html")

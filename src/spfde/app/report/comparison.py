@@ -23,7 +23,9 @@ _DIFFERENCE = (
     "Of the last epoch's accuracy from the baseline's, in points, paired by seed, with its confidence interval; "
     "not carried: the interval holds zero, so the seeds do not show a difference"
 )
-_FEW_NAMED = f"Of more than {MOST_NAMED} candidates only those on a front, and the baseline, have a number in the plots."
+_FEW_NAMED = (
+    f"Of more than {MOST_NAMED} candidates only those on a front, and the baseline, have a number in the plots."
+)
 _FRONT = "Costs for which no candidate is as cheap and as accurate, and better in one of both"
 HEADINGS = (
     Heading("Seeds", None, "How many runs are finished"),
@@ -61,7 +63,9 @@ def draw_comparison(folder: Path) -> tuple[str, list[Picture]]:
         table=_wide(table),
         notes=[*legend(table), *table.notes, *([_FEW_NAMED] if len(table.rows) > MOST_NAMED else [])],
         shared=named_values(shared),
-        own=[(candidate.name, named_values(values)) for candidate, values in zip(comparison.candidates, own, strict=True)],
+        own=[
+            (candidate.name, named_values(values)) for candidate, values in zip(comparison.candidates, own, strict=True)
+        ],
         light=LIGHT,
         dark=DARK,
     )

@@ -17,7 +17,6 @@ from spfde.app.report.canvas import (
     add_axes,
     as_percent,
     label,
-    mark_of,
     picture,
     style_of_mark,
 )
