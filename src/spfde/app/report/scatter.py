@@ -109,6 +109,7 @@ def named(table: ComparisonTable) -> list[int]:
 
 def _number(axes: Any, named: Sequence[_Point], points: Sequence[_Point], theme: Theme) -> None:
     """A number beside each point, where it covers no other one, no bar and no other number."""
+    axes.autoscale_view()  # until then the limits are those of before
     size = 72 * WIDTH * 0.85, 72 * HEIGHT * 0.75  # of the axes, about
     place = axes.transScale + axes.transLimits
     spots = {point.at: place.transform((point.x, point.y)) * size for point in points}
