@@ -189,11 +189,11 @@ def compare(
 
 @command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or one folder of `spfde compare`")],
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),
 ) -> None:
-    """Compare runs in one self-contained HTML file, with PNGs beside it."""
-    from spfde.app.report import write_report
+    """Runs, or a comparison, in one self-contained HTML file, with PNGs beside it."""
+    from spfde.app.report.page import write_report
 
     for path in write_report(runs, out):
         typer.echo(path)

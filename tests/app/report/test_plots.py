@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -178,10 +176,3 @@ def test_odd_names_are_drawn(make_run: MakeRun) -> None:
         warnings.filterwarnings("ignore", ".*deprecated")  # what matplotlib calls in packages of its own
         for key in ("accuracy", "cost", "freezing"):
             assert BY_KEY[key].png(runs) is not None
-
-
-def test_pyplot_and_its_global_state_stay_out() -> None:
-    names = ("torch", "matplotlib.pyplot", "spfde.session")
-    code = f"import sys, spfde.app.report; print(*[name for name in {names} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == ""

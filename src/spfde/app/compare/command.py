@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from spfde.core.say import n_started
 
 LISTS = (DataOptions, RecipeOptions, TrainingOptions)
 """Groups whose options may have several values at the command line."""
-QUICK = "quick.npz"
+QUICK, PAGE = "quick.npz", "report.html"
 _QUICK_IMAGES = {"train": 64, "test": 100}
 _LATEX = "table.tex"
 
@@ -170,9 +171,22 @@ def _train(
         end(error, f" Go on with `spfde compare --resume {folder.path}`.")
     if not quiet:
         typer.echo(f"\n{(folder.path / 'table.md').read_text(encoding='utf-8')}\nfolder: {folder.path}")
+    _write_page(folder.path, quiet=quiet)
     if failed:
         listed = "\n".join(f"{name}: {why}" for name, why in failed.items())
         fail(f"{len(failed)} of {len(runs)} runs failed; --resume tries them again.\n{listed}")
+
+
+def _write_page(folder: Path, *, quiet: bool) -> None:
+    """The table and plots as a page, where there is what draws it."""
+    if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
+        told = f"none without {' and '.join(missing)}; install that, and run `spfde report {folder}`"
+    else:
+        from spfde.app.report.page import write_report
+
+        told = str(write_report([folder], folder / PAGE)[0])
+    if not quiet:
+        typer.echo(f"page: {told}")
 
 
 def _quick_images(path: Path) -> Path:

@@ -3,6 +3,8 @@
 ``comparison.json``, version 1: ``baseline`` (a candidate's name), ``seeds``, ``quick``, and ``candidates``, each with
 its ``name``, its ``folder`` under ``runs/`` and its ``options``, which are those of a run's ``config.json``, all of
 them. So the folder goes on by itself: neither the specification nor a recipe's file is read again.
+
+Reading it loads no PyTorch, so that a report can be made where nothing can be trained.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from spfde.app.compare.spec import DEFAULTS, Seed, Spec, Values
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
-from spfde.app.train.options import TrainOptions, options_from
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, nearest
 from spfde.core.technique import Technique
+
+if TYPE_CHECKING:
+    from spfde.app.train.options import TrainOptions
 
 COMPARISON, RUNS = "comparison.json", "runs"
 
@@ -47,6 +51,8 @@ class Candidate(BaseModel):
 
     def with_seed(self, seed: int) -> TrainOptions:
         """The options of a run."""
+        from spfde.app.train.options import TrainOptions
+
         return TrainOptions(**(self.options | {"seed": seed}))
 
 
@@ -83,6 +89,8 @@ class Comparison(Technique):
         Raises:
             InvalidArgument: options that are not valid, or a baseline that is no candidate; all are told together.
         """
+        from spfde.app.train.options import options_from
+
         problems, candidates = Problems(), list[Candidate]()
         for name, values in spec.expanded():
             with problems.collecting():
@@ -163,6 +171,8 @@ def _free(name: str, taken: list[Candidate]) -> str:
 
 
 def _baseline(wanted: str | None, candidates: list[Candidate]) -> str:
+    from spfde.app.train.options import TrainOptions
+
     if wanted is None:
         dense = (each.name for each in candidates if TrainOptions(**each.options).load_recipe().is_neutral)
         return next(dense, candidates[0].name)

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import Field, field_validator
@@ -47,10 +47,11 @@ from spfde.app.options import (
     names_of,
     recipe_fields,
 )
-from spfde.app.train.options import read_recipe
 from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.technique import Technique
-from spfde.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from spfde.recipe.recipe import Recipe
 
 MOST_RUNS = 10_000
 _NAME = "name"
@@ -174,6 +175,8 @@ def _n_combinations(table: Values) -> int:
 
 def _combinations(shared: Values, table: Values, place: str) -> Iterator[tuple[str, Values]]:
     """The candidates of one table: one for each combination of its lists' values."""
+    from spfde.app.train.options import read_recipe
+
     own = {name: value for name, value in table.items() if name != _NAME}
     lists, read = _lists(own), cache(read_recipe)
     for name in (name for name, values in lists.items() if not values):

@@ -14,7 +14,10 @@ from spfde.app.runs.folder import SUMMARY, RunFolder
 from spfde.core.say import counted
 
 ACCURACY, BEST = "test_accuracy", "best_test_accuracy"
-FIGURES = (ACCURACY, BEST, "training_flops", "flops_ratio", "seconds", "peak_memory_bytes", "final_sparsity")
+FIGURES = (
+    *(ACCURACY, BEST, "val_accuracy", "best_val_accuracy", "training_flops", "flops_ratio", "seconds"),
+    *("peak_memory_bytes", "final_sparsity"),
+)
 """What is read of a summary, as numbers."""
 CHOSEN_BY = "val_accuracy"
 """A summary that has it chose its best epoch by a validation set."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spfde.app.compare.statistics import Spread
-from spfde.app.compare.table import ACCURACY, BEST, ComparisonTable, Row
+from spfde.app.compare.table import ACCURACY, BEST, FIGURES, ComparisonTable, Row
 from spfde.app.report import figures
 
 VERSION = 1
@@ -60,12 +60,9 @@ def as_csv(table: ComparisonTable) -> str:
     return file.getvalue()
 
 
-_CSV_FIGURES = (ACCURACY, BEST, "training_flops", "flops_ratio", "seconds", "peak_memory_bytes", "final_sparsity")
-
-
 def _flat(row: Row) -> dict[str, Any]:
     line: dict[str, Any] = {"candidate": row.name, "baseline": int(row.is_baseline), "n": row.n}
-    for name in _CSV_FIGURES:
+    for name in FIGURES:
         spread = row.spreads.get(name)
         line |= {name: spread and spread.mean, f"{name}_sd": spread and spread.sd}
     found = row.difference
@@ -117,14 +114,15 @@ def as_markdown(table: ComparisonTable) -> str:
     """A table that is read as it is, too."""
     lines = [_markdown_line(_HEADINGS), "|---|" + "---:|" * (len(_HEADINGS) - 1)]
     lines += [_markdown_line(cells(row)) for row in table.rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in (*_legend(table), *table.notes)), ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in (*legend(table), *table.notes)), ""])
 
 
 def _markdown_line(texts: tuple[str, ...]) -> str:
     return "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) + " |"
 
 
-def _legend(table: ComparisonTable) -> tuple[str, ...]:
+def legend(table: ComparisonTable) -> tuple[str, ...]:
+    """How the figures are to be read."""
     return (
         f"Accuracies in per cent, mean ± standard deviation over n seeds. Difference: of the last epoch's accuracy "
         f"from that of {table.baseline}, in points, paired by seed, with its {table.confidence:.0%} interval "
@@ -135,7 +133,7 @@ def _legend(table: ComparisonTable) -> tuple[str, ...]:
 
 def as_latex(table: ComparisonTable) -> str:
     """A tabular for booktabs; what there is to say of it stands in comments."""
-    lines = [f"% {note}" for note in (*_legend(table), *table.notes)]
+    lines = [f"% {note}" for note in (*legend(table), *table.notes)]
     lines += [r"\begin{tabular}{l" + "r" * (len(_HEADINGS) - 1) + "}", r"\toprule", _latex_line(_HEADINGS), r"\midrule"]
     lines += [_latex_line(cells(row)) for row in table.rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

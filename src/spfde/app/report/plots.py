@@ -31,7 +31,8 @@ from spfde.app.report.tables import PARTS_OF_DENSE
 _HATCHES = ("", "//", "\\\\", "..")
 _FEW_RUNS = 3
 _MANY_BLOCKS = 24
-_LOG_FROM = 4.0
+LOG_FROM = 4.0
+"""The largest cost over the smallest one, above which costs are drawn over a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _flops(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
     axes = add_axes(figure, theme, x="cumulative training FLOPs (modelled)", y="accuracy (measured)")
     shown = add_curves(axes, runs, theme, accuracy_over_flops)
     ends = [accuracy_over_flops(runs[index])[0][-1] for index in shown]
-    if max(ends) > _LOG_FROM * min(ends):
+    if max(ends) > LOG_FROM * min(ends):
         axes.set_xscale("log")
         axes.set_xlabel("cumulative training FLOPs (modelled), logarithmic", color=theme.text)
     else:

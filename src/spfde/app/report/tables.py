@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spfde.app.report import figures
 from spfde.app.report.folders import RecordedRun
@@ -30,12 +30,18 @@ TIME_VERSUS_DENSE = (
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: its heading, where its figures come from, and what they mean."""
+class Heading:
+    """Of a column: its title, where its figures come from (if that is one place), and what they mean."""
 
     title: str
-    origin: Origin
+    origin: Origin | None
     meaning: str
+
+
+@dataclass(frozen=True)
+class Column(Heading):
+    """One column of a table of runs."""
+
     cell: Callable[[RecordedRun], str]
 
 
@@ -113,9 +119,14 @@ def memory_table(runs: Sequence[RecordedRun]) -> Table:
 
 def settings(run: RecordedRun) -> list[tuple[str, str]]:
     """Everything in ``config.json``, flattened to names and values."""
+    return named_values(flat(run.config))
+
+
+def named_values(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as text, without those that say nothing."""
     return [
         (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-        for name, value in flat(run.config).items()
+        for name, value in content.items()
         if value is not None
     ]
 
