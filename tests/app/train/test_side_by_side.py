@@ -136,6 +136,27 @@ def test_each_run_comes_to_what_it_comes_to_alone(options: Callable[..., TrainOp
     assert len({left_by(tmp_path / f"beside-{number}")["generators"] for number in range(3)}) == 3
 
 
+def test_so_many_run_at_a_time_and_the_next_one_begins_when_one_is_over(
+    options: Callable[..., TrainOptions], tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    lengths = {"a": 2, "b": 4, "c": 2}
+    jobs = [
+        Job(options(seed=seed, epochs=epochs), tmp_path / name, Notes(name, notes))
+        for seed, (name, epochs) in enumerate(lengths.items())
+    ]
+    found = train_side_by_side(jobs, at_once=2, ended=lambda job, summary: notes.append(f"{job.out.name} told"))
+    assert [summary["epochs"] for summary in found if isinstance(summary, dict)] == [2, 4, 2]
+    order = [note for note in notes if note.split()[1] in ("ready", "over:", "told")]
+    assert order == [
+        "a ready", "b ready", "a over: done", "a told", "c ready", "c over: done", "c told", "b over: done", "b told",
+    ] or order == [
+        "a ready", "b ready", "a over: done", "a told", "c ready", "b over: done", "b told", "c over: done", "c told",
+    ]  # fmt: skip
+    train(jobs[2].options, tmp_path / "alone")
+    assert left_by(tmp_path / "c") == left_by(tmp_path / "alone")
+
+
 @pytest.mark.long
 def test_recorded_passes_of_two_runs_do_not_mix(
     options: Callable[..., TrainOptions], on_cpu: type[Replays], tmp_path: Path
