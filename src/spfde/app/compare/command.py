@@ -149,10 +149,11 @@ def _train(
 ) -> None:
     runs = comparison.runs(folder.path)
     failed: dict[str, str] = {}
+    known: dict[Path, dict[str, Any]] = {}
     console = Console(quiet=quiet)
 
     def write() -> None:
-        table = table_of(comparison, folder.path)
+        table = table_of(comparison, folder.path, known)
         for name, text_of in {**WRITERS, **({_LATEX: as_latex} if formats else {})}.items():
             folder.write_text(name, text_of(table))
 

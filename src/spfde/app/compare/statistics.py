@@ -36,7 +36,8 @@ class Difference:
         low, high: the interval of the mean; None for one seed.
         p: two-sided p-value of the paired t-test; None for one seed, or where all differences are equal.
         seeds_needed: least number of seeds whose interval would leave zero out if mean and standard deviation stayed as
-            they are; None where it leaves zero out already, where there is one seed, or where 1,000 would not do.
+            they are; None where it leaves zero out already, where there is one seed, where all differences are equal,
+            or where 1,000 would not do.
     """
 
     n: int
@@ -79,7 +80,7 @@ def paired(
     sd = statistics.stdev(differences)
     half = _half(sd, n, confidence)
     found = Difference(n, mean, mean - half, mean + half, _p(mean, sd, n), None)
-    if found.is_carried or not mean:
+    if found.is_carried or not mean or not sd:
         return found
     more = (size for size in range(n + 1, _MOST_SEEDS + 1) if _half(sd, size, confidence) < abs(mean))
     return Difference(n, mean, found.low, found.high, found.p, next(more, None))

@@ -69,16 +69,22 @@ class ComparisonTable:
         return sum(row.n for row in self.rows)
 
 
-def table_of(comparison: Comparison, folder: Path) -> ComparisonTable:
+def table_of(comparison: Comparison, folder: Path, known: dict[Path, dict[str, Any]] | None = None) -> ComparisonTable:
     """The table as far as runs are finished.
+
+    Args:
+        known: summaries that were read before, by the folders of their runs; what is read is added.
 
     Raises:
         RunFolderError: a summary is damaged.
     """
+    read = {} if known is None else known
     found: dict[str, dict[int, dict[str, Any]]] = {candidate.name: {} for candidate in comparison.candidates}
     for run in comparison.runs(folder):
-        if (run.path / SUMMARY).is_file():
-            found[run.candidate.name][run.seed] = RunFolder(run.path).read_json(SUMMARY)
+        if run.path not in read and (run.path / SUMMARY).is_file():
+            read[run.path] = RunFolder(run.path).read_json(SUMMARY)
+        if run.path in read:
+            found[run.candidate.name][run.seed] = read[run.path]
     base = _numbers(found[comparison.baseline])
     rows = [_row(name, summaries, base, comparison.baseline) for name, summaries in found.items()]
     fronts = {cost: pareto([_point(row, cost) for row in rows]) for cost in ("training_flops", "seconds")}
