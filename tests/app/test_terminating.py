@@ -92,15 +92,17 @@ class TestTheHandler:
             with pytest.raises(Terminated):
                 time.sleep(LONG)
 
+    @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
     def test_what_python_could_only_note_is_raised_soon_after_and_not_told(
-        self, capfd: pytest.CaptureFixture[str]
+        self, number: signal.Signals, kind: type[BaseException], capfd: pytest.CaptureFixture[str]
     ) -> None:
         thing = Thing()
         with terminable():
-            reference = weakref.ref(thing, lambda _: terminate())
+            reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
             del thing
-            with pytest.raises(Terminated):
+            with pytest.raises(KeyboardInterrupt) as raised:
                 time.sleep(LONG)
+        assert type(raised.value) is kind
         assert reference() is None
         assert capfd.readouterr().err == ""
 

@@ -1,5 +1,7 @@
 """SIGTERM: a job that is told to leave ends with a line and exit code 143, at the next checkpoint if that is near.
 
+Ctrl-C is Python's own, but for one thing: where Python can only note it, it comes again, as SIGTERM does.
+
 Only the standard library is imported, so that the command line can answer from its first moment on.
 """
 
@@ -64,18 +66,20 @@ class Termination:
         if not waits:
             raise Terminated
 
-    def _ask_again(self, seconds: float) -> None:
+    def _ask_again(self, seconds: float, number: int = signal.SIGTERM) -> None:
         if self._again is not None:
             self._again.cancel()
         # The main thread itself is sent the signal, so that it leaves a system call in which it waits.
         main = threading.main_thread().ident or 0
-        self._again = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGTERM))
+        self._again = threading.Timer(seconds, signal.pthread_kill, (main, number))
         self._again.daemon = True
         self._again.start()
 
     def _note_unraisable(self, unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, Terminated):
             self._ask_again(_SWALLOWED)
+        elif isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._ask_again(_SWALLOWED, signal.SIGINT)
         else:
             self._usual_hook(unraisable)
 
