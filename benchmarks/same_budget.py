@@ -26,7 +26,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 
 import spfde
@@ -43,14 +42,11 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageArray
 from spfde.app.train.display import ConsoleDisplay
 from spfde.app.train.loop import train
-from spfde.app.train.models import MODELS, CifarResNet
+from spfde.app.train.models import build_model
 from spfde.app.train.options import TrainOptions, choose_recipe
 from spfde.cost import format_seconds
 
 FULL_WIDTH = 16
-# In channels_last, PyTorch 2.14 corrupts memory on the CPU in the backward pass of a 1x1 convolution with stride 2 and
-# fewer input channels than this.
-LEAST_STRIDED_CHANNELS = 8
 MOST_BELOW_DENSE, MOST_SECONDS, LEAST_FASTER = 0.03, 300.0, 2.0
 STATIC, MEST, SYSTEM = "static random mask, 90 %", "MEST at 90 %", "SpFDE 20 % + 20 % at 90 %"
 MASKED = SYSTEM + ", masked engine"
@@ -77,7 +73,8 @@ class Entry:
         """What the command line would make of it."""
         return TrainOptions(
             data=data,
-            model=self.model,
+            model="resnet8",
+            width=self.width / FULL_WIDTH,
             recipe_name=self.recipe,
             recipe=choose_recipe(self.recipe).to_dict(),
             epochs=self.epochs,
@@ -131,7 +128,6 @@ class Runs:
             if kept != json.loads(options.model_dump_json()):
                 raise SystemExit(f"{path} was run with other options. Remove it, or choose another --runs folder.")
         if not (path / "summary.json").is_file():
-            register(entry.width)
             print(f"{entry.label}, {entry.epochs} epochs, seed {seed}: {path}", flush=True)
             quiet = ConsoleDisplay(Console(quiet=True))
             summary = train(options, path, quiet, resume=(path / "config.json").is_file())
@@ -140,29 +136,9 @@ class Runs:
         return found
 
 
-def register(width: int) -> None:
-    """Make a ResNet-8 of another width known to the trainer."""
-    if width != FULL_WIDTH:
-        MODELS[f"resnet8-width-{width}"] = partial(resnet8, width)
-
-
-def resnet8(width: int, *, num_classes: int = 10, in_channels: int = 1) -> CifarResNet:
+def resnet8(width: int) -> nn.Module:
     """ResNet-8 whose first stage has ``width`` channels."""
-    model = CifarResNet(1, (width, 2 * width, 4 * width), num_classes=num_classes, in_channels=in_channels)
-    for stage in (model.layer2, model.layer3):
-        shortcut = stage[0].downsample
-        assert isinstance(shortcut, nn.Sequential), "a stage that changes the shape has a shortcut with weights"
-        if shortcut[0].in_channels < LEAST_STRIDED_CHANNELS:
-            shortcut[0].stride = (1, 1)
-            shortcut.insert(0, EverySecondPixel())
-    return model
-
-
-class EverySecondPixel(nn.Module):
-    """Before a 1x1 convolution it stands in for the convolution's stride of 2: the same outputs, and as many FLOPs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, ::2, ::2]
+    return build_model("resnet8", num_classes=10, in_channels=1, image_size=28, width=width / FULL_WIDTH)
 
 
 def small_set(folder: Path) -> str:

@@ -20,6 +20,7 @@ from spfde.analysis.gradients import successive_differences
 from spfde.analysis.structure import structural_overlap
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import ImageData, draw
+from spfde.app.data.validation import hold_out
 from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
@@ -52,7 +53,8 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
     if out.is_relative_to(folder):
         check_inside(out, folder)
     config, trained, checkpoints = _read_run(folder)
-    data = load_data(trained.data, root=options.data_root or trained.data_root, image_size=trained.image_size)
+    whole = load_data(trained.data, root=options.data_root or trained.data_root, image_size=trained.image_size)
+    data = hold_out(whole, trained.validation_share, trained.seed)
     _check_data(data, config, folder)
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -114,14 +114,16 @@ def plan(
 
     from spfde import plan as draw_plan
     from spfde.app.data.datasets import describe_data
+    from spfde.app.data.validation import trained_on
     from spfde.app.train.models import build_for
     from spfde.app.train.options import check_full_batch, recipe_from
 
     chosen = recipe_from(asked)
-    spec, batch_size = describe_data(asked["data"], asked["image_size"]), asked["batch_size"]
+    batch_size = asked["batch_size"]
+    spec = trained_on(describe_data(asked["data"], asked["image_size"]), asked["validation_share"], batch_size)
     check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
     sample = torch.zeros(1, *spec.sample_shape)
-    model = build_for(asked["model"], spec)
+    model = build_for(asked["model"], spec, width=asked["width"])
     bill = draw_plan(model, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
     typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
 
@@ -203,7 +205,12 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="dense, compressed or onnx")] = "compressed",
     out: Annotated[Path | None, typer.Option(help="the file", show_default="in the run folder")] = None,
     best: Annotated[
-        bool, typer.Option("--best/--last", help="the checkpoint with the best test accuracy, or the last one")
+        bool,
+        typer.Option(
+            "--best/--last",
+            help="the best checkpoint, chosen by validation accuracy (by test accuracy where the run has no validation "
+            "share), or the last one",
+        ),
     ] = True,
     **_: Any,
 ) -> None:
@@ -306,7 +313,8 @@ def _new_folder(options: TrainOptions) -> Path:
     """The first free name under ``runs/``."""
     data = Path(options.data).stem
     model = options.model.replace("timm:", "").replace("/", "-")
-    base = f"{data}-{model}-{Path(options.recipe_name).stem}-seed{options.seed}"
+    width = "" if options.width == 1 else f"-width-{options.width:g}"
+    base = f"{data}-{model}{width}-{Path(options.recipe_name).stem}-seed{options.seed}"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))
     return next(folder for name in names if not (folder := Path("runs") / name).exists())
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spfde.app.data.images import DataSpec
-from spfde.app.runs.best import is_sparse
+from spfde.app.runs.best import chosen_by, is_sparse
 from spfde.app.runs.checkpoints import check_whole, epoch_of
 from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.train.models import build_for
@@ -31,7 +31,8 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Literal["bes
         folder: the run's.
         kind: dense, compressed or onnx.
         out: the file; if None, in the run's folder, named after the checkpoint.
-        which: the checkpoint with the best test accuracy among those as sparse as the run came to be, or the last one.
+        which: the best checkpoint by validation accuracy, or by test accuracy where the run has no validation share,
+            among those as sparse as the run came to be; or the last one.
 
     Raises:
         InvalidArgument: there is no such kind; the nearest is named. Or ``out`` exists, or cannot be in its folder.
@@ -97,7 +98,7 @@ def _why(run: RunFolder, checkpoint: Path, which: Literal["best", "last"]) -> st
             f"came down to {lowest:.3f}. Pass --last for the last epoch."
         )
     among = "" if lowest == 1 else f" among those of density {lowest:.3f}"
-    return f"epoch {epoch}, with the best test accuracy{among}"
+    return f"epoch {epoch}, chosen by {chosen_by(row)} accuracy{among}"
 
 
 def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, torch.Tensor]:
@@ -110,7 +111,7 @@ def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, torch.Tensor]
         raise RunFolderError(
             f"{path}: does not say the shape of the run's images ({error!r}). Restore it from a copy."
         ) from error
-    return build_for(options.model, spec, seed=0), sample
+    return build_for(options.model, spec, width=options.width, seed=0), sample
 
 
 def _load(model: nn.Module, checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from spfde.core.numbers import MOST_EPOCHS
+from spfde.core.numbers import MOST_EPOCHS, MOST_WIDTH
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -57,6 +57,12 @@ class DataOptions:
         ),
     ] = None
     model: Annotated[str, Words("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
+    width: Annotated[
+        float,
+        Gt(0),
+        Le(MOST_WIDTH),
+        Words(f"factor on the channels of a built-in model, above 0 and up to {MOST_WIDTH:g}"),
+    ] = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class RecipeOptions:
 
 
 class LengthOptions:
-    """How long the run is."""
+    """How long the run is, and of how many samples an epoch."""
 
     epochs: Annotated[
         int, Ge(1), Le(MOST_EPOCHS), Words(f"length of the run in epochs, from 1 to {MOST_EPOCHS:,}", _TRAINING)
@@ -125,6 +131,16 @@ class LengthOptions:
     batch_size: Annotated[
         int, Ge(1), Words("samples per step, of each process where there are several; from 1 on", _TRAINING)
     ] = 64
+    validation_share: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Words(
+            "share of the training set, in [0, 1), that is held out to choose the best epoch by; the test set is then "
+            "looked at once, at the end",
+            _TRAINING,
+        ),
+    ] = 0.0
 
 
 class TrainingOptions(LengthOptions):

@@ -85,6 +85,16 @@ def test_accuracy_is_drawn_over_the_flops_spent_up_to_then() -> None:
     assert accuracy_over_flops(run) == ([10.0, 15.0, 16.0], [0.1, 0.2, 0.3])
 
 
+def test_the_curve_of_a_run_with_a_validation_set_is_its_own_and_says_so(make_run: MakeRun) -> None:
+    plain, validated = read_run(make_run("a")), read_run(make_run("b", validated=True))
+    for key in ("accuracy", "flops"):
+        figure = drawn(key, plain, validated)
+        (axes,) = figure.axes
+        curves = [line.get_ydata()[-1] for line in axes.lines[-2:]]
+        assert curves == [pytest.approx(0.65), pytest.approx(0.64)]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b (validation)"]
+
+
 def test_bars_of_the_cost_end_where_the_dense_run_does(make_run: MakeRun) -> None:
     (axes,) = drawn("cost", read_run(make_run())).axes
     bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]

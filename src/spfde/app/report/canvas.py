@@ -102,9 +102,17 @@ def add_legend(figure: Any, theme: Theme, handles: Sequence[Any], names: Sequenc
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, labelcolor=theme.text)
 
 
-def name_runs(figure: Any, runs: Sequence[RecordedRun], shown: Sequence[int], theme: Theme) -> None:
+def name_runs(
+    figure: Any,
+    runs: Sequence[RecordedRun],
+    shown: Sequence[int],
+    theme: Theme,
+    *,
+    add: Callable[[RecordedRun], str] = lambda run: "",
+) -> None:
+    """Name the runs that are shown in a legend; ``add`` says what stands behind a name."""
     handles = [Line2D([], [], **style_of(index, theme, 1)) for index in shown]
-    add_legend(figure, theme, handles, [label(runs[index].name) for index in shown])
+    add_legend(figure, theme, handles, [label(runs[index].name) + add(runs[index]) for index in shown])
 
 
 def add_curves(
