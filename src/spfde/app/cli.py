@@ -187,6 +187,50 @@ def compare(
 
 
 @command()
+@takes(
+    DataOptions,
+    PluginOptions,
+    RecipeOptions,
+    TrainingOptions,
+    MachineOptions,
+    CacheOptions,
+    lists=(DataOptions, RecipeOptions, TrainingOptions),
+)
+def search(
+    context: typer.Context,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help='what a trial may cost: "10% flops" of the dense run, "600 seconds" or "2 GiB"', show_default=False
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="how many are trained; two of them are dense nets")] = 20,
+    epochs: Annotated[
+        int, typer.Option(help="of the dense run, and at most of a trial", rich_help_panel="How to train")
+    ] = 20,
+    validation_share: Annotated[
+        float,
+        typer.Option(
+            help="share of the training set that trials are chosen by, above 0", rich_help_panel="How to train"
+        ),
+    ] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="folder", show_default="a new one under runs/")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="go on with the search in this folder; takes --trials, --plugin and --quiet alone"),
+    ] = None,
+    quiet: Quiet = False,
+    **asked: Any,
+) -> None:
+    """Find the recipe, width and length that are best under a budget, by successive halving; options may be lists."""
+    from spfde.app.compare.search_command import search_recipes
+
+    asked |= {"epochs": epochs, "validation_share": validation_share}
+    given = given_options(context)
+    search_recipes(asked, given, budget=budget, trials=trials, out=out, resume=resume, quiet=quiet)
+
+
+@command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),
