@@ -89,7 +89,7 @@ def asked_for(asked: Mapping[str, Any], given: Collection[str], budget: str | No
     else:
         with problems.collecting():
             Budget.read(budget)
-    options: dict[str, Any] = {"validation_share": asked["validation_share"]}
+    options: dict[str, Any] = {name: asked[name] for name in ("validation_share", "data_root")}
     space: dict[str, list[Any]] = {}
     for name in (name for name in DEFAULTS if name in given):
         with problems.collecting():

@@ -13,7 +13,7 @@ from spfde.app.compare.running import outcome_of, words_of
 from spfde.app.compare.search_budget import Budget, longest, memory_of, planned, widest
 from spfde.app.compare.search_display import TrialBoard
 from spfde.app.compare.search_state import DEFAULTS, DENSE, Search, Trial
-from spfde.app.compare.search_study import Study, rung_after
+from spfde.app.compare.search_study import Study, rungs_after
 from spfde.app.data.datasets import load_data
 from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder
 from spfde.app.train.events import Display
@@ -81,15 +81,16 @@ class Searcher:
             found = self._begun(number)
             if found is None:
                 return False
-            handle, trial = found
+            proposal, trial = found
             if trial.state == "running":
-                trial = self._trained(number, trial if trial.epochs else self._sized(trial), handle)
+                trial = self._trained(number, trial if trial.epochs else self._sized(trial), proposal)
                 self._set(number, trial)
                 self._board.ended(trial, self._dense_flops)
             else:
                 for epoch, accuracy in enumerate(trial.val_accuracy):
-                    self._is_good(trial, handle, epoch, accuracy)
-            self._study.tell(handle, trial.val_accuracy[-1] if trial.state == "finished" else None)
+                    self._goes_on(trial, proposal, epoch, accuracy)
+            if proposal is not None:
+                self._study.tell(proposal, trial.val_accuracy[-1] if trial.state == "finished" else None)
             number += 1
         return True
 
@@ -98,11 +99,11 @@ class Searcher:
         self._keep(self.search)
 
     def _begun(self, number: int) -> tuple[Any, Trial] | None:
-        """The trial of that number, from before or new, in Optuna's study too."""
+        """The trial of that number, from before or new, behind what Optuna has of it: nothing of the dense ones."""
         known = self.search.trials[number] if number < len(self.search.trials) else None
         if number < len(DENSE):
-            handle, values = self._study.fixed(), {"recipe": "dense", "width": self.search.dense.width}
-            return handle, known or Trial(name=DENSE[number], values=values)
+            values = {"recipe": "dense", "width": self.search.dense.width}
+            return None, known or Trial(name=DENSE[number], values=values)
         if known is not None:
             return self._study.again(known.values), known
         proposed = self._study.new([trial.values for trial in self.search.trials[len(DENSE) :]])
@@ -153,14 +154,14 @@ class Searcher:
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _trained(self, number: int, trial: Trial, handle: Any) -> Trial:
+    def _trained(self, number: int, trial: Trial, proposal: Any) -> Trial:
         """A trial that is over: finished, pruned or failed."""
         self._set(number, trial)
         if trial.state == "unfit":
             return trial
         folder = RunFolder(self._folder.path / RUNS / trial.folder)
         follower = _Follower(
-            trial.epochs, lambda row: self._is_good(trial, handle, row["epoch"], row["val_accuracy"]), self._board
+            trial.epochs, lambda row: self._goes_on(trial, proposal, row["epoch"], row["val_accuracy"]), self._board
         )
         self._board.begins(trial.name)
         is_begun, error = (folder.path / CONFIG).is_file(), None
@@ -175,11 +176,10 @@ class Searcher:
             **_spent(follower.rows),
         )
 
-    def _is_good(self, trial: Trial, handle: Any, epoch: int, accuracy: float) -> bool:
-        """Whether a trial goes on behind an epoch. The dense ones do, but others are measured by them, too."""
-        rungs = rung_after(epoch + 1, trial.epochs)
-        verdicts = [self._study.goes_on(handle, rung, accuracy) for rung in rungs]
-        return all(verdicts) or trial.name in DENSE
+    def _goes_on(self, trial: Trial, proposal: Any, epoch: int, accuracy: float) -> bool:
+        """Whether a trial goes on behind an epoch. The dense ones do, and take no other one's place."""
+        rungs = [] if proposal is None else rungs_after(epoch + 1, trial.epochs)
+        return all(self._study.goes_on(proposal, rung, accuracy) for rung in rungs)
 
     def _outcome(self, job: Job) -> Exception | None:
         """Train a run until it is over or paused; what ended it, where the others would not end by that."""

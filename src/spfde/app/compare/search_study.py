@@ -42,10 +42,6 @@ class Study:
             direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner(1, reduction_factor=REDUCTION)
         )
 
-    def fixed(self) -> Any:
-        """A trial that is none of the space's."""
-        return self._study.ask()
-
     def again(self, values: Mapping[str, Any]) -> Any:
         """A trial that was proposed before."""
         self._study.enqueue_trial({name: self._space[name].index(value) for name, value in values.items()})
@@ -93,12 +89,12 @@ class Study:
         self._study.tell(trial, accuracy, state=state.PRUNED if accuracy is None else state.COMPLETE)
 
 
-def rung_after(epochs: int, of: int) -> list[int]:
+def rungs_after(epochs: int, of: int) -> list[int]:
     """The rungs that are reached with so many epochs of a run, and with no fewer; none at its end.
 
     Example:
-        >>> from spfde.app.compare.search_study import rung_after
-        >>> [rung_after(epochs, of=9) for epochs in (1, 2, 3, 9)]
+        >>> from spfde.app.compare.search_study import rungs_after
+        >>> [rungs_after(epochs, of=9) for epochs in (1, 2, 3, 9)]
         [[0], [], [1], []]
     """
     if epochs >= of:

@@ -17,6 +17,7 @@ from spfde.app.compare.statistics import pareto
 from spfde.app.options import RecipeOptions, flag, names_of
 from spfde.app.report import figures
 from spfde.app.runs.folder import RECIPE, RunFolder
+from spfde.app.train.options import TrainOptions
 from spfde.core.say import counted
 
 TABLE, BEST, CONFIRM = "table.md", "best.toml", "confirm.toml"
@@ -90,15 +91,15 @@ class Result:
     def notes(self) -> list[str]:
         """What a reader has to know."""
         budget, states = Budget.read(self.search.budget), [trial.state for trial in self.search.trials]
-        kept_to = {
-            "flops": f"Each trial is as long as {self.search.budget} of the dense run allow, by its plan",
-            "seconds": f"Each trial is as long as {self.search.budget} allow: the seconds of its second epoch, times "
-            "what all epochs cost of that one by its plan",
-            "memory": f"Each trial's largest training step takes at most {self.search.budget}, modelled as PyTorch "
-            'stores it ("actual" of spfde plan), where masks save nothing',
-        }
         longest = counted(self.search.dense.epochs, "epoch")
-        lines = [f"{kept_to[budget.kind]}, and at most {longest}."]
+        kept_to = {
+            "flops": f"{budget.limit:g} % of the training FLOPs that the dense run of {longest} has, by their plans",
+            "seconds": f"{figures.duration(budget.limit)}, estimated as the seconds of its second epoch, scaled by the "
+            "FLOPs of its plan",
+            "memory": f"{figures.memory(budget.limit)} in its largest training step, modelled as PyTorch stores it "
+            '("actual" of spfde plan), where masks save nothing',
+        }
+        lines = [f"Each trial is as long as it can be up to {longest} with {kept_to[budget.kind]}."]
         if budget.kind == "seconds":
             over = max((trial.seconds / budget.limit for trial in finished(self.search)), default=0.0)
             lines.append(f"The longest finished trial took {figures.percent(over)} of the budget, measured.")
@@ -108,8 +109,8 @@ class Result:
         )
         lines.append(
             f"{len(states) - states.count('unfit')} trials: {states.count('finished')} finished, "
-            f"{states.count('pruned')} pruned, {states.count('failed')} failed; {states.count('unfit')} more did not "
-            f"fit. Together they cost {against} and {took}."
+            f"{states.count('pruned')} pruned, {states.count('failed')} failed; {states.count('unfit')} more were not "
+            f"trained. Together they cost {against} and {took}."
         )
         share = self.search.dense.validation_share
         lines.append(
@@ -169,9 +170,9 @@ def keep(folder: RunFolder, search: Search, dense_flops: int) -> Result:
 
 def _others(search: Search, trial: Trial) -> dict[str, Any]:
     """Options of a trial beside its recipe, where they are not the defaults."""
-    options = search.options_of(trial)
+    options, plain = search.options_of(trial), TrainOptions()
     names = [name for name in DEFAULTS if name not in names_of(RecipeOptions)]
-    return {name: getattr(options, name) for name in names if getattr(options, name) != DEFAULTS[name]}
+    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(plain, name)}
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
