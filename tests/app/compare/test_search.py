@@ -15,20 +15,25 @@ import torch
 import spfde as package
 from helpers.commands import Spfde, start
 from spfde.app.compare.folder import Comparison
-from spfde.app.compare.search_budget import Budget, longest, memory_of, planned, widest
+from spfde.app.compare.search_budget import Budget, Cost, longest, planned, widest
+from spfde.app.compare.search_state import Search, Trial
 from spfde.app.compare.search_study import Study, rungs_after
 from spfde.app.compare.spec import read_spec
 from spfde.app.train import loop
 from spfde.app.train.models import build_model
 from spfde.app.train.options import TrainOptions, choose_recipe
 from spfde.core.errors import InvalidArgument
-from spfde.planning import Plan
 
 WORDS = [
-    "search", "--budget", "40% flops", "--trials", "8", "--epochs", "6", "--batch-size", "16", "--lr", "0.05",
-    "--validation-share", "0.25", "--sparsity", "0.5,0.9", "--freeze", "0", "--sieve", "0,0.2", "--width", "0.5,1",
+    "search", "--budget", "50% flops", "--trials", "5", "--epochs", "4", "--batch-size", "16", "--lr", "0.05",
+    "--validation-share", "0.25", "--sparsity", "0.5,0.9", "--freeze", "0", "--sieve", "0,0.2", "--width", "1",
     "--engine", "masked", "--device", "cpu",
 ]  # fmt: skip
+
+
+DENSE_TRIALS = [
+    {"name": f"dense, {how}", "values": {"recipe": "dense", "width": 0.5}} for how in ("shorter", "narrower")
+]
 
 
 # --- the budget ------------------------------------------------------------------------------------------------------
@@ -64,16 +69,16 @@ def options(data: Path, **changes: Any) -> TrainOptions:
     return TrainOptions(**(dense | {"data": str(data), "batch_size": 16, "epochs": 20} | changes))
 
 
-def bill_of(given: TrainOptions) -> Plan:
-    bill = planned(given)
-    assert isinstance(bill, Plan)
-    return bill
+def cost_of(given: TrainOptions) -> Cost:
+    cost = planned(given)
+    assert isinstance(cost, Cost)
+    return cost
 
 
 @pytest.mark.parametrize(("percent", "epochs"), [(100, 20), (99, 19), (50, 10), (25, 5), (24.9, 4), (5, 1)])
 def test_of_a_dense_run_so_many_epochs_fit_as_the_share_is(percent: float, epochs: int, tiny: Path) -> None:
     dense = options(tiny)
-    fits = Budget("flops", percent).fits(dense_flops=bill_of(dense).training_flops, seconds_per_flop=0)
+    fits = Budget("flops", percent).fits(dense_flops=cost_of(dense).flops, seconds_per_flop=0)
     found = longest(dense, fits)
     assert isinstance(found, TrainOptions)
     assert found.epochs == epochs
@@ -81,13 +86,13 @@ def test_of_a_dense_run_so_many_epochs_fit_as_the_share_is(percent: float, epoch
 
 def test_where_one_epoch_is_too_much_no_length_fits(tiny: Path) -> None:
     dense = options(tiny)
-    flops = bill_of(dense).training_flops
+    flops = cost_of(dense).flops
     assert longest(dense, Budget("flops", 4.9).fits(dense_flops=flops, seconds_per_flop=0)) == "one epoch costs more"
 
 
 def test_seconds_are_those_of_a_flop_times_the_plan(tiny: Path) -> None:
     dense = options(tiny)
-    flops_of_epoch = bill_of(dense).training_flops / 20
+    flops_of_epoch = cost_of(dense).flops / 20
     found = longest(dense, Budget("seconds", 7.5).fits(dense_flops=1, seconds_per_flop=1 / flops_of_epoch))
     assert isinstance(found, TrainOptions)
     assert found.epochs == 7
@@ -96,7 +101,7 @@ def test_seconds_are_those_of_a_flop_times_the_plan(tiny: Path) -> None:
 def test_a_length_at_which_nothing_can_be_frozen_is_no_length(tiny: Path) -> None:
     freezing = options(tiny, recipe=choose_recipe("spfde", freeze=0.3).to_dict())
     assert isinstance(planned(freezing.model_copy(update={"epochs": 2})), InvalidArgument)
-    dense_flops = bill_of(options(tiny)).training_flops
+    dense_flops = cost_of(options(tiny)).flops
     told = longest(freezing, Budget("flops", 1).fits(dense_flops=dense_flops, seconds_per_flop=0))
     assert isinstance(told, str)
     assert "cannot be reached" in told
@@ -104,23 +109,32 @@ def test_a_length_at_which_nothing_can_be_frozen_is_no_length(tiny: Path) -> Non
 
 def test_the_widest_net_that_fits_is_found_in_steps_of_a_32nd(tiny: Path) -> None:
     dense = options(tiny)
-    half = bill_of(dense.model_copy(update={"width": 0.5}))
-    for limit, width in ((half.training_flops, 0.5), (half.training_flops - 1, 15 / 32)):
+    half = cost_of(dense.model_copy(update={"width": 0.5}))
+    for limit, width in ((half.flops, 0.5), (half.flops - 1, 15 / 32)):
         found = widest(dense, Budget("flops", 100).fits(dense_flops=limit, seconds_per_flop=0))
         assert isinstance(found, TrainOptions)
-        assert bill_of(found).training_flops <= limit
+        assert cost_of(found).flops <= limit
         assert found.width == width
-    found = widest(dense, Budget("memory", memory_of(half)).fits(dense_flops=1, seconds_per_flop=0))
+    found = widest(dense, Budget("memory", half.step_bytes).fits(dense_flops=1, seconds_per_flop=0))
     assert isinstance(found, TrainOptions)
     assert found.width == 0.5
-    assert widest(dense, lambda bill: True) == "the dense run as it is costs no more"
+    assert widest(dense, lambda cost: True) == "the dense run as it is costs no more"
 
 
 def test_memory_is_that_of_the_largest_epoch_as_pytorch_stores_it(tiny: Path) -> None:
     recipe = choose_recipe("spfde", sparsity=0.9)
     model = build_model("resnet8", num_classes=3, in_channels=1, image_size=8)
     bill = package.plan(model, torch.zeros(1, 1, 8, 8), recipe, 20, 96, batch_size=16)
-    assert memory_of(bill_of(options(tiny, recipe=recipe.to_dict()))) == bill.memory["actual"].per_epoch[0]
+    assert cost_of(options(tiny, recipe=recipe.to_dict())).step_bytes == bill.memory["actual"].per_epoch[0]
+
+
+def test_the_dense_nets_have_nothing_of_what_the_others_save() -> None:
+    dense = Trial(name="dense, narrower", values={"recipe": "dense", "width": 0.5}, epochs=3)
+    given = {"sparsity": 0.9, "freeze": 0.2, "structure": "4x1", "recipe": "rigl", "lr": 0.05}
+    search = Search(budget="10% flops", wanted=3, options=given, space={"sieve": (0.1, 0.2), "batch_size": (32, 128)})
+    found = search.options_of(dense)
+    assert found.load_recipe().is_neutral
+    assert (found.width, found.epochs, found.lr, found.batch_size) == (0.5, 3, 0.05, 32)
 
 
 # --- Optuna ----------------------------------------------------------------------------------------------------------
@@ -180,19 +194,19 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_dense_nets_are_tried_first_and_to_the_end(whole: Path) -> None:
     shorter, narrower = found_in(whole)["trials"][:2]
     assert (shorter["name"], shorter["values"]) == ("dense, shorter", {"recipe": "dense", "width": 1.0})
-    assert (shorter["state"], shorter["epochs"], len(shorter["val_accuracy"])) == ("finished", 2, 2)  # 40 % of 6
-    assert (narrower["name"], narrower["state"], narrower["epochs"]) == ("dense, narrower", "finished", 6)
+    assert (shorter["state"], shorter["epochs"], len(shorter["val_accuracy"])) == ("finished", 2, 2)  # half of 4
+    assert (narrower["name"], narrower["state"], narrower["epochs"]) == ("dense, narrower", "finished", 4)
     assert narrower["values"]["recipe"] == "dense"
     assert 0 < narrower["values"]["width"] < 1
-    dense = 3 * shorter["planned_flops"]
-    assert all(trial["planned_flops"] <= 0.4 * dense for trial in found_in(whole)["trials"])
-    assert narrower["planned_flops"] > 0.35 * dense
+    half = shorter["planned_flops"]
+    assert all(trial["planned_flops"] <= half for trial in found_in(whole)["trials"])
+    assert narrower["planned_flops"] > 0.9 * half
 
 
 def test_trials_are_pruned_and_told_with_what_they_cost(whole: Path) -> None:
     found, printed = found_in(whole), (whole / "printed").read_text()
     trials = [trial for trial in found["trials"] if trial["state"] != "unfit"]
-    assert len(trials) == 8
+    assert len(trials) == 5
     pruned = [trial for trial in trials if trial["state"] == "pruned"]
     assert pruned
     for trial in trials:
@@ -203,7 +217,7 @@ def test_trials_are_pruned_and_told_with_what_they_cost(whole: Path) -> None:
         assert f"{trial['name']} (" in printed
     cost = found["result"]["cost"]
     assert cost["training_flops"] == sum(trial["training_flops"] for trial in found["trials"])
-    assert cost["dense_training_flops"] == 3 * trials[0]["training_flops"]
+    assert cost["dense_training_flops"] == 2 * trials[0]["training_flops"]
     assert (whole / "table.md").read_text() in printed
     assert "One seed decides little" in printed
 
@@ -273,10 +287,10 @@ def test_seconds_are_measured_before_a_length_is_chosen(tiny: Path, spfde: Spfde
 
 
 def test_a_loss_that_diverges_ends_a_trial_and_not_the_search(tiny: Path, spfde: Spfde, here: Path) -> None:
-    words = ["--budget", "50% flops", "--trials", 2, "--epochs", 2, "--batch-size", 16, "--engine", "masked"]
+    words = ["--budget", "50% flops", "--trials", 1, "--epochs", 2, "--batch-size", 16, "--engine", "masked"]
     ended = spfde("search", "--data", tiny, "--out", "s", *words, "--lr", "1e30")
     assert ended.code == 2
-    assert [trial["state"] for trial in found_in(here / "s")["trials"]] == ["failed", "failed"]
+    assert [trial["state"] for trial in found_in(here / "s")["trials"]] == ["failed"]
     assert "no trial was finished" in ended.err
     assert "the loss became" in ended.out
 
@@ -319,11 +333,22 @@ def test_without_optuna_the_extra_is_named(spfde: Spfde, monkeypatch: pytest.Mon
     assert "pip install 'spfde[search]'" in spfde("search", "--budget", "10% flops").err
 
 
-@pytest.mark.parametrize("damage", ['"name": "../elsewhere"', '"name": 3'])
-def test_a_damaged_file_is_no_search(damage: str, whole: Path, spfde: Spfde, here: Path) -> None:
-    (here / "s").mkdir()
-    text = (whole / "search.json").read_text().replace('"name": "trial 3"', damage, 1)
-    (here / "s" / "search.json").write_text(text)
-    ended = spfde("search", "--resume", "s")
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"version": 2}, "version"),
+        ({"budget": "much"}, "is no budget"),
+        ({"options": {"model": 3}}, "model"),
+        ({"trials": [{"name": "../elsewhere", "values": {}}]}, "trials.0.name"),
+        ({"trials": [{"name": "trial 1", "values": {}}]}, "the first trials are not the dense ones"),
+        ({"trials": [*DENSE_TRIALS, {"name": "trial 3", "values": {}}]}, "other options"),
+        ({"trials": [*DENSE_TRIALS, {"name": "trial 3", "values": {"sparsity": 0.7}}]}, "a value of sparsity"),
+    ],
+)
+def test_a_damaged_file_is_no_search(change: dict[str, Any], told: str, spfde: Spfde, here: Path) -> None:
+    content = {"budget": "10% flops", "wanted": 3, "options": {}, "space": {"sparsity": [0.5, 0.9]}, "trials": []}
+    (here / "search.json").write_text(json.dumps({"version": 1} | content | change))
+    ended = spfde("search", "--resume", ".")
     assert (ended.code, ended.out) == (2, "")
     assert "is damaged" in ended.err
+    assert told in ended.err

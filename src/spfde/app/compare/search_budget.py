@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -16,10 +16,23 @@ from spfde.app.data.validation import trained_on
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.planning import Plan, plan
+from spfde.planning import plan
 
-Fits = Callable[[Plan], bool]
-"""Whether a run keeps to the budget, by its plan."""
+
+class Cost(NamedTuple):
+    """What a run costs, as planned.
+
+    Attributes:
+        flops: training FLOPs.
+        step_bytes: of a training step, as PyTorch stores them ("actual"), in the epoch that needs most.
+    """
+
+    flops: int
+    step_bytes: int
+
+
+Fits = Callable[[Cost], bool]
+"""Whether a run keeps to the budget."""
 
 _UNITS = {
     "flops": ("flops", 1.0),
@@ -66,40 +79,43 @@ class Budget:
         return cls(kind, factor * float(match[1]))  # type: ignore[arg-type]
 
     def fits(self, *, dense_flops: int, seconds_per_flop: float) -> Fits:
-        """What says whether a plan keeps to it.
+        """What says whether a run keeps to it.
 
         Args:
             dense_flops: training FLOPs of the dense run.
             seconds_per_flop: as measured; of a budget in seconds.
         """
         if self.kind == "flops":
-            return lambda bill: 100 * bill.training_flops <= self.limit * dense_flops
+            return lambda cost: 100 * cost.flops <= self.limit * dense_flops
         if self.kind == "seconds":
-            return lambda bill: seconds_per_flop * bill.training_flops <= self.limit
-        return lambda bill: memory_of(bill) <= self.limit
+            return lambda cost: seconds_per_flop * cost.flops <= self.limit
+        return lambda cost: cost.step_bytes <= self.limit
 
 
-def memory_of(bill: Plan) -> int:
-    """Bytes of a training step that a run needs room for: as PyTorch stores them ("actual"), in its largest epoch."""
-    return max(bill.memory["actual"].per_epoch)
+def planned(options: TrainOptions) -> Cost | InvalidArgument:
+    """What a run costs, or why it cannot be planned: nothing can be frozen in so few epochs, say."""
+    return _planned(options.model_dump_json(include=_PLANNED))
 
 
-def planned(options: TrainOptions) -> Plan | InvalidArgument:
-    """The plan of a run, without its warnings, or why there is none: nothing can be frozen in so few epochs, say."""
+_PLANNED = {"data", "image_size", "model", "width", "recipe", "epochs", "batch_size", "validation_share"}
+_described = cache(describe_data)
+
+
+@cache
+def _planned(text: str) -> Cost | InvalidArgument:
+    options = TrainOptions.model_validate_json(text)
     recipe = options.load_recipe()
     spec = trained_on(_described(options.data, options.image_size), options.validation_share, options.batch_size)
     model = build_for(options.model, spec, width=options.width, seed=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of recipes that may never be trained
         try:
             check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
             sample = torch.zeros(1, *spec.sample_shape)
-            return plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
+            bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
         except InvalidArgument as error:
             return error
-
-
-_described = cache(describe_data)
+    return Cost(bill.training_flops, max(bill.memory["actual"].per_epoch))
 
 
 def longest(options: TrainOptions, fits: Fits) -> TrainOptions | str:
@@ -113,17 +129,17 @@ def longest(options: TrainOptions, fits: Fits) -> TrainOptions | str:
         return options.model_copy(update={"epochs": epochs})
 
     def is_over(epochs: int) -> bool:
-        bill = planned(at(epochs))
-        return isinstance(bill, Plan) and not fits(bill)
+        cost = planned(at(epochs))
+        return isinstance(cost, Cost) and not fits(cost)
 
     found = _largest(options.epochs, lambda epochs: not is_over(epochs))
     reason = "one epoch costs more"
     for epochs in range(found, max(0, found - _STEPS_DOWN), -1):
-        bill = planned(at(epochs))
-        if isinstance(bill, Plan) and fits(bill):
+        cost = planned(at(epochs))
+        if isinstance(cost, Cost) and fits(cost):
             return at(epochs)
-        if epochs == found and isinstance(bill, InvalidArgument):
-            reason = f"in {epochs} epochs {bill}"
+        if epochs == found and isinstance(cost, InvalidArgument):
+            reason = f"in {epochs} epochs {cost}"
     return reason
 
 
@@ -134,8 +150,8 @@ def widest(options: TrainOptions, fits: Fits) -> TrainOptions | str:
         return options.model_copy(update={"width": options.width * steps / _WIDTHS})
 
     def is_within(steps: int) -> bool:
-        bill = planned(at(steps))
-        return isinstance(bill, Plan) and fits(bill)
+        cost = planned(at(steps))
+        return isinstance(cost, Cost) and fits(cost)
 
     try:
         found = _largest(_WIDTHS, is_within)

@@ -38,7 +38,7 @@ SPACE: Mapping[str, tuple[float, ...]] = {
 }
 """What is searched where nothing else is said."""
 _LISTS = (DataOptions, RecipeOptions, TrainingOptions)
-_FIXED = ("data", "epochs", "seed", "keep_every")
+_FIXED = ("data", "image_size", "model", "epochs", "seed", "keep_every")
 _OF_ONE_RUN = ("profile", "track")
 
 

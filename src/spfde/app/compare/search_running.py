@@ -10,7 +10,7 @@ from typing import Any
 
 from spfde.app.compare.folder import RUNS
 from spfde.app.compare.running import outcome_of, words_of
-from spfde.app.compare.search_budget import Budget, longest, memory_of, planned, widest
+from spfde.app.compare.search_budget import Budget, Cost, longest, planned, widest
 from spfde.app.compare.search_display import TrialBoard
 from spfde.app.compare.search_state import DEFAULTS, DENSE, Search, Trial
 from spfde.app.compare.search_study import Study, rungs_after
@@ -20,8 +20,7 @@ from spfde.app.train.events import Display
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import TrainingRun
 from spfde.app.train.side_by_side import Job
-from spfde.core.errors import RunFolderError, TrainingDiverged, UsageError
-from spfde.planning import Plan
+from spfde.core.errors import InvalidArgument, RunFolderError, TrainingDiverged, UsageError
 
 _TIMING = "timing"
 _TIMED = 2
@@ -126,9 +125,9 @@ class Searcher:
             found = longest(found, self._budget.fits(dense_flops=self._dense_flops, seconds_per_flop=rate))
         if isinstance(found, str):
             return trial.changed(state="unfit", why=found)
-        bill = planned(found)
-        assert isinstance(bill, Plan), "its length is one that can be planned"
-        return trial.changed(epochs=found.epochs, planned_flops=bill.training_flops, planned_bytes=memory_of(bill))
+        cost = planned(found)
+        assert isinstance(cost, Cost), "its length is one that can be planned"
+        return trial.changed(epochs=found.epochs, planned_flops=cost.flops, planned_bytes=cost.step_bytes)
 
     def _narrowed(self, *, is_timed: bool) -> TrainOptions | str:
         first = self.search.trials[0]
@@ -205,10 +204,10 @@ def _rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def dense_flops(search: Search) -> int:
     """Training FLOPs of the dense run at its full length, as planned."""
-    bill = planned(search.dense)
-    if not isinstance(bill, Plan):
-        raise bill
-    return bill.training_flops
+    cost = planned(search.dense)
+    if isinstance(cost, InvalidArgument):
+        raise cost
+    return cost.flops
 
 
 def _spent(rows: list[dict[str, Any]]) -> dict[str, Any]:

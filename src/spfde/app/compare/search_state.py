@@ -98,6 +98,10 @@ class Search(Technique):
 
     @model_validator(mode="after")
     def _of_the_space(self) -> Self:
+        if [trial.name for trial in self.trials[: len(DENSE)]] != list(DENSE[: len(self.trials)]):
+            raise ValueError("the first trials are not the dense ones")
+        if not all(isinstance(trial.values.get("width"), float) for trial in self.trials[: len(DENSE)]):
+            raise ValueError("the dense trials lack a width")
         for trial in self.trials[len(DENSE) :]:
             if trial.values.keys() != self.space.keys():
                 raise ValueError(f"{trial.name} has other options than are searched")
@@ -115,14 +119,19 @@ class Search(Technique):
 
     def options_of(self, trial: Trial) -> TrainOptions:
         """The options of a trial's run."""
+        if trial.name in DENSE:
+            return self.dense.model_copy(update={"width": trial.values["width"], "epochs": trial.epochs})
         return self.of(trial.values).model_copy(update={"epochs": trial.epochs})
 
     @property
     def dense(self) -> TrainOptions:
-        """The dense run at the full length: the others' costs are shares of its own."""
-        width = self.options.get("width", DEFAULTS["width"])
+        """The dense run at the full length: the others' costs are shares of its own.
+
+        What is searched is as by default in it, or has its first value where the default is none of them.
+        """
+        searched = {name: DEFAULTS[name] if DEFAULTS[name] in found else found[0] for name, found in self.space.items()}
         plain = {name: DEFAULTS[name] for name in names_of(RecipeOptions)}
-        return self.of(plain | {"recipe": "dense", "width": width})
+        return self.of(searched | plain | {"recipe": "dense", "width": self.options.get("width", DEFAULTS["width"])})
 
     def with_trial(self, number: int, trial: Trial) -> Search:
         """With a trial in its place, the last one or a new one."""
@@ -157,6 +166,8 @@ def reopened(path: Path) -> Iterator[tuple[RunFolder, Search]]:
         try:
             search = Search(**{name: value for name, value in written.items() if name != _RESULT})
             Budget.read(search.budget)
+            own = [name for name in search.options if name in TrainOptions.model_fields and name != "recipe"]
+            TrainOptions(**{name: search.options[name] for name in own})
             search.dense  # noqa: B018  # its options are checked
         except InvalidArgument as error:
             raise RunFolderError(f"{path / SEARCH}: is damaged: {error} Restore it from a copy.") from None
