@@ -44,7 +44,7 @@ def check(comparison: Comparison) -> None:
     problems.raise_if_any()
 
 
-_NAMED = ("track", "engine", "device", "model", "precision", "data", "image_size")
+_NAMED = ("track", "engine", "device", "model", "width", "precision", "data", "image_size")
 
 
 def epochs_done(run: Planned) -> int:
