@@ -275,15 +275,20 @@ def test_a_pruned_trial_is_a_run_that_can_be_resumed(whole: Path, spfde: Spfde) 
 
 
 def test_seconds_are_measured_before_a_length_is_chosen(tiny: Path, spfde: Spfde, here: Path) -> None:
-    words = ["--budget", "1000 s", "--trials", 1, "--epochs", 3, "--batch-size", 16, "--engine", "masked"]
+    words = ["--budget", "1000 s", "--trials", 3, "--epochs", 2, "--batch-size", 16, "--engine", "masked"]
+    words += ["--sparsity", "0.5,0.9", "--freeze", 0.3, "--sieve", 0, "--width", 1]
     ended = spfde("search", "--data", tiny, "--out", "s", *words)
     assert ended.code == 0, ended.err
-    [trial] = found_in(here / "s")["trials"]
-    assert (trial["state"], trial["epochs"]) == ("finished", 3)
-    assert trial["timing_seconds"] > 0
-    assert 3 * trial["timing_flops"] == 2 * trial["training_flops"]
+    first, *others = found_in(here / "s")["trials"]
+    assert (first["state"], first["epochs"]) == ("finished", 2)
+    assert first["timing_seconds"] > 0
+    assert first["timing_flops"] == first["training_flops"]
     assert not (here / "s" / "timing").exists()
     assert "of the budget, measured" in ended.out
+    assert [trial["state"] for trial in others] == ["unfit"] * 3
+    assert "costs no more" in others[0]["why"]
+    assert "cannot be reached" in others[1]["why"]
+    assert "Nothing is left to try." in ended.out
 
 
 def test_a_loss_that_diverges_ends_a_trial_and_not_the_search(tiny: Path, spfde: Spfde, here: Path) -> None:

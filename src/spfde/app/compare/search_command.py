@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -197,11 +198,14 @@ def _go_on(folder: RunFolder, search: Search, *, quiet: bool) -> None:
     board = TrialBoard(console)
     searcher = Searcher(search, folder, board, kept)
     board.line(f"spfde search · {search.budget} · {search.wanted} trials · {folder.path}")
+    logging.getLogger("spfde").setLevel(logging.WARNING)  # which engine each trial has is in its own folder
     try:
         with terminable(), board:
             found_all = searcher.run()
     except KeyboardInterrupt as error:
         end(error, f" Go on with `spfde search --resume {folder.path}`.")
+    finally:
+        logging.getLogger("spfde").setLevel(logging.NOTSET)
     if not found_all:
         board.line("Nothing is left to try.")
     if not quiet:

@@ -22,6 +22,7 @@ from spfde.app.train.setup import TrainingRun
 from spfde.app.train.side_by_side import Job
 from spfde.core.errors import InvalidArgument, RunFolderError, TrainingDiverged, UsageError
 
+_SPENT = ("training_flops", "seconds")
 _TIMING = "timing"
 _TIMED = 2
 """Epochs that are trained to know how long one takes; the last one's seconds count, for the first one warms up."""
@@ -116,6 +117,8 @@ class Searcher:
         rate, is_timed = 0.0, self._budget.kind == "seconds"
         if trial.name == DENSE[1]:
             found = self._narrowed(is_timed=is_timed)
+        if is_timed and isinstance(found, TrainOptions) and isinstance(whole := planned(found), InvalidArgument):
+            found = str(whole)
         if is_timed and not isinstance(found, str):
             trial, rate = self._timed(trial, found)
             found = found if rate else trial.why
@@ -196,9 +199,9 @@ class Searcher:
 def _rows(folder: RunFolder) -> list[dict[str, Any]]:
     """The epochs that a run has trained before."""
     rows = list(folder.read_metrics().values())
-    if not all("val_accuracy" in row for row in rows):
+    if not all(isinstance(row.get(name), int | float) for row in rows for name in ("val_accuracy", *_SPENT)):
         remedy = "Take the folder away: the trial is trained anew."
-        raise RunFolderError(f"{folder.path}: holds a run without a validation share, so another one. {remedy}")
+        raise RunFolderError(f"{folder.path}: holds another run, or one that is damaged. {remedy}")
     return rows
 
 
@@ -211,4 +214,4 @@ def dense_flops(search: Search) -> int:
 
 
 def _spent(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: sum(row[name] for row in rows) for name in ("training_flops", "seconds")}
+    return {name: sum(row[name] for row in rows) for name in _SPENT}
