@@ -168,8 +168,6 @@ def test_the_command_line_says_what_the_best_epoch_is_chosen_by(noisy: Path, spf
     assert "chosen by validation accuracy" in spfde("export", "run").out
     planned = json.loads(spfde("plan", "--data", noisy, "--json", *words, "--validation-share", 0.25).out)
     assert planned["training_flops"] == read(here / "run" / "summary.json")["training_flops"]
-    assert spfde("report", "run").code == 0
-    assert "best by validation" in Path("report.html").read_text()
 
 
 @pytest.mark.cli

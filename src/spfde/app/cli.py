@@ -22,6 +22,7 @@ from spfde.app.options import (
     AnalysisOptions,
     CacheOptions,
     DataOptions,
+    EvaluationOptions,
     LengthOptions,
     MachineOptions,
     PluginOptions,
@@ -296,6 +297,20 @@ def analyze(
     written = analyze_run(run, options, out or run / "analysis", tell=tell)
     for path in (written, *draw_analysis(written)):
         tell(path)
+
+
+@command()
+@takes(EvaluationOptions, PluginOptions)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder; its training need not be over")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    **asked: Any,
+) -> None:
+    """Loss, top-1, top-5 and accuracy of each class of a run's last and best weights, on its test set or other data."""
+    from spfde.app.evaluate import EvaluateOptions, evaluate_run
+
+    found = evaluate_run(run, EvaluateOptions(**{name: asked[name] for name in names_of(EvaluationOptions)}))
+    typer.echo(found.to_json() if as_json else str(found))
 
 
 @command()

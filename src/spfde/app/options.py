@@ -222,6 +222,22 @@ class AnalysisOptions:
     data_root: Annotated[Path | None, Words("where torchvision's sets lie", shown="the run's")] = None
 
 
+class EvaluationOptions:
+    """What a run's weights are evaluated on by ``spfde evaluate``."""
+
+    data: Annotated[
+        str | None,
+        Words("other data of the same shape and classes, whose test part is taken", shown="the run's own"),
+    ] = None
+    image_size: Annotated[
+        Annotated[int, Ge(8)] | None,
+        Words("pixels a side that other data are scaled and cut to, from 8 on", shown="the data's own"),
+    ] = None
+    batch_size: Annotated[int, Ge(1), Words("images per batch, from 1 on")] = 256
+    device: Annotated[str, Words("auto, cpu, cuda, cuda:N or mps")] = "auto"
+    data_root: Annotated[Path | None, Words("where torchvision's sets lie", shown="the run's")] = None
+
+
 Command = TypeVar("Command", bound=Callable[..., None])
 Model = TypeVar("Model", bound="BaseModel")
 

@@ -117,6 +117,15 @@ def test_a_run_with_a_validation_set_says_what_its_best_epoch_was_chosen_by(make
     ]
 
 
+def test_a_model_of_another_width_says_so(make_run: MakeRun) -> None:
+    folder = make_run()
+    assert figures.model(read_run(folder)) == "resnet8"
+    config = json.loads((folder / "config.json").read_text())
+    config["command"]["width"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert figures.model(read_run(folder)) == "resnet8, width 0.5"
+
+
 def test_savings_and_what_was_spent_add_up_to_the_dense_run(make_run: MakeRun) -> None:
     run = read_run(make_run())
     shares = [figures.share_of_dense(run, name) or 0.0 for name, _ in tables.PARTS_OF_DENSE]

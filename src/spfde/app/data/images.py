@@ -111,6 +111,7 @@ class ImageData:
         in_memory: whether all sets lie in memory, as ``ImageArray``; if not, samples are decoded when asked for, and
             loader workers pay off.
         validation: what is held out of the training set, which no longer has it; None where nothing is.
+        class_names: of each class, in order; None where the data do not name them.
     """
 
     spec: DataSpec
@@ -121,6 +122,7 @@ class ImageData:
     default_augmentation: AugmentMode
     in_memory: bool = True
     validation: Dataset[tuple[Tensor, int]] | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def evaluated_on(self) -> Split:
