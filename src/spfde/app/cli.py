@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # the library is installed without the command line
     sys.exit("spfde: the command line needs more packages. Install them with `pip install 'spfde[train,vision]'`.")
 
 from spfde.app.command import PlainCommand, given_options
+from spfde.app.compare.search_cli import search
 from spfde.app.ending import EXIT_ERROR, cause_of, end, fail, leave
 from spfde.app.options import (
     AnalysisOptions,
@@ -185,6 +186,9 @@ def compare(
         spec, asked, given, out=out, resume=resume, seeds=seeds, baseline=baseline, jobs=jobs, quick=quick,
         formats=format, quiet=quiet,
     )  # fmt: skip
+
+
+command()(search)
 
 
 @command()

@@ -112,13 +112,13 @@ class Comparison(Technique):
 
 
 @contextmanager
-def created(path: Path) -> Iterator[RunFolder]:
-    """A new folder, locked while this is open; of one in which nothing was kept nothing is left."""
+def created(path: Path, kept: str = COMPARISON) -> Iterator[RunFolder]:
+    """A new folder, locked while this is open; of one in which that file was not kept nothing is left."""
     folder = RunFolder.create(path)
     try:
         yield folder
     finally:
-        if (path / COMPARISON).is_file():
+        if (path / kept).is_file():
             folder.close()
         else:
             folder.discard()
