@@ -7,6 +7,7 @@ what is finished is not trained again, and seeds and candidates may be added; `s
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from _common import BENCHMARKS, Figure, Table, Unit
+import torch
+from torch import nn
+
+from _common import BENCHMARKS, Figure, Result, Table, Unit, begin, parser
 from spfde.app.compare.command import QUICK, quick_images, run
 from spfde.app.compare.folder import Comparison
 from spfde.app.compare.spec import Spec
@@ -22,18 +26,30 @@ from spfde.app.compare.statistics import Spread
 from spfde.app.compare.table import ACCURACY, ComparisonTable, Row
 from spfde.app.compare.writing import HEADINGS, cells, legend
 from spfde.app.runs.folder import RunFolder
+from spfde.app.train.models import build_model
+from spfde.core.errors import SpfdeError
 
 MODEL, DATA = "resnet8", "fashion-mini"
 Values = Mapping[str, Any]
 """Options of a candidate, as in a specification."""
 
 
-def add_run_options(made: argparse.ArgumentParser, name: str) -> None:
-    """The options of a benchmark of that name."""
+SAMPLE = torch.zeros(1, 1, 28, 28)
+
+
+def network(width: float = 1.0) -> nn.Module:
+    """The net that is trained, with so many times its channels."""
+    return build_model(MODEL, num_classes=10, in_channels=1, image_size=28, width=width)
+
+
+def run_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """The options that a benchmark of that name has."""
+    made, kept = parser(doc), BENCHMARKS.parent / "runs" / "benchmarks" / name
     made.add_argument("--epochs", type=int, default=None, help="length of the runs (20)")
-    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds, a run of each net for each (0 1 2)")
-    kept = BENCHMARKS.parent / "runs" / "benchmarks" / name
+    made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds, one run each (0 1 2)")
     made.add_argument("--runs", type=Path, default=kept, metavar="FOLDER", help=f"where they are kept ({kept})")
+    made.set_defaults(name=name)
+    return made
 
 
 @dataclass(frozen=True)
@@ -41,14 +57,17 @@ class Runs:
     """Where runs are kept, and what they have in common.
 
     Attributes:
+        name: of the benchmark.
         epochs: length of those candidates that do not say otherwise.
         options: of all runs, as in a specification.
     """
 
+    name: str
     folder: Path
     seeds: Sequence[int]
     epochs: int
     options: Values
+    stamp: Mapping[str, Any]
 
     def compared(self, candidates: Mapping[str, Values]) -> Compared:
         """Train what is missing of these candidates, by their labels; those with equal options share their runs.
@@ -61,32 +80,30 @@ class Runs:
         options = {"model": MODEL, "epochs": self.epochs, **self.options}
         comparison = Comparison.of(Spec(seeds=tuple(self.seeds), options=options, candidates=tables))
         table = run(comparison, self.folder)
-        by_name = {row.name: row for row in table.rows}
-        return Compared(self.folder, comparison, table, {label: by_name[name] for label, name in shared.items()})
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a result says of its runs."""
-        data = DATA if self.options["data"] == DATA else f"few images of {DATA}"
-        return {"data": data, "model": MODEL, "epochs": self.epochs, "seeds": " ".join(map(str, self.seeds))}
+        rows = {row.name: row for row in table.rows}
+        return Compared(self, comparison, table, {label: rows[name] for label, name in shared.items()})
 
 
 @contextmanager
-def opened_runs(options: argparse.Namespace, *, quick_epochs: int) -> Iterator[Runs]:
-    """The runs that these options ask for; those of a smoke test are removed again."""
-    if not options.quick:
-        yield Runs(options.runs, options.seeds or [0, 1, 2], options.epochs or 20, {"data": DATA})
-        return
-    with tempfile.TemporaryDirectory() as place:
-        small = {"data": str(quick_images(Path(place) / QUICK)), "batch_size": 16}
-        yield Runs(Path(place) / "runs", options.seeds or [0], options.epochs or quick_epochs, small)
+def opened_runs(asked: argparse.Namespace, *, quick_epochs: int) -> Iterator[Runs]:
+    """The runs that these options ask for; those of a smoke test are removed again. A mistake ends the benchmark."""
+    stamp, seeds, epochs = begin(asked), asked.seeds, asked.epochs
+    try:
+        if not asked.quick:
+            yield Runs(asked.name, asked.runs, seeds or [0, 1, 2], epochs or 20, {"data": DATA}, stamp)
+            return
+        with tempfile.TemporaryDirectory() as place:
+            small = {"data": str(quick_images(Path(place) / QUICK)), "batch_size": 16}
+            yield Runs(asked.name, Path(place) / "runs", seeds or [0], epochs or quick_epochs, small, stamp)
+    except SpfdeError as error:
+        raise SystemExit(str(error)) from None
 
 
 @dataclass(frozen=True)
 class Compared:
     """A comparison with all runs finished; ``rows`` has what each candidate came to, by its label."""
 
-    folder: Path
+    of: Runs
     comparison: Comparison
     whole: ComparisonTable
     rows: Mapping[str, Row]
@@ -95,6 +112,10 @@ class Compared:
         """Of a figure of the summaries, over the seeds."""
         return self.rows[label].spreads[figure].mean
 
+    def options(self, label: str) -> Values:
+        """Of its runs, all of them."""
+        return next(each.options for each in self.comparison.candidates if each.name == self.rows[label].name)
+
     def pairs(self, one: str, other: str, figure: str) -> list[tuple[float, float]]:
         """A figure of two candidates, seed by seed."""
         others = self.rows[other].runs
@@ -102,9 +123,11 @@ class Compared:
 
     def curve(self, label: str, *figures: str) -> list[dict[str, float]]:
         """Figures of the metrics after each epoch, means over the seeds."""
-        files = [run.path for run in self.comparison.runs(self.folder) if run.candidate.name == self.rows[label].name]
+        files = [
+            run.path for run in self.comparison.runs(self.of.folder) if run.candidate.name == self.rows[label].name
+        ]
         epochs = zip(*(RunFolder(path).read_metrics().values() for path in files), strict=True)
-        return [{figure: sum(row[figure] for row in rows) / len(rows) for figure in figures} for rows in epochs]
+        return [{figure: statistics.fmean(row[figure] for row in rows) for figure in figures} for rows in epochs]
 
     def accuracy_figures(self, *, headline: bool = False) -> list[Figure]:
         """The test accuracy of each candidate."""
@@ -123,10 +146,34 @@ class Compared:
         ]
         return Table(title, (*HEADINGS, *more), tuple(rows))
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """How the table is to be read, and what its seeds do not carry."""
-        return *legend(self.whole), *self.whole.notes
+    def result(
+        self,
+        title: str,
+        question: str,
+        figures: Sequence[Figure],
+        tables: Sequence[Table],
+        notes: Sequence[str],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        arguments: str = "",
+    ) -> Result:
+        """What is published; its notes begin with how the table is read, and what its seeds do not carry."""
+        runs = self.of
+        trained = DATA if runs.options["data"] == DATA else f"few images of {DATA}"
+        common = {"data": trained, "model": MODEL, "epochs": runs.epochs, "seeds": " ".join(map(str, runs.seeds))}
+        return Result(
+            runs.name,
+            title,
+            question,
+            f"python benchmarks/{runs.name}.py{arguments}",
+            tuple(figures),
+            tuple(tables),
+            settings=common | dict(settings or {}),
+            notes=(*legend(self.whole), *self.whole.notes, *notes),
+            stamp=runs.stamp,
+            data=data or {},
+        )
 
 
 def over_seeds(

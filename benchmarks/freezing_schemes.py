@@ -13,16 +13,11 @@ Runs are kept and taken up again as _compared.py says.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from typing import Any
-
-import torch
 
 import spfde
-from _common import Result, begin, parser, publish
-from _compared import MODEL, Runs, Values, add_run_options, opened_runs
-from spfde.app.train.models import build_model
+from _common import Result, publish
+from _compared import SAMPLE, Compared, Values, network, opened_runs, run_parser
 from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
 
@@ -34,20 +29,19 @@ UNFROZEN = "no freezing"
 QUICK = (UNFROZEN, "single-shot", "periodic", "single-shot, structure")
 
 
-def bills(scheme: str, epochs: int) -> Iterator[tuple[float, int]]:
-    """The FLOPs reductions that can be asked of a scheme, in per cent steps, with the training FLOPs of each."""
-    model, sample = build_model(MODEL, num_classes=10, in_channels=1, image_size=28), torch.zeros(1, 1, 28, 28)
-    for percent in range(1, 60):
+def bills(scheme: str, epochs: int, step: int) -> Iterator[tuple[float, int]]:
+    """The FLOPs reductions that can be asked of a scheme, so many per cent apart, with the training FLOPs of each."""
+    for percent in range(step, 60, step):
         recipe = choose_recipe("mest", freeze=percent / 100, freeze_scheme=scheme)
         try:
-            yield percent / 100, spfde.plan(model, sample, recipe, epochs, 1000).training_flops
+            yield percent / 100, spfde.plan(network(), SAMPLE, recipe, epochs, 1000).training_flops
         except InvalidArgument:
             return  # out of reach, and so is all beyond
 
 
-def equalised(share: float, epochs: int) -> dict[str, float]:
+def equalised(share: float, epochs: int, step: int) -> dict[str, float]:
     """For each scheme the FLOPs reduction to ask for, so that their training FLOPs are as equal as can be."""
-    at_hand = {scheme: list(bills(scheme, epochs)) for scheme in SCHEMES}
+    at_hand = {scheme: list(bills(scheme, epochs, step)) for scheme in SCHEMES}
     wanted = min(at_hand[COARSEST], key=lambda bill: abs(bill[0] - share))[1]
     return {scheme: min(found, key=lambda bill: abs(bill[1] - wanted))[0] for scheme, found in at_hand.items()}
 
@@ -61,43 +55,36 @@ def candidates(shares: dict[str, float]) -> dict[str, Values]:
     return {label: {"recipe": "mest", **values} for label, values in found.items()}
 
 
-def result(runs: Runs, options: argparse.Namespace, stamped: dict[str, Any]) -> Result:
-    """Train what is missing, and put it side by side."""
-    shares = equalised(options.freeze, runs.epochs)
-    wanted = candidates(shares)
-    compared = runs.compared({label: wanted[label] for label in QUICK} if options.quick else wanted)
+def result(compared: Compared, shares: dict[str, float]) -> Result:
+    """Put it side by side."""
     flops = {label: compared.mean(label, "training_flops") for label in compared.rows}
-    return Result(
-        name="freezing_schemes",
-        title="Freezing schemes",
-        question="Which freezing scheme keeps the accuracy, at equal training FLOPs?",
-        command="python benchmarks/freezing_schemes.py",
-        figures=tuple(compared.accuracy_figures()),
-        tables=(compared.table("Each scheme", {"saved": lambda label: f"{1 - flops[label] / flops[UNFROZEN]:.1%}"}),),
-        settings={
-            **runs.settings,
-            "method": "mest",
-            "FLOPs reduction asked for": ", ".join(f"{share:.0%} of {scheme}" for scheme, share in shares.items()),
-        },
-        notes=(
-            *compared.notes,
+    return compared.result(
+        "Freezing schemes",
+        "Which freezing scheme keeps the accuracy, at equal training FLOPs?",
+        compared.accuracy_figures(),
+        [compared.table("Each scheme", {"saved": lambda label: f"{1 - flops[label] / flops[UNFROZEN]:.1%}"})],
+        [
             "What is asked for counts backward FLOPs alone. What is saved is of the whole bill without freezing: a "
             "block that is at its target before it is frozen for good saves part of the soft bound, too.",
             "The criteria freeze blocks earlier than the schedule where they have converged, and so save more.",
-        ),
-        stamp=stamped,
+        ],
+        settings={
+            "method": "mest",
+            "FLOPs reduction asked for": ", ".join(f"{share:.0%} of {scheme}" for scheme, share in shares.items()),
+        },
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
-    made = parser(__doc__)
-    add_run_options(made, "freezing_schemes")
+    made = run_parser(__doc__, "freezing_schemes")
     made.add_argument("--freeze", type=float, default=0.25, help="FLOPs reduction of the periodic scheme (0.25)")
-    options = made.parse_args(argv)
-    stamped = begin(options)
-    with opened_runs(options, quick_epochs=8) as runs:
-        publish(result(runs, options, stamped), options)
+    asked = made.parse_args(argv)
+    with opened_runs(asked, quick_epochs=8) as runs:
+        shares = equalised(asked.freeze, runs.epochs, step=5 if asked.quick else 1)
+        wanted = candidates(shares)
+        compared = runs.compared({label: wanted[label] for label in QUICK} if asked.quick else wanted)
+        publish(result(compared, shares), asked)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ Runs are kept and taken up again as _compared.py says; a method that is added la
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from _common import Result, begin, parser, publish
-from _compared import Runs, Values, add_run_options, opened_runs
+from _common import Result, publish
+from _compared import Compared, Values, opened_runs, run_parser
 
 METHODS = (
     "static", "set", "rigl", "mest", "snip", "grasp", "synflow", "deepr", "dsr", "snfs", "set-itop", "rigl-itop",
@@ -27,48 +26,40 @@ QUICK_METHODS = ("static", "snip")
 GROUPS: dict[str, Values] = {"block": {}, "kernel": {}, "pattern": {"exclude": ["*downsample*"]}, "channel": {}}
 
 
-def candidates(options: argparse.Namespace) -> dict[str, Values]:
+def candidates(asked: argparse.Namespace) -> dict[str, Values]:
     """The dense net, the methods, and MEST on groups of weights."""
-    wanted = options.only or (QUICK_METHODS if options.quick else METHODS)
+    wanted = asked.only or (QUICK_METHODS if asked.quick else METHODS)
     found: dict[str, Values] = {name: {"recipe": name} for name in ("dense", *wanted)}
-    if not (options.only or options.quick):
+    if not (asked.only or asked.quick):
         found |= {f"mest, {name}": {"recipe": "mest", "structure": name, **more} for name, more in GROUPS.items()}
     return found
 
 
-def result(runs: Runs, options: argparse.Namespace, stamped: dict[str, Any]) -> Result:
-    """Train what is missing, and put it side by side."""
-    compared = runs.compared(candidates(options))
+def result(compared: Compared) -> Result:
+    """Put it side by side."""
     more = {
         "explored": lambda label: f"{compared.curve(label, 'explored')[-1]['explored']:.1%}",
         "engine": lambda label: ", ".join(compared.rows[label].engines),
     }
-    return Result(
-        name="methods",
-        title="Every method at 90 %",
-        question="How accurate and how dear is each sparse training method, all else equal?",
-        command="python benchmarks/methods.py",
-        figures=tuple(compared.accuracy_figures()),
-        tables=(compared.table("Each method", more),),
-        settings=runs.settings,
-        notes=(
-            *compared.notes,
+    return compared.result(
+        "Every method at 90 %",
+        "How accurate and how dear is each sparse training method, all else equal?",
+        compared.accuracy_figures(),
+        [compared.table("Each method", more)],
+        [
             "explored: share of the masked weights that have been active at some time (ITOP's rate).",
             "Each run chooses its own engine (auto).",
-        ),
-        stamp=stamped,
+        ],
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
-    made = parser(__doc__)
-    add_run_options(made, "methods")
+    made = run_parser(__doc__, "methods")
     made.add_argument("--only", nargs="+", default=None, metavar="NAME", help="some of the methods, and dense")
-    options = made.parse_args(argv)
-    stamped = begin(options)
-    with opened_runs(options, quick_epochs=4) as runs:
-        publish(result(runs, options, stamped), options)
+    asked = made.parse_args(argv)
+    with opened_runs(asked, quick_epochs=4) as runs:
+        publish(result(runs.compared(candidates(asked))), asked)
 
 
 if __name__ == "__main__":

@@ -16,72 +16,60 @@ Runs are kept and taken up again as _compared.py says, with the budget that the 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.optim import SGD
 
 import spfde
-from _common import Figure, Result, Table, begin, compare, interleave, parser, publish
-from _compared import MODEL, Compared, Runs, Values, add_run_options, opened_runs, over_seeds
+from _common import Figure, Result, Table, compare, interleave, publish
+from _compared import SAMPLE, Compared, Runs, Values, network, opened_runs, over_seeds, run_parser
 from spfde.app.compare.table import ACCURACY
-from spfde.app.train.models import build_model
+from spfde.app.runs.folder import RunFolder
 from spfde.cost import format_seconds
 
-FULL_WIDTH = 16
+FULL_WIDTH, RIVALS = 16, "rivals.json"
 MOST_BELOW_DENSE, MOST_SECONDS, LEAST_FASTER = 0.03, 300.0, 2.0
 DENSE, SYSTEM = "dense", "SpFDE 20 % + 20 % at 90 %"
 MASKED = SYSTEM + ", masked engine"
 CACHED = {SYSTEM + f", prefix cache, variants: {variants}": variants for variants in (1, 4)}
+OTHERS: dict[str, Values] = {MASKED: {"recipe": "spfde", "engine": "masked"}}
+OTHERS |= {label: {"recipe": "spfde", "engine": "native", "cache_variants": n} for label, n in CACHED.items()}
 EXTRAS: dict[str, Values] = {"static random mask, 90 %": {"recipe": "static"}, "MEST at 90 %": {"recipe": "mest"}}
 
 # --- what the budget buys ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Whole epochs and channels that SpFDE's budget buys a dense net."""
+def compared_to_rivals(runs: Runs, others: Mapping[str, Values], *, rounds: int) -> Compared:
+    """SpFDE, the dense net and these others, with the dense nets that SpFDE's budget buys; its runs come first.
 
-    epochs_for_flops: int
-    epochs_for_seconds: int
-    width_for_flops: int
-    width_for_seconds: int
-
-
-def budget_of(runs: Runs, first: dict[str, Values], *, rounds: int) -> Budget:
-    """Work the budget out from the runs at full length; kept, so that a benchmark that goes on compares the same."""
-    path = runs.folder / "budget.json"
-    if path.is_file():
-        return Budget(**json.loads(path.read_text(encoding="utf-8")))
-    found = runs.compared(first)
-    flops, seconds = (found.mean(SYSTEM, name) / found.mean(DENSE, name) for name in ("training_flops", "seconds"))
-
-    def epochs(ratio: float) -> int:
-        # Rounded up, in the dense net's favour; a hair more than a whole number is that number.
-        return max(1, math.ceil(ratio * runs.epochs - 1e-6))
-
-    budget = Budget(epochs(flops), epochs(seconds), width_of_flops(flops), width_of_seconds(seconds, rounds))
-    path.write_text(json.dumps(vars(budget), indent=2) + "\n", encoding="utf-8")
-    return budget
-
-
-def resnet8(width: int) -> nn.Module:
-    """ResNet-8 whose first stage has ``width`` channels."""
-    return build_model(MODEL, num_classes=10, in_channels=1, image_size=28, width=width / FULL_WIDTH)
+    What it buys is kept, so that a benchmark that goes on compares the same.
+    """
+    dense = {"recipe": "dense", "epochs": runs.epochs, "width": 1.0}
+    first: dict[str, Values] = {SYSTEM: {"recipe": "spfde"}, DENSE: dense}
+    folder = RunFolder(runs.folder)
+    if not (runs.folder / RIVALS).is_file():
+        found = runs.compared(first)
+        flops, seconds = (found.mean(SYSTEM, cost) / found.mean(DENSE, cost) for cost in ("training_flops", "seconds"))
+        widths = {"FLOPs": width_of_flops(flops), "seconds": width_of_seconds(seconds, rounds)}
+        rivals: dict[str, Values] = {}
+        for cost, ratio in {"FLOPs": flops, "seconds": seconds}.items():
+            # Rounded up, in the dense net's favour; a hair more than a whole number is that number.
+            epochs = max(1, math.ceil(ratio * runs.epochs - 1e-6))
+            rivals[f"dense, fewer epochs, equal {cost}"] = {**dense, "epochs": epochs}
+            rivals[f"dense, narrower, equal {cost}"] = {**dense, "width": widths[cost] / FULL_WIDTH}
+        folder.write_json(RIVALS, rivals)
+    return runs.compared({**first, **folder.read_json(RIVALS), **others})
 
 
 def width_of_flops(ratio: float) -> int:
     """Least width whose training FLOPs are at least ``ratio`` of the full width's."""
-    sample = torch.zeros(1, 1, 28, 28)
 
     def flops(width: int) -> int:
-        return spfde.plan(resnet8(width), sample, spfde.presets.dense, 1, 1).training_flops
+        return spfde.plan(network(width / FULL_WIDTH), SAMPLE, spfde.presets.dense, 1, 1).training_flops
 
     full = flops(FULL_WIDTH)
     return next(width for width in range(1, FULL_WIDTH + 1) if flops(width) >= ratio * full)
@@ -96,7 +84,7 @@ def width_of_seconds(ratio: float, rounds: int) -> int:
     y = torch.zeros(64, dtype=torch.int64)
 
     def step_of(width: int) -> Any:
-        model = resnet8(width).to(memory_format=torch.channels_last).train()
+        model = network(width / FULL_WIDTH).to(memory_format=torch.channels_last).train()
         optimizer = SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
         def step() -> None:
@@ -119,19 +107,16 @@ def width_of_seconds(ratio: float, rounds: int) -> int:
 
 def main_table(compared: Compared) -> Table:
     """The comparison's table, with what the nets differ in."""
-    of = {candidate.name: candidate.options for candidate in compared.comparison.candidates}
 
     def widths(label: str) -> str:
-        width = round(FULL_WIDTH * of[compared.rows[label].name]["width"])
-        return f"{width}-{2 * width}-{4 * width}"
+        first = round(FULL_WIDTH * compared.options(label)["width"])
+        return f"{first}-{2 * first}-{4 * first}"
 
-    def of_dense(label: str) -> str:
-        return f"{compared.mean(label, 'training_flops') / compared.mean(DENSE, 'training_flops'):.1%}"
-
-    more = {
-        "epochs": lambda label: str(of[compared.rows[label].name]["epochs"]),
+    full = compared.mean(DENSE, "training_flops")
+    more: dict[str, Callable[[str], str]] = {
+        "epochs": lambda label: str(compared.options(label)["epochs"]),
         "widths": widths,
-        "FLOPs of the dense net's": of_dense,
+        "FLOPs of the dense net's": lambda label: f"{compared.mean(label, 'training_flops') / full:.1%}",
     }
     return compared.table("What each budget bought", more)
 
@@ -196,60 +181,41 @@ def figures(compared: Compared) -> list[Figure]:
     return [*found, *compared.accuracy_figures(headline=True)]
 
 
-def result(runs: Runs, options: argparse.Namespace, stamped: dict[str, Any]) -> Result:
-    """Train what is missing, and put it side by side."""
-
-    def dense(epochs: int = runs.epochs, width: int = FULL_WIDTH) -> Values:
-        return {"recipe": "dense", "epochs": epochs, "width": width / FULL_WIDTH}
-
-    first: dict[str, Values] = {SYSTEM: {"recipe": "spfde"}, DENSE: dense()}
-    budget = budget_of(runs, first, rounds=3 if options.quick else 30)
-    rivals = {
-        "dense, fewer epochs, equal FLOPs": dense(epochs=budget.epochs_for_flops),
-        "dense, narrower, equal FLOPs": dense(width=budget.width_for_flops),
-        "dense, fewer epochs, equal seconds": dense(epochs=budget.epochs_for_seconds),
-        "dense, narrower, equal seconds": dense(width=budget.width_for_seconds),
-    }
-    others: dict[str, Values] = {MASKED: {"recipe": "spfde", "engine": "masked"}}
-    for label, variants in CACHED.items():
-        others[label] = {"recipe": "spfde", "engine": "native", "cache_variants": variants}
-    compared = runs.compared({**first, **rivals, **others, **(EXTRAS if options.extras else {})})
+def result(compared: Compared, arguments: str) -> Result:
+    """Put it side by side."""
     curves = {label: curve(compared, label) for label in compared.rows}
-    return Result(
-        name="same_budget",
-        title="What else the same budget buys",
-        question="At 90 % sparsity with 20 % + 20 %, how accurate is SpFDE against a dense net that is trained for "
-        "fewer epochs, and against a narrower dense net, on equal training FLOPs and on equal seconds?",
-        command="python benchmarks/same_budget.py" + (" --extras" if options.extras else ""),
-        figures=tuple(figures(compared)),
-        tables=(main_table(compared), curve_table(curves)),
-        settings={
-            **runs.settings,
-            "engine": f"auto ({', '.join(compared.rows[SYSTEM].engines)} for SpFDE, PyTorch for the dense nets)",
-        },
-        notes=(
-            *compared.notes,
+    engine = ", ".join(compared.rows[SYSTEM].engines)
+    ours, dense = (format_seconds(compared.mean(label, "seconds")) for label in (SYSTEM, DENSE))
+    return compared.result(
+        "What else the same budget buys",
+        "At 90 % sparsity with 20 % + 20 %, how accurate is SpFDE against a dense net that is trained for fewer "
+        "epochs, and against a narrower dense net, on equal training FLOPs and on equal seconds?",
+        figures(compared),
+        [main_table(compared), curve_table(curves)],
+        [
             "The native engine turns the sparsity into seconds; the masked engine computes densely, and saves by "
-            "freezing and sieving alone. "
-            f"SpFDE took {format_seconds(compared.mean(SYSTEM, 'seconds'))} on average, the dense net "
-            f"{format_seconds(compared.mean(DENSE, 'seconds'))}.",
+            f"freezing and sieving alone. SpFDE took {ours} on average, the dense net {dense}.",
             "Budgets are rounded up to whole epochs and channels: the dense nets never get less than SpFDE.",
             f"Widths for equal seconds are chosen by timed steps; the full width is {FULL_WIDTH}.",
-        ),
-        stamp=stamped,
-        data={"curves": curves, "budget": vars(budget)},
+        ],
+        settings={
+            "batch": compared.options(SYSTEM)["batch_size"],
+            "engine": f"auto ({engine} for SpFDE, PyTorch for the dense nets)",
+        },
+        data={"curves": curves},
+        arguments=arguments,
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run it, or go on with it."""
-    made = parser(__doc__)
-    add_run_options(made, "same_budget")
+    made = run_parser(__doc__, "same_budget")
     made.add_argument("--extras", action="store_true", help="a static random mask and plain MEST as well")
-    options = made.parse_args(argv)
-    stamped = begin(options)
-    with opened_runs(options, quick_epochs=8) as runs:
-        publish(result(runs, options, stamped), options)
+    asked = made.parse_args(argv)
+    with opened_runs(asked, quick_epochs=8) as runs:
+        others = OTHERS | EXTRAS if asked.extras else OTHERS
+        compared = compared_to_rivals(runs, others, rounds=3 if asked.quick else 30)
+        publish(result(compared, " --extras" if asked.extras else ""), asked)
 
 
 if __name__ == "__main__":

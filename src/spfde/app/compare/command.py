@@ -105,7 +105,8 @@ def run(comparison: Comparison, path: Path, *, jobs: int | None = None, quiet: b
         The table, of all runs.
 
     Raises:
-        InvalidArgument, RunFolderError: a mistake, or a folder that holds something else; nothing is trained then.
+        InvalidArgument, DataError, RunFolderError: a mistake, or a folder that holds something else; nothing is trained
+            then.
         RunFailed: some runs failed; all others are finished.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; called again, it goes on.
 
