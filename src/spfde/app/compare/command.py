@@ -81,15 +81,7 @@ def compare_runs(
                 comparison = Comparison.of(spec.quickened(str(quick_images(folder.path / QUICK))), quick=True)
                 check(comparison)
         folders.write(folder, comparison)
-        try:
-            failed = _train(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
-        except KeyboardInterrupt as error:
-            end(error, f" Go on with `spfde compare --resume {folder.path}`.")
-        if not quiet:
-            typer.echo(f"\n{(folder.path / 'table.md').read_text(encoding='utf-8')}\nfolder: {folder.path}")
-        _write_page(folder.path, quiet=quiet)
-        if failed:
-            fail(failed)
+        _train_and_tell(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
 
 
 def run(comparison: Comparison, path: Path, *, jobs: int | None = None, quiet: bool = False) -> ComparisonTable:
@@ -189,6 +181,21 @@ def _amended(comparison: Comparison, seeds: str | None, baseline: str | None) ->
         folders.check_baseline(baseline, comparison.candidates)
         changed["baseline"] = baseline
     return comparison.model_copy(update=changed)
+
+
+def _train_and_tell(
+    folder: RunFolder, comparison: Comparison, *, jobs: int | None, formats: Collection[str], quiet: bool
+) -> None:
+    """As the command ends: with the table, the page, and what went wrong."""
+    try:
+        failed = _train(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
+    except KeyboardInterrupt as error:
+        end(error, f" Go on with `spfde compare --resume {folder.path}`.")
+    if not quiet:
+        typer.echo(f"\n{(folder.path / 'table.md').read_text(encoding='utf-8')}\nfolder: {folder.path}")
+    _write_page(folder.path, quiet=quiet)
+    if failed:
+        fail(failed)
 
 
 def _train(
