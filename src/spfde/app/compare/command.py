@@ -16,9 +16,10 @@ from rich.console import Console
 from spfde.app.compare import folder as folders
 from spfde.app.compare.display import Board
 from spfde.app.compare.folder import COMPARISON, Comparison, Planned
+from spfde.app.compare.processes import RunFailed
 from spfde.app.compare.running import check, check_jobs, epochs_done, train_missing, words_of
 from spfde.app.compare.spec import Spec, packaged_text, read_spec
-from spfde.app.compare.table import table_of
+from spfde.app.compare.table import ComparisonTable, table_of
 from spfde.app.compare.writing import WRITERS, as_latex
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import draw
@@ -77,10 +78,48 @@ def compare_runs(
                 check(comparison)
             folder = afterwards.enter_context(folders.created(out or _free_folder(source)))
             if quick:
-                comparison = Comparison.of(spec.quickened(str(_quick_images(folder.path / QUICK))), quick=True)
+                comparison = Comparison.of(spec.quickened(str(quick_images(folder.path / QUICK))), quick=True)
                 check(comparison)
         folders.write(folder, comparison)
-        _train(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
+        _train_and_tell(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
+
+
+def run(comparison: Comparison, path: Path, *, jobs: int | None = None, quiet: bool = False) -> ComparisonTable:
+    """Begin a comparison in a folder, or go on with the one that is there, and train what is missing.
+
+    Args:
+        comparison: it may have more candidates and seeds than the one that the folder has, and must have all of those.
+        path: a folder that is not there yet, is empty or is a comparison's.
+        jobs: runs at a time; None: one on a CPU, as many as are measured to be best on a GPU.
+        quiet: show no progress.
+
+    Returns:
+        The table, of all runs.
+
+    Raises:
+        InvalidArgument, DataError, RunFolderError: a mistake, or a folder that holds something else; nothing is trained
+            then.
+        RunFailed: some runs failed; all others are finished.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; called again, it goes on.
+
+    Example:
+        ::
+
+            spec = Spec(seeds=2, options={"epochs": 20}, candidates=[{"recipe": ["dense", "mest"]}])
+            table = run(Comparison.of(spec), Path("runs/table"))
+    """
+    check_jobs(jobs)
+    with ExitStack() as afterwards:
+        if is_comparison(path):
+            folder, kept = afterwards.enter_context(folders.reopened(path))
+            folders.check_holds(comparison, kept, path)
+        else:
+            folder = afterwards.enter_context(folders.created(path))
+        check(comparison)
+        folders.write(folder, comparison)
+        if failed := _train(folder, comparison, jobs=jobs, formats=(), quiet=quiet):
+            raise RunFailed(failed)
+        return table_of(comparison, path)
 
 
 def _spec(
@@ -144,9 +183,25 @@ def _amended(comparison: Comparison, seeds: str | None, baseline: str | None) ->
     return comparison.model_copy(update=changed)
 
 
-def _train(
+def _train_and_tell(
     folder: RunFolder, comparison: Comparison, *, jobs: int | None, formats: Collection[str], quiet: bool
 ) -> None:
+    """As the command ends: with the table, the page, and what went wrong."""
+    try:
+        failed = _train(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
+    except KeyboardInterrupt as error:
+        end(error, f" Go on with `spfde compare --resume {folder.path}`.")
+    if not quiet:
+        typer.echo(f"\n{(folder.path / 'table.md').read_text(encoding='utf-8')}\nfolder: {folder.path}")
+    _write_page(folder.path, quiet=quiet)
+    if failed:
+        fail(failed)
+
+
+def _train(
+    folder: RunFolder, comparison: Comparison, *, jobs: int | None, formats: Collection[str], quiet: bool
+) -> str:
+    """Train what is missing; returns what is to be told of runs that failed."""
     runs = comparison.runs(folder.path)
     failed: dict[str, str] = {}
     known: dict[Path, dict[str, Any]] = {}
@@ -165,17 +220,10 @@ def _train(
 
     write()
     board = Board(console, runs, {run: epochs_done(run) for run in runs})
-    try:
-        with terminable(), board:
-            train_missing(runs, jobs=jobs, display_of=board.of, reached=board.reached, ended=ended)
-    except KeyboardInterrupt as error:
-        end(error, f" Go on with `spfde compare --resume {folder.path}`.")
-    if not quiet:
-        typer.echo(f"\n{(folder.path / 'table.md').read_text(encoding='utf-8')}\nfolder: {folder.path}")
-    _write_page(folder.path, quiet=quiet)
-    if failed:
-        listed = "\n".join(f"{name}: {why}" for name, why in failed.items())
-        fail(f"{len(failed)} of {len(runs)} runs failed; --resume tries them again.\n{listed}")
+    with terminable(), board:
+        train_missing(runs, jobs=jobs, display_of=board.of, reached=board.reached, ended=ended)
+    each = "\n".join(f"{name}: {why}" for name, why in failed.items())
+    return f"{len(failed)} of {len(runs)} runs failed; --resume tries them again.\n{each}" if failed else ""
 
 
 def _write_page(folder: Path, *, quiet: bool) -> None:
@@ -190,8 +238,8 @@ def _write_page(folder: Path, *, quiet: bool) -> None:
         typer.echo(f"page: {told}")
 
 
-def _quick_images(path: Path) -> Path:
-    """A few of the embedded images, as an .npz."""
+def quick_images(path: Path) -> Path:
+    """Write a few of the embedded images, for short forms, as an .npz; returns its path."""
     whole = load_data(DataOptions.data, root=path.parent)
     arrays: dict[str, Any] = {}
     for part, images in (("train", whole.train), ("test", whole.test)):

@@ -159,6 +159,23 @@ def write(folder: RunFolder, comparison: Comparison) -> None:
     folder.write_text(COMPARISON, json.dumps(comparison.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
 
 
+def check_holds(comparison: Comparison, kept: Comparison, path: Path) -> None:
+    """Raise ``RunFolderError`` where a comparison lacks a seed or a candidate of the one that a folder has."""
+    wanted = {candidate.folder: candidate for candidate in comparison.candidates}
+    lacking = [f"seed {seed}" for seed in kept.seeds if seed not in comparison.seeds]
+    for candidate in kept.candidates:
+        other = wanted.get(candidate.folder)
+        if other is None or other.name != candidate.name:
+            lacking.append(f"the candidate {candidate.name!r}")
+        elif not _are_equal(other.with_seed(0).model_dump(), candidate.with_seed(0).model_dump()):
+            lacking.append(f"the candidate {candidate.name!r} with its options there")
+    if lacking:
+        raise RunFolderError(
+            f"{path}: holds another comparison: it has {lacking[0]}, and what is to be compared here has not. "
+            "Compare in another folder."
+        )
+
+
 def slug(name: str) -> str:
     """A name as that of a folder, anywhere."""
     return re.sub(r"[^A-Za-z0-9.=+_-]+", "-", name).strip("-.")[:100] or "candidate"

@@ -24,7 +24,7 @@ _PRELOADED = ["spfde.app.train.loop"]
 
 
 class RunFailed(SpfdeError):
-    """A run in another process has ended; the message is its own."""
+    """Runs ended before their last epoch; the message says why."""
 
 
 def train_in_processes(

@@ -17,10 +17,11 @@ from spfde.app.compare.table import ACCURACY, BEST, FIGURES, ComparisonTable, Ro
 from spfde.app.report import figures
 
 VERSION = 1
-_HEADINGS = (
+HEADINGS = (
     "candidate", "n", "test accuracy, last", "of the best epoch", "difference", "training FLOPs", "of dense", "seconds",
     "peak memory", "sparsity",
 )  # fmt: skip
+"""Of the columns that ``cells`` fills."""
 
 
 def as_json(table: ComparisonTable) -> str:
@@ -112,7 +113,7 @@ def difference_text(row: Row) -> str:
 
 def as_markdown(table: ComparisonTable) -> str:
     """A table that is read as it is, too."""
-    lines = [_markdown_line(_HEADINGS), "|---|" + "---:|" * (len(_HEADINGS) - 1)]
+    lines = [_markdown_line(HEADINGS), "|---|" + "---:|" * (len(HEADINGS) - 1)]
     lines += [_markdown_line(cells(row)) for row in table.rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in (*legend(table), *table.notes)), ""])
 
@@ -134,7 +135,7 @@ def legend(table: ComparisonTable) -> tuple[str, ...]:
 def as_latex(table: ComparisonTable) -> str:
     """A tabular for booktabs; what there is to say of it stands in comments."""
     lines = [f"% {note}" for note in (*legend(table), *table.notes)]
-    lines += [r"\begin{tabular}{l" + "r" * (len(_HEADINGS) - 1) + "}", r"\toprule", _latex_line(_HEADINGS), r"\midrule"]
+    lines += [r"\begin{tabular}{l" + "r" * (len(HEADINGS) - 1) + "}", r"\toprule", _latex_line(HEADINGS), r"\midrule"]
     lines += [_latex_line(cells(row)) for row in table.rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
