@@ -124,7 +124,7 @@ def test_the_test_set_is_shared_exactly_once(tiny: Path, whole: Path, tmp_path: 
     from spfde.app.train.models import build_for
 
     data = load_data(tiny, root=tmp_path)
-    model = build_for("resnet8", data.spec).to(memory_format=torch.channels_last).eval()
+    model = build_for("resnet8", data.spec, width=1).to(memory_format=torch.channels_last).eval()
     model.load_state_dict(weights(whole))
     with torch.no_grad():
         images = normalise(data.test.images, data.mean, data.std).contiguous(memory_format=torch.channels_last)

@@ -67,7 +67,7 @@ def test_crops_and_flips_are_those_of_a_cpu() -> None:
         augment = BatchAugment("crop+flip", torch.Generator(), padding=4)
         feed = DeviceFeed(data, device, augment, options(), by_sample=True)
         batches.append([part.cpu() for part in feed.batch(ids, Seeds())])  # type: ignore[arg-type]
-        tested = [torch.cat(column).cpu() for column in zip(*feed.test_batches(), strict=True)]
+        tested = [torch.cat(column).cpu() for column in zip(*feed.evaluation_batches("test"), strict=True)]
         assert torch.equal(tested[0], images)
     assert torch.equal(batches[0][0], batches[1][0])
     assert torch.equal(batches[0][1], batches[1][1])

@@ -18,12 +18,12 @@ from torch import Tensor
 from spfde.analysis import batch_grams, gradient_norms, minibatch_cka
 from spfde.analysis.gradients import successive_differences
 from spfde.analysis.structure import structural_overlap
-from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, draw
+from spfde.app.data.images import draw
 from spfde.app.options import AnalysisOptions, with_words
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
 from spfde.app.runs.kept_model import CheckpointedModel
+from spfde.app.runs.trained import own_data
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
@@ -52,8 +52,7 @@ def analyze_run(folder: Path, options: AnalyzeOptions, out: Path, *, tell: Calla
     if out.is_relative_to(folder):
         check_inside(out, folder)
     config, trained, checkpoints = _read_run(folder)
-    data = load_data(trained.data, root=options.data_root or trained.data_root, image_size=trained.image_size)
-    _check_data(data, config, folder)
+    data = own_data(trained, config, folder, root=options.data_root)
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     model = CheckpointedModel(trained, data, native=config.get("engine") == "native")
@@ -94,27 +93,6 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], TrainOptions, dict[int, Pat
         check_whole(path)
         trained.check_identity(described(path), path)
     return config, trained, checkpoints
-
-
-def _check_data(data: ImageData, config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse other data than those of the run: the counts, the shape and the statistics of the images must agree."""
-    then = config.get("data")
-    if not isinstance(then, Mapping):
-        raise RunFolderError(f'{folder / CONFIG}: lacks the run\'s data ("data"). Restore the file from a copy.')
-    for name, value in data.facts().items():
-        if name != "name" and not _agrees(value, then.get(name)):
-            raise DataError(
-                f"{data.spec.name}: is not what the run in {folder} was trained on: {name} is {value}, and was "
-                f"{then.get(name)}. Put the run's own data back."
-            )
-
-
-def _agrees(now: Any, then: Any) -> bool:
-    if isinstance(now, list) and isinstance(then, list):
-        return len(now) == len(then) and all(map(_agrees, now, then))
-    if isinstance(now, float) and isinstance(then, (int, float)):
-        return math.isclose(now, then, rel_tol=1e-4, abs_tol=1e-6)
-    return bool(now == then)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

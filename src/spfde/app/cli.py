@@ -5,11 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sys
-import warnings
-from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,15 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
-    from typer.core import TyperCommand
 except ModuleNotFoundError:  # the library is installed without the command line's dependencies
     sys.exit("spfde: the command line needs more packages. Install them with `pip install 'spfde[train,vision]'`.")
 
-from spfde.app.ending import EXIT_ERROR, cause_of, end, fail, is_first_to_say, leave, usage_errors_once
+from spfde.app.command import PlainCommand, given_options
+from spfde.app.compare.search_cli import search
+from spfde.app.ending import EXIT_ERROR, cause_of, end, fail, leave
 from spfde.app.options import (
     AnalysisOptions,
     CacheOptions,
     DataOptions,
+    EvaluationOptions,
     LengthOptions,
     MachineOptions,
     PluginOptions,
@@ -33,7 +31,6 @@ from spfde.app.options import (
     TrainingOptions,
     flag,
     names_of,
-    recipe_fields,
     takes,
 )
 from spfde.app.terminating import EXIT_TERMINATED, terminable
@@ -41,7 +38,6 @@ from spfde.core.say import is_by_launcher, n_started, tells
 
 if TYPE_CHECKING:
     from spfde.app.train.options import TrainOptions
-    from spfde.core.errors import SpfdeError
 
 app = typer.Typer(
     name="spfde",
@@ -51,42 +47,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-
-
-class PlainCommand(TyperCommand):
-    """Errors and warnings of the package become plain lines: no traceback for what a person can put right.
-
-    Before all else it imports what ``--plugin`` names.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with usage_errors_once():
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        from spfde.app.machine_errors import machine_error
-        from spfde.app.plugins import load_plugins
-        from spfde.core.errors import SpfdeError
-
-        with warnings.catch_warnings(), ExitStack() as group:
-            _show_plainly(ctx)
-            try:
-                if self.name == "train" and n_started() > 1:
-                    from spfde.app.train.processes import joined
-
-                    group.enter_context(joined())
-                if "plugin" in ctx.params:
-                    ctx.params["plugin"] = load_plugins(ctx.params["plugin"])
-                return super().invoke(ctx)
-            except SpfdeError as error:
-                fail(_in_options(error, ctx), cause=cause_of(error))
-            except (OSError, MemoryError, RuntimeError) as error:
-                told = machine_error(error)
-                if told is None:
-                    raise
-                fail(told, cause=cause_of(error))
-            except KeyboardInterrupt as error:
-                end(error)
 
 
 command = partial(app.command, cls=PlainCommand)
@@ -127,7 +87,7 @@ def train(
     """Train a model; with no options, the paper's recipe on the embedded data set, in minutes on two cores."""
     quiet = quiet or not tells()
     if resume is not None:
-        _resume(resume, asked, given=_given_options(context), quiet=quiet)
+        _resume(resume, asked, given=given_options(context), quiet=quiet)
         return
     from spfde.app.train.options import options_from
     from spfde.app.train.processes import current
@@ -156,25 +116,88 @@ def plan(
 
     from spfde import plan as draw_plan
     from spfde.app.data.datasets import describe_data
+    from spfde.app.data.validation import trained_on
     from spfde.app.train.models import build_for
     from spfde.app.train.options import check_full_batch, recipe_from
 
     chosen = recipe_from(asked)
-    spec, batch_size = describe_data(asked["data"], asked["image_size"]), asked["batch_size"]
+    batch_size = asked["batch_size"]
+    spec = trained_on(describe_data(asked["data"], asked["image_size"]), asked["validation_share"], batch_size)
     check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
     sample = torch.zeros(1, *spec.sample_shape)
-    model = build_for(asked["model"], spec)
+    model = build_for(asked["model"], spec, width=asked["width"])
     bill = draw_plan(model, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)
     typer.echo(json.dumps(bill.to_dict(), allow_nan=False) if as_json else str(bill))
 
 
 @command()
+@takes(
+    DataOptions,
+    PluginOptions,
+    RecipeOptions,
+    TrainingOptions,
+    MachineOptions,
+    CacheOptions,
+    lists=(DataOptions, RecipeOptions, TrainingOptions),
+)
+def compare(
+    context: typer.Context,
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            help="a TOML file, or spfde_cifar10 and the like, which come with the package; without one the "
+            "options say what is compared, by lists with commas",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder", show_default="a new one under runs/")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="go on with the comparison in this folder; takes --seeds, --baseline, --jobs, --format, "
+            "--plugin and --quiet alone"
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="so many, from 0 on, or a list", show_default="3")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="the candidate that others are compared with", show_default="the first dense one"),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="runs at a time", show_default="1; on a GPU as many as are found fastest"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="the short form: one seed, few embedded images, few epochs")
+    ] = False,
+    format: Annotated[list[str], typer.Option(help="latex, for table.tex beside the others", show_default=False)] = [],  # noqa: B006
+    print_: Annotated[bool, typer.Option("--print", help="Print SPEC, to be copied and changed, and leave.")] = False,
+    quiet: Quiet = False,
+    **asked: Any,
+) -> None:
+    """Train candidates over several seeds, and compare them: a table with spread, paired differences and cost."""
+    from spfde.app.compare.command import compare_runs, print_spec
+
+    if print_:
+        typer.echo(print_spec(spec or ""), nl=False)
+        return
+    given = given_options(context) - {"spec"}
+    compare_runs(
+        spec, asked, given, out=out, resume=resume, seeds=seeds, baseline=baseline, jobs=jobs, quick=quick,
+        formats=format, quiet=quiet,
+    )  # fmt: skip
+
+
+command()(search)
+
+
+@command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or one folder of `spfde compare`")],
     out: Annotated[Path, typer.Option(help="the HTML file; PNGs are written beside it")] = Path("report.html"),
 ) -> None:
-    """Compare runs in one self-contained HTML file, with PNGs beside it."""
-    from spfde.app.report import write_report
+    """Runs, or a comparison, in one self-contained HTML file, with PNGs beside it."""
+    from spfde.app.report.page import write_report
 
     for path in write_report(runs, out):
         typer.echo(path)
@@ -187,7 +210,12 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="dense, compressed or onnx")] = "compressed",
     out: Annotated[Path | None, typer.Option(help="the file", show_default="in the run folder")] = None,
     best: Annotated[
-        bool, typer.Option("--best/--last", help="the checkpoint with the best test accuracy, or the last one")
+        bool,
+        typer.Option(
+            "--best/--last",
+            help="the best checkpoint, chosen by validation accuracy (by test accuracy where the run has no validation "
+            "share), or the last one",
+        ),
     ] = True,
     **_: Any,
 ) -> None:
@@ -229,6 +257,20 @@ def analyze(
     written = analyze_run(run, options, out or run / "analysis", tell=tell)
     for path in (written, *draw_analysis(written)):
         tell(path)
+
+
+@command()
+@takes(EvaluationOptions, PluginOptions)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder; its training need not be over")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    **asked: Any,
+) -> None:
+    """Loss, top-1, top-5 and accuracy of each class of a run's last and best weights, on its test set or other data."""
+    from spfde.app.evaluate import EvaluateOptions, evaluate_run
+
+    found = evaluate_run(run, EvaluateOptions(**{name: asked[name] for name in names_of(EvaluationOptions)}))
+    typer.echo(found.to_json() if as_json else str(found))
 
 
 @command()
@@ -290,76 +332,10 @@ def _new_folder(options: TrainOptions) -> Path:
     """The first free name under ``runs/``."""
     data = Path(options.data).stem
     model = options.model.replace("timm:", "").replace("/", "-")
-    base = f"{data}-{model}-{Path(options.recipe_name).stem}-seed{options.seed}"
+    width = "" if options.width == 1 else f"-width-{options.width:g}"
+    base = f"{data}-{model}{width}-{Path(options.recipe_name).stem}-seed{options.seed}"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))
     return next(folder for name in names if not (folder := Path("runs") / name).exists())
-
-
-def _given_options(context: typer.Context) -> set[str]:
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _show_plainly(context: typer.Context) -> None:
-    package, usual = Path(__file__).parent.parent, warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *place: Any) -> None:
-        if not is_first_to_say(str(message)):
-            return
-        if package in Path(filename).parents:
-            typer.echo(f"spfde: warning: {_words_in_options(str(message), context)}", err=True)
-        else:
-            usual(message, category, filename, lineno, *place)
-
-    warnings.showwarning = show  # type: ignore[assignment]  # it is always called with all six
-
-
-def _in_options(error: SpfdeError, context: typer.Context) -> str:
-    """The message; a problem with the value of a given option names the option as it was typed."""
-    from spfde.app.train.options import absolute_source
-    from spfde.core.errors import DataError, InvalidArgument
-
-    given = _given_options(context)
-    if isinstance(error, DataError) and "data" in given:
-        typed = context.params["data"]
-        is_option = str(error).startswith(tuple(f"data={value!r}: " for value in (typed, absolute_source(typed))))
-        return f"--{error}" if is_option else str(error)
-    if not isinstance(error, InvalidArgument):
-        return str(error)
-    lines = []
-    for problem in error.problems:
-        option = next((name for name in _options_of(problem.argument) if name in given), None)
-        argument = problem.argument if option is None else flag(option)
-        if problem.argument == "cache" and option is not None:
-            problem = replace(problem, value=context.params[option])  # what was typed, not what was made of it
-        lines.append(str(replace(problem, argument=argument, remedy=_words_in_options(problem.remedy, context))))
-    return "\n".join(lines)
-
-
-def _options_of(argument: str) -> list[str]:
-    """Options that may have set what the library calls so: a field of a recipe, a table of it, or their own name."""
-    fields = recipe_fields().items()
-    of_cache = [
-        name for name in names_of(CacheOptions) if argument in ("cache", name.removeprefix("cache_"), f"{name}_gib")
-    ]
-    return [
-        *(name for name, to in fields if to.field == argument),
-        *(name for name, to in fields if to.table == argument),
-        *of_cache,
-        argument,
-    ]
-
-
-def _words_in_options(words: str, context: typer.Context) -> str:
-    """A remedy or a warning of the library as a person at the command line can follow it."""
-    words = words.replace("soft_bound=False", "--no-soft-bound").replace("batch_size=", f"{flag('batch_size')} ")
-    for name, to in recipe_fields().items():
-        if "_" in to.field and to.field != name and name in context.params:  # others are words of the language as well
-            words = re.sub(rf"\b{to.field}=", f"{flag(name)} ", words)
-            words = re.sub(rf"\b{to.field}\b", flag(name), words)
-    if "exclude" in context.params:
-        words = re.sub(r'exclude=\("([^"]+)",\)', r"--exclude '\1'", words)
-    return words.replace("raise fraction", "raise fraction in a recipe file")
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -5,15 +5,15 @@ PyTorch: ``--help`` answers at once. Only ``takes`` loads Typer: a trainer that 
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from spfde.core.numbers import MOST_EPOCHS
+from spfde.core.numbers import MOST_EPOCHS, MOST_WIDTH
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -57,6 +57,12 @@ class DataOptions:
         ),
     ] = None
     model: Annotated[str, Words("resnet8, resnet20, resnet32, vgg19 or timm:NAME")] = "resnet8"
+    width: Annotated[
+        float,
+        Gt(0),
+        Le(MOST_WIDTH),
+        Words(f"factor on the channels of a built-in model, above 0 and up to {MOST_WIDTH:g}"),
+    ] = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class RecipeOptions:
 
 
 class LengthOptions:
-    """How long the run is."""
+    """How long the run is, and of how many samples an epoch."""
 
     epochs: Annotated[
         int, Ge(1), Le(MOST_EPOCHS), Words(f"length of the run in epochs, from 1 to {MOST_EPOCHS:,}", _TRAINING)
@@ -125,6 +131,16 @@ class LengthOptions:
     batch_size: Annotated[
         int, Ge(1), Words("samples per step, of each process where there are several; from 1 on", _TRAINING)
     ] = 64
+    validation_share: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Words(
+            "share of the training set, in [0, 1), that is held out to choose the best epoch by; the test set is then "
+            "looked at once, at the end",
+            _TRAINING,
+        ),
+    ] = 0.0
 
 
 class TrainingOptions(LengthOptions):
@@ -206,18 +222,37 @@ class AnalysisOptions:
     data_root: Annotated[Path | None, Words("where torchvision's sets lie", shown="the run's")] = None
 
 
+class EvaluationOptions:
+    """What a run's weights are evaluated on by ``spfde evaluate``."""
+
+    data: Annotated[
+        str | None,
+        Words("other data of the same shape and classes, whose test part is taken", shown="the run's own"),
+    ] = None
+    image_size: Annotated[
+        Annotated[int, Ge(8)] | None,
+        Words("pixels a side that other data are scaled and cut to, from 8 on", shown="the data's own"),
+    ] = None
+    batch_size: Annotated[int, Ge(1), Words("images per batch, from 1 on")] = 256
+    device: Annotated[str, Words("auto, cpu, cuda, cuda:N or mps")] = "auto"
+    data_root: Annotated[Path | None, Words("where torchvision's sets lie", shown="the run's")] = None
+
+
 Command = TypeVar("Command", bound=Callable[..., None])
 Model = TypeVar("Model", bound="BaseModel")
 
 
-def takes(*groups: type) -> Callable[[Command], Command]:
-    """Give a command the options that the groups declare, as keyword arguments; what it declares itself comes first."""
+def takes(*groups: type, lists: Collection[type] = ()) -> Callable[[Command], Command]:
+    """Give a command the options that the groups declare, as keyword arguments; what it declares itself comes first.
+
+    Options of the groups in ``lists`` are text, which may hold several values with commas between them (``listed``).
+    """
 
     def give(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
         first = [each for each in own if each.default is each.empty]
-        rest = {name: parameter for group in groups for name, parameter in _parameters(group).items()}
+        rest = {name: each for group in groups for name, each in _parameters(group, of_lists=group in lists).items()}
         rest |= {each.name: each.replace(kind=each.KEYWORD_ONLY) for each in own if each not in first}
         command.__signature__ = signature.replace(parameters=[*first, *rest.values()])  # type: ignore[attr-defined]
         return command
@@ -248,8 +283,29 @@ def with_words(model: type[Model]) -> type[Model]:
     return model
 
 
+def listed(group: type, name: str, text: str) -> list[Any]:
+    """The values in the text of an option that may have several, each as the option's type has it.
+
+    Raises:
+        InvalidArgument: one is not of that type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from spfde.core.errors import InvalidArgument, Problem
+
+    kind = get_type_hints(group)[name]
+    values = []
+    for part in (part.strip() for part in text.split(",")):
+        try:
+            values.append(TypeAdapter(kind).validate_python(part))
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"]
+            raise InvalidArgument(Problem(flag(name), part, rule[:1].lower() + rule[1:], "See --help.")) from None
+    return values
+
+
 @cache
-def _parameters(group: type) -> dict[str, inspect.Parameter]:
+def _parameters(group: type, *, of_lists: bool = False) -> dict[str, inspect.Parameter]:
     """As Typer takes them: names of a set are text that is checked later, with all else, and tuples are lists."""
     import typer
 
@@ -265,6 +321,9 @@ def _parameters(group: type) -> dict[str, inspect.Parameter]:
         else:
             kind = plain[name]
         words = next(note for note in notes if isinstance(note, Words))
+        if of_lists and kind not in (list[str], bool | None):
+            shown = words.shown if isinstance(words.shown, str) else str(default)
+            words, kind, default = replace(words, shown=shown), str | None, None
         option = typer.Option(help=words.help, rich_help_panel=words.panel, show_default=words.shown)
         parameters[name] = inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]

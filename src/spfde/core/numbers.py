@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 MOST_EPOCHS = 100_000
 """How long a run may be: a row of its timeline is worked out for each epoch before it starts."""
+MOST_WIDTH = 32.0
+"""Factor on a model's channels: far beyond what fits anywhere, and below where sizes of tensors overflow."""
 
 
 def round_half_up(value: float) -> int:

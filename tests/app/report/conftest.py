@@ -110,6 +110,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         sparsity: float = 0.9,
         recipe: str = "spfde",
         changes: dict[str, Any] | None = None,
+        validated: bool = False,
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -119,11 +120,18 @@ def make_run(tmp_path: Path) -> MakeRun:
             epoch_row(epoch, epochs=epochs, frozen=frozen[epoch], removed=removed, sparsity=sparsity) | (changes or {})
             for epoch in range(done)
         ]
+        summary = summary_of(rows, recipe=recipe) if done == epochs else None
+        if validated:
+            for row in rows:
+                row |= {f"val_{name}": row.pop(f"test_{name}") - 0.01 for name in ("loss", "accuracy")}
+            if summary is not None:
+                best = max(row["val_accuracy"] for row in rows)
+                summary |= {"val_accuracy": rows[-1]["val_accuracy"], "best_val_accuracy": best, "best_epoch": done - 1}
         settings = config(epochs=epochs, frozen=frozen, recipe=recipe)
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if done == epochs:
-            (folder / "summary.json").write_text(json.dumps(summary_of(rows, recipe=recipe)))
+        if summary is not None:
+            (folder / "summary.json").write_text(json.dumps(summary))
         return folder
 
     return make

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spfde.app.report import read_run, write_report
-from spfde.app.report.page import told_apart
+from spfde.app.report import read_run
+from spfde.app.report.page import told_apart, write_report
 from spfde.app.report.plots import PLOTS
 from spfde.core.errors import InvalidArgument, RunFolderError
 

@@ -68,7 +68,7 @@ def test_the_comparison_holds_the_figures_of_the_summary(make_run: MakeRun) -> N
     # Six epochs of 1000 FLOPs, a tenth by sparsity, 0.8 by sieving; 0.1 less in epochs 3 and 4, 0.2 less in epoch 5.
     assert cells["Training FLOPs"] == "4.48 × 10²"
     assert cells["FLOPs vs dense"] == "0.0747×"
-    assert cells["Test accuracy, last / best"] == "65.0 % / 65.0 %"
+    assert cells["Test accuracy, last / best"] == "65.0 % / 65.0 %, best by test"
     assert cells["Time"] == "12.0 s"
     assert cells["Peak memory"] == "3.0 MiB"
     assert cells["Final sparsity"] == "90.0 %"
@@ -83,7 +83,7 @@ def test_an_unfinished_run_has_the_figures_of_its_epochs(make_run: MakeRun) -> N
     cells = row(tables.comparison([run]))
     assert cells["Training FLOPs"] == "1.60 × 10²"
     assert cells["FLOPs vs dense"] == "0.08×"
-    assert cells["Test accuracy, last / best"] == "45.0 % / 45.0 %"
+    assert cells["Test accuracy, last / best"] == "45.0 % / 45.0 %, best by test"
     assert (cells["Recipe"], cells["Engine"], cells["Seed"]) == ("spfde", "masked", "7")
     assert cells["Time vs dense"] == "–"
     assert figures.state(run) == "unfinished: 2 of 6 epochs"
@@ -94,7 +94,36 @@ def test_best_accuracy_is_the_largest_and_last_is_the_last(make_run: MakeRun) ->
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows[1]["test_accuracy"] = 0.9
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert row(tables.comparison([read_run(folder)]))["Test accuracy, last / best"] == "50.0 % / 90.0 %"
+    assert row(tables.comparison([read_run(folder)]))["Test accuracy, last / best"] == "50.0 % / 90.0 %, best by test"
+
+
+def test_a_run_with_a_validation_set_says_what_its_best_epoch_was_chosen_by(make_run: MakeRun) -> None:
+    whole, running, plain = (
+        make_run("runs/a", validated=True),
+        make_run("runs/b", validated=True, done=2),
+        make_run("c"),
+    )
+    table = tables.comparison([read_run(folder) for folder in (whole, running, plain)])
+    name = "Validation accuracy, last / best"
+    assert row(table, 0)["Test accuracy, last / best"] == "65.0 % / 65.0 %, best by validation"
+    assert row(table, 1)["Test accuracy, last / best"] == "– / –"
+    assert row(table, 2)["Test accuracy, last / best"] == "65.0 % / 65.0 %, best by test"
+    assert [row(table, at)[name] for at in range(3)] == ["64.0 % / 64.0 %", "44.0 % / 44.0 %", "–"]
+    assert name not in row(tables.comparison([read_run(plain)]))
+    assert [figures.headline(read_run(folder)) for folder in (whole, running, plain)] == [
+        ("test accuracy", pytest.approx(0.65)),
+        ("validation accuracy", pytest.approx(0.44)),
+        ("test accuracy", pytest.approx(0.65)),
+    ]
+
+
+def test_a_model_of_another_width_says_so(make_run: MakeRun) -> None:
+    folder = make_run()
+    assert figures.model(read_run(folder)) == "resnet8"
+    config = json.loads((folder / "config.json").read_text())
+    config["command"]["width"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert figures.model(read_run(folder)) == "resnet8, width 0.5"
 
 
 def test_savings_and_what_was_spent_add_up_to_the_dense_run(make_run: MakeRun) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from spfde.app.train.display import CELLS, ConsoleDisplay, epoch_line, frozen_bar, results
+from spfde.app.train.display import CELLS, ConsoleDisplay, epoch_line, frozen_bar, header, results
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 
@@ -61,10 +61,21 @@ def test_a_line_fits_into_eighty_columns(epoch: int, frozen: int, samples: int, 
 
 def test_results_say_of_each_figure_what_it_is() -> None:
     assert results(SUMMARY) == [
-        "test accuracy 0.9000, in the best epoch 0.9500 (measured)",
+        "test accuracy 0.9000, in the best epoch, chosen by it, 0.9500 (measured)",
         "sparsity of masked layers 90.0% (counted)",
         "frozen blocks 2 of 3 (counted)",
     ]
+
+
+def test_with_a_validation_set_the_best_epoch_is_said_to_be_chosen_by_it() -> None:
+    validated = SUMMARY | {"val_accuracy": 0.8, "best_val_accuracy": 0.85, "best_epoch": 3}
+    assert results(validated)[:2] == [
+        "test accuracy 0.9000, in the best epoch 0.9500 (measured)",
+        "validation accuracy 0.8000, in the best epoch, chosen by it, 0.8500 (measured)",
+    ]
+    row = {name: value for name, value in ROW.items() if name != "test_accuracy"} | {"val_accuracy": 0.75}
+    assert epoch_line(row, epochs=20, of_dense=0.129).split()[1] == "0.7500"
+    assert len(header("val")) == len(header("test"))
 
 
 def test_what_there_is_none_of_is_not_shown() -> None:

@@ -144,7 +144,7 @@ def test_without_augmentation_no_seeds_are_asked_for_and_images_come_as_they_are
 def test_the_test_set_comes_whole_and_in_order() -> None:
     data = data_of()
     for feed in feeds(data, "crop", by_sample=True):
-        images, labels = (torch.cat(part) for part in zip(*feed.test_batches(), strict=True))
+        images, labels = (torch.cat(part) for part in zip(*feed.evaluation_batches("test"), strict=True))
         assert isinstance(data.test, ImageArray)
         assert torch.equal(images, data.test.images)
         assert torch.equal(labels, data.test.labels)

@@ -7,8 +7,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spfde.app.train.models import MODELS, build_model
+from spfde.app.train.models import MODELS, BasicBlock, EveryOtherPixel, build_model
 from spfde.core.errors import InvalidArgument
+
+OF_EARLIER_VERSIONS = {
+    "resnet8": 4762.908400086701,
+    "resnet20": 15448.950250729808,
+    "resnet32": 72854.85495552963,
+    "vgg19": 357477.54770805535,
+}
+"""Sums of the absolute initial weights of seed 0."""
 
 
 def _build(name: str, *, image_size: int | tuple[int, int] = 32, channels: int = 3, classes: int = 10) -> nn.Module:
@@ -68,6 +76,55 @@ def test_every_model_survives_pickling(name: str) -> None:
     model = _build(name).eval()
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(pickle.loads(pickle.dumps(model))(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "channels"),
+    [
+        ("resnet8", 1.0, (16, 16, 16, 32, 32, 32, 64, 64, 64)),
+        ("resnet8", 0.5, (8, 8, 8, 16, 16, 16, 32, 32, 32)),
+        ("resnet8", 0.28, (4, 4, 4, 9, 9, 9, 18, 18, 18)),  # 4.48, 8.96, 17.92
+        ("resnet8", 0.03, (1, 1, 1, 1, 1, 1, 2, 2, 2)),  # 0.48, 0.96, 1.92
+        ("vgg19", 0.01, (1, 1, 1, 1, 3, 3, 3, 3, *[5] * 8)),
+    ],
+)
+def test_a_width_is_a_factor_on_the_channels_in_whole_ones(name: str, width: float, channels: tuple[int, ...]) -> None:
+    model = build_model(name, num_classes=10, in_channels=3, image_size=32, width=width, seed=0)
+    found = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert sorted(found) == sorted(channels)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_at_width_1_a_model_is_what_it_was_before_there_were_widths() -> None:
+    for name, expected in OF_EARLIER_VERSIONS.items():
+        weights = _build(name).parameters()
+        assert sum(float(weight.detach().double().abs().sum()) for weight in weights) == pytest.approx(
+            expected, rel=1e-9
+        )
+
+
+def test_with_few_channels_every_other_pixel_stands_in_for_a_stride() -> None:
+    # PyTorch's own corrupts memory then, see LEAST_STRIDED_CHANNELS.
+    strided, stand_in = BasicBlock(8, 4, stride=2), BasicBlock(7, 4, stride=2)
+    assert isinstance(strided.downsample, nn.Sequential)
+    assert isinstance(stand_in.downsample, nn.Sequential)
+    assert strided.downsample[0].stride == (2, 2)
+    assert [type(module) for module in stand_in.downsample] == [EveryOtherPixel, nn.Conv2d, nn.BatchNorm2d]
+    x = torch.randn(2, 7, 5, 6)
+    convolution = stand_in.downsample[1]
+    expected = nn.functional.conv2d(x, convolution.weight, stride=2)
+    assert torch.allclose(convolution(stand_in.downsample[0](x)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 33.0, float("nan")])
+def test_a_width_out_of_its_range_is_refused(width: float) -> None:
+    with pytest.raises(InvalidArgument, match=r"width=.*is not above 0 and up to 32"):
+        build_model("resnet8", num_classes=10, in_channels=3, image_size=32, width=width)
+
+
+def test_a_model_of_timm_takes_no_width() -> None:
+    with pytest.raises(InvalidArgument, match=r"width=0.5: is for built-in models, and timm:resnet18 has channels"):
+        build_model("timm:resnet18", num_classes=10, in_channels=3, image_size=32, width=0.5)
 
 
 def test_convolutions_have_no_bias_and_kaiming_fan_out_weights() -> None:

@@ -121,7 +121,7 @@ def test_each_run_comes_to_what_it_comes_to_alone(options: Callable[..., TrainOp
     asked = [
         options(seed=1),
         options(ALL_SAVINGS, epochs=5, seed=1, batch_size=32),
-        options(ALL_SAVINGS, model="resnet8", epochs=4, seed=2, data_on="device"),
+        options(ALL_SAVINGS, model="resnet8", epochs=4, seed=2, data_on="device", validation_share=0.25),
     ]
     for number, each in enumerate(asked):
         train(each, tmp_path / f"alone-{number}")
@@ -134,6 +134,27 @@ def test_each_run_comes_to_what_it_comes_to_alone(options: Callable[..., TrainOp
         assert isinstance(summary, dict)
         assert {name: value for name, value in summary.items() if name not in OWN_TIME} == alone["summary"]
     assert len({left_by(tmp_path / f"beside-{number}")["generators"] for number in range(3)}) == 3
+
+
+def test_so_many_run_at_a_time_and_the_next_one_begins_when_one_is_over(
+    options: Callable[..., TrainOptions], tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    lengths = {"a": 2, "b": 4, "c": 2}
+    jobs = [
+        Job(options(seed=seed, epochs=epochs), tmp_path / name, Notes(name, notes))
+        for seed, (name, epochs) in enumerate(lengths.items())
+    ]
+    found = train_side_by_side(jobs, at_once=2, ended=lambda job, summary: notes.append(f"{job.out.name} told"))
+    assert [summary["epochs"] for summary in found if isinstance(summary, dict)] == [2, 4, 2]
+    order = [note for note in notes if note.split()[1] in ("ready", "over:", "told")]
+    assert order == [
+        "a ready", "b ready", "a over: done", "a told", "c ready", "c over: done", "c told", "b over: done", "b told",
+    ] or order == [
+        "a ready", "b ready", "a over: done", "a told", "c ready", "b over: done", "b told", "c over: done", "c told",
+    ]  # fmt: skip
+    train(jobs[2].options, tmp_path / "alone")
+    assert left_by(tmp_path / "c") == left_by(tmp_path / "alone")
 
 
 @pytest.mark.long

@@ -35,12 +35,17 @@ class NamedSet:
         augmentation: what ``auto`` stands for: photos may be mirrored, digits and letters may not.
         loader: class in ``torchvision.datasets``; None for the embedded set.
         files: where the files belong under the data root, for those who fetch them by hand.
+        class_names: where they are known without the files.
     """
 
     spec: DataSpec
     augmentation: AugmentMode
     loader: str | None = None
     files: str = ""
+    class_names: tuple[str, ...] | None = None
+
+
+_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 
 
 def _mnist_like(name: str, loader: str, augmentation: AugmentMode) -> NamedSet:
@@ -51,7 +56,7 @@ def _mnist_like(name: str, loader: str, augmentation: AugmentMode) -> NamedSet:
 
 
 _SETS = (
-    NamedSet(DataSpec(EMBEDDED, 10, 1, (28, 28), 10_000, 2_000), "crop+flip"),
+    NamedSet(DataSpec(EMBEDDED, 10, 1, (28, 28), 10_000, 2_000), "crop+flip", class_names=tuple(_CLOTHES.split(","))),
     _mnist_like("fashion-mnist", "FashionMNIST", "crop+flip"),
     _mnist_like("mnist", "MNIST", "crop"),
     _mnist_like("kmnist", "KMNIST", "crop"),
@@ -107,30 +112,49 @@ def load_data(name_or_path: str | Path, *, root: str | Path, image_size: int | N
         return load_folder(name_or_path, image_size=image_size)
     if kind == "npz":
         spec, train, test = load_npz(name_or_path)
-        return _in_memory(spec, train, test, "crop", image_size)
+        return _in_memory(spec, train, test, "crop", image_size, None)
     named = DATASETS[str(name_or_path)]
     if named.loader is None:
         content = (resources.files("spfde.app") / "assets" / "fashion_mini.npz").read_bytes()
         spec, train, test = load_npz(io.BytesIO(content), named.spec.name)
+        names: Any = named.class_names
     else:
-        train, test = (_from_torchvision(named, Path(root), train=part) for part in (True, False))
+        opened = [_open_torchvision(named, Path(root), train=part) for part in (True, False)]
+        (train, test), names = map(_array_of, opened), getattr(opened[0], "classes", None)
         channels, height, width = train.images.shape[1:]
         classes = int(max(train.labels.max(), test.labels.max())) + 1
         spec = DataSpec(named.spec.name, classes, channels, (height, width), len(train), len(test))
     if spec != named.spec:
         remedy = f"Remove its files from {root} and run again to fetch them anew."
         raise data_error(name_or_path, f"is {spec} there, not {named.spec}", remedy)
-    return _in_memory(spec, train, test, named.augmentation, image_size)
+    names = tuple(map(str, names)) if names is not None and len(names) == spec.num_classes else None
+    return _in_memory(spec, train, test, named.augmentation, image_size, names)
+
+
+def names_in(name_or_path: str | Path) -> tuple[str, ...] | None:
+    """Names of the classes, as far as they are known without reading the data."""
+    named = DATASETS.get(str(name_or_path))
+    if named is not None:
+        return named.class_names
+    folder = Path(name_or_path) / "train"
+    if not os.path.isdir(folder):
+        return None
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
 
 
 def _in_memory(
-    spec: DataSpec, train: ImageArray, test: ImageArray, augmentation: AugmentMode, image_size: int | None
+    spec: DataSpec,
+    train: ImageArray,
+    test: ImageArray,
+    augmentation: AugmentMode,
+    image_size: int | None,
+    names: tuple[str, ...] | None,
 ) -> ImageData:
     if image_size:
         train, test = (ImageArray(resized(part.images, image_size), part.labels) for part in (train, test))
         spec = replace(spec, image_size=(image_size, image_size))
     mean, std = channel_statistics(train.images)
-    return ImageData(spec, train, test, mean, std, augmentation)
+    return ImageData(spec, train, test, mean, std, augmentation, class_names=names)
 
 
 def _kind(name_or_path: str | Path) -> Literal["named", "npz", "folder"]:
@@ -159,9 +183,8 @@ def _torchvision(name: object) -> Iterator[None]:
         raise data_error(name, f"needs another package ({error})", remedy) from error
 
 
-def _from_torchvision(named: NamedSet, root: Path, *, train: bool) -> ImageArray:
+def _array_of(dataset: Any) -> ImageArray:
     """One part of a torchvision set, as ``(N, C, H, W)`` of uint8."""
-    dataset = _open_torchvision(named, root, train=train)
     raw_labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
     return ImageArray(to_nchw(np.asarray(dataset.data)), torch.as_tensor(np.asarray(raw_labels).astype(np.int64)))
 

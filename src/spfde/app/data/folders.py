@@ -203,13 +203,13 @@ def load_folder(path: str | Path, *, image_size: int | None = None, in_memory_by
             ImageArray(_decode_all(files, range(len(files))), torch.tensor(files.targets)) for files in (train, test)
         ]
         mean, std = channel_statistics(arrays[0].images)
-        return ImageData(spec, arrays[0], arrays[1], mean, std, "crop+flip")
+        return ImageData(spec, arrays[0], arrays[1], mean, std, "crop+flip", class_names=tuple(train.classes))
     for files in (train, test):
         _in_threads(_size_of, [name for name, _ in files.samples])  # which wait for the disk, each at another file
     # The paths are sorted by class, so an even spacing is class-balanced.
     chosen = torch.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLES)).long().tolist()
     mean, std = channel_statistics(_decode_all(train, chosen))
-    return ImageData(spec, train, test, mean, std, "crop+flip", in_memory=False)
+    return ImageData(spec, train, test, mean, std, "crop+flip", in_memory=False, class_names=tuple(train.classes))
 
 
 def _decode_all(files: ImageFiles, indices: Sequence[int]) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from spfde.app.train.augment import AugmentMode
 from spfde.core.errors import DataError, Problem
+
+Split = Literal["val", "test"]
+"""The sets that a model is evaluated on: the validation set and the test set."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,10 @@ class ImageData:
         mean: ``(C,)`` over the training set, in the unit of ``normalise`` (shares of 255 for uint8).
         std: likewise; 1 for a channel that is constant.
         default_augmentation: what ``auto`` stands for.
-        in_memory: whether both sets are ``ImageArray``; if not, samples are decoded when asked for, and loader
-            workers pay off.
+        in_memory: whether all sets lie in memory, as ``ImageArray``; if not, samples are decoded when asked for, and
+            loader workers pay off.
+        validation: what is held out of the training set, which no longer has it; None where nothing is.
+        class_names: of each class, in order; None where the data do not name them.
     """
 
     spec: DataSpec
@@ -116,6 +121,22 @@ class ImageData:
     std: Tensor
     default_augmentation: AugmentMode
     in_memory: bool = True
+    validation: Dataset[tuple[Tensor, int]] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def evaluated_on(self) -> Split:
+        """The set that every epoch of a run is evaluated on."""
+        return "test" if self.validation is None else "val"
+
+    def split(self, name: Split) -> Dataset[tuple[Tensor, int]]:
+        """The set of that name; the test set in place of a validation set that there is not."""
+        return self.test if name == "test" or self.validation is None else self.validation
+
+    @property
+    def arrays(self) -> list[ImageArray]:
+        """What lies in memory, each once."""
+        return [array for array in map(array_of, (self.train, self.test)) if array is not None]
 
     @property
     def padding(self) -> int:
@@ -125,7 +146,14 @@ class ImageData:
     def facts(self) -> dict[str, Any]:
         """What tells it from other data, as JSON has it."""
         shape = {**vars(self.spec), "image_size": list(self.spec.image_size)}
-        return {**shape, "mean": self.mean.tolist(), "std": self.std.tolist()}
+        held_out = {} if self.validation is None else {"validation_samples": len(self.validation)}  # type: ignore[arg-type]
+        return {**shape, **held_out, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+def array_of(part: Dataset[tuple[Tensor, int]]) -> ImageArray | None:
+    """The array that a set is, or is a part of; None where samples are decoded when they are asked for."""
+    whole = part.dataset if isinstance(part, Subset) else part
+    return whole if isinstance(whole, ImageArray) else None
 
 
 def resized(images: Tensor, side: int) -> Tensor:

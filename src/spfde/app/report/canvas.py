@@ -97,14 +97,33 @@ def style_of(index: int, theme: Theme, n_points: int) -> dict[str, Any]:
     }
 
 
+def mark_of(index: int) -> tuple[int, int]:
+    """A colour and a marker, by their places; the first 36 indices have one pair each."""
+    return index % len(LIGHT.runs), (index + index // len(LIGHT.runs)) % len(_MARKERS)
+
+
+def style_of_mark(index: int, theme: Theme) -> dict[str, Any]:
+    """A point of its own, without a line."""
+    colour, marker = mark_of(index)
+    return {"color": theme.runs[colour], "marker": _MARKERS[marker], "markersize": 5.5, "linestyle": "none"}
+
+
 def add_legend(figure: Any, theme: Theme, handles: Sequence[Any], names: Sequence[str]) -> None:
     columns = 1 if any(len(name) > 20 for name in names) else min(3, len(names))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, labelcolor=theme.text)
 
 
-def name_runs(figure: Any, runs: Sequence[RecordedRun], shown: Sequence[int], theme: Theme) -> None:
+def name_runs(
+    figure: Any,
+    runs: Sequence[RecordedRun],
+    shown: Sequence[int],
+    theme: Theme,
+    *,
+    add: Callable[[RecordedRun], str] = lambda run: "",
+) -> None:
+    """Name the runs that are shown in a legend; ``add`` says what stands behind a name."""
     handles = [Line2D([], [], **style_of(index, theme, 1)) for index in shown]
-    add_legend(figure, theme, handles, [label(runs[index].name) for index in shown])
+    add_legend(figure, theme, handles, [label(runs[index].name) + add(runs[index]) for index in shown])
 
 
 def add_curves(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from spfde.app.report.folders import RecordedRun, number
 
 MISSING = "–"
+SPLITS = {"val": "validation", "test": "test"}
+"""The sets that figures are measured on, by what the figures' names begin with."""
 NBSP = "\N{NO-BREAK SPACE}"
 """Between a number and its unit, so that no line breaks there."""
 
@@ -77,6 +79,8 @@ def _sparsity(run: RecordedRun) -> float | None:
 _SO_FAR: Mapping[str, Callable[[RecordedRun], float | None]] = {
     "test_accuracy": lambda run: run.last("test_accuracy"),
     "best_test_accuracy": lambda run: run.largest("test_accuracy"),
+    "val_accuracy": lambda run: run.last("val_accuracy"),
+    "best_val_accuracy": lambda run: run.largest("val_accuracy"),
     "training_flops": lambda run: run.total("training_flops"),
     "flops_ratio": lambda run: share_of_dense(run, "training_flops"),
     "seconds": lambda run: run.total("seconds"),
@@ -95,6 +99,12 @@ def setting(run: RecordedRun, name: str) -> str:
         if isinstance(value, (str, int)):
             return str(value)
     return MISSING
+
+
+def model(run: RecordedRun) -> str:
+    """The model's name, and its width where that is not 1."""
+    width = number(run.section("command").get("width"))
+    return setting(run, "model") + ("" if width in (None, 1) else f", width {width:g}")
 
 
 def data_name(run: RecordedRun) -> str:
@@ -129,7 +139,22 @@ def partial_share(run: RecordedRun) -> str:
 
 
 def accuracies(run: RecordedRun) -> str:
-    return f"{percent(figure(run, 'test_accuracy'))} / {percent(figure(run, 'best_test_accuracy'))}"
+    chosen = "" if figure(run, "test_accuracy") is None else f", best by {SPLITS[run.evaluated_on]}"
+    return _last_and_best(run, "test_accuracy") + chosen
+
+
+def validated(run: RecordedRun) -> str:
+    return _last_and_best(run, "val_accuracy") if run.evaluated_on == "val" else MISSING
+
+
+def _last_and_best(run: RecordedRun, name: str) -> str:
+    return f"{percent(figure(run, name))} / {percent(figure(run, f'best_{name}'))}"
+
+
+def headline(run: RecordedRun) -> tuple[str, float | None]:
+    """A run's accuracy and its name: on the test set, unless that has not been looked at yet."""
+    split = "test" if run.finished else run.evaluated_on
+    return f"{SPLITS[split]} accuracy", figure(run, f"{split}_accuracy")
 
 
 def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | None:
@@ -138,7 +163,8 @@ def dense_run(run: RecordedRun, runs: Sequence[RecordedRun]) -> RecordedRun | No
     def setup(of: RecordedRun) -> tuple[object, ...]:
         command, machine = of.section("command"), of.section("hardware")
         shared = tuple(str(command.get(name)) for name in ("batch_size", "precision", "workers"))
-        return (setting(of, "model"), data_name(of), of.planned_epochs, str(dict(machine)), *shared)
+        held_out = command.get("validation_share") or 0  # older runs do not say it
+        return (model(of), held_out, data_name(of), of.planned_epochs, str(dict(machine)), *shared)
 
     for other in runs:
         ratio = figure(other, "flops_ratio")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spfde.app.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from spfde.core import json_text
@@ -57,6 +57,11 @@ class RecordedRun:
         """Epochs and values of one figure, where it was recorded."""
         found = {epoch: row[name] for epoch, row in self.epochs.items() if name in row}
         return list(found), list(found.values())
+
+    @property
+    def evaluated_on(self) -> Literal["val", "test"]:
+        """The set that every epoch was evaluated on, as its figures' names have it."""
+        return "val" if any("val_accuracy" in row for row in self.epochs.values()) else "test"
 
     def last(self, name: str) -> float | None:
         """The latest recorded value of one figure."""

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from spfde.app.compare.folder import COMPARISON
 from spfde.app.report import figures, tables
 from spfde.app.report.canvas import DARK, LIGHT
+from spfde.app.report.comparison import draw_comparison
 from spfde.app.report.folders import RecordedRun, read_run
-from spfde.app.report.plots import PLOTS, Plot
+from spfde.app.report.html import Line, Picture, WideTable, render
+from spfde.app.report.plots import PLOTS
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.files import clear_errors, written_whole
 
-Picture = tuple[Plot, bytes | None, bytes | None]
-"""One plot on the page: for a light and a dark one its PNG, or None where no run has anything to show."""
-
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Write one page about all of ``runs``, and its plots as PNG files beside it.
+    """Write one page about all of ``runs``, or about one comparison, and its plots as PNG files beside it.
 
     Args:
-        runs: run folders, finished or not; one that is given twice counts once.
+        runs: run folders, finished or not, or the folder of one comparison; one that is given twice counts once.
         out: the page; its folder is made. The plots are named after it: ``report.html``, ``report-accuracy.png``, ….
 
     Returns:
         The files that were written, the page first.
 
     Raises:
-        InvalidArgument: no run is given, or ``out`` is a folder.
+        InvalidArgument: no run is given, a comparison is not alone, or ``out`` is a folder.
         RunFolderError: a folder is no run folder or is damaged, or ``out`` cannot be written. Files are written only
             after everything has been read and drawn.
     """
@@ -41,9 +38,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     if page.is_dir():
         rule, remedy = "must be a file, and is a folder", f"Pass a file in it: {page / 'report.html'}."
         raise InvalidArgument(Problem("out", str(page), rule, remedy))
-    found = told_apart([read_run(path) for path in {Path(path).resolve(): path for path in runs}.values()])
-    pictures = [(plot, plot.png(found, LIGHT), plot.png(found, DARK)) for plot in PLOTS]
-    files = {page: render(found, pictures).encode(errors="replace")}  # names of folders may be no text
+    paths = list({Path(path).resolve(): Path(path) for path in runs}.values())
+    text, pictures = draw_comparison(paths[0]) if _is_comparison(paths) else _draw_runs(paths)
+    files = {page: text.encode(errors="replace")}  # names of folders may be no text
     for plot, light, _ in pictures:
         if light is not None:
             files[page.with_name(f"{page.stem}-{plot.key}.png")] = light
@@ -68,24 +65,34 @@ def told_apart(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return [replace(run, name=name(own)) for run, own in zip(runs, parts, strict=True)]
 
 
-def render(runs: Sequence[RecordedRun], pictures: Sequence[Picture]) -> str:
-    """The page as text. Everything that comes from a run folder is escaped."""
-    environment = Environment(
-        loader=PackageLoader("spfde.app.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _is_comparison(paths: Sequence[Path]) -> bool:
+    """Whether the page is about a comparison, and not about runs."""
+    found = [path for path in paths if (path / COMPARISON).is_file()]
+    if found and len(paths) > 1:
+        rule = "is the folder of a comparison, which has a page of its own"
+        remedy = "Pass it alone, or pass run folders, which lie in its runs/CANDIDATE/."
+        raise InvalidArgument(Problem("runs", str(found[0]), rule, remedy))
+    return bool(found)
+
+
+def _draw_runs(paths: Sequence[Path]) -> tuple[str, list[Picture]]:
+    runs = told_apart([read_run(path) for path in paths])
+    pictures: list[Picture] = [(plot, plot.png(runs, LIGHT), plot.png(runs, DARK)) for plot in PLOTS]
     sparse = [run for run in runs if (figures.figure(run, "final_sparsity") or 0) > 0]
-    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
-    return environment.get_template("report.html.j2").render(
+    text = render(
+        "report.html.j2",
+        pictures,
         title="spfde: " + ", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else ""),
         runs=runs,
         figures=figures,
-        tables=[tables.comparison(runs), tables.savings(runs), tables.memory_table(runs)],
-        pictures=pictures,
+        tables=[_wide(table) for table in (tables.comparison(runs), tables.savings(runs), tables.memory_table(runs))],
         details=[(run, tables.settings(run)) for run in runs],
         masked=[run.name for run in sparse if figures.setting(run, "engine") == "masked"],
         uncounted=tables.uncounted(runs),
     )
+    return text, pictures
+
+
+def _wide(table: tables.Table) -> WideTable:
+    lines = [Line(run.name, cells, badge="" if run.finished else "unfinished") for run, cells in table.rows]
+    return WideTable(table.caption, "Run", table.columns, tuple(lines))

@@ -31,7 +31,8 @@ from spfde.app.report.tables import PARTS_OF_DENSE
 _HATCHES = ("", "//", "\\\\", "..")
 _FEW_RUNS = 3
 _MANY_BLOCKS = 24
-_LOG_FROM = 4.0
+LOG_FROM = 4.0
+"""The largest cost over the smallest one, above which costs are drawn over a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -61,28 +62,35 @@ def _accuracy(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
         for index, run in enumerate(runs):
             epochs, accuracy = run.points("train_accuracy")
             axes.plot(epochs, accuracy, color=theme.runs[index], linewidth=0.8, alpha=0.6)
-    shown = add_curves(axes, runs, theme, lambda run: run.points("test_accuracy"))
+    shown = add_curves(axes, runs, theme, lambda run: run.points(_accuracy_of(run)))
     whole_epochs(axes)
     as_percent(axes.yaxis)
-    name_runs(figure, runs, shown, theme)
+    name_runs(figure, runs, shown, theme, add=_if_validated)
+
+
+def _accuracy_of(run: RecordedRun) -> str:
+    return f"{run.evaluated_on}_accuracy"
+
+
+def _if_validated(run: RecordedRun) -> str:
+    return " (validation)" if run.evaluated_on == "val" else ""
 
 
 def accuracy_over_flops(run: RecordedRun) -> tuple[list[float], list[float]]:
-    """Training FLOPs up to and with each epoch, and the test accuracy after it."""
+    """Training FLOPs up to and with each epoch, and the test or validation accuracy after it."""
+    name = _accuracy_of(run)
     spent = accumulate(row.get("training_flops", 0.0) for row in run.epochs.values())
     points = [
-        (total, row["test_accuracy"])
-        for total, row in zip(spent, run.epochs.values(), strict=True)
-        if "test_accuracy" in row and total > 0
+        (total, row[name]) for total, row in zip(spent, run.epochs.values(), strict=True) if name in row and total > 0
     ]
     return [total for total, _ in points], [accuracy for _, accuracy in points]
 
 
 def _flops(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
-    axes = add_axes(figure, theme, x="cumulative training FLOPs (modelled)", y="test accuracy (measured)")
+    axes = add_axes(figure, theme, x="cumulative training FLOPs (modelled)", y="accuracy (measured)")
     shown = add_curves(axes, runs, theme, accuracy_over_flops)
     ends = [accuracy_over_flops(runs[index])[0][-1] for index in shown]
-    if max(ends) > _LOG_FROM * min(ends):
+    if max(ends) > LOG_FROM * min(ends):
         axes.set_xscale("log")
         axes.set_xlabel("cumulative training FLOPs (modelled), logarithmic", color=theme.text)
     else:
@@ -90,7 +98,7 @@ def _flops(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
         axes.xaxis.get_offset_text().set_color(theme.text)
     as_percent(axes.yaxis)
-    name_runs(figure, runs, shown, theme)
+    name_runs(figure, runs, shown, theme, add=_if_validated)
 
 
 def _cost(figure: Any, runs: Sequence[RecordedRun], theme: Theme) -> None:
@@ -237,15 +245,17 @@ PLOTS = (
     Plot(
         key="accuracy",
         title="Accuracy over epochs",
-        caption="Measured on the test set. Thin, for up to three runs: on the training samples as trained on.",
+        caption="Measured on the test set, or on the validation set where a run has one. Thin, for up to three runs: "
+        "on the training samples as trained on.",
         absent=NO_EPOCH,
-        wants=_has_any("test_accuracy"),
+        wants=_has_any("test_accuracy", "val_accuracy"),
         draw=_accuracy,
     ),
     Plot(
         key="flops",
         title="Accuracy over training FLOPs",
-        caption="Test accuracy, measured, against the training FLOPs spent so far, modelled.",
+        caption="Accuracy on the test set, or on the validation set where a run has one, measured, against the "
+        "training FLOPs spent so far, modelled.",
         absent=NO_EPOCH,
         wants=lambda run: bool(accuracy_over_flops(run)[0]),
         draw=_flops,

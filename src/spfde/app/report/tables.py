@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spfde.app.report import figures
 from spfde.app.report.folders import RecordedRun
@@ -17,6 +17,11 @@ PARTS_OF_DENSE = (
     ("saved_by_freezing", "saved by freezing"),
     ("saved_by_sieving", "saved by sieving"),
 )
+LAST_AND_BEST = (
+    "After the last and after the best epoch. Which one is best was chosen by test accuracy, so that the second figure "
+    "flatters; or by validation accuracy, where a share of the training set was held out"
+)
+VALIDATED = "The same on the samples that were held out of the training set"
 VERSUS_DENSE = "Share of the dense model's training FLOPs, same epochs, all samples"
 TIME_VERSUS_DENSE = (
     "Seconds over those of a dense run in this report with the same machine and settings; "
@@ -25,12 +30,18 @@ TIME_VERSUS_DENSE = (
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: its heading, where its figures come from, and what they mean."""
+class Heading:
+    """Of a column: its title, where its figures come from (if that is one place), and what they mean."""
 
     title: str
-    origin: Origin
+    origin: Origin | None
     meaning: str
+
+
+@dataclass(frozen=True)
+class Column(Heading):
+    """One column of a table of runs."""
+
     cell: Callable[[RecordedRun], str]
 
 
@@ -55,10 +66,12 @@ def set_by(name: str) -> Callable[[RecordedRun], str]:
 
 def comparison(runs: Sequence[RecordedRun]) -> Table:
     """One row a run, everything that matters side by side."""
+    validated = (Column("Validation accuracy, last / best", "measured", VALIDATED, figures.validated),)
     columns = (
         Column("Recipe", "set", "Name of the recipe", set_by("recipe")),
         Column("Engine", "set", "masked: dense arithmetic under a mask; native: sparse kernels", set_by("engine")),
-        Column("Test accuracy, last / best", "measured", "After the last and after the best epoch", figures.accuracies),
+        Column("Test accuracy, last / best", "measured", LAST_AND_BEST, figures.accuracies),
+        *(validated if any(run.evaluated_on == "val" for run in runs) else ()),
         Column("Training FLOPs", "modelled", "Over the whole run", shown(figures.flops, "training_flops")),
         Column("FLOPs vs dense", "modelled", VERSUS_DENSE, shown(figures.times, "flops_ratio")),
         Column("Time", "measured", "Wall clock of training", shown(figures.duration, "seconds")),
@@ -106,9 +119,14 @@ def memory_table(runs: Sequence[RecordedRun]) -> Table:
 
 def settings(run: RecordedRun) -> list[tuple[str, str]]:
     """Everything in ``config.json``, flattened to names and values."""
+    return named_values(flat(run.config))
+
+
+def named_values(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as text, without those that say nothing."""
     return [
         (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-        for name, value in flat(run.config).items()
+        for name, value in content.items()
         if value is not None
     ]
 

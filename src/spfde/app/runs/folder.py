@@ -65,7 +65,7 @@ class RunFolder:
                 if path.is_dir() and not (path / _LOCK).exists():
                     _check_empty(path)  # not even a lock is left in a folder of somebody else's
                 path.mkdir(parents=True, exist_ok=True)
-                folder._acquire()
+                folder.acquire()
                 _check_empty(path)
         except BaseException:
             folder.close()
@@ -98,13 +98,18 @@ class RunFolder:
         _check_text(path)
         _check_links(path)
         with clear_errors(path):
-            folder._acquire()
+            folder.acquire()
             folder.checkpoints.remove_drafts()
             for leftover in path.glob(f".*{DRAFT}"):
                 leftover.unlink()
         return folder
 
-    def _acquire(self) -> None:
+    def acquire(self) -> None:
+        """Lock the folder.
+
+        Raises:
+            RunFolderError: another process has.
+        """
         handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -42,7 +42,7 @@ class CheckpointedModel:
         self.data = data
         self.seed = trained.seed
         self.name = trained.model
-        module = build_for(trained.model, spec)
+        module = build_for(trained.model, spec, width=trained.width)
         self.module = module.to(self.device).to(memory_format=torch.channels_last).eval()
         sample = torch.zeros(1, *spec.sample_shape, device=self.device)
         blueprint = draw(self.module, sample, trained.load_recipe(), trained.epochs)

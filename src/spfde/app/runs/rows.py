@@ -7,8 +7,8 @@ from typing import Any
 
 from spfde.core.errors import StateMismatch
 
-_NUMBERS = ("density", "test_accuracy", "saved_tensor_bytes")
-"""What is read of a row by its name, beside ``epoch``."""
+_NUMBERS = ("density", "saved_tensor_bytes")
+"""What is read of a row by its name, beside ``epoch`` and one of the accuracies."""
 
 
 def check_rows(rows: Any) -> None:
@@ -31,6 +31,7 @@ def is_row(row: Any) -> bool:
         and type(row.get("epoch")) is int
         and row["epoch"] >= 0
         and all(_is_number(row.get(name)) for name in _NUMBERS)
+        and _is_number(row.get("val_accuracy", row.get("test_accuracy")))
         and all(isinstance(name, str) and (value is None or _is_number(value)) for name, value in row.items())
     )
 

@@ -33,10 +33,11 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
         (_check_trackers, "track"),
         (check_engine, "engine"),
         (check_device, "device"),
-        (check_model, "model"),
     ):
         with problems.collecting():
             check(options[name])
+    with problems.collecting():
+        check_model(options["model"], options["width"])
     on_cpu = options["device"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if options["precision"] == "fp16" and on_cpu:
         problems.add("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16.")

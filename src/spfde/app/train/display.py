@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from spfde.app.data.images import Split
+from spfde.app.runs.best import accuracy_in, chosen_by
 from spfde.app.train.events import Display
 from spfde.app.train.profile import Profile
 from spfde.app.train.setup import TrainingRun
@@ -25,11 +27,7 @@ CELLS = 10
 HEADER_EVERY = 20
 """Epochs between two headings."""
 
-_HEADER = (
-    f"{'epoch':>7}  {'test':>6}  {'train':>6}  {'density':>7}  {'frozen blocks':<16}  {'samples':>9}  "
-    f"{'FLOPs':>6}  {'time':>7}"
-)
-_LEGEND = "test, train: accuracy · samples: partial set · FLOPs: of dense so far, modelled"
+_LEGEND = "accuracy · samples: partial set · FLOPs: of dense so far, modelled"
 
 
 def frozen_bar(frozen: int, total: int) -> str:
@@ -42,10 +40,18 @@ def frozen_bar(frozen: int, total: int) -> str:
     return f"{'■' * filled}{'□' * (cells - filled)} {frozen}/{total}"
 
 
+def header(split: Split) -> str:
+    """The heading of the epochs' lines; ``split``: what they are evaluated on."""
+    return (
+        f"{'epoch':>7}  {split:>6}  {'train':>6}  {'density':>7}  {'frozen blocks':<16}  {'samples':>9}  "
+        f"{'FLOPs':>6}  {'time':>7}"
+    )
+
+
 def epoch_line(row: Mapping[str, Any], *, epochs: int, of_dense: float) -> str:
     """One epoch's line under the heading; ``of_dense`` are the run's training FLOPs so far against dense."""
     return (
-        f"{row['epoch'] + 1:>3}/{epochs:<3}  {row['test_accuracy']:6.4f}  {row['train_accuracy']:6.4f}  "
+        f"{row['epoch'] + 1:>3}/{epochs:<3}  {accuracy_in(row):6.4f}  {row['train_accuracy']:6.4f}  "
         f"{row['density']:7.3f}  {frozen_bar(row['frozen_blocks'], row['total_blocks']):<16}  "
         f"{row['partial_samples']:>9,}  {of_dense:6.1%}  {_seconds(row['seconds']):>7}"
     )
@@ -68,9 +74,11 @@ class ConsoleDisplay(Display):
 
     def started(self, run: TrainingRun) -> None:
         spec, session, options, bill = run.data.spec, run.session, run.options, run.plan
-        images = f"{spec.train_samples:,} + {spec.test_samples:,} images"
+        model = options.model if options.width == 1 else f"{options.model}, width {options.width:g}"
+        held_out = "" if run.data.validation is None else f" + {len(run.data.validation):,} held out"  # type: ignore[arg-type]
+        images = f"{spec.train_samples:,}{held_out} + {spec.test_samples:,} images"
         self._print(
-            f"spfde · {short_name(spec.name)}: {images} · {options.model} · "
+            f"spfde · {short_name(spec.name)}: {images} · {model} · "
             f"recipe {short_name(options.recipe_name)} · {counted(options.epochs, 'epoch')} · "
             f"engine {session.engine} · {run.machine.device}{_together(run)}"
         )
@@ -89,7 +97,7 @@ class ConsoleDisplay(Display):
             self._print(f"going on after {session.epoch} of {counted(options.epochs, 'epoch')} from {run.resumed_from}")
         elif run.is_resumed:
             self._print("no epoch had been finished: starting over")
-        self._print(_LEGEND)
+        self._print(f"{run.data.evaluated_on}, train: {_LEGEND}")
         if self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -116,7 +124,7 @@ class ConsoleDisplay(Display):
 
     def epoch_done(self, run: TrainingRun, row: dict[str, Any]) -> None:
         if self._shown % HEADER_EVERY == 0:
-            self._line(_HEADER)
+            self._line(header(run.data.evaluated_on))
         self._shown += 1
         self._line(epoch_line(row, epochs=run.options.epochs, of_dense=run.session.cost.totals.flops_ratio))
 
@@ -178,8 +186,12 @@ def short_name(source: str) -> str:
 
 def results(summary: Mapping[str, Any]) -> list[str]:
     """What came out by ``summary.json``, each figure with its kind."""
-    last, best = summary["test_accuracy"], summary["best_test_accuracy"]
-    lines = [f"test accuracy {last:.4f}, in the best epoch {best:.4f} (measured)"]
+    choice, lines = chosen_by(summary), []
+    for which, name in (("test", "test_accuracy"), ("validation", "val_accuracy")):
+        if name in summary:
+            chosen = ", chosen by it," if which == choice else ""
+            best = f"in the best epoch{chosen} {summary[f'best_{name}']:.4f}"
+            lines.append(f"{which} accuracy {summary[name]:.4f}, {best} (measured)")
     if summary["final_sparsity"] > 0:
         lines.append(f"sparsity of masked layers {summary['final_sparsity']:.1%} (counted)")
     if summary["total_blocks"]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
-from spfde.app.data.images import ImageArray, ImageData, collate
+from spfde.app.data.images import ImageData, Split, array_of, collate
 from spfde.app.train.augment import BatchAugment, Moves
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, Problem
@@ -31,9 +31,12 @@ class Feed(ABC):
     """Gives a session's batches as images and labels on the device.
 
     Args:
+        data: the images.
+        device: where batches go.
         augment: crops and flips.
+        options: of the run.
         by_sample: crops and flips follow from (seed, epoch, sample id); otherwise they are drawn batch by batch.
-        tested: positions of the test images that this process takes; None: all of them.
+        world: the processes that share the images to evaluate on.
 
     Attributes:
         loader: what the session is attached to; what it hands out goes into ``batch``.
@@ -43,8 +46,23 @@ class Feed(ABC):
     loader: DataLoader[Any]
     where: str | None = None
 
-    def __init__(self, augment: BatchAugment, *, by_sample: bool) -> None:
-        self._augment, self._by_sample = augment, by_sample
+    def __init__(
+        self,
+        data: ImageData,
+        device: torch.device,
+        augment: BatchAugment,
+        options: TrainOptions,
+        *,
+        by_sample: bool,
+        world: World | None = None,
+    ) -> None:
+        self._data, self._device, self._augment, self._by_sample = data, device, augment, by_sample
+        self._world = world or World()
+        self._prepare(options)
+
+    @abstractmethod
+    def _prepare(self, options: TrainOptions) -> None:
+        """Make the loaders."""
 
     def batch(self, handed: Any, session: Session) -> tuple[Tensor, Tensor]:
         """A batch of ``session.loader``: augmented images ``(N, C, H, W)``, not normalised, and labels ``(N,)``."""
@@ -61,41 +79,39 @@ class Feed(ABC):
         """A batch of the loader on the device, as the data set has it."""
 
     @abstractmethod
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the test set, in order, on the device."""
+    def evaluation_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of a set to evaluate on, in order, on the device."""
+
+    def _splits(self) -> dict[Split, range]:
+        """The sets to evaluate on, and the positions that this process takes."""
+        names: tuple[Split, ...] = ("test",) if self._data.validation is None else ("val", "test")
+        sizes = {name: len(self._data.split(name)) for name in names}  # type: ignore[arg-type]  # they have a length
+        return {name: range(self._world.rank, size, self._world.size) for name, size in sizes.items()}
 
 
 class HostFeed(Feed):
     """Images come from a DataLoader and cross to the device batch by batch, behind the loop's back where pinned."""
 
-    def __init__(
-        self,
-        data: ImageData,
-        device: torch.device,
-        augment: BatchAugment,
-        options: TrainOptions,
-        *,
-        by_sample: bool,
-        tested: range | None = None,
-    ) -> None:
-        super().__init__(augment, by_sample=by_sample)
-        self._device = device
-        workers = workers_for(data, options.workers)
+    def _prepare(self, options: TrainOptions) -> None:
+        workers = workers_for(self._data, options.workers)
         shared: dict[str, Any] = {
             "collate_fn": collate,
             "num_workers": workers,
             "persistent_workers": workers > 0,
-            "pin_memory": device.type == "cuda",
+            "pin_memory": self._device.type == "cuda",
         }
-        self.loader = shuffled(data.train, options, **shared)
-        self._test: DataLoader[Any] = DataLoader(data.test, EVALUATION_BATCH, sampler=tested, **shared)
+        self.loader = shuffled(self._data.train, options, **shared)
+        self._evaluated: dict[Split, DataLoader[Any]] = {
+            split: DataLoader(self._data.split(split), EVALUATION_BATCH, sampler=own, **shared)
+            for split, own in self._splits().items()
+        }
 
     def plain(self, handed: Any) -> tuple[Tensor, Tensor]:
         images, labels = handed
         return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.plain, self._test)
+    def evaluation_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.plain, self._evaluated[split])
 
 
 class SampleIds(Dataset[int]):
@@ -122,37 +138,30 @@ class DeviceFeed(Feed):
     of a millisecond, which a GPU that is busy with the batch before does not notice.
     """
 
-    def __init__(
-        self,
-        data: ImageData,
-        device: torch.device,
-        augment: BatchAugment,
-        options: TrainOptions,
-        *,
-        by_sample: bool,
-        tested: range | None = None,
-    ) -> None:
-        super().__init__(augment, by_sample=by_sample)
-        self._device = device
-        self._train, self._test = (part.on(device) for part in (data.train, data.test) if isinstance(part, ImageArray))
-        self.loader = shuffled(SampleIds(len(self._train[1])), options, collate_fn=_as_given)
+    def _prepare(self, options: TrainOptions) -> None:
+        self._train = _OnDevice(self._data.train, self._device)
+        self.loader = shuffled(SampleIds(len(self._train)), options, collate_fn=_as_given)
         # A loader draws from the global generator for each pass: with one here, it is where it would be otherwise.
-        self._test_ids: DataLoader[Any] = DataLoader(
-            SampleIds(len(self._test[1])), EVALUATION_BATCH, sampler=tested, collate_fn=_as_given
-        )
+        self._evaluated = {
+            split: (
+                _OnDevice(part := self._data.split(split), self._device),
+                DataLoader(SampleIds(len(part)), EVALUATION_BATCH, sampler=own, collate_fn=_as_given),  # type: ignore[arg-type]
+            )
+            for split, own in self._splits().items()
+        }
         self._moves: tuple[int, Moves] | None = None  # of all samples, and the epoch that they are for
 
     def batch(self, handed: Tensor, session: Session) -> tuple[Tensor, Tensor]:
         return super().batch(self._moved(handed), session)
 
     def plain(self, handed: Tensor) -> tuple[Tensor, Tensor]:
-        return self._taken(self._train, handed)
+        return self._train.taken(self._moved(handed))
 
     def _augmented(self, images: Tensor, handed: Tensor, session: Session) -> Tensor:
         if session.caches_prefix:  # which variant of a sample comes is announced batch by batch
             return super()._augmented(images, handed, session)
         if self._moves is None or self._moves[0] != session.epoch:
-            seeds = self._moved(session.augmentation_seeds(torch.arange(len(self._train[1]))))
+            seeds = self._moved(session.augmentation_seeds(torch.arange(len(self._train))))
             self._moves = (session.epoch, self._augment.moves_of(seeds))
         top, left, flip = self._moves[1]
         own = top[handed], left[handed], None if flip is None else flip[handed]
@@ -163,12 +172,27 @@ class DeviceFeed(Feed):
             ids = ids.pin_memory()  # the copy waits for nothing then
         return ids.to(self._device, non_blocking=True)
 
-    def _taken(self, part: tuple[Tensor, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
-        ids = self._moved(ids)
-        return part[0].index_select(0, ids), part[1].index_select(0, ids)
+    def evaluation_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        part, loader = self._evaluated[split]
+        return (part.taken(self._moved(ids)) for ids in loader)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self._taken(self._test, ids) for ids in self._test_ids)
+
+class _OnDevice:
+    """A set whose images lie on the device: whole arrays there, and of a part of one the positions of its samples."""
+
+    def __init__(self, part: Dataset[tuple[Tensor, int]], device: torch.device) -> None:
+        array = array_of(part)
+        assert array is not None, "what is not in memory cannot lie on the device"
+        self._images, self._labels = array.on(device)
+        self._positions = torch.tensor(part.indices, device=device) if isinstance(part, Subset) else None
+
+    def __len__(self) -> int:
+        return len(self._labels if self._positions is None else self._positions)
+
+    def taken(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of so many samples, all on the device."""
+        at = ids if self._positions is None else self._positions[ids]
+        return self._images.index_select(0, at), self._labels.index_select(0, at)
 
 
 def _as_given(batch: Any) -> Any:
@@ -201,9 +225,8 @@ def make_feed(
         reason = f"workers={options.workers} was asked for"
     world = processes or World()
     by_sample = options.augment_draws == "sample" or world.is_shared
-    tested = range(world.rank, data.spec.test_samples, world.size)
     on_device = options.data_on == "device" or (options.data_on == "auto" and device.type == "cuda" and reason is None)
-    feed = (DeviceFeed if on_device else HostFeed)(data, device, augment, options, by_sample=by_sample, tested=tested)
+    feed = (DeviceFeed if on_device else HostFeed)(data, device, augment, options, by_sample=by_sample, world=world)
     if on_device:
         feed.where = f"data: {format_bytes(size_of(data))} of images and labels in the memory of {device}"
     elif options.data_on == "auto" and device.type == "cuda":
@@ -213,8 +236,7 @@ def make_feed(
 
 def size_of(data: ImageData) -> int:
     """Bytes of the images and labels that are in memory."""
-    parts = [part for part in (data.train, data.test) if isinstance(part, ImageArray)]
-    return sum(part.images.nbytes + part.labels.nbytes for part in parts)
+    return sum(array.images.nbytes + array.labels.nbytes for array in data.arrays)
 
 
 def _why_not_on(device: torch.device, data: ImageData) -> str | None:
@@ -223,7 +245,7 @@ def _why_not_on(device: torch.device, data: ImageData) -> str | None:
         return "the images are too many to be decoded into memory"
     if device.type != "cuda":
         return None  # the CPU has them already, and other devices do not tell
-    if all(part.is_on(device) for part in (data.train, data.test) if isinstance(part, ImageArray)):
+    if all(array.is_on(device) for array in data.arrays):
         return None  # another run reads them there
     free, _ = torch.cuda.mem_get_info(device)
     if size_of(data) <= SHARE_OF_FREE * free:

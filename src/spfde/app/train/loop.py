@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from spfde.app.data.images import Split
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
@@ -37,7 +38,14 @@ Summary = dict[str, Any]
 """What ``summary.json`` holds."""
 
 
-def train(options: TrainOptions, out: Path, display: Display | None = None, *, resume: bool = False) -> Summary:
+def train(
+    options: TrainOptions,
+    out: Path,
+    display: Display | None = None,
+    *,
+    resume: bool = False,
+    load: Loads | None = None,
+) -> Summary:
     """Train a model, or go on with a run that was stopped.
 
     It needs torch, numpy and pydantic alone; safetensors, where it is installed, for the format of the weights.
@@ -47,6 +55,7 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         out: the run folder.
         display: shows progress; its live bar is gone when this returns, however it does. None shows nothing.
         resume: go on from the newest checkpoint in ``out``; from the start, where there is none yet.
+        load: gives the data, called as ``load_data`` is, which it is where this is None.
 
     Returns:
         The summary, as written to ``summary.json``.
@@ -57,7 +66,7 @@ def train(options: TrainOptions, out: Path, display: Display | None = None, *, r
         KeyboardInterrupt: on Ctrl-C, and as ``Terminated`` on SIGTERM, which waits some seconds for the checkpoint of
             an epoch that is trained; the folder can be resumed.
     """
-    with closing(train_in_steps(options, out, display, resume=resume)) as steps:
+    with closing(train_in_steps(options, out, display, resume=resume, load=load)) as steps:
         while True:
             try:
                 next(steps)
@@ -79,8 +88,7 @@ def train_in_steps(
     Whoever does other things in a pause leaves the process as it was found, see ``turns``.
 
     Args:
-        options, out, display, resume: as in ``train``.
-        load: gives the data, called as ``load_data`` is, which it is where this is None.
+        options, out, display, resume, load: as in ``train``.
     """
     with (
         joined() as processes,
@@ -99,17 +107,20 @@ def train_in_steps(
             trained = yield from train_epoch(run, step, epoch, display, profile=to_profile)
             to_profile = None
             with ending.held():
-                tested = yield from evaluate(run)
-                if math.isnan(tested.loss):
+                evaluated = yield from evaluate(run)
+                if math.isnan(evaluated.loss):
                     # The epoch's last step broke the weights: they must not become the last good checkpoint.
-                    _stop_if_diverged(run, tested.loss, epoch)
+                    _stop_if_diverged(run, evaluated.loss, epoch)
                 run.session.end_epoch()
-                row = _metrics(run, trained, tested)
+                row = _metrics(run, trained, evaluated)
                 with processes.together("what is kept of an epoch"):
                     _keep(run, row)
                 display.epoch_done(run, row)
-        summary = processes.first(lambda: _summary(run))
+        accuracies = yield from _accuracies(run)
+        summary = processes.first(lambda: accuracies | _summary(run))
         with processes.together("the end of the run"):
+            if run.data.validation is not None:
+                run.trackers.log(accuracies, step=run.options.epochs - 1)
             run.folder.write_json(SUMMARY, summary)
             run.trackers.finish()
         display.finished(run, summary)
@@ -191,13 +202,21 @@ def _profiling(
 
 
 @torch.no_grad()  # in the pauses gradients are on: it is lifted there
-def evaluate(run: TrainingRun) -> Generator[None, None, Pass]:
-    """One pass over the test set, which the processes share."""
-    run.model.eval()
-    run.processes.level(run.model)
+def evaluate(
+    run: TrainingRun, split: Split | None = None, model: nn.Module | None = None
+) -> Generator[None, None, Pass]:
+    """One pass over a set, which the processes share.
+
+    Args:
+        split: by default what every epoch is evaluated on: the validation set, or the test set where there is none.
+        model: by default the run's.
+    """
+    model = run.model if model is None else model
+    model.eval()
+    run.processes.level(model)
     tally = Tally(run.machine.device, run.processes)
-    for x, y in run.test_batches():
-        logits = run.logits(x)
+    for x, y in run.evaluation_batches(split or run.data.evaluated_on):
+        logits = run.logits(x, model)
         tally.add(F.cross_entropy(logits, y, reduction="sum"), logits, y)
         yield
     return tally.read()
@@ -213,9 +232,9 @@ def _stop_if_diverged(run: TrainingRun, loss: float, epoch: int) -> None:
     )
 
 
-def _metrics(run: TrainingRun, trained: Pass, tested: Pass) -> dict[str, Any]:
+def _metrics(run: TrainingRun, trained: Pass, evaluated: Pass) -> dict[str, Any]:
     """The epoch's line: the ledger's row, and how the model did."""
-    session = run.session
+    session, split = run.session, run.data.evaluated_on
     row = asdict(session.cost.rows[-1])
     # In a step that is replayed autograd saves nothing anew: a stage's first step, which is not, has told.
     kept = trained.saved_tensor_bytes or (run.progress.rows[-1]["saved_tensor_bytes"] if run.progress.rows else 0)
@@ -223,8 +242,8 @@ def _metrics(run: TrainingRun, trained: Pass, tested: Pass) -> dict[str, Any]:
         "epoch": row.pop("epoch"),
         "train_loss": trained.loss,
         "train_accuracy": trained.accuracy,
-        "test_loss": tested.loss if math.isfinite(tested.loss) else None,
-        "test_accuracy": tested.accuracy,
+        f"{split}_loss": evaluated.loss if math.isfinite(evaluated.loss) else None,
+        f"{split}_accuracy": evaluated.accuracy,
         "learning_rate": row.pop("lr"),
         "explored": session.explored,
         "total_blocks": len(session.blueprint.partition.blocks),
@@ -258,13 +277,32 @@ def _keep(run: TrainingRun, row: dict[str, Any]) -> None:
     )
 
 
+def _accuracies(run: TrainingRun) -> Generator[None, None, dict[str, Any]]:
+    """Of the last and of the best epoch. Where epochs are validated, the test set is looked at here, and only here.
+
+    Its figures are those of checkpoints, so that a run that was killed since its last epoch comes to the same.
+    """
+    rows = run.progress.rows
+    if run.data.validation is None:
+        found = [row["test_accuracy"] for row in rows]
+        return {"test_accuracy": found[-1], "best_test_accuracy": max(found)}
+    best, last, checkpoints = best_epoch(rows) or 0, len(rows) - 1, run.folder.checkpoints
+    tested = yield from evaluate(run, "test", run.at(checkpoints.latest))
+    best_tested = tested if best == last else (yield from evaluate(run, "test", run.at(checkpoints.best)))
+    return {
+        "val_accuracy": rows[last]["val_accuracy"],
+        "best_val_accuracy": rows[best]["val_accuracy"],
+        "test_accuracy": tested.accuracy,
+        "best_test_accuracy": best_tested.accuracy,
+        "best_epoch": best,
+    }
+
+
 def _summary(run: TrainingRun) -> dict[str, Any]:
     session, totals, progress = run.session, run.session.cost.totals, run.progress
     together = run.options.batch_size * run.processes.size
     dense_steps = math.ceil(run.data.spec.train_samples / together) * run.options.epochs
     return {
-        "test_accuracy": progress.rows[-1]["test_accuracy"],
-        "best_test_accuracy": max(row["test_accuracy"] for row in progress.rows),
         "epochs": session.epoch,
         "training_flops": totals.cost.training_flops,
         "dense_training_flops": totals.cost.dense_training_flops,

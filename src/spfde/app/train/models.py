@@ -11,8 +11,26 @@ from torch import Tensor, nn
 
 from spfde.app.data.images import DataSpec
 from spfde.core.errors import InvalidArgument, Problem, nearest
+from spfde.core.numbers import MOST_WIDTH, round_half_up
 
 TIMM_PREFIX = "timm:"
+# In channels_last, PyTorch 2.14 corrupts memory on the CPU in the backward pass of a 1x1 convolution with stride 2 and
+# fewer input channels than this.
+LEAST_STRIDED_CHANNELS = 8
+
+
+class EveryOtherPixel(nn.Module):
+    """Before a 1x1 convolution it stands in for the convolution's stride: the same outputs, and as many FLOPs.
+
+    ``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
 
 
 class BasicBlock(nn.Module):
@@ -30,9 +48,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            self.downsample = _shortcut(in_channels, out_channels, stride)
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,21 +86,24 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def cifar_vgg(stages: tuple[tuple[int, int], ...], *, num_classes: int, in_channels: int) -> nn.Sequential:
+def cifar_vgg(
+    stages: tuple[tuple[int, int], ...], *, num_classes: int, in_channels: int, width: float = 1.0
+) -> nn.Sequential:
     """VGG with batch norm for small images: convolutions, global average, one linear layer.
 
     Departure from Simonyan and Zisserman (2015): no hidden linear layers, as is usual on CIFAR, and no fifth
     max-pooling, which the global average replaces (so that 28-pixel images pass too). ``stages`` are the channels and
-    the number of 3x3 convolutions of each; between them are 2x2 max-poolings.
+    the number of 3x3 convolutions of each; between them are 2x2 max-poolings. ``width`` is a factor on the channels.
     """
     layers: list[nn.Module] = []
     channels = in_channels
-    for position, (width, convolutions) in enumerate(stages):
+    for position, (of_stage, convolutions) in enumerate(stages):
         if position > 0:
             layers.append(nn.MaxPool2d(2))
+        own = scaled(of_stage, width)
         for _ in range(convolutions):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
+            layers += [nn.Conv2d(channels, own, 3, padding=1, bias=False), nn.BatchNorm2d(own), nn.ReLU()]
+            channels = own
     model = nn.Sequential()
     model.add_module("features", nn.Sequential(*layers))
     model.add_module("pool", nn.AdaptiveAvgPool2d(1))
@@ -92,6 +111,27 @@ def cifar_vgg(stages: tuple[tuple[int, int], ...], *, num_classes: int, in_chann
     model.add_module("classifier", nn.Linear(channels, num_classes))
     _kaiming(model)
     return model
+
+
+def cifar_resnet(
+    n: int, widths: tuple[int, int, int], *, num_classes: int, in_channels: int, width: float = 1.0
+) -> CifarResNet:
+    """``CifarResNet`` with so many times the channels."""
+    first, second, third = (scaled(channels, width) for channels in widths)
+    return CifarResNet(n, (first, second, third), num_classes=num_classes, in_channels=in_channels)
+
+
+def scaled(channels: int, width: float) -> int:
+    """So many times the channels, in whole ones: the nearest number, and one at least."""
+    return max(1, round_half_up(channels * width))
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    if stride == 1 or in_channels >= LEAST_STRIDED_CHANNELS:
+        convolution = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+    convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return nn.Sequential(EveryOtherPixel(stride), convolution, nn.BatchNorm2d(out_channels))
 
 
 def _stage(n: int, in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
@@ -106,12 +146,12 @@ def _kaiming(model: nn.Module) -> None:
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet8": partial(CifarResNet, 1, (16, 32, 64)),
-    "resnet20": partial(CifarResNet, 3, (16, 32, 64)),
-    "resnet32": partial(CifarResNet, 5, (32, 64, 128)),  # the paper's doubled widths
+    "resnet8": partial(cifar_resnet, 1, (16, 32, 64)),
+    "resnet20": partial(cifar_resnet, 3, (16, 32, 64)),
+    "resnet32": partial(cifar_resnet, 5, (32, 64, 128)),  # the paper's doubled widths
     "vgg19": partial(cifar_vgg, ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))),
 }
-"""The built-in models by name, called with num_classes= and in_channels=."""
+"""The built-in models by name, called with num_classes= and in_channels=, and with width= where it is not 1."""
 SMALLEST = {"vgg19": 16}
 """Least height and width of an image, where a model cannot take any."""
 
@@ -122,6 +162,7 @@ def build_model(
     num_classes: int,
     in_channels: int,
     image_size: int | tuple[int, int],
+    width: float = 1.0,
     seed: int | None = None,
 ) -> nn.Module:
     """Build a freshly initialised model.
@@ -131,14 +172,24 @@ def build_model(
         num_classes: number of outputs.
         in_channels: channels of the images.
         image_size: height and width of the images, or one number for both.
+        width: factor on the channels of a built-in model, which are rounded to whole ones.
         seed: with a seed the initial weights depend on it alone and the global generator is left as it was;
             without, they are drawn from the global generator, as PyTorch's layers do.
 
     Raises:
-        InvalidArgument: the name is unknown, timm is missing, or the model does not take such images.
+        InvalidArgument: the name is unknown, timm is missing, the model does not take such images, or a width is given
+            for a model of timm.
+
+    Example:
+        >>> from spfde.app.train.models import build_model
+        >>> build_model("resnet8", num_classes=10, in_channels=3, image_size=32, width=0.5).fc
+        Linear(in_features=32, out_features=10, bias=True)
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    check_model(name)
+    check_model(name, width)
+    if not 0 < width <= MOST_WIDTH:
+        remedy = "Expected: factor on the channels of a built-in model."
+        raise InvalidArgument(Problem("width", width, f"is not above 0 and up to {MOST_WIDTH:g}", remedy))
     if min(size) < SMALLEST.get(name, 1):
         rule = f"is too small for {name}, which needs at least {SMALLEST.get(name, 1)} pixels each way"
         raise InvalidArgument(Problem("image_size", image_size, rule, "Choose a ResNet or larger images."))
@@ -146,18 +197,31 @@ def build_model(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        return build(num_classes=num_classes, in_channels=in_channels)
+        return build(num_classes=num_classes, in_channels=in_channels, **({} if width == 1 else {"width": width}))
 
 
-def build_for(name: str, spec: DataSpec, *, seed: int | None = None) -> nn.Module:
+def build_for(name: str, spec: DataSpec, *, width: float, seed: int | None = None) -> nn.Module:
     """The model of that name for such data, see ``build_model``."""
     return build_model(
-        name, num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size, seed=seed
+        name,
+        num_classes=spec.num_classes,
+        in_channels=spec.channels,
+        image_size=spec.image_size,
+        width=width,
+        seed=seed,
     )
 
 
-def check_model(name: str) -> None:
-    """Raise ``InvalidArgument`` for a name that is no model's; those of timm are looked up when they are built."""
+def check_model(name: str, width: float = 1.0) -> None:
+    """Raise ``InvalidArgument`` for a name that is no model's, or a width that it cannot have.
+
+    Names of timm's models are looked up when they are built.
+    """
+    if width != 1 and name.startswith(TIMM_PREFIX):
+        rule = f"is for built-in models, and {name} has channels of its own, of which nothing is known here"
+        raise InvalidArgument(
+            Problem("width", width, rule, "Leave it out, and choose a wider or narrower one of timm.")
+        )
     if name not in MODELS and not name.startswith(TIMM_PREFIX):
         known = [*MODELS, f"{TIMM_PREFIX}NAME"]
         raise InvalidArgument(Problem("model", name, "is no known model", nearest(name, known)))

@@ -98,12 +98,7 @@ def load_state(
             "that kind can run code when it is read, so it is not. If the run is yours, end it with the version that "
             "began it; or start a new one."
         )
-    if (folder / WEIGHTS).exists():
-        from safetensors.torch import load_model
-
-        load_model(model, folder / WEIGHTS, device="cpu")
-    else:
-        model.load_state_dict(read_saved(folder / OTHER_WEIGHTS))
+    load_weights(folder, model)
     check_optimizer(states := read_saved(folder / _OPTIMIZER), optimizer)
     optimizer.load_state_dict(states)
     if scaler.is_enabled():
@@ -112,6 +107,16 @@ def load_state(
     _set_generators(read_saved(folder / _GENERATORS), device)
     for name, other in others.items():
         other.load_state_dict(read_saved(folder / f"{name}.pt"))
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read the weights alone of what ``save_state`` wrote."""
+    if (folder / WEIGHTS).exists():
+        from safetensors.torch import load_model
+
+        load_model(model, folder / WEIGHTS, device="cpu")
+    else:
+        model.load_state_dict(read_saved(folder / OTHER_WEIGHTS))
 
 
 def seed_all(seed: int) -> None:

@@ -22,7 +22,8 @@ from torch.optim import SGD, Optimizer
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import ImageData, draw
+from spfde.app.data.images import DataSpec, ImageData, Split, draw
+from spfde.app.data.validation import hold_out, trained_on
 from spfde.app.machine_errors import is_lost_process
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
@@ -34,7 +35,7 @@ from spfde.app.train.machine import Machine, choose, compiling, pick_device
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.processes import Processes, check_together, open_folder
-from spfde.app.train.saving import Remembers, load_state, save_state, seed_all, weights_note
+from spfde.app.train.saving import Remembers, load_state, load_weights, save_state, seed_all, weights_note
 from spfde.app.train.tracking import Trackers
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
@@ -44,6 +45,7 @@ from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
 from spfde.session.distributed import OtherRankFailed
 from spfde.session.session import Session
+from spfde.sieving.balance import find_labels
 
 _SCATTERED = 1.5
 """Times the shortest of some equal steps, from which on the usual one is more than chance."""
@@ -106,20 +108,27 @@ class TrainingRun:
         images, labels = self.feed.batch(handed, self.session)
         return self._input(images), labels
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the test set as the model takes it, and its labels, on the device."""
-        return ((self._input(images), labels) for images, labels in self.feed.test_batches())
+    def evaluation_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of a set to evaluate on as the model takes it, and its labels, on the device."""
+        return ((self._input(images), labels) for images, labels in self.feed.evaluation_batches(split))
 
     def _input(self, images: Tensor) -> Tensor:
         return self.normalised(images).contiguous(memory_format=torch.channels_last)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The model's outputs in the run's precision, as float32."""
+    def logits(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
+        """The outputs in the run's precision, as float32; of its model, or of another one like it."""
         # The wrapper waits for the other processes, which in evaluation may have another number of batches.
-        called = self.wrapped if self.model.training else self.model
+        called = model if model is not None else (self.wrapped if self.model.training else self.model)
         with self.machine.autocast():
             logits: Tensor = called(x)
         return logits.float()
+
+    def at(self, checkpoint: Path) -> nn.Module:
+        """A model with a checkpoint's weights, beside the run's own, of which nothing is touched."""
+        model = built(self.options, self.data.spec, self.machine.device, seed=0)
+        with self.processes.copied(checkpoint) as copy:
+            load_weights(copy, model)
+        return model
 
     def save(self, folder: Path) -> None:
         """Write what the run goes on from."""
@@ -189,21 +198,22 @@ def _prepare(
     asked: TrainOptions, folder: RunFolder, processes: Processes, afterwards: ExitStack, load: Loads | None
 ) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
-    spec = check_named(asked.model_dump())
+    spec = trained_on(check_named(asked.model_dump()), asked.validation_share, asked.batch_size)
     check_together(asked, processes)
     device = pick_device(asked.device, processes.local_rank if processes.is_shared else None)
     seed_all(asked.seed)
     recipe = asked.load_recipe()
-    model = build_for(asked.model, spec).to(device).to(memory_format=torch.channels_last)
+    model = built(asked, spec, device)
     sample = torch.zeros(2, *spec.sample_shape, device=device)
     bill = plan(model, sample, recipe, asked.epochs, spec.train_samples, batch_size=asked.batch_size)
     check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size)
     options, chosen = choose(asked, device, bill, processes.size)
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
-    data = processes.in_turn(  # one of a host downloads what is not there
+    whole = processes.in_turn(  # one of a host downloads what is not there
         partial(load or load_data, options.data, root=Path(options.data_root), image_size=options.image_size)
     )
+    data = hold_out(whole, options.validation_share, options.seed)
     augment = _augment(options, data)
     feed = make_feed(data, device, augment, options, processes)
     normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))
@@ -220,7 +230,7 @@ def _prepare(
         feed.loader,
         recipe,
         sample=sample,
-        labels=getattr(data.train, "labels", None),
+        labels=find_labels(data.train),
         loss=score_loss,
         probe=None if probe is None else normalised(probe.to(device)),
         plan=bill,
@@ -247,6 +257,13 @@ def _prepare(
         feed=feed,
         trackers=trackers,
         progress=Progress(),
+    )
+
+
+def built(options: TrainOptions, spec: DataSpec, device: torch.device, *, seed: int | None = None) -> nn.Module:
+    """The run's model with fresh weights on a device; ``seed`` as ``build_model`` has it."""
+    return (
+        build_for(options.model, spec, width=options.width, seed=seed).to(device).to(memory_format=torch.channels_last)
     )
 
 
@@ -328,7 +345,7 @@ def time_dense_step(run: TrainingRun) -> float:
     """
     device, options, spec = run.machine.device, run.options, run.data.spec
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        twin = build_for(options.model, spec).to(device).to(memory_format=torch.channels_last).train()
+        twin = built(options, spec, device).train()
         wrapped = run.processes.wrapped(twin, device)
         shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
         x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)

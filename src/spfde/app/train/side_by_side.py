@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ import torch
 
 from spfde.app.data.datasets import load_data
 from spfde.app.terminating import terminable
+from spfde.app.train.at_once import Measured
 from spfde.app.train.checks import check_device
 from spfde.app.train.events import Display
 from spfde.app.train.loop import Summary, train_in_steps
@@ -51,10 +52,15 @@ class _Run:
     state: OwnState
 
 
-def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[Summary | Exception]:
+def train_side_by_side(
+    jobs: Sequence[Job | tuple[TrainOptions, Path]],
+    *,
+    at_once: int | Measured | None = None,
+    ended: Callable[[Job, Summary | Exception], object] = lambda job, outcome: None,
+) -> list[Summary | Exception]:
     """Train models side by side on one device, each as ``train`` would, bit for bit on a CPU.
 
-    All runs are made ready, one after another; then each takes a step in turn, until it is over. Equal data are loaded
+    The runs are made ready, one after another; then each takes a step in turn, until it is over. Equal data are loaded
     once, and are on the device once. A run that fails ends alone, and its display hears of it at once: a mistake in its
     options, a loss that diverged, a device without memory for it. Its folder is what ``train`` would have left.
 
@@ -63,6 +69,9 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
 
     Args:
         jobs: options and folders of the runs, which may be ``Job``\\ s.
+        at_once: how many run at a time, the others when one has ended; None: all of them. ``Measured``: as many as
+            make more steps a second together than fewer do.
+        ended: called when a run is over, with its summary or the error that ended it.
 
     Returns:
         For each job its summary, or the error that ended it.
@@ -87,27 +96,29 @@ def train_side_by_side(jobs: Sequence[Job | tuple[TrainOptions, Path]]) -> list[
         return []
     device, load = _checked(wanted), cache(load_data)
     found: dict[int, Summary | Exception] = {}
+    to_begin, room = deque(range(len(wanted))), at_once or len(wanted)
     with terminable(), _on(device), Turns(device) as turns, ExitStack() as afterwards:
-        waiting: deque[_Run] = deque()
-        for number, job in enumerate(wanted):
-            steps = train_in_steps(job.options, job.out, job.display, resume=job.resume, load=load)
-            run = _Run(number, steps, OwnState(device))
-            afterwards.callback(_close, run, turns)
-            waiting.append(run)
-        while waiting:
-            run = waiting.popleft()
+        live: deque[_Run] = deque()
+        while live or to_begin:
+            while to_begin and len(live) < (room.runs(len(live)) if isinstance(room, Measured) else room):
+                job = wanted[number := to_begin.popleft()]
+                steps = train_in_steps(job.options, job.out, job.display, resume=job.resume, load=load)
+                live.append(run := _Run(number, steps, OwnState(device)))
+                afterwards.callback(_close, run, turns)
+            run = live.popleft()
             turns.give_to(run.state)
             try:
                 next(run.steps)
-            except StopIteration as ended:
-                found[run.number] = ended.value
+            except StopIteration as over:
+                found[run.number] = over.value
             except Exception as error:
                 run.state.drain()
                 found[run.number] = _without_frames(error)
             else:
-                waiting.append(run)
+                live.append(run)
                 continue
             gc.collect()  # what a run had in hand holds each other; the other runs may need the memory
+            ended(wanted[run.number], found[run.number])
     return [found[number] for number in range(len(wanted))]
 
 
