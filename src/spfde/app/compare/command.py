@@ -33,7 +33,7 @@ from spfde.core.say import n_started
 LISTS = (DataOptions, RecipeOptions, TrainingOptions)
 """Groups whose options may have several values at the command line."""
 QUICK, PAGE = "quick.npz", "report.html"
-_QUICK_IMAGES = {"train": 64, "test": 100}
+_QUICK_IMAGES = {"train": 48, "test": 40}
 _LATEX = "table.tex"
 
 

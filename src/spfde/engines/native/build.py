@@ -40,8 +40,8 @@ _TEXT: Mapping[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 
 Real = Literal["float", "double"]
 
-_built_alone: dict[str, ctypes.CDLL] = {}
-"""By name: libraries that could not be kept."""
+_built_alone: dict[Path, ctypes.CDLL] = {}
+"""By the place where they could not be kept."""
 
 
 class KernelsUnavailable(SpfdeError):
@@ -83,18 +83,19 @@ def load(*, real: Real = "float", sanitize: bool = False, on_build: Callable[[st
         flags += ["-fsanitize=address", "-g", "-O1", "-DSPFDE_ROLLED"]
     name, tell = f"kernels-{_digest(flags, compiler)}.so", on_build or (lambda line: None)
     build = functools.partial(_compile, compiler, flags, tell)
-    if name in _built_alone:
-        return _built_alone[name]
+    place = cache_folder() / name
     try:
-        return _kept(cache_folder(), name, build)
+        return _kept(place.parent, name, build)
     except (OSError, library_cache.Unusable) as error:
+        if place in _built_alone:
+            return _built_alone[place]
         tell(f"the kernels are built for this process alone: {error}")
     try:
         with tempfile.TemporaryDirectory(prefix="spfde-kernels-") as folder:
-            _built_alone[name] = _kept(Path(folder), name, build)
+            _built_alone[place] = _kept(Path(folder), name, build)
     except (OSError, library_cache.Unusable) as error:
         raise KernelsUnavailable(f"neither the cache folder nor a temporary one can be used ({error})") from error
-    return _built_alone[name]
+    return _built_alone[place]
 
 
 def _kept(folder: Path, name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
