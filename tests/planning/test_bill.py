@@ -10,6 +10,7 @@ from torch import nn
 
 import spfde
 from spfde.app.train.models import build_model
+from spfde.planning import blueprint, traced_once
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,21 @@ def test_where_both_shares_of_freezing_agree_one_is_told() -> None:
 def test_a_single_epoch_is_told_in_the_singular() -> None:
     bill = spfde.plan(nn.Linear(3, 2), torch.zeros(1, 3), spfde.Recipe(), 1, 8)
     assert "Plan: 1 epoch of" in str(bill)
+
+
+def test_plans_of_one_model_trace_it_once_while_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, traced = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), []
+    usual = blueprint.trace
+    monkeypatch.setattr(blueprint, "trace", lambda *args: traced.append(args[0]) or usual(*args))
+    recipes = [spfde.Recipe(sparsity=spfde.SET(sparsity=sparsity)) for sparsity in (0.5, 0.75)]
+
+    def bills() -> list[int]:
+        return [spfde.plan(model, torch.zeros(1, 4), recipe, 4, 100).training_flops for recipe in recipes]
+
+    alone = bills()
+    assert len(traced) == 2
+    with traced_once():
+        assert bills() == alone
+    assert len(traced) == 3
+    assert bills() == alone
+    assert len(traced) == 5

@@ -28,7 +28,7 @@ from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.side_by_side import Job, train_side_by_side
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, SpfdeError
-from spfde.planning import plan
+from spfde.planning import plan, traced_once
 
 Ended = Callable[[Planned, Summary | Exception], None]
 """Called when a run is over, with its summary or with what ended it."""
@@ -42,16 +42,17 @@ def check(comparison: Comparison) -> None:
             with them; a problem that several candidates have is told once.
     """
     problems, ready = Problems(), dict[tuple[Any, ...], tuple[DataSpec, nn.Module] | None]()
-    for candidate in comparison.candidates:
-        options = candidate.with_seed(comparison.seeds[0])
-        key = tuple(getattr(options, name) for name in _NAMED)
-        with problems.collecting():
-            if key not in ready:
-                ready[key] = None
-                spec = check_named(options.model_dump())
-                ready[key] = spec, build_for(options.model, spec, width=options.width)
-            if (found := ready[key]) is not None:
-                _check_plan(options, *found)
+    with traced_once():
+        for candidate in comparison.candidates:
+            options = candidate.with_seed(comparison.seeds[0])
+            key = tuple(getattr(options, name) for name in _NAMED)
+            with problems.collecting():
+                if key not in ready:
+                    ready[key] = None
+                    spec = check_named(options.model_dump())
+                    ready[key] = spec, build_for(options.model, spec, width=options.width)
+                if (found := ready[key]) is not None:
+                    _check_plan(options, *found)
     problems.found = [each for at, each in enumerate(problems.found) if each not in problems.found[:at]]
     problems.raise_if_any()
 
@@ -108,9 +109,13 @@ def train_missing(
 
 def _one_after_another(wanted: dict[Planned, Job], display_of: Callable[[Planned], Display], ended: Ended) -> None:
     load = lru_cache(maxsize=1)(load_data)
-    for run, job in wanted.items():
-        ended(run, outcome_of(job._replace(display=display_of(run)), load=load))
-        gc.collect()  # what a run had in hand holds each other
+    gc.freeze()  # what is there already need not be looked through again and again
+    try:
+        for run, job in wanted.items():
+            ended(run, outcome_of(job._replace(display=display_of(run)), load=load))
+            gc.collect()  # what a run had in hand holds each other
+    finally:
+        gc.unfreeze()
 
 
 def outcome_of(job: Job, **settings: Any) -> Summary | Exception:

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from spfde.app.data.validation import trained_on
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.planning import plan
+from spfde.planning import plan, traced_once
 
 
 class Cost(NamedTuple):
@@ -99,6 +99,7 @@ def planned(options: TrainOptions) -> Cost | InvalidArgument:
 
 _PLANNED = {"data", "image_size", "model", "width", "recipe", "epochs", "batch_size", "validation_share"}
 _described = cache(describe_data)
+_built = lru_cache(maxsize=1)(build_for)  # lengths of one net are tried after each other
 
 
 @cache
@@ -106,7 +107,7 @@ def _planned(text: str) -> Cost | InvalidArgument:
     options = TrainOptions.model_validate_json(text)
     recipe = options.load_recipe()
     spec = trained_on(_described(options.data, options.image_size), options.validation_share, options.batch_size)
-    model = build_for(options.model, spec, width=options.width, seed=0)
+    model = _built(options.model, spec, width=options.width, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of recipes that may never be trained
         try:
@@ -132,14 +133,15 @@ def longest(options: TrainOptions, fits: Fits) -> TrainOptions | str:
         cost = planned(at(epochs))
         return isinstance(cost, Cost) and not fits(cost)
 
-    found = _largest(options.epochs, lambda epochs: not is_over(epochs))
     reason = "one epoch costs more"
-    for epochs in range(found, max(0, found - _STEPS_DOWN), -1):
-        cost = planned(at(epochs))
-        if isinstance(cost, Cost) and fits(cost):
-            return at(epochs)
-        if epochs == found and isinstance(cost, InvalidArgument):
-            reason = f"in {epochs} epochs {cost}"
+    with traced_once():
+        found = _largest(options.epochs, lambda epochs: not is_over(epochs))
+        for epochs in range(found, max(0, found - _STEPS_DOWN), -1):
+            cost = planned(at(epochs))
+            if isinstance(cost, Cost) and fits(cost):
+                return at(epochs)
+            if epochs == found and isinstance(cost, InvalidArgument):
+                reason = f"in {epochs} epochs {cost}"
     return reason
 
 
