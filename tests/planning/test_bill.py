@@ -198,7 +198,7 @@ def test_plans_of_one_model_trace_it_once_while_that_is_asked_for(monkeypatch: p
     model, traced = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), []
     usual = blueprint.trace
     monkeypatch.setattr(blueprint, "trace", lambda *args: traced.append(args[0]) or usual(*args))
-    recipes = [spfde.Recipe(sparsity=spfde.SET(sparsity=sparsity)) for sparsity in (0.5, 0.75)]
+    recipes = [spfde.Recipe(sparsity=spfde.SET(sparsity=sparsity, dense_head=False)) for sparsity in (0.5, 0.75)]
 
     def bills() -> list[int]:
         return [spfde.plan(model, torch.zeros(1, 4), recipe, 4, 100).training_flops for recipe in recipes]
