@@ -17,9 +17,10 @@ from spfde.app.compare.folder import created
 from spfde.app.compare.search_budget import Budget, longest, widest
 from spfde.app.compare.search_display import TrialBoard
 from spfde.app.compare.search_running import Searcher, dense_flops
-from spfde.app.compare.search_state import DEFAULTS, SEARCH, Search
+from spfde.app.compare.search_state import SEARCH, Search
 from spfde.app.compare.search_study import Study
 from spfde.app.compare.search_writing import TABLE, keep
+from spfde.app.compare.spec import DEFAULTS
 from spfde.app.ending import end, fail
 from spfde.app.options import DataOptions, RecipeOptions, TrainingOptions, flag, listed, names_of
 from spfde.app.runs.folder import RunFolder

@@ -12,8 +12,9 @@ from spfde.app.compare.folder import RUNS
 from spfde.app.compare.running import outcome_of, words_of
 from spfde.app.compare.search_budget import Budget, Cost, longest, planned, widest
 from spfde.app.compare.search_display import TrialBoard
-from spfde.app.compare.search_state import DEFAULTS, DENSE, Search, Trial
+from spfde.app.compare.search_state import DENSE, Search, Trial
 from spfde.app.compare.search_study import Study, rungs_after
+from spfde.app.compare.spec import DEFAULTS
 from spfde.app.data.datasets import load_data
 from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder
 from spfde.app.train.events import Display

@@ -13,16 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from spfde.app.compare.folder import RUNS
 from spfde.app.compare.search_budget import Budget
-from spfde.app.compare.spec import Values
-from spfde.app.options import (
-    CacheOptions,
-    DataOptions,
-    MachineOptions,
-    PluginOptions,
-    RecipeOptions,
-    TrainingOptions,
-    names_of,
-)
+from spfde.app.compare.spec import DEFAULTS, Values
+from spfde.app.options import RecipeOptions, names_of
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
 from spfde.app.train.options import TrainOptions, options_from
 from spfde.core.errors import InvalidArgument, RunFolderError
@@ -33,9 +25,6 @@ DENSE = ("dense, shorter", "dense, narrower")
 """The first two trials, which are trained to their ends."""
 _RESULT = "result"
 """A key that is written and not read: it follows from the others."""
-_GROUPS = (PluginOptions, DataOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions)
-DEFAULTS = {name: getattr(group, name) for group in _GROUPS for name in names_of(group)}
-"""Of all options of ``spfde train``."""
 
 
 class Trial(BaseModel):
