@@ -139,6 +139,7 @@ def plan(
     MachineOptions,
     CacheOptions,
     lists=(DataOptions, RecipeOptions, TrainingOptions),
+    without=("seed", "profile", "track"),
 )
 def compare(
     context: typer.Context,

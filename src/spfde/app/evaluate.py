@@ -131,7 +131,7 @@ _HEADING = f"{'weights':<8}{'epoch':>8}{'loss':>10}{'top-1':>10}{'top-5':>10}"
 
 
 def _scores(scores: Scores) -> str:
-    return f"{scores.epoch:>8}{scores.loss:>10.4f}{_share(scores.top1)}{_share(scores.top5)}"
+    return f"{scores.epoch + 1:>8}{scores.loss:>10.4f}{_share(scores.top1)}{_share(scores.top5)}"
 
 
 def _share(share: float | None) -> str:

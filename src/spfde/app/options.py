@@ -5,7 +5,8 @@ PyTorch: ``--help`` answers at once. Only ``takes`` loads Typer: a trainer that 
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -242,10 +243,16 @@ Command = TypeVar("Command", bound=Callable[..., None])
 Model = TypeVar("Model", bound="BaseModel")
 
 
-def takes(*groups: type, lists: Collection[type] = ()) -> Callable[[Command], Command]:
+def takes(
+    *groups: type, lists: Collection[type] = (), without: Collection[str] = (), shown: Mapping[str, str] | None = None
+) -> Callable[[Command], Command]:
     """Give a command the options that the groups declare, as keyword arguments; what it declares itself comes first.
 
-    Options of the groups in ``lists`` are text, which may hold several values with commas between them (``listed``).
+    Args:
+        groups: classes that declare options.
+        lists: those whose options are text, which may hold several values with commas between them (``listed``).
+        without: options that the command does not take.
+        shown: what ``--help`` shows as the default of some.
     """
 
     def give(command: Command) -> Command:
@@ -253,6 +260,9 @@ def takes(*groups: type, lists: Collection[type] = ()) -> Callable[[Command], Co
         own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
         first = [each for each in own if each.default is each.empty]
         rest = {name: each for group in groups for name, each in _parameters(group, of_lists=group in lists).items()}
+        rest = {name: each for name, each in rest.items() if name not in without}
+        for name, default in (shown or {}).items():
+            rest[name] = _showing(rest[name], default)
         rest |= {each.name: each.replace(kind=each.KEYWORD_ONLY) for each in own if each not in first}
         command.__signature__ = signature.replace(parameters=[*first, *rest.values()])  # type: ignore[attr-defined]
         return command
@@ -302,6 +312,13 @@ def listed(group: type, name: str, text: str) -> list[Any]:
             rule = error.errors()[0]["msg"]
             raise InvalidArgument(Problem(flag(name), part, rule[:1].lower() + rule[1:], "See --help.")) from None
     return values
+
+
+def _showing(parameter: inspect.Parameter, default: str) -> inspect.Parameter:
+    kind, option = get_args(parameter.annotation)
+    changed = copy(option)
+    changed.show_default = default
+    return parameter.replace(annotation=Annotated[kind, changed])
 
 
 @cache

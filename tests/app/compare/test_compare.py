@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,7 +172,9 @@ def test_a_run_that_fails_ends_no_other_and_is_tried_again(jobs: str, tiny: Path
     assert ended.code == 2
     assert "1 of 2 runs failed; --resume tries them again" in ended.err
     assert "dense lr=1e+30, seed 0: the loss became" in ended.err
-    assert [each["n"] for each in table(here / "x")["candidates"]] == [1, 0]
+    found = table(here / "x")
+    assert [each["n"] for each in found["candidates"]] == [1, 0]
+    assert "In no figure, for they failed: dense lr=1e+30, seed 0" in "".join(found["notes"])
     assert spfde("compare", "--resume", "x", "--jobs", jobs).code == 2
 
 
@@ -192,6 +195,9 @@ def test_a_run_that_fails_ends_no_other_and_is_tried_again(jobs: str, tiny: Path
         (["spfde_cifar100", "--lr", "0.1,0.2"], "is a list beside a specification"),
         (["spfde_cifar1000"], "spfde_cifar10"),
         (["--resume", "x", "--lr", "0.1"], "takes no"),
+        (["spfde_cifar10", "--resume", "x"], "is not read with --resume"),
+        (["spfde_cifar10", "--quick", "--seeds", "2"], "--quick=True: takes no"),
+        (["--seed", "1"], "No such option: --seed"),
         (["--resume", "gone"], "gone: is no folder of `spfde compare` (there is no such folder)"),
     ],
 )
@@ -207,18 +213,47 @@ def test_a_mistake_is_told_before_anything_is_made(
 
 def test_a_folder_that_is_in_use_or_holds_something_is_left_alone(whole: Path, tiny: Path, spfde: Spfde) -> None:
     held = spfde(*words(tiny, "--out", str(whole)))
-    assert (held.code, "is not empty" in held.err) == (2, True)
+    assert (held.code, f"spfde compare --resume {whole}" in held.err) == (2, True)
     run = next(whole.glob("runs/*/*"))
     ended = spfde("compare", "--resume", run)
     assert (ended.code, "It is a run" in ended.err) == (2, True)
     copied = whole.with_name("copied")
     copied.mkdir()
-    for text in ("{", "{}", '{"version": 2}', json.dumps({"version": 1, "baseline": "a", "seeds": [0], "candidates": [
-        {"name": "a", "folder": "../../elsewhere", "options": {}}
-    ]})):  # fmt: skip
+    own, lone = {"epochs": 1}, {"version": 1, "baseline": "a", "seeds": [0]}
+    a = {"name": "a", "folder": "a", "options": own}
+    damaged = (
+        *("{", "{}", '{"version": 2}'),
+        json.dumps(lone | {"candidates": [a | {"folder": "../../elsewhere"}]}),
+        json.dumps(lone | {"candidates": [a, a | {"name": "b"}]}),
+        json.dumps(lone | {"candidates": [a, a | {"folder": "b"}]}),
+        json.dumps(lone | {"candidates": [a | {"name": "b"}]}),
+        json.dumps(lone | {"candidates": [a | {"options": {}}]}),
+        json.dumps(lone | {"candidates": [a | {"name": "a\nb"}], "baseline": "a\nb"}),
+    )
+    for text in damaged:
         (copied / "comparison.json").write_text(text)
         ended = spfde("compare", "--resume", copied)
         assert (ended.code, "is damaged" in ended.err) == (2, True), text
+
+
+def test_runs_that_are_elsewhere_or_other_ones_are_refused(whole: Path, spfde: Spfde, here: Path) -> None:
+    """A folder of somebody else's may hold links, and a comparison that was written by hand."""
+    copied = here / "copied"
+    shutil.copytree(whole, copied)
+    run = copied / "runs" / "dense"
+    elsewhere = here / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(run)
+    run.symlink_to(elsewhere)
+    ended = spfde("compare", "--resume", copied)
+    assert (ended.code, "is a link that leads out" in ended.err) == (2, True)
+    assert not list(elsewhere.iterdir())
+    run.unlink()
+    shutil.copytree(whole / "runs" / "dense", run)
+    text = (copied / "comparison.json").read_text()
+    (copied / "comparison.json").write_text(text.replace('"lr": 0.05', '"lr": 5.0'))
+    ended = spfde("compare", "--resume", copied)
+    assert (ended.code, "holds another run: there lr is 0.05, and here 5.0" in ended.err) == (2, True)
 
 
 def test_the_papers_experiments_run_in_their_short_form(spfde: Spfde, here: Path) -> None:

@@ -315,7 +315,8 @@ def test_a_loss_that_diverges_ends_a_trial_and_not_the_search(tiny: Path, spfde:
         (["--budget", "10% flops", "--seed", "0,1"], "--seed='0,1': is one for all trials"),
         (["--budget", "10% flops", "--recipe", "mets,rigl"], "Did you mean 'mest'?"),
         (["--budget", "10% flops", "--model", "resnet9"], "is no known model"),
-        (["--budget", "10% flops", "--track", "wandb"], "is of one run alone"),
+        (["--budget", "10% flops", "--track", "wandb"], "No such option: --track"),
+        (["--budget", f"{'9' * 400} seconds"], "is no budget"),
         (
             ["--budget", "9% flops", *("--sparsity", 0.9, "--freeze", 0, "--sieve", 0, "--width", 1)],
             "leave nothing to search",

@@ -44,6 +44,11 @@ def test_differences_that_are_all_equal_carry_nothing() -> None:
     found = paired({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25})
     assert found is not None
     assert (found.p, found.is_carried) == (None, False)
+    rounded = paired({k: (hits + 16) / 2000 for k, hits in enumerate((1366, 1597, 1223))}, {
+        k: hits / 2000 for k, hits in enumerate((1366, 1597, 1223))
+    })  # fmt: skip
+    assert rounded is not None
+    assert (rounded.p, rounded.is_carried, rounded.seeds_needed) == (None, False, None)
 
 
 @given(own=ACCURACIES, other=ACCURACIES)

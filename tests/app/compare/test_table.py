@@ -28,7 +28,7 @@ SUMMARY = {
 
 
 def comparison(*names: str, seeds: tuple[int, ...] = (0, 1, 2)) -> Comparison:
-    candidates = tuple(Candidate(name=name, folder=f"c{at}", options={}) for at, name in enumerate(names))
+    candidates = tuple(Candidate(name=name, folder=f"c{at}", options={"epochs": 1}) for at, name in enumerate(names))
     return Comparison(baseline=names[0], seeds=seeds, candidates=candidates)
 
 
@@ -109,7 +109,11 @@ def test_a_summary_that_is_none_is_named(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(RunFolderError, match=str(path)):
         table_of(of, tmp_path)
-    path.write_text('{"test_accuracy": "high", "seconds": 1e99, "training_flops": true, "engine": null}')
+    path.write_text(
+        '{"best_test_accuracy": 1'
+        + "0" * 400
+        + ', "test_accuracy": "high", "seconds": 1e99, "training_flops": true, "engine": null}'
+    )
     [row] = table_of(of, tmp_path).rows
     assert row.spreads == {}
     assert "| dense | 1 | – | – | baseline | – |" in as_markdown(table_of(of, tmp_path))

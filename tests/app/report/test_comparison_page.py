@@ -70,7 +70,15 @@ def test_the_table_says_what_the_seeds_carry(tmp_path: Path) -> None:
     rows = re.findall(r"<tr>\s*<th scope=\"row\">(.*?)</tr>", text, re.DOTALL)
     cells = [re.findall(r"<td class=\"\w*\" data-title=\"[^\"]*\">(.*?)</td>", row) for row in rows[:4]]
     assert [row[:2] for row in cells] == [["2", "81.00 ± 1.41"], ["2", "80.00 ± 2.83"], ["1", "70.00"], ["0", "–"]]
-    assert cells[0][3:] == ["baseline", "1.00 × 10¹²", "100.0 %", "1 min 40 s", "512 MiB", "0.0 %", "FLOPs, time"]
+    assert cells[0][3:] == [
+        "baseline",
+        "1.00 × 10¹²",
+        "100.0 %",
+        "1 min 40 s ± 0.707 s",
+        "512 MiB",
+        "0.0 %",
+        "FLOPs, time",
+    ]
     # Differences of -2 and 0 points: mean -1, standard deviation sqrt 2, t(0.975, 1) = 12.706, so 12.706 to each side.
     assert cells[1][3] == "-1.00 [-13.71, +11.71] not carried"
     assert cells[1][-1] == "FLOPs, time"

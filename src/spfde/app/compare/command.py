@@ -18,7 +18,7 @@ from spfde.app.compare.display import Board
 from spfde.app.compare.folder import COMPARISON, Comparison, Planned
 from spfde.app.compare.processes import RunFailed
 from spfde.app.compare.running import check, check_jobs, epochs_done, train_missing, words_of
-from spfde.app.compare.spec import Spec, packaged_text, read_spec
+from spfde.app.compare.spec import MOST_RUNS, Spec, packaged_text, read_spec
 from spfde.app.compare.table import ComparisonTable, table_of
 from spfde.app.compare.writing import WRITERS, as_latex
 from spfde.app.data.datasets import load_data
@@ -66,12 +66,18 @@ def compare_runs(
             raise InvalidArgument(Problem("--format", name, "is no format", remedy))
     with ExitStack() as afterwards:
         if resume is not None:
+            if source is not None:
+                remedy = "It goes on as it was begun; compare what is new in another folder."
+                raise InvalidArgument(Problem("SPEC", source, "is not read with --resume", remedy))
             if others := sorted(set(given) - {"resume", "seeds", "jobs", "format", "quiet", "plugin", "baseline"}):
                 rule, remedy = f"takes no {', '.join(map(flag, others))}", "It goes on as it was begun; leave that out."
                 raise InvalidArgument(Problem("--resume", str(resume), rule, remedy))
             folder, comparison = afterwards.enter_context(folders.reopened(resume))
             comparison = _amended(comparison, seeds, baseline)
         else:
+            if quick and (others := sorted({"data", "image_size", "seeds", "baseline"} & set(given))):
+                rule, remedy = f"takes no {', '.join(map(flag, others))}", "The short form has its own; leave that out."
+                raise InvalidArgument(Problem("--quick", True, rule, remedy))
             spec = _spec(source, asked, given, seeds, baseline)
             comparison = Comparison.of(spec)
             if not quick:
@@ -176,6 +182,8 @@ def _amended(comparison: Comparison, seeds: str | None, baseline: str | None) ->
             rule = f"lacks seed {missing[0]}, which the comparison has"
             remedy = f"Give those that are there too: {', '.join(map(str, comparison.seeds))}."
             raise InvalidArgument(Problem("--seeds", seeds, rule, remedy))
+        if len(wanted) * len(comparison.candidates) > MOST_RUNS:
+            raise InvalidArgument(Problem("--seeds", seeds, f"are more than {MOST_RUNS:,} runs", "Take fewer."))
         changed["seeds"] = (*comparison.seeds, *(seed for seed in wanted if seed not in comparison.seeds))
     if baseline is not None:
         folders.check_baseline(baseline, comparison.candidates)
@@ -203,18 +211,22 @@ def _train(
 ) -> str:
     """Train what is missing; returns what is to be told of runs that failed."""
     runs = comparison.runs(folder.path)
-    failed: dict[str, str] = {}
+    failed = dict(comparison.failed)
     known: dict[Path, dict[str, Any]] = {}
     console = Console(quiet=quiet)
 
     def write() -> None:
-        table = table_of(comparison, folder.path, known)
+        table = table_of(comparison.model_copy(update={"failed": failed}), folder.path, known)
         for name, text_of in {**WRITERS, **({_LATEX: as_latex} if formats else {})}.items():
             folder.write_text(name, text_of(table))
 
     def ended(run: Planned, outcome: Any) -> None:
+        before = dict(failed)
+        failed.pop(run.name, None)
         if isinstance(outcome, Exception):
             failed[run.name] = words_of(outcome)
+        if failed != before:
+            folders.write(folder, comparison.model_copy(update={"failed": failed}))
         board.ended(run, None if isinstance(outcome, Exception) else outcome, failed.get(run.name, ""))
         write()
 

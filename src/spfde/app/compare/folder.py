@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from annotated_types import MinLen
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from spfde.app.compare.spec import DEFAULTS, Seed, Spec, Values
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, nearest
+from spfde.core.numbers import MOST_EPOCHS
 from spfde.core.technique import Technique
 
 if TYPE_CHECKING:
@@ -38,6 +39,21 @@ class Candidate(BaseModel):
     name: str
     folder: str
     options: Values
+
+    @field_validator("name")
+    @classmethod
+    def _a_line(cls, name: str) -> str:
+        if not name.isprintable():
+            raise ValueError("must be one line of letters that can be printed")
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _with_a_length(cls, options: Values) -> Values:
+        epochs = options.get("epochs")
+        if not isinstance(epochs, int) or not 1 <= epochs <= MOST_EPOCHS:
+            raise ValueError("lack a number of epochs")
+        return options
 
     def __hash__(self) -> int:
         return hash(self.folder)
@@ -74,6 +90,7 @@ class Comparison(Technique):
     Attributes:
         baseline: name of the candidate that the others are compared with.
         quick: it is a specification's short form, whose figures say nothing.
+        failed: why runs failed when they were last tried, by their names.
     """
 
     version: Literal[1] = 1
@@ -81,6 +98,16 @@ class Comparison(Technique):
     seeds: Annotated[tuple[Seed, ...], MinLen(1)]
     quick: bool = False
     candidates: Annotated[tuple[Candidate, ...], MinLen(1)]
+    failed: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Self:
+        for told in ("name", "folder"):
+            known = [getattr(candidate, told) for candidate in self.candidates]
+            if len(set(known)) < len(known):
+                raise ValueError(f"two candidates have one {told}")
+        check_baseline(self.baseline, self.candidates)
+        return self
 
     @classmethod
     def of(cls, spec: Spec, *, quick: bool = False) -> Self:
@@ -114,6 +141,10 @@ class Comparison(Technique):
 @contextmanager
 def created(path: Path, kept: str = COMPARISON) -> Iterator[RunFolder]:
     """A new folder, locked while this is open; of one in which that file was not kept nothing is left."""
+    if (path / kept).is_file():
+        command = "compare" if kept == COMPARISON else "search"
+        remedy = f"Go on with `spfde {command} --resume {path}`, or choose another folder."
+        raise RunFolderError(f"--out={path}: holds one already. {remedy}")
     folder = RunFolder.create(path)
     try:
         yield folder
@@ -201,7 +232,8 @@ def check_baseline(name: str, candidates: Sequence[Candidate]) -> None:
     """Raise ``InvalidArgument`` where no candidate is called so."""
     names = [candidate.name for candidate in candidates]
     if name not in names:
-        raise InvalidArgument(Problem("baseline", name, "is no candidate", nearest(name, names)))
+        alike = next((f"Did you mean '{each}'? " for each in names if each.startswith(name)), "")
+        raise InvalidArgument(Problem("baseline", name, "is no candidate", alike + nearest(name, names)))
 
 
 def _are_equal(options: Values, others: Values) -> bool:

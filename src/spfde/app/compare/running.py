@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import DataSpec
 from spfde.app.data.validation import trained_on
 from spfde.app.machine_errors import machine_error
-from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, flat
+from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, check_inside, flat
 from spfde.app.train.at_once import Measured
 from spfde.app.train.checks import check_named
 from spfde.app.train.events import Display
@@ -91,6 +91,8 @@ def train_missing(
         KeyboardInterrupt: on Ctrl-C or SIGTERM; whatever ran can go on.
     """
     todo = [run for run in runs if not (run.path / SUMMARY).is_file()]
+    for run in runs:
+        _check_place(run)
     if not todo:
         return
     wanted = {run: _job(run) for run in todo}
@@ -133,6 +135,27 @@ def words_of(error: BaseException) -> str:
     return " ".join(str(error if isinstance(error, SpfdeError) else machine_error(error) or error).split())
 
 
+def _check_place(run: Planned) -> None:
+    """Refuse a run's folder that is elsewhere, by way of a link, and a finished run that is another one."""
+    root = run.path.parents[2]
+    for place in (run.path.parent, run.path):
+        check_inside(place, root)
+    if (run.path / SUMMARY).is_file() and (run.path / CONFIG).is_file():
+        theirs = RunFolder(run.path).read_json(CONFIG).get("command")
+        ours = run.candidate.options | {"seed": run.seed}
+        chosen = {name: value for name, value in ours.items() if value not in ("auto", None)}
+        _check_equal(run, chosen, theirs if isinstance(theirs, dict) else {})
+
+
+def _check_equal(run: Planned, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for name, value in flat({name: ours[name] for name in ours if name not in TrainOptions.MOVABLE}).items():
+        if (found := flat(theirs).get(name, value)) != value:
+            raise RunFolderError(
+                f"{run.path}: holds another run: there {name} is {found!r}, and here {value!r}. "
+                "Compare in another folder."
+            )
+
+
 def _job(run: Planned) -> Job:
     """The run as it begins, or goes on.
 
@@ -145,12 +168,7 @@ def _job(run: Planned) -> Job:
     if not (run.path / CONFIG).is_file():
         return Job(options, run.path)
     before = TrainOptions.from_config(RunFolder(run.path).read_json(CONFIG), run.path / CONFIG)
-    theirs, ours = flat(before.identity()), flat(options.as_chosen(before).identity())
-    if name := next((name for name in ours if theirs.get(name) != ours[name]), None):
-        raise RunFolderError(
-            f"{run.path}: holds another run: there {name} is {theirs.get(name)!r}, and here {ours[name]!r}. "
-            "Compare in another folder."
-        )
+    _check_equal(run, options.as_chosen(before).identity(), before.identity())
     return Job(options, run.path, resume=True)
 
 

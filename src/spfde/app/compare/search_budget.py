@@ -41,6 +41,7 @@ _UNITS = {
     **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600.0)),
     **{unit.lower(): ("memory", 1024.0**power) for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))},
 }
+_MOST = 1e18
 _WIDTHS = 32
 """A narrower net is looked for at so many widths."""
 _STEPS_DOWN = 5
@@ -73,7 +74,12 @@ class Budget:
         """
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*([a-z]+)\s*", text, re.IGNORECASE | re.ASCII)
         kind, factor = _UNITS.get(match[3].lower(), (None, 0.0)) if match else (None, 0.0)
-        if match is None or kind is None or bool(match[2]) != (kind == "flops") or not float(match[1]) > 0:
+        if (
+            match is None
+            or kind is None
+            or bool(match[2]) != (kind == "flops")
+            or not 0 < factor * float(match[1]) < _MOST
+        ):
             remedy = 'Give a share of the dense run\'s training FLOPs ("10% flops"), "600 seconds", or "2 GiB".'
             raise InvalidArgument(Problem("--budget", text, "is no budget", remedy))
         return cls(kind, factor * float(match[1]))  # type: ignore[arg-type]

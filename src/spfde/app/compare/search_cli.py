@@ -27,6 +27,8 @@ from spfde.app.options import (
     MachineOptions,
     CacheOptions,
     lists=(DataOptions, RecipeOptions, TrainingOptions),
+    without=("profile", "track"),
+    shown=dict.fromkeys(("sparsity", "freeze", "sieve", "width"), "searched"),
 )
 def search(
     context: typer.Context,

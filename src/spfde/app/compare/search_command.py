@@ -41,7 +41,6 @@ SPACE: Mapping[str, tuple[float, ...]] = {
 """What is searched where nothing else is said."""
 _LISTS = (DataOptions, RecipeOptions, TrainingOptions)
 _FIXED = ("data", "image_size", "model", "epochs", "seed", "keep_every")
-_OF_ONE_RUN = ("profile", "track")
 
 
 def search_recipes(
@@ -111,8 +110,6 @@ def asked_for(asked: Mapping[str, Any], given: Collection[str], budget: str | No
 
 def _values(name: str, value: Any) -> list[Any]:
     """The values of an option; numbers in order."""
-    if name in _OF_ONE_RUN:
-        raise InvalidArgument(Problem(flag(name), value, "is of one run alone", "Leave it out."))
     group = next((group for group in _LISTS if name in names_of(group)), None)
     values = [value] if group is None or not isinstance(value, str) else listed(group, name, value)
     if len(values) > 1 and name in _FIXED:

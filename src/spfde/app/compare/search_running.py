@@ -16,7 +16,7 @@ from spfde.app.compare.search_state import DENSE, Search, Trial
 from spfde.app.compare.search_study import Study, rungs_after
 from spfde.app.compare.spec import DEFAULTS
 from spfde.app.data.datasets import load_data
-from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder
+from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, check_inside
 from spfde.app.train.events import Display
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.setup import TrainingRun
@@ -144,6 +144,7 @@ class Searcher:
     def _timed(self, trial: Trial, options: TrainOptions) -> tuple[Trial, float]:
         """With what timing an epoch has cost, and the seconds of a modelled FLOP; 0 where no epoch came to its end."""
         place = self._folder.path / _TIMING
+        check_inside(place, self._folder.path)
         shutil.rmtree(place, ignore_errors=True)
         follower = _Follower(_TIMED, lambda row: row["epoch"] + 1 < _TIMED, self._board)
         self._board.begins(f"{trial.name}, timed")
@@ -163,6 +164,7 @@ class Searcher:
         if trial.state == "unfit":
             return trial
         folder = RunFolder(self._folder.path / RUNS / trial.folder)
+        check_inside(folder.path, self._folder.path)
         follower = _Follower(
             trial.epochs, lambda row: self._goes_on(trial, proposal, row["epoch"], row["val_accuracy"]), self._board
         )

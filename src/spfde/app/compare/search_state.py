@@ -91,6 +91,12 @@ class Search(Technique):
             raise ValueError("the first trials are not the dense ones")
         if not all(isinstance(trial.values.get("width"), float) for trial in self.trials[: len(DENSE)]):
             raise ValueError("the dense trials lack a width")
+        if len({trial.name for trial in self.trials}) < len(self.trials):
+            raise ValueError("two trials have one name")
+        if not all(
+            trial.val_accuracy and trial.training_flops > 0 for trial in self.trials if trial.state == "finished"
+        ):
+            raise ValueError("a finished trial has no figures")
         for trial in self.trials[len(DENSE) :]:
             if trial.values.keys() != self.space.keys():
                 raise ValueError(f"{trial.name} has other options than are searched")

@@ -12,7 +12,8 @@ from typing import Any
 from spfde.app.compare.folder import RUNS
 from spfde.app.compare.search_budget import Budget
 from spfde.app.compare.search_display import outcome_text, values_text
-from spfde.app.compare.search_state import DEFAULTS, DENSE, SEARCH, Search, Trial, write
+from spfde.app.compare.search_state import DENSE, SEARCH, Search, Trial, write
+from spfde.app.compare.spec import DEFAULTS
 from spfde.app.compare.statistics import pareto
 from spfde.app.options import RecipeOptions, flag, names_of
 from spfde.app.report import figures
@@ -21,6 +22,10 @@ from spfde.app.train.options import TrainOptions
 from spfde.core.say import counted
 
 TABLE, BEST, CONFIRM = "table.md", "best.toml", "confirm.toml"
+_SEEDS = 5
+"""So many confirm."""
+_WELL_USED = 0.8
+"""Share of a budget of which more need not be said."""
 _CONFIRMED = 3
 """So many of the best trials are tried on more seeds, and the dense ones."""
 _HEADINGS = ("trial", "options", "outcome", "training FLOPs", "of dense", "seconds", "validation", "test", "front")
@@ -118,10 +123,27 @@ class Result:
             "each finished trial, and had no say. Front: nothing finished is as cheap and more accurate. FLOPs are "
             "modelled, seconds measured."
         )
+        if self.best is not None:
+            lines += self._of_the_best(self.best, budget)
         lines.append(
             "One seed decides little, and the best of many is better by luck as well: before you rely on it, compare "
-            f"over seeds with `spfde compare {shlex.quote(str(self.folder / CONFIRM))} --seeds 5`."
+            f"over other seeds, with `spfde compare {shlex.quote(str(self.folder / CONFIRM))}`."
         )
+        return lines
+
+    def _of_the_best(self, best: Trial, budget: Budget) -> list[str]:
+        """Whether others are as good, and what it leaves of the budget."""
+        lines = []
+        even = [trial.name for trial in finished(self.search) if trial.val_accuracy[-1] == best.val_accuracy[-1]]
+        if len(even) > 1:
+            lines.append(f"{', '.join(even)} are equally accurate on it: {best.name} costs the fewest FLOPs of them.")
+        if budget.kind == "flops" and best.epochs == self.search.dense.epochs:
+            used = 100 * best.planned_flops / self.dense_flops
+            if used < _WELL_USED * budget.limit:
+                lines.append(
+                    f"{best.name} uses {used:.1f} of {budget.limit:g} %: it is as long as --epochs allows. With more "
+                    "--epochs, or wider nets in --width, it could use the rest."
+                )
         return lines
 
     def as_markdown(self) -> str:
@@ -190,7 +212,11 @@ def _comparison(search: Search, folder: Path) -> str:
     """A specification for ``spfde compare``: the best trials and the dense ones, by the recipes in their folders."""
     done = finished(search)
     chosen = [*done[:_CONFIRMED], *(trial for trial in done[_CONFIRMED:] if trial.name in DENSE)]
-    lines = [f"# the best trials of {SEARCH}, and the dense nets at the same budget", "version = 1"]
+    fresh = [seed for seed in range(_SEEDS + 1) if seed != search.dense.seed][:_SEEDS]
+    lines = [
+        f"# the best trials of {SEARCH}, and the dense nets at the same budget, over seeds that had no say in it",
+        *("version = 1", f"seeds = {fresh}"),
+    ]
     if dense := next((trial.name for trial in chosen if trial.name in DENSE), None):
         lines.append(f"baseline = {_toml(dense)}")
     for trial in chosen:

@@ -229,7 +229,9 @@ def read_spec(source: str) -> Spec:
     try:
         text = (path if source not in own or path.is_file() else own[source]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        remedy = f"Pass a TOML file, or one of {', '.join(sorted(own))}."
+        remedy = (
+            f"Pass a TOML file, or a name. {nearest(source, own)} Several values of an option take commas: 0.8,0.9."
+        )
         raise InvalidArgument(Problem("SPEC", source, f"cannot be read ({error})", remedy)) from None
     try:
         written = tomllib.loads(text)

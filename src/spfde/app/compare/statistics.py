@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 _MOST_SEEDS = 1000
+_EQUAL = 1e-12
+"""What differs by less is equal: accuracies are counts over the number of images, and rounded."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,15 @@ def paired(
     n, mean = len(differences), statistics.fmean(differences)
     if n == 1:
         return Difference(1, mean, None, None, None, None)
-    sd = statistics.stdev(differences)
+    sd = statistics.stdev(differences) if max(differences) - min(differences) > _EQUAL else 0.0
     half = _half(sd, n, confidence)
     found = Difference(n, mean, mean - half, mean + half, _p(mean, sd, n), None)
     if found.is_carried or not mean or not sd:
         return found
-    more = (size for size in range(n + 1, _MOST_SEEDS + 1) if _half(sd, size, confidence) < abs(mean))
-    return Difference(n, mean, found.low, found.high, found.p, next(more, None))
+    # The more seeds the narrower: the first number that does is found by bisection.
+    sizes = range(n + 1, _MOST_SEEDS + 1)
+    at = bisect.bisect_left(sizes, True, key=lambda size: _half(sd, size, confidence) < abs(mean))
+    return Difference(n, mean, found.low, found.high, found.p, sizes[at] if at < len(sizes) else None)
 
 
 def pareto(points: Sequence[tuple[float, float] | None]) -> list[bool]:

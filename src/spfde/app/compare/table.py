@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ def _numbers(summaries: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, 
 
 
 def _is_sound(value: float) -> bool:
-    return math.isfinite(value) and abs(value) < 1e30
+    return -1e30 < value < 1e30  # also of whole numbers that no float can be
 
 
 def _row(
@@ -141,6 +140,10 @@ def _notes(comparison: Comparison, rows: Sequence[Row], wanted: int, *, is_valid
         notes.append("The short form, on few images for few epochs: it shows that everything runs, and nothing else.")
     if (finished := sum(row.n for row in rows)) < wanted:
         notes.append(f"{finished} of {counted(wanted, 'run')} are finished.")
+    if comparison.failed:
+        told = "; ".join(f"{name} ({why})" for name, why in list(comparison.failed.items())[:_FEW])
+        more = f"; and {len(comparison.failed) - _FEW} more" if len(comparison.failed) > _FEW else ""
+        notes.append(f"In no figure, for they failed: {told}{more}.")
     alone = [row.name for row in rows if row.n == 1]
     if alone:
         notes.append(f"One seed says nothing of the spread: {_listed(alone)}.")
@@ -168,6 +171,8 @@ def _notes(comparison: Comparison, rows: Sequence[Row], wanted: int, *, is_valid
     engines = {engine for row in rows for engine in row.engines}
     if len(engines) > 1:
         notes.append(f"Seconds and memory are of engines that differ: {_listed(sorted(engines))}.")
+    if finished and is_validated:
+        notes.append("The best epoch was chosen by accuracy on the validation share; table.csv and table.json have it.")
     if finished and not is_validated:
         notes.append(
             "The best epoch was chosen by test accuracy, so its accuracy is too high: with --validation-share it is "

@@ -87,10 +87,17 @@ def cells(row: Row) -> tuple[str, ...]:
         difference_text(row),
         mean("training_flops", figures.flops),
         mean("flops_ratio", figures.percent),
-        mean("seconds", figures.duration),
+        _seconds(row),
         mean("peak_memory_bytes", lambda count: figures.memory(count or None)),
         mean("final_sparsity", figures.percent),
     )
+
+
+def _seconds(row: Row) -> str:
+    found = row.spreads.get("seconds")
+    if found is None:
+        return figures.MISSING
+    return figures.duration(found.mean) + ("" if found.sd is None else f" ± {figures.duration(found.sd)}")
 
 
 def spread_text(spread: Spread | None) -> str:
@@ -128,7 +135,10 @@ def legend(table: ComparisonTable) -> tuple[str, ...]:
         f"Accuracies in per cent, mean ± standard deviation over n seeds. Difference: of the last epoch's accuracy "
         f"from that of {table.baseline}, in points, paired by seed, with its {table.confidence:.0%} interval "
         "(Student's t); not carried: the interval holds zero.",
-        "FLOPs are modelled; seconds, memory and sparsity measured.",
+        "FLOPs are modelled, and of dense is their share of the same net's, as long, without any saving.",
+        "Seconds, memory and sparsity are measured. Seconds of runs that shared the machine (--jobs, side by side on a "
+        "GPU) are longer than alone. Memory on a CPU is the whole process's: of small nets it says little, and runs "
+        "that follow each other in one process have what is left of earlier ones.",
     )
 
 

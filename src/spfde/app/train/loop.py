@@ -285,7 +285,7 @@ def _accuracies(run: TrainingRun) -> Generator[None, None, dict[str, Any]]:
     rows = run.progress.rows
     if run.data.validation is None:
         found = [row["test_accuracy"] for row in rows]
-        return {"test_accuracy": found[-1], "best_test_accuracy": max(found)}
+        return {"test_accuracy": found[-1], "best_test_accuracy": found[best_epoch(rows) or 0]}
     best, last, checkpoints = best_epoch(rows) or 0, len(rows) - 1, run.folder.checkpoints
     tested = yield from evaluate(run, "test", run.at(checkpoints.latest))
     best_tested = tested if best == last else (yield from evaluate(run, "test", run.at(checkpoints.best)))
