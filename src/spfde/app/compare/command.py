@@ -195,13 +195,15 @@ def _train_and_tell(
     folder: RunFolder, comparison: Comparison, *, jobs: int | None, formats: Collection[str], quiet: bool
 ) -> None:
     """As the command ends: with the table, the page, and what went wrong."""
+    before = _text(folder.path / "table.json")
     try:
         failed = _train(folder, comparison, jobs=jobs, formats=formats, quiet=quiet)
     except KeyboardInterrupt as error:
         end(error, f" Go on with `spfde compare --resume {folder.path}`.")
     if not quiet:
         typer.echo(f"\n{(folder.path / 'table.md').read_text(encoding='utf-8')}\nfolder: {folder.path}")
-    _write_page(folder.path, quiet=quiet)
+    if _text(folder.path / "table.json") != before or not (folder.path / PAGE).is_file():
+        _write_page(folder.path, quiet=quiet)
     if failed:
         fail(failed)
 
@@ -236,6 +238,10 @@ def _train(
         train_missing(runs, jobs=jobs, display_of=board.of, reached=board.reached, ended=ended)
     each = "\n".join(f"{name}: {why}" for name, why in failed.items())
     return f"{len(failed)} of {len(runs)} runs failed; --resume tries them again.\n{each}" if failed else ""
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _write_page(folder: Path, *, quiet: bool) -> None:
