@@ -57,8 +57,8 @@ def test_where_there_are_more_threads_than_cores_others_are_added_and_the_number
 def test_a_process_that_is_forked_meanwhile_ends() -> None:
     """In it these threads are not there to be waited for."""
     program = "import os, sys; from engines.native.test_crowd import short_of_cores\n"
-    program += "with short_of_cores(): child = os.fork()\n"
-    program += "sys.exit(os.waitpid(child, 0)[1] if child else 0)"
+    program += "with short_of_cores():\n    child = os.fork()\n    if not child: sys.exit(0)\n"
+    program += "sys.exit(os.waitpid(child, 0)[1])"
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=60)
 

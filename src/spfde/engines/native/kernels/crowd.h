@@ -15,9 +15,11 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -34,64 +36,92 @@ static inline bool lacks_cores(double waited, double seconds) {
 }
 
 // More threads of OpenMP than there are cores, while it stands: until it is told to leave, or not used for some seconds.
+//
+// A fork of the process has none of its threads, and would wait for them without end: it leaves what it has of them alone.
 class Crowd {
  public:
-  ~Crowd() { leave(); }
+  ~Crowd() {
+    if (is_forked()) {
+      (void)one_.release();
+    } else {
+      leave();
+    }
+  }
 
   // Whether it stands; it stays for longer then.
   bool stands() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    until_ = Clock::now() + UNUSED;
-    return state_ == STANDS;
+    if (is_forked() || one_ == nullptr) return false;
+    const std::lock_guard<std::mutex> lock(one_->mutex);
+    one_->until = Clock::now() + UNUSED;
+    return one_->state == STANDS;
   }
 
   void gather() {
 #ifdef _OPENMP
-    if (stands()) return;
+    if (is_forked() || stands()) return;
     leave();
-    state_ = COMES;
+    auto made = std::make_unique<One>();
+    made->until = Clock::now() + UNUSED;
     try {
-      one_ = std::thread([this] { stay(); });
+      made->thread = std::thread(stay, made.get());
     } catch (const std::system_error&) {  // no more threads: it goes on as it was
-      state_ = GONE;
       return;
     }
-    std::unique_lock<std::mutex> lock(mutex_);  // what is computed before would wait in the old way
-    changed_.wait(lock, [this] { return state_ != COMES; });
+    one_ = std::move(made);
+    std::unique_lock<std::mutex> lock(one_->mutex);  // what is computed before would wait in the old way
+    one_->changed.wait(lock, [this] { return one_->state != COMES; });
 #endif
   }
 
   void leave() {
-    if (!one_.joinable()) return;
+    if (is_forked() || one_ == nullptr) return;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      state_ = GONE;
+      const std::lock_guard<std::mutex> lock(one_->mutex);
+      one_->state = GONE;
     }
-    changed_.notify_all();
-    one_.join();
+    one_->changed.notify_all();
+    one_->thread.join();
+    one_ = nullptr;
   }
 
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::seconds UNUSED{2};
+  enum State { COMES, STANDS, GONE };
 
-  std::thread one_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  enum { GONE, COMES, STANDS } state_ = GONE;
-  Clock::time_point until_{};
+  // The thread that has the others around it, and what it is told.
+  struct One {
+    std::thread thread;
+    std::mutex mutex;
+    std::condition_variable changed;
+    State state = COMES;
+    Clock::time_point until{};
+  };
 
-  void stay() {
+  std::unique_ptr<One> one_;
+  int64_t process_ = process();
+
+  bool is_forked() const { return process_ != process(); }
+
+  static int64_t process() {
+#ifdef __linux__
+    return getpid();
+#else
+    return 0;
+#endif
+  }
+
+  static void stay(One* one) {
 #ifdef _OPENMP
     std::atomic<int> n{0};  // something to do: the compiler leaves out a region in which there is nothing
 #pragma omp parallel num_threads(omp_get_num_procs() + 1)
     n++;
 #endif
-    std::unique_lock<std::mutex> lock(mutex_);
-    state_ = STANDS;
-    changed_.notify_all();
-    while (state_ == STANDS && Clock::now() < until_) changed_.wait_until(lock, until_);
-    state_ = GONE;
+    std::unique_lock<std::mutex> lock(one->mutex);
+    one->state = STANDS;
+    one->changed.notify_all();
+    while (one->state == STANDS && Clock::now() < one->until) one->changed.wait_until(lock, one->until);
+    one->state = GONE;
   }
 };
 
