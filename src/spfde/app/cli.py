@@ -20,15 +20,15 @@ from spfde.app.command import PlainCommand, given_options
 from spfde.app.compare.search_cli import search
 from spfde.app.ending import EXIT_ERROR, cause_of, end, fail, leave
 from spfde.app.options import (
+    LISTS,
+    OF_RUNS,
     AnalysisOptions,
     CacheOptions,
     DataOptions,
     EvaluationOptions,
     LengthOptions,
-    MachineOptions,
     PluginOptions,
     RecipeOptions,
-    TrainingOptions,
     flag,
     names_of,
     takes,
@@ -70,7 +70,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @command()
-@takes(DataOptions, PluginOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions)
+@takes(*OF_RUNS)
 def train(
     context: typer.Context,
     out: Annotated[Path | None, typer.Option(help="run folder", show_default="a new one under runs/")] = None,
@@ -132,13 +132,8 @@ def plan(
 
 @command()
 @takes(
-    DataOptions,
-    PluginOptions,
-    RecipeOptions,
-    TrainingOptions,
-    MachineOptions,
-    CacheOptions,
-    lists=(DataOptions, RecipeOptions, TrainingOptions),
+    *OF_RUNS,
+    lists=LISTS,
     without=("seed", "profile", "track"),
 )
 def compare(

@@ -212,6 +212,12 @@ class CacheOptions:
     ] = None
 
 
+OF_RUNS = (DataOptions, PluginOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions)
+"""What ``spfde train`` takes, and what trains many runs."""
+LISTS = (DataOptions, RecipeOptions, TrainingOptions)
+"""Those whose options may have several values where many runs are trained."""
+
+
 class AnalysisOptions:
     """What is measured by ``spfde analyze``."""
 

@@ -24,14 +24,12 @@ from spfde.app.compare.writing import WRITERS, as_latex
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import draw
 from spfde.app.ending import end, fail
-from spfde.app.options import DataOptions, RecipeOptions, TrainingOptions, flag, listed, names_of
+from spfde.app.options import LISTS, DataOptions, RecipeOptions, flag, listed, names_of
 from spfde.app.runs.folder import RunFolder
 from spfde.app.terminating import terminable
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.say import n_started
 
-LISTS = (DataOptions, RecipeOptions, TrainingOptions)
-"""Groups whose options may have several values at the command line."""
 QUICK, PAGE = "quick.npz", "report.html"
 _QUICK_IMAGES = {"train": 48, "test": 40}
 _LATEX = "table.tex"

@@ -142,8 +142,7 @@ class Comparison(Technique):
 def created(path: Path, kept: str = COMPARISON) -> Iterator[RunFolder]:
     """A new folder, locked while this is open; of one in which that file was not kept nothing is left."""
     if (path / kept).is_file():
-        command = "compare" if kept == COMPARISON else "search"
-        remedy = f"Go on with `spfde {command} --resume {path}`, or choose another folder."
+        remedy = f"Go on with `spfde {_command(kept)} --resume {path}`, or choose another folder."
         raise RunFolderError(f"--out={path}: holds one already. {remedy}")
     folder = RunFolder.create(path)
     try:
@@ -174,15 +173,25 @@ def read(path: Path) -> Comparison:
     Raises:
         RunFolderError: it is no comparison's folder, or its file is damaged.
     """
-    if not (path / COMPARISON).is_file():
-        lacks = f"it has no {COMPARISON}" if path.is_dir() else "there is no such folder"
-        remedy = "It is a run: go on with `spfde train --resume`." if (path / CONFIG).is_file() else "Pass one that is."
-        raise RunFolderError(f"{path}: is no folder of `spfde compare` ({lacks}). {remedy}")
+    check_is_of(path, COMPARISON)
     written = RunFolder(path).read_json(COMPARISON)
     try:
         return Comparison(**written)
     except InvalidArgument as error:
         raise RunFolderError(f"{path / COMPARISON}: is damaged: {error}. Restore it from a copy.") from None
+
+
+def check_is_of(path: Path, kept: str) -> None:
+    """Raise ``RunFolderError`` for a folder that lacks the file that a comparison or a search keeps."""
+    if not (path / kept).is_file():
+        lacks = f"it has no {kept}" if path.is_dir() else "there is no such folder"
+        remedy = "It is a run: go on with `spfde train --resume`." if (path / CONFIG).is_file() else "Pass one that is."
+        raise RunFolderError(f"{path}: is no folder of `spfde {_command(kept)}` ({lacks}). {remedy}")
+
+
+def _command(kept: str) -> str:
+    """The command that keeps a file of that name."""
+    return "compare" if kept == COMPARISON else "search"
 
 
 def write(folder: RunFolder, comparison: Comparison) -> None:

@@ -8,25 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from spfde.app.command import given_options
-from spfde.app.options import (
-    CacheOptions,
-    DataOptions,
-    MachineOptions,
-    PluginOptions,
-    RecipeOptions,
-    TrainingOptions,
-    takes,
-)
+from spfde.app.options import LISTS, OF_RUNS, takes
 
 
 @takes(
-    DataOptions,
-    PluginOptions,
-    RecipeOptions,
-    TrainingOptions,
-    MachineOptions,
-    CacheOptions,
-    lists=(DataOptions, RecipeOptions, TrainingOptions),
+    *OF_RUNS,
+    lists=LISTS,
     without=("profile", "track"),
     shown=dict.fromkeys(("sparsity", "freeze", "sieve", "width"), "searched"),
 )

@@ -22,7 +22,7 @@ from spfde.app.compare.search_study import Study
 from spfde.app.compare.search_writing import TABLE, keep
 from spfde.app.compare.spec import DEFAULTS
 from spfde.app.ending import end, fail
-from spfde.app.options import DataOptions, RecipeOptions, TrainingOptions, flag, listed, names_of
+from spfde.app.options import LISTS, flag, listed, names_of
 from spfde.app.runs.folder import RunFolder
 from spfde.app.terminating import terminable
 from spfde.app.train.checks import check_named
@@ -39,7 +39,6 @@ SPACE: Mapping[str, tuple[float, ...]] = {
     "width": (0.25, 0.5, 0.75, 1.0),
 }
 """What is searched where nothing else is said."""
-_LISTS = (DataOptions, RecipeOptions, TrainingOptions)
 _FIXED = ("data", "image_size", "model", "epochs", "seed", "keep_every")
 
 
@@ -110,7 +109,7 @@ def asked_for(asked: Mapping[str, Any], given: Collection[str], budget: str | No
 
 def _values(name: str, value: Any) -> list[Any]:
     """The values of an option; numbers in order."""
-    group = next((group for group in _LISTS if name in names_of(group)), None)
+    group = next((group for group in LISTS if name in names_of(group)), None)
     values = [value] if group is None or not isinstance(value, str) else listed(group, name, value)
     if len(values) > 1 and name in _FIXED:
         raise InvalidArgument(Problem(flag(name), value, "is one for all trials", "Give one value."))

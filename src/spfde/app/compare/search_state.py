@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from spfde.app.compare.folder import RUNS
+from spfde.app.compare.folder import RUNS, check_is_of
 from spfde.app.compare.search_budget import Budget
 from spfde.app.compare.spec import DEFAULTS, Values
 from spfde.app.options import RecipeOptions, names_of
-from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
+from spfde.app.runs.folder import RunFolder, check_inside
 from spfde.app.train.options import TrainOptions, options_from
 from spfde.core.errors import InvalidArgument, RunFolderError
 from spfde.core.technique import Technique
@@ -145,10 +145,7 @@ def reopened(path: Path) -> Iterator[tuple[RunFolder, Search]]:
     Raises:
         RunFolderError: it is no search's folder, or its file is damaged.
     """
-    if not (path / SEARCH).is_file():
-        lacks = f"it has no {SEARCH}" if path.is_dir() else "there is no such folder"
-        remedy = "It is a run: go on with `spfde train --resume`." if (path / CONFIG).is_file() else "Pass one that is."
-        raise RunFolderError(f"{path}: is no folder of `spfde search` ({lacks}). {remedy}")
+    check_is_of(path, SEARCH)
     folder = RunFolder(path)
     check_inside(path / RUNS, path)
     folder.acquire()

@@ -36,17 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 from pydantic import Field, field_validator
 
-from spfde.app.options import (
-    CacheOptions,
-    DataOptions,
-    MachineOptions,
-    PluginOptions,
-    RecipeOptions,
-    TrainingOptions,
-    flag,
-    names_of,
-    recipe_fields,
-)
+from spfde.app.options import OF_RUNS, RecipeOptions, flag, names_of, recipe_fields
 from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.technique import Technique
 
@@ -56,8 +46,7 @@ if TYPE_CHECKING:
 MOST_RUNS = 10_000
 _NAME = "name"
 _OF_ONE_RUN = ("seed", "profile", "track")
-_GROUPS = (DataOptions, RecipeOptions, TrainingOptions, MachineOptions, CacheOptions, PluginOptions)
-DEFAULTS = {name: getattr(group, name) for group in _GROUPS for name in names_of(group)}
+DEFAULTS = {name: getattr(group, name) for group in OF_RUNS for name in names_of(group)}
 """Options of ``spfde train``, as they are without being given."""
 KNOWN = tuple(name for name in DEFAULTS if name not in _OF_ONE_RUN)
 """Those that runs can differ in, or have in common."""
