@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -325,13 +324,12 @@ def _run(options: TrainOptions, out: Path, *, quiet: bool, resume: bool) -> None
 
 
 def _new_folder(options: TrainOptions) -> Path:
-    """The first free name under ``runs/``."""
+    from spfde.app.runs.folder import free_folder
+
     data = Path(options.data).stem
     model = options.model.replace("timm:", "").replace("/", "-")
     width = "" if options.width == 1 else f"-width-{options.width:g}"
-    base = f"{data}-{model}{width}-{Path(options.recipe_name).stem}-seed{options.seed}"
-    names = (base if number == 1 else f"{base}-{number}" for number in count(1))
-    return next(folder for name in names if not (folder := Path("runs") / name).exists())
+    return free_folder(f"{data}-{model}{width}-{Path(options.recipe_name).stem}-seed{options.seed}")
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -25,7 +25,7 @@ from spfde.app.data.datasets import load_data
 from spfde.app.data.images import draw
 from spfde.app.ending import end, fail
 from spfde.app.options import LISTS, DataOptions, RecipeOptions, flag, listed, names_of
-from spfde.app.runs.folder import RunFolder
+from spfde.app.runs.folder import RunFolder, free_folder
 from spfde.app.terminating import terminable
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.say import n_started
@@ -80,7 +80,9 @@ def compare_runs(
             comparison = Comparison.of(spec)
             if not quick:
                 check(comparison)
-            folder = afterwards.enter_context(folders.created(out or _free_folder(source)))
+            folder = afterwards.enter_context(
+                folders.created(out or free_folder(f"compare-{Path(source).stem}" if source else "compare"))
+            )
             if quick:
                 comparison = Comparison.of(spec.quickened(str(quick_images(folder.path / QUICK))), quick=True)
                 check(comparison)
@@ -262,14 +264,6 @@ def quick_images(path: Path) -> Path:
         pixels, labels = draw(images, _QUICK_IMAGES[part], torch.Generator().manual_seed(0))
         arrays |= {f"x_{part}": pixels[:, 0].numpy(), f"y_{part}": labels.numpy()}
     np.savez(path, **arrays)
-    return path
-
-
-def _free_folder(source: str | None) -> Path:
-    base = Path("runs") / (f"compare-{Path(source).stem}" if source else "compare")
-    number = 1
-    while (path := base if number == 1 else base.with_name(f"{base.name}-{number}")).exists():
-        number += 1
     return path
 
 

@@ -23,7 +23,7 @@ from spfde.app.compare.search_writing import TABLE, keep
 from spfde.app.compare.spec import DEFAULTS
 from spfde.app.ending import end, fail
 from spfde.app.options import LISTS, flag, listed, names_of
-from spfde.app.runs.folder import RunFolder
+from spfde.app.runs.folder import RunFolder, free_folder
 from spfde.app.terminating import terminable
 from spfde.app.train.checks import check_named
 from spfde.app.train.models import check_model
@@ -73,7 +73,7 @@ def search_recipes(
             search = search.model_copy(update={"wanted": trials if "trials" in given else search.wanted})
         else:
             search = asked_for(asked, given, budget, trials)
-            folder = afterwards.enter_context(created(out or _free_folder(), SEARCH))
+            folder = afterwards.enter_context(created(out or free_folder("search"), SEARCH))
         _go_on(folder, search, quiet=quiet)
 
 
@@ -209,10 +209,3 @@ def _go_on(folder: RunFolder, search: Search, *, quiet: bool) -> None:
         typer.echo(f"\n{(folder.path / TABLE).read_text(encoding='utf-8')}\nfolder: {folder.path}")
     if not any(trial.state == "finished" for trial in searcher.search.trials):
         fail("no trial was finished; search.json says why.")
-
-
-def _free_folder() -> Path:
-    number = 1
-    while (path := Path("runs") / ("search" if number == 1 else f"search-{number}")).exists():
-        number += 1
-    return path

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,12 @@ class RunFolder:
                     if is_row(row):
                         rows[row["epoch"]] = row
         return rows
+
+
+def free_folder(base: str) -> Path:
+    """The first free name under ``runs/``: the base, or with a number behind it."""
+    names = (base if number == 1 else f"{base}-{number}" for number in count(1))
+    return next(folder for name in names if not (folder := Path("runs") / name).exists())
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
