@@ -19,13 +19,14 @@ from spfde.analysis import batch_grams, gradient_norms, minibatch_cka
 from spfde.analysis.gradients import successive_differences
 from spfde.analysis.structure import structural_overlap
 from spfde.app.data.images import draw
-from spfde.app.options import AnalysisOptions, with_words
+from spfde.app.declaring import with_words
+from spfde.app.options import AnalysisOptions
 from spfde.app.runs.checkpoints import check_whole, described
 from spfde.app.runs.folder import CONFIG, RunFolder, check_inside
 from spfde.app.runs.kept_model import CheckpointedModel
 from spfde.app.runs.trained import own_data
 from spfde.app.train.options import TrainOptions
-from spfde.app.train.setup import hardware, versions
+from spfde.app.train.stamp import hardware, versions
 from spfde.core.errors import DataError, RunFolderError
 from spfde.core.files import clear_errors, written_whole
 from spfde.core.say import counted

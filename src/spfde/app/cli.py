@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # the library is installed without the command line
 
 from spfde.app.command import PlainCommand, given_options
 from spfde.app.compare.search_cli import search
+from spfde.app.declaring import flag, names_of, takes
 from spfde.app.ending import EXIT_ERROR, cause_of, end, fail, leave
 from spfde.app.options import (
     LISTS,
@@ -28,9 +29,6 @@ from spfde.app.options import (
     LengthOptions,
     PluginOptions,
     RecipeOptions,
-    flag,
-    names_of,
-    takes,
 )
 from spfde.app.terminating import EXIT_TERMINATED, terminable
 from spfde.core.say import is_by_launcher, n_started, tells

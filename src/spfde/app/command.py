@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand
 
+from spfde.app.declaring import flag, names_of
 from spfde.app.ending import cause_of, end, fail, is_first_to_say, usage_errors_once
-from spfde.app.options import CacheOptions, flag, names_of, recipe_fields
+from spfde.app.options import CacheOptions, recipe_fields
 from spfde.core.say import n_started
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from spfde.app.data.datasets import describe_data, load_data, names_in
 from spfde.app.data.images import DataSpec, ImageData, collate
-from spfde.app.options import EvaluationOptions, with_words
+from spfde.app.declaring import with_words
+from spfde.app.options import EvaluationOptions
 from spfde.app.runs.checkpoints import epoch_of
 from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.runs.trained import Which, checkpoint_of, load_into, own_data, spec_in

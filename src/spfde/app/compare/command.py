@@ -23,8 +23,9 @@ from spfde.app.compare.table import ComparisonTable, table_of
 from spfde.app.compare.writing import WRITERS, as_latex
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import draw
+from spfde.app.declaring import flag, listed, names_of
 from spfde.app.ending import end, fail
-from spfde.app.options import LISTS, DataOptions, RecipeOptions, flag, listed, names_of
+from spfde.app.options import LISTS, DataOptions, RecipeOptions
 from spfde.app.runs.folder import RunFolder, free_folder
 from spfde.app.terminating import terminable
 from spfde.core.errors import InvalidArgument, Problem

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from spfde.app.command import given_options
-from spfde.app.options import LISTS, OF_RUNS, takes
+from spfde.app.declaring import takes
+from spfde.app.options import LISTS, OF_RUNS
 
 
 @takes(

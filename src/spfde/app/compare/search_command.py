@@ -21,8 +21,9 @@ from spfde.app.compare.search_state import SEARCH, Search
 from spfde.app.compare.search_study import Study
 from spfde.app.compare.search_writing import TABLE, keep
 from spfde.app.compare.spec import DEFAULTS
+from spfde.app.declaring import flag, listed, names_of
 from spfde.app.ending import end, fail
-from spfde.app.options import LISTS, flag, listed, names_of
+from spfde.app.options import LISTS
 from spfde.app.runs.folder import RunFolder, free_folder
 from spfde.app.terminating import terminable
 from spfde.app.train.checks import check_named

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from spfde.app.compare.folder import RUNS, check_is_of
 from spfde.app.compare.search_budget import Budget
 from spfde.app.compare.spec import DEFAULTS, Values
-from spfde.app.options import RecipeOptions, names_of
+from spfde.app.declaring import names_of
+from spfde.app.options import RecipeOptions
 from spfde.app.runs.folder import RunFolder, check_inside
 from spfde.app.train.options import TrainOptions, options_from
 from spfde.core.errors import InvalidArgument, RunFolderError

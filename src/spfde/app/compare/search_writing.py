@@ -15,7 +15,8 @@ from spfde.app.compare.search_display import outcome_text, values_text
 from spfde.app.compare.search_state import DENSE, SEARCH, Search, Trial, write
 from spfde.app.compare.spec import DEFAULTS
 from spfde.app.compare.statistics import pareto
-from spfde.app.options import RecipeOptions, flag, names_of
+from spfde.app.declaring import flag, names_of
+from spfde.app.options import RecipeOptions
 from spfde.app.report import figures
 from spfde.app.runs.folder import RECIPE, RunFolder
 from spfde.app.train.options import TrainOptions

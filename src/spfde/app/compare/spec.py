@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 from pydantic import Field, field_validator
 
-from spfde.app.options import OF_RUNS, RecipeOptions, flag, names_of, recipe_fields
+from spfde.app.declaring import flag, names_of
+from spfde.app.options import OF_RUNS, RecipeOptions, recipe_fields
 from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.core.technique import Technique
 

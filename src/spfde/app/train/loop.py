@@ -24,7 +24,8 @@ from spfde.app.train.memory import memory_advice
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.processes import joined
 from spfde.app.train.profile import profiled
-from spfde.app.train.setup import Loads, TrainingRun, opened, versions
+from spfde.app.train.setup import Loads, TrainingRun, opened
+from spfde.app.train.stamp import versions
 from spfde.app.train.tally import Pass, Tally
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak

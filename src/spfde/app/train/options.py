@@ -14,6 +14,7 @@ from annotated_types import Ge
 from pydantic import ConfigDict, Field, field_validator
 
 from spfde.app.data.datasets import DATASETS
+from spfde.app.declaring import flag, names_of, with_words
 from spfde.app.options import (
     CacheOptions,
     DataOptions,
@@ -21,10 +22,7 @@ from spfde.app.options import (
     PluginOptions,
     RecipeOptions,
     TrainingOptions,
-    flag,
-    names_of,
     recipe_fields,
-    with_words,
 )
 from spfde.app.runs.folder import CONFIG, SUMMARY, RunFolder, flat
 from spfde.app.train.checks import check_named

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,24 +17,25 @@ from torch.optim import SGD, Optimizer
 
 import spfde
 from spfde.app.data.datasets import load_data
-from spfde.app.data.images import DataSpec, ImageData, Split, draw
+from spfde.app.data.images import ImageData, Split, draw
 from spfde.app.data.validation import hold_out, trained_on
 from spfde.app.machine_errors import is_lost_process
 from spfde.app.runs.checkpoints import described
 from spfde.app.runs.folder import CONFIG, RECIPE, RunFolder
 from spfde.app.runs.rows import check_rows
 from spfde.app.train.augment import BatchAugment, normalise
+from spfde.app.train.building import built
 from spfde.app.train.checks import check_named
+from spfde.app.train.dense_step import time_dense_step
 from spfde.app.train.feed import Feed, make_feed
 from spfde.app.train.machine import Machine, choose, compiling, pick_device
-from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.processes import Processes, check_together, open_folder
 from spfde.app.train.saving import Remembers, load_state, load_weights, save_state, seed_all, weights_note
+from spfde.app.train.stamp import hardware, versions
 from spfde.app.train.tracking import Trackers
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
-from spfde.cost import format_seconds
 from spfde.engines.prefix_cache import PrefixCache
 from spfde.planning import Plan, plan
 from spfde.recipe.recipe import Recipe
@@ -47,8 +43,6 @@ from spfde.session.distributed import OtherRankFailed
 from spfde.session.session import Session
 from spfde.sieving.balance import find_labels
 
-_SCATTERED = 1.5
-"""Times the shortest of some equal steps, from which on the usual one is more than chance."""
 Loads = Callable[..., ImageData]
 """Gives a data set, called as ``load_data`` is."""
 
@@ -164,7 +158,10 @@ def opened(
             folder.write_metrics(run.progress.rows)
             run.trackers.start(run.options.model_dump(mode="json"))
             if run.session.epoch == 0 and options.dense_timing_steps:
-                run.progress.dense_step_seconds = time_dense_step(run)
+                run.progress.dense_step_seconds, told = time_dense_step(
+                    run.options, run.data.spec, run.machine, run.processes
+                )
+                run.choices += told
             is_ready = True
             yield run
         except BaseException as error:
@@ -260,13 +257,6 @@ def _prepare(
     )
 
 
-def built(options: TrainOptions, spec: DataSpec, device: torch.device, *, seed: int | None = None) -> nn.Module:
-    """The run's model with fresh weights on a device; ``seed`` as ``build_model`` has it."""
-    return (
-        build_for(options.model, spec, width=options.width, seed=seed).to(device).to(memory_format=torch.channels_last)
-    )
-
-
 def _augment(options: TrainOptions, data: ImageData) -> BatchAugment:
     mode = data.default_augmentation if options.augment == "auto" else options.augment
     return BatchAugment(mode, torch.Generator().manual_seed(options.seed + 1), padding=data.padding)
@@ -333,63 +323,3 @@ def _load(run: TrainingRun, checkpoint: Path) -> None:
             f"{versions()}. Resume with the versions that wrote it, or start a new run."
         ) from error
     run.resumed_from = checkpoint
-
-
-def time_dense_step(run: TrainingRun) -> float:
-    """Least seconds of a dense training step, unfrozen, timed on a model of its own before training.
-
-    Several processes take it together, as they would take the dense run's.
-
-    It is the measured part of "what the dense run would have taken": this time, times the dense run's steps. The
-    global generators are put back, so that the run does not depend on it.
-    """
-    device, options, spec = run.machine.device, run.options, run.data.spec
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        twin = built(options, spec, device).train()
-        wrapped = run.processes.wrapped(twin, device)
-        shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
-        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-        y = torch.zeros(len(x), dtype=torch.int64, device=device)
-        optimizer = SGD(twin.parameters(), lr=1e-6, momentum=options.momentum)
-        seconds = []
-        for _ in range(2 + options.dense_timing_steps):
-            start = time.perf_counter()
-            with run.machine.autocast():
-                loss = F.cross_entropy(wrapped(x), y)
-            torch.autograd.backward([loss])
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    least, usual = min(seconds[2:]), statistics.median(seconds[2:])
-    if usual > _SCATTERED * least:
-        run.choices.append(
-            f"dense steps took {format_seconds(least)} to {format_seconds(max(seconds[2:]))}: the machine does other "
-            "things too, and seconds say little; those of a dense run are extrapolated from the shortest step"
-        )
-    return least
-
-
-def versions() -> dict[str, str]:
-    """Versions that a figure depends on."""
-    return {
-        "spfde": spfde.__version__,
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine that a figure was taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
