@@ -90,7 +90,17 @@ class RecipeOptions:
     sieve_criterion: Annotated[
         str | None,
         Sets("sieving", "criterion"),
-        _save("which samples are easy: forgetting, loss, el2n or random"),
+        _save("which samples are easy: forgetting, loss, el2n or random; or drawn anew: top-loss or repeated-random"),
+    ] = None
+    sieve_full_last: Annotated[
+        float | None,
+        Sets("sieving", "full_last"),
+        _save("share of the run, at its end, in which all samples are used, and more left out before; in [0, 1)"),
+    ] = None
+    sieve_offset: Annotated[
+        int | None,
+        Sets("sieving", "offset_epochs"),
+        _save("epochs by which samples move after the structure does, from 0 to less than the interval"),
     ] = None
     soft_bound: Annotated[bool | None, Sets("sparsity", "soft_bound"), _save("MEST's soft memory bound (EM&S)")] = None
     interval: Annotated[

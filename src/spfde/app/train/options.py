@@ -267,7 +267,7 @@ def read_recipe(name: str) -> Recipe:
     return presets.get(name)
 
 
-def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int) -> None:
+def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int, epochs: int) -> None:
     """Raise ``InvalidArgument`` where so many samples are left out that the rest fills no batch."""
-    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size)):
+    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size, epochs)):
         raise InvalidArgument(*found)

@@ -203,7 +203,7 @@ def _prepare(
     model = built(asked, spec, device)
     sample = torch.zeros(2, *spec.sample_shape, device=device)
     bill = plan(model, sample, recipe, asked.epochs, spec.train_samples, batch_size=asked.batch_size)
-    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size, epochs=asked.epochs)
     options, chosen = choose(asked, device, bill, processes.size)
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
