@@ -209,7 +209,8 @@ class DataSieving(SievingMethod):
             )
             most = math.ceil(n_before / epochs * 1000 - 1) / 1000
             share = f"removed_fraction={most:g} at most" if most > 0 else "removed_fraction=0"
-            remedy = f"Take {share}, or a lower full_last (it is {self.full_last:g})."
+            less = "full_last=0" if n_full == 1 else "a lower full_last"
+            remedy = f"Take {share}, or {less} (it is {self.full_last:g})."
             raise InvalidArgument(Problem("removed_fraction", self.removed_fraction, rule, remedy))
         raised = self.removed_fraction * epochs / n_before
         return self.model_copy(update={"removed_fraction": raised, "full_last": 0.0})
