@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def partial_samples(self) -> int:
-        """Samples in use in the last epoch; with circular sieving in every epoch."""
+        """Samples in use in the last epoch; with circular sieving in every epoch, but where the last ones use all."""
         return self.samples_in_use[-1]
 
     @property
