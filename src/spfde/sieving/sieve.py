@@ -71,7 +71,6 @@ class Sieve:
             ends_full: whether ``use_all`` will be called.
         """
         n = population.numel()
-        self.technique = technique
         self._ids = Ids(population)
         self.n_swap, self._n_returning = technique.moves(n)
         self._generator = generator
