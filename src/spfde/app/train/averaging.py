@@ -60,8 +60,9 @@ class Average:
     def update(self) -> None:
         """The optimizer has stepped."""
         self.follow()
-        average = get_ema_multi_avg_fn(decay_at(self.updates, self._decay))  # type: ignore[no-untyped-call]
-        average(self._averaged, self._own, self.updates)
+        if self._own:
+            average = get_ema_multi_avg_fn(decay_at(self.updates, self._decay))  # type: ignore[no-untyped-call]
+            average(self._averaged, self._own, self.updates)
         self.updates += 1
 
     @torch.no_grad()

@@ -120,3 +120,9 @@ def told(options: TrainOptions) -> str | None:
     if options.reestimate_bn is not None:
         words.append(f"norms estimated anew on {options.reestimate_bn:,} training images")
     return f"evaluated: {', '.join(words)}" if words else None
+
+
+def weights_in(options: TrainOptions) -> str:
+    """Which weights of a run are evaluated and exported."""
+    words = ["trained" if options.ema is None else "averaged"]
+    return ", ".join(words if options.reestimate_bn is None else [*words, "norms estimated anew"])
