@@ -147,9 +147,8 @@ class UpdateOptions:
         float, Ge(0), Words("L2 penalty of sgd, decoupled decay of adamw; 0 or more", _TRAINING)
     ] = 1e-4
     clip_norm: Annotated[
-        Annotated[float, Gt(0)] | None,
-        Words("largest norm of all gradients of a step together, above 0", _TRAINING, shown="none"),
-    ] = None
+        float, Ge(0), Words("largest norm of all gradients of a step together; 0 for any", _TRAINING)
+    ] = 0.0
     accumulate: Annotated[int, Ge(1), Words("batches of a step, from 1 on", _TRAINING)] = 1
 
 
@@ -168,22 +167,23 @@ class TrainingOptions(UpdateOptions, LengthOptions):
         float, Ge(0), Lt(1), Words("share of each label that goes to all classes alike, in [0, 1)", _TRAINING)
     ] = 0.0
     ema: Annotated[
-        Annotated[float, Gt(0), Lt(1)] | None,
+        float,
+        Ge(0),
+        Lt(1),
         Words(
-            "decay of a moving average of the weights, in (0, 1), which is then evaluated and kept",
+            "decay of a moving average of the weights, in [0, 1), which is evaluated in their place; 0 for none",
             _TRAINING,
-            shown="none",
         ),
-    ] = None
+    ] = 0.0
     reestimate_bn: Annotated[
-        Annotated[int, Ge(2)] | None,
+        int,
+        Ge(0),
         Words(
-            "training samples, at most, from 2 on, on which the statistics of batch norms are estimated anew before "
-            "each evaluation",
+            "training samples, at most, on which the statistics of batch norms are estimated anew before each "
+            "evaluation; 0 for none",
             _TRAINING,
-            shown="none",
         ),
-    ] = None
+    ] = 0
     augment: Annotated[
         Literal["auto", "none", "crop", "crop+flip"],
         Words("auto (as the data allow), none, crop or crop+flip", _TRAINING),

@@ -50,9 +50,9 @@ class Evaluated:
         check_norms(model, options)
         self._model, self._n_samples = model, options.reestimate_bn
         self._samples, self._forward = samples, forward
-        self._twin = make_twin().eval() if options.ema is not None or self._n_samples is not None else None
+        self._twin = make_twin().eval() if options.ema or self._n_samples else None
         self._average = None
-        if self._twin is not None and options.ema is not None:
+        if self._twin is not None and options.ema:
             self._average = Average(model, self._twin, masks, options.ema)
 
     def stepped(self) -> None:
@@ -68,7 +68,7 @@ class Evaluated:
             self._average.finish()
         else:
             copy_into(self._twin, self._model)
-        if self._n_samples is not None:
+        if self._n_samples:
             # What learns behind a frozen block has learned from what its norms give with the statistics that they have.
             kept = [name for name, norm in norms_in(self._model).items() if is_held(norm)]
             reestimate(self._twin, self._samples(self._n_samples), self._forward, kept=kept)
@@ -100,7 +100,7 @@ class Evaluated:
 
 def check_norms(model: nn.Module, options: TrainOptions) -> None:
     """Raise ``InvalidArgument`` where norms are to be estimated anew, and the model has none."""
-    if options.reestimate_bn is not None and not norms_in(model):
+    if options.reestimate_bn and not norms_in(model):
         rule = f"{options.model} has no batch norms"
         raise InvalidArgument(Problem("reestimate_bn", options.reestimate_bn, rule, "Leave it out."))
 
@@ -116,13 +116,13 @@ def drawn(dataset: Dataset[tuple[Tensor, int]], count: int, *, batch_size: int, 
 
 def told(options: TrainOptions) -> str | None:
     """What is evaluated and kept, in a line; None where it is the trained weights as they are."""
-    words = [] if options.ema is None else [f"a moving average of the weights (decay {options.ema:g})"]
-    if options.reestimate_bn is not None:
+    words = [] if not options.ema else [f"a moving average of the weights (decay {options.ema:g})"]
+    if options.reestimate_bn:
         words.append(f"norms estimated anew on {options.reestimate_bn:,} training images")
     return f"evaluated: {', '.join(words)}" if words else None
 
 
 def weights_in(options: TrainOptions) -> str:
     """Which weights of a run are evaluated and exported."""
-    words = ["trained" if options.ema is None else "averaged"]
-    return ", ".join(words if options.reestimate_bn is None else [*words, "norms estimated anew"])
+    words = ["averaged" if options.ema else "trained"]
+    return ", ".join([*words, "norms estimated anew"] if options.reestimate_bn else words)

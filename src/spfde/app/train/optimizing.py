@@ -37,9 +37,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainOptions, *,
     )
 
 
-def take_step(optimizer: Optimizer, scaler: GradScaler, clip_norm: float | None) -> None:
-    """Step with the gradients that are there, clipped together to a norm, and drop them. It waits for no device."""
-    if clip_norm is not None:
+def take_step(optimizer: Optimizer, scaler: GradScaler, clip_norm: float) -> None:
+    """Step with the gradients that are there, clipped to a norm of all (0: as they are), and drop them."""
+    if clip_norm:
         scaler.unscale_(optimizer)
         clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
     scaler.step(optimizer)

@@ -101,6 +101,8 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
             problems.add("nesterov", True, "is a form of sgd's momentum", "Leave it out, or use sgd with a momentum.")
         if self.warmup is not None and self.warmup >= self.epochs:
             problems.add("warmup", self.warmup, f"must be shorter than the run ({self.epochs} epochs)", "Shorten it.")
+        if self.reestimate_bn == 1:
+            problems.add("reestimate_bn", 1, "one sample has no variance", "Give 2 or more, or 0 for none.")
         if self.schedule != "cosine" and self.recipe.get("learning_rate"):
             rule = (
                 f"recipe {self.recipe_name} drives the rates itself: a cosine of each block down to where it is frozen"
