@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,14 @@ class TestRates:
     def test_a_warm_up_as_long_as_the_run_is_refused(self) -> None:
         with pytest.raises(InvalidArgument, match=r"warmup=4: must be shorter than the run \(4 epochs\)"):
             options(warmup=4, epochs=4)
+
+    def test_a_run_of_an_earlier_version_goes_on_as_it_was_begun(self) -> None:
+        given = options(lr=0.2)
+        earlier = {"data", "model", "recipe", "recipe_name", "epochs", "batch_size", "lr", "momentum", "weight_decay"}
+        command = given.model_dump(mode="json", include=earlier)
+        found = TrainOptions.from_config({"command": command}, Path("config.json"))
+        found.check_identity(command, Path("c"))
+        assert told(found) == told(given)
 
     def test_what_is_unusual_is_told(self) -> None:
         assert told(options()) is None

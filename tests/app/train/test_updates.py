@@ -171,6 +171,25 @@ def test_norms_of_a_model_that_has_none_are_no_option(tiny: Path) -> None:
         check_norms(torch.nn.Linear(2, 2), given)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--schedule", "step"), "spfde: --schedule='step': recipe spfde drives the rates itself"),
+        (("--warmup", 19), "spfde: --warmup=19: must be less than every block's freeze epoch"),
+        (("--warmup", 20), "spfde: --warmup=20: must be shorter than the run (20 epochs)"),
+        (("--ema", 1), "spfde: --ema=1.0: input should be less than 1"),
+        (("--reestimate-bn", 1), "spfde: --reestimate-bn=1: one sample has no variance"),
+    ],
+)
+def test_a_mistake_in_the_updates_is_told_in_options(
+    given: tuple[str, object], told: str, tiny: Path, spfde: Spfde, here: Path
+) -> None:
+    ended = spfde("train", "--data", tiny, *given)
+    assert ended.code == 2
+    assert ended.err.startswith(told)
+    assert not list(here.glob("runs/*"))
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("on_cpu")
 def test_captured_steps_are_clipped_and_averaged_as_pytorch_does(tiny: Path, tmp_path: Path) -> None:
