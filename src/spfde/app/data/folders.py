@@ -1,13 +1,14 @@
 """Folders of images: ``DIR/train/CLASS/*.png`` and ``DIR/test/CLASS/*`` or ``DIR/val/CLASS/*``.
 
 The files are found as torchvision's ``ImageFolder`` finds them, but for hidden ones. Every image is turned to RGB,
-scaled so that it covers the image size, and cut to it at its centre. The random part of augmentation is not done here
-but in whole batches (``augment``): what the workers do has no randomness, so a resumed run sees the same batches
-whatever the number of workers.
+scaled so that it covers the image size, and cut to it at its centre. The random part of augmentation is not decided
+here: crops of whole images are given (``ImageFiles.cropped``), and follow from seeds, so a resumed run sees the same
+batches whatever the number of workers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
-from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
+from spfde.app.data.images import Box, DataSpec, ImageArray, ImageData, channel_statistics, data_error
 from spfde.core.errors import DataError
 
 TEST_FOLDERS = ("test", "val")
@@ -37,6 +38,8 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
 
     image_size: tuple[int, int] = (LARGEST_SIZE, LARGEST_SIZE)
     """(height, width) of every image that is handed out."""
+    crop_share: float = 1.0
+    """Of the shorter side of a whole image, the share that is within the cut at its centre."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(str(root), is_valid_file=_is_shown_image)
@@ -61,11 +64,34 @@ class ImageFiles(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         path, label = self.samples[index]
         height, width = self.image_size
         with _opened(path) as image:
-            image.draft("RGB", (width, height))  # lets JPEG decode at a lower resolution where that is enough
-            pixels, turn = _as_rgb(image, path), _TURNS.get(image.getexif().get(_ORIENTATION))
-            upright = pixels if turn is None else pixels.transpose(turn)
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous(), label
+            # Lets JPEG decode at a lower resolution where that is enough.
+            image.draft("RGB", (math.ceil(width / self.crop_share), math.ceil(height / self.crop_share)))
+            left_out = (1 - self.crop_share) / 2  # on each side
+            fitted = ImageOps.fit(_upright(image, path), (width, height), Image.Resampling.BILINEAR, left_out)
+        return _as_tensor(fitted), label
+
+    def cropped(self, index: int, box_in: Callable[[int, int], Box]) -> tuple[Tensor, int]:
+        """A part of one image, scaled to the image size, and its label.
+
+        Args:
+            index: of the image.
+            box_in: gives first row, first column, height and width of the part, of the image's height and width.
+
+        Raises:
+            DataError: the file cannot be decoded; the message names it.
+        """
+        path, label = self.samples[index]
+        height, width = self.image_size
+        with _opened(path) as image:
+            whole_width, whole_height = _upright_size(image)
+            top, left, rows, columns = box_in(whole_height, whole_width)
+            scale = min(rows / height, columns / width)  # a lower resolution must still be enough for the part
+            image.draft("RGB", (math.ceil(image.width / scale), math.ceil(image.height / scale)))
+            upright = _upright(image, path)
+            across, down = upright.width / whole_width, upright.height / whole_height
+            right, bottom = min((left + columns) * across, upright.width), min((top + rows) * down, upright.height)
+            part = (left * across, top * down, right, bottom)
+            return _as_tensor(upright.resize((width, height), Image.Resampling.BILINEAR, part)), label
 
     @staticmethod
     def make_dataset(
@@ -168,6 +194,17 @@ def _as_rgb(image: Any, path: str) -> Any:
     return image.convert("RGB")
 
 
+def _upright(image: Any, path: str) -> Any:
+    """The image in RGB, turned as its camera held it."""
+    pixels, turn = _as_rgb(image, path), _TURNS.get(image.getexif().get(_ORIENTATION))
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def _as_tensor(image: Any) -> Tensor:
+    """``(3, H, W)``, uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 def _is_shown_image(path: str) -> bool:
     return is_image_file(path) and not os.path.basename(path).startswith(".")
 
@@ -185,7 +222,9 @@ def describe_folder(path: str | Path, *, image_size: int | None = None) -> DataS
     return _describe(path, *_find(path), image_size)
 
 
-def load_folder(path: str | Path, *, image_size: int | None = None, in_memory_bytes: int = 512 * 2**20) -> ImageData:
+def load_folder(
+    path: str | Path, *, image_size: int | None = None, crop_share: float = 1.0, in_memory_bytes: int = 512 * 2**20
+) -> ImageData:
     """Open a folder; a set that fits into ``in_memory_bytes`` once decoded is decoded now and kept in memory.
 
     In memory, an unreadable image is found now. In a larger set a file that is no image is found now, by its header,
@@ -197,10 +236,12 @@ def load_folder(path: str | Path, *, image_size: int | None = None, in_memory_by
     train, test = _find(path)
     spec = _describe(path, train, test, image_size)
     train.image_size = test.image_size = spec.image_size
+    train.crop_share = test.crop_share = crop_share
     size = (len(train) + len(test)) * 3 * spec.image_size[0] * spec.image_size[1]
     if size <= in_memory_bytes:
         arrays = [
-            ImageArray(_decode_all(files, range(len(files))), torch.tensor(files.targets)) for files in (train, test)
+            ImageArray(_decode_all(files, range(len(files))), torch.tensor(files.targets), files)
+            for files in (train, test)
         ]
         mean, std = channel_statistics(arrays[0].images)
         return ImageData(spec, arrays[0], arrays[1], mean, std, "crop+flip", class_names=tuple(train.classes))
@@ -309,8 +350,12 @@ def _describe(path: str | Path, train: ImageFiles, test: ImageFiles, image_size:
 def _size_of(path: str) -> tuple[int, int]:
     """Width and height of the upright image, by the file's header."""
     with _opened(path) as image:
-        width, height = image.size
-        on_its_side = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        return _upright_size(image)
+
+
+def _upright_size(image: Any) -> tuple[int, int]:
+    width, height = image.size
+    on_its_side = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
     return (height, width) if on_its_side else (width, height)
 
 

@@ -133,6 +133,7 @@ def train_epoch(
 ) -> Generator[None, None, Pass]:
     """One pass over the partial set; ``profile``: so many of its steps are profiled."""
     session, n_batches = run.session, len(run.session.loader)
+    run.feed.begin_epoch(epoch)
     _set_rates(run, epoch)
     run.model.train()
     tally, saved = Tally(run.machine.device, run.processes), SavedTensorBytes(run.model)
