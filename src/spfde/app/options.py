@@ -121,12 +121,69 @@ class LengthOptions:
     ] = 0.0
 
 
-class TrainingOptions(LengthOptions):
+class UpdateOptions:
+    """How weights are stepped."""
+
+    optimizer: Annotated[Literal["sgd", "adamw"], Words("sgd (with momentum) or adamw", _TRAINING)] = "sgd"
+    lr: Annotated[
+        Annotated[float, Gt(0)] | None,
+        Words("initial learning rate, above 0", _TRAINING, shown="0.1; 0.001 with adamw"),
+    ] = None
+    schedule: Annotated[
+        Literal["cosine", "step", "constant"],
+        Words(
+            "of the learning rate: cosine (by block where the recipe says so), step (a tenth at half and at three "
+            "quarters of the run) or constant",
+            _TRAINING,
+        ),
+    ] = "cosine"
+    warmup: Annotated[
+        Annotated[int, Ge(0)] | None,
+        Words("epochs in which the learning rate rises linearly, 0 or more", _TRAINING, shown="the recipe's, or 0"),
+    ] = None
+    momentum: Annotated[float, Ge(0), Lt(1), Words("of sgd, in [0, 1)", _TRAINING)] = 0.9
+    nesterov: Annotated[bool, Words("Nesterov's form of the momentum", _TRAINING)] = False
+    weight_decay: Annotated[
+        float, Ge(0), Words("L2 penalty of sgd, decoupled decay of adamw; 0 or more", _TRAINING)
+    ] = 1e-4
+    clip_norm: Annotated[
+        Annotated[float, Gt(0)] | None,
+        Words("largest norm of all gradients of a step together, above 0", _TRAINING, shown="none"),
+    ] = None
+    accumulate: Annotated[int, Ge(1), Words("batches of a step, from 1 on", _TRAINING)] = 1
+
+
+class TrainingOptions(UpdateOptions, LengthOptions):
     """How the model is trained."""
 
-    lr: Annotated[float, Gt(0), Words("initial learning rate (cosine decay), above 0", _TRAINING)] = 0.1
-    momentum: Annotated[float, Ge(0), Lt(1), Words("SGD momentum, in [0, 1)", _TRAINING)] = 0.9
-    weight_decay: Annotated[float, Ge(0), Words("L2 penalty, 0 or more", _TRAINING)] = 1e-4
+    weights: Annotated[
+        str | None,
+        Words(
+            "what training starts from: pretrained (of timm's models), or a .safetensors or .pt file of weights",
+            _TRAINING,
+            shown="fresh weights",
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float, Ge(0), Lt(1), Words("share of each label that goes to all classes alike, in [0, 1)", _TRAINING)
+    ] = 0.0
+    ema: Annotated[
+        Annotated[float, Gt(0), Lt(1)] | None,
+        Words(
+            "decay of a moving average of the weights, in (0, 1), which is then evaluated and kept",
+            _TRAINING,
+            shown="none",
+        ),
+    ] = None
+    reestimate_bn: Annotated[
+        Annotated[int, Ge(2)] | None,
+        Words(
+            "training samples, at most, from 2 on, on which the statistics of batch norms are estimated anew before "
+            "each evaluation",
+            _TRAINING,
+            shown="none",
+        ),
+    ] = None
     augment: Annotated[
         Literal["auto", "none", "crop", "crop+flip", "random-resized-crop"],
         Words("auto (as the data allow), none, crop, crop+flip or random-resized-crop (and flip)", _TRAINING),
