@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spfde.app.compare.folder import Comparison
-from spfde.app.compare.spec import Spec, packaged_text, read_spec
+from spfde.app.compare.spec import KNOWN, Spec, packaged_text, read_spec
 from spfde.core.errors import InvalidArgument
 
 
@@ -108,6 +108,19 @@ def test_their_short_forms_are_the_same_with_each_method_once() -> None:
     assert short[0] == short[1]
     assert (short[0].seeds, len(short[0].candidates)) == ((0,), 22)
     assert "dense" in [candidate.name for candidate in short[0].candidates]
+
+
+IMAGENET_OPTIONS = {"label_smoothing", "warmup"}
+
+
+@pytest.mark.skipif(not set(KNOWN) >= IMAGENET_OPTIONS, reason="needs options that are not there yet")
+def test_imagenet_s_table_comes_with_the_package_and_has_a_short_form() -> None:
+    spec = read_spec("spfde_imagenet")
+    assert len(spec.expanded()) == 26
+    assert Comparison.of(spec).baseline == "MEST EM&S epochs=150 sparsity=0.9"
+    short = Comparison.of(spec.quickened("fashion-mini"))
+    assert len(short.candidates) == 12
+    assert all(each.options["augment"] == "random-resized-crop" for each in short.candidates)
 
 
 @pytest.mark.parametrize(
