@@ -17,7 +17,7 @@ import pytest
 from helpers.commands import Spfde, start
 
 TRAINING = ("--epochs", "3", "--batch-size", "16", "--engine", "masked", "--lr", "0.05")
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
 
 
 def words(data: Path, *more: str) -> list[str]:

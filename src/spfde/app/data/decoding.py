@@ -23,6 +23,7 @@ from spfde.core.errors import DataError
 _EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
 # By their content, whatever their name: Pillow would start another program for some, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+_JPEG = b"\xff\xd8\xff"
 _WITH_ALPHA = {"RGBA", "LA", "PA"}
 # How a camera held the image, in EXIF, and what puts it upright.
 _ORIENTATION, _ON_ITS_SIDE, _Turn = 0x0112, range(5, 9), Image.Transpose
@@ -102,6 +103,18 @@ def size_of(path: str) -> tuple[int, int]:
     return (height, width) if on_its_side else (width, height)
 
 
+def check_header(path: str) -> None:
+    """Look whether a file begins as an image does: for JPEGs, which may be a million, at three bytes.
+
+    Raises:
+        DataError: it does not.
+    """
+    with _named_errors(path), open(path, "rb", buffering=0) as file:
+        begin = file.read(len(_JPEG))
+    if begin != _JPEG:
+        size_of(path)
+
+
 def _as_rgb(image: Any, path: str) -> Any:
     """The image in RGB of 8 bits, on white where it is transparent; 16 bits are scaled.
 
@@ -124,9 +137,14 @@ def _as_rgb(image: Any, path: str) -> Any:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
+    with _named_errors(path), Image.open(path, formats=_FORMATS) as image:
+        yield image
+
+
+@contextmanager
+def _named_errors(path: str) -> Iterator[None]:
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            yield image
+        yield
     except DataError:
         raise
     except Exception as error:  # decoders raise whatever they like on damaged files

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spfde.app.data import kept_lists
-from spfde.app.data.decoding import decode, fit, size_of
+from spfde.app.data.decoding import check_header, decode, fit, size_of
 from spfde.app.data.images import DataSpec, ImageArray, ImageData, channel_statistics, data_error
 from spfde.app.data.listing import FileList, find_images
 from spfde.app.train.augment import AugmentMode
@@ -107,7 +107,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             DataError: one is no image.
         """
         if not self._is_checked:
-            _in_threads(size_of, self.files.paths())  # which wait for the disk, each at another file
+            _in_threads(check_header, self.files.paths(), at_once=256)  # threads wait for the disk side by side
             self._is_checked = True
             kept_lists.keep(self.files, is_checked=True)
 
@@ -193,12 +193,25 @@ def _decode_all(files: ImageFiles, indices: Sequence[int]) -> Tensor:
     return images
 
 
-def _in_threads(act: Callable[[Any], object], items: Iterable[Any]) -> None:
-    rest = iter(items)
+def _in_threads(act: Callable[[Any], object], items: Iterable[Any], at_once: int = 1) -> None:
+    """Call ``act`` for each item, by one thread for ``at_once`` of them: switching takes longer than a short call."""
+
+    def act_on(some: tuple[Any, ...]) -> None:
+        for item in some:
+            act(item)
+
+    parts = _batched(items, at_once)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        while some := tuple(islice(rest, 4096)):  # a queue of millions of calls would take gigabytes
-            for _ in pool.map(act, some):
+        while some := tuple(islice(parts, 1024)):  # a queue of millions of calls would take gigabytes
+            for _ in pool.map(act_on, some):
                 pass
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Items in tuples of ``size``, the last one shorter; ``itertools`` has it from Python 3.12 on."""
+    rest = iter(items)
+    while some := tuple(islice(rest, size)):
+        yield some
 
 
 def _find(

@@ -89,8 +89,10 @@ def _read(root: str) -> tuple[FileList, bool]:
         OSError: nothing.
         ValueError: it is not as it was written, or of another folder or layout; KeyError and TypeError are the same.
     """
-    made(_place(root).parent)
-    content = memoryview(_place(root).read_bytes())
+    place = _place(root)
+    place.stat()  # where there is none, no folder is made for it
+    made(place.parent)
+    content = memoryview(place.read_bytes())
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError("the checksum does not fit")
     end = content.obj.index(b"\n", 32)  # type: ignore[attr-defined]  # of bytes

@@ -34,6 +34,7 @@ from spfde.app.train.processes import Processes, check_together, open_folder
 from spfde.app.train.saving import Remembers, load_state, load_weights, save_state, seed_all, weights_note
 from spfde.app.train.stamp import hardware, versions
 from spfde.app.train.tracking import Trackers
+from spfde.app.train.waits import Waits
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
 from spfde.engines.prefix_cache import PrefixCache
@@ -74,6 +75,7 @@ class TrainingRun:
         processes: those that train it together.
         normalised: gives images on the device as the model takes them, but for the memory format.
         wrapped: what the model is called by in training: itself, or with others what averages its gradients.
+        waits: how long the newest epoch's training has waited for its batches, in this process.
     """
 
     options: TrainOptions
@@ -94,6 +96,7 @@ class TrainingRun:
     feed: Feed
     trackers: Trackers
     progress: Progress
+    waits: Waits = field(default_factory=Waits)
     is_resumed: bool = False
     resumed_from: Path | None = None
 
