@@ -18,7 +18,7 @@ from helpers.commands import Spfde, start
 from spfde.app.compare.spec import KNOWN
 
 TRAINING = ("--epochs", "3", "--batch-size", "16", "--engine", "masked", "--lr", "0.05")
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
 
 
 def words(data: Path, *more: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import spfde
+from spfde.app.data import decoding
 from spfde.app.data.folders import ImageFiles
 from spfde.app.data.images import ImageArray, collate, fetched
 from spfde.app.train.augment import BatchAugment
@@ -45,7 +46,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_in(root: Path, size: int = 12) -> ImageFiles:
-    files = ImageFiles(root)
+    files = ImageFiles.below(root)
     files.image_size = (size, size)
     return files
 
@@ -106,7 +107,7 @@ def test_a_part_s_images_are_cropped_from_its_own_files_by_their_ids_in_the_part
 
 def test_files_of_images_in_memory_are_cropped_whole(photos: Path) -> None:
     files = files_in(photos)
-    decoded = ImageArray(fetched(files, range(6))[0], torch.tensor(files.targets), files)
+    decoded = ImageArray(fetched(files, range(6))[0], files.targets, files)
     assert torch.equal(
         AugmentedSamples(decoded, augment(), seed=1).__getitems__([5, 0])[0],
         AugmentedSamples(files, augment(), seed=1).__getitems__([5, 0])[0],
@@ -142,13 +143,12 @@ def test_a_jpeg_is_decoded_as_coarsely_as_the_crop_allows(
     ramp = np.add.outer(np.arange(512), np.arange(512)) // 4
     picture = np.stack([ramp, ramp, 255 - ramp], 2).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "one" / "a.jpg", quality=95, subsampling=0)
-    files, seen, usual = files_in(tmp_path, 60), [], Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda image, *args, **kwargs: seen.append(image.size) or usual(image, *args, **kwargs)
-    )
+    files, seen, usual = files_in(tmp_path, 60), [], decoding.scale
+    monkeypatch.setattr(decoding, "scale", lambda image, size: seen.append(image.shape[1]) or usual(image, size))
     part, _ = files.cropped(0, lambda _height, _width: (0, 0, rows, rows))
-    assert seen == [(decoded, decoded)]
-    expected = np.array(usual(Image.fromarray(picture), (60, 60), Image.Resampling.BILINEAR, (0, 0, rows, rows)))
+    assert seen == [decoded * rows // 512]
+    whole = Image.fromarray(picture)
+    expected = np.array(whole.resize((60, 60), Image.Resampling.BILINEAR, (0, 0, rows, rows)))
     assert np.abs(part.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2
 
 

@@ -37,6 +37,7 @@ class NamedSet:
         files: where the files belong under the data root, for those who fetch them by hand.
         class_names: where they are known without the files.
         crop_share: of an image's shorter side, the share that is within the cut at its centre.
+        statistics: mean and deviation of each channel that a set in folders is known by, as shares of 255.
     """
 
     spec: DataSpec
@@ -45,6 +46,7 @@ class NamedSet:
     files: str = ""
     class_names: tuple[str, ...] | None = None
     crop_share: float = 1.0
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
@@ -69,6 +71,13 @@ _SETS = (
     ),
     NamedSet(DataSpec("svhn", 10, 3, (32, 32), 73_257, 26_032), "crop", "SVHN", "train_32x32.mat, test_32x32.mat"),
     NamedSet(DataSpec("stl10", 10, 3, (96, 96), 5_000, 8_000), "crop+flip", "STL10", "stl10_binary.tar.gz"),
+    NamedSet(
+        DataSpec("imagenet", 1000, 3, (224, 224), 1_281_167, 50_000),
+        "random-resized-crop",
+        crop_share=0.875,
+        files="train/CLASS/*.JPEG and val/CLASS/*.JPEG, with the same 1,000 folders",
+        statistics=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ),
 )
 DATASETS = {named.spec.name: named for named in _SETS}
 
@@ -103,7 +112,8 @@ def usual_crop_share(data: str) -> float:
 def load_data(
     name_or_path: str | Path, *, root: str | Path, image_size: int | None = None, crop_share: float | None = None
 ) -> ImageData:
-    """Load a data set for training; named sets of torchvision are downloaded into ``root`` when they are not there.
+    """Load a data set for training; named sets of torchvision are downloaded into ``root`` when they are not there, and
+    imagenet is expected there as ``train/`` and ``val/``.
 
     Args:
         name_or_path: as ``describe_data``.
@@ -126,6 +136,13 @@ def load_data(
         spec, train, test = load_npz(name_or_path)
         return _in_memory(spec, train, test, "crop", image_size, share, None)
     named = DATASETS[str(name_or_path)]
+    if named.statistics is not None:
+        with _torchvision(name_or_path):
+            from spfde.app.data.folders import KnownFolder, load_known
+        remedy = f"Fetch it by hand (https://image-net.org), and pass --data-root DIR where DIR has {named.files}."
+        return load_known(
+            KnownFolder(named.spec, named.statistics, named.augmentation, remedy), Path(root), image_size, share
+        )
     if named.loader is None:
         content = (resources.files("spfde.app") / "assets" / "fashion_mini.npz").read_bytes()
         spec, train, test = load_npz(io.BytesIO(content), named.spec.name)

@@ -40,6 +40,7 @@ from spfde.app.train.saving import Remembers, load_state, load_weights, save_sta
 from spfde.app.train.stamp import hardware, versions
 from spfde.app.train.starting import start_from
 from spfde.app.train.tracking import Trackers
+from spfde.app.train.waits import Waits
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
 from spfde.engines.prefix_cache import PrefixCache
@@ -82,6 +83,7 @@ class TrainingRun:
         mixing: mixes images of a batch in training; None for no mixing.
         wrapped: what the model is called by in training: itself, or with others what averages its gradients.
         evaluated: gives the model to evaluate, where that is another one.
+        waits: how long the newest epoch's training has waited for its batches, in this process.
     """
 
     options: TrainOptions
@@ -104,6 +106,7 @@ class TrainingRun:
     feed: Feed
     trackers: Trackers
     progress: Progress
+    waits: Waits = field(default_factory=Waits)
     is_resumed: bool = False
     resumed_from: Path | None = None
 
