@@ -28,7 +28,7 @@ from spfde.core.errors import RunFolderError, StateMismatch
 from spfde.freezing import ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
 
-MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
 EPOCHS = 6
 
 

@@ -209,7 +209,8 @@ def _data(run: RunFolder, trained: TrainOptions, spec: DataSpec, options: Evalua
             )
         return own_data(trained, run.read_json(CONFIG), run.path, root=options.data_root)
     _check_fits(describe_data(options.data, options.image_size), spec, options.data)  # before anything is downloaded
-    data = load_data(options.data, root=options.data_root or trained.data_root, image_size=options.image_size)
+    root = options.data_root or trained.data_root
+    data = load_data(options.data, root=root, image_size=options.image_size, crop_share=trained.crop_share)
     for mine, other in zip(names_in(trained.data) or (), data.class_names or (), strict=False):
         if mine != other:
             rule = f"has class {other!r} where the run's data have {mine!r}"

@@ -195,9 +195,30 @@ class TrainingOptions(UpdateOptions, LengthOptions):
         ),
     ] = 0
     augment: Annotated[
-        Literal["auto", "none", "crop", "crop+flip"],
-        Words("auto (as the data allow), none, crop or crop+flip", _TRAINING),
+        Literal["auto", "none", "crop", "crop+flip", "random-resized-crop"],
+        Words("auto (as the data allow), none, crop, crop+flip or random-resized-crop (and flip)", _TRAINING),
     ] = "auto"
+    randaugment: Annotated[
+        Annotated[int, Ge(0), Le(30)] | None,
+        Words("magnitude of RandAugment's operations on each image, from 0 to 30", _TRAINING, shown="none"),
+    ] = None
+    randaugment_ops: Annotated[
+        int, Ge(1), Le(14), Words("operations of RandAugment on each image, from 1 to 14", _TRAINING)
+    ] = 2
+    mixup: Annotated[
+        float, Ge(0), Le(100), Words("parameter of mixup's beta distribution, up to 100; 0 for none", _TRAINING)
+    ] = 0.0
+    cutmix: Annotated[
+        float, Ge(0), Le(100), Words("parameter of CutMix's beta distribution, up to 100; 0 for none", _TRAINING)
+    ] = 0.0
+    crop_share: Annotated[
+        Annotated[float, Ge(0.25), Le(1)] | None,
+        Words(
+            "share of an image's shorter side, from 0.25 to 1, that is within the cut at its centre, as in evaluation",
+            _TRAINING,
+            shown="the set's own: 1 but for imagenet",
+        ),
+    ] = None
     seed: Annotated[
         int, Ge(0), Lt(2**32), Words("seed of weights, masks, sieving and batches, from 0 to 2^32 - 1", _TRAINING)
     ] = 0

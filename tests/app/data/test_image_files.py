@@ -170,8 +170,8 @@ def test_arrays_are_brought_to_the_size(tmp_path: Path) -> None:
 
 def test_scaling_covers_the_size_and_cuts_at_the_centre() -> None:
     rows = torch.arange(4.0)[:, None].expand(4, 2)[None, None]
-    assert resized(rows, 2).tolist() == rows[:, :, 1:3].tolist()
-    assert resized(rows.byte(), 1).dtype == torch.uint8
+    assert resized(rows, (2, 2)).tolist() == rows[:, :, 1:3].tolist()
+    assert resized(rows.byte(), (1, 1)).dtype == torch.uint8
 
 
 # --- what lies in the file beside colours ----------------------------------------------------------------------------

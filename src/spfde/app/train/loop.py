@@ -138,12 +138,13 @@ def train_epoch(
 ) -> Generator[None, None, Pass]:
     """One pass over the partial set; ``profile``: so many of its steps are profiled."""
     session, n_batches = run.session, len(run.session.loader)
+    run.feed.begin_epoch(epoch)
     accumulate = run.options.accumulate
     _set_rates(run, epoch)
     run.model.train()
     tally, saved = Tally(run.machine.device, run.processes), SavedTensorBytes(run.model)
     with _profiling(run, profile, n_batches, display) as after_step:
-        for number, handed in enumerate(session.loader, start=1):
+        for number, handed in enumerate(run.waits.over(session.loader), start=1):
             x, y = run.batch(handed)
             with saved if number == 1 else nullcontext():
                 logits, loss = step(x, y, _weights(run), *share_of_step(number, n_batches, accumulate))
@@ -266,6 +267,7 @@ def _metrics(run: TrainingRun, trained: Pass, evaluated: Pass) -> dict[str, Any]
         "removed_samples": len(session.removed_set),
         **row,
         "saved_tensor_bytes": kept,
+        "loader_wait_seconds": run.waits.seconds,
         "sieve_moved": session.sieve_turnover["moved"],
         "sieve_ever_used": session.sieve_turnover["ever_used"],
     }

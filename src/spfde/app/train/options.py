@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spfde.app.data.datasets import DATASETS
+from spfde.app.data.datasets import DATASETS, usual_crop_share
 from spfde.app.declaring import flag, names_of, with_words
 from spfde.app.options import (
     CacheOptions,
@@ -76,6 +76,12 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     FORMERLY: ClassVar[dict[str, Any]] = {"precision": "fp32", "compile": False, "augment_draws": "batch"}
 
     _absolute_source = field_validator("data")(absolute_source)
+
+    @field_validator("crop_share")
+    @classmethod
+    def _own_crop_share(cls, share: float | None, others: ValidationInfo) -> float:
+        # Chosen here and not where it is used: the run's data may lie elsewhere when it goes on.
+        return usual_crop_share(str(others.data.get("data", ""))) if share is None else share
 
     @field_validator("data_root", "cache_folder")
     @classmethod

@@ -31,6 +31,7 @@ from spfde.app.train.evaluated import told as told_of_evaluated
 from spfde.app.train.feed import Feed, make_feed
 from spfde.app.train.loss import loss_of
 from spfde.app.train.machine import Machine, choose, compiling, pick_device
+from spfde.app.train.mixing import Mixing, mixing_of
 from spfde.app.train.optimizing import make_optimizer
 from spfde.app.train.optimizing import told as told_of_updates
 from spfde.app.train.options import TrainOptions, check_full_batch
@@ -39,6 +40,7 @@ from spfde.app.train.saving import Remembers, load_state, load_weights, save_sta
 from spfde.app.train.stamp import hardware, versions
 from spfde.app.train.starting import start_from
 from spfde.app.train.tracking import Trackers
+from spfde.app.train.waits import Waits
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
 from spfde.engines.prefix_cache import PrefixCache
@@ -78,8 +80,10 @@ class TrainingRun:
         choices: what was chosen, in lines for the user.
         processes: those that train it together.
         normalised: gives images on the device as the model takes them, but for the memory format.
+        mixing: mixes images of a batch in training; None for no mixing.
         wrapped: what the model is called by in training: itself, or with others what averages its gradients.
         evaluated: gives the model to evaluate, where that is another one.
+        waits: how long the newest epoch's training has waited for its batches, in this process.
     """
 
     options: TrainOptions
@@ -90,6 +94,7 @@ class TrainingRun:
     machine: Machine
     data: ImageData
     normalised: Callable[[Tensor], Tensor]
+    mixing: Mixing | None
     model: nn.Module
     wrapped: nn.Module
     evaluated: Evaluated
@@ -101,20 +106,25 @@ class TrainingRun:
     feed: Feed
     trackers: Trackers
     progress: Progress
+    waits: Waits = field(default_factory=Waits)
     is_resumed: bool = False
     resumed_from: Path | None = None
 
     def batch(self, handed: Any) -> tuple[Tensor, Tensor]:
-        """A batch of ``session.loader`` as the model takes it, and its labels, on the device."""
+        """A batch of ``session.loader`` as the model takes it, and its labels, on the device.
+
+        Labels are classes ``(N,)``, or class probabilities ``(N, classes)`` where images are mixed.
+        """
         images, labels = self.feed.batch(handed, self.session)
-        return self._input(images), labels
+        x = self.normalised(images)
+        if self.mixing is not None:
+            x, labels = self.mixing(x, labels, self.session.augmentation_seeds())
+        return _as_input(x), labels
 
     def evaluation_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of a set to evaluate on as the model takes it, and its labels, on the device."""
-        return ((self._input(images), labels) for images, labels in self.feed.evaluation_batches(split))
-
-    def _input(self, images: Tensor) -> Tensor:
-        return self.normalised(images).contiguous(memory_format=torch.channels_last)
+        batches = self.feed.evaluation_batches(split)
+        return ((_as_input(self.normalised(images)), labels) for images, labels in batches)
 
     def logits(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """The outputs in the run's precision, as float32; of its model, or of another one like it."""
@@ -144,6 +154,10 @@ class TrainingRun:
     @property
     def _others(self) -> dict[str, Remembers]:
         return {"session": self.session, "augment": self.augment, "progress": self.progress}
+
+
+def _as_input(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -226,7 +240,13 @@ def _prepare(
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
     whole = processes.in_turn(  # one of a host downloads what is not there
-        partial(load or load_data, options.data, root=Path(options.data_root), image_size=options.image_size)
+        partial(
+            load or load_data,
+            options.data,
+            root=Path(options.data_root),
+            image_size=options.image_size,
+            crop_share=options.crop_share,
+        )
     )
     data = hold_out(whole, options.validation_share, options.seed)
     augment = _augment(options, data)
@@ -263,6 +283,7 @@ def _prepare(
         machine=machine,
         data=data,
         normalised=normalised,
+        mixing=mixing_of(options, data.spec.num_classes),
         model=model,
         wrapped=processes.wrapped(model, device),
         evaluated=_evaluated(model, options, session, data, normalised, machine),
