@@ -17,7 +17,7 @@ from spfde.core.say import counted
 from spfde.core.torch_private import tree_map_only
 from spfde.cost.flops import LayerCost, ModelCost, model_cost
 from spfde.freezing import ProgressiveFreezing, Savings
-from spfde.freezing.plan import FreezePlan, blocks_to_freeze
+from spfde.freezing.plan import FreezePlan, blocks_to_freeze, delays
 from spfde.freezing.schemes import solve
 from spfde.model.blocks import Block, Partition, find_blocks
 from spfde.model.sample import Sample, unwrap
@@ -203,7 +203,10 @@ def draw(
     except Untraceable as error:
         return _untraced(model, recipe, epochs, interval, error)
     cost = model_cost(traced, model)
-    partition = find_blocks(model, traced, blocks=recipe.freezing.blocks if recipe.freezing is not None else None)
+    by_layer, named = False, None
+    if recipe.freezing is not None:
+        by_layer, named = recipe.freezing.unit == "layer", recipe.freezing.blocks
+    partition = find_blocks(model, traced, blocks=named, by_layer=by_layer)
     layers: Mapping[str, nn.Parameter] = {}
     dense: Sequence[LeftDense] = ()
     target: Mapping[str, int] = {}
@@ -332,7 +335,15 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
                 backward[block][row.epoch] += amount * share
     sizes = [block.n_layers for block in blocks]
     n_blocks = blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction)
-    savings = Savings(backward, total, technique.flops_reduction, blueprint.interval, n_blocks)
+    savings = Savings(
+        backward,
+        total,
+        technique.flops_reduction,
+        blueprint.interval,
+        n_blocks,
+        timing=technique.timing,
+        delays=delays(blueprint.partition.sizes, blueprint.interval, technique.timing),
+    )
     solved = solve(
         savings,
         scheme=technique.scheme,
