@@ -25,7 +25,7 @@ def cifar_plan(model: nn.Module, recipe: spfde.Recipe) -> spfde.Plan:
 def spfde_recipe(reduction: float, *, soft_bound: bool, sparsity: float = 0.9) -> spfde.Recipe:
     return spfde.Recipe(
         sparsity=spfde.MEST(sparsity=sparsity, soft_bound=soft_bound),
-        freezing=spfde.ProgressiveFreezing(flops_reduction=reduction),
+        freezing=spfde.ProgressiveFreezing(flops_reduction=reduction, timing="update"),  # the paper's
     )
 
 
