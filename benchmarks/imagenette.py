@@ -5,7 +5,7 @@ dense; sparse at 90 %, frozen and sieved (the preset ``spfde``) with the masked 
 one. Training FLOPs are modelled, seconds and memory are measured, each in a process of its own. A few epochs from
 random weights tell nothing about accuracy, which is not shown.
 
-    python benchmarks/imagenette.py --data DIR      # about 10 minutes on two cores
+    python benchmarks/imagenette.py --data DIR      # about 6 minutes on two cores
 """
 
 from __future__ import annotations
