@@ -33,7 +33,7 @@ class DataOptions:
     """What is trained, and on what."""
 
     data: Annotated[
-        str, Words("fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz")
+        str, Words("fashion-mini (embedded), a torchvision name (cifar10, …), imagenet, an image folder or an .npz")
     ] = "fashion-mini"
     image_size: Annotated[
         Annotated[int, Ge(8)] | None,
@@ -265,7 +265,9 @@ class MachineOptions:
         Annotated[int, Ge(0)] | None,
         Words("loader processes, 0 or more", _MACHINE, shown="none for images in memory, else one a core"),
     ] = None
-    data_root: Annotated[Path, Words("where torchvision's sets lie or are put", _MACHINE)] = Path("data")
+    data_root: Annotated[
+        Path, Words("where torchvision's sets lie or are put, and imagenet's train and val lie", _MACHINE)
+    ] = Path("data")
     track: Annotated[tuple[str, ...], Words("tensorboard, wandb, …; may be repeated", _MACHINE, shown=False)] = ()
 
 

@@ -297,7 +297,7 @@ def workers_for(data: ImageData, asked: int | None, *, is_one_by_one: bool = Fal
     augmented one by one.
 
     Processes that ``torchrun`` has started on one host share its cores. Each has ``MOST_WORKERS`` at most: one decodes
-    some 800 photographs a second, and few models train on more than sixteen times as many.
+    some 650 photographs a second, and few models train on more than sixteen times as many.
     """
     if asked is not None:
         return asked
