@@ -1,4 +1,4 @@
-"""When blocks are frozen, at any epoch or at update epochs: by hand, the paper's table, and what holds for any costs."""
+"""When blocks are frozen, at any epoch or at update epochs: by hand, the paper's table, and for any costs."""
 
 from __future__ import annotations
 
