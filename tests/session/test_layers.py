@@ -20,8 +20,8 @@ LAYERS = [
 ]
 """Of the small network; the classifier is the head."""
 BY_LAYER = spfde.ProgressiveFreezing(flops_reduction=0.15, unit="layer")
-# Five of eight layers may be frozen, from a start at epoch 7 on in epochs 7, 7, 8, 9, 10, which saves 14.7 %. From epoch
-# 6 on the fifth is not needed, and the fourth not until epoch 10.
+# Five of eight layers may be frozen, from a start at epoch 7 on in epochs 7, 7, 8, 9, 10, which saves 14.7 %. From
+# epoch 6 on the fifth is not needed, and the fourth not until epoch 10.
 FROZEN = (0, 0, 0, 0, 0, 0, 2, 3, 3, 3, 4, 4)
 
 
