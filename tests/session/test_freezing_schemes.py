@@ -1,4 +1,7 @@
-"""Every freezing scheme on a loop: what is frozen does not move, what thaws does, and the bill is the plan's."""
+"""Every freezing scheme on a loop: what is frozen does not move, what thaws does, and the bill is the plan's.
+
+At update epochs; between two of them see test_layers.py.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from spfde.freezing.rates import learning_rate_factor
 
 EPOCHS = 12
 SCHEMES = {
-    "single-shot": spfde.ProgressiveFreezing(flops_reduction=0.15),
-    "single-shot-resume": spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="single-shot-resume"),
+    "single-shot": spfde.ProgressiveFreezing(flops_reduction=0.15, timing="update"),
+    "single-shot-resume": spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="single-shot-resume", timing="update"),
     "periodic": spfde.ProgressiveFreezing(flops_reduction=0.25, scheme="periodic"),
     "delayed-periodic": spfde.ProgressiveFreezing(flops_reduction=0.22, scheme="delayed-periodic"),
 }

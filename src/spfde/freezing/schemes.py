@@ -124,7 +124,8 @@ class SingleShot(FreezingScheme):
 
     The start is the latest epoch from which all ``n_blocks`` blocks, an interval apart, save enough. Then, from the
     last block to the second, each is frozen as late as the target allows, which may be never. Where that still saves
-    ``NEAR`` more than was asked for, an earlier start may come nearer: the blocks behind the first wait longer then.
+    ``NEAR`` more than was asked for, a start earlier by less than an interval may come nearer: the blocks behind the
+    first wait longer then.
 
     With ``timing="update"`` it is the paper's: the start is an update epoch, and blocks are frozen front to back, one
     at each update epoch, until the target is met.
@@ -151,7 +152,8 @@ class SingleShot(FreezingScheme):
         latest = bisect_left(starts, min(savings.enough, most(starts[-1])), key=most)
         if savings.flops_reduction > 0 and most(starts[latest]) >= savings.enough:
             if savings.timing == "exact":
-                yield _frozen_from(_nearest(savings, starts[latest:], end=end), savings.epochs, end=end)
+                near = starts[latest : latest + savings.interval]
+                yield _frozen_from(_nearest(savings, near, end=end), savings.epochs, end=end)
             yield from (from_epoch(starts[latest], n_blocks) for n_blocks in range(1, savings.n_blocks))
         yield from_epoch(starts[latest], savings.n_blocks)
 
