@@ -284,10 +284,6 @@ def _untraced(model: nn.Module, recipe: Recipe, epochs: int, interval: int, erro
     )
 
 
-def _twice(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == 1 else tensor
-
-
 def _updating(model: nn.Module, sample: Sample) -> frozenset[str]:
     """Names of the modules that change buffers in training: those that run then, and those that have the buffers.
 
@@ -295,7 +291,8 @@ def _updating(model: nn.Module, sample: Sample) -> frozenset[str]:
     """
     written: Mapping[str, str] = {}
     # Batch norms divide by the batch less one in training: a sample of one item is taken twice.
-    for inputs in (sample, tree_map_only(Tensor, _twice, sample)):
+    twice = tree_map_only(Tensor, lambda one: torch.cat([one, one]) if one.dim() and len(one) == 1 else one, sample)
+    for inputs in (sample, twice):
         try:
             written = trace(model, inputs, training=True).written
             break
