@@ -84,7 +84,7 @@ class Plan:
     Example:
         >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
         >>> bill.start_epoch, bill.freeze_epochs
-        (80, (80, 85, 90))
+        (82, (82, 87, 92))
         >>> f"{bill.flops_ratio:.0%} of the dense net's FLOPs"
         "25% of the dense net's FLOPs"
     """
