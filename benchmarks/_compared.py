@@ -85,12 +85,12 @@ class Runs:
 
 
 @contextmanager
-def opened_runs(asked: argparse.Namespace, *, quick_epochs: int) -> Iterator[Runs]:
+def opened_runs(asked: argparse.Namespace, *, quick_epochs: int, data: str | Path = DATA) -> Iterator[Runs]:
     """The runs that these options ask for; those of a smoke test are removed again. A mistake ends the benchmark."""
     stamp, seeds, epochs = begin(asked), asked.seeds, asked.epochs
     try:
         if not asked.quick:
-            yield Runs(asked.name, asked.runs, seeds or [0, 1, 2], epochs or 20, {"data": DATA}, stamp)
+            yield Runs(asked.name, asked.runs, seeds or [0, 1, 2], epochs or 20, {"data": str(data)}, stamp)
             return
         with tempfile.TemporaryDirectory() as place:
             small = {"data": str(quick_images(Path(place) / QUICK)), "batch_size": 16}
