@@ -173,6 +173,23 @@ class TestTrain:
         assert recipe.sieving == DataSieving(removed_fraction=0.25, criterion="el2n")
         assert recipe.update_interval_epochs == 2
 
+    def test_all_samples_come_back_for_the_last_epochs_at_the_cost_that_was_planned(
+        self, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        """A quarter of 96 in each of 4 epochs are 96: 32 in each of the 3 before the last one."""
+        own = ["--sieve", 0.25, "--sieve-full-last", 0.25, "--sieve-offset", 1, "--sieve-criterion", "top-loss"]
+        argv = ["--data", tiny, "--recipe", "dense", *own, "--interval", 2, "--epochs", 4, "--batch-size", 16]
+        plan = json.loads(spfde("plan", *argv, "--json").out)
+        assert spfde("train", *argv, "--out", "run").code == 0
+        rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+        assert [(row["partial_samples"], row["removed_samples"]) for row in rows] == [(64, 32)] * 3 + [(96, 0)]
+        assert [row["sieve_moved"] > 0 for row in rows] == [False, True, False, True]
+        summary = read(Path("run/summary.json"))
+        assert summary["samples_seen"] == 3 * 64 + 96 == 4 * 72
+        assert summary["training_flops"] == plan["training_flops"]
+        cited = spfde("cite", "run").out
+        assert all(key in cited for key in ("yuan2022spfde", "jin2026orderdp", "qin2024infobatch"))
+
     def test_the_recipe_of_an_earlier_run_can_be_used_again(self, tiny: Path, run_folder: Path, spfde: Spfde) -> None:
         argv = ["--recipe", run_folder / "recipe.toml", "--epochs", 8, "--batch-size", 16, "--out", "again"]
         assert spfde("train", "--data", tiny, *argv).code == 0
@@ -406,6 +423,10 @@ BAD_OPTIONS = [
     ("--device cuda:x", "--device='cuda:x': ", "Did you mean 'cuda:0'?"),
     ("--track tensorbord", "--track='tensorbord': ", "Did you mean 'tensorboard'?"),
     ("--sieve-criterion el2m", "--sieve-criterion='el2m'", "Did you mean 'el2n'"),
+    ("--sieve-full-last 1", "--sieve-full-last=1.0: ", "in [0, 1)"),
+    ("--sieve-offset -1", "--sieve-offset=-1: ", "from 0 to less than"),
+    ("--sieve-offset 2 --interval 2", "--sieve-offset=2: ", "Take 1 at most, or --interval 3 or more"),
+    ("--sieve 0.95 --sieve-full-last 0.125", "--sieve=0.95: ", "Take --sieve 0.8"),
     ("--recipe mest --sieve-criterion loss", "--sieve-criterion='loss'", "leaves no samples out"),
     ("--recipe rigl --soft-bound", "--soft-bound=True: ", "RigL"),
     ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),

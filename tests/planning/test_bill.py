@@ -189,6 +189,26 @@ def test_where_both_shares_of_freezing_agree_one_is_told() -> None:
     assert "in the bill" not in str(bill)
 
 
+@pytest.mark.parametrize(
+    "sieving",
+    [
+        spfde.DataSieving(removed_fraction=0.3, full_last=0.25),
+        spfde.OneTimeRemoval(removed_fraction=0.5, at_fraction=0.5),
+    ],
+)
+def test_epochs_of_more_samples_weigh_more_in_what_freezing_saves(sieving: spfde.sieving.SievingMethod) -> None:
+    model = build_model("resnet8", num_classes=10, in_channels=1, image_size=(28, 28))
+    freezing = spfde.ProgressiveFreezing(start_epoch=4, flops_reduction=0)
+    recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.9), freezing=freezing, sieving=sieving)
+    with_it, without = (
+        spfde.plan(model, torch.zeros(1, 1, 28, 28), each, 8, 10_000)
+        for each in (recipe, recipe.replace(freezing=None))
+    )
+    saved = 1 - with_it.training_flops / without.training_flops
+    assert with_it.blueprint.freeze_plan.reduction == pytest.approx(saved, rel=1e-5)
+    assert "in the bill" not in str(with_it)
+
+
 def test_a_single_epoch_is_told_in_the_singular() -> None:
     bill = spfde.plan(nn.Linear(3, 2), torch.zeros(1, 3), spfde.Recipe(), 1, 8)
     assert "Plan: 1 epoch of" in str(bill)

@@ -273,6 +273,14 @@ def test_circular_sieving_moves_samples_at_updates_but_the_first_and_the_last_ep
     assert [row.epoch for row in timeline if row.sieve_update] == [2, 4, 6]
 
 
+def test_samples_move_out_of_step_and_all_come_back_for_the_last_epochs() -> None:
+    # 0.2 of 50 in 9 epochs are 90: 15 in each of the 6 before the last three.
+    sieving = spfde.DataSieving(removed_fraction=0.2, full_last=0.3, offset_epochs=1)
+    timeline = planned(None, epochs=9, interval=2, samples=50, sieving=sieving)
+    assert [row.samples for row in timeline] == [35] * 6 + [50] * 3
+    assert [row.epoch for row in timeline if row.sieve_update] == [1, 3, 5, 6]
+
+
 def test_one_time_removal_leaves_samples_out_from_one_update_on() -> None:
     # A half of ten epochs, rounded to an update: epoch 6. 12 of 50 samples go.
     sieving = spfde.OneTimeRemoval(removed_fraction=0.24, at_fraction=0.5)

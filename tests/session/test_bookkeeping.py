@@ -97,7 +97,7 @@ def test_no_step_looks_at_a_value_so_that_no_gpu_is_waited_for(name: str) -> Non
     assert (operations.reads > 0) == (name in CHANGES_MASKS_EVERY_STEP)
 
 
-@pytest.mark.parametrize("criterion", ["forgetting", "loss", "el2n", "random"])
+@pytest.mark.parametrize("criterion", ["forgetting", "loss", "el2n", "random", "top-loss"])
 def test_no_criterion_looks_at_a_value_in_a_step(criterion: str) -> None:
     sieving = spfde.DataSieving(removed_fraction=0.25, criterion=criterion)
     recipe = spfde.Recipe(sieving=sieving, update_interval_epochs=2)

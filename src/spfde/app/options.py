@@ -90,7 +90,17 @@ class RecipeOptions:
     sieve_criterion: Annotated[
         str | None,
         Sets("sieving", "criterion"),
-        _save("which samples are easy: forgetting, loss, el2n or random"),
+        _save("which samples are easy: forgetting, loss, el2n or random; or drawn anew: top-loss or repeated-random"),
+    ] = None
+    sieve_full_last: Annotated[
+        float | None,
+        Sets("sieving", "full_last"),
+        _save("share of the run, at its end, in which all samples are used, and more left out before; in [0, 1)"),
+    ] = None
+    sieve_offset: Annotated[
+        int | None,
+        Sets("sieving", "offset_epochs"),
+        _save("epochs by which samples move after the structure does, from 0 to less than the interval"),
     ] = None
     soft_bound: Annotated[bool | None, Sets("sparsity", "soft_bound"), _save("MEST's soft memory bound (EM&S)")] = None
     interval: Annotated[
@@ -121,12 +131,69 @@ class LengthOptions:
     ] = 0.0
 
 
-class TrainingOptions(LengthOptions):
+class UpdateOptions:
+    """How weights are stepped."""
+
+    optimizer: Annotated[Literal["sgd", "adamw"], Words("sgd (with momentum) or adamw", _TRAINING)] = "sgd"
+    lr: Annotated[
+        Annotated[float, Gt(0)] | None,
+        Words("initial learning rate, above 0", _TRAINING, shown="0.1; 0.001 with adamw"),
+    ] = None
+    schedule: Annotated[
+        Literal["cosine", "step", "constant"],
+        Words(
+            "of the learning rate: cosine (by block where the recipe says so), step (a tenth at half and at three "
+            "quarters of the run) or constant",
+            _TRAINING,
+        ),
+    ] = "cosine"
+    warmup: Annotated[
+        Annotated[int, Ge(0)] | None,
+        Words("epochs in which the learning rate rises linearly, 0 or more", _TRAINING, shown="the recipe's, or 0"),
+    ] = None
+    momentum: Annotated[float, Ge(0), Lt(1), Words("of sgd, in [0, 1)", _TRAINING)] = 0.9
+    nesterov: Annotated[bool, Words("Nesterov's form of the momentum", _TRAINING)] = False
+    weight_decay: Annotated[
+        float, Ge(0), Words("L2 penalty of sgd, decoupled decay of adamw; 0 or more", _TRAINING)
+    ] = 1e-4
+    clip_norm: Annotated[
+        float, Ge(0), Words("largest norm of all gradients of a step together; 0 for any", _TRAINING)
+    ] = 0.0
+    accumulate: Annotated[int, Ge(1), Words("batches of a step, from 1 on", _TRAINING)] = 1
+
+
+class TrainingOptions(UpdateOptions, LengthOptions):
     """How the model is trained."""
 
-    lr: Annotated[float, Gt(0), Words("initial learning rate (cosine decay), above 0", _TRAINING)] = 0.1
-    momentum: Annotated[float, Ge(0), Lt(1), Words("SGD momentum, in [0, 1)", _TRAINING)] = 0.9
-    weight_decay: Annotated[float, Ge(0), Words("L2 penalty, 0 or more", _TRAINING)] = 1e-4
+    weights: Annotated[
+        str | None,
+        Words(
+            "what training starts from: pretrained (of timm's models), or a .safetensors or .pt file of weights",
+            _TRAINING,
+            shown="fresh weights",
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float, Ge(0), Lt(1), Words("share of each label that goes to all classes alike, in [0, 1)", _TRAINING)
+    ] = 0.0
+    ema: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Words(
+            "decay of a moving average of the weights, in [0, 1), which is evaluated in their place; 0 for none",
+            _TRAINING,
+        ),
+    ] = 0.0
+    reestimate_bn: Annotated[
+        int,
+        Ge(0),
+        Words(
+            "training samples, at most, on which the statistics of batch norms are estimated anew before each "
+            "evaluation; 0 for none",
+            _TRAINING,
+        ),
+    ] = 0
     augment: Annotated[
         Literal["auto", "none", "crop", "crop+flip"],
         Words("auto (as the data allow), none, crop or crop+flip", _TRAINING),

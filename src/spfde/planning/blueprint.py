@@ -353,11 +353,14 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
     total = 0.0
     whole = [float(factor) for factor in blueprint.backward()]
     saved = [blueprint.saved_by_block(index) for index in range(len(forward))]
-    for row in Timeline(blueprint, recipe, samples=1):
+    rows = Timeline(blueprint, recipe, samples=10**6).rows  # that many are as good as their shares
+    most = max(row.samples for row in rows)
+    for row in rows:
+        weight = row.samples / most  # an epoch costs as its samples do; 1 where all epochs have as many
         for flops, share, factor, by_block in zip(forward, blueprint.density(row), whole, saved, strict=True):
-            total += (1 + factor) * flops * share
+            total += weight * (1 + factor) * flops * share
             for block, amount in by_block:
-                backward[block][row.epoch] += amount * share
+                backward[block][row.epoch] += weight * amount * share
     sizes = [block.n_layers for block in blocks]
     n_blocks = blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction)
     savings = Savings(backward, total, technique.flops_reduction, blueprint.interval, n_blocks)

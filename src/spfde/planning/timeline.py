@@ -36,7 +36,7 @@ class Row:
         update: whether it is an update epoch, a multiple of Δτ.
         frozen_blocks: how many of the first blocks are frozen.
         samples: samples in use.
-        sieve_update: whether samples move at its top.
+        sieve_update: whether samples move at its top; where all are in use then, the removed ones have come back.
         rates: learning rate of each block, and of the head last, as a factor of the base rate; empty where the caller
             drives the rates.
         masks: what happens to the masked layers.

@@ -76,6 +76,14 @@ class TestChooseRecipe:
             removed_fraction=0.1, criterion="loss"
         )
 
+    def test_when_and_how_many_samples_move_changes_how_the_recipe_sieves(self) -> None:
+        changed = choose_recipe("spfde", sieve_full_last=0.125, sieve_offset=1, sieve_criterion="top-loss")
+        assert changed.sieving == DataSieving(full_last=0.125, offset_epochs=1, criterion="top-loss")
+        with pytest.raises(InvalidArgument, match=r"--sieve-offset=1: is no field of OneTimeRemoval"):
+            choose_recipe("mest-de", sieve_offset=1)
+        with pytest.raises(InvalidArgument, match=r"--sieve-full-last=0\.125.*leaves no samp"):
+            choose_recipe("dense", sieve_full_last=0.125)
+
     def test_a_criterion_that_there_is_not_or_with_nothing_to_sieve_is_refused(self) -> None:
         with pytest.raises(InvalidArgument, match=r"--sieve-criterion='el2m'.*Did you mean 'el2n'"):
             choose_recipe("spfde", sieve_criterion="el2m")

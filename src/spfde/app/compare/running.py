@@ -63,7 +63,7 @@ _NAMED = ("track", "engine", "device", "model", "precision", "data", "image_size
 def _check_plan(options: TrainOptions, whole: DataSpec, model: nn.Module) -> None:
     spec = trained_on(whole, options.validation_share, options.batch_size)
     recipe, sample = options.load_recipe(), torch.zeros(1, *spec.sample_shape)
-    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size, epochs=options.epochs)
     plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
 
 

@@ -117,7 +117,7 @@ def _planned(text: str) -> Cost | InvalidArgument:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of recipes that may never be trained
         try:
-            check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
+            check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size, epochs=options.epochs)
             sample = torch.zeros(1, *spec.sample_shape)
             bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
         except InvalidArgument as error:

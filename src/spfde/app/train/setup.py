@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 import spfde
 from spfde.app.data.datasets import load_data
@@ -27,12 +26,18 @@ from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.building import built
 from spfde.app.train.checks import check_named
 from spfde.app.train.dense_step import time_dense_step
+from spfde.app.train.evaluated import Evaluated, check_norms, drawn
+from spfde.app.train.evaluated import told as told_of_evaluated
 from spfde.app.train.feed import Feed, make_feed
+from spfde.app.train.loss import loss_of
 from spfde.app.train.machine import Machine, choose, compiling, pick_device
+from spfde.app.train.optimizing import make_optimizer
+from spfde.app.train.optimizing import told as told_of_updates
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.processes import Processes, check_together, open_folder
 from spfde.app.train.saving import Remembers, load_state, load_weights, save_state, seed_all, weights_note
 from spfde.app.train.stamp import hardware, versions
+from spfde.app.train.starting import start_from
 from spfde.app.train.tracking import Trackers
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
@@ -74,6 +79,7 @@ class TrainingRun:
         processes: those that train it together.
         normalised: gives images on the device as the model takes them, but for the memory format.
         wrapped: what the model is called by in training: itself, or with others what averages its gradients.
+        evaluated: gives the model to evaluate, where that is another one.
     """
 
     options: TrainOptions
@@ -86,6 +92,7 @@ class TrainingRun:
     normalised: Callable[[Tensor], Tensor]
     model: nn.Module
     wrapped: nn.Module
+    evaluated: Evaluated
     optimizer: Optimizer
     scaler: GradScaler
     session: Session
@@ -118,7 +125,7 @@ class TrainingRun:
         return logits.float()
 
     def at(self, checkpoint: Path) -> nn.Module:
-        """A model with a checkpoint's weights, beside the run's own, of which nothing is touched."""
+        """A model with a checkpoint's weights as they were evaluated, beside the run's own, which is not touched."""
         model = built(self.options, self.data.spec, self.machine.device, seed=0)
         with self.processes.copied(checkpoint) as copy:
             load_weights(copy, model)
@@ -127,10 +134,12 @@ class TrainingRun:
     def save(self, folder: Path) -> None:
         """Write what the run goes on from."""
         save_state(folder, self.model, self.optimizer, self.scaler, self._others, self.machine.device)
+        self.evaluated.save(folder)
 
     def load(self, folder: Path) -> None:
         """Go on from what ``save`` wrote."""
         load_state(folder, self.model, self.optimizer, self.scaler, self._others, self.machine.device)
+        self.evaluated.load(folder)
 
     @property
     def _others(self) -> dict[str, Remembers]:
@@ -148,7 +157,8 @@ def opened(
         afterwards.callback(folder.close)
         try:
             options, checkpoint = processes.first(partial(_looked_up, options, folder, resume=resume))
-            run = _prepare(options if processes.is_first else options.untold(), folder, processes, afterwards, load)
+            own = options if processes.is_first else options.untold()
+            run = _prepare(own, folder, processes, afterwards, load, is_new=checkpoint is None)
             run.is_resumed = resume
             if not resume:
                 folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
@@ -192,7 +202,13 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
 
 
 def _prepare(
-    asked: TrainOptions, folder: RunFolder, processes: Processes, afterwards: ExitStack, load: Loads | None
+    asked: TrainOptions,
+    folder: RunFolder,
+    processes: Processes,
+    afterwards: ExitStack,
+    load: Loads | None,
+    *,
+    is_new: bool,
 ) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     spec = trained_on(check_named(asked.model_dump()), asked.validation_share, asked.batch_size)
@@ -201,9 +217,11 @@ def _prepare(
     seed_all(asked.seed)
     recipe = asked.load_recipe()
     model = built(asked, spec, device)
+    check_norms(model, asked)
+    begun = start_from(model, asked, spec, processes.first) if asked.weights is not None and is_new else None
     sample = torch.zeros(2, *spec.sample_shape, device=device)
     bill = plan(model, sample, recipe, asked.epochs, spec.train_samples, batch_size=asked.batch_size)
-    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size, epochs=asked.epochs)
     options, chosen = choose(asked, device, bill, processes.size)
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
@@ -214,11 +232,11 @@ def _prepare(
     augment = _augment(options, data)
     feed = make_feed(data, device, augment, options, processes)
     normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))
-    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    optimizer = make_optimizer(model.parameters(), options)
 
     def score_loss(net: nn.Module, handed: Any) -> Tensor:
         images, labels = feed.plain(handed)
-        return F.cross_entropy(net(normalised(images)), labels)
+        return loss_of(net(normalised(images)), labels, label_smoothing=options.label_smoothing)
 
     probe = _probe(options, recipe, data)
     session = spfde.attach(
@@ -233,12 +251,13 @@ def _prepare(
         plan=bill,
         **_settings(options),
     )
+    told = (chosen, begun, told_of_updates(options), told_of_evaluated(options), feed.where, weights_note())
     trackers = Trackers(options.track, folder.path)
     afterwards.callback(trackers.close)
     return TrainingRun(
         options=options,
         asked=asked,
-        choices=[line for line in (chosen, feed.where, weights_note()) if line is not None],
+        choices=[line for line in told if line is not None],
         folder=folder,
         processes=processes,
         machine=machine,
@@ -246,6 +265,7 @@ def _prepare(
         normalised=normalised,
         model=model,
         wrapped=processes.wrapped(model, device),
+        evaluated=_evaluated(model, options, session, data, normalised, machine),
         optimizer=optimizer,
         scaler=machine.scaler(),
         session=session,
@@ -254,6 +274,32 @@ def _prepare(
         feed=feed,
         trackers=trackers,
         progress=Progress(),
+    )
+
+
+def _evaluated(
+    model: nn.Module,
+    options: TrainOptions,
+    session: Session,
+    data: ImageData,
+    normalised: Callable[[Tensor], Tensor],
+    machine: Machine,
+) -> Evaluated:
+    def samples(count: int) -> Iterator[Tensor]:
+        for images in drawn(data.train, count, batch_size=options.batch_size, seed=options.seed):
+            yield normalised(images.to(machine.device)).contiguous(memory_format=torch.channels_last)
+
+    def forward(twin: nn.Module, x: Tensor) -> object:
+        with machine.autocast():
+            return twin(x)
+
+    return Evaluated(
+        model,
+        options,
+        lambda: session.masks,
+        make_twin=lambda: built(options, data.spec, machine.device, seed=0),
+        samples=samples,
+        forward=forward,
     )
 
 
@@ -296,7 +342,7 @@ def _described(run: TrainingRun) -> dict[str, Any]:
         "asked": {name: value for name, value in asked.items() if value != command[name]},
         "data": {**run.data.facts(), "augment": run.augment.mode},
         "model": options.model,
-        "recipe": options.recipe,
+        "recipe": options.load_recipe().to_dict(),
         "engine": run.session.engine,
         "plan": bill.to_dict(),
         "timeline": bill.timeline.to_dict(),
