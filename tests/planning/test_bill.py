@@ -10,7 +10,7 @@ from torch import nn
 
 import spfde
 from spfde.app.train.models import build_model
-from spfde.planning import blueprint, traced_once
+from spfde.model import trace
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +216,8 @@ def test_a_single_epoch_is_told_in_the_singular() -> None:
 
 def test_plans_of_one_model_trace_it_once_while_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, traced = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), []
-    usual = blueprint.trace
-    monkeypatch.setattr(blueprint, "trace", lambda *args: traced.append(args[0]) or usual(*args))
+    usual = trace._traced
+    monkeypatch.setattr(trace, "_traced", lambda *args, **how: traced.append(args[0]) or usual(*args, **how))
     recipes = [spfde.Recipe(sparsity=spfde.SET(sparsity=sparsity, dense_head=False)) for sparsity in (0.5, 0.75)]
 
     def bills() -> list[int]:
@@ -225,7 +225,7 @@ def test_plans_of_one_model_trace_it_once_while_that_is_asked_for(monkeypatch: p
 
     alone = bills()
     assert len(traced) == 2
-    with traced_once():
+    with trace.traced_once():
         assert bills() == alone
     assert len(traced) == 3
     assert bills() == alone

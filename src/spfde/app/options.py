@@ -79,6 +79,16 @@ class RecipeOptions:
         Sets("freezing", "scheme"),
         _save("single-shot, single-shot-resume, periodic or delayed-periodic"),
     ] = None
+    freeze_unit: Annotated[
+        str | None,
+        Sets("freezing", "unit"),
+        _save("what is frozen at once: block, or layer with its norm"),
+    ] = None
+    freeze_timing: Annotated[
+        str | None,
+        Sets("freezing", "timing"),
+        _save("exact: at any epoch, so that little more is saved than asked for; update: at update epochs alone"),
+    ] = None
     freeze_criterion: Annotated[
         str | None,
         Sets("freezing", "criterion"),

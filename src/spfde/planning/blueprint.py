@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -19,11 +17,11 @@ from spfde.core.say import counted
 from spfde.core.torch_private import tree_map_only
 from spfde.cost.flops import LayerCost, ModelCost, model_cost
 from spfde.freezing import ProgressiveFreezing, Savings
-from spfde.freezing.plan import FreezePlan, blocks_to_freeze
+from spfde.freezing.plan import FreezePlan, blocks_to_freeze, delays
 from spfde.freezing.schemes import solve
 from spfde.model.blocks import Block, Partition, find_blocks
 from spfde.model.sample import Sample, unwrap
-from spfde.model.trace import Trace, Untraceable, trace
+from spfde.model.trace import Untraceable, trace
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
 from spfde.sieving import DataSieving
@@ -175,32 +173,6 @@ class Blueprint:
         ]
 
 
-_KNOWN: ContextVar[dict[tuple[int, torch.Size], Trace] | None] = ContextVar("known traces", default=None)
-
-
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """While this is open a model is traced once for each shape of a sample that is a tensor: for many plans of one.
-
-    Models must live on, and stay as they are, meanwhile.
-    """
-    before = _KNOWN.set({})
-    try:
-        yield
-    finally:
-        _KNOWN.reset(before)
-
-
-def _traced(model: nn.Module, sample: Sample) -> Trace:
-    known = _KNOWN.get()
-    if known is None or not isinstance(sample, Tensor):
-        return trace(model, sample)
-    key = id(model), sample.shape
-    if key not in known:
-        known[key] = trace(model, sample)
-    return known[key]
-
-
 def draw(
     model: nn.Module, sample: Sample | None, recipe: Recipe, epochs: int, *, refusal: Untraceable | None = None
 ) -> Blueprint:
@@ -227,11 +199,14 @@ def draw(
     try:
         if sample is None:
             raise refusal or Untraceable(Problem("sample", None, "is not known", "Pass sample=."))
-        traced = _traced(model, sample)
+        traced = trace(model, sample)
     except Untraceable as error:
         return _untraced(model, recipe, epochs, interval, error)
     cost = model_cost(traced, model)
-    partition = find_blocks(model, traced, blocks=recipe.freezing.blocks if recipe.freezing is not None else None)
+    by_layer, named = False, None
+    if recipe.freezing is not None:
+        by_layer, named = recipe.freezing.unit == "layer", recipe.freezing.blocks
+    partition = find_blocks(model, traced, blocks=named, by_layer=by_layer)
     layers: Mapping[str, nn.Parameter] = {}
     dense: Sequence[LeftDense] = ()
     target: Mapping[str, int] = {}
@@ -363,7 +338,15 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
                 backward[block][row.epoch] += weight * amount * share
     sizes = [block.n_layers for block in blocks]
     n_blocks = blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction)
-    savings = Savings(backward, total, technique.flops_reduction, blueprint.interval, n_blocks)
+    savings = Savings(
+        backward,
+        total,
+        technique.flops_reduction,
+        blueprint.interval,
+        n_blocks,
+        timing=technique.timing,
+        delays=delays(blueprint.partition.sizes, blueprint.interval, technique.timing),
+    )
     solved = solve(
         savings,
         scheme=technique.scheme,

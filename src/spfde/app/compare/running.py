@@ -28,7 +28,8 @@ from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.side_by_side import Job, train_side_by_side
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, SpfdeError
-from spfde.planning import plan, traced_once
+from spfde.model.trace import traced_once
+from spfde.planning import plan
 
 Ended = Callable[[Planned, Summary | Exception], None]
 """Called when a run is over, with its summary or with what ended it."""

@@ -16,7 +16,8 @@ from spfde.app.data.validation import trained_on
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.planning import plan, traced_once
+from spfde.model.trace import traced_once
+from spfde.planning import plan
 
 
 class Cost(NamedTuple):
