@@ -35,9 +35,21 @@ DENSE, SYSTEM, MEST = "dense", "SpFDE 20 % + 20 %", "MEST 90 %"
 HEAVY = "sieving alone, 43 %"
 MOST_BELOW_DENSE = 0.03
 
-OPTIONS: dict[str, Values] = {}
+OPTIONS: dict[str, Values] = {
+    "frozen at update epochs (the paper's)": {"freeze_timing": "update"},
+    "frozen by layer": {"freeze_unit": "layer"},
+    "all samples in the last eighth": {"sieve_full_last": 0.125},
+    "sieving one epoch after mutation": {"sieve_offset": 1},
+    "EMA 0.99": {"ema": 0.99},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+    "norms estimated anew": {"reestimate_bn": 2000},
+    "sieving by loss": {"sieve_criterion": "loss"},
+    "sieving by top-loss": {"sieve_criterion": "top-loss"},
+    "sieving by repeated-random": {"sieve_criterion": "repeated-random"},
+}
 """What is added to SpFDE, one at a time."""
-CRITERIA = ("forgetting", "loss", "el2n", "random", "top-loss", "repeated-random")
+CRITERIA = ("forgetting", "loss", "random", "top-loss", "repeated-random")
+"""What is tried where much is left out."""
 
 
 def candidates() -> dict[str, Values]:
