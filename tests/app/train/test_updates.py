@@ -24,7 +24,7 @@ from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, StateMismatch
 
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
 ASKED: dict[str, Any] = {
     "ema": 0.9,
     "reestimate_bn": 40,
