@@ -53,7 +53,9 @@ class Evaluated:
         self._twin = make_twin().eval() if options.ema or self._n_samples else None
         self._average = None
         if self._twin is not None and options.ema:
-            self._average = Average(model, self._twin, masks, options.ema)
+            freezing = options.load_recipe().freezing
+            pauses = freezing is not None and freezing.scheme_class.pauses
+            self._average = Average(model, self._twin, masks, options.ema, pauses=pauses)
 
     def stepped(self) -> None:
         """The optimizer has stepped."""
