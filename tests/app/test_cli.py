@@ -454,7 +454,7 @@ BAD_OPTIONS = [
     ("--sieve-offset 2 --interval 2", "--sieve-offset=2: ", "Take 1 at most, or --interval 3 or more"),
     ("--sieve 0.95 --sieve-full-last 0.125", "--sieve=0.95: ", "Take --sieve 0.8"),
     ("--recipe mest --sieve-criterion loss", "--sieve-criterion='loss'", "leaves no samples out"),
-    ("--recipe rigl --soft-bound", "--soft-bound=True: ", "RigL"),
+    ("--recipe rigl --soft-bound", "--soft-bound=True: ", "the sparsity of recipe rigl"),
     ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),
     ("--structure 2:4", "--structure='2:4': ", "mest varies it", "Use --no-soft-bound, or another method, such"),
     ("--recipe gmp --structure 2:4", "--structure='2:4': ", "gmp varies it", "Use another method, such as set"),

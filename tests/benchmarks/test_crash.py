@@ -33,7 +33,7 @@ def test_runs_that_are_killed_at_random_end_as_if_nothing_had_been() -> None:
 @pytest.mark.parametrize(
     "loops",
     [
-        pytest.param(["accelerate"], id="accelerate"),
+        pytest.param(["accelerate"], id="accelerate", marks=pytest.mark.long),
         pytest.param(["lightning", "transformers", "accelerate"], id="all", marks=pytest.mark.long),
     ],
 )

@@ -38,6 +38,7 @@ def test_every_example_has_a_case() -> None:
 
 
 LONG = (
+    "in_accelerate.py",
     "in_lightning.py",
     "in_transformers.py",
     "vision_models.py",

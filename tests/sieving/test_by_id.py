@@ -91,7 +91,14 @@ def batch_of(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.as_tensor(each["x"]) for each in samples]), torch.tensor([each["y"] for each in samples])
 
 
-@pytest.mark.parametrize(("made", "workers"), [(as_iterated, 0), (in_tar_files, 1), (in_mds_files, 1)])
+@pytest.mark.parametrize(
+    ("made", "workers"),
+    [
+        (as_iterated, 0),
+        pytest.param(in_tar_files, 1, marks=pytest.mark.long),
+        pytest.param(in_mds_files, 1, marks=pytest.mark.long),
+    ],
+)
 def test_shards_on_disk_are_sieved_and_resumed(
     made: Callable[[Path], Dataset[Any]], workers: int, tmp_path: Path
 ) -> None:

@@ -78,11 +78,15 @@ def test_a_loader_that_holds_the_run_up_is_told_with_what_helps() -> None:
 def test_waits_are_in_the_metrics_and_said_where_images_are_decoded(
     in_memory: bool, augment: str, is_work: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(path: str, at_least: Any = None, decode: Any = folders.decode) -> Any:
-        time.sleep(0.01)
-        return decode(path, at_least)
+    def slowed(decode: Any) -> Any:
+        def slow(*args: Any, **more: Any) -> Any:
+            time.sleep(0.01)
+            return decode(*args, **more)
 
-    monkeypatch.setattr(folders, "decode", slow)
+        return slow
+
+    for name in ("decode", "decode_part"):
+        monkeypatch.setattr(folders, name, slowed(getattr(folders, name)))
     monkeypatch.setattr(display, "BRAKE", 0.0)  # whatever share it is on a machine that does other things too
     load = partial(folders.load_folder, in_memory_bytes=2**20 if in_memory else 0)
     shown = io.StringIO()
