@@ -21,25 +21,40 @@ struct ConvJob {
   int64_t bands, band_rows, threads;
 };
 
-// Adds a tile's pixels to the statistics of a row, in short chains: one long chain would hold up what comes behind.
-template <int N, class Valid>
-static inline void measure(real* stat, const vec* sum, bool first, bool is_full, const Valid& is_valid) {
-  const vec sample = first ? sum[0] : load(stat);
-  vec total[4] = {first ? vec{} : load(stat + LANES)}, squares[4] = {first ? vec{} : load(stat + 2 * LANES)};
-  if (is_full) {
-    SPFDE_UNROLL for (int i = 0; i < N; i++) {
-      const vec away = sum[i] - sample;
-      total[i % 4] += away;
-      squares[i % 4] += away * away;
-    }
-  } else {
-    SPFDE_UNROLL for (int i = 0; i < N; i++) {
-      if (!is_valid(i)) continue;
-      const vec away = sum[i] - sample;
-      total[i % 4] += away;
-      squares[i % 4] += away * away;
-    }
+// What happens to the sums of a row of the weight, once they are whole. UNROLLED: of a whole tile in registers, to which nothing
+// but this happens: it is stored, and measured.
+template <class T, class S, bool UNROLLED>
+static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row, int64_t p, int64_t q, int64_t bottom, real* stat, bool first,
+                               vec* sum) {
+  const Blocked& to = job.to;
+  const int64_t at = to.at(g, row, p) + q * LANES, high = bottom - p, wide = to.width - q;
+  const auto is_valid = [=](int k) { return UNROLLED || (k / S::columns < high && k % S::columns < wide); };
+  const auto place = [&](auto k) SPFDE_HERE { return at + (k / S::columns) * to.pitch() + (k % S::columns) * LANES; };
+  if constexpr (!UNROLLED) {
+    const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
+    const vec valid = to.valid(g);
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (!is_valid(k)) return;
+      sum[k] = sum[k] * scale + shift;
+      if (job.residual) sum[k] += load(in<T>(job.residual) + place(k));
+      sum[k] = activate(sum[k], job.activation);
+      sum[k] = valid != vec{} ? sum[k] : vec{};
+    });
   }
+  each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+    if (is_valid(k)) store(out<T>(job.target) + place(k), sum[k]);
+  });
+  if (!stat) return;
+  stat += row * 3 * LANES;
+  const vec sample = first ? sum[0] : load(stat);
+  // In short chains: one long chain would hold up what comes behind.
+  vec total[4] = {first ? vec{} : load(stat + LANES)}, squares[4] = {first ? vec{} : load(stat + 2 * LANES)};
+  each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+    if (!is_valid(k)) return;
+    const vec away = sum[k] - sample;
+    total[k % 4] += away;
+    squares[k % 4] += away * away;
+  });
   store(stat, sample);
   store(stat + LANES, (total[0] + total[1]) + (total[2] + total[3]));
   store(stat + 2 * LANES, (squares[0] + squares[1]) + (squares[2] + squares[3]));
@@ -48,7 +63,6 @@ static inline void measure(real* stat, const vec* sum, bool first, bool is_full,
 // A band of rows of a group, in tiles of size S.
 template <class T, class S>
 static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* rows, real* tile, real* waiting) {
-  constexpr int N = S::n;
   const Window& window = job.window;
   const Source& x = job.source;
   const Blocked &from = x.layout, &to = job.to;
@@ -56,8 +70,7 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
   const int64_t s = window.stride, top = band * job.band_rows, bottom = std::min(top + job.band_rows, to.height);
   // Which rows of z are this band's to write.
   const int64_t own = band == 0 ? 0 : top * s, own_end = bottom == to.height ? from.height : bottom * s;
-  const bool finish = job.scale || job.shift || job.residual || job.activation, is_short = to.is_short(g);
-  const vec valid = to.valid(g);
+  const bool is_plain = !job.scale && !job.shift && !job.residual && !job.activation;
   real* statistics = job.statistics ? job.statistics + (g * job.bands + band) * list.rows * 3 * LANES : nullptr;
   int64_t have = 0;
   for (int64_t p = top; p < bottom; p += job.step) {
@@ -77,31 +90,14 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
     streams.over(list.chunk[list.chunks] * ((to.width + S::columns - 1) / S::columns) * ((job.step + S::rows - 1) / S::rows));
     for (int64_t i = 0; i < job.step && p + i < bottom; i += S::rows) {
       for (int64_t q = 0; q < to.width; q += S::columns) {
-        const int64_t high = bottom - p - i, wide = to.width - q;
-        const bool is_full = high >= S::rows && wide >= S::columns, first = p + i == top && q == 0;
-        const auto is_valid = [=](int k) { return k / S::columns < high && k % S::columns < wide; };
+        const bool is_whole = is_plain && bottom - p - i >= S::rows && to.width - q >= S::columns, first = p + i == top && q == 0;
         for (int64_t chunk = 0; chunk < list.chunks; chunk++) {
           spread_tile(job.tile, list, chunk, rows + i * s * window.pitch + q * LANES, window, tile);
-          multiply<T>(size, tile, s * job.tile.pitch(), list, job.values, chunk, waiting, streams, [&](int64_t row, vec* sum) {
-            const int64_t at = to.at(g, row, p + i) + q * LANES;
-            const auto place = [&](int k) { return at + (k / S::columns) * to.pitch() + (k % S::columns) * LANES; };
-            if (finish) {
-              const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
-              SPFDE_UNROLL for (int k = 0; k < N; k++) {
-                sum[k] = sum[k] * scale + shift;
-                if (job.residual && (is_full || is_valid(k))) sum[k] += load(in<T>(job.residual) + place(k));
-                sum[k] = activate(sum[k], job.activation);
-                if (is_short) sum[k] = valid != vec{} ? sum[k] : vec{};
-              }
-            }
-            if (is_full) {
-              SPFDE_UNROLL for (int k = 0; k < N; k++) store(out<T>(job.target) + place(k), sum[k]);
-            } else {
-              SPFDE_UNROLL for (int k = 0; k < N; k++) {
-                if (is_valid(k)) store(out<T>(job.target) + place(k), sum[k]);
-              }
-            }
-            if (statistics) measure<N>(statistics + row * 3 * LANES, sum, first, is_full, is_valid);
+          multiply<T>(size, tile, s * job.tile.pitch(), list, job.values, chunk, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
+            if (is_whole) return conv_finish<T, S, true>(job, g, row, p + i, q, bottom, statistics, first, sum);
+            vec copied[S::n];
+            each_of<S::n, true>([&](auto k) SPFDE_HERE { copied[k] = sum[k]; });
+            conv_finish<T, S, false>(job, g, row, p + i, q, bottom, statistics, first, copied);
           });
         }
       }

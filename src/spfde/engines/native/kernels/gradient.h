@@ -47,27 +47,61 @@ struct GradientJob {
   int64_t step, height, bands, band_rows, threads;  // rows are counted in y's, or x's over the stride, whichever are more
 };
 
-// Adds what a tile's gradients bring to the sums of channel c, [2][LANES].
-template <class T, int N, class Place, class Valid>
-static inline void add_norm_sums(const NormSums& norm, int64_t c, real* to, const vec* sum, const Place& place, const Valid& is_valid) {
+// What happens to the gradients of channel c of x, in one residue, once they are whole. UNROLLED: of a whole tile in registers;
+// activations are then RELU or none.
+template <class T, class S, bool UNROLLED, class Valid>
+static SPFDE_INLINE void gradient_finish(const GradientJob& job, int64_t g, int64_t c, int64_t h, int64_t w, real* sums, const Valid& is_valid,
+                                   vec* sum) {
+  const Blocked& to = job.source.layout;
+  const int64_t s = job.source_window.stride, at = to.at(g, c, h) + w * LANES, down = s * to.pitch(), across = s * LANES;
+  const auto place = [=](int k) { return at + (k / S::columns) * down + (k % S::columns) * across; };
+  const auto sloped = [](vec d, vec u, int64_t activation) SPFDE_HERE {
+    if constexpr (UNROLLED) return activation == RELU ? (u > vec{} ? d : vec{}) : d;
+    return activate_backward(d, u, activation);
+  };
+  if (job.accumulate) {
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (is_valid(k)) sum[k] += load(in<T>(job.target) + place(k));
+    });
+  }
+  const Added& added = job.added;
+  if (added.d && added.z) {
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (!is_valid(k)) return;
+      sum[k] += sloped(load(in<T>(added.d) + place(k)), load(in<T>(added.z) + place(k)), added.activation);
+    });
+  } else if (added.d) {
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (is_valid(k)) sum[k] += load(in<T>(added.d) + place(k));
+    });
+  }
+  each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+    if (is_valid(k)) store(out<T>(job.target) + place(k), sum[k]);
+  });
+  const NormSums& norm = job.norm;
+  if (!norm.sums) return;
+  sums += c * 2 * LANES;
   const vec mean = spread(norm.mean ? norm.mean[c] : real(0));
   const vec scale = spread(norm.scale ? norm.scale[c] : real(1)), shift = spread(norm.shift ? norm.shift[c] : real(0));
-  vec total[4] = {load(to)}, dot[4] = {load(to + LANES)};
-  SPFDE_UNROLL for (int k = 0; k < N; k++) {
-    if (!is_valid(k)) continue;
-    const vec y = load(in<T>(norm.y) + place(k));
-    vec v = sum[k];
-    if (norm.activation == RELU) {
-      const vec u = norm.z ? load(in<T>(norm.z) + place(k)) : y * scale + shift;
-      v = u > vec{} ? v : vec{};
-    } else if (norm.activation != NONE) {
-      v = activate_backward(v, norm.z ? load(in<T>(norm.z) + place(k)) : y * scale + shift, norm.activation);
-    }
+  vec total[4] = {load(sums)}, dot[4] = {load(sums + LANES)};
+  const auto take = [&](auto k, vec y, vec u) SPFDE_HERE {
+    const vec v = sloped(sum[k], u, norm.activation);
     total[k % 4] += v;
     dot[k % 4] += v * (y - mean);
+  };
+  if (norm.z) {
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (is_valid(k)) take(k, load(in<T>(norm.y) + place(k)), load(in<T>(norm.z) + place(k)));
+    });
+  } else {
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (!is_valid(k)) return;
+      const vec y = load(in<T>(norm.y) + place(k));
+      take(k, y, y * scale + shift);
+    });
   }
-  store(to, (total[0] + total[1]) + (total[2] + total[3]));
-  store(to + LANES, (dot[0] + dot[1]) + (dot[2] + dot[3]));
+  store(sums, (total[0] + total[1]) + (total[2] + total[3]));
+  store(sums + LANES, (dot[0] + dot[1]) + (dot[2] + dot[3]));
 }
 
 // Memory of a thread.
@@ -85,41 +119,22 @@ static void gradient_tile(S size, const GradientJob& job, int64_t g, int64_t p, 
   constexpr int N = S::n;
   const Blocked& to = job.source.layout;
   const int64_t s = job.source_window.stride, residues = s * s, chunks = job.entries->chunks;
+  const bool is_plain = job.added.activation <= RELU && job.norm.activation <= RELU;
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     spread_tile(job.tile, job.entries[0], chunk, rows, job.window, room.tile);
     const real* values = job.values;
     for (int64_t residue = 0; residue < residues; residue++) {
       const Entries& list = job.entries[residue];
-      const int64_t down = residue / s, right = residue % s;
-      const int64_t high = (to.height - down + s - 1) / s - p, wide = (to.width - right + s - 1) / s - q;
-      const bool is_full = high >= S::rows && wide >= S::columns;
-      const auto is_valid = [=](int k) { return is_full || (k / S::columns < high && k % S::columns < wide); };
+      const int64_t h = p * s + residue / s, w = q * s + residue % s;
+      const int64_t high = (to.height - h + s - 1) / s, wide = (to.width - w + s - 1) / s;
+      const bool is_whole = is_plain && high >= S::rows && wide >= S::columns;
       real* waiting = room.waiting + residue * list.rows * N * LANES;
-      multiply<T>(size, room.tile, job.tile.pitch(), list, values, chunk, waiting, streams, [&](int64_t c, vec* sum) {
-        const int64_t at = to.at(g, c, p * s + down) + (q * s + right) * LANES, y_down = s * to.pitch(), across = s * LANES;
-        const auto place = [=](int k) { return at + (k / S::columns) * y_down + (k % S::columns) * across; };
-        if (job.accumulate) {
-          SPFDE_UNROLL for (int k = 0; k < N; k++) {
-            if (is_valid(k)) sum[k] += load(in<T>(job.target) + place(k));
-          }
-        }
-        if (job.added.d && job.added.activation == RELU) {
-          SPFDE_UNROLL for (int k = 0; k < N; k++) {
-            if (!is_valid(k)) continue;
-            const vec v = load(in<T>(job.added.d) + place(k));
-            sum[k] += load(in<T>(job.added.z) + place(k)) > vec{} ? v : vec{};
-          }
-        } else if (job.added.d) {
-          SPFDE_UNROLL for (int k = 0; k < N; k++) {
-            if (!is_valid(k)) continue;
-            const vec v = load(in<T>(job.added.d) + place(k));
-            sum[k] += job.added.z ? activate_backward(v, load(in<T>(job.added.z) + place(k)), job.added.activation) : v;
-          }
-        }
-        SPFDE_UNROLL for (int k = 0; k < N; k++) {
-          if (is_valid(k)) store(out<T>(job.target) + place(k), sum[k]);
-        }
-        if (job.norm.sums) add_norm_sums<T, N>(job.norm, c, room.norm + c * 2 * LANES, sum, place, is_valid);
+      multiply<T>(size, room.tile, job.tile.pitch(), list, values, chunk, waiting, streams, [&](int64_t c, vec* sum) SPFDE_HERE {
+        if (is_whole) return gradient_finish<T, S, true>(job, g, c, h, w, room.norm, [](int) { return true; }, sum);
+        vec copied[N];
+        each_of<N, true>([&](auto k) SPFDE_HERE { copied[k] = sum[k]; });
+        const auto is_valid = [=](int k) { return k / S::columns < high && k % S::columns < wide; };
+        gradient_finish<T, S, false>(job, g, c, h, w, room.norm, is_valid, copied);
       });
       values += list.n;
     }

@@ -32,12 +32,15 @@
 #define SPFDE_UNROLL _Pragma("unroll")
 #endif
 
+// Of a function, and of a lambda: it is put where it is called, so that what it works on stays in registers.
+#define SPFDE_INLINE inline SPFDE_HERE
+#define SPFDE_HERE __attribute__((always_inline))
 #define SPFDE_EXPORT extern "C" __attribute__((visibility("default")))
 
 using real = SPFDE_REAL;
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 32;
+constexpr int LANES = 16, REGISTERS = SPFDE_SINGLE ? 32 : 16;
 #else
 constexpr int LANES = 8, REGISTERS = 16;  // NEON has 32 of half the size
 #endif

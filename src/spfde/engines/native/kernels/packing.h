@@ -1,6 +1,8 @@
 // The way into the blocked layout and out of it, and from a weight to its active entries and back.
 #pragma once
 
+#include <algorithm>
+
 #include "storage.h"
 
 // From a PyTorch tensor (N, C, H, W) with any strides, in elements, and back.
@@ -157,21 +159,37 @@ struct GatherJob {
   int64_t pairs, threads;
 };
 
+// LANES pairs of which n are there. Without a branch: which of the two is none cannot be foreseen.
+#if SPFDE_HALF
+static inline void gather_pairs(const real* weights, const int32_t* index, int64_t n, real* values) {
+  words half[2];
+  for (int which = 0; which < 2; which++) {
+    uint32_t bits[LANES] = {};
+    for (int64_t k = 0; k < n; k++) {
+      const int32_t at = index[2 * k + which];
+      std::memcpy(bits + k, weights + std::max(at, 0), sizeof(*bits));
+      bits[k] &= ~uint32_t(at >> 31);
+    }
+    vec v;
+    std::memcpy(&v, bits, sizeof(v));
+    half[which] = __builtin_convertvector(rounded(v), words);
+  }
+  const words both = half[0] | half[1] << 16;
+  std::memcpy(values, &both, size_t(n) * sizeof(real));
+}
+#endif
+
 SPFDE_EXPORT void spfde_gather(const void* data) {
   const auto* job = static_cast<const GatherJob*>(data);
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t k = 0; k < job->n; k++) {
 #if SPFDE_HALF
-    if (job->pairs) {
-      bf16 pair[2];
-      for (int i = 0; i < 2; i++) {
-        const int32_t at = job->index[2 * k + i];
-        put(pair + i, at < 0 ? real(0) : job->weights[at]);
-      }
-      std::memcpy(job->values + k, pair, sizeof(pair));
-      continue;
+  if (job->pairs) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+    for (int64_t k = 0; k < job->n; k += LANES) {
+      gather_pairs(job->weights, job->index + 2 * k, std::min<int64_t>(LANES, job->n - k), job->values + k);
     }
-#endif
-    job->values[k] = job->weights[job->index[k]];
+    return;
   }
+#endif
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+  for (int64_t k = 0; k < job->n; k++) job->values[k] = job->weights[job->index[k]];
 }

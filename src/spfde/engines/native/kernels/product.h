@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "window.h"
 
@@ -147,10 +148,40 @@ static inline void with_size(int64_t rows, int64_t columns, const Call& call) {
   return call(Size<1, 1>{});
 }
 
+template <class Each, int... K>
+static SPFDE_INLINE void each_constant(const Each& each, std::integer_sequence<int, K...>) {
+  (each(std::integral_constant<int, K>{}), ...);
+}
+
+// each(k) for k < N: unrolled where the numbers that it is about are in registers. k is a constant then, so that no compiler
+// takes them for an array in memory.
+template <int N, bool UNROLLED = true, class Each>
+static SPFDE_INLINE void each_of(const Each& each) {
+#ifndef SPFDE_ROLLED
+  if constexpr (UNROLLED) return each_constant(each, std::make_integer_sequence<int, N>{});
+#endif
+  for (int k = 0; k < N; k++) each(k);
+}
+
+// Where the rows of a tile begin in memory. The compiler would rather find each pixel's own address for each entry.
+template <int ROWS_, class T>
+struct RowsOf {
+  const T* at[ROWS_];
+
+  SPFDE_INLINE RowsOf(const T* first, int64_t down) {
+    each_of<ROWS_>([&](auto r) SPFDE_HERE {
+      const T* here = first;
+      asm("" : "+r"(here));
+      at[r] = here;
+      first = here + down;
+    });
+  }
+};
+
 // All rows of the weight over one tile and one chunk. finish(row, sum) gets the sums of a row with its last entries; until then
 // they wait in `waiting` [rows][tile's pixels][LANES]. x: scratch; `down`: numbers from a target row to the next in it.
 template <class T, class S, class Finish>
-static inline void multiply(S, const real* x, int64_t down, const Entries& list, const real* values, int64_t chunk, real* waiting,
+static SPFDE_INLINE void multiply(S, const real* x, int64_t down, const Entries& list, const real* values, int64_t chunk, real* waiting,
                             Streams& streams, const Finish& finish) {
   constexpr int N = S::n, COLUMNS_ = S::columns;
   const int32_t* item = list.item + 2 * int64_t(list.chunk[chunk]);
@@ -163,28 +194,28 @@ static inline void multiply(S, const real* x, int64_t down, const Entries& list,
     streams.next();
     vec sum[N];
     if (item[0] & FIRST) {
-      SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = vec{};
+      each_of<N>([&](auto i) SPFDE_HERE { sum[i] = vec{}; });
     } else {
-      SPFDE_UNROLL for (int i = 0; i < N; i++) sum[i] = load(kept + i * LANES);
+      each_of<N>([&](auto i) SPFDE_HERE { sum[i] = load(kept + i * LANES); });
     }
     for (; k < end; k++) {
-      const real* s = x + list.offset[k];
+      const RowsOf<S::rows, real> s(x + list.offset[k], down);
       const vec w = spread(values[k]);
-      SPFDE_UNROLL for (int i = 0; i < N; i++) {
-        const vec v = load(s + (i / COLUMNS_) * down + (i % COLUMNS_) * LANES);
+      each_of<N>([&](auto i) SPFDE_HERE {
+        const vec v = load(s.at[i / COLUMNS_] + (i % COLUMNS_) * LANES);
 #if SPFDE_DOT
         if constexpr (IsPaired<T>::value) {
           sum[i] = dot(sum[i], w, v);
-          continue;
+          return;
         }
 #endif
         sum[i] += w * v;
-      }
+      });
     }
     if (item[0] & LAST) {
       finish(row, sum);
     } else {
-      SPFDE_UNROLL for (int i = 0; i < N; i++) store(kept + i * LANES, sum[i]);
+      each_of<N>([&](auto i) SPFDE_HERE { store(kept + i * LANES, sum[i]); });
     }
   }
 }
@@ -210,7 +241,7 @@ struct Lump<bf16> {
 
 // The gradients of the weights of a chunk from one tile of S registers: those of a row's pixels stay while its entries pass by.
 template <class T, class S>
-static inline void multiply_weight(S, const Entries& list, int64_t chunk, const T* x, int64_t x_down, const T* d, int64_t d_down,
+static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, const T* x, int64_t x_down, const T* d, int64_t d_down,
                                    int64_t d_span, real* sums, bool fresh, Streams& streams) {
   constexpr int N = S::n, COLUMNS_ = S::columns, APART = Lump<T>::pixels * LANES;
   const int32_t* item = list.item + 2 * int64_t(list.chunk[chunk]);
@@ -221,14 +252,14 @@ static inline void multiply_weight(S, const Entries& list, int64_t chunk, const 
     const int32_t end = item[1];
     streams.next();
     typename Lump<T>::type t[N];
-    SPFDE_UNROLL for (int i = 0; i < N; i++) t[i] = Lump<T>::take(from + (i / COLUMNS_) * d_down + (i % COLUMNS_) * APART);
+    each_of<N>([&](auto i) SPFDE_HERE { t[i] = Lump<T>::take(from + (i / COLUMNS_) * d_down + (i % COLUMNS_) * APART); });
     for (; k < end; k++) {
-      const T* s = x + list.offset[k];
+      const RowsOf<S::rows, T> s(x + list.offset[k], x_down);
       vec even = fresh ? vec{} : load(sums + int64_t(k) * LANES), odd{};
-      SPFDE_UNROLL for (int i = 0; i < N; i++) {
-        const auto v = Lump<T>::take(s + (i / COLUMNS_) * x_down + (i % COLUMNS_) * APART);
+      each_of<N>([&](auto i) SPFDE_HERE {
+        const auto v = Lump<T>::take(s.at[i / COLUMNS_] + (i % COLUMNS_) * APART);
         (i & 1 ? odd : even) = Lump<T>::add(i & 1 ? odd : even, t[i], v);
-      }
+      });
       store(sums + int64_t(k) * LANES, even + odd);
     }
   }
