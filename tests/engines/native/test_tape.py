@@ -52,8 +52,8 @@ def image(*shape: int, seed: int = 1) -> Tensor:
 
 def test_numbers_are_added_wherever_a_slot_is_then() -> None:
     tape = kernels().tape(1)
-    tape.accumulate(tape.given("a"), tape.numbers_after(tape.given("b"), 1), 2)
-    tape.accumulate(tape.given("a"), tape.numbers_after(tape.given("b"), 2), 1)
+    tape.sum_rows(tape.given("a"), tape.numbers_after(tape.given("b"), 1), 2)
+    tape.sum_rows(tape.given("a"), tape.numbers_after(tape.given("b"), 2), 1)
     tape.finish()
     a = torch.tensor([1.0, 10.0], dtype=torch.float64)
     for _ in range(2):  # other memory each time
@@ -87,8 +87,8 @@ def test_room_for_numbers_is_shared_between_like_sizes() -> None:
 def test_what_is_wanted_afterwards_is_handed_out_and_the_rest_goes_back_to_the_pool() -> None:
     tape, pool = kernels().tape(1), Pool()
     keep, scratch = tape.take_flat(4), tape.take_flat(4)
-    tape.accumulate(tape.given("a"), keep, 4)
-    tape.accumulate(tape.given("a"), scratch, 4)
+    tape.sum_rows(tape.given("a"), keep, 4)
+    tape.sum_rows(tape.given("a"), scratch, 4)
     tape.finish([keep])
     (found,) = tape.play({"a": torch.ones(4, dtype=torch.float64)}, pool)
     assert found.tolist() == [1.0] * 4  # the pool's new buffers are zero
@@ -99,7 +99,7 @@ def test_what_is_wanted_afterwards_is_handed_out_and_the_rest_goes_back_to_the_p
 
 def test_a_tape_that_is_not_given_what_it_reads_does_not_run() -> None:
     tape = kernels().tape(1)
-    tape.accumulate(tape.given("a"), tape.given("b"), 1)
+    tape.sum_rows(tape.given("a"), tape.given("b"), 1)
     tape.finish()
     with pytest.raises(KeyError, match="b"):
         tape.play({"a": torch.ones(1, dtype=torch.float64)}, Pool())
