@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 def variants(*, long: Sequence[str] = ("bf16 without products of pairs", "AVX2")) -> pytest.MarkDecorator:
-    """Parametrize a test over the builds that this machine can run; compiling takes a while, so some are for long runs."""
+    """Parametrize a test over the builds that this machine can run; most are for long runs, for they are compiled."""
     capability = torch.backends.cpu.get_cpu_capability()
     runs = [name for name in VARIANTS if name == "this processor" or (name == "AVX2" and "AVX" in capability)
             or "AVX512" in capability]  # fmt: skip

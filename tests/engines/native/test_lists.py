@@ -78,7 +78,7 @@ def test_each_active_weight_is_in_each_list_once(
             assert (np.diff(item[:, 1]) >= 0).all()
             assert np.count_nonzero(item[:, 0] & 1) == np.count_nonzero(item[:, 0] & 2) == rows * groups
             held = int(np.diff(taken).max()) * tile.pixels * 16
-            assert not len(offset) or (0 <= offset.min() and offset.max() < held)
+            assert not len(offset) or (offset.min() >= 0 and offset.max() < held)
 
 
 def test_without_pairs_an_entry_is_a_weight() -> None:

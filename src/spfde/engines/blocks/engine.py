@@ -18,7 +18,7 @@ from spfde.core.registry import register
 from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.blocks.lists import MOST_DENSITY, UNIT
 from spfde.engines.blocks.modules import linears_of
-from spfde.sparsity.structure import Block
+from spfde.sparsity.block import Block
 
 if TYPE_CHECKING:
     from spfde.engines.blocks.linear import BlockLinears

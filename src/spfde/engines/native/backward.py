@@ -1,7 +1,7 @@
 """The schedule of the backward pass through a region.
 
-Gradients are stored where convolutions write them. What comes of one in a pixelwise step (a slope, a normalisation, the way
-back to a residual) is noted, and made by the convolution that reads it.
+Gradients are stored where convolutions write them. What comes of one in a pixelwise step (a slope, a normalisation, the
+way back to a residual) is noted, and made by the convolution that reads it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from spfde.engines.native.structs import struct
 
 # What a window of the forward pass may take; the second-level cache (512 KiB or more) holds more than it.
 _MOST_WINDOW = 256 << 10
-# Rows of a window are this many bytes from a multiple of a page apart, so that they do not fall on the same cache lines.
+# Rows of a window are so many bytes from a multiple of a page apart, so that they do not fall on the same cache lines.
 _PAGE, _OFF_PAGE = 4096, 704
 # What an entry costs besides its products, in products.
 _ENTRY_COST = 3
@@ -90,7 +90,7 @@ class Geometry:
         return self.spans[0] - self.padding[0] >= self.stride and last >= height - 1
 
     def turned(self, axis: int) -> list[tuple[int, int, int]]:
-        """Of the gradient of the input along an axis: tap, residue of the input's pixel, and how far from it it reads."""
+        """Along an axis, for the gradient of the input: tap, residue of the input's pixel, and how far off it reads."""
         k, d, s, p = self.kernel[axis], self.dilation[axis], self.stride, self.padding[axis]
         taps = ((tap, residue, residue + p - tap * d) for tap in range(k) for residue in range(s))
         return [(tap, residue, away // s) for tap, residue, away in taps if away % s == 0]
@@ -116,7 +116,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Tile:
-    """Target pixels, and the rows, planes of columns and pixels in a plane that they read; see ``kernels/product.h``."""
+    """Target pixels, and the rows, planes of columns and pixels that they read; see ``kernels/product.h``."""
 
     rows: int
     columns: int

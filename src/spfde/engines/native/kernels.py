@@ -33,8 +33,9 @@ _UNITS = 4
 
 
 class Bands:
-    """How ``height`` rows of each group are cut into the units that threads take, in order: whole images if that comes out
-    even, else some bands of rows for each; of ``step`` rows, or several times as many.
+    """How ``height`` rows of each group are cut into the units that threads take, in order.
+
+    Whole images if that comes out even, else some bands for each thread, of a multiple of ``step`` rows.
     """
 
     def __init__(self, groups: int, height: int, threads: int, step: int) -> None:
@@ -66,7 +67,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Sloped:
-    """A gradient: ``d`` times the slope of an activation, and what comes of a normalisation; see ``Slope`` of window.h."""
+    """A gradient: ``d`` times the slope of an activation, through a normalisation; see ``Slope`` of window.h."""
 
     d: Buffer
     y: Buffer | None = None
@@ -313,8 +314,8 @@ class KernelTape(Tape):
         input_, output = (target, source) if kernel.endswith("backward") else (source, target)
         sizes = ((ctypes.c_int64 * 2)(*pair) for pair in window)
         self._on(
-            source.layout, f"spfde_{kernel}", "PoolJob", source, target, input_.layout.c, output.layout.c, *sizes, choice,
-            count_padding, accumulate, self.threads,
+            source.layout, f"spfde_{kernel}", "PoolJob", source, target, input_.layout.c, output.layout.c, *sizes,
+            choice, count_padding, accumulate, self.threads,
         )  # fmt: skip
 
     def global_pool(self, source: Buffer, means: Place) -> None:

@@ -79,8 +79,8 @@ Piece = Layout | tuple[int, torch.dtype]
 class Pool:
     """Buffers that are used again. A buffer comes back when the last tensor on it is gone.
 
-    A buffer serves one layout for good. One that no forward pass has wanted for a while is given back to the system: the
-    shapes are others now, or blocks were frozen, which keep nothing.
+    A buffer serves one layout for good. One that no forward pass has wanted for a while is given back to the system:
+    the shapes are others now, or blocks were frozen, which keep nothing.
 
     Attributes:
         bytes: memory of all buffers, free or in use.

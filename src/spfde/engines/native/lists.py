@@ -1,10 +1,10 @@
 """From a mask to the lists that the kernels schedule: which weights there are, and where each of them reads.
 
-A convolution has a list for its forward pass, one for the gradient of its weight, and for the gradient of its input one for
-each residue of the input's rows and columns by the stride. All are rows of the weight in chunks of source channels.
+A convolution has a list for its forward pass, one for the gradient of its weight, and for the gradient of its input one
+for each residue of the input's pixels by the stride. All are rows of the weight in chunks of source channels.
 
-Where the processor multiplies pairs of bf16 an entry is two weights: of two channels at one place of the kernel, or of two
-neighbouring columns of the kernel, whichever makes fewer entries. One whose partner is not active is half of an entry.
+Where the processor multiplies pairs of bf16 an entry is two weights: of two channels at one place of the kernel, or of
+two neighbouring columns of the kernel, whichever makes fewer entries. One without a partner is half of an entry.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spfde.engines.native.structs import struct
 SINGLE, CHANNELS, COLUMNS = range(3)
 _FIRST, _LAST, _FLAGS = 1, 2, 2
 _NO_WEIGHT = -1
-# Of pairs of columns there must be so many fewer than of channels: their scratch holds one channel where that holds two.
+# How many fewer pairs of columns than of channels are worth it: their scratch holds one channel where that holds two.
 _WORTH_IT = 0.9
 
 Ints = npt.NDArray[np.int64]
@@ -36,8 +36,8 @@ class Entries:
     """One list for the kernels.
 
     Attributes:
-        index: position of each entry's weight in the weight's storage, int32 [entries]; of pairs [entries, 2], where -1 is
-            no weight.
+        index: position of each entry's weight in the weight's storage, int32 [entries]; of pairs [entries, 2], where -1
+            is no weight.
         parts: the arrays whose addresses ``c`` holds.
         c: as the kernels take it.
     """
