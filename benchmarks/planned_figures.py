@@ -30,7 +30,7 @@ def sparse(*, soft_bound: bool, reduction: float) -> spfde.Recipe:
     """MEST at 90 % with freezing alone."""
     return spfde.Recipe(
         sparsity=spfde.MEST(sparsity=SPARSITY, soft_bound=soft_bound),
-        freezing=spfde.ProgressiveFreezing(flops_reduction=reduction),
+        freezing=spfde.ProgressiveFreezing(flops_reduction=reduction, timing="update"),
     )
 
 
@@ -40,7 +40,7 @@ def cost_figures() -> list[Figure]:
     dense, tenth, system = (
         planned(spfde.presets.dense),
         planned(spfde.Recipe(sparsity=everywhere)),
-        planned(spfde.presets.spfde),
+        planned(spfde.presets.spfde.replace(freezing=spfde.ProgressiveFreezing(timing="update"))),
     )
     return [
         Figure(

@@ -173,6 +173,33 @@ class TestTrain:
         assert recipe.sieving == DataSieving(removed_fraction=0.25, criterion="el2n")
         assert recipe.update_interval_epochs == 2
 
+    def test_all_samples_come_back_for_the_last_epochs_at_the_cost_that_was_planned(
+        self, tiny: Path, spfde: Spfde, here: Path
+    ) -> None:
+        """A quarter of 96 in each of 4 epochs are 96: 32 in each of the 3 before the last one."""
+        own = ["--sieve", 0.25, "--sieve-full-last", 0.25, "--sieve-offset", 1, "--sieve-criterion", "top-loss"]
+        argv = ["--data", tiny, "--recipe", "dense", *own, "--interval", 2, "--epochs", 4, "--batch-size", 16]
+        plan = json.loads(spfde("plan", *argv, "--json").out)
+        assert spfde("train", *argv, "--out", "run").code == 0
+        rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+        assert [(row["partial_samples"], row["removed_samples"]) for row in rows] == [(64, 32)] * 3 + [(96, 0)]
+        assert [row["sieve_moved"] > 0 for row in rows] == [False, True, False, True]
+        summary = read(Path("run/summary.json"))
+        assert summary["samples_seen"] == 3 * 64 + 96 == 4 * 72
+        assert summary["training_flops"] == plan["training_flops"]
+        cited = spfde("cite", "run").out
+        assert all(key in cited for key in ("yuan2022spfde", "jin2026orderdp", "qin2024infobatch"))
+
+    def test_a_run_freezes_layers_between_two_updates(self, tiny: Path, spfde: Spfde, here: Path) -> None:
+        options = "--freeze 0.15 --freeze-unit layer --sieve 0 --epochs 8 --batch-size 16"
+        argv = ["--data", tiny, *options.split()]
+        plan = json.loads(spfde("plan", *argv, "--json").out)
+        assert spfde("train", *argv, "--out", "run").code == 0
+        recipe = package.Recipe.from_toml((here / "run" / "recipe.toml").read_text())
+        assert recipe.freezing == package.ProgressiveFreezing(flops_reduction=0.15, unit="layer")
+        lines = (here / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["frozen_blocks"] for line in lines] == plan["frozen_blocks"] == [0] * 4 + [2, 3, 5, 5]
+
     def test_the_recipe_of_an_earlier_run_can_be_used_again(self, tiny: Path, run_folder: Path, spfde: Spfde) -> None:
         argv = ["--recipe", run_folder / "recipe.toml", "--epochs", 8, "--batch-size", 16, "--out", "again"]
         assert spfde("train", "--data", tiny, *argv).code == 0
@@ -264,9 +291,23 @@ class TestOtherCommands:
         assert set(PLAN.split()) <= plan.keys()
         assert {"sparsity", "freezing", "sieving"} <= plan["savings"].keys()
         frozen = [at for at in plan["freeze_epochs"] if at is not None]
-        assert frozen == list(range(plan["start_epoch"], plan["start_epoch"] + 5 * len(frozen), 5))
+        assert frozen[0] == plan["start_epoch"]
+        assert all(after - before >= 5 for before, after in itertools.pairwise(frozen))
         assert len(plan["freeze_epochs"]) == len(plan["block_names"]) == 9
         assert list(here.iterdir()) == []
+
+    def test_a_plan_saves_what_was_asked_for_and_at_update_epochs_up_to_five_points_more(self, spfde: Spfde) -> None:
+        found = {}
+        for unit, timing in itertools.product(("block", "layer"), ("exact", "update")):
+            options = ["--freeze", 0.2, "--freeze-unit", unit, "--freeze-timing", timing]
+            ended = spfde("plan", "--model", "resnet8", "--epochs", 20, "--json", *options)
+            found[unit, timing] = plan = json.loads(ended.out)
+            assert plan["recipe"]["freezing"]["unit"] == unit
+            assert plan["recipe"]["freezing"]["timing"] == timing
+        saved = [round(100 * plan["freezing_reduction"], 1) for plan in found.values()]
+        assert saved == [20.3, 24.9, 20.0, 21.0]
+        assert found["block", "exact"]["block_names"] == ["layer1.0", "layer2.0", "layer3.0"]
+        assert found["layer", "exact"]["block_names"][:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
 
     def test_a_plan_for_a_person_fits_into_a_hundred_columns(self, spfde: Spfde) -> None:
         ended = spfde("plan", "--model", "resnet20", "--data", "cifar10")
@@ -277,6 +318,8 @@ class TestOtherCommands:
     def test_a_plan_is_refused_for_what_training_would_be_refused(self, tiny: Path, spfde: Spfde) -> None:
         for options, told in (
             ("--freeze 0.9", "--freeze=0.9: cannot be reached"),
+            ("--freeze-unit channel", "--freeze-unit='channel': input should be 'block' or 'layer'"),
+            ("--freeze-timing late", "--freeze-timing='late': input should be 'exact' or 'update'"),
             ("--sieve 0.95", "--sieve=0.95: leaves 5 of 96 samples"),
             ("--interval 9", "--interval=9: must not be longer than the run of 8 epochs"),
             ("--epochs 0", "--epochs=0: "),
@@ -406,6 +449,10 @@ BAD_OPTIONS = [
     ("--device cuda:x", "--device='cuda:x': ", "Did you mean 'cuda:0'?"),
     ("--track tensorbord", "--track='tensorbord': ", "Did you mean 'tensorboard'?"),
     ("--sieve-criterion el2m", "--sieve-criterion='el2m'", "Did you mean 'el2n'"),
+    ("--sieve-full-last 1", "--sieve-full-last=1.0: ", "in [0, 1)"),
+    ("--sieve-offset -1", "--sieve-offset=-1: ", "from 0 to less than"),
+    ("--sieve-offset 2 --interval 2", "--sieve-offset=2: ", "Take 1 at most, or --interval 3 or more"),
+    ("--sieve 0.95 --sieve-full-last 0.125", "--sieve=0.95: ", "Take --sieve 0.8"),
     ("--recipe mest --sieve-criterion loss", "--sieve-criterion='loss'", "leaves no samples out"),
     ("--recipe rigl --soft-bound", "--soft-bound=True: ", "RigL"),
     ("--recipe dense --no-soft-bound", "--soft-bound", "recipe dense has no sparsity"),

@@ -28,7 +28,7 @@ from spfde.core.errors import RunFolderError, StateMismatch
 from spfde.freezing import ProgressiveFreezing
 from spfde.sieving import DataSieving, OneTimeRemoval
 
-MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
 EPOCHS = 6
 
 
@@ -95,8 +95,12 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     [
         DataSieving(removed_fraction=0.25, criterion="loss", rescale_loss=True, balanced=True),
         pytest.param(OneTimeRemoval(removed_fraction=0.25, at_fraction=0.5), marks=pytest.mark.long),
+        pytest.param(
+            DataSieving(removed_fraction=0.25, criterion="top-loss", full_last=0.3, rescale_loss=True),
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["rescaled and balanced", "one-time"],
+    ids=["rescaled and balanced", "one-time", "all in the end"],
 )
 def test_a_stopped_run_with_another_sieving_goes_on_as_if_nothing_had_been(
     tiny: Path, tmp_path: Path, sieving: DataSieving | OneTimeRemoval
@@ -109,7 +113,7 @@ def test_a_stopped_run_with_another_sieving_goes_on_as_if_nothing_had_been(
     train(options, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     in_use = {row["partial_samples"] for row in lines(tmp_path / "whole" / "metrics.jsonl")}
-    assert len(in_use) == (2 if isinstance(sieving, OneTimeRemoval) else 1)
+    assert len(in_use) == (2 if isinstance(sieving, OneTimeRemoval) or sieving.full_last else 1)
 
 
 @pytest.fixture(scope="module")

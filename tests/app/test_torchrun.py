@@ -21,7 +21,7 @@ from spfde.app.runs.checkpoints import epoch_of
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 
 EPOCHS = 4
-MEASURED = ("seconds", "peak_memory_bytes", "saved_tensor_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes", "saved_tensor_bytes")
 
 
 def words(data: Path, out: str = "run", *more: str) -> list[str]:

@@ -25,7 +25,7 @@ from spfde.app.train.saving import load_weights
 
 # As sparse in the first epoch as in the last, so that any of them may be the best.
 ALL_SAVINGS = choose_recipe("spfde", soft_bound=False).to_dict()
-MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ LONG = (
     "segmentation.py",
     "text_transformer.py",
     "in_timm.py",
+    "own_criterion.py",
+    "per_sample_loss.py",
     "plan_only.py",
 )
 

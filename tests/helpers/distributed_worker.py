@@ -57,12 +57,24 @@ def leave(rank: int, folder: str, result: object) -> NoReturn:
 
 def train(rank: int, size: int, folder: str, method: str) -> None:
     join(rank, size, folder)
+    _train(rank, folder, recipe(method))
+
+
+def train_on_the_highest_losses(rank: int, size: int, folder: str, _: str) -> None:
+    join(rank, size, folder)
+    sieving = spfde.DataSieving(removed_fraction=0.25, criterion="top-loss", full_last=0.25, offset_epochs=1)
+    _train(rank, folder, recipe("set").replace(sieving=sieving))
+
+
+def _train(rank: int, folder: str, recipe: spfde.Recipe) -> None:
     parts = make_parts()
-    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe(method), epochs=EPOCHS)
+    session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS)
     model = DistributedDataParallel(parts.model, find_unused_parameters=True)
     seen: list[list[list[int]]] = []
+    left_out: list[list[int]] = []
     for _ in session.epochs():
         seen.append([])
+        left_out.append(session.removed_set.tolist())
         for x, y in session.loader:
             seen[-1].append(session.loader.current_indices.tolist())
             logits = model(x)
@@ -71,6 +83,7 @@ def train(rank: int, size: int, folder: str, method: str) -> None:
             parts.optimizer.zero_grad()
             session.observe(logits, y)
     result: dict[str, Any] = {
+        "left out": left_out,
         "seen": seen,
         "masks": dict(session.masks),
         "weights": {name: p.detach() for name, p in parts.model.named_parameters()},

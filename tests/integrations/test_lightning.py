@@ -76,6 +76,23 @@ def test_accumulated_batches_are_reported_one_by_one_and_steps_are_counted_once(
     assert [row.samples for row in callback.session.cost.rows] == [32] * 8
 
 
+def test_each_epoch_has_its_own_number_of_batches_where_all_samples_come_back() -> None:
+    """A fifth of 40 in each of 8 epochs are 64: 11 in each of the 6 before the last two. A validation follows each."""
+
+    class Watched(runs.Module):
+        def on_validation_epoch_start(self) -> None:
+            validated.append(self.trainer.global_step)
+
+    validated: list[int] = []
+    sieving = spfde.DataSieving(removed_fraction=0.2, full_last=0.25, offset_epochs=1)
+    callback = SpfdeCallback(runs.RECIPE.model_copy(update={"sieving": sieving}), engine="masked")
+    fit(callback, Watched(), limit_val_batches=1.0)
+    assert callback.session is not None
+    assert [row.samples for row in callback.session.cost.rows] == [29] * 6 + [40] * 2
+    assert validated == [4, 8, 12, 16, 20, 24, 29, 34]
+    fit(SpfdeCallback(callback.session.recipe, engine="masked"), fast_dev_run=True)
+
+
 def test_a_step_that_does_not_report_is_told_what_to_return() -> None:
     class Silent(runs.Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

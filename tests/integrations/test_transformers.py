@@ -187,8 +187,11 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(
     assert same(run.model, runs.Classifier())
 
 
-def test_a_sieve_that_changes_the_length_of_an_epoch_is_refused(tmp_path: Path) -> None:
-    recipe = runs.RECIPE.model_copy(update={"sieving": spfde.OneTimeRemoval(removed_fraction=0.2)})
+@pytest.mark.parametrize(
+    "sieving", [spfde.OneTimeRemoval(removed_fraction=0.2), spfde.DataSieving(removed_fraction=0.2, full_last=0.3)]
+)
+def test_a_sieve_that_changes_the_length_of_an_epoch_is_refused(tmp_path: Path, sieving: Any) -> None:
+    recipe = runs.RECIPE.model_copy(update={"sieving": sieving})
     with pytest.raises(spfde.InvalidArgument) as caught:
         runs.trainer(tmp_path, SpfdeCallback(recipe, engine="masked")).train()
     assert caught.value.problems[0].argument == "recipe.sieving"

@@ -10,7 +10,7 @@ from torch import nn
 
 import spfde
 from spfde.app.train.models import build_model
-from spfde.planning import blueprint, traced_once
+from spfde.model import trace
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def cifar_plan(model: nn.Module, recipe: spfde.Recipe) -> spfde.Plan:
 def spfde_recipe(reduction: float, *, soft_bound: bool, sparsity: float = 0.9) -> spfde.Recipe:
     return spfde.Recipe(
         sparsity=spfde.MEST(sparsity=sparsity, soft_bound=soft_bound),
-        freezing=spfde.ProgressiveFreezing(flops_reduction=reduction),
+        freezing=spfde.ProgressiveFreezing(flops_reduction=reduction, timing="update"),  # the paper's
     )
 
 
@@ -189,6 +189,26 @@ def test_where_both_shares_of_freezing_agree_one_is_told() -> None:
     assert "in the bill" not in str(bill)
 
 
+@pytest.mark.parametrize(
+    "sieving",
+    [
+        spfde.DataSieving(removed_fraction=0.3, full_last=0.25),
+        spfde.OneTimeRemoval(removed_fraction=0.5, at_fraction=0.5),
+    ],
+)
+def test_epochs_of_more_samples_weigh_more_in_what_freezing_saves(sieving: spfde.sieving.SievingMethod) -> None:
+    model = build_model("resnet8", num_classes=10, in_channels=1, image_size=(28, 28))
+    freezing = spfde.ProgressiveFreezing(start_epoch=4, flops_reduction=0)
+    recipe = spfde.Recipe(sparsity=spfde.SET(sparsity=0.9), freezing=freezing, sieving=sieving)
+    with_it, without = (
+        spfde.plan(model, torch.zeros(1, 1, 28, 28), each, 8, 10_000)
+        for each in (recipe, recipe.replace(freezing=None))
+    )
+    saved = 1 - with_it.training_flops / without.training_flops
+    assert with_it.blueprint.freeze_plan.reduction == pytest.approx(saved, rel=1e-5)
+    assert "in the bill" not in str(with_it)
+
+
 def test_a_single_epoch_is_told_in_the_singular() -> None:
     bill = spfde.plan(nn.Linear(3, 2), torch.zeros(1, 3), spfde.Recipe(), 1, 8)
     assert "Plan: 1 epoch of" in str(bill)
@@ -196,8 +216,8 @@ def test_a_single_epoch_is_told_in_the_singular() -> None:
 
 def test_plans_of_one_model_trace_it_once_while_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, traced = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), []
-    usual = blueprint.trace
-    monkeypatch.setattr(blueprint, "trace", lambda *args: traced.append(args[0]) or usual(*args))
+    usual = trace._traced
+    monkeypatch.setattr(trace, "_traced", lambda *args, **how: traced.append(args[0]) or usual(*args, **how))
     recipes = [spfde.Recipe(sparsity=spfde.SET(sparsity=sparsity, dense_head=False)) for sparsity in (0.5, 0.75)]
 
     def bills() -> list[int]:
@@ -205,7 +225,7 @@ def test_plans_of_one_model_trace_it_once_while_that_is_asked_for(monkeypatch: p
 
     alone = bills()
     assert len(traced) == 2
-    with traced_once():
+    with trace.traced_once():
         assert bills() == alone
     assert len(traced) == 3
     assert bills() == alone

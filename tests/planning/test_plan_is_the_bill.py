@@ -152,20 +152,24 @@ def freezings(draw: st.DrawFn, interval: int) -> spfde.ProgressiveFreezing:
     return spfde.ProgressiveFreezing(**own)
 
 
-SIEVINGS = st.one_of(
-    st.none(),
-    st.builds(
-        spfde.DataSieving,
-        removed_fraction=st.sampled_from([0.0, 0.2, 0.5]),
-        criterion=st.sampled_from(["forgetting", "loss", "random"]),
-    ),
-    st.builds(
-        spfde.OneTimeRemoval,
-        removed_fraction=st.sampled_from([0.0, 0.3]),
-        at_fraction=st.sampled_from([0.2, 0.5, 0.9]),
-        criterion=st.just("loss"),
-    ),
-)
+def sievings(interval: int) -> st.SearchStrategy[spfde.DataSieving | spfde.OneTimeRemoval | None]:
+    """No sieving, or any, out of step by less than the interval."""
+    return st.one_of(
+        st.none(),
+        st.builds(
+            spfde.DataSieving,
+            removed_fraction=st.sampled_from([0.0, 0.2, 0.5]),
+            criterion=st.sampled_from(["forgetting", "loss", "random", "top-loss", "repeated-random"]),
+            full_last=st.sampled_from([0.0, 0.0, 0.125, 0.4]),
+            offset_epochs=st.integers(0, interval - 1),
+        ),
+        st.builds(
+            spfde.OneTimeRemoval,
+            removed_fraction=st.sampled_from([0.0, 0.3]),
+            at_fraction=st.sampled_from([0.2, 0.5, 0.9]),
+            criterion=st.just("loss"),
+        ),
+    )
 
 
 @st.composite
@@ -175,7 +179,7 @@ def cases(draw: st.DrawFn) -> Case:
     recipe = spfde.Recipe(
         sparsity=draw(methods()) if draw(st.integers(0, 7)) else None,
         freezing=draw(freezings(interval)) if draw(st.integers(0, 2)) else None,
-        sieving=draw(SIEVINGS),
+        sieving=draw(sievings(interval)),
         learning_rate=draw(st.none() | st.just(spfde.BlockwiseCosine(final=0.001))),
         update_interval_epochs=interval,
     )

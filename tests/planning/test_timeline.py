@@ -166,6 +166,24 @@ def test_a_block_comes_to_its_target_one_update_before_it_is_frozen() -> None:
     assert not any(column(timeline, "frozen", "b"))
 
 
+def test_a_block_that_is_frozen_between_two_updates_has_been_at_its_target_for_an_interval_or_more() -> None:
+    # Frozen at epoch 10 with an update every 4: 8 would be too late, so it is pruned at 4, and left alone at 8.
+    timeline = planned(MEST(sparsity=0.9), 2, epochs=20, interval=4, frozen={10: 1})
+    assert column(timeline, "active") == [150] * 4 + [100] * 16
+    assert [epoch for epoch, mutates in enumerate(column(timeline, "mutates")) if mutates] == [0, 4]
+    assert column(timeline, "frozen") == [False] * 10 + [True] * 10
+    changes = planned(SET(sparsity=0.9, decay="constant"), epochs=20, interval=4, frozen={10: 1})
+    assert [epoch for epoch, mutates in enumerate(column(changes, "mutates")) if mutates] == [4]
+    # Frozen an epoch after an update, it has been at its target since the update before that one.
+    assert column(planned(MEST(sparsity=0.9), epochs=20, interval=4, frozen={9: 1}), "active") == [150] * 4 + [100] * 16
+    assert column(planned(MEST(sparsity=0.9), epochs=20, interval=4, frozen={8: 1}), "active") == [150] * 4 + [100] * 16
+
+
+def test_a_block_that_is_frozen_in_the_first_interval_starts_at_its_target() -> None:
+    timeline = planned(MEST(sparsity=0.9), epochs=8, interval=4, frozen={3: 1})
+    assert column(timeline, "active") == [100] * 8
+
+
 def test_weights_still_change_places_at_the_update_before_freezing() -> None:
     timeline = planned(SET(sparsity=0.9, decay="constant"), epochs=8, interval=2, frozen={4: 1})
     assert [timeline[epoch].layers["a"].survive for epoch in (0, 2, 4, 6)] == [100, 70, 100, 100]
@@ -271,6 +289,14 @@ def test_circular_sieving_moves_samples_at_updates_but_the_first_and_the_last_ep
     timeline = planned(None, epochs=9, interval=2, samples=50, sieving=sieving)
     assert [row.samples for row in timeline] == [40] * 9
     assert [row.epoch for row in timeline if row.sieve_update] == [2, 4, 6]
+
+
+def test_samples_move_out_of_step_and_all_come_back_for_the_last_epochs() -> None:
+    # 0.2 of 50 in 9 epochs are 90: 15 in each of the 6 before the last three.
+    sieving = spfde.DataSieving(removed_fraction=0.2, full_last=0.3, offset_epochs=1)
+    timeline = planned(None, epochs=9, interval=2, samples=50, sieving=sieving)
+    assert [row.samples for row in timeline] == [35] * 6 + [50] * 3
+    assert [row.epoch for row in timeline if row.sieve_update] == [1, 3, 5, 6]
 
 
 def test_one_time_removal_leaves_samples_out_from_one_update_on() -> None:

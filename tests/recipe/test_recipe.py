@@ -59,9 +59,13 @@ kinds_of_sieving: dict[str, Any] = {
     "never_learned": st.sampled_from(["hard", "literal"]),
     "balanced": st.booleans(),
 }
-sievings = st.builds(
-    DataSieving, swap_fraction=st.none() | shares, rescale_loss=st.booleans(), **kinds_of_sieving
-) | st.builds(OneTimeRemoval, at_fraction=st.floats(0.01, 0.99), **kinds_of_sieving)
+of_circular: dict[str, Any] = {**kinds_of_sieving, "rescale_loss": st.booleans(), "full_last": shares}
+anew = st.sampled_from(["top-loss", "repeated-random"])
+sievings = (
+    st.builds(DataSieving, swap_fraction=st.none() | shares, **of_circular)
+    | st.builds(DataSieving, **{**of_circular, "criterion": anew})
+    | st.builds(OneTimeRemoval, at_fraction=st.floats(0.01, 0.99), **kinds_of_sieving)
+)
 rates = st.builds(BlockwiseCosine, warmup_epochs=st.integers(0, 9), final=st.floats(0, 1))
 recipes = st.builds(
     spfde.Recipe,

@@ -42,6 +42,19 @@ def test_two_ranks_keep_the_same_masks_and_sets_and_share_the_samples(tmp_path: 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.long
+def test_two_ranks_draw_the_same_partial_set_and_share_all_samples_in_the_last_epochs(tmp_path: Path) -> None:
+    """A quarter of 40 in each of 8 epochs are 80: 13 in each of the 6 before the last two."""
+    first, second = run(worker.train_on_the_highest_losses, tmp_path)
+    assert first["left out"] == second["left out"]
+    assert [len(removed) for removed in first["left out"]] == [13] * 6 + [0] * 2
+    assert len({tuple(removed) for removed in first["left out"]}) == 5  # drawn anew at 1, 3 and 5
+    for one, other, removed in zip(first["seen"], second["seen"], first["left out"], strict=True):
+        dealt = {index for batch in one + other for index in batch}
+        assert dealt == set(range(SAMPLES)) - set(removed)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.long
 def test_ranks_that_disagree_are_refused_with_what_differs(tmp_path: Path) -> None:
     for messages in run(worker.attach_with_other_seeds, tmp_path):
         model, loader, seed = messages

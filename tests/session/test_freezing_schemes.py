@@ -1,4 +1,7 @@
-"""Every freezing scheme on a loop: what is frozen does not move, what thaws does, and the bill is the plan's."""
+"""Every freezing scheme on a loop: what is frozen does not move, what thaws does, and the bill is the plan's.
+
+At update epochs; between two of them see test_layers.py.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ import spfde
 from helpers.compiling import recompile_limit
 from helpers.native import both_engines
 from helpers.resuming import METHODS, Loop, assert_equal, finish, top
+from helpers.short import short
 from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
 from spfde.freezing.rates import learning_rate_factor
 
 EPOCHS = 12
 SCHEMES = {
-    "single-shot": spfde.ProgressiveFreezing(flops_reduction=0.15),
-    "single-shot-resume": spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="single-shot-resume"),
+    "single-shot": spfde.ProgressiveFreezing(flops_reduction=0.15, timing="update"),
+    "single-shot-resume": spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="single-shot-resume", timing="update"),
     "periodic": spfde.ProgressiveFreezing(flops_reduction=0.25, scheme="periodic"),
     "delayed-periodic": spfde.ProgressiveFreezing(flops_reduction=0.22, scheme="delayed-periodic"),
 }
@@ -117,7 +121,7 @@ PRUNES = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["single-shot", "single-shot-resume", "periodic"])
+@pytest.mark.parametrize("scheme", short(["single-shot", "single-shot-resume", "periodic"], ["single-shot-resume"]))
 @pytest.mark.parametrize("method", PRUNES.values(), ids=PRUNES)
 def test_what_goes_from_dense_to_sparse_grows_nothing_after_a_thaw_and_the_plan_knows(
     scheme: str, method: spfde.sparsity.SparsityMethod
@@ -213,7 +217,7 @@ def test_every_method_resumes_amid_pauses_and_after_a_thaw(scheme: str, name: st
     assert_equal(loop.end_with_stops([top(6), top(11)]), loop.end_with_stops([]))
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("single-shot", marks=pytest.mark.long), *list(SCHEMES)[1:3]])
+@pytest.mark.parametrize("scheme", short(list(SCHEMES)[:3], ["periodic"]))
 def test_detaching_in_any_epoch_thaws_everything(scheme: str) -> None:
     for stop in range(EPOCHS):
         parts = make_parts()

@@ -23,6 +23,13 @@ METHODS: dict[str, spfde.DataSieving | spfde.OneTimeRemoval] = {
     "balanced": spfde.DataSieving(removed_fraction=0.25, balanced=True),
     "balanced at random": spfde.DataSieving(removed_fraction=0.25, criterion="random", balanced=True),
     "rescaled": spfde.DataSieving(removed_fraction=0.25, criterion="loss", rescale_loss=True),
+    "top-loss": spfde.DataSieving(removed_fraction=0.25, criterion="top-loss"),
+    "repeated-random": spfde.DataSieving(removed_fraction=0.25, criterion="repeated-random"),
+    "out of step": spfde.DataSieving(removed_fraction=0.25, offset_epochs=1),
+    "all in the end": spfde.DataSieving(removed_fraction=0.25, full_last=0.375, rescale_loss=True),
+    "all of it": spfde.DataSieving(
+        removed_fraction=0.25, full_last=0.3, offset_epochs=1, criterion="top-loss", balanced=True, rescale_loss=True
+    ),
     "one-time": spfde.OneTimeRemoval(removed_fraction=0.25, at_fraction=0.5),
     "one-time, balanced, by loss": spfde.OneTimeRemoval(removed_fraction=0.25, criterion="loss", balanced=True),
 }
@@ -61,7 +68,14 @@ def outcome(parts: Parts, session: spfde.Session) -> dict[str, Any]:
 
 # Data workers change what the loader does, not the criterion: two stand for all.
 RESUMED = [*((name, 0) for name in METHODS), ("el2n", 1), ("one-time", 1)]
-SHORT = [("forgetting", 0), ("el2n", 1), ("balanced", 0), ("rescaled", 0), ("one-time, balanced, by loss", 0)]
+SHORT = [
+    ("forgetting", 0),
+    ("el2n", 1),
+    ("balanced", 0),
+    ("rescaled", 0),
+    ("all of it", 0),
+    ("one-time, balanced, by loss", 0),
+]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +205,82 @@ def test_the_error_norm_refuses_a_loss(kind: str) -> None:
     x, y = next(iter(session.loader))
     with pytest.raises(spfde.InvalidArgument, match="el2n"):
         session.observe(loss=per_sample(model(x), y))
+
+
+# --- all samples in the last epochs, and draws anew ------------------------------------------------------------------
+
+
+def test_all_samples_are_trained_on_in_the_last_epochs_with_weights_of_one() -> None:
+    """A quarter of 40 in each of 8 epochs are 80: 16 in each of the 5 before the last three."""
+    parts = make_parts()
+    session = attach(parts, METHODS["all in the end"])
+    found, weights = [], []
+    for epoch in session.epochs():
+        n_batches, trained = len(session.loader), 0
+        for x, y in session.loader:
+            logits = parts.model(x)
+            own = session.loss_weights()
+            weights += own.tolist() if epoch >= 5 else []
+            (own * F.cross_entropy(logits, y, reduction="none")).mean().backward()
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+            session.observe(logits, y)
+            trained += len(y)
+        assert n_batches == -(-trained // BATCH)
+        found.append((trained, len(session.partial_set), len(session.removed_set), session.sieve_turnover["moved"]))
+    assert [each[:3] for each in found] == [(24, 24, 16)] * 5 + [(SAMPLES, SAMPLES, 0)] * 3
+    assert [moved > 0 for *_, moved in found] == [False, False, True, False, True, True, False, False]
+    assert found[5][3] == 16
+    assert weights == [1.0] * (3 * SAMPLES)
+    assert session.sieve_turnover["ever_used"] == SAMPLES
+    assert [row.samples for row in session.cost.rows] == [24] * 5 + [SAMPLES] * 3
+    assert session.cost.rows[-1].saved_by_sieving == 0
+
+
+def test_evidence_of_samples_that_wait_stays_where_the_partial_set_is_drawn_anew(parts: Parts) -> None:
+    """The loss of a sample is its id: of those in the pool, the lowest leave, whether they waited or not."""
+    session = attach(parts, METHODS["top-loss"])
+    drawn = []
+    for _ in session.epochs():
+        drawn.append(session.removed_set.tolist())
+        for x, _ in session.loader:
+            loss = session.loader.current_indices.float().requires_grad_() + 0 * parts.model(x).sum()
+            session.observe(loss=loss)
+    for before, removed in zip(drawn[2:6:2], drawn[4:8:2], strict=True):
+        outside, lowest = removed[:5], removed[5:]
+        assert lowest == sorted(set(range(SAMPLES)) - set(outside) - unseen(drawn, before))[:5]
+
+
+def unseen(drawn: list[list[int]], until: list[int]) -> set[int]:
+    """Samples that were left out all the time, which are infinitely hard."""
+    found = set(range(SAMPLES))
+    for removed in drawn[: drawn.index(until) + 1]:
+        found &= set(removed)
+    return found
+
+
+def test_a_fresh_random_subset_needs_no_reports(parts: Parts) -> None:
+    session = attach(parts, METHODS["repeated-random"])
+    for _ in session.epochs():
+        for x, y in session.loader:
+            step(parts, None, x, y)
+    assert not session.needs_reports
+    assert [row.samples for row in session.cost.rows] == [SAMPLES - 10] * EPOCHS
+
+
+def test_samples_move_in_other_epochs_than_masks(parts: Parts) -> None:
+    session, moved, mutated = attach(parts, METHODS["out of step"]), [], []
+    masks = {name: mask.clone() for name, mask in session.masks.items()}
+    for epoch in session.epochs():
+        for x, y in session.loader:
+            step(parts, session, x, y)
+        if session.sieve_turnover["moved"]:
+            moved.append(epoch)
+        if any(not torch.equal(mask, masks[name]) for name, mask in session.masks.items()):
+            mutated.append(epoch)
+        masks = {name: mask.clone() for name, mask in session.masks.items()}
+    assert moved == [1, 3, 5]
+    assert mutated == [2, 4, 6]
 
 
 # --- one-time removal ------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ SIEVING = {
         removed_fraction=0.25, criterion="loss", balanced=True, rescale_loss=True
     ),
     "by el2n": spfde.DataSieving(removed_fraction=0.25, criterion="el2n"),
+    "the highest losses": spfde.DataSieving(removed_fraction=0.25, criterion="top-loss"),
+    "all in the end": spfde.DataSieving(removed_fraction=0.25, full_last=0.6),
     "at random": spfde.DataSieving(removed_fraction=0.25, criterion="random"),
     "once": spfde.OneTimeRemoval(removed_fraction=0.25, at_fraction=0.25),
 }

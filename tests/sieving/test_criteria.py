@@ -17,12 +17,14 @@ from spfde.app.train.options import choose_recipe
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import find, registered
 from spfde.sieving import DataSieving, OneTimeRemoval, SievingCriterion
-from spfde.sieving.criteria import Forgetting, Loss, Random
+from spfde.sieving.criteria import Forgetting, Loss, Random, TopLoss
 
 INF = float("inf")
 EVEN = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
 
-every_criterion = pytest.mark.parametrize("criterion", ["forgetting", "loss", "el2n", "random"])
+every_criterion = pytest.mark.parametrize(
+    "criterion", ["forgetting", "loss", "el2n", "random", "top-loss", "repeated-random"]
+)
 
 
 def make(name: str) -> SievingCriterion:
@@ -107,6 +109,12 @@ def test_the_mean_by_hand() -> None:
     assert scorer.difficulty().tolist() == [0.5, 3.0, INF, INF, INF]  # NaN, infinite and unseen are hard
 
 
+def test_the_last_loss_by_hand() -> None:
+    scorer = TopLoss().scorer(5)
+    observe(scorer, ([0, 1, 0, 2], [1.0, 4.0, 3.0, float("nan")]), ([1, 3, 1], [2.0, INF, 0.5]))
+    assert scorer.difficulty().tolist() == [3.0, 0.5, INF, INF, INF]  # NaN, infinite and unseen are hard
+
+
 def test_at_random_all_are_alike_seen_or_not() -> None:
     scorer = Random().scorer(3)
     observe(scorer, ([0, 1], [5.0, 1.0]))
@@ -114,7 +122,8 @@ def test_at_random_all_are_alike_seen_or_not() -> None:
 
 
 def test_only_a_random_choice_can_do_without_reports() -> None:
-    assert [name for name in registered("sieving-criterion") if not make(name).needs_every_batch] == ["random"]
+    found = [name for name in registered("sieving-criterion") if not make(name).needs_every_batch]
+    assert found == ["random", "repeated-random"]
 
 
 @pytest.mark.parametrize("method", [DataSieving, OneTimeRemoval])

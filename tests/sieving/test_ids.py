@@ -39,7 +39,10 @@ def bytes_of(part: object) -> int:
     return total
 
 
-@pytest.mark.parametrize(("criterion", "most"), [("forgetting", 10.0), ("loss", 12.0), ("el2n", 12.0), ("random", 8.0)])
+MOST = {"forgetting": 10.0, "loss": 12.0, "el2n": 12.0, "random": 8.0, "top-loss": 8.0, "repeated-random": 8.0}
+
+
+@pytest.mark.parametrize(("criterion", "most"), [*MOST.items()])
 def test_sieve_and_scores_hold_and_save_so_many_bytes_a_sample(criterion: str, most: float) -> None:
     n = 50_000  # ids of 4 bytes, as for 1.28 million
     technique = spfde.DataSieving(removed_fraction=0.2, criterion=criterion)

@@ -76,34 +76,43 @@ def test_counts_are_the_shares_rounded_half_up(n, removed, swap, n_removed, n_sw
 
 
 def test_a_removed_fraction_that_leaves_no_full_batch_is_reported_with_what_would_do():
-    (problem,) = check_fraction(DataSieving(removed_fraction=0.5), 100, 64)
+    (problem,) = check_fraction(DataSieving(removed_fraction=0.5), 100, 64, epochs=20)
     assert problem.argument == "removed_fraction"
     assert problem.value == 0.5
     assert "50 of 100" in problem.rule
     assert "0.36" in problem.remedy
     assert "batch_size=50 " in problem.remedy
-    assert check_fraction(DataSieving(removed_fraction=0.36), 100, 64) == []
-    assert check_fraction(DataSieving(removed_fraction=0.5), 100, 50) == []
+    assert check_fraction(DataSieving(removed_fraction=0.36), 100, 64, epochs=20) == []
+    assert check_fraction(DataSieving(removed_fraction=0.5), 100, 50, epochs=20) == []
 
 
 def test_a_data_set_smaller_than_a_batch_is_fine_while_nothing_is_removed():
-    assert check_fraction(DataSieving(removed_fraction=0.0), 10, 64) == []
-    (problem,) = check_fraction(DataSieving(removed_fraction=0.2), 10, 64)
+    assert check_fraction(DataSieving(removed_fraction=0.0), 10, 64, epochs=20) == []
+    (problem,) = check_fraction(DataSieving(removed_fraction=0.2), 10, 64, epochs=20)
     assert "batch_size=8 " in problem.remedy
     assert "removed_fraction=0" in problem.remedy
 
 
-@given(st.integers(2, 500), st.integers(1, 400), st.floats(0.01, 0.99))
-def test_what_the_remedy_advises_is_accepted(n, batch_size, fraction):
-    problems = check_fraction(DataSieving(removed_fraction=fraction), n, batch_size)
+@given(
+    st.integers(2, 500), st.integers(1, 400), st.floats(0.01, 0.99), st.sampled_from([0, 0.1, 0.4]), st.integers(1, 30)
+)
+def test_what_the_remedy_advises_is_accepted(n, batch_size, fraction, full, epochs):
+    def problems_of(removed, batch_size):
+        return check_fraction(DataSieving(removed_fraction=removed, full_last=full), n, batch_size, epochs)
+
+    problems = problems_of(fraction, batch_size)
     if problems:
         share = re.search(r"removed_fraction=([\d.]+\d|0)", problems[0].remedy)
         size = re.search(r"batch_size=(\d+)", problems[0].remedy)
         assert share is not None
-        assert check_fraction(DataSieving(removed_fraction=float(share[1])), n, batch_size) == []
-        assert (size is None) == ("leaves 0 " in problems[0].rule)
+        found = problems_of(float(share[1]), batch_size)
+        if "none would be left" in problems[0].rule:  # whether a batch is full is told then
+            found = [problem for problem in found if "no full batch" not in problem.rule]
+        else:
+            assert (size is None) == ("leaves 0 " in problems[0].rule)
+        assert found == []
         if size is not None:
-            assert check_fraction(DataSieving(removed_fraction=fraction), n, int(size[1])) == []
+            assert problems_of(fraction, int(size[1])) == []
 
 
 # --- the pure functions ----------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def plan(
     chosen = recipe_from(asked)
     batch_size = asked["batch_size"]
     spec = trained_on(describe_data(asked["data"], asked["image_size"]), asked["validation_share"], batch_size)
-    check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size)
+    check_full_batch(chosen, samples=spec.train_samples, batch_size=batch_size, epochs=epochs)
     sample = torch.zeros(1, *spec.sample_shape)
     model = build_for(asked["model"], spec, width=asked["width"])
     bill = draw_plan(model, sample, chosen, epochs, spec.train_samples, batch_size=batch_size)

@@ -109,6 +109,7 @@ def _options_of(argument: str) -> list[str]:
         *(name for name, to in fields if to.field == argument),
         *(name for name, to in fields if to.table == argument),
         *of_cache,
+        *(["warmup"] if argument == "warmup_epochs" else []),
         argument,
     ]
 

@@ -125,7 +125,7 @@ def _parameters(group: type, *, of_lists: bool = False) -> dict[str, inspect.Par
         else:
             kind = plain[name]
         words = next(note for note in notes if isinstance(note, Words))
-        if of_lists and kind not in (list[str], bool | None):
+        if of_lists and kind not in (list[str], bool, bool | None):
             shown = words.shown if isinstance(words.shown, str) else str(default)
             words, kind, default = replace(words, shown=shown), str | None, None
         option = typer.Option(help=words.help, rich_help_panel=words.panel, show_default=words.shown)

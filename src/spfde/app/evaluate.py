@@ -24,6 +24,7 @@ from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.runs.trained import Which, checkpoint_of, load_into, own_data, spec_in
 from spfde.app.train.augment import normalise
 from spfde.app.train.checks import check_device
+from spfde.app.train.evaluated import weights_in
 from spfde.app.train.feed import workers_for
 from spfde.app.train.machine import Machine, pick_device
 from spfde.app.train.models import build_for
@@ -80,6 +81,7 @@ class Evaluation:
         is_own: whether that is the run's own test set.
         chosen_by: the accuracy, "validation" or "test", by which the best epoch was chosen.
         model, width, precision, device: what it was computed with.
+        weights: which ones: "trained", "averaged" or "…, norms estimated anew".
         class_names: where the data name their classes.
         last, best: None where the folder has no best checkpoint.
     """
@@ -93,6 +95,7 @@ class Evaluation:
     width: float
     precision: str
     device: str
+    weights: str
     class_names: tuple[str, ...] | None
     last: Scores
     best: Scores | None
@@ -109,7 +112,8 @@ class Evaluation:
         """For people, in 80 columns."""
         state = "" if self.finished else ", which is not finished"
         width = "" if self.width == 1 else f", width {self.width:g}"
-        computed = f"{self.model}{width} · {self.precision} on {self.device} (measured)"
+        weights = "" if self.weights == "trained" else f" · weights: {self.weights}"
+        computed = f"{self.model}{width} · {self.precision} on {self.device} (measured){weights}"
         lines = [f"{self.run}{state}: {sum(self.last.counts):,} test images of {self.data}", computed, "", _HEADING]
         for name, scores in (("last", self.last), ("best", self.best)):
             lines.append(f"{name:<8}" + ("there is no best checkpoint" if scores is None else _scores(scores)))
@@ -175,6 +179,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> Evaluation:
         width=trained.width,
         precision=machine.precision,
         device=str(machine.device),
+        weights=weights_in(trained),
         class_names=data.class_names,
         last=last,
         best=best,
@@ -204,7 +209,8 @@ def _data(run: RunFolder, trained: TrainOptions, spec: DataSpec, options: Evalua
             )
         return own_data(trained, run.read_json(CONFIG), run.path, root=options.data_root)
     _check_fits(describe_data(options.data, options.image_size), spec, options.data)  # before anything is downloaded
-    data = load_data(options.data, root=options.data_root or trained.data_root, image_size=options.image_size)
+    root = options.data_root or trained.data_root
+    data = load_data(options.data, root=root, image_size=options.image_size, crop_share=trained.crop_share)
     for mine, other in zip(names_in(trained.data) or (), data.class_names or (), strict=False):
         if mine != other:
             rule = f"has class {other!r} where the run's data have {mine!r}"

@@ -11,6 +11,7 @@ from spfde.app.runs.best import chosen_by, is_sparse
 from spfde.app.runs.checkpoints import epoch_of
 from spfde.app.runs.folder import CONFIG, RunFolder
 from spfde.app.runs.trained import Which, checkpoint_of, load_into, spec_in
+from spfde.app.train.evaluated import weights_in
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, Problem, RunFolderError, nearest
@@ -61,7 +62,8 @@ def export_run(folder: Path, *, kind: str, out: Path | None, which: Which) -> st
         save_onnx(model, torch.zeros(2, *spec.sample_shape), path)
     size, dense_size = path.stat().st_size, sum(tensor.nbytes for tensor in state.values())
     share = f"{size / dense_size:.1%} of the dense weights' {format_bytes(dense_size)}"
-    return f"{path}: {format_bytes(size)}, {share}, from {checkpoint} ({why})"
+    weights = "" if (which_weights := weights_in(options)) == "trained" else f", weights {which_weights}"
+    return f"{path}: {format_bytes(size)}, {share}, from {checkpoint} ({why}{weights})"
 
 
 def _why(run: RunFolder, checkpoint: Path, which: Which) -> str:

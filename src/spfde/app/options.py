@@ -33,7 +33,7 @@ class DataOptions:
     """What is trained, and on what."""
 
     data: Annotated[
-        str, Words("fashion-mini (embedded), a torchvision name (cifar10, cifar100, …), an image folder or an .npz")
+        str, Words("fashion-mini (embedded), a torchvision name (cifar10, …), imagenet, an image folder or an .npz")
     ] = "fashion-mini"
     image_size: Annotated[
         Annotated[int, Ge(8)] | None,
@@ -81,6 +81,16 @@ class RecipeOptions:
         Sets("freezing", "scheme"),
         _save("single-shot, single-shot-resume, periodic or delayed-periodic"),
     ] = None
+    freeze_unit: Annotated[
+        str | None,
+        Sets("freezing", "unit"),
+        _save("what is frozen at once: block, or layer with its norm"),
+    ] = None
+    freeze_timing: Annotated[
+        str | None,
+        Sets("freezing", "timing"),
+        _save("exact: at any epoch, so that little more is saved than asked for; update: at update epochs alone"),
+    ] = None
     freeze_criterion: Annotated[
         str | None,
         Sets("freezing", "criterion"),
@@ -92,7 +102,17 @@ class RecipeOptions:
     sieve_criterion: Annotated[
         str | None,
         Sets("sieving", "criterion"),
-        _save("which samples are easy: forgetting, loss, el2n or random"),
+        _save("which samples are easy: forgetting, loss, el2n or random; or drawn anew: top-loss or repeated-random"),
+    ] = None
+    sieve_full_last: Annotated[
+        float | None,
+        Sets("sieving", "full_last"),
+        _save("share of the run, at its end, in which all samples are used, and more left out before; in [0, 1)"),
+    ] = None
+    sieve_offset: Annotated[
+        int | None,
+        Sets("sieving", "offset_epochs"),
+        _save("epochs by which samples move after the structure does, from 0 to less than the interval"),
     ] = None
     soft_bound: Annotated[bool | None, Sets("sparsity", "soft_bound"), _save("MEST's soft memory bound (EM&S)")] = None
     interval: Annotated[
@@ -123,16 +143,94 @@ class LengthOptions:
     ] = 0.0
 
 
-class TrainingOptions(LengthOptions):
+class UpdateOptions:
+    """How weights are stepped."""
+
+    optimizer: Annotated[Literal["sgd", "adamw"], Words("sgd (with momentum) or adamw", _TRAINING)] = "sgd"
+    lr: Annotated[
+        Annotated[float, Gt(0)] | None,
+        Words("initial learning rate, above 0", _TRAINING, shown="0.1; 0.001 with adamw"),
+    ] = None
+    schedule: Annotated[
+        Literal["cosine", "step", "constant"],
+        Words(
+            "of the learning rate: cosine (by block where the recipe says so), step (a tenth at half and at three "
+            "quarters of the run) or constant",
+            _TRAINING,
+        ),
+    ] = "cosine"
+    warmup: Annotated[
+        Annotated[int, Ge(0)] | None,
+        Words("epochs in which the learning rate rises linearly, 0 or more", _TRAINING, shown="the recipe's, or 0"),
+    ] = None
+    momentum: Annotated[float, Ge(0), Lt(1), Words("of sgd, in [0, 1)", _TRAINING)] = 0.9
+    nesterov: Annotated[bool, Words("Nesterov's form of the momentum", _TRAINING)] = False
+    weight_decay: Annotated[
+        float, Ge(0), Words("L2 penalty of sgd, decoupled decay of adamw; 0 or more", _TRAINING)
+    ] = 1e-4
+    clip_norm: Annotated[
+        float, Ge(0), Words("largest norm of all gradients of a step together; 0 for any", _TRAINING)
+    ] = 0.0
+    accumulate: Annotated[int, Ge(1), Words("batches of a step, from 1 on", _TRAINING)] = 1
+
+
+class TrainingOptions(UpdateOptions, LengthOptions):
     """How the model is trained."""
 
-    lr: Annotated[float, Gt(0), Words("initial learning rate (cosine decay), above 0", _TRAINING)] = 0.1
-    momentum: Annotated[float, Ge(0), Lt(1), Words("SGD momentum, in [0, 1)", _TRAINING)] = 0.9
-    weight_decay: Annotated[float, Ge(0), Words("L2 penalty, 0 or more", _TRAINING)] = 1e-4
+    weights: Annotated[
+        str | None,
+        Words(
+            "what training starts from: pretrained (of timm's models), or a .safetensors or .pt file of weights",
+            _TRAINING,
+            shown="fresh weights",
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float, Ge(0), Lt(1), Words("share of each label that goes to all classes alike, in [0, 1)", _TRAINING)
+    ] = 0.0
+    ema: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Words(
+            "decay of a moving average of the weights, in [0, 1), which is evaluated in their place; 0 for none",
+            _TRAINING,
+        ),
+    ] = 0.0
+    reestimate_bn: Annotated[
+        int,
+        Ge(0),
+        Words(
+            "training samples, at most, on which the statistics of batch norms are estimated anew before each "
+            "evaluation; 0 for none",
+            _TRAINING,
+        ),
+    ] = 0
     augment: Annotated[
-        Literal["auto", "none", "crop", "crop+flip"],
-        Words("auto (as the data allow), none, crop or crop+flip", _TRAINING),
+        Literal["auto", "none", "crop", "crop+flip", "random-resized-crop"],
+        Words("auto (as the data allow), none, crop, crop+flip or random-resized-crop (and flip)", _TRAINING),
     ] = "auto"
+    randaugment: Annotated[
+        Annotated[int, Ge(0), Le(30)] | None,
+        Words("magnitude of RandAugment's operations on each image, from 0 to 30", _TRAINING, shown="none"),
+    ] = None
+    randaugment_ops: Annotated[
+        int, Ge(1), Le(14), Words("operations of RandAugment on each image, from 1 to 14", _TRAINING)
+    ] = 2
+    mixup: Annotated[
+        float, Ge(0), Le(100), Words("parameter of mixup's beta distribution, up to 100; 0 for none", _TRAINING)
+    ] = 0.0
+    cutmix: Annotated[
+        float, Ge(0), Le(100), Words("parameter of CutMix's beta distribution, up to 100; 0 for none", _TRAINING)
+    ] = 0.0
+    crop_share: Annotated[
+        Annotated[float, Ge(0.25), Le(1)] | None,
+        Words(
+            "share of an image's shorter side, from 0.25 to 1, that is within the cut at its centre, as in evaluation",
+            _TRAINING,
+            shown="the set's own: 1 but for imagenet",
+        ),
+    ] = None
     seed: Annotated[
         int, Ge(0), Lt(2**32), Words("seed of weights, masks, sieving and batches, from 0 to 2^32 - 1", _TRAINING)
     ] = 0
@@ -169,7 +267,9 @@ class MachineOptions:
         Annotated[int, Ge(0)] | None,
         Words("loader processes, 0 or more", _MACHINE, shown="none for images in memory, else one a core"),
     ] = None
-    data_root: Annotated[Path, Words("where torchvision's sets lie or are put", _MACHINE)] = Path("data")
+    data_root: Annotated[
+        Path, Words("where torchvision's sets lie or are put, and imagenet's train and val lie", _MACHINE)
+    ] = Path("data")
     track: Annotated[tuple[str, ...], Words("tensorboard, wandb, …; may be repeated", _MACHINE, shown=False)] = ()
 
 

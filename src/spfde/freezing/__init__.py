@@ -2,7 +2,8 @@
 
 from spfde.freezing.plan import ProgressiveFreezing
 from spfde.freezing.rates import BlockwiseCosine
-from spfde.freezing.schemes import FreezingScheme, Savings
+from spfde.freezing.savings import Savings
+from spfde.freezing.schemes import FreezingScheme
 
 __all__ = [
     "BlockwiseCosine",

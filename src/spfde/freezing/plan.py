@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FreezeCriterion = Literal["schedule", "structure", "representation"]
 
+Unit = Literal["block", "layer"]
+Timing = Literal["exact", "update"]
+
 FREEZE_CRITERIA: Mapping[FreezeCriterion, tuple[str, str]] = {
     "schedule": ("As planned.", "none"),
     "structure": (
@@ -40,13 +43,15 @@ class ProgressiveFreezing(Technique):
     Source: SpFDE, section 3 (layer freezing) and appendix B (the four schemes). In each of them the frozen blocks are
     a front prefix at every moment, and the same FLOPs reduction is solved for:
 
-    - "single-shot": from the start epoch on, one block more is frozen at each update epoch, and stays frozen.
+    - "single-shot": from the start epoch on, one block more is frozen each interval, and stays frozen.
     - "single-shot-resume": as before, but ``resume_epochs`` earlier, and everything trains again for that long at the
       end.
     - "periodic": front blocks train one epoch in four, middle blocks one in two, the others always.
     - "delayed-periodic": everything trains until the start epoch, and then as in "periodic".
 
-    Departures: the appendix names no default for ``resume_epochs`` and for the delay; ours are below.
+    Departures: the paper freezes at update epochs; here the start may be any epoch, and the last blocks wait until they
+    are needed, so that little more is saved than was asked for (``timing="update"`` is the paper's). Single layers are
+    ours (``unit="layer"``). The appendix names no default for ``resume_epochs`` and for the delay; ours are below.
 
     Example:
         >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.3, scheme="single-shot"))
@@ -66,11 +71,21 @@ class ProgressiveFreezing(Technique):
     start_epoch: int | None = Field(
         default=None,
         ge=0,
-        description="epoch at which the first block is frozen, or from which on blocks pause periodically, a multiple "
-        "of the update interval; None: as late as the target allows, and pauses within the first quarter of the run",
+        description="epoch at which the first block is frozen, or from which on blocks pause periodically; for pauses "
+        "and with timing='update' a multiple of the update interval; None: as late as the target allows, and pauses "
+        "within the first quarter of the run",
     )
     blocks: tuple[str, ...] | None = Field(
         default=None, description="names of the modules to freeze at once, in order of execution; None: found"
+    )
+    unit: Unit = Field(
+        default="block",
+        description="what is frozen at once: a 'block', or a 'layer' with its norm, for models of few blocks",
+    )
+    timing: Timing = Field(
+        default="exact",
+        description="single-shot: 'exact', at any epoch, so that little more is saved than asked for; or 'update', at "
+        "update epochs alone, as in the paper",
     )
     scheme: str = Field(
         default="single-shot",
@@ -182,6 +197,20 @@ class FreezePlan:
         """
         run = len(self.frozen)
         return tuple(run if at is None or self.pauses else at for at in self.freeze_epochs)
+
+
+def delays(sizes: Sequence[int], interval: int, timing: Timing) -> tuple[int, ...]:
+    """Epochs after the start before which each part of each block is not frozen: one block an interval at most.
+
+    The layers of a block are spread over its interval, or with "update" come together at its beginning.
+
+    Args:
+        sizes: number of parts of each block, front to back; 1 for a block that is frozen as a whole.
+        interval: Δτ in epochs.
+        timing: see ``ProgressiveFreezing``.
+    """
+    within = interval if timing == "exact" else 0
+    return tuple(block * interval + part * within // size for block, size in enumerate(sizes) for part in range(size))
 
 
 def blocks_to_freeze(n_layers: Sequence[int], total_layers: int, fraction: float) -> int:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import ClassVar
 
@@ -20,75 +18,16 @@ from spfde.core.numbers import round_half_up
 from spfde.core.registry import find, register
 from spfde.core.say import counted
 from spfde.freezing.plan import FreezePlan
+from spfde.freezing.savings import Savings, Timeline
 
 RESUME_SHARE = 0.1
 """Of a run, what "single-shot-resume" trains everything again at its end; SpFDE gives no number."""
 DELAY_SHARE = 0.25
 """Of a run, what "delayed-periodic" trains everything at its start, at most; SpFDE gives no number."""
+NEAR = 0.005
+"""How much more than what was asked for, of all FLOPs, a plan may save without looking for one that is nearer."""
 PERIODS = (4, 2)
 """Front blocks train in one epoch of four, middle blocks in one of two (SpFDE, appendix B)."""
-
-Timeline = tuple[int, ...]
-"""How many of the first blocks are frozen, for each epoch of a run."""
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What there is to save, and how much of it is wanted.
-
-    Attributes:
-        backward: ``backward[b][e]``, FLOPs of backpropagation through block ``b`` in epoch ``e``, front to back.
-        total: training FLOPs of the whole run without freezing.
-        flops_reduction: share of ``total`` to save.
-        interval: Δτ in epochs.
-        n_blocks: number of blocks that may be frozen.
-
-    Example:
-        >>> savings = spfde.freezing.Savings(
-        ...     [[10.0] * 8, [10.0] * 8], 400.0, flops_reduction=0.2, interval=2, n_blocks=2
-        ... )
-        >>> savings.reduction([0, 0, 1, 1, 2, 2, 2, 2])
-        0.25
-    """
-
-    backward: Sequence[Sequence[float]]
-    total: float
-    flops_reduction: float
-    interval: int
-    n_blocks: int
-
-    @property
-    def epochs(self) -> int:
-        """Length of the run."""
-        return len(self.backward[0]) if self.backward else 0
-
-    def update_epochs(self, last: int) -> Sequence[int]:
-        """The positive multiples of the interval up to ``last``, the largest first."""
-        return range(last // self.interval * self.interval, 0, -self.interval)
-
-    @cached_property
-    def of_front(self) -> Sequence[Sequence[float]]:
-        """``of_front[e][n]``: FLOPs that are saved in epoch ``e`` where the first ``n`` blocks are frozen."""
-        return [tuple(accumulate(blocks, initial=0.0)) for blocks in zip(*self.backward, strict=True)]
-
-    def reduction(self, frozen: Timeline) -> float:
-        """Share of the training FLOPs that is saved with so many frozen blocks in each epoch."""
-        # Rounded once, so that to freeze more never seems to save less.
-        saved = math.fsum(of_front[count] for of_front, count in zip(self.of_front, frozen, strict=True))
-        return self.share(saved)
-
-    def share(self, saved: float) -> float:
-        """So many FLOPs as a share of the whole run's."""
-        return saved / self.total if self.total else 0.0
-
-    def reaches(self, frozen: Timeline) -> bool:
-        """Is the target met?"""
-        return self.reduction(frozen) >= self.enough
-
-    @property
-    def enough(self) -> float:
-        """The reduction that meets the target: sums may fall short of what is met exactly."""
-        return self.flops_reduction - 1e-12
 
 
 class FreezingScheme(ABC):
@@ -97,7 +36,7 @@ class FreezingScheme(ABC):
     A subclass defines ``timelines``. Source of those here: SpFDE, section 3 and appendix B.
 
     Args:
-        start_epoch: asked for as the start, in place of what the scheme would take; an update epoch of the run.
+        start_epoch: asked for as the start, in place of what the scheme would take.
         resume_epochs: asked for as the length of the end in which everything trains; likewise.
 
     Attributes:
@@ -153,14 +92,15 @@ def solve(
     ``ProgressiveFreezing``.
 
     Raises:
-        InvalidArgument: the target cannot be reached (the most possible is named), a given epoch is no update epoch of
-            the run, or there is no such scheme.
+        InvalidArgument: the target cannot be reached (the most possible is named), a given epoch is none of the run
+            or no update epoch where it must be one, or there is no such scheme.
     """
     kind: type[FreezingScheme] = find("freezing-scheme", scheme, argument="scheme")
     problems = Problems()
     for name, value in (("start_epoch", start_epoch), ("resume_epochs", resume_epochs)):
         if value is not None:
-            problems.found += _problems_with_epoch(name, value, savings)
+            at_any = name == "start_epoch" and savings.timing == "exact" and issubclass(kind, SingleShot)
+            problems.found += _problems_with_epoch(name, value, savings, at_any=at_any)
     problems.raise_if_any()
     best: Timeline = (0,) * savings.epochs
     wants_something = savings.flops_reduction > 0 or start_epoch is not None
@@ -180,10 +120,15 @@ def solve(
 
 @register("freezing-scheme")
 class SingleShot(FreezingScheme):
-    """Freeze one block each interval (SpFDE, algorithm 1).
+    """Freeze one block after the other, at most one each interval (SpFDE, algorithm 1).
 
-    The start is the latest update epoch from which all ``n_blocks`` blocks save enough. Then blocks are frozen front to
-    back until the target is met.
+    The start is the latest epoch from which all ``n_blocks`` blocks, an interval apart, save enough. Then, from the
+    last block to the second, each is frozen as late as the target allows, which may be never. Where that still saves
+    ``NEAR`` more than was asked for, a start earlier by less than an interval may come nearer: the blocks behind the
+    first wait longer then.
+
+    With ``timing="update"`` it is the paper's: the start is an update epoch, and blocks are frozen front to back, one
+    at each update epoch, until the target is met.
     """
 
     name = "single-shot"
@@ -195,20 +140,57 @@ class SingleShot(FreezingScheme):
 
     def _one_by_one(self, savings: Savings, *, end: int) -> Iterator[Timeline]:
         def from_epoch(start: int, n_blocks: int) -> Timeline:
-            frozen = ((epoch - start) // savings.interval + 1 for epoch in range(end))
-            return (*(max(0, min(n_blocks, count)) for count in frozen), *(0,) * (savings.epochs - end))
+            return _frozen_from(savings.one_by_one(start, end=end)[:n_blocks], savings.epochs, end=end)
 
         def most(start: int) -> float:
             return savings.reduction(from_epoch(start, savings.n_blocks))
 
-        starts = savings.update_epochs(end - 1) if self.start_epoch is None else (self.start_epoch,)
+        starts = savings.starts(end - 1) if self.start_epoch is None else (self.start_epoch,)
         if not starts:
             return
         # The earlier the start, the more is saved: halving finds the latest that is early enough, or as good as any.
-        start = starts[bisect_left(starts, min(savings.enough, most(starts[-1])), key=most)]
-        if savings.flops_reduction > 0 and most(start) >= savings.enough:
-            yield from (from_epoch(start, n_blocks) for n_blocks in range(1, savings.n_blocks))
-        yield from_epoch(start, savings.n_blocks)
+        latest = bisect_left(starts, min(savings.enough, most(starts[-1])), key=most)
+        if savings.flops_reduction > 0 and most(starts[latest]) >= savings.enough:
+            if savings.timing == "exact":
+                near = starts[latest : latest + savings.interval]
+                yield _frozen_from(_nearest(savings, near, end=end), savings.epochs, end=end)
+            yield from (from_epoch(starts[latest], n_blocks) for n_blocks in range(1, savings.n_blocks))
+        yield from_epoch(starts[latest], savings.n_blocks)
+
+
+def _frozen_from(freeze_epochs: Sequence[int], epochs: int, *, end: int) -> Timeline:
+    """Frozen blocks in each epoch, where each is frozen from its own to ``end``."""
+    return (*(bisect_right(freeze_epochs, epoch) for epoch in range(end)), *(0,) * (epochs - end))
+
+
+def _nearest(savings: Savings, starts: Sequence[int], *, end: int) -> list[int]:
+    """Of the starts the first that saves little more than is asked for, or that which saves least more.
+
+    Args:
+        savings: what there is to save.
+        starts: the latest first; from each of them enough can be saved.
+        end: the epoch at which everything trains again, or the run's length.
+    """
+    # By block and epoch, what is saved where it is frozen from there on; one more epoch saves nothing.
+    saved = [list(accumulate(reversed(block[:end]), initial=0.0))[::-1] for block in savings.backward]
+    wanted = (savings.flops_reduction - 5e-13) * savings.total
+    best, least = list[int](), math.inf
+    for start in starts:
+        at = savings.one_by_one(start, end=end)
+        more = sum(block[epoch] for block, epoch in zip(saved, at, strict=False)) - wanted
+        before, latest = list(at), end
+        for block in reversed(range(1, len(at))):
+            choice = range(at[block], latest + 1)
+            lost = [saved[block][at[block]] - saved[block][epoch] for epoch in choice]
+            index = bisect_right(lost, more) - 1
+            more, at[block] = more - lost[index], choice[index]
+            latest = end if at[block] == end else at[block] - (before[block] - before[block - 1])
+        if more < least - 1e-9 * savings.total:
+            best, least = at, more
+        # From earlier on the first block alone would save as much more.
+        if least <= NEAR * savings.total or saved[0][start] - wanted >= least:
+            break
+    return best
 
 
 @register("freezing-scheme")
@@ -313,10 +295,10 @@ def _saved_by_all(savings: Savings) -> Sequence[float]:
     return [sum(every_fourth[epoch + 1 : epoch + front]) for epoch in range(epochs + 1)]
 
 
-def _problems_with_epoch(name: str, value: int, savings: Savings) -> list[Problem]:
+def _problems_with_epoch(name: str, value: int, savings: Savings, *, at_any: bool) -> list[Problem]:
     interval, epochs = savings.interval, savings.epochs
     problems = []
-    if value % interval:
+    if value % interval and not at_any:
         below = value - value % interval
         wanted = f"{below} or {below + interval}" if below or name == "start_epoch" else f"{interval}"
         rule = f"must be a multiple of the update interval ({counted(interval, 'epoch')})"

@@ -21,6 +21,7 @@ from spfde.core.errors import InvalidArgument, Problem, Problems, UsageError
 from spfde.recipe import Recipe
 from spfde.session.attach import attach, check_options
 from spfde.session.session import Session
+from spfde.sieving import DataSieving
 from spfde.sieving.stream import is_stream
 
 try:
@@ -137,7 +138,11 @@ class SpfdeCallback(Callback):  # type: ignore[misc]  # Lightning is not there f
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._running().begin_epoch()
+        session = self._running()
+        session.begin_epoch()
+        if len({row.samples for row in session.timeline}) > 1 and not trainer.fast_dev_run:
+            with suppress(TypeError):  # nobody knows it, and Lightning does not count
+                _count_batches_anew(trainer, len(session.loader))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._reported = self._running().samples_observed
@@ -208,6 +213,14 @@ class _TrainLoader:
         yield from self.loader
 
 
+def _count_batches_anew(trainer: Any, n_batches: int) -> None:
+    """Let Lightning, which counts the batches of an epoch once a run, go by those of this one."""
+    loop = trainer.fit_loop
+    loop._combined_loader.limits, loop.max_batches = [n_batches], n_batches
+    if isinstance(trainer.val_check_interval, float):
+        trainer.val_check_batch = max(1, int(n_batches * trainer.val_check_interval))
+
+
 def _report(session: Session, outputs: Any) -> None:
     """Tell the session what training_step returned."""
     given = outputs if isinstance(outputs, Mapping) else {}
@@ -250,11 +263,13 @@ def _check_trainer(trainer: Any, recipe: Recipe) -> None:
 
 
 def _lenient(recipe: Recipe) -> Recipe:
-    """For a smoke test of one epoch: freeze what can be reached."""
-    freezing = recipe.freezing
+    """For a smoke test of one epoch: freeze what can be reached, and sieve without what takes several epochs."""
+    freezing, sieving = recipe.freezing, recipe.sieving
     if freezing is not None:
         freezing = freezing.model_copy(update={"as_far_as_possible": True})
-    return recipe.replace(freezing=freezing, update_interval_epochs="auto")
+    if isinstance(sieving, DataSieving):
+        sieving = sieving.model_copy(update={"full_last": 0.0, "offset_epochs": 0})
+    return recipe.replace(freezing=freezing, sieving=sieving, update_interval_epochs="auto")
 
 
 def _check_limits(trainer: Any, recipe: Recipe, problems: Problems) -> None:

@@ -314,7 +314,7 @@ def _check_length(session: Session) -> None:
     kind = type(session.recipe.sieving).__name__
     if len({row.samples for row in session.timeline}) > 1:
         rule = "changes the number of samples within the run, and the Trainer counts its steps before it"
-        raise InvalidArgument(Problem("recipe.sieving", kind, rule, "Take DataSieving, or sieving=None."))
+        raise InvalidArgument(Problem("recipe.sieving", kind, rule, "Take DataSieving(full_last=0), or sieving=None."))
     try:
         len(session.loader)
     except TypeError as error:

@@ -10,22 +10,22 @@ a parameter with the head is never frozen.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import pairwise
+from itertools import groupby, pairwise
 from operator import or_
 
 from torch import nn
 
 from spfde.core.errors import Problems, nearest
 from spfde.model.sample import unwrap
-from spfde.model.trace import Trace, weight_of
+from spfde.model.trace import Trace
+from spfde.model.units import Reader, Unit, merge
 
 _UNTIE = (
     "Train it without freezing, or give the head a parameter of its own (in Transformers: tie_word_embeddings=False)."
 )
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Block:
     start: int  # position of its first operation in the trace
     stop: int  # position after its last one
     n_layers: int  # number of weighted layers: weights of convolutions and matrix products
+    whole: str | None = None  # name of the block that it was cut from, where blocks are cut into layers
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,16 @@ class Partition:
     reason: str | None = None  # why there is no block, where there is none
     remedy: str | None = None  # and what to do about it
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of how many layers each block is that was cut into layers; 1 for one that was not."""
+        wholes = groupby(block.whole or block.name for block in self.blocks)
+        return tuple(len(list(parts)) for _, parts in wholes)
 
-def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None = None) -> Partition:
+
+def find_blocks(
+    model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None = None, by_layer: bool = False
+) -> Partition:
     """Cut ``model`` into blocks.
 
     The stem joins the first block, a down-sampling layer between two blocks joins the one that follows, norms and bare
@@ -63,19 +72,21 @@ def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None 
         blocks: names of the modules to be frozen at once, in order of execution; what comes after the last one is the
             head. A name that no module has stands for all modules whose names begin with it, which are one block. None:
             found from the module tree.
+        by_layer: cut each block into its weighted layers. A layer has the norm and the bare parameters that run behind
+            it; layers whose parameters are read by turns stay one.
 
     Raises:
         InvalidArgument: ``blocks`` is empty, or a name in it is unknown, inside another one, never run, out of order,
             inseparable from another one (they run interleaved or share a parameter), or leaves no layer for the head.
     """
-    reader = _Reader(unwrap(model), trace)
+    reader = Reader(unwrap(model), trace)
     given: dict[str, str] = {}
     if blocks is not None:
         given = _resolved(reader.model, blocks)
-        units = _joined(_merged(reader.units(named=frozenset(given))), given)
+        units = _joined(merge(reader.units(named=frozenset(given))), given)
         anchors = _named_anchors(units, blocks, given, reader)
     else:
-        units = _merged(_trunk_opened(reader))
+        units = merge(_trunk_opened(reader))
         anchors = _anchors(units)
     cuts = _cuts(units, anchors)
     head = next((unit.name for unit in reversed(units) if unit.layers), "")
@@ -83,148 +94,67 @@ def find_blocks(model: nn.Module, trace: Trace, *, blocks: Sequence[str] | None 
     starts = [0, *(units[cut].first for cut in cuts[1:])]
     ends = zip([*cuts[1:], len(units)], [*starts[1:], len(trace.ops)], strict=True)
     found = [
-        reader.block(name, units[cut:after], start=start, stop=stop, all_units=units)
+        _block(reader, name, units[cut:after], start=start, stop=stop, all_units=units)
         for name, cut, start, (after, stop) in zip(names, cuts, starts, ends, strict=True)
     ]
     reason, remedy = _reason(units, reader) if len(found) == 1 else (None, None)
-    return Partition(tuple(found[:-1]), found[-1], reason, remedy)
+    parts = _cut_by_layer(reader, found[:-1], frozenset(given)) if by_layer else found[:-1]
+    return Partition(tuple(parts), found[-1], reason, remedy)
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """What is never cut: a module, a bare parameter, or several of them that cannot be separated."""
+def _block(
+    reader: Reader, name: str, units: Sequence[Unit], *, start: int, stop: int, all_units: Sequence[Unit]
+) -> Block:
+    """The block of ``units``, with the modules inside them and those without parameters that ran among them."""
 
-    names: tuple[str, ...]
-    parameters: frozenset[str]  # those that are used
-    layers: frozenset[str]  # the weights of layers among them
-    first: int  # position of the first operation that reads one
-    last: int
-    composite: bool  # a module of several layers, hence a block; what is not composite joins one
+    def inside(module: str, of: Sequence[Unit]) -> bool:
+        return any(module == n or module.startswith(f"{n}.") for unit in of for n in unit.names)
 
-    @property
-    def name(self) -> str:
-        return " + ".join(self.names) if len(self.names) <= 3 else f"{self.names[0]} … {self.names[-1]}"
+    def ran_here(module_name: str, module: nn.Module) -> bool:
+        is_leaf = next(module.children(), None) is None
+        if not is_leaf or module_name not in reader.first_run or inside(module_name, all_units):
+            return False
+        return start <= max(reader.first_run[module_name] - 1, 0) < stop
 
-    @property
-    def parents(self) -> set[str]:
-        return {name.rpartition(".")[0] for name in self.names}
-
-    def named(self, given: Mapping[str, str]) -> str:
-        """The prefix that was given for it, or its name."""
-        return next((given[name] for name in self.names if given.get(name, name) != name), self.name)
-
-    def __or__(self, other: _Unit) -> _Unit:
-        """The two as one; ``other`` starts later."""
-        return _Unit(
-            self.names + other.names,
-            self.parameters | other.parameters,
-            self.layers | other.layers,
-            self.first,
-            max(self.last, other.last),
-            self.composite or other.composite,
-        )
+    modules = [n for n, module in reader.model.named_modules() if n and (inside(n, units) or ran_here(n, module))]
+    held = frozenset(p for unit in units for p in unit.parameters)
+    parameters = sorted((p for p in reader.names.values() if p in held), key=lambda p: reader.uses[p][0])
+    return Block(name, tuple(parameters), tuple(modules), start, stop, sum(len(unit.layers) for unit in units))
 
 
-class _Reader:
-    """Reads units off the module tree, with the positions of a trace."""
-
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self.model = model
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.uses: dict[str, tuple[int, int]] = {}
-        for op in trace.ops:
-            for name in op.parameters:
-                self.uses[name] = (self.uses.get(name, (op.position, 0))[0], op.position)
-        self.layers = weighted_layers(model, trace)
-        self._first_run = trace.first_run
-
-    def layers_in(self, module: nn.Module, *, recurse: bool = True) -> set[str]:
-        return {self.names[id(p)] for p in module.parameters(recurse=recurse)} & self.layers
-
-    def units(self, *, opened: Container[str] = (), named: frozenset[str] = frozenset()) -> list[_Unit]:
-        """Containers, modules that hold a list of blocks, and those in ``opened`` are opened; others are units.
-
-        Modules in ``named`` are units in any case, and alone are composite; what holds one is opened.
-        """
-        seen: set[int] = set()
-        claimed: set[str] = set()
-        found = []
-
-        def add(name: str, parameters: Iterable[nn.Parameter]) -> None:
-            # A tied parameter belongs to the first module that holds it; its use elsewhere stretches that unit.
-            mine = frozenset(self.names[id(p)] for p in parameters) & (self.uses.keys() - claimed)
-            if mine:
-                claimed.update(mine)
-                layers = mine & self.layers
-                first, last = min(self.uses[p][0] for p in mine), max(self.uses[p][1] for p in mine)
-                found.append(_Unit((name,), mine, layers, first, last, name in named if named else len(layers) >= 2))
-
-        def walk(name: str, module: nn.Module) -> None:
-            if id(module) in seen:
-                return
-            seen.add(id(module))
-            holds_named = any(other.startswith(f"{name}.") for other in named)
-            is_open = (
-                not name
-                or holds_named
-                or name in opened
-                or isinstance(module, _CONTAINERS)
-                or self._holds_blocks(module)
-            )
-            if name in named or not is_open:
-                add(name, module.parameters())
-                return
-            for p in module.parameters(recurse=False):
-                add(self.names[id(p)], [p])
-            for key, child in module.named_children():
-                walk(f"{name}.{key}" if name else key, child)
-
-        walk("", self.model)
-        return found
-
-    def _holds_blocks(self, module: nn.Module) -> bool:
-        """Is there, at any depth, a container of two or more modules that hold several layers each?
-
-        A sequence of single layers (convolution, norm, activation) is an item of a block, not a block.
-        """
-
-        def is_block(child: nn.Module) -> bool:
-            is_item = isinstance(child, nn.Sequential) and all(next(part.children(), None) is None for part in child)
-            return not is_item and len(self.layers_in(child)) >= 2
-
-        return any(
-            sum(map(is_block, inner.children())) >= 2 for inner in module.modules() if isinstance(inner, _CONTAINERS)
-        )
-
-    def block(self, name: str, units: Sequence[_Unit], *, start: int, stop: int, all_units: Sequence[_Unit]) -> Block:
-        """The block of ``units``, with the modules inside them and those without parameters that ran among them."""
-
-        def inside(module: str, of: Sequence[_Unit]) -> bool:
-            return any(module == n or module.startswith(f"{n}.") for unit in of for n in unit.names)
-
-        def ran_here(module_name: str, module: nn.Module) -> bool:
-            is_leaf = next(module.children(), None) is None
-            if not is_leaf or module_name not in self._first_run or inside(module_name, all_units):
-                return False
-            return start <= max(self._first_run[module_name] - 1, 0) < stop
-
-        modules = [n for n, module in self.model.named_modules() if n and (inside(n, units) or ran_here(n, module))]
-        held = frozenset(p for unit in units for p in unit.parameters)
-        parameters = sorted((p for p in self.names.values() if p in held), key=lambda p: self.uses[p][0])
-        return Block(name, tuple(parameters), tuple(modules), start, stop, sum(len(unit.layers) for unit in units))
+def _cut_by_layer(reader: Reader, blocks: Sequence[Block], named: frozenset[str]) -> list[Block]:
+    """The layers of all blocks, in order of execution. What is opened here holds what is opened for blocks."""
+    units = merge(reader.units(named=named, by_layer=True))
+    found = []
+    for block in blocks:
+        parts: list[list[Unit]] = [[]]
+        for unit in units:
+            if block.start <= unit.first < block.stop:
+                if unit.layers and any(other.layers for other in parts[-1]):
+                    parts.append([])
+                parts[-1].append(unit)
+        starts = [block.start, *(part[0].first for part in parts[1:]), block.stop]
+        names = [next((unit.name for unit in part if unit.layers), block.name) for part in parts]
+        layers = [
+            replace(_block(reader, name, part, start=start, stop=stop, all_units=units), whole=block.name)
+            for name, part, (start, stop) in zip(names, parts, pairwise(starts), strict=True)
+        ]
+        found += _with_modules_of(block, layers)
+    return found
 
 
-def weighted_layers(model: nn.Module, trace: Trace) -> frozenset[str]:
-    """Names of the weights of convolutions and matrix products: read by a counted operation, two dimensions or more.
+def _with_modules_of(block: Block, layers: Sequence[Block]) -> list[Block]:
+    """The layers of a block; a module that holds several belongs to its last one, which alone completes it."""
+    held = {name for layer in layers for name in layer.modules}
+    modules = [list(layer.modules) for layer in layers]
+    for name in block.modules:
+        if name not in held:
+            inside = (at for at, layer in enumerate(layers) if any(p.startswith(f"{name}.") for p in layer.parameters))
+            modules[max(inside, default=-1)].append(name)
+    return [replace(layer, modules=tuple(own)) for layer, own in zip(layers, modules, strict=True)]
 
-    Of a weight that is computed from several parameters (weight norm) the largest one stands for the layer.
-    """
-    parameters = dict(model.named_parameters())
-    weights = (weight_of(op, parameters) for op in trace.ops if op.flops)
-    return frozenset(name for name in weights if name is not None)
 
-
-def _trunk_opened(reader: _Reader) -> list[_Unit]:
+def _trunk_opened(reader: Reader) -> list[Unit]:
     """The model's units; a module with more than half of all layers is opened, where that separates layers."""
     opened: set[str] = set()
     while True:
@@ -240,15 +170,7 @@ def _trunk_opened(reader: _Reader) -> list[_Unit]:
         opened.add(trunk.names[0])
 
 
-def _merged(units: list[_Unit]) -> list[_Unit]:
-    """Units in order of execution; those that run interleaved, or share a parameter, become one."""
-    merged: list[_Unit] = []
-    for unit in sorted(units, key=lambda unit: unit.first):
-        merged.append(merged.pop() | unit if merged and merged[-1].last >= unit.first else unit)
-    return merged
-
-
-def _joined(units: list[_Unit], given: Mapping[str, str]) -> list[_Unit]:
+def _joined(units: list[Unit], given: Mapping[str, str]) -> list[Unit]:
     """Units in order of execution; those of one prefix, and what runs between them, become one."""
     for name in dict.fromkeys(given.values()):
         of_name = [index for index, unit in enumerate(units) if any(given.get(n) == name for n in unit.names)]
@@ -258,7 +180,7 @@ def _joined(units: list[_Unit], given: Mapping[str, str]) -> list[_Unit]:
     return units
 
 
-def _anchors(units: list[_Unit]) -> list[int]:
+def _anchors(units: list[Unit]) -> list[int]:
     """Indices of the units that blocks are built on; the last one starts the head."""
     weighted = [index for index, unit in enumerate(units) if unit.layers]
     composite = [index for index in weighted if units[index].composite]
@@ -267,7 +189,7 @@ def _anchors(units: list[_Unit]) -> list[int]:
     return composite if composite[-1] == weighted[-1] else [*composite, composite[-1] + 1]
 
 
-def _cuts(units: list[_Unit], anchors: list[int]) -> list[int]:
+def _cuts(units: list[Unit], anchors: list[int]) -> list[int]:
     """Index of the first unit of each block and of the head."""
     cuts = [0]
     for before, anchor in pairwise(anchors):
@@ -280,7 +202,7 @@ def _cuts(units: list[_Unit], anchors: list[int]) -> list[int]:
     return cuts
 
 
-def _reason(units: list[_Unit], reader: _Reader) -> tuple[str, str]:
+def _reason(units: list[Unit], reader: Reader) -> tuple[str, str]:
     """Why nothing can be frozen, and what to do."""
     if not reader.layers:
         return "no convolution or matrix product with a trained weight was found", "Train it without freezing."
@@ -320,7 +242,7 @@ def _resolved(model: nn.Module, blocks: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str, str], reader: _Reader) -> list[int]:
+def _named_anchors(units: list[Unit], blocks: Sequence[str], given: Mapping[str, str], reader: Reader) -> list[int]:
     """As ``_anchors``, for blocks that the user named."""
     problems = Problems()
     anchors = [index for index, unit in enumerate(units) if unit.composite]
@@ -350,7 +272,7 @@ def _named_anchors(units: list[_Unit], blocks: Sequence[str], given: Mapping[str
     return [*anchors, anchors[-1] + 1]
 
 
-def _tied(unit: _Unit, given: Mapping[str, str], reader: _Reader) -> str | None:
+def _tied(unit: Unit, given: Mapping[str, str], reader: Reader) -> str | None:
     """The parameter, of no named module, that the last unit reads in front of them and once more at its end."""
     ends = (p for p in sorted(unit.parameters) if reader.uses[p][0] < reader.uses[p][1] == unit.last)
     return next((p for p in ends if not any(p.startswith(f"{module}.") for module in given)), None)

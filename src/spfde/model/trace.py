@@ -9,7 +9,9 @@ and buffers alone before it is used (weight norm, weight standardisation, a cast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +32,17 @@ from spfde.model.recorder import Recorder, TracedOp
 from spfde.model.sample import Sample, Untraceable, call_arguments, unwrap
 from spfde.model.twin import fake_copy
 
-__all__ = ["Trace", "TracedOp", "Untraceable", "fake_copy", "like_the_model", "memory_shared_by", "trace", "weight_of"]
+__all__ = [
+    "Trace",
+    "TracedOp",
+    "Untraceable",
+    "fake_copy",
+    "like_the_model",
+    "memory_shared_by",
+    "trace",
+    "traced_once",
+    "weight_of",
+]
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -61,6 +73,27 @@ def weight_of(op: TracedOp, parameters: Mapping[str, nn.Parameter]) -> str | Non
     return max(computed, key=lambda name: parameters[name].numel(), default=None)
 
 
+_KNOWN: ContextVar[dict[tuple[int, torch.Size], Trace] | None] = ContextVar("known traces", default=None)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """While this is open a model is traced once for each shape of a sample that is a tensor: for many plans of one.
+
+    Models must live on, and stay as they are, meanwhile.
+
+    Example:
+        >>> with traced_once():
+        ...     trace(model, torch.zeros(1, 4)) is trace(model, torch.zeros(1, 4))
+        True
+    """
+    before = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(before)
+
+
 def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bool = False) -> Trace:
     """Trace ``model`` on ``sample`` without running it for real.
 
@@ -75,7 +108,16 @@ def trace(model: nn.Module, sample: Sample, *, training: bool = False, calls: bo
         Untraceable: the model cannot be called with this sample, or its forward pass needs real values.
         InvalidArgument: it holds lazy parameters that have no shape yet.
     """
-    model = unwrap(model)
+    model, known = unwrap(model), _KNOWN.get()
+    if known is None or training or calls or not isinstance(sample, Tensor):
+        return _traced(model, sample, training=training, calls=calls)
+    key = id(model), sample.shape
+    if key not in known:
+        known[key] = _traced(model, sample, training=False, calls=False)
+    return known[key]
+
+
+def _traced(model: nn.Module, sample: Sample, *, training: bool, calls: bool) -> Trace:
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         rule, remedy = "is a lazy parameter without a shape yet", "Run the model once on a batch first."

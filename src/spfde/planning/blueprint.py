@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -19,11 +17,11 @@ from spfde.core.say import counted
 from spfde.core.torch_private import tree_map_only
 from spfde.cost.flops import LayerCost, ModelCost, model_cost
 from spfde.freezing import ProgressiveFreezing, Savings
-from spfde.freezing.plan import FreezePlan, blocks_to_freeze
+from spfde.freezing.plan import FreezePlan, blocks_to_freeze, delays
 from spfde.freezing.schemes import solve
 from spfde.model.blocks import Block, Partition, find_blocks
 from spfde.model.sample import Sample, unwrap
-from spfde.model.trace import Trace, Untraceable, trace
+from spfde.model.trace import Untraceable, trace
 from spfde.planning.timeline import Row, Timeline
 from spfde.recipe import Recipe
 from spfde.sieving import DataSieving
@@ -175,32 +173,6 @@ class Blueprint:
         ]
 
 
-_KNOWN: ContextVar[dict[tuple[int, torch.Size], Trace] | None] = ContextVar("known traces", default=None)
-
-
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """While this is open a model is traced once for each shape of a sample that is a tensor: for many plans of one.
-
-    Models must live on, and stay as they are, meanwhile.
-    """
-    before = _KNOWN.set({})
-    try:
-        yield
-    finally:
-        _KNOWN.reset(before)
-
-
-def _traced(model: nn.Module, sample: Sample) -> Trace:
-    known = _KNOWN.get()
-    if known is None or not isinstance(sample, Tensor):
-        return trace(model, sample)
-    key = id(model), sample.shape
-    if key not in known:
-        known[key] = trace(model, sample)
-    return known[key]
-
-
 def draw(
     model: nn.Module, sample: Sample | None, recipe: Recipe, epochs: int, *, refusal: Untraceable | None = None
 ) -> Blueprint:
@@ -227,11 +199,14 @@ def draw(
     try:
         if sample is None:
             raise refusal or Untraceable(Problem("sample", None, "is not known", "Pass sample=."))
-        traced = _traced(model, sample)
+        traced = trace(model, sample)
     except Untraceable as error:
         return _untraced(model, recipe, epochs, interval, error)
     cost = model_cost(traced, model)
-    partition = find_blocks(model, traced, blocks=recipe.freezing.blocks if recipe.freezing is not None else None)
+    by_layer, named = False, None
+    if recipe.freezing is not None:
+        by_layer, named = recipe.freezing.unit == "layer", recipe.freezing.blocks
+    partition = find_blocks(model, traced, blocks=named, by_layer=by_layer)
     layers: Mapping[str, nn.Parameter] = {}
     dense: Sequence[LeftDense] = ()
     target: Mapping[str, int] = {}
@@ -309,10 +284,6 @@ def _untraced(model: nn.Module, recipe: Recipe, epochs: int, interval: int, erro
     )
 
 
-def _twice(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == 1 else tensor
-
-
 def _updating(model: nn.Module, sample: Sample) -> frozenset[str]:
     """Names of the modules that change buffers in training: those that run then, and those that have the buffers.
 
@@ -320,7 +291,8 @@ def _updating(model: nn.Module, sample: Sample) -> frozenset[str]:
     """
     written: Mapping[str, str] = {}
     # Batch norms divide by the batch less one in training: a sample of one item is taken twice.
-    for inputs in (sample, tree_map_only(Tensor, _twice, sample)):
+    twice = tree_map_only(Tensor, lambda one: torch.cat([one, one]) if one.dim() and len(one) == 1 else one, sample)
+    for inputs in (sample, twice):
         try:
             written = trace(model, inputs, training=True).written
             break
@@ -353,14 +325,25 @@ def _with_freeze_plan(blueprint: Blueprint, recipe: Recipe, technique: Progressi
     total = 0.0
     whole = [float(factor) for factor in blueprint.backward()]
     saved = [blueprint.saved_by_block(index) for index in range(len(forward))]
-    for row in Timeline(blueprint, recipe, samples=1):
+    rows = Timeline(blueprint, recipe, samples=10**6).rows  # that many are as good as their shares
+    most = max(row.samples for row in rows)
+    for row in rows:
+        weight = row.samples / most  # an epoch costs as its samples do; 1 where all epochs have as many
         for flops, share, factor, by_block in zip(forward, blueprint.density(row), whole, saved, strict=True):
-            total += (1 + factor) * flops * share
+            total += weight * (1 + factor) * flops * share
             for block, amount in by_block:
-                backward[block][row.epoch] += amount * share
+                backward[block][row.epoch] += weight * amount * share
     sizes = [block.n_layers for block in blocks]
     n_blocks = blocks_to_freeze(sizes, sum(sizes) + blueprint.partition.head.n_layers, technique.fraction)
-    savings = Savings(backward, total, technique.flops_reduction, blueprint.interval, n_blocks)
+    savings = Savings(
+        backward,
+        total,
+        technique.flops_reduction,
+        blueprint.interval,
+        n_blocks,
+        timing=technique.timing,
+        delays=delays(blueprint.partition.sizes, blueprint.interval, technique.timing),
+    )
     solved = solve(
         savings,
         scheme=technique.scheme,

@@ -36,7 +36,7 @@ class Row:
         update: whether it is an update epoch, a multiple of Δτ.
         frozen_blocks: how many of the first blocks are frozen.
         samples: samples in use.
-        sieve_update: whether samples move at its top.
+        sieve_update: whether samples move at its top; where all are in use then, the removed ones have come back.
         rates: learning rate of each block, and of the head last, as a factor of the base rate; empty where the caller
             drives the rates.
         masks: what happens to the masked layers.
@@ -209,6 +209,9 @@ class Timeline:
             return self._pruned(was, frozen=False)
         if epoch % self._interval:
             return unchanged
+        if not self._blueprint.freeze_plan.pauses and self._freezes(layer.block, epoch + 1, epoch + self._interval):
+            # It has come to its target before, and what grew now would have less than an interval to learn.
+            return self._pruned(was, frozen=False)
         progress = epoch / self._epochs
         survive, final = method.mutation_counts(was.target, layer.n_units, int(was.active), progress)
         # What has come down to its active weights for good receives no wider gradient any more.
@@ -225,19 +228,21 @@ class Timeline:
         return LayerPlan(was.target, active, active, active, frozen, mutates=was.active > active, to_target=True)
 
     def _is_last_update(self, block: int, epoch: int) -> bool:
-        """Is ``epoch`` the last update at which the block trains before it is frozen for good?
+        """Is ``epoch`` the last update at which the block mutates before it is frozen for good?
 
         A block that trained under a soft bound up to the moment of freezing would lose weights that it still uses, with
-        no step left to make up for them. So it comes to its target one update before. Through a pause masks stay as
-        they are; then it is the last update of all at which the block trains, unless it trains in the last epoch, which
-        prunes anyway. The sources say nothing of this case.
+        no step left to make up for them. So it comes to its target one update before, an interval or more. Through a
+        pause masks stay as they are; then it is the last update of all at which the block trains, unless it trains in
+        the last epoch, which prunes anyway. The sources say nothing of this case.
         """
-        if block >= len(self._blueprint.partition.blocks):
-            return False
         if self._blueprint.freeze_plan.pauses:
             later = chain(range(epoch + self._interval, self._epochs, self._interval), (self._epochs - 1,))
-            return not any(self.frozen[at] <= block for at in later)
-        return self.frozen[min(epoch + self._interval, self._epochs - 1)] > block
+            return block < len(self._blueprint.partition.blocks) and not any(self.frozen[at] <= block for at in later)
+        return self._freezes(block, epoch + self._interval, epoch + 2 * self._interval)
+
+    def _freezes(self, block: int, first: int, stop: int) -> bool:
+        """Is the block frozen in one of the epochs from ``first`` on, before ``stop``?"""
+        return any(count > block for count in self.frozen[first:stop])
 
     def _dense_gradients(self, epoch: int) -> DenseGradients:
         method = self._blueprint.method

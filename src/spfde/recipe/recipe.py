@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.say import counted
@@ -85,6 +85,12 @@ class Recipe(Technique):
         if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             return value
         raise ValueError('must be a whole number of epochs from 1 on, or "auto"')
+
+    @model_validator(mode="after")
+    def _fits_its_interval(self) -> Self:
+        if self.sieves and self.sieving is not None and self.update_interval_epochs != "auto":
+            self.sieving.check_interval(self.update_interval_epochs)
+        return self
 
     @property
     def is_sparse(self) -> bool:

@@ -294,7 +294,7 @@ def _check_together(
     found = [*check_stream(loader), *_check_data(loader, recipe)] if streams else check_loader(loader)
     problems.found.extend(found)
     if not found and recipe.sieving is not None and not streams:
-        problems.found.extend(_check_sieving(loader, recipe))
+        problems.found.extend(_check_sieving(loader, recipe, epochs))
     if not problems.found and not streams:
         world = World.current()
         if deals_out(loader, world):
@@ -337,11 +337,11 @@ def _probe(
     return moved
 
 
-def _check_sieving(loader: DataLoader[Any], recipe: Recipe) -> list[Problem]:
+def _check_sieving(loader: DataLoader[Any], recipe: Recipe, epochs: int) -> list[Problem]:
     """Does the partial set fill a batch?"""
     assert recipe.sieving is not None
     assert loader.batch_size is not None
-    return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size)
+    return check_fraction(recipe.sieving, len(population_of(loader)), loader.batch_size, epochs)
 
 
 def _check_ranks_agree(session: Session, world: World) -> None:

@@ -48,7 +48,8 @@ class Computing(Part):
             coming=freezing.coming,
             masked_already=masks.masked_already,
         )
-        names = [name for block in setting.blueprint.partition.blocks for name in block.name.split(" + ")]
+        wholes = dict.fromkeys(block.whole or block.name for block in setting.blueprint.partition.blocks)
+        names = [name for whole in wholes for name in whole.split(" + ")]
         self._compiled = CompiledBlocks(job.model, names) if job.compiles else None
         self._steps: list[CapturedStep] = []
         self._take(choice)

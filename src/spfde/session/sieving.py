@@ -32,14 +32,15 @@ class SievedSampling(Sampling):
     """
 
     def __init__(self, setting: Setting, loader: DataLoader[Any], labels: Tensor | None) -> None:
-        technique = setting.recipe.sieving
-        assert technique is not None, "made for recipes that sieve"
+        asked, epochs = setting.recipe.sieving, setting.blueprint.epochs
+        assert asked is not None, "made for recipes that sieve"
+        technique, ends_full = asked.at_length(epochs), asked.n_full_epochs(epochs) > 0
         population = population_of(loader)
         n_ids = int(population.max()) + 1
         self._technique = technique
         self._classes = ClassLabels(n_ids, labels) if technique.balanced else None
         known = None if self._classes is None or self._classes.collects else self._classes.labels[population]
-        self._sieve = Sieve(population, technique, generator=setting.generator, labels=known)
+        self._sieve = Sieve(population, technique, generator=setting.generator, labels=known, ends_full=ends_full)
         criterion = technique.make_criterion()
         collects = self._classes is not None and self._classes.collects
         by_report = criterion.needs_every_batch or collects
@@ -76,11 +77,14 @@ class SievedSampling(Sampling):
         self._asked_for_weights = self._is_told = False
         self._n_reports = 0
         self._observer.begin_epoch()
-        if row.sieve_update:
+        if row.sieve_update and row.samples == len(self.population):
+            self._setting.clock.sieve_moved = self._sieve.use_all()
+        elif row.sieve_update:
             labels = None if self._classes is None else self._classes.labels[self.population]
             difficulty = self._scorer.difficulty()[self.population]
             self._setting.clock.sieve_moved = self._sieve.update(difficulty, labels)
-            self._scorer.reset()
+            if not self._scorer.criterion.redraws:
+                self._scorer.reset()
 
     def check_complete(self) -> None:
         self._check_reported()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from spfde.sieving.by_id import ById, ShardSampler
 from spfde.sieving.criteria import SievingCriterion
 from spfde.sieving.methods import DataSieving, OneTimeRemoval, SievingMethod
 
-__all__ = ["DataSieving", "OneTimeRemoval", "SievingCriterion", "SievingMethod"]
+__all__ = ["ById", "DataSieving", "OneTimeRemoval", "ShardSampler", "SievingCriterion", "SievingMethod"]

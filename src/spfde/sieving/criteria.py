@@ -1,7 +1,8 @@
 """Sieving criteria: what a batch tells of its samples, and how difficult these are by the end of an interval.
 
 A criterion is one class with a name, registered: here those of this package, anywhere else those of others. The
-samples with the lowest difficulty are the easiest and leave.
+samples with the lowest difficulty are the easiest and leave: those of the partial set, for as many of the removed ones;
+or, with ``redraws``, those of all samples, and the rest is the next partial set.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class SievingCriterion:
         needs_every_batch: whether a batch that is not reported is a mistake.
         presentations_needed: how often a sample must come in an interval before anything can be said of it.
         chooses_at_random: whether all samples are alike to it, so that each leaves with the same probability.
+        redraws: whether each update draws the whole partial set anew from all samples. What is kept of a sample then
+            stays over intervals, as most would have nothing else while they are left out.
+        random_share: with ``redraws``, the share of the samples to leave that is drawn at random, however hard.
 
     Example:
         >>> class Margin(spfde.sieving.SievingCriterion):
@@ -60,6 +64,8 @@ class SievingCriterion:
     needs_every_batch: ClassVar[bool] = True
     presentations_needed: ClassVar[int] = 1
     chooses_at_random: ClassVar[bool] = False
+    redraws: ClassVar[bool] = False
+    random_share: ClassVar[float] = 0.0
 
     def from_logits(self, logits: Tensor, y: Tensor) -> Tensor:
         """One value a sample, [N], from the model's output, [N, classes], and its labels; both detached."""
@@ -210,12 +216,8 @@ class Forgetting(SievingCriterion):
         }
 
     def add(self, kept: dict[str, Tensor], indices: Tensor, values: Tensor) -> None:
-        # A stable sort brings the presentations of a sample together and keeps their order in time.
-        samples, order = torch.sort(indices, stable=True)
+        samples, order, first, final = _by_sample(indices)
         now = values[order]
-        first = torch.ones_like(now)
-        first[1:] = samples[1:] != samples[:-1]
-        final = first.roll(-1)  # the entry before a new sample, and the very last one, as the very first is a first
         before = torch.where(first, kept["last"][samples], now.roll(1).to(torch.int8))
         kept["forgotten"] += torch.bincount(samples[(before == 1) & ~now], minlength=len(kept["forgotten"]))
         kept["last"][samples[final]] = now[final].to(torch.int8)
@@ -278,3 +280,58 @@ class Random(SievingCriterion):
 
     def difficulty(self, kept: Mapping[str, Tensor]) -> Tensor:
         return kept["difficulty"]
+
+
+@register("sieving-criterion")
+class RepeatedRandom(Random):
+    """A fresh random subset of all samples at each update (RS2, arXiv 2305.18424, drawn with replacement).
+
+    Under ``Random`` the samples that waited come back first, so that all have their turn; here a sample may be left out
+    twice in a row. The source draws a subset for each epoch; here it stays for an interval.
+    """
+
+    name = "repeated-random"
+    summary = "The partial set is drawn anew, at random, at each update (RS2)."
+    references = ("okanovic2024repeated",)
+    redraws = True
+
+
+@register("sieving-criterion")
+class TopLoss(SievingCriterion):
+    """The highest losses in a random pool (OrderDP, arXiv 2606.08574): the partial set is drawn anew at each update.
+
+    A sample's loss is the last one that was seen, in whichever interval, as in the released code. Ours: a sample that
+    was never seen is infinitely hard, and stays if it is in the pool (the released code gives it a loss of 3); half of
+    the samples to leave are left out of the pool (``random_share``), where the source sets its size by itself.
+    """
+
+    name = "top-loss"
+    summary = "The highest last losses in a random pool are the partial set, drawn anew at each update (OrderDP)."
+    references = ("jin2026orderdp",)
+    redraws = True
+    random_share = 0.5
+
+    def from_logits(self, logits: Tensor, y: Tensor) -> Tensor:
+        return loss_from_logits(logits, y)
+
+    def from_loss(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def start(self, n: int) -> dict[str, Tensor]:
+        return {"last": torch.full((n,), torch.inf)}
+
+    def add(self, kept: dict[str, Tensor], indices: Tensor, values: Tensor) -> None:
+        samples, order, _, final = _by_sample(indices)
+        kept["last"][samples[final]] = values[order[final]].float()
+
+    def difficulty(self, kept: Mapping[str, Tensor]) -> Tensor:
+        return kept["last"].masked_fill(kept["last"].isnan(), torch.inf)
+
+
+def _by_sample(indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Presentations, sample by sample: ids, their order, and which are the first and the last of a sample, bool."""
+    samples, order = torch.sort(indices, stable=True)  # those of a sample stay in order of time
+    first = torch.ones_like(samples, dtype=torch.bool)
+    first[1:] = samples[1:] != samples[:-1]
+    # The entry before a new sample, and the very last one, as the very first is a first.
+    return samples, order, first, first.roll(-1)

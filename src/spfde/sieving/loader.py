@@ -28,6 +28,7 @@ from torch.utils.data import (
 
 from spfde.core.errors import Problem, UsageError
 from spfde.sieving.batch_sampler import Rest, SievedBatchSampler, iterates_as, subset_indices
+from spfde.sieving.by_id import iterated
 from spfde.sieving.tickets import as_ids
 
 Event = Literal["start", "batch", "end", "taken over"]
@@ -42,9 +43,7 @@ def check_loader(loader: object) -> list[Problem]:
         remedy = "Pass a torch.utils.data.DataLoader over a map-style data set."
         return [Problem("loader", _kind(loader), "must be a DataLoader", remedy)]
     if isinstance(loader.dataset, IterableDataset):
-        rule = "is iterable-style: its samples have no ids and cannot be left out"
-        remedy = "Use a map-style data set (with __getitem__ and __len__)."
-        return [Problem("loader.dataset", _kind(loader.dataset), rule, remedy)]
+        return [iterated(loader.dataset)]
     return [*_dataset_problems(loader), *_batching_problems(loader)]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.numbers import latest_update_epoch, round_half_up
@@ -22,7 +22,8 @@ class SievingMethod(Technique, ABC):
     Attributes:
         removed_fraction: share of all samples that is left out, in [0, 1).
         criterion: name of the criterion by which samples count as easy: "forgetting" (the fewest forgetting events),
-            "loss" (the lowest mean loss), "el2n" (the lowest mean error L2 norm), "random", or a registered one.
+            "loss" (the lowest mean loss), "el2n" (the lowest mean error L2 norm), "random"; or by which the partial set
+            is drawn anew: "top-loss" (the highest last loss in a random pool), "repeated-random"; or a registered one.
         never_learned: samples that were never right are hard, or ("literal") as easy as their count of 0; for
             "forgetting" alone.
         balanced: the same share of each class leaves.
@@ -41,7 +42,8 @@ class SievingMethod(Technique, ABC):
         default=0.2, ge=0.0, lt=1.0, description="the share of all samples that is left out, in [0, 1)"
     )
     criterion: str = Field(
-        default="forgetting", description='"forgetting", "loss", "el2n", "random" or a registered criterion'
+        default="forgetting",
+        description='"forgetting", "loss", "el2n", "random", "top-loss", "repeated-random" or a registered criterion',
     )
     never_learned: NeverLearned = Field(
         default="hard",
@@ -90,8 +92,23 @@ class SievingMethod(Technique, ABC):
     def samples_in_use(self, n: int, epoch: int, *, interval: int, epochs: int) -> int:
         """Size of the partial set during ``epoch``."""
 
+    def n_full_epochs(self, epochs: int) -> int:
+        """Number of epochs, at the end of a run of ``epochs``, in which all samples are used again."""
+        return 0
+
+    def at_length(self, epochs: int) -> Self:
+        """The method while it leaves samples out, in a run of ``epochs``: ``removed_fraction`` is the share then.
+
+        Raises:
+            InvalidArgument: it would be all samples.
+        """
+        return self
+
+    def check_interval(self, interval: int) -> None:
+        """Raise ``InvalidArgument`` where the method does not fit an update every ``interval`` epochs."""
+
     def check_length(self, epochs: int, interval: int) -> None:
-        """Raise ``InvalidArgument`` where a run is too short for the method."""
+        """Raise ``InvalidArgument`` where the method does not fit a run of ``epochs``, updated every ``interval``."""
 
 
 @register("sieving-method")
@@ -104,8 +121,15 @@ class DataSieving(SievingMethod):
 
     ``swap_fraction=0`` removes samples once and for all, at random.
 
+    ``full_last`` is the annealing of InfoBatch (arXiv 2303.04947): all samples are used in the last epochs. That more
+    are left out before, so that the run presents as many samples as without it, is ours.
+
     Attributes:
-        swap_fraction: share of the partial set swapped at each update; None takes ``removed_fraction``.
+        swap_fraction: share of the partial set swapped at each update; None takes ``removed_fraction``. Without meaning
+            for criteria that draw the partial set anew.
+        full_last: share of the run, at its end, in which all samples are used, rounded to whole epochs, halves up, and
+            one at least; 0 for none. ``removed_fraction`` is the mean over the run then, to half a sample an epoch.
+        offset_epochs: updates are at epochs 0 < e with e % Δτ = ``offset_epochs``, which is less than Δτ.
         rescale_loss: ``session.loss_weights`` gives weights that keep the gradient unbiased; the loop has to use them.
 
     Example:
@@ -124,12 +148,31 @@ class DataSieving(SievingMethod):
         le=1.0,
         description="the share of the partial set swapped at each update, in [0, 1]; None takes removed_fraction",
     )
+    full_last: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="the share of the run, at its end, in which all samples are used, in [0, 1)",
+    )
+    offset_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="epochs by which samples move after masks do, from 0 to less than update_interval_epochs",
+    )
     rescale_loss: bool = Field(default=False, description="whether losses are weighted by session.loss_weights()")
+
+    @model_validator(mode="after")
+    def _swaps_or_draws_anew(self) -> Self:
+        if self.swap_fraction is not None and self.make_criterion().redraws:
+            rule = f'has no meaning with criterion="{self.criterion}", which draws the whole partial set anew'
+            raise InvalidArgument(Problem("swap_fraction", self.swap_fraction, rule, "Leave it out."))
+        return self
 
     @property
     def cited(self) -> tuple[str, ...]:
-        weights = ("qin2024infobatch", "horvitz1952generalization") if self.rescale_loss else ()
-        return (*super().cited, *weights)
+        infobatch = ("qin2024infobatch",) if self.rescale_loss or self.full_last else ()
+        weights = ("horvitz1952generalization",) if self.rescale_loss else ()
+        return (*super().cited, *infobatch, *weights)
 
     @property
     def rescales(self) -> bool:
@@ -151,11 +194,47 @@ class DataSieving(SievingMethod):
         swapped = min(max(1, round_half_up(fraction * (n - removed))), removed, n - removed)
         return swapped, swapped
 
+    def n_full_epochs(self, epochs: int) -> int:
+        return max(1, round_half_up(self.full_last * epochs)) if self.full_last else 0
+
+    def at_length(self, epochs: int) -> Self:
+        n_full = self.n_full_epochs(epochs)
+        if not n_full or not self.removed_fraction:
+            return self
+        n_before = epochs - n_full
+        if self.removed_fraction * epochs >= n_before:
+            rule = (
+                f"cannot be the mean over a run that uses all samples in the last {n_full} of "
+                f"{counted(epochs, 'epoch')}: none would be left before"
+            )
+            most = math.ceil(n_before / epochs * 1000 - 1) / 1000
+            share = f"removed_fraction={most:g} at most" if most > 0 else "removed_fraction=0"
+            less = "full_last=0" if n_full == 1 else "a lower full_last"
+            remedy = f"Take {share}, or {less} (it is {self.full_last:g})."
+            raise InvalidArgument(Problem("removed_fraction", self.removed_fraction, rule, remedy))
+        raised = self.removed_fraction * epochs / n_before
+        return self.model_copy(update={"removed_fraction": raised, "full_last": 0.0})
+
+    def check_interval(self, interval: int) -> None:
+        if self.offset_epochs >= interval:
+            rule = f"must be less than the update interval, {counted(interval, 'epoch')}"
+            remedy = f"Take {interval - 1} at most, or update_interval_epochs={self.offset_epochs + 1} or more."
+            raise InvalidArgument(Problem("offset_epochs", self.offset_epochs, rule, remedy))
+
+    def check_length(self, epochs: int, interval: int) -> None:
+        self.check_interval(interval)
+        self.at_length(epochs)
+
     def updates_at(self, epoch: int, *, interval: int, epochs: int) -> bool:
-        return 0 < epoch < epochs - 1 and epoch % interval == 0
+        """As samples swap, and at the first of the epochs that use all, whether an update epoch or not."""
+        n_full = self.n_full_epochs(epochs)
+        is_update = epoch % interval == self.offset_epochs and 0 < epoch < epochs - max(1, n_full)
+        return is_update or (n_full > 0 and epoch == epochs - n_full)
 
     def samples_in_use(self, n: int, epoch: int, *, interval: int, epochs: int) -> int:
-        return n - self.n_removed(n)
+        if epoch >= epochs - self.n_full_epochs(epochs):
+            return n
+        return n - self.at_length(epochs).n_removed(n)
 
 
 @register("sieving-method")
@@ -220,17 +299,28 @@ class OneTimeRemoval(SievingMethod):
         return n - self.n_removed(n)
 
 
-def check_fraction(technique: SievingMethod, n: int, batch_size: int) -> list[Problem]:
+def check_fraction(technique: SievingMethod, n: int, batch_size: int, epochs: int) -> list[Problem]:
     """Find out whether the partial set of ``n`` samples still fills a batch; empty when all is well.
 
     Nothing is wrong while nothing is removed: a data set smaller than a batch is then the user's own choice.
+
+    Args:
+        technique: the method.
+        n: number of samples.
+        batch_size: samples in a batch.
+        epochs: length of the run.
     """
-    removed = technique.n_removed(n)
+    try:
+        removed = technique.at_length(epochs).n_removed(n)
+    except InvalidArgument as error:
+        return list(error.problems)
     if removed == 0 or n - removed >= batch_size:
         return []
-    rule = f"leaves {n - removed} of {n} samples, no full batch of {batch_size}"
+    n_full = technique.n_full_epochs(epochs)
+    until = f" until all are used in the last {n_full} of {counted(epochs, 'epoch')}" if n_full else ""
+    rule = f"leaves {n - removed} of {n} samples, no full batch of {batch_size}{until}"
     # Rounded down, so that the number that is printed works.
-    most = max(0.0, math.floor((n - batch_size) / n * 1000) / 1000)
+    most = max(0.0, math.floor((n - batch_size) / n * (epochs - n_full) / epochs * 1000) / 1000)
     share = f"removed_fraction={most:g} at most" if most else "removed_fraction=0 (all samples)"
     size = f", or batch_size={n - removed} at most" if removed < n else ""
     remedy = f"Take {share}{size}."

@@ -3,7 +3,8 @@
 Source: arXiv 2209.11204, section on circular data sieving. A share of the samples is removed at random before training;
 the rest is the partial set. At each update the easiest samples of the partial set go to the tail of the removed queue
 and the same number comes back from its head, so the partial set keeps its size. Under a one-time removal all samples
-are in the partial set until the only update, at which none comes back.
+are in the partial set until the only update, at which none comes back. Criteria that draw the partial set anew choose
+among all samples at each update. In the last epochs all samples may be used.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from spfde.core.errors import InvalidArgument, Problem, StateMismatch
+from spfde.core.numbers import round_half_up
 from spfde.core.state import check_entries
 from spfde.sieving.balance import shuffled_evenly, take_evenly
 from spfde.sieving.ids import Ids
@@ -44,28 +46,36 @@ class Sieve:
     when they are asked for.
 
     Attributes:
-        n_swap: samples that leave at each update; as many come back, but for a one-time removal.
+        n_swap: samples that leave at each update; as many come back, but for a one-time removal. Where the partial set
+            is drawn anew, as many as it happens.
     """
 
     def __init__(
-        self, population: Tensor, technique: SievingMethod, generator: Generator, labels: Tensor | None = None
+        self,
+        population: Tensor,
+        technique: SievingMethod,
+        generator: Generator,
+        labels: Tensor | None = None,
+        *,
+        ends_full: bool = False,
     ) -> None:
         """Remove a random share, where the technique starts with one.
 
         Args:
             population: sample ids, shape (n,), long, ascending, without repetition and not negative.
-            technique: the hyper-parameters; they leave some samples.
+            technique: the hyper-parameters, at the length of the run (``at_length``); they leave some samples.
             generator: CPU generator, whose state belongs to the caller. Nothing is drawn from it while nothing is
                 removed.
             labels: class of each sample, shape (n,), long, to remove the same share of each; None where they are not
                 known yet or do not matter.
+            ends_full: whether ``use_all`` will be called.
         """
         n = population.numel()
-        self.technique = technique
         self._ids = Ids(population)
         self.n_swap, self._n_returning = technique.moves(n)
         self._generator = generator
-        self._n_initial = technique.n_removed_at_start(n)
+        self._n_initial, self._n_removed = technique.n_removed_at_start(n), technique.n_removed(n)
+        self._criterion, self._ends_full = technique.make_criterion(), ends_full
         order = torch.randperm(n, generator=generator) if self._n_initial else torch.arange(n)
         leaving = order[: self._n_initial] if labels is None else take_evenly(order, labels, self._n_initial)
         self._updates = 0
@@ -97,7 +107,7 @@ class Sieve:
     @property
     def all_retrieved(self) -> bool:
         """Whether each sample of the initial removed set has come back at least once."""
-        return self._updates * self._n_returning >= self._n_initial
+        return self.ever_used == len(self._ids)
 
     @property
     def ever_used(self) -> int:
@@ -105,7 +115,7 @@ class Sieve:
         return int(np.unpackbits(self._ever_used, count=len(self._ids)).sum())
 
     def update(self, difficulty: Tensor, labels: Tensor | None = None) -> int:
-        """Swap the easiest samples of the partial set for the head of the queue.
+        """Swap the easiest samples of the partial set for the head of the queue; or draw the partial set anew.
 
         Once all samples that were removed at the start have come back, the queue is shuffled after each update (the
         update that brings back the last of them included). Nothing happens, and nothing is drawn, when nothing is
@@ -113,12 +123,12 @@ class Sieve:
 
         Args:
             difficulty: difficulty of each sample of ``population``, in its order, shape (n,), ``inf`` for hard ones.
-                Values of samples that are not in the partial set do not matter.
+                Values of samples that are not in the partial set matter only where it is drawn anew.
             labels: class of each sample of ``population``, shape (n,), long, -1 where unknown: the same share of each
                 class leaves, and the queue is shuffled with the classes spread evenly. None: classes do not matter.
 
         Returns:
-            Number of samples that left.
+            Number of samples of the partial set that left.
 
         Raises:
             InvalidArgument: the shape is another one, or there is a NaN.
@@ -131,23 +141,45 @@ class Sieve:
         once = self._n_returning == 0
         if self.n_swap == 0 or (once and self._updates):
             return 0
-        partial = self.partial
-        positions = self._ids.positions(partial)
-        candidates = difficulty.detach().cpu()[positions]
-        if labels is None:
-            leaving = easiest(candidates, self.n_swap, self._generator)
-        else:
-            order = easiest(candidates, candidates.numel(), self._generator)
-            leaving = take_evenly(order, labels[positions], self.n_swap)
-        queue = torch.cat([self.removed, partial[leaving]])[self._n_returning :]
         self._updates += 1
-        if self.all_retrieved and not once:
-            queue = queue[self._shuffled(queue, labels)]
+        turn = self._drawn_anew if self._criterion.redraws else self._swapped
+        queue = turn(difficulty.detach().cpu(), labels)
+        n_left = int(self._contains[queue].sum())
         self._take(queue)
         self._included = self._included.to(_smallest(self._updates))
         self._included += self._contains[self.population]
         self._note_used()
-        return self.n_swap
+        return n_left
+
+    def _swapped(self, difficulty: Tensor, labels: Tensor | None) -> Tensor:
+        """The queue after the easiest of the partial set went to its tail, and its head came back."""
+        partial = self.partial
+        positions = self._ids.positions(partial)
+        order = easiest(difficulty[positions], partial.numel(), self._generator)
+        leaving = _first(order, None if labels is None else labels[positions], self.n_swap)
+        queue = torch.cat([self.removed, partial[leaving]])[self._n_returning :]
+        if self._updates * self._n_returning >= self._n_initial and self._n_returning:
+            queue = queue[self._shuffled(queue, labels)]
+        return queue
+
+    def _drawn_anew(self, difficulty: Tensor, labels: Tensor | None) -> Tensor:
+        """Who is left out of all samples: a share at random, which makes the rest a random pool, and its easiest."""
+        n_random = round_half_up(self._criterion.random_share * self._n_removed)
+        order = torch.randperm(len(self._ids), generator=self._generator)
+        outside = _first(order, labels, n_random)
+        is_outside = torch.zeros(len(self._ids), dtype=torch.bool)
+        is_outside[outside] = True
+        pool = order[~is_outside[order]]
+        pool = pool[torch.argsort(difficulty[pool], stable=True)]
+        leaving = torch.cat([outside, _first(pool, labels, self._n_removed - n_random)])
+        return self.population[leaving]
+
+    def use_all(self) -> int:
+        """Put all samples in the partial set, for good; the number that came back."""
+        returning = self._queue.numel()
+        self._take(self._queue[:0])
+        self._note_used()
+        return returning
 
     def loss_weights(self, ids: Tensor) -> Tensor:
         """Weights that keep the gradient unbiased, for losses of the partial set; their mean over it is 1.
@@ -205,6 +237,8 @@ class Sieve:
                 f"{self.n_swap} each time. Use the recipe and the data set that it was saved with."
             )
         n, n_removed = len(self._ids), self._n_initial + state["updates"] * (self.n_swap - self._n_returning)
+        if self._ends_full and not state["removed"].numel():
+            n_removed = 0  # all are used
         forms = {
             "removed": (n_removed, _smallest(self._ids.end - 1)),
             "ever_used": (-(-n // 8), torch.uint8),
@@ -226,7 +260,7 @@ class Sieve:
         """The weight of each sample of the partial set, at its id, float32."""
         partial = self.partial
         found = torch.ones(self._ids.end)
-        if self.technique.make_criterion().chooses_at_random:
+        if self._criterion.chooses_at_random or not self._queue.numel():
             return found  # all samples are treated alike: the probabilities are equal
         share = partial.numel() / len(self._ids)
         included = self._included[self._ids.positions(partial)]
@@ -252,6 +286,11 @@ class Sieve:
 
     def _note_used(self) -> None:
         self._ever_used |= np.packbits(self._contains[self.population].numpy())
+
+
+def _first(order: Tensor, labels: Tensor | None, k: int) -> Tensor:
+    """The first ``k`` positions of an order, by class the same share of each."""
+    return order[:k] if labels is None else take_evenly(order, labels, k)
 
 
 def _smallest(largest: int) -> torch.dtype:

@@ -17,7 +17,7 @@ import pytest
 from helpers.commands import Spfde, start
 
 TRAINING = ("--epochs", "3", "--batch-size", "16", "--engine", "masked", "--lr", "0.05")
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
 
 
 def words(data: Path, *more: str) -> list[str]:
@@ -262,6 +262,13 @@ def test_the_papers_experiments_run_in_their_short_form(spfde: Spfde, here: Path
     found = table(here / "quick")
     assert found["runs"] == {"wanted": 22, "finished": 22}
     assert any("short form" in note for note in found["notes"])
+
+
+@pytest.mark.long
+def test_imagenet_s_table_runs_in_its_short_form(spfde: Spfde, here: Path) -> None:
+    ended = spfde("compare", "spfde_imagenet", "--quick", "--out", "quick", "--quiet")
+    assert ended.code == 0, ended.err
+    assert table(here / "quick")["runs"] == {"wanted": 12, "finished": 12}
 
 
 def test_a_specification_is_printed_to_be_changed(spfde: Spfde) -> None:

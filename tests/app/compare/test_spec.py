@@ -110,6 +110,15 @@ def test_their_short_forms_are_the_same_with_each_method_once() -> None:
     assert "dense" in [candidate.name for candidate in short[0].candidates]
 
 
+def test_imagenet_s_table_comes_with_the_package_and_has_a_short_form() -> None:
+    spec = read_spec("spfde_imagenet")
+    assert len(spec.expanded()) == 26
+    assert Comparison.of(spec).baseline == "MEST EM&S epochs=150 sparsity=0.9"
+    short = Comparison.of(spec.quickened("fashion-mini"))
+    assert len(short.candidates) == 12
+    assert all(each.options["augment"] == "random-resized-crop" for each in short.candidates)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from spfde.app.data.datasets import describe_data, load_data
+from spfde.app.data.decoding import decode, fit
 from spfde.app.data.images import ImageData, resized
 from spfde.core.errors import DataError
 
@@ -170,8 +171,8 @@ def test_arrays_are_brought_to_the_size(tmp_path: Path) -> None:
 
 def test_scaling_covers_the_size_and_cuts_at_the_centre() -> None:
     rows = torch.arange(4.0)[:, None].expand(4, 2)[None, None]
-    assert resized(rows, 2).tolist() == rows[:, :, 1:3].tolist()
-    assert resized(rows.byte(), 1).dtype == torch.uint8
+    assert resized(rows, (2, 2)).tolist() == rows[:, :, 1:3].tolist()
+    assert resized(rows.byte(), (1, 1)).dtype == torch.uint8
 
 
 # --- what lies in the file beside colours ----------------------------------------------------------------------------
@@ -250,3 +251,36 @@ def test_a_file_that_another_program_would_decode_is_refused_whatever_its_name(
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
     with pytest.raises(DataError, match=r"picture\.png.*cannot be read as an image"):
         load_data(root, root=tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_have_the_pixels_that_pillow_gives(mode: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        write(tmp_path / f"{number}.jpg", Image.fromarray(pixels).convert(mode))
+        with Image.open(tmp_path / f"{number}.jpg") as image:
+            expected = np.asarray(image.convert("RGB"))
+        assert np.array_equal(decode(str(tmp_path / f"{number}.jpg")).permute(1, 2, 0), expected)
+
+
+def test_large_jpegs_are_decoded_at_a_resolution_that_is_enough(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "large.jpg", np.full((100, 400, 3), 50, np.uint8)))
+    assert decode(path).shape == (3, 100, 400)
+    assert decode(path, at_least=(25, 100)).shape == (3, 25, 100)
+    assert decode(path, at_least=(30, 30)).shape == (3, 50, 200)
+    assert fit(decode(path, at_least=(30, 30)), (30, 30)).unique().tolist() == [50]
+
+
+def test_a_jpeg_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    path = write(tmp_path / "cut.jpg", noise)
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(DataError, match=r"cut\.jpg.*cannot be read as an image"):
+        decode(str(path))
+
+
+def test_the_middle_is_cut_out_and_scaled() -> None:
+    columns = torch.arange(8, dtype=torch.uint8).expand(1, 4, 8)
+    assert fit(columns, (4, 4)).tolist() == columns[:, :, 2:6].tolist()
+    assert fit(columns, (2, 4)).shape == (1, 2, 4)
+    assert fit(columns.mT, (4, 4)).tolist() == columns.mT[:, 2:6].tolist()

@@ -90,7 +90,7 @@ def test_an_image_is_cropped_and_flipped_as_seed_epoch_and_id_say() -> None:
     channels=st.integers(1, 3),
     height=st.integers(1, 5),
     width=st.integers(1, 5),
-    mode=st.sampled_from(["none", "crop", "crop+flip"]),
+    mode=st.sampled_from(["none", "crop", "crop+flip", "random-resized-crop"]),
     by_sample=st.booleans(),
     floats=st.booleans(),
 )

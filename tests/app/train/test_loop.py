@@ -61,7 +61,7 @@ def test_a_run_of_captured_steps_that_was_stopped_ends_like_one_that_never_stopp
     with pytest.raises(KeyboardInterrupt):
         train(given, tmp_path / "stopped", Stopping(3))
     resumed = train(given, tmp_path / "stopped", resume=True)
-    timed = {"seconds", "peak_memory_bytes"}
+    timed = {"seconds", "loader_wait_seconds", "peak_memory_bytes"}
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
     assert [row["train_loss"] for row in rows(tmp_path / "stopped")] == [
         r["train_loss"] for r in rows(tmp_path / "whole")

@@ -28,19 +28,26 @@ class TestWorkers:
         [
             (True, None, 4, 0),
             (False, None, 4, 4),
-            (False, None, 64, 8),
-            (False, None, None, 1),
+            (False, None, 64, 16),
+            (False, None, 1, 1),
             (False, 0, 4, 0),
             (True, 3, 4, 3),
         ],
     )
     def test_images_that_have_to_be_decoded_get_a_worker_a_core(
-        self, in_memory: bool, asked: int | None, cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+        self, in_memory: bool, asked: int | None, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("os.cpu_count", lambda: cores)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         data = replace(load_data("fashion-mini", root="unused"), in_memory=in_memory)
         assert workers_for(data, asked) == expected
         assert TrainOptions().workers is None
+
+    def test_processes_of_one_host_share_its_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        data = replace(load_data("fashion-mini", root="unused"), in_memory=False)
+        assert workers_for(data, None) == 3
 
 
 class TestChooseRecipe:
@@ -75,6 +82,14 @@ class TestChooseRecipe:
         assert choose_recipe("mest-de", sieve=0.1, sieve_criterion="loss").sieving == OneTimeRemoval(
             removed_fraction=0.1, criterion="loss"
         )
+
+    def test_when_and_how_many_samples_move_changes_how_the_recipe_sieves(self) -> None:
+        changed = choose_recipe("spfde", sieve_full_last=0.125, sieve_offset=1, sieve_criterion="top-loss")
+        assert changed.sieving == DataSieving(full_last=0.125, offset_epochs=1, criterion="top-loss")
+        with pytest.raises(InvalidArgument, match=r"--sieve-offset=1: is no field of OneTimeRemoval"):
+            choose_recipe("mest-de", sieve_offset=1)
+        with pytest.raises(InvalidArgument, match=r"--sieve-full-last=0\.125.*leaves no samp"):
+            choose_recipe("dense", sieve_full_last=0.125)
 
     def test_a_criterion_that_there_is_not_or_with_nothing_to_sieve_is_refused(self) -> None:
         with pytest.raises(InvalidArgument, match=r"--sieve-criterion='el2m'.*Did you mean 'el2n'"):

@@ -29,7 +29,7 @@ from spfde.app.train.side_by_side import Job, train_side_by_side
 from spfde.core.errors import DataError, InvalidArgument, RunFolderError, TrainingDiverged, UsageError
 
 __all__ = ["on_cpu"]
-OWN_TIME = {"seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated"}
+OWN_TIME = {"seconds", "loader_wait_seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated"}
 ALL_SAVINGS = spfde.Recipe(
     sparsity=spfde.MEST(sparsity=0.8),
     freezing=spfde.ProgressiveFreezing(flops_reduction=0.1, as_far_as_possible=True),

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from helpers.native import assert_same_step, kernels, needs_kernels, random_masks, step, twin
 from spfde.app.train.models import build_model
 from spfde.engines.native.model import NativeModel
+from spfde.model.blocks import find_blocks
+from spfde.model.trace import trace
 
 pytestmark = needs_kernels
 
@@ -155,6 +157,40 @@ def test_a_frozen_front_gets_no_gradients_and_its_output_is_the_same() -> None:
         if theirs.grad is not None:
             expected = theirs.grad * masks.get(name, 1)
             assert torch.allclose(ours.grad, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(0, marks=pytest.mark.long), None], ids=["by-groups", "together"])
+def test_a_front_that_ends_within_a_residual_block_computes_the_same_and_gets_no_gradients(
+    monkeypatch: pytest.MonkeyPatch, at_once: int | None
+) -> None:
+    if at_once is not None:
+        monkeypatch.setattr("spfde.engines.native.region_plan.AT_ONCE_BYTES", at_once)
+    model = shaken(build_model("resnet8", num_classes=10, in_channels=3, image_size=(8, 8)))
+    masks = random_masks(model, 0.3)
+    x = torch.randn(2 * kernels().lanes + 3, 3, 8, 8).double()
+    layers = find_blocks(model, trace(model, x[:1]), by_layer=True).blocks
+    assert len(layers) == 9
+    reference, _ = twin(model, masks)
+    for layer in layers:
+        for net in (model, reference):
+            parameters, modules = dict(net.named_parameters()), dict(net.named_modules())
+            for name in layer.parameters:
+                parameters[name].requires_grad_(False)
+            for name in layer.modules:
+                if isinstance(modules[name], nn.BatchNorm2d):
+                    modules[name].eval()
+        model.zero_grad()
+        reference.zero_grad()
+        out = [net(x) for net in (model, reference)]
+        for found in out:
+            found.square().sum().backward()
+        assert torch.allclose(*out, rtol=1e-9)
+        ours, theirs = ({n: p.grad for n, p in net.named_parameters()} for net in (model, reference))
+        for name, expected in theirs.items():
+            assert (ours[name] is None) == (expected is None), name
+            if expected is not None:
+                expected = expected * masks.get(name, 1)
+                assert torch.allclose(ours[name], expected, rtol=1e-8, atol=1e-9 * float(expected.abs().max())), name
 
 
 class FrozenFront(nn.Module):

@@ -28,7 +28,8 @@ from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.side_by_side import Job, train_side_by_side
 from spfde.core.errors import InvalidArgument, Problem, Problems, RunFolderError, SpfdeError
-from spfde.planning import plan, traced_once
+from spfde.model.trace import traced_once
+from spfde.planning import plan
 
 Ended = Callable[[Planned, Summary | Exception], None]
 """Called when a run is over, with its summary or with what ended it."""
@@ -63,7 +64,7 @@ _NAMED = ("track", "engine", "device", "model", "precision", "data", "image_size
 def _check_plan(options: TrainOptions, whole: DataSpec, model: nn.Module) -> None:
     spec = trained_on(whole, options.validation_share, options.batch_size)
     recipe, sample = options.load_recipe(), torch.zeros(1, *spec.sample_shape)
-    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size, epochs=options.epochs)
     plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
 
 

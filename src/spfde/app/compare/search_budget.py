@@ -16,7 +16,8 @@ from spfde.app.data.validation import trained_on
 from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.core.errors import InvalidArgument, Problem
-from spfde.planning import plan, traced_once
+from spfde.model.trace import traced_once
+from spfde.planning import plan
 
 
 class Cost(NamedTuple):
@@ -117,7 +118,7 @@ def _planned(text: str) -> Cost | InvalidArgument:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of recipes that may never be trained
         try:
-            check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size)
+            check_full_batch(recipe, samples=spec.train_samples, batch_size=options.batch_size, epochs=options.epochs)
             sample = torch.zeros(1, *spec.sample_shape)
             bill = plan(model, sample, recipe, options.epochs, spec.train_samples, batch_size=options.batch_size)
         except InvalidArgument as error:

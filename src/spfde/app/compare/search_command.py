@@ -121,7 +121,7 @@ def _values(name: str, value: Any) -> list[Any]:
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
     """With paths that hold wherever the search goes on."""
     found = dict(options)
-    for name in ("data", "recipe"):
+    for name in ("data", "recipe", "weights"):
         if name in found and found[name] not in PRESETS and Path(found[name]).exists():
             found[name] = str(Path(found[name]).absolute())
     for name in ("data_root", "cache_folder"):

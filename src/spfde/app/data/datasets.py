@@ -36,6 +36,8 @@ class NamedSet:
         loader: class in ``torchvision.datasets``; None for the embedded set.
         files: where the files belong under the data root, for those who fetch them by hand.
         class_names: where they are known without the files.
+        crop_share: of an image's shorter side, the share that is within the cut at its centre.
+        statistics: mean and deviation of each channel that a set in folders is known by, as shares of 255.
     """
 
     spec: DataSpec
@@ -43,6 +45,8 @@ class NamedSet:
     loader: str | None = None
     files: str = ""
     class_names: tuple[str, ...] | None = None
+    crop_share: float = 1.0
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
@@ -67,6 +71,13 @@ _SETS = (
     ),
     NamedSet(DataSpec("svhn", 10, 3, (32, 32), 73_257, 26_032), "crop", "SVHN", "train_32x32.mat, test_32x32.mat"),
     NamedSet(DataSpec("stl10", 10, 3, (96, 96), 5_000, 8_000), "crop+flip", "STL10", "stl10_binary.tar.gz"),
+    NamedSet(
+        DataSpec("imagenet", 1000, 3, (224, 224), 1_281_167, 50_000),
+        "random-resized-crop",
+        crop_share=0.875,
+        files="train/CLASS/*.JPEG and val/CLASS/*.JPEG, with the same 1,000 folders",
+        statistics=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ),
 )
 DATASETS = {named.spec.name: named for named in _SETS}
 
@@ -93,27 +104,45 @@ def describe_data(name_or_path: str | Path, image_size: int | None = None) -> Da
     return describe_folder(name_or_path, image_size=image_size)
 
 
-def load_data(name_or_path: str | Path, *, root: str | Path, image_size: int | None = None) -> ImageData:
-    """Load a data set for training; named sets of torchvision are downloaded into ``root`` when they are not there.
+def usual_crop_share(data: str) -> float:
+    """What ``crop_share`` is where it is not given: the named set's own, and 1 otherwise."""
+    return DATASETS[data].crop_share if data in DATASETS else 1.0
+
+
+def load_data(
+    name_or_path: str | Path, *, root: str | Path, image_size: int | None = None, crop_share: float | None = None
+) -> ImageData:
+    """Load a data set for training; named sets of torchvision are downloaded into ``root`` when they are not there, and
+    imagenet is expected there as ``train/`` and ``val/``.
 
     Args:
         name_or_path: as ``describe_data``.
         root: folder of the downloaded sets; made when needed.
         image_size: as ``describe_data``.
+        crop_share: the images are scaled so that this share of their shorter side comes to the image size, which is
+            then cut at their centre; None: see ``usual_crop_share``.
 
     Raises:
         InvalidArgument: as ``describe_data``.
         DataError: the data are missing and cannot be fetched, or not what they should be.
     """
     kind = _kind(name_or_path)
+    share = usual_crop_share(str(name_or_path)) if crop_share is None else crop_share
     if kind == "folder":
         with _torchvision(name_or_path):
             from spfde.app.data.folders import load_folder
-        return load_folder(name_or_path, image_size=image_size)
+        return load_folder(name_or_path, image_size=image_size, crop_share=share)
     if kind == "npz":
         spec, train, test = load_npz(name_or_path)
-        return _in_memory(spec, train, test, "crop", image_size, None)
+        return _in_memory(spec, train, test, "crop", image_size, share, None)
     named = DATASETS[str(name_or_path)]
+    if named.statistics is not None:
+        with _torchvision(name_or_path):
+            from spfde.app.data.folders import KnownFolder, load_known
+        remedy = f"Fetch it by hand (https://image-net.org), and pass --data-root DIR where DIR has {named.files}."
+        return load_known(
+            KnownFolder(named.spec, named.statistics, named.augmentation, remedy), Path(root), image_size, share
+        )
     if named.loader is None:
         content = (resources.files("spfde.app") / "assets" / "fashion_mini.npz").read_bytes()
         spec, train, test = load_npz(io.BytesIO(content), named.spec.name)
@@ -128,7 +157,7 @@ def load_data(name_or_path: str | Path, *, root: str | Path, image_size: int | N
         remedy = f"Remove its files from {root} and run again to fetch them anew."
         raise data_error(name_or_path, f"is {spec} there, not {named.spec}", remedy)
     names = tuple(map(str, names)) if names is not None and len(names) == spec.num_classes else None
-    return _in_memory(spec, train, test, named.augmentation, image_size, names)
+    return _in_memory(spec, train, test, named.augmentation, image_size, share, names)
 
 
 def names_in(name_or_path: str | Path) -> tuple[str, ...] | None:
@@ -148,11 +177,13 @@ def _in_memory(
     test: ImageArray,
     augmentation: AugmentMode,
     image_size: int | None,
+    crop_share: float,
     names: tuple[str, ...] | None,
 ) -> ImageData:
-    if image_size:
-        train, test = (ImageArray(resized(part.images, image_size), part.labels) for part in (train, test))
-        spec = replace(spec, image_size=(image_size, image_size))
+    if image_size or crop_share != 1:
+        size = (image_size, image_size) if image_size else spec.image_size
+        train, test = (ImageArray(resized(part.images, size, crop_share), part.labels) for part in (train, test))
+        spec = replace(spec, image_size=size)
     mean, std = channel_statistics(train.images)
     return ImageData(spec, train, test, mean, std, augmentation, class_names=names)
 

@@ -16,6 +16,8 @@ from spfde.core.errors import DataError, Problem
 
 Split = Literal["val", "test"]
 """The sets that a model is evaluated on: the validation set and the test set."""
+Box = tuple[int, int, int, int]
+"""First row, first column, height and width of a part of an image, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,11 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
     Args:
         images: ``(N, C, H, W)``, uint8 or float32.
         labels: ``(N,)``, int64.
+        files: what the images were decoded from, if anything: they may be larger there.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, files: Dataset[tuple[Tensor, int]] | None = None) -> None:
+        self.files = files
         self.images = images.contiguous()
         self.labels = labels.contiguous()
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -156,16 +160,28 @@ def array_of(part: Dataset[tuple[Tensor, int]]) -> ImageArray | None:
     return whole if isinstance(whole, ImageArray) else None
 
 
-def resized(images: Tensor, side: int) -> Tensor:
-    """Images ``(N, C, H, W)`` at ``(N, C, side, side)``: scaled so that they cover it, and cut at their centre."""
+def fetched(part: Dataset[tuple[Tensor, int]], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Images ``(B, C, H, W)`` and labels ``(B,)`` of some samples, as a loader with ``collate`` has them."""
+    together: Any = getattr(part, "__getitems__", None)
+    return collate([part[index] for index in indices] if together is None else together(list(indices)))
+
+
+def resized(images: Tensor, size: tuple[int, int], crop_share: float = 1.0) -> Tensor:
+    """Images ``(N, C, H, W)`` at another height and width: scaled so that they cover it, and cut at their centre.
+
+    Args:
+        images: the images.
+        size: (height, width) wanted.
+        crop_share: share of the scaled image's shorter side that is within the cut.
+    """
     height, width = images.shape[2:]
-    scale = side / min(height, width)
-    to = (max(side, round(height * scale)), max(side, round(width * scale)))
-    top, left = (to[0] - side) // 2, (to[1] - side) // 2
+    scale = max(size[0] / height, size[1] / width) / crop_share
+    to = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    top, left = (to[0] - size[0]) // 2, (to[1] - size[1]) // 2
     made = []
     for chunk in torch.split(images, 1024):
         scaled = F.interpolate(chunk.float(), to, mode="bilinear", antialias=True)
-        scaled = scaled[:, :, top : top + side, left : left + side]
+        scaled = scaled[:, :, top : top + size[0], left : left + size[1]]
         made.append((scaled.round().clamp(0, 255) if images.dtype == torch.uint8 else scaled).to(images.dtype))
     return torch.cat(made)
 

@@ -51,7 +51,9 @@ def own_data(trained: TrainOptions, config: Mapping[str, Any], folder: Path, *, 
         RunFolderError: the folder does not say what its data were.
         DataError: they are missing, or others than then: counts, shape and statistics of the images must agree.
     """
-    whole = load_data(trained.data, root=root or trained.data_root, image_size=trained.image_size)
+    whole = load_data(
+        trained.data, root=root or trained.data_root, image_size=trained.image_size, crop_share=trained.crop_share
+    )
     data = hold_out(whole, trained.validation_share, trained.seed)
     then = config.get("data")
     if not isinstance(then, Mapping):

@@ -1,24 +1,27 @@
 """Random crop and flip of whole batches, on the batch's device.
 
-One gather moves a batch: every sample gets its own offset and its own flip, as if it had been transformed alone.
+Every sample gets its own crop and its own flip, as if it had been transformed alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spfde.app.train import random_crop
 from spfde.core.errors import StateMismatch
 from spfde.core.generator_states import check_torch
 from spfde.core.numbers import mix
 from spfde.core.state import check_entries
 
-AugmentMode = Literal["none", "crop", "crop+flip"]
-Moves = tuple[Tensor, Tensor, Tensor | None]
-"""For each image the first row and the first column of its crop, and whether it is flipped (None: no image is)."""
+AugmentMode = Literal["none", "crop", "crop+flip", "random-resized-crop"]
+Moves = tuple[Tensor, ...]
+"""For each image the first row and the first column of its crop, or the box of its random resized crop, and whether it
+is flipped (left out where no image is)."""
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None = None, *, padding: int) -> Tensor:
@@ -69,7 +72,8 @@ class BatchAugment:
     that needs no draw takes none.
 
     Args:
-        mode: ``none``, ``crop`` or ``crop+flip`` (flip with probability one half).
+        mode: ``none``, ``crop``, ``crop+flip`` (flip with probability one half), or ``random-resized-crop`` and flip,
+            which always go by the seeds of samples.
         generator: a CPU generator, the only source of randomness.
         padding: pixels of zeros on each side before the crop.
     """
@@ -83,27 +87,43 @@ class BatchAugment:
         """Augment ``images`` of shape ``(N, C, H, W)``; the input is left as it is."""
         return images if self.mode == "none" else self.move(images, self.draw(len(images)))
 
+    @property
+    def goes_by_sample(self) -> bool:
+        """Whether images are augmented by their seeds alone, never batch by batch."""
+        return self.mode == "random-resized-crop"
+
     def replay(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Augment each image as its seed, int64 ``(N,)``, says; the generator is left alone."""
-        return images if self.mode == "none" else self.move(images, self.moves_of(seeds))
+        return images if self.mode == "none" else self.move(images, self.moves_of(seeds, images.shape[2:]))
 
     def move(self, images: Tensor, moves: Moves) -> Tensor:
         """Crop and flip ``images`` of shape ``(N, C, H, W)`` as the moves of each say, on the images' device."""
+        if self.mode == "random-resized-crop":
+            return random_crop.resized_crop(images, *moves)
         return crop_flip(images, *moves, padding=self.padding)
 
     def draw(self, n: int) -> Moves:
         """Draw the moves of ``n`` images, on the CPU."""
         offsets = torch.randint(0, 2 * self.padding + 1, (2, n), generator=self.generator)
-        flip = None
-        if self.mode == "crop+flip":
-            flip = torch.randint(0, 2, (n,), generator=self.generator).bool()
-        return offsets[0], offsets[1], flip
+        if self.mode == "crop":
+            return offsets[0], offsets[1]
+        return offsets[0], offsets[1], torch.randint(0, 2, (n,), generator=self.generator).bool()
 
-    def moves_of(self, seeds: Tensor) -> Moves:
-        """The moves of images that have these seeds, int64 ``(N,)``: whole numbers alone, so equal on every device."""
-        span = 2 * self.padding + 1
-        flip = mix(seeds, 3) % 2 == 1 if self.mode == "crop+flip" else None
-        return mix(seeds, 1) % span, mix(seeds, 2) % span, flip
+    def moves_of(self, seeds: Tensor, size: Sequence[int]) -> Moves:
+        """The moves of images that have these seeds, int64 ``(N,)``, and this height and width.
+
+        Of a crop they are whole numbers alone, so equal on every device.
+        """
+        span, flip = 2 * self.padding + 1, self.flips(seeds)
+        if self.mode == "random-resized-crop":
+            return random_crop.boxes(random_crop.draws(seeds), *size), flip
+        offsets = mix(seeds, 1) % span, mix(seeds, 2) % span
+        return offsets if self.mode == "crop" else (*offsets, flip)
+
+    @staticmethod
+    def flips(seeds: Tensor) -> Tensor:
+        """Whether images that have these seeds are flipped, where a mode flips: booleans ``(N,)``."""
+        return mix(seeds, 3) % 2 == 1
 
     def state_dict(self) -> dict[str, Any]:
         """The mode, the padding and the generator's state."""

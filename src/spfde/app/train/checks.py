@@ -10,6 +10,7 @@ import torch
 
 from spfde.app.data.datasets import describe_data
 from spfde.app.data.images import DataSpec
+from spfde.app.options import TrainingOptions
 from spfde.app.train.models import check_model
 from spfde.core.errors import InvalidArgument, Problem, Problems, nearest
 from spfde.engines.choose import check_engine
@@ -41,10 +42,34 @@ def check_named(options: Mapping[str, Any]) -> DataSpec:
     on_cpu = options["device"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if options["precision"] == "fp16" and on_cpu:
         problems.add("precision", "fp16", "does not work on a CPU", "Use fp32 or bf16.")
+    spec = None
     with problems.collecting():
         spec = describe_data(options["data"], options.get("image_size"))
+    _check_augmentation(options, spec, problems)
     problems.raise_if_any()
+    assert spec is not None, "or there was a problem"
     return spec
+
+
+def _check_augmentation(options: Mapping[str, Any], spec: DataSpec | None, problems: Problems) -> None:
+    """Find augmentation that does not fit the data, the batches or the cache."""
+    magnitude = options["randaugment"]
+    if magnitude is not None and find_spec("torchvision") is None:
+        remedy = "Install it: pip install 'spfde[vision]'. Or leave it out."
+        problems.add("randaugment", magnitude, "needs the package torchvision", remedy)
+    if magnitude is not None and spec is not None and spec.channels not in (1, 3):
+        rule = f"needs images with 1 or 3 channels, and these have {spec.channels}"
+        problems.add("randaugment", magnitude, rule, "Leave it out.")
+    if magnitude is None and options["randaugment_ops"] != TrainingOptions.randaugment_ops:
+        rule = "is of no use without RandAugment"
+        problems.add("randaugment_ops", options["randaugment_ops"], rule, "Give --randaugment too, such as 9.")
+    for name in ("mixup", "cutmix"):
+        if options[name] and options["batch_size"] == 1:
+            rule = "has nothing to mix an image with in batches of 1"
+            problems.add(name, options[name], rule, "Take larger batches, or leave it out.")
+        if options[name] and options["cache_variants"]:
+            rule = "makes other images of each batch, of which --cache-variants can keep nothing"
+            problems.add(name, options[name], rule, "Leave one of the two out.")
 
 
 def check_device(device: str) -> None:

@@ -6,12 +6,13 @@ import statistics
 import time
 
 import torch
-import torch.nn.functional as F
-from torch.optim import SGD
+from torch.amp import GradScaler
 
 from spfde.app.data.images import DataSpec
 from spfde.app.train.building import built
+from spfde.app.train.loss import loss_of
 from spfde.app.train.machine import Machine
+from spfde.app.train.optimizing import make_optimizer, take_step
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.processes import Processes
 from spfde.cost import format_seconds
@@ -37,18 +38,16 @@ def time_dense_step(
         shape = (min(options.batch_size, spec.train_samples), *spec.sample_shape)
         x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         y = torch.zeros(len(x), dtype=torch.int64, device=device)
-        optimizer = SGD(twin.parameters(), lr=1e-6, momentum=options.momentum)
+        optimizer, scaler = make_optimizer(twin.parameters(), options, lr=1e-6), GradScaler(enabled=False)
         seconds = []
         for _ in range(2 + options.dense_timing_steps):
             start = time.perf_counter()
             with machine.autocast():
-                loss = F.cross_entropy(wrapped(x), y)
+                loss = loss_of(wrapped(x), y, label_smoothing=options.label_smoothing)
             torch.autograd.backward([loss])
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            of_batch = _since(start, device)
+            take_step(optimizer, scaler, options.clip_norm)
+            seconds.append(of_batch + (_since(start, device) - of_batch) / options.accumulate)
     least, usual = min(seconds[2:]), statistics.median(seconds[2:])
     if usual > _SCATTERED * least:
         told = (
@@ -57,3 +56,10 @@ def time_dense_step(
         )
         return least, [told]
     return least, []
+
+
+def _since(start: float, device: torch.device) -> float:
+    """Seconds since then, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spfde.app.data.images import Split
 from spfde.app.runs.best import accuracy_in, chosen_by
 from spfde.app.train.events import Display
+from spfde.app.train.feed import cores
 from spfde.app.train.profile import Profile
 from spfde.app.train.setup import TrainingRun
 from spfde.core.say import counted
@@ -26,6 +27,9 @@ CELLS = 10
 """Longest bar of blocks; deeper models share a cell between blocks."""
 HEADER_EVERY = 20
 """Epochs between two headings."""
+
+BRAKE = 0.2
+"""Share of an epoch's training that is waited for data from which on it is told."""
 
 _LEGEND = "accuracy · samples: partial set · FLOPs: of dense so far, modelled"
 
@@ -103,20 +107,22 @@ class ConsoleDisplay(Display):
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("loss {task.fields[loss]}{task.fields[waited]}"),
                 TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
             )
-            self._bar.add_task("epoch", total=len(session.loader), loss="–")
+            self._bar.add_task("epoch", total=len(session.loader), loss="–", waited="")
             self._bar.start()
 
     def batch_done(self, run: TrainingRun, done: int, total: int, loss: float) -> None:
         if self._bar is not None:
-            description = f"epoch {run.session.epoch + 1}/{run.options.epochs}"
-            self._bar.update(
-                self._bar.task_ids[0], description=description, completed=done, total=total, loss=f"{loss:.3f}"
-            )
+            shown: dict[str, Any] = {
+                "description": f"epoch {run.session.epoch + 1}/{run.options.epochs}",
+                "loss": f"{loss:.3f}",
+                "waited": f" · {run.waits.share:.0%} waited for data" if _is_held_up(run) else "",
+            }
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, **shown)
 
     def profiled(self, run: TrainingRun, found: Profile) -> None:
         for line in profile_lines(found, on_gpu=run.machine.device.type == "cuda"):
@@ -127,6 +133,8 @@ class ConsoleDisplay(Display):
             self._line(header(run.data.evaluated_on))
         self._shown += 1
         self._line(epoch_line(row, epochs=run.options.epochs, of_dense=run.session.cost.totals.flops_ratio))
+        if _is_held_up(run):
+            self._print(waited_line(run.waits.share, workers=run.feed.loader.num_workers, cores=cores()))
 
     def finished(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         self._stop_bar()
@@ -156,6 +164,23 @@ class ConsoleDisplay(Display):
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_held_up(run: TrainingRun) -> bool:
+    """Whether images are decoded more slowly than the model trains on them."""
+    return not run.data.in_memory and run.waits.share > BRAKE
+
+
+def waited_line(share: float, *, workers: int, cores: int) -> str:
+    """What is said of an epoch that the loader has held up.
+
+    Args:
+        share: of its training that was waited, in [0, 1].
+        workers: that the loader has.
+        cores: that there are.
+    """
+    remedy = f"more --workers (now {workers}, on {cores} cores)" if workers < cores else "a smaller --image-size"
+    return f"  waited {share:.0%} of the time for data: {remedy}, more cores or smaller files help (docs/data.md)"
 
 
 def _together(run: TrainingRun) -> str:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from spfde.app.data.images import ImageData, Split, array_of, collate
 from spfde.app.train.augment import BatchAugment, Moves
+from spfde.app.train.one_by_one import AugmentedSamples, augmented, why_one_by_one
 from spfde.app.train.options import TrainOptions
 from spfde.core.errors import InvalidArgument, Problem
 from spfde.cost import format_bytes
@@ -23,6 +24,7 @@ from spfde.session.distributed import World
 from spfde.session.session import Session
 
 EVALUATION_BATCH = 256
+MOST_WORKERS = 16
 SHARE_OF_FREE = 0.5
 """Of the device's free memory, at most so much is taken by images: the model and its activations come after them."""
 
@@ -45,6 +47,7 @@ class Feed(ABC):
 
     loader: DataLoader[Any]
     where: str | None = None
+    _samples: AugmentedSamples | None = None  # where they come augmented one by one
 
     def __init__(
         self,
@@ -56,7 +59,8 @@ class Feed(ABC):
         by_sample: bool,
         world: World | None = None,
     ) -> None:
-        self._data, self._device, self._augment, self._by_sample = data, device, augment, by_sample
+        self._data, self._device, self._augment = data, device, augment
+        self._by_sample = by_sample or augment.goes_by_sample
         self._world = world or World()
         self._prepare(options)
 
@@ -64,9 +68,16 @@ class Feed(ABC):
     def _prepare(self, options: TrainOptions) -> None:
         """Make the loaders."""
 
+    def begin_epoch(self, epoch: int) -> None:
+        """The loader is about to be iterated for this epoch."""
+        if self._samples is not None:
+            self._samples.begin_epoch(epoch)
+
     def batch(self, handed: Any, session: Session) -> tuple[Tensor, Tensor]:
         """A batch of ``session.loader``: augmented images ``(N, C, H, W)``, not normalised, and labels ``(N,)``."""
         images, labels = self.plain(handed)
+        if self._samples is not None:
+            return images, labels
         if session.caches_prefix or (self._by_sample and self._augment.mode != "none"):
             return self._augmented(images, handed, session), labels
         return self._augment(images), labels
@@ -93,17 +104,24 @@ class HostFeed(Feed):
     """Images come from a DataLoader and cross to the device batch by batch, behind the loop's back where pinned."""
 
     def _prepare(self, options: TrainOptions) -> None:
-        workers = workers_for(self._data, options.workers)
-        shared: dict[str, Any] = {
+        is_one_by_one = why_one_by_one(options, self._data, self._augment) is not None
+        workers = workers_for(self._data, options.workers, is_one_by_one=is_one_by_one)
+        if is_one_by_one:
+            self._samples = augmented(options, self._data, self._augment, workers=workers)
+        train = self._data.train if self._samples is None else self._samples
+        self.loader = shuffled(train, options, **self._loading(workers))
+        evaluating = self._loading(workers_for(self._data, options.workers))
+        self._evaluated: dict[Split, DataLoader[Any]] = {
+            split: DataLoader(self._data.split(split), EVALUATION_BATCH, sampler=own, **evaluating)
+            for split, own in self._splits().items()
+        }
+
+    def _loading(self, workers: int) -> dict[str, Any]:
+        return {
             "collate_fn": collate,
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": self._device.type == "cuda",
-        }
-        self.loader = shuffled(self._data.train, options, **shared)
-        self._evaluated: dict[Split, DataLoader[Any]] = {
-            split: DataLoader(self._data.split(split), EVALUATION_BATCH, sampler=own, **shared)
-            for split, own in self._splits().items()
         }
 
     def plain(self, handed: Any) -> tuple[Tensor, Tensor]:
@@ -162,10 +180,8 @@ class DeviceFeed(Feed):
             return super()._augmented(images, handed, session)
         if self._moves is None or self._moves[0] != session.epoch:
             seeds = self._moved(session.augmentation_seeds(torch.arange(len(self._train))))
-            self._moves = (session.epoch, self._augment.moves_of(seeds))
-        top, left, flip = self._moves[1]
-        own = top[handed], left[handed], None if flip is None else flip[handed]
-        return self._augment.move(images, own)
+            self._moves = (session.epoch, self._augment.moves_of(seeds, images.shape[2:]))
+        return self._augment.move(images, tuple(moves[handed] for moves in self._moves[1]))
 
     def _moved(self, ids: Tensor) -> Tensor:
         if self._device.type == "cuda" and not ids.is_cuda:
@@ -216,9 +232,16 @@ def make_feed(
         processes: those that share the data.
 
     Raises:
-        InvalidArgument: the device was asked for, and the images are not in memory, or do not fit.
+        InvalidArgument: the device was asked for, and the images are not in memory, do not fit, or are augmented one by
+            one; or the frozen front's outputs are to be kept, and they are.
     """
-    reason = _why_not_on(device, data)
+    one_by_one = why_one_by_one(options, data, augment)
+    if one_by_one is not None and options.cache_variants:
+        remedy = "Leave it out, or use --augment crop+flip without --randaugment."
+        raise InvalidArgument(
+            Problem("cache_variants", options.cache_variants, f"does not work, as {one_by_one}", remedy)
+        )
+    reason = one_by_one or _why_not_on(device, data)
     if options.data_on == "device" and reason is not None:
         raise InvalidArgument(Problem("data_on", "device", reason, "Use --data-on host, or auto."))
     if options.data_on == "auto" and reason is None and options.workers:
@@ -269,8 +292,21 @@ def shuffled(dataset: Dataset[Any], options: TrainOptions, **settings: Any) -> D
     )
 
 
-def workers_for(data: ImageData, asked: int | None) -> int:
-    """Loader processes: as many as were asked for, or one a core (up to eight) where images have to be decoded."""
+def workers_for(data: ImageData, asked: int | None, *, is_one_by_one: bool = False) -> int:
+    """Loader processes: as many as were asked for, or one a core where images have to be decoded, or are
+    augmented one by one.
+
+    Processes that ``torchrun`` has started on one host share its cores. Each has ``MOST_WORKERS`` at most: one decodes
+    some 650 photographs a second, and few models train on more than sixteen times as many.
+    """
     if asked is not None:
         return asked
-    return 0 if data.in_memory else min(8, os.cpu_count() or 1)
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if data.in_memory and not is_one_by_one else min(MOST_WORKERS, max(1, cores() // together))
+
+
+def cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spfde.app.data.images import Split
+from spfde.app.declaring import names_of
+from spfde.app.options import UpdateOptions
 from spfde.app.runs import kept_checkpoints
 from spfde.app.runs.best import best_epoch
 from spfde.app.runs.folder import SUMMARY
 from spfde.app.terminating import terminable
 from spfde.app.train.events import Display
+from spfde.app.train.loss import loss_of
 from spfde.app.train.memory import memory_advice
+from spfde.app.train.optimizing import rate_factor, share_of_step, take_step
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.processes import joined
 from spfde.app.train.profile import profiled
@@ -29,14 +33,15 @@ from spfde.app.train.stamp import versions
 from spfde.app.train.tally import Pass, Tally
 from spfde.core.errors import DataError, TrainingDiverged
 from spfde.cost import SavedTensorBytes, reset_peak
-from spfde.freezing.rates import learning_rate_factor
 
-Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor, Tensor, Tensor | None, float, bool], tuple[Tensor, Tensor]]
 
 PULSE = 20
 """Steps between two looks at the loss."""
 Summary = dict[str, Any]
 """What ``summary.json`` holds."""
+_TOLD = (*names_of(UpdateOptions), "weights", "label_smoothing", "ema", "reestimate_bn")
+"""Options that it names."""
 
 
 def train(
@@ -133,14 +138,18 @@ def train_epoch(
 ) -> Generator[None, None, Pass]:
     """One pass over the partial set; ``profile``: so many of its steps are profiled."""
     session, n_batches = run.session, len(run.session.loader)
+    run.feed.begin_epoch(epoch)
+    accumulate = run.options.accumulate
     _set_rates(run, epoch)
     run.model.train()
     tally, saved = Tally(run.machine.device, run.processes), SavedTensorBytes(run.model)
     with _profiling(run, profile, n_batches, display) as after_step:
-        for number, handed in enumerate(session.loader, start=1):
+        for number, handed in enumerate(run.waits.over(session.loader), start=1):
             x, y = run.batch(handed)
             with saved if number == 1 else nullcontext():
-                logits, loss = step(x, y, _weights(run))
+                logits, loss = step(x, y, _weights(run), *share_of_step(number, n_batches, accumulate))
+            if number % accumulate == 0 or number == n_batches:
+                run.evaluated.stepped()
             session.observe(logits, y)
             tally.add(loss * len(y), logits, y)
             is_last = number == n_batches
@@ -154,30 +163,41 @@ def train_epoch(
     return tally.read(saved.bytes)
 
 
-def train_step(run: TrainingRun, x: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One step on a batch as ``TrainingRun.batch`` gives it; the logits, and the loss that it went down, detached.
+def train_step(
+    run: TrainingRun, x: Tensor, y: Tensor, weights: Tensor | None, share: float = 1.0, is_last: bool = True
+) -> tuple[Tensor, Tensor]:
+    """One batch as ``TrainingRun.batch`` gives it; the logits, and the loss that it went down, detached.
 
     Where graphs of steps can be captured this is what is captured: nothing in it waits for the device.
+
+    Args:
+        run: of which the weights are stepped.
+        x, y: the batch.
+        weights: of the losses.
+        share: what the batch's mean loss counts in its step.
+        is_last: whether the step is taken now.
     """
     logits = run.logits(x)
-    loss = F.cross_entropy(logits, y) if weights is None else _weighted(weights, logits, y)
-    run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad()
+    loss = loss_of(logits, y, weights, run.options.label_smoothing)
+    run.scaler.scale(loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
+    if is_last:
+        take_step(run.optimizer, run.scaler, run.options.clip_norm)
     return logits.detach(), loss.detach()
 
 
 def _set_rates(run: TrainingRun, epoch: int) -> None:
     if run.session.recipe.learning_rate is None:
         for group in run.optimizer.param_groups:
-            group["lr"] = run.options.lr * learning_rate_factor(epoch, stop=run.options.epochs, warmup=0)
+            group["lr"] = run.options.rate * rate_factor(run.options, epoch)
 
 
 def stepping(run: TrainingRun) -> Step:
-    """``train_step`` for a run; as one graph for each stage, where its engine captures and no loss is scaled."""
+    """``train_step`` for a run; as one graph for each stage, where its engine captures and no loss is scaled.
+
+    A step of several batches is none: its first ones leave gradients behind, which a graph does not.
+    """
     step = partial(train_step, run)
-    if run.session.captures_steps and not run.scaler.is_enabled():
+    if run.session.captures_steps and not run.scaler.is_enabled() and run.options.accumulate == 1:
         return run.session.capture(step, strict=False)
     return step
 
@@ -187,10 +207,6 @@ def _weights(run: TrainingRun) -> Tensor | None:
     sieving = run.session.recipe.sieving
     rescales = run.session.recipe.sieves and sieving is not None and sieving.rescales
     return run.session.loss_weights() if rescales else None
-
-
-def _weighted(weights: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-    return (weights * F.cross_entropy(logits, y, reduction="none")).mean()
 
 
 def _profiling(
@@ -210,9 +226,9 @@ def evaluate(
 
     Args:
         split: by default what every epoch is evaluated on: the validation set, or the test set where there is none.
-        model: by default the run's.
+        model: by default the run's, as ``Evaluated`` has it.
     """
-    model = run.model if model is None else model
+    model = run.evaluated.ready() if model is None else model
     model.eval()
     run.processes.level(model)
     tally = Tally(run.machine.device, run.processes)
@@ -229,7 +245,7 @@ def _stop_if_diverged(run: TrainingRun, loss: float, epoch: int) -> None:
     good = f"The last good checkpoint is {run.folder.checkpoints.latest}" if epoch else "There is no checkpoint yet"
     raise TrainingDiverged(
         f"the loss became {loss} in epoch {epoch}. {good}. Start a new run with a smaller --lr "
-        f"(it was {run.options.lr:g})."
+        f"(it was {run.options.rate:g})."
     )
 
 
@@ -251,6 +267,7 @@ def _metrics(run: TrainingRun, trained: Pass, evaluated: Pass) -> dict[str, Any]
         "removed_samples": len(session.removed_set),
         **row,
         "saved_tensor_bytes": kept,
+        "loader_wait_seconds": run.waits.seconds,
         "sieve_moved": session.sieve_turnover["moved"],
         "sieve_ever_used": session.sieve_turnover["ever_used"],
     }
@@ -321,6 +338,7 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
         "engine": session.engine,
         "processes": run.processes.size,
         "recipe": run.options.recipe_name,
+        "training": {name: getattr(run.options, name) for name in _TOLD},
         "seed": run.options.seed,
         "versions": {name: version for name, version in versions().items() if name in ("spfde", "torch")},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +228,37 @@ def check_model(name: str, width: float = 1.0) -> None:
         raise InvalidArgument(Problem("model", name, "is no known model", nearest(name, known)))
 
 
+def pretrained_timm(name: str, image_size: tuple[int, int], *, in_channels: int) -> dict[str, Tensor]:
+    """The pretrained state of timm's model of that name, with its own classes; downloaded where it is not here yet.
+
+    The global generator is left as it was.
+
+    Raises:
+        InvalidArgument: there is no such model, it has no such weights, or they cannot be downloaded.
+    """
+    _check_timm(name)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _create_timm(name, image_size, pretrained=True, in_chans=in_channels).state_dict()
+        except Exception as error:  # of timm, of the hub, and of the network
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            rule = f"{name} cannot be had with such weights: {reason}"
+            remedy = "They are downloaded once: see that the network is there, or give a file of weights."
+            raise InvalidArgument(Problem("weights", "pretrained", rule, remedy)) from error
+
+
 def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channels: int) -> nn.Module:
+    _check_timm(name)
+    try:
+        return _create_timm(name, size, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    except Exception as error:
+        rule = f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}"
+        remedy = "Choose another model of timm or another image size."
+        raise InvalidArgument(Problem("model", name, rule, remedy)) from error
+
+
+def _check_timm(name: str) -> None:
+    """Raise ``InvalidArgument`` where timm or its model of that name is not there."""
     try:
         import timm  # seconds to import, and an extra
     except ImportError as error:
@@ -241,18 +272,17 @@ def _build_timm(name: str, size: tuple[int, int], *, num_classes: int, in_channe
         remedy = f"{hint}See timm.list_models() for all names."
         raise InvalidArgument(Problem("model", name, "is no model of timm", remedy))
 
-    create = partial(timm.create_model, wanted, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+
+def _create_timm(name: str, size: tuple[int, int], **settings: Any) -> nn.Module:
+    import timm
+
+    create = partial(timm.create_model, name.removeprefix(TIMM_PREFIX), **settings)
     model: nn.Module
     try:
-        try:
-            model = create(img_size=size)
-        except TypeError as error:
-            # Models whose weights do not depend on the size (most convolutional ones) have no such argument.
-            if "img_size" not in str(error):
-                raise
-            model = create()
-    except Exception as error:
-        rule = f"cannot be built for {in_channels} x {size[0]} x {size[1]} images: {error}"
-        remedy = "Choose another model of timm or another image size."
-        raise InvalidArgument(Problem("model", name, rule, remedy)) from error
+        model = create(img_size=size)
+    except TypeError as error:
+        # Models whose weights do not depend on the size (most convolutional ones) have no such argument.
+        if "img_size" not in str(error):
+            raise
+        model = create()
     return model

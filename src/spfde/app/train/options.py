@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spfde.app.data.datasets import DATASETS
+from spfde.app.data.datasets import DATASETS, usual_crop_share
 from spfde.app.declaring import flag, names_of, with_words
 from spfde.app.options import (
     CacheOptions,
@@ -34,7 +34,10 @@ from spfde.recipe import presets
 from spfde.recipe.recipe import Recipe
 from spfde.sieving import DataSieving
 from spfde.sieving.methods import check_fraction
-from spfde.sparsity import MEST, NM, Block, Structure
+from spfde.sparsity import MEST, NM, Block, PruningAtInitialisation, Structure
+
+RATES = {"sgd": 0.1, "adamw": 0.001}
+"""Initial learning rates of the optimizers, where none is given."""
 
 
 def absolute_source(data: str) -> str:
@@ -61,7 +64,7 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
     MOVABLE: ClassVar[set[str]] = {
         *(name for name in names_of(MachineOptions) if name != "precision"),
         *names_of(CacheOptions),
-        *("data", "plugin", "recipe_name", "keep_every", "dense_timing_steps"),
+        *("data", "weights", "plugin", "recipe_name", "keep_every", "dense_timing_steps"),
     }
 
     recipe_name: str = "spfde"
@@ -74,14 +77,65 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
 
     _absolute_source = field_validator("data")(absolute_source)
 
+    @field_validator("crop_share")
+    @classmethod
+    def _own_crop_share(cls, share: float | None, others: ValidationInfo) -> float:
+        # Chosen here and not where it is used: the run's data may lie elsewhere when it goes on.
+        return usual_crop_share(str(others.data.get("data", ""))) if share is None else share
+
     @field_validator("data_root", "cache_folder")
     @classmethod
     def _absolute_path(cls, path: Path | None) -> Path | None:
         return None if path is None else path.absolute()
 
+    @field_validator("weights")
+    @classmethod
+    def _absolute_weights(cls, weights: str | None) -> str | None:
+        return str(Path(weights).absolute()) if weights is not None and os.path.exists(weights) else weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_rate(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("lr") is None:
+            return {**given, "lr": RATES.get(str(given.get("optimizer")), RATES["sgd"])}
+        return given
+
+    @model_validator(mode="after")
+    def _updates_fit(self) -> Self:
+        problems = Problems()
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            problems.add("nesterov", True, "is a form of sgd's momentum", "Leave it out, or use sgd with a momentum.")
+        if self.warmup is not None and self.warmup >= self.epochs:
+            problems.add("warmup", self.warmup, f"must be shorter than the run ({self.epochs} epochs)", "Shorten it.")
+        if self.reestimate_bn == 1:
+            problems.add("reestimate_bn", 1, "one sample has no variance", "Give 2 or more, or 0 for none.")
+        if self.schedule != "cosine" and self.recipe.get("learning_rate"):
+            rule = (
+                f"recipe {self.recipe_name} drives the rates itself: a cosine of each block down to where it is frozen"
+            )
+            remedy = "Leave it out, or take the recipe's TOML file without its table learning_rate."
+            problems.add("schedule", self.schedule, rule, remedy)
+        problems.raise_if_any()
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The initial learning rate."""
+        assert self.lr is not None, "it is filled in"
+        return self.lr
+
     def load_recipe(self) -> Recipe:
-        """The recipe as an object."""
-        return Recipe.from_dict(self.recipe)
+        """The recipe as an object, with what other options say about it.
+
+        Its learning rate takes their warm-up; and masks of weights that are given keep the largest.
+        """
+        recipe = Recipe.from_dict(self.recipe)
+        rates, method = recipe.learning_rate, recipe.sparsity
+        if rates is not None and self.warmup is not None:
+            recipe = recipe.replace(learning_rate=rates.model_copy(update={"warmup_epochs": self.warmup}))
+        if method is not None and self.weights is not None and not isinstance(method, PruningAtInitialisation):
+            recipe = recipe.replace(sparsity=method.model_copy(update={"init": "magnitude"}))
+        return recipe
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], path: Path) -> Self:
@@ -267,7 +321,7 @@ def read_recipe(name: str) -> Recipe:
     return presets.get(name)
 
 
-def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int) -> None:
+def check_full_batch(recipe: Recipe, *, samples: int, batch_size: int, epochs: int) -> None:
     """Raise ``InvalidArgument`` where so many samples are left out that the rest fills no batch."""
-    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size)):
+    if recipe.sieving is not None and (found := check_fraction(recipe.sieving, samples, batch_size, epochs)):
         raise InvalidArgument(*found)

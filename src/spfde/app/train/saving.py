@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from spfde.core.errors import RunFolderError
+from spfde.core.errors import RunFolderError, StateMismatch
 from spfde.core.generator_states import check_numpy, check_python, check_torch
 from spfde.core.optimizer_states import check_optimizer
 from spfde.core.state import Kind, check_entries, read_saved
 
-WEIGHTS, OTHER_WEIGHTS = "model.safetensors", "model.pt"
+TRAINED, EVALUATED = "model", "evaluated"
+"""Names of the files of weights: those that training goes on from, and those that were evaluated where they differ."""
+_SAFE, _OTHER = ".safetensors", ".pt"
 _OPTIMIZER, _SCALER, _GENERATORS = "optimizer.pt", "scaler.pt", "generators.pt"
 _SCALER_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float),
@@ -46,7 +48,7 @@ def weights_note() -> str | None:
     """What there is to say about the weights' format; None where it is the usual one."""
     if find_spec("safetensors") is not None:
         return None
-    return f"checkpoints: weights go into {OTHER_WEIGHTS}, as safetensors is not installed"
+    return f"checkpoints: weights go into {TRAINED}{_OTHER}, as safetensors is not installed"
 
 
 def save_state(
@@ -64,12 +66,7 @@ def save_state(
         others: what else is saved, by the names of their files.
         device: whose generator is saved.
     """
-    if weights_note() is None:
-        from safetensors.torch import save_model
-
-        save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
-    else:
-        torch.save(model.state_dict(), folder / OTHER_WEIGHTS)
+    save_weights(folder, model, TRAINED)
     torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
     if scaler.is_enabled():
         torch.save(scaler.state_dict(), folder / _SCALER)
@@ -98,7 +95,7 @@ def load_state(
             "that kind can run code when it is read, so it is not. If the run is yours, end it with the version that "
             "began it; or start a new one."
         )
-    load_weights(folder, model)
+    load_weights(folder, model, TRAINED)
     check_optimizer(states := read_saved(folder / _OPTIMIZER), optimizer)
     optimizer.load_state_dict(states)
     if scaler.is_enabled():
@@ -109,14 +106,44 @@ def load_state(
         other.load_state_dict(read_saved(folder / f"{name}.pt"))
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Read the weights alone of what ``save_state`` wrote."""
-    if (folder / WEIGHTS).exists():
+def save_weights(folder: Path, model: nn.Module, name: str) -> None:
+    """Write a model's weights and buffers under a name without suffix."""
+    if weights_note() is None:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / f"{name}{_SAFE}"), metadata={"format": "pt"})
+    else:
+        torch.save(model.state_dict(), folder / f"{name}{_OTHER}")
+
+
+def load_weights(folder: Path, model: nn.Module, name: str | None = None) -> None:
+    """Read what ``save_weights`` wrote; without a name the weights that were evaluated."""
+    if name is None:
+        name = EVALUATED if any((folder / f"{EVALUATED}{suffix}").exists() for suffix in (_SAFE, _OTHER)) else TRAINED
+    if (folder / f"{name}{_SAFE}").exists():
         from safetensors.torch import load_model
 
-        load_model(model, folder / WEIGHTS, device="cpu")
+        load_model(model, folder / f"{name}{_SAFE}", device="cpu")
     else:
-        model.load_state_dict(read_saved(folder / OTHER_WEIGHTS))
+        model.load_state_dict(read_saved(folder / f"{name}{_OTHER}"))
+
+
+def read_weights(path: Path) -> Any:
+    """What a file of weights holds; nothing in it can run code.
+
+    Raises:
+        StateMismatch: it cannot be read.
+    """
+    if path.suffix != _SAFE:
+        return read_saved(path)
+    if find_spec("safetensors") is None:
+        raise StateMismatch("needs the package safetensors")
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # its reader raises whatever it likes on damaged files
+        raise StateMismatch(f"cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
 def seed_all(seed: int) -> None:

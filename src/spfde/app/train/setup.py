@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 import spfde
 from spfde.app.data.datasets import load_data
@@ -27,13 +26,21 @@ from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.building import built
 from spfde.app.train.checks import check_named
 from spfde.app.train.dense_step import time_dense_step
+from spfde.app.train.evaluated import Evaluated, check_norms, drawn
+from spfde.app.train.evaluated import told as told_of_evaluated
 from spfde.app.train.feed import Feed, make_feed
+from spfde.app.train.loss import loss_of
 from spfde.app.train.machine import Machine, choose, compiling, pick_device
+from spfde.app.train.mixing import Mixing, mixing_of
+from spfde.app.train.optimizing import make_optimizer
+from spfde.app.train.optimizing import told as told_of_updates
 from spfde.app.train.options import TrainOptions, check_full_batch
 from spfde.app.train.processes import Processes, check_together, open_folder
 from spfde.app.train.saving import Remembers, load_state, load_weights, save_state, seed_all, weights_note
 from spfde.app.train.stamp import hardware, versions
+from spfde.app.train.starting import start_from
 from spfde.app.train.tracking import Trackers
+from spfde.app.train.waits import Waits
 from spfde.core.errors import DataError, RunFolderError, StateMismatch, TrainingDiverged
 from spfde.core.state import check_entries
 from spfde.engines.prefix_cache import PrefixCache
@@ -73,7 +80,10 @@ class TrainingRun:
         choices: what was chosen, in lines for the user.
         processes: those that train it together.
         normalised: gives images on the device as the model takes them, but for the memory format.
+        mixing: mixes images of a batch in training; None for no mixing.
         wrapped: what the model is called by in training: itself, or with others what averages its gradients.
+        evaluated: gives the model to evaluate, where that is another one.
+        waits: how long the newest epoch's training has waited for its batches, in this process.
     """
 
     options: TrainOptions
@@ -84,8 +94,10 @@ class TrainingRun:
     machine: Machine
     data: ImageData
     normalised: Callable[[Tensor], Tensor]
+    mixing: Mixing | None
     model: nn.Module
     wrapped: nn.Module
+    evaluated: Evaluated
     optimizer: Optimizer
     scaler: GradScaler
     session: Session
@@ -94,20 +106,25 @@ class TrainingRun:
     feed: Feed
     trackers: Trackers
     progress: Progress
+    waits: Waits = field(default_factory=Waits)
     is_resumed: bool = False
     resumed_from: Path | None = None
 
     def batch(self, handed: Any) -> tuple[Tensor, Tensor]:
-        """A batch of ``session.loader`` as the model takes it, and its labels, on the device."""
+        """A batch of ``session.loader`` as the model takes it, and its labels, on the device.
+
+        Labels are classes ``(N,)``, or class probabilities ``(N, classes)`` where images are mixed.
+        """
         images, labels = self.feed.batch(handed, self.session)
-        return self._input(images), labels
+        x = self.normalised(images)
+        if self.mixing is not None:
+            x, labels = self.mixing(x, labels, self.session.augmentation_seeds())
+        return _as_input(x), labels
 
     def evaluation_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of a set to evaluate on as the model takes it, and its labels, on the device."""
-        return ((self._input(images), labels) for images, labels in self.feed.evaluation_batches(split))
-
-    def _input(self, images: Tensor) -> Tensor:
-        return self.normalised(images).contiguous(memory_format=torch.channels_last)
+        batches = self.feed.evaluation_batches(split)
+        return ((_as_input(self.normalised(images)), labels) for images, labels in batches)
 
     def logits(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """The outputs in the run's precision, as float32; of its model, or of another one like it."""
@@ -118,7 +135,7 @@ class TrainingRun:
         return logits.float()
 
     def at(self, checkpoint: Path) -> nn.Module:
-        """A model with a checkpoint's weights, beside the run's own, of which nothing is touched."""
+        """A model with a checkpoint's weights as they were evaluated, beside the run's own, which is not touched."""
         model = built(self.options, self.data.spec, self.machine.device, seed=0)
         with self.processes.copied(checkpoint) as copy:
             load_weights(copy, model)
@@ -127,14 +144,20 @@ class TrainingRun:
     def save(self, folder: Path) -> None:
         """Write what the run goes on from."""
         save_state(folder, self.model, self.optimizer, self.scaler, self._others, self.machine.device)
+        self.evaluated.save(folder)
 
     def load(self, folder: Path) -> None:
         """Go on from what ``save`` wrote."""
         load_state(folder, self.model, self.optimizer, self.scaler, self._others, self.machine.device)
+        self.evaluated.load(folder)
 
     @property
     def _others(self) -> dict[str, Remembers]:
         return {"session": self.session, "augment": self.augment, "progress": self.progress}
+
+
+def _as_input(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -148,7 +171,8 @@ def opened(
         afterwards.callback(folder.close)
         try:
             options, checkpoint = processes.first(partial(_looked_up, options, folder, resume=resume))
-            run = _prepare(options if processes.is_first else options.untold(), folder, processes, afterwards, load)
+            own = options if processes.is_first else options.untold()
+            run = _prepare(own, folder, processes, afterwards, load, is_new=checkpoint is None)
             run.is_resumed = resume
             if not resume:
                 folder.write_json(CONFIG, _described(run))  # first of all: it is what a resumed run needs
@@ -192,7 +216,13 @@ def _came_to_nothing(folder: RunFolder, error: BaseException, *, is_ready: bool)
 
 
 def _prepare(
-    asked: TrainOptions, folder: RunFolder, processes: Processes, afterwards: ExitStack, load: Loads | None
+    asked: TrainOptions,
+    folder: RunFolder,
+    processes: Processes,
+    afterwards: ExitStack,
+    load: Loads | None,
+    *,
+    is_new: bool,
 ) -> TrainingRun:
     """Everything in hand. What is quick to check comes before the data are read, and perhaps downloaded."""
     spec = trained_on(check_named(asked.model_dump()), asked.validation_share, asked.batch_size)
@@ -201,24 +231,32 @@ def _prepare(
     seed_all(asked.seed)
     recipe = asked.load_recipe()
     model = built(asked, spec, device)
+    check_norms(model, asked)
+    begun = start_from(model, asked, spec, processes.first) if asked.weights is not None and is_new else None
     sample = torch.zeros(2, *spec.sample_shape, device=device)
     bill = plan(model, sample, recipe, asked.epochs, spec.train_samples, batch_size=asked.batch_size)
-    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size)
+    check_full_batch(recipe, samples=spec.train_samples, batch_size=asked.batch_size, epochs=asked.epochs)
     options, chosen = choose(asked, device, bill, processes.size)
     machine = Machine(device, options.precision)
     afterwards.enter_context(machine.in_use())
     whole = processes.in_turn(  # one of a host downloads what is not there
-        partial(load or load_data, options.data, root=Path(options.data_root), image_size=options.image_size)
+        partial(
+            load or load_data,
+            options.data,
+            root=Path(options.data_root),
+            image_size=options.image_size,
+            crop_share=options.crop_share,
+        )
     )
     data = hold_out(whole, options.validation_share, options.seed)
     augment = _augment(options, data)
     feed = make_feed(data, device, augment, options, processes)
     normalised = partial(normalise, mean=data.mean.to(device), std=data.std.to(device))
-    optimizer = SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    optimizer = make_optimizer(model.parameters(), options)
 
     def score_loss(net: nn.Module, handed: Any) -> Tensor:
         images, labels = feed.plain(handed)
-        return F.cross_entropy(net(normalised(images)), labels)
+        return loss_of(net(normalised(images)), labels, label_smoothing=options.label_smoothing)
 
     probe = _probe(options, recipe, data)
     session = spfde.attach(
@@ -233,19 +271,22 @@ def _prepare(
         plan=bill,
         **_settings(options),
     )
+    told = (chosen, begun, told_of_updates(options), told_of_evaluated(options), feed.where, weights_note())
     trackers = Trackers(options.track, folder.path)
     afterwards.callback(trackers.close)
     return TrainingRun(
         options=options,
         asked=asked,
-        choices=[line for line in (chosen, feed.where, weights_note()) if line is not None],
+        choices=[line for line in told if line is not None],
         folder=folder,
         processes=processes,
         machine=machine,
         data=data,
         normalised=normalised,
+        mixing=mixing_of(options, data.spec.num_classes),
         model=model,
         wrapped=processes.wrapped(model, device),
+        evaluated=_evaluated(model, options, session, data, normalised, machine),
         optimizer=optimizer,
         scaler=machine.scaler(),
         session=session,
@@ -254,6 +295,32 @@ def _prepare(
         feed=feed,
         trackers=trackers,
         progress=Progress(),
+    )
+
+
+def _evaluated(
+    model: nn.Module,
+    options: TrainOptions,
+    session: Session,
+    data: ImageData,
+    normalised: Callable[[Tensor], Tensor],
+    machine: Machine,
+) -> Evaluated:
+    def samples(count: int) -> Iterator[Tensor]:
+        for images in drawn(data.train, count, batch_size=options.batch_size, seed=options.seed):
+            yield normalised(images.to(machine.device)).contiguous(memory_format=torch.channels_last)
+
+    def forward(twin: nn.Module, x: Tensor) -> object:
+        with machine.autocast():
+            return twin(x)
+
+    return Evaluated(
+        model,
+        options,
+        lambda: session.masks,
+        make_twin=lambda: built(options, data.spec, machine.device, seed=0),
+        samples=samples,
+        forward=forward,
     )
 
 
@@ -296,7 +363,7 @@ def _described(run: TrainingRun) -> dict[str, Any]:
         "asked": {name: value for name, value in asked.items() if value != command[name]},
         "data": {**run.data.facts(), "augment": run.augment.mode},
         "model": options.model,
-        "recipe": options.recipe,
+        "recipe": options.load_recipe().to_dict(),
         "engine": run.session.engine,
         "plan": bill.to_dict(),
         "timeline": bill.timeline.to_dict(),

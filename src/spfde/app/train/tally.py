@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spfde.app.train.loss import classes_of
 from spfde.session.distributed import World
 
 
@@ -43,9 +44,9 @@ class Tally:
         self._on_its_way: tuple[Tensor, torch.cuda.Event, int] | None = None
 
     def add(self, loss_sum: Tensor, logits: Tensor, y: Tensor) -> None:
-        """A batch: the sum of its losses, its logits ``(N, classes)`` and its labels ``(N,)``."""
+        """A batch: the sum of its losses, its logits ``(N, classes)``, and its labels as ``loss_of`` has them."""
         self._loss += loss_sum
-        self._hits += (logits.argmax(1) == y).sum()
+        self._hits += (logits.argmax(1) == classes_of(y)).sum()
         self._seen += len(y)
 
     def glance(self) -> float | None:
