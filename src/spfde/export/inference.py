@@ -228,4 +228,4 @@ def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor], path: object) -
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
