@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from spfde.app.data.datasets import names_in, torchvision_needed
+from spfde.app.data.datasets import names_in, torchvision_needed, usual_crop_share
 from spfde.app.data.images import DataSpec, resized
 from spfde.app.data.listing import is_shown_image
 from spfde.app.data.npz import load_images
@@ -35,8 +35,8 @@ from spfde.export.inference import compute_natively
 
 _NATIVE_FROM = 64
 """Images. Fewer are computed by PyTorch in less time than it takes to load the kernels."""
-_GREY = torch.tensor([299, 587, 114], dtype=torch.int32).view(3, 1, 1)
-"""Thousandths of red, green and blue in grey (ITU-R 601), as Pillow takes them."""
+_GREY = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)
+"""Red, green and blue in grey (ITU-R 601), in 1/65536, as Pillow has them."""
 
 Read = tuple[str, Tensor | str]
 """What an image is called, with its pixels, (C, H, W), or what is wrong with it."""
@@ -112,7 +112,8 @@ def predict_images(
         rule = f"is more than the run's {spec.num_classes} classes"
         raise InvalidArgument(Problem("top", options.top, rule, f"Use {spec.num_classes} at most."))
     machine = machine_of(trained, options.device)
-    found = _open(images, spec, trained.crop_share, mean)
+    share = usual_crop_share(trained.data) if trained.crop_share is None else trained.crop_share
+    found = _open(images, spec, share, mean)
     with machine.in_use():
         epoch, model = model_of(run, trained, spec, machine, which)
         engine = _engine(options.engine, model, machine, found.n)
@@ -265,6 +266,5 @@ def _read(path: str, spec: DataSpec, crop_share: float) -> Read:
 
 def _grey(pixels: Tensor) -> Tensor:
     """One channel of three, uint8."""
-    return (
-        ((pixels.to(torch.int32) * _GREY).sum(0, keepdim=True) + 500).div(1000, rounding_mode="floor").to(torch.uint8)
-    )
+    weighted = (pixels.to(torch.int32) * _GREY).sum(0, keepdim=True)
+    return ((weighted + 2**15) // 2**16).to(torch.uint8)
