@@ -121,17 +121,14 @@ def test_files_get_what_the_archive_gets_in_the_order_of_their_names(
     assert one == rows[4]
 
 
-def test_images_of_another_size_are_brought_to_the_run_s(trained: Path, files: Path, spfde: Spfde, here: Path) -> None:
-    (expected,) = said(spfde("predict", trained, files / "c" / "4.png", "--last"))
-    large = Image.open(files / "c" / "4.png").resize((24, 24), Image.Resampling.NEAREST)
-    wide = Image.new("L", (40, 24), 255)  # what is beside the square at the centre is cut off
-    wide.paste(large, (8, 0))
-    wide.save("wide.png")
-    np.savez("wide.npz", images=np.asarray(wide)[None])
-    (by_file,) = said(spfde("predict", trained, "wide.png", "--last"))
-    (by_index,) = said(spfde("predict", trained, "wide.npz", "--last"))
-    assert by_file["label"] == by_index["label"] == expected["label"]
-    assert by_file["probability"] == by_index["probability"]
+def test_images_of_another_size_are_scaled_and_cut_at_their_centre(trained: Path, spfde: Spfde, here: Path) -> None:
+    wide = np.full((24, 40), 255, np.uint8)
+    wide[:, 4:36] = 100  # the square at the centre, 8 … 32, and what scaling reads beside it
+    Image.fromarray(wide).save("wide.png")
+    np.savez("wide.npz", images=wide[None])
+    np.savez("grey.npz", x=np.full((1, 8, 8), 100, np.uint8))
+    found = [said(spfde("predict", trained, name, "--last"))[0] for name in ("wide.png", "wide.npz", "grey.npz")]
+    assert len({(row["label"], row["probability"]) for row in found}) == 1
 
 
 def test_what_cannot_be_read_is_named_and_the_others_get_their_lines(trained: Path, files: Path, spfde: Spfde) -> None:
