@@ -3,8 +3,8 @@
 A ResNet-32 (widths 32-64-128) with random weights, 90 % of those of its convolutions zero, exported and read again with
 ``spfde.export.load(..., engine="native")``, in fp32 and in bf16. Against it, the same weights with their zeros: PyTorch
 in evaluation mode, eager and compiled, in fp32 and under autocast to bf16, contiguous and channels_last where eager;
-ONNX Runtime in fp32, and with its dynamic int8 quantisation, which takes convolutions by ConvInteger. All are timed turn
-by turn in one process, with as many threads as each other; a call is one batch from tensor to tensor.
+ONNX Runtime in fp32, and with its dynamic int8 quantisation, which takes convolutions by ConvInteger. All are timed
+turn by turn in one process, with as many threads as each other; a call is one batch from tensor to tensor.
 
     python benchmarks/inference.py                  # about five minutes on two cores
 """
