@@ -8,9 +8,9 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import registered
+from spfde.sparsity.block import Block
 from spfde.sparsity.structure import (
     NM,
-    Block,
     Channels,
     Kernels,
     Patterns,
@@ -46,6 +46,8 @@ def _fitting(structure: Structure, outputs: int, inputs: int, share: float) -> t
         sparsity = 1 - structure.n / structure.m
     if isinstance(structure, Patterns):
         sparsity = 5 / 9 + share * 4 / 9
+    if isinstance(structure, Block) and structure.along == "kernel":
+        sparsity = 1 / 3 + share * 2 / 3
     return (4 * outputs, 12 * inputs, 3, 3), min(sparsity, 0.999)
 
 
@@ -54,7 +56,7 @@ def _named(cut: Structure) -> str:
 
 
 def test_each_structure_is_listed_under_its_name() -> None:
-    assert list(STRUCTURES) == ["unstructured", "block", "nm", "kernel", "pattern", "channel"]
+    assert list(STRUCTURES) == ["unstructured", "nm", "kernel", "pattern", "channel", "block"]
     for name, structure in STRUCTURES.items():
         assert structure.name == name
         assert structure.summary.endswith(".")

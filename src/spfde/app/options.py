@@ -62,10 +62,7 @@ class RecipeOptions:
     structure: Annotated[
         str | None,
         Sets("sparsity", "structure"),
-        _save(
-            "what exists or not as a whole: unstructured, 4x1 or 2x2-inputs (blocks), 2:4 (N:M), kernel, pattern or "
-            "channel"
-        ),
+        _save("what exists or not as a whole: unstructured, 4x1, 2x2-inputs (blocks), 2:4, kernel, pattern or channel"),
     ] = None
     exclude: Annotated[
         tuple[str, ...],

@@ -129,5 +129,5 @@ class Block(Structure):
         """The weight of ``shape`` from what its blocks hold: (n_units, rows, weights of each row)."""
         whole = blocks.reshape(*self._grid(shape), *blocks.shape[1:]).transpose(1, 2)
         if self.along != "inputs":
-            return whole.reshape(*shape)
+            return whole.reshape(*shape).contiguous()
         return whole.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()

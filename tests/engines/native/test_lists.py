@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from helpers.native import needs_kernels
 from spfde.engines.native.geometry import Geometry, Vectors, best_size, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.lists import CHANNELS, COLUMNS, SINGLE, Weights, forward_entries, gradient_entries
+from spfde.engines.native.lists import CHANNELS, COLUMNS, SINGLE, Reads, Weights, forward_entries, gradient_entries
 
 pytestmark = needs_kernels  # structures are read off the kernels' headers
 
@@ -66,8 +66,9 @@ def test_each_active_weight_is_in_each_list_once(
     target = Layout(16, out * groups, *geometry.output_size(12, 12), 16, torch.bfloat16)
     made = Weights.of(geometry, mask, [stride_ // mask.itemsize for stride_ in mask.strides])
     shapes = forward_shape(geometry, source, target, VECTORS), gradient_shape(geometry, source, target, VECTORS)
-    forward = forward_entries(geometry, made, shapes[0].tile, 16, pairs=pairs, room=room)
-    back = gradient_entries(geometry, made, shapes[1], 16, pairs=pairs, room=room)
+    reads = Reads(16, pairs=pairs, is_stored=False, room=room)
+    forward = forward_entries(geometry, made, shapes[0], reads)
+    back = gradient_entries(geometry, made, shapes[1], reads)
     for lists, rows, tile in (((forward,), out, shapes[0].tile), (back, inner, shapes[1].tile)):
         index = np.concatenate([entries.index.ravel() for entries in lists])
         assert sorted(index[index != NONE].tolist()) == np.flatnonzero(mask).tolist()

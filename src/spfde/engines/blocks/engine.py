@@ -45,7 +45,12 @@ class BlocksEngine(StandInEngine["BlockLinears"]):
     def supports(cls, job: Job) -> str | None:
         method = job.blueprint.method
         structure = None if method is None else method.structure
-        if not isinstance(structure, Block) or structure.rows % UNIT or structure.columns % UNIT:
+        if (
+            not isinstance(structure, Block)
+            or structure.along == "kernel"
+            or structure.rows % UNIT
+            or structure.columns % UNIT
+        ):
             return f"it takes blocks whose sides are multiples of {UNIT}, and the structure is {structure!r}"
         if isinstance(job.given, nn.DataParallel):
             return "copies of the model on other devices have no kernels; use DistributedDataParallel"

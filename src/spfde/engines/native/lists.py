@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spfde.engines.native.geometry import Geometry, GradientShape, Tile, Window
+from spfde.engines.native.geometry import ForwardShape, Geometry, GradientShape, Tile, Window
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.structs import struct
 
@@ -164,32 +164,60 @@ class Weights:
         )  # fmt: skip
 
 
-def forward_entries(geometry: Geometry, weights: Weights, tile: Tile, lanes: int, *, pairs: bool, room: int) -> Entries:
-    """The list of the forward pass.
+@dataclass(frozen=True)
+class Reads:
+    """How entries read what a tile of pixels needs.
 
-    Args:
-        geometry: the convolution.
-        weights: its weights.
-        tile: see ``forward_shape``.
+    Attributes:
         lanes: numbers of a vector.
         pairs: entries are pairs.
-        room: bytes that a chunk of the scratch may take.
+        is_stored: from the window, which holds what is multiplied; else from scratch.
+        room: bytes that a chunk of channels may take.
     """
+
+    lanes: int
+    pairs: bool
+    is_stored: bool
+    room: int
+
+    def per_chunk(self, tile: Tile) -> int:
+        """Channels, or pairs of them, of a chunk."""
+        return max(1, self.room // (tile.pixels * self.lanes * 4))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Numbers from a place that entries read to the next, in scratch or in a window."""
+
+    row: int
+    plane: int
+    channel: int
+    is_scratch: bool
+
+    @classmethod
+    def of(cls, tile: Tile, window: Window, reads: Reads) -> _Steps:
+        if reads.is_stored:
+            return cls(window.pitch, window.plane, window.span, is_scratch=False)
+        lanes = reads.lanes
+        return cls(tile.planes * tile.wide * lanes, tile.wide * lanes, tile.pixels * lanes, is_scratch=True)
+
+
+def forward_entries(geometry: Geometry, weights: Weights, shape: ForwardShape, reads: Reads) -> Entries:
+    """The list of the forward pass."""
     s, (down, right) = geometry.stride, geometry.dilation
-    found = weights.found(pairs=pairs, neighbours=s == 1 and right == 1)
+    steps = _Steps.of(shape.tile, shape.window, reads)
+    found = weights.found(pairs=reads.pairs, neighbours=s == 1 and right == 1)
     column = found.tap[1] * right
-    pitch = tile.planes * tile.wide
-    offset = found.tap[0] * down * pitch + column % s * tile.wide + column // s
-    return _listed(found, offset * lanes, geometry.out_channels, tile.pixels * lanes, _per_chunk(tile, lanes, room))
+    offset = found.tap[0] * down * steps.row + column % s * steps.plane + column // s * reads.lanes
+    return _listed(found, offset, geometry.out_channels, steps, reads.per_chunk(shape.tile))
 
 
-def gradient_entries(
-    geometry: Geometry, weights: Weights, shape: GradientShape, lanes: int, *, pairs: bool, room: int
-) -> tuple[Entries, ...]:
-    """The lists of the gradient of the input, by residue of its pixels; arguments as of ``forward_entries``."""
-    s, tile, window = geometry.stride, shape.tile, shape.window
+def gradient_entries(geometry: Geometry, weights: Weights, shape: GradientShape, reads: Reads) -> tuple[Entries, ...]:
+    """The lists of the gradient of the input, by residue of its pixels."""
+    s, window = geometry.stride, shape.window
+    steps = _Steps.of(shape.tile, window, reads)
     neighbours = s == 1 and geometry.dilation[1] == 1
-    found = weights.turned().found(pairs=pairs, neighbours=neighbours, backwards=True)
+    found = weights.turned().found(pairs=reads.pairs, neighbours=neighbours, backwards=True)
     away = np.full((2, s, max(geometry.kernel)), _NO_WEIGHT)  # by axis, residue, tap: what the offset is; or no weight
     for axis, before in enumerate((window.above, window.lead)):
         for tap, residue, distance in geometry.turned(axis):
@@ -199,26 +227,26 @@ def gradient_entries(
         down, right = away[0, residue // s][found.tap[0]], away[1, residue % s][found.tap[1]]
         keep = (down >= 0) & (right >= 0)
         some = found if keep.all() else _some(found, keep)
-        offset = (down * tile.wide + right)[keep] * lanes
-        per_chunk = _per_chunk(tile, lanes, room)
-        made.append(_listed(some, offset, geometry.in_channels, tile.pixels * lanes, per_chunk))
+        offset = down[keep] * steps.row + right[keep] * reads.lanes
+        made.append(_listed(some, offset, geometry.in_channels, steps, reads.per_chunk(shape.tile)))
     return tuple(made)
 
 
-def weight_entries(geometry: Geometry, weights: Weights, window: Window, lanes: int, *, room: int) -> Entries:
+def weight_entries(geometry: Geometry, weights: Weights, window: Window, lanes: int, per_chunk: int) -> Entries:
     """The list of the weights whose gradients are wanted.
 
     Args:
-        geometry, weights, lanes: as of ``forward_entries``.
+        geometry, weights: the convolution.
         window: of the source, see ``gradient_shape``.
-        room: numbers of a window that a chunk of channels may take of what a tile reads.
+        lanes: numbers of a vector.
+        per_chunk: channels of a chunk.
     """
     s = geometry.stride
     found = weights.found(pairs=False, neighbours=False)
     column = found.tap[1] * geometry.dilation[1]
     offset = found.tap[0] * geometry.dilation[0] * window.pitch + column % s * window.plane + column // s * lanes
-    offset = offset + found.place * window.span
-    return _listed(found, offset, geometry.out_channels, 0, max(1, room), every_row=False)
+    steps = _Steps(window.pitch, window.plane, window.span, is_scratch=False)
+    return _listed(found, offset, geometry.out_channels, steps, per_chunk, every_row=False)
 
 
 def _some(found: _Found, keep: Bools) -> _Found:
@@ -226,19 +254,14 @@ def _some(found: _Found, keep: Bools) -> _Found:
     return _Found(found.row[keep], found.place[keep], tap, found.index[keep], found.order, found.pairing)
 
 
-def _per_chunk(tile: Tile, lanes: int, room: int) -> int:
-    """Channels, or pairs of them, of a chunk."""
-    return max(1, room // (tile.pixels * lanes * 4))
-
-
-def _listed(found: _Found, offset: Ints, n_rows: int, apart: int, most: int, *, every_row: bool = True) -> Entries:
+def _listed(found: _Found, offset: Ints, n_rows: int, steps: _Steps, most: int, *, every_row: bool = True) -> Entries:
     """The list of these entries.
 
     Args:
         found: sorted by row.
         offset: where each reads, from the beginning of its channel.
         n_rows: rows of the weight.
-        apart: from channel to channel of a chunk.
+        steps: from channel to channel.
         most: channels, or pairs of them, of a chunk.
         every_row: rows without an entry are there, too: they have something to write.
     """
@@ -266,7 +289,8 @@ def _listed(found: _Found, offset: Ints, n_rows: int, apart: int, most: int, *, 
     item = np.stack([(rows << _FLAGS) + flags, np.searchsorted(key, items, side="right")], axis=1)
     begins = np.searchsorted(items, np.arange(chunks + 1) * n_rows)
     taken = np.minimum(np.arange(chunks + 1) * width, n_places) * each
-    offset = (offset + found.place % width * apart)[sorted_]
+    place = found.place % width if steps.is_scratch else found.place
+    offset = (offset + place * steps.channel)[sorted_]
     parts = tuple(np.ascontiguousarray(part, dtype=np.int32) for part in (begins, item, found.order, taken, offset))
     index = np.ascontiguousarray(found.index[sorted_], dtype=np.int32)
     at: list[Any] = [part.ctypes.data for part in parts]

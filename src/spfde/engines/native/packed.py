@@ -12,7 +12,7 @@ from torch import Tensor
 from spfde.engines.native.fusion import ConvStep
 from spfde.engines.native.geometry import Geometry, Vectors, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.lists import Entries, Weights, forward_entries, gradient_entries, weight_entries
+from spfde.engines.native.lists import Entries, Reads, Weights, forward_entries, gradient_entries, weight_entries
 
 # What a chunk of the scratch may take. The first-level cache (32 KiB or more) should hold it beside the lists
 # themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a row of
@@ -109,16 +109,17 @@ class PackedWeights:
         most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
         room = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
         weights = Weights.of(geometry, active, strides)
-        pairs = vectors.pairs and source.dtype == torch.bfloat16
+        half = source.dtype == torch.bfloat16
+        reads = Reads(vectors.lanes, pairs=half and vectors.pairs, is_stored=not half, room=room)
         forward = forward_shape(geometry, source, target, vectors)
         back = gradient_shape(geometry, source, target, vectors)
         window = back.source
         tile_bytes = ((back.weight[0] - 1) * geometry.stride + geometry.spans[0]) * window.span * source.itemsize
         per_chunk = max(8, _WEIGHT_CHUNK // tile_bytes)
         return WeightLists(
-            forward_entries(geometry, weights, forward.tile, vectors.lanes, pairs=pairs, room=room),
-            gradient_entries(geometry, weights, back, vectors.lanes, pairs=pairs, room=room),
-            weight_entries(geometry, weights, window, vectors.lanes, room=per_chunk),
+            forward_entries(geometry, weights, forward, reads),
+            gradient_entries(geometry, weights, back, reads),
+            weight_entries(geometry, weights, window, vectors.lanes, per_chunk),
         )
 
 

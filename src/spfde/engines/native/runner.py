@@ -52,7 +52,8 @@ class RegionRunner(nn.Module):
             if storage == torch.float32 and torch.get_autocast_dtype("cpu") == torch.bfloat16:
                 storage = torch.bfloat16
             else:
-                warnings.warn(f"The native engine computes in {storage} under this autocast.", stacklevel=2)
+                asked = str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")
+                warnings.warn(f"The native engine computes in float32 under autocast to {asked}.", stacklevel=2)
             taken = (self._kernels.dtype, storage)
             inputs = tuple(tensor if tensor.dtype in taken else tensor.to(taken[0]) for tensor in inputs)
         try:

@@ -64,8 +64,8 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
 template <class T, class S>
 static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* rows, real* tile, real* waiting) {
   const Window& window = job.window;
-  const Source& x = job.source;
-  const Blocked &from = x.layout, &to = job.to;
+  const Source& source = job.source;
+  const Blocked &from = source.layout, &to = job.to;
   const Entries& list = job.entries;
   const int64_t s = window.stride, top = band * job.band_rows, bottom = std::min(top + job.band_rows, to.height);
   // Which rows of z are this band's to write.
@@ -76,14 +76,14 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
   for (int64_t p = top; p < bottom; p += job.step) {
     for (; have < window.slots; have++) {
       const int64_t h = p * s - window.above + have;
-      fill(x, window, g, h, h >= own && h < own_end, rows + have * window.pitch);
+      fill(source, window, g, h, h >= own && h < own_end, rows + have * window.pitch);
     }
     Streams streams;
     const int64_t next = p * s - window.above + window.slots, n_next = job.step * s * from.pitch();
     if (next < from.height) {
-      streams.add(in<T>(x.y) + from.at(g, 0, next), n_next);
-      if (x.residual) streams.add(in<T>(x.residual) + from.at(g, 0, next), n_next);
-      if (x.z) streams.add(in<T>(x.z) + from.at(g, 0, next), n_next);
+      streams.add(in<T>(source.y) + from.at(g, 0, next), n_next);
+      if (source.residual) streams.add(in<T>(source.residual) + from.at(g, 0, next), n_next);
+      if (source.z) streams.add(in<T>(source.z) + from.at(g, 0, next), n_next);
     }
     streams.add(in<T>(job.target) + to.at(g, 0, p + job.step), job.step * to.pitch());
     if (job.residual) streams.add(in<T>(job.residual) + to.at(g, 0, p + job.step), job.step * to.pitch());
@@ -92,8 +92,8 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
       for (int64_t q = 0; q < to.width; q += S::columns) {
         const bool is_whole = is_plain && bottom - p - i >= S::rows && to.width - q >= S::columns, first = p + i == top && q == 0;
         for (int64_t chunk = 0; chunk < list.chunks; chunk++) {
-          spread_tile(job.tile, list, chunk, rows + i * s * window.pitch + q * LANES, window, tile);
-          multiply<T>(size, tile, s * job.tile.pitch(), list, job.values, chunk, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
+          const Spread x = spread_tile(job.tile, list, chunk, rows + i * s * window.pitch + q * LANES, window, s, tile);
+          multiply<T>(size, x.at, x.down, list, job.values, chunk, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
             if (is_whole) return conv_finish<T, S, true>(job, g, row, p + i, q, bottom, statistics, first, sum);
             vec copied[S::n];
             each_of<S::n, true>([&](auto k) SPFDE_HERE { copied[k] = sum[k]; });

@@ -121,7 +121,7 @@ static void gradient_tile(S size, const GradientJob& job, int64_t g, int64_t p, 
   const int64_t s = job.source_window.stride, residues = s * s, chunks = job.entries->chunks;
   const bool is_plain = job.added.activation <= RELU && job.norm.activation <= RELU;
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    spread_tile(job.tile, job.entries[0], chunk, rows, job.window, room.tile);
+    const Spread x = spread_tile(job.tile, job.entries[0], chunk, rows, job.window, 1, room.tile);
     const real* values = job.values;
     for (int64_t residue = 0; residue < residues; residue++) {
       const Entries& list = job.entries[residue];
@@ -129,7 +129,7 @@ static void gradient_tile(S size, const GradientJob& job, int64_t g, int64_t p, 
       const int64_t high = (to.height - h + s - 1) / s, wide = (to.width - w + s - 1) / s;
       const bool is_whole = is_plain && high >= S::rows && wide >= S::columns;
       real* waiting = room.waiting + residue * list.rows * N * LANES;
-      multiply<T>(size, room.tile, job.tile.pitch(), list, values, chunk, waiting, streams, [&](int64_t c, vec* sum) SPFDE_HERE {
+      multiply<T>(size, x.at, x.down, list, values, chunk, waiting, streams, [&](int64_t c, vec* sum) SPFDE_HERE {
         if (is_whole) return gradient_finish<T, S, true>(job, g, c, h, w, room.norm, [](int) { return true; }, sum);
         vec copied[N];
         each_of<N, true>([&](auto k) SPFDE_HERE { copied[k] = sum[k]; });

@@ -2,7 +2,8 @@
 //
 // A tile is some rows and columns of target pixels; their sums stay in registers. What the tile reads of a chunk of source
 // channels is spread from the window into a scratch that fits the first-level cache; there all offsets are the same whatever
-// the image's size. Then all rows of the weight that have entries in the chunk pass over it.
+// the image's size. Then all rows of the weight that have entries in the chunk pass over it. (What is stored as it is
+// multiplied, in fp32, is read from the window.)
 //
 //     window --spread--> scratch --list--> sums --> target
 //
@@ -11,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "window.h"
@@ -112,12 +114,30 @@ static inline void spread_wide(const Tile& tile, const Entries& list, int64_t ch
 }
 
 template <class T>
-static inline void spread_tile(const Tile& tile, const Entries& list, int64_t chunk, const T* from, const Window& window, real* to) {
+static inline void spread_by_width(const Tile& tile, const Entries& list, int64_t chunk, const T* from, const Window& window, real* to) {
   switch (tile.wide) {
     case 10: return spread_wide<T, 10>(tile, list, chunk, from, window, to);
     case 8: return spread_wide<T, 8>(tile, list, chunk, from, window, to);
     case 6: return spread_wide<T, 6>(tile, list, chunk, from, window, to);
     default: return spread_wide<T, 0>(tile, list, chunk, from, window, to);
+  }
+}
+
+// What the entries of a chunk read, for target rows that are `stride` rows of the window apart: the scratch, or the window itself
+// where it holds numbers that are multiplied as they are.
+struct Spread {
+  const real* at;
+  int64_t down;  // numbers from a target row to the next
+};
+
+template <class T>
+static inline Spread spread_tile(const Tile& tile, const Entries& list, int64_t chunk, const T* from, const Window& window,
+                                 int64_t stride, real* to) {
+  if constexpr (std::is_same_v<T, real>) {
+    return {from, stride * window.pitch};
+  } else {
+    spread_by_width(tile, list, chunk, from, window, to);
+    return {to, stride * tile.pitch()};
   }
 }
 
