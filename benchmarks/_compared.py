@@ -48,6 +48,7 @@ def run_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     made.add_argument("--epochs", type=int, default=None, help="length of the runs (20)")
     made.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds, one run each (0 1 2)")
     made.add_argument("--runs", type=Path, default=kept, metavar="FOLDER", help=f"where they are kept ({kept})")
+    made.add_argument("--jobs", type=int, default=None, help="runs at a time, where seconds do not matter (1)")
     made.set_defaults(name=name)
     return made
 
@@ -68,6 +69,7 @@ class Runs:
     epochs: int
     options: Values
     stamp: Mapping[str, Any]
+    jobs: int | None = None
 
     def compared(self, candidates: Mapping[str, Values]) -> Compared:
         """Train what is missing of these candidates, by their labels; those with equal options share their runs.
@@ -79,18 +81,18 @@ class Runs:
         tables = tuple({"name": name, **candidates[name]} for name in dict.fromkeys(shared.values()))
         options = {"model": MODEL, "epochs": self.epochs, **self.options}
         comparison = Comparison.of(Spec(seeds=tuple(self.seeds), options=options, candidates=tables))
-        table = run(comparison, self.folder)
+        table = run(comparison, self.folder, jobs=self.jobs)
         rows = {row.name: row for row in table.rows}
         return Compared(self, comparison, table, {label: rows[name] for label, name in shared.items()})
 
 
 @contextmanager
-def opened_runs(asked: argparse.Namespace, *, quick_epochs: int) -> Iterator[Runs]:
+def opened_runs(asked: argparse.Namespace, *, quick_epochs: int, data: str | Path = DATA) -> Iterator[Runs]:
     """The runs that these options ask for; those of a smoke test are removed again. A mistake ends the benchmark."""
     stamp, seeds, epochs = begin(asked), asked.seeds, asked.epochs
     try:
         if not asked.quick:
-            yield Runs(asked.name, asked.runs, seeds or [0, 1, 2], epochs or 20, {"data": DATA}, stamp)
+            yield Runs(asked.name, asked.runs, seeds or [0, 1, 2], epochs or 20, {"data": str(data)}, stamp, asked.jobs)
             return
         with tempfile.TemporaryDirectory() as place:
             small = {"data": str(quick_images(Path(place) / QUICK)), "batch_size": 16}

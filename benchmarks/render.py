@@ -5,7 +5,8 @@
     python benchmarks/render.py --print             # print the README's part
 
 In README.md the results stand between ``<!-- results:start -->`` and ``<!-- results:end -->``; without them the README
-is left alone. The table of all methods stands in docs/methods/README.md in the same way.
+is left alone. The table of all methods stands in docs/methods/README.md in the same way, and the paper's tables row by
+row in docs/reproducing.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from _picture import picture
 ROOT = BENCHMARKS.parent
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 METHODS_START, METHODS_END = "<!-- methods:start -->", "<!-- methods:end -->"
+PAPERS = "papers"
+PAPERS_START, PAPERS_END = "<!-- papers:start -->", "<!-- papers:end -->"
 # The order of the page; a result that is not named here follows after.
 ORDER = (
     "bookkeeping",
@@ -30,7 +33,11 @@ ORDER = (
     "freezing",
     "sieving",
     "data_path",
+    "decoding",
+    "image_list",
+    "imagenette",
     "distributed",
+    "accuracy",
     "same_budget",
     "crash",
     "start_up",
@@ -103,7 +110,7 @@ def page(results: Sequence[Result]) -> str:
         parts.append(f"Not measured yet: {commands}.")
     if results:
         parts += ["## Summary", summary_table(results)]
-    parts += [markdown(result) for result in results]
+    parts += [markdown(result) for result in results if result.name != PAPERS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,13 +141,26 @@ def readme_region(results: Sequence[Result]) -> str:
 
 def methods_region(results: Sequence[Result]) -> str:
     """What stands in docs/methods/README.md between its markers: the table of all methods."""
-    found = [result for result in results if result.name == "methods"]
-    tables = [markdown_table(table.columns, table.rows) for result in found for table in result.tables]
-    notes = [f"- {note}" for result in found for note in result.notes]
-    below = [f"`{result.command}` · {stamp_line(result.stamp)}" for result in found]
-    settings = [", ".join(f"{name} {value}" for name, value in result.settings.items()) + "." for result in found]
-    parts = [*tables, "\n".join(notes), *settings, *below] if found else ["Run `python benchmarks/methods.py`."]
-    return METHODS_START + "\n" + "\n\n".join(part for part in parts if part) + "\n" + METHODS_END
+    return _tables_region(results, "methods", METHODS_START, METHODS_END)
+
+
+def papers_region(results: Sequence[Result]) -> str:
+    """What stands in docs/reproducing.md between its markers: the paper's tables, row by row."""
+    return _tables_region(results, PAPERS, PAPERS_START, PAPERS_END, titled=True)
+
+
+def _tables_region(results: Sequence[Result], name: str, start: str, end: str, *, titled: bool = False) -> str:
+    """The tables of a benchmark with its notes, the markers included."""
+    parts = []
+    for result in (result for result in results if result.name == name):
+        for table in result.tables:
+            parts += [f"**{table.title}**"] if titled else []
+            parts.append(markdown_table(table.columns, table.rows))
+        parts.append("\n".join(f"- {note}" for note in result.notes))
+        parts.append(", ".join(f"{name} {value}" for name, value in result.settings.items()) + ".")
+        parts.append(f"`{result.command}` · {stamp_line(result.stamp)}")
+    parts = parts or [f"Run `python benchmarks/{name}.py`."]
+    return start + "\n" + "\n\n".join(part for part in parts if part) + "\n" + end
 
 
 def with_region(text: str, region: str) -> str:
@@ -184,7 +204,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     readme, docs = options.root / "README.md", options.root / "docs" / "benchmarks.md"
     wanted = {docs: page(results), options.root / PICTURE: picture(results)}
-    for path, part in ((readme, region), (options.root / "docs" / "methods" / "README.md", methods_region(results))):
+    pages = options.root / "docs"
+    regions = ((pages / "methods" / "README.md", methods_region), (pages / "reproducing.md", papers_region))
+    for path, part in ((readme, region), *((path, region_of(results)) for path, region_of in regions)):
         if path.is_file():
             wanted[path] = with_region(path.read_text(encoding="utf-8"), part)
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

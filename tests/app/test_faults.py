@@ -19,7 +19,7 @@ from spfde.app.data import folders
 from spfde.app.train import display, loop
 from spfde.app.train.events import Display
 
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
 RUN = ("--recipe", "mest", "--epochs", 3, "--interval", 1, "--batch-size", 16, "--engine", "masked", "--quiet")
 
 

@@ -15,13 +15,13 @@ import torch
 
 import spfde
 from helpers.compiling import recompile_limit
+from helpers.freezing import EPOCHS, attach, freezing_recipe, plan
 from helpers.native import both_engines
 from helpers.resuming import METHODS, Loop, assert_equal, finish, top
 from helpers.short import short
-from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
+from helpers.training import SAMPLES, make_parts, step, train
 from spfde.freezing.rates import learning_rate_factor
 
-EPOCHS = 12
 SCHEMES = {
     "single-shot": spfde.ProgressiveFreezing(flops_reduction=0.15, timing="update"),
     "single-shot-resume": spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="single-shot-resume", timing="update"),
@@ -39,22 +39,8 @@ every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def recipe(scheme: str, method: spfde.sparsity.SparsityMethod | None = None, **changes: Any) -> spfde.Recipe:
-    fields = {
-        "sparsity": spfde.MEST(sparsity=0.8) if method is None else method,
-        "freezing": SCHEMES[scheme],
-        "sieving": spfde.DataSieving(removed_fraction=0.25),
-        "learning_rate": spfde.BlockwiseCosine(),
-        "update_interval_epochs": 2,
-    }
-    return spfde.Recipe(**{**fields, **changes})
-
-
-def attach(parts: Parts, recipe: spfde.Recipe, engine: str = "masked") -> spfde.Session:
-    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine)
-
-
-def plan(parts: Parts, recipe: spfde.Recipe) -> spfde.Plan:
-    return spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), recipe, EPOCHS, SAMPLES, batch_size=BATCH)
+    own = {"freezing": SCHEMES[scheme], "method": spfde.MEST(sparsity=0.8) if method is None else method}
+    return freezing_recipe(**{**own, **changes})
 
 
 @every_scheme

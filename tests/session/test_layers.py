@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import spfde
+from helpers.freezing import EPOCHS, attach, freezing_recipe, plan
 from helpers.native import both_engines
 from helpers.resuming import METHODS, Loop, assert_equal, finish, top
-from helpers.training import BATCH, SAMPLES, Parts, make_parts, step, train
+from helpers.training import make_parts, step, train
 
-EPOCHS = 12
 LAYERS = [
     *("stem", "blocks.0.conv1", "blocks.0.conv2"),
     *("blocks.1.conv1", "blocks.1.conv2", "blocks.2.conv1", "blocks.2.conv2"),
@@ -26,22 +26,7 @@ FROZEN = (0, 0, 0, 0, 0, 0, 2, 3, 3, 3, 4, 4)
 
 
 def recipe(method: str = "mest-ems", **changes: Any) -> spfde.Recipe:
-    fields = {
-        "sparsity": METHODS[method],
-        "freezing": BY_LAYER,
-        "sieving": spfde.DataSieving(removed_fraction=0.25),
-        "learning_rate": spfde.BlockwiseCosine(),
-        "update_interval_epochs": 2,
-    }
-    return spfde.Recipe(**{**fields, **changes})
-
-
-def attach(parts: Parts, recipe: spfde.Recipe, engine: str = "masked") -> spfde.Session:
-    return spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=EPOCHS, seed=3, engine=engine)
-
-
-def plan(parts: Parts, recipe: spfde.Recipe, epochs: int = EPOCHS) -> spfde.Plan:
-    return spfde.plan(parts.model, torch.zeros(1, 2, 8, 8), recipe, epochs, SAMPLES, batch_size=BATCH)
+    return freezing_recipe(**{"freezing": BY_LAYER, "method": METHODS[method], **changes})
 
 
 def test_each_layer_is_frozen_with_its_norm_and_the_plan_names_it() -> None:

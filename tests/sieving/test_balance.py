@@ -54,6 +54,34 @@ def test_classes_are_spread_evenly_and_keep_their_order_within():
     assert order[labels[order] == 0].tolist() == [0, 1, 2, 3]
 
 
+def spread_class_by_class(labels: Tensor) -> Tensor:
+    position = torch.zeros(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return torch.argsort(position, stable=True)
+
+
+def taken_class_by_class(order: Tensor, labels: Tensor, k: int) -> Tensor:
+    ordered = labels[order]
+    classes, counts = torch.unique(ordered[ordered != -1], return_counts=True)
+    shares = largest_remainder(counts, min(k, int(counts.sum())))
+    parts = [order[ordered == label][: int(share)] for label, share in zip(classes, shares, strict=True)]
+    known = torch.cat([order[:0], *parts])
+    known = known[spread_class_by_class(labels[known])]
+    return torch.cat([known, order[ordered == -1][: k - len(known)]])
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1, 2, 5, 9]), max_size=40), st.data())
+def test_one_sort_comes_to_what_a_pass_over_all_samples_for_each_class_does(found, data):
+    labels = torch.tensor(found, dtype=torch.long)
+    order = torch.tensor(data.draw(st.permutations(range(len(found)))), dtype=torch.long)
+    order = order[: data.draw(st.integers(0, len(found)))]  # of the samples that are in use, say
+    k = data.draw(st.integers(0, len(order)))
+    assert torch.equal(take_evenly(order, labels, k), taken_class_by_class(order, labels, k))
+    assert torch.equal(spread(labels), spread_class_by_class(labels))
+
+
 def test_the_easiest_of_each_class_leave_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
     order = torch.tensor([0, 1, 2, 3, 4, 5])  # all of class 0 are easier

@@ -379,10 +379,10 @@ def test_pruning_to_target_cancels_a_pending_mutation() -> None:
 
 
 def test_a_pending_mutation_ends_with_freezing_and_with_the_last_epoch() -> None:
-    run = Run(RigL(sparsity=0.7), interval=5, blocks=[("2.weight",)], frozen={6: 1})
-    run.begin_epoch(5)
+    run = Run(RigL(sparsity=0.7), interval=5, blocks=[("2.weight",)], frozen={11: 1})
+    run.begin_epoch(5)  # the last update but one before epoch 11, with time to train what has grown
     assert run.pending == ("1.weight", "2.weight")
-    run.begin_epoch(6)
+    run.begin_epoch(11)
     assert run.pending == ("1.weight",)
     run.begin_epoch(19)
     assert run.pending == ()

@@ -56,7 +56,7 @@ class ProgressiveFreezing(Technique):
     Example:
         >>> recipe = spfde.Recipe(freezing=spfde.ProgressiveFreezing(flops_reduction=0.3, scheme="single-shot"))
         >>> spfde.plan(model, torch.zeros(1, 4), recipe, epochs=40, samples=20).freeze_epochs
-        (16, 18, 20)
+        (16, 18, 22)
     """
 
     name: ClassVar[str] = "progressive-freezing"

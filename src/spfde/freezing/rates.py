@@ -253,11 +253,16 @@ def check_rates(
         if technique.final > float(group["lr"]) and not decayed:
             rule = f"must be at most the learning rate of each group; group {index} has {float(group['lr'])}"
             problems.add("final", technique.final, rule, "Lower final or raise the learning rate.")
+    return [*problems.found, *check_warmup(technique, stops)]
+
+
+def check_warmup(technique: BlockwiseCosine, stops: Sequence[int]) -> list[Problem]:
+    """What keeps the warm-up from being over before each block is frozen; ``stops`` as in ``learning_rate_factor``."""
     early = [stop for stop in stops if 0 < stop <= technique.warmup_epochs]
-    if early:
-        rule = f"must be less than every block's freeze epoch and the run's length; the first is {min(early)}"
-        problems.add("warmup_epochs", technique.warmup_epochs, rule, "Shorten the warm-up or freeze less.")
-    return problems.found
+    if not early:
+        return []
+    rule = f"must be less than every block's freeze epoch and the run's length; the first is {min(early)}"
+    return [Problem("warmup_epochs", technique.warmup_epochs, rule, "Shorten the warm-up or freeze less.")]
 
 
 def _is_sharded(optimizer: Optimizer) -> bool:

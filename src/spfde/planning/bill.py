@@ -15,6 +15,7 @@ from spfde.core.say import counted, say_on_stderr
 from spfde.cost import EpochCost, MemoryTimeline, format_bytes, format_flops
 from spfde.cost.memory import Accounting, memory_timeline
 from spfde.cost.training import epoch_cost, total_cost
+from spfde.freezing.rates import check_warmup
 from spfde.model.sample import Sample
 from spfde.planning.blueprint import Blueprint, check_recipe, draw, sieving_warning
 from spfde.planning.timeline import Row, Timeline
@@ -84,7 +85,7 @@ class Plan:
     Example:
         >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
         >>> bill.start_epoch, bill.freeze_epochs
-        (80, (80, 85, 90))
+        (82, (82, 87, 92))
         >>> f"{bill.flops_ratio:.0%} of the dense net's FLOPs"
         "25% of the dense net's FLOPs"
     """
@@ -269,7 +270,7 @@ def plan(
         batch_size: for the memory model and for methods that compute dense gradients at some steps.
 
     Raises:
-        InvalidArgument: see ``draw``; also a count below 1.
+        InvalidArgument: see ``draw``; also a count below 1, or a warm-up that is not over before a block is frozen.
 
     Example:
         >>> bill = spfde.plan(model, torch.zeros(1, 4), spfde.presets.spfde, epochs=160, samples=20, batch_size=8)
@@ -283,6 +284,8 @@ def plan(
             problems.add(name, value, "must be at least 1", "Pass the number of samples.")
     problems.raise_if_any()
     blueprint = draw(model, sample, recipe, epochs)
+    if recipe.learning_rate is not None:
+        Problems(check_warmup(recipe.learning_rate, blueprint.learning_stops)).raise_if_any()
     if blueprint.shortfall is not None:
         say_on_stderr(blueprint.shortfall)
     for words in (blueprint.left_dense_warning, sieving_warning(recipe, epochs)):

@@ -17,7 +17,7 @@ from spfde.session.part import Part, Setting
 from spfde.session.sampling import ANEW, Sampling
 from spfde.sieving.loader import loader_generators
 
-STATE_FORMAT = 6
+STATE_FORMAT = 7
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "format": int,

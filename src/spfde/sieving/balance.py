@@ -33,12 +33,25 @@ def largest_remainder(counts: Tensor, k: int) -> Tensor:
 
 def spread(labels: Tensor) -> Tensor:
     """Positions in an order in which any stretch holds about the same share of each class; within one it stays."""
-    classes, label = torch.unique(labels, return_inverse=True)
-    position = torch.zeros(labels.numel(), dtype=torch.float64)
-    for index in range(classes.numel()):
-        members = (label == index).nonzero().flatten()
-        position[members] = (torch.arange(members.numel(), dtype=torch.float64) + 0.5) / max(members.numel(), 1)
-    return torch.argsort(position, stable=True)
+    classes = _Classes(labels)
+    return torch.argsort((classes.rank.to(torch.float64) + 0.5) / classes.counts[classes.of], stable=True)
+
+
+class _Classes:
+    """What samples of a class there are: found by one sort, however many classes.
+
+    Attributes:
+        counts: samples of each class, in the order of the labels, long.
+        of: which of these each sample is of, long [N].
+        rank: how many of its class come before each sample, long [N].
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        _, self.of, self.counts = torch.unique(labels, return_inverse=True, return_counts=True)
+        grouped = torch.argsort(self.of, stable=True)
+        first = self.counts.cumsum(0) - self.counts
+        self.rank = torch.empty_like(self.of)
+        self.rank[grouped] = torch.arange(labels.numel()) - first[self.of[grouped]]
 
 
 def take_evenly(order: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -53,10 +66,12 @@ def take_evenly(order: Tensor, labels: Tensor, k: int) -> Tensor:
         Positions, shape (k,), long, the classes spread evenly.
     """
     ordered = labels[order]
-    classes, counts = torch.unique(ordered[ordered != UNKNOWN], return_counts=True)
-    shares = largest_remainder(counts, min(k, int(counts.sum())))
-    taken = [order[ordered == label][: int(share)] for label, share in zip(classes, shares, strict=True)]
-    known = torch.cat(taken) if taken else order[:0]
+    candidates = order[ordered != UNKNOWN]
+    classes = _Classes(labels[candidates])
+    shares = largest_remainder(classes.counts, min(k, candidates.numel()))
+    is_taken = classes.rank < shares[classes.of]
+    # Class by class, for where classes come to the same place the spread keeps the order that it is given.
+    known = candidates[is_taken][torch.argsort(classes.of[is_taken], stable=True)]
     known = known[spread(labels[known])]
     return torch.cat([known, order[ordered == UNKNOWN][: k - known.numel()]])
 

@@ -108,6 +108,21 @@ def test_a_length_at_which_nothing_can_be_frozen_is_no_length(tiny: Path) -> Non
     assert "cannot be reached" in told
 
 
+def test_a_length_that_is_all_warm_up_is_no_length(tiny: Path) -> None:
+    dense = options(tiny, warmup=8)
+    fits = Budget("flops", 30).fits(dense_flops=cost_of(dense).flops, seconds_per_flop=0)
+    assert longest(dense, fits) == "in 8 epochs warmup=8: must be shorter than the run (8 epochs). Shorten it."
+    freezing = options(tiny, warmup=8, recipe_name="spfde", recipe=package.presets.spfde.to_dict())
+    told = longest(freezing, Budget("flops", 5).fits(dense_flops=cost_of(options(tiny)).flops, seconds_per_flop=0))
+    assert isinstance(told, str)
+    assert "warmup" in told
+
+
+def test_a_plan_refuses_a_warm_up_that_is_not_over_when_a_block_is_frozen(tiny: Path) -> None:
+    given = options(tiny, warmup=19, recipe_name="spfde", recipe=package.presets.spfde.to_dict())
+    assert "must be less than every block's freeze epoch" in str(planned(given))
+
+
 def test_the_widest_net_that_fits_is_found_in_steps_of_a_32nd(tiny: Path) -> None:
     dense = options(tiny)
     half = cost_of(dense.model_copy(update={"width": 0.5}))
@@ -290,6 +305,15 @@ def test_seconds_are_measured_before_a_length_is_chosen(tiny: Path, spfde: Spfde
     assert "costs no more" in others[0]["why"]
     assert "cannot be reached" in others[1]["why"]
     assert "Nothing is left to try." in ended.out
+
+
+def test_trials_whose_warm_up_is_too_long_do_not_end_the_search(tiny: Path, spfde: Spfde, here: Path) -> None:
+    words = ["--budget", "60% flops", "--trials", 1, "--epochs", 5, "--batch-size", 16, "--engine", "masked"]
+    ended = spfde("search", "--data", tiny, "--out", "s", *words, "--warmup", 3)
+    assert ended.code == 0, ended.err
+    shorter, narrower = found_in(here / "s")["trials"]
+    assert (shorter["state"], narrower["state"]) == ("unfit", "finished")
+    assert "warmup=3: must be shorter than the run (3 epochs)" in shorter["why"]
 
 
 def test_a_loss_that_diverges_ends_a_trial_and_not_the_search(tiny: Path, spfde: Spfde, here: Path) -> None:

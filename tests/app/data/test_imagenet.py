@@ -71,3 +71,17 @@ def test_training_on_imagenet_without_its_images_ends_in_one_line(spfde: Spfde, 
     assert ended.code == 2
     assert ended.err.startswith(f"spfde: --data='imagenet': is looked for in {here / 'nowhere'}, which is no folder")
     assert not (here / "runs").exists()
+
+
+def test_a_run_on_imagenet_trains_and_is_evaluated_where_its_images_lie(
+    small_imagenet: None, spfde: Spfde, here: Path, tmp_path: Path
+) -> None:
+    folders_in(here / "images")
+    argv = ["--data", "imagenet", "--data-root", "images", "--recipe", "dense", "--batch-size", 2, "--workers", 0]
+    ended = spfde("train", *argv, "--epochs", 2, "--out", tmp_path / "run", "--quiet")
+    assert ended.code == 0, ended.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["command"]["data_root"] == str(here / "images")
+    assert (config["data"]["name"], config["data"]["image_size"]) == ("imagenet", [16, 16])
+    evaluated = spfde("evaluate", tmp_path / "run", "--json")
+    assert evaluated.code == 0, evaluated.err

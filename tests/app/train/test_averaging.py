@@ -85,6 +85,19 @@ class TestAverage:
         average.update()  # the third
         assert values(twin) == [pytest.approx(2 * 3 / 12 + 3 * 9 / 12)]
 
+    def test_through_a_pause_the_average_stays_and_goes_on_from_there(self) -> None:
+        model, twin = linear(1.0), linear(7.0)
+        average = Average(model, twin, dict, 0.9, pauses=True)
+        put(model, 2.0)
+        average.update()
+        model.weight.requires_grad_(False)
+        average.update()
+        average.finish()
+        assert values(twin) == [1.9]
+        model.weight.requires_grad_(True)
+        average.update()  # the third
+        assert values(twin) == [pytest.approx(1.9 * 3 / 12 + 2 * 9 / 12)]
+
     def test_statistics_are_averaged_as_weights_are_but_not_those_of_frozen_norms(self) -> None:
         model, twin = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
         average = Average(model, twin, dict, 0.9)

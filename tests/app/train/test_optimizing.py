@@ -47,6 +47,10 @@ class TestOptimizer:
         with pytest.raises(InvalidArgument, match=r"nesterov=True: is a form of sgd's momentum"):
             options(nesterov=True, **given)
 
+    def test_a_momentum_of_adamw_is_refused(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"momentum=0\.95: is sgd's alone"):
+            options(optimizer="adamw", momentum=0.95)
+
     def test_gradients_are_clipped_together(self) -> None:
         weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
         for weight, gradient in zip(weights, (3.0, 4.0), strict=False):  # their norm is 5; the third has none

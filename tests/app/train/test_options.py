@@ -86,10 +86,23 @@ class TestChooseRecipe:
     def test_when_and_how_many_samples_move_changes_how_the_recipe_sieves(self) -> None:
         changed = choose_recipe("spfde", sieve_full_last=0.125, sieve_offset=1, sieve_criterion="top-loss")
         assert changed.sieving == DataSieving(full_last=0.125, offset_epochs=1, criterion="top-loss")
-        with pytest.raises(InvalidArgument, match=r"--sieve-offset=1: is no field of OneTimeRemoval"):
+        told = r"--sieve-offset=1: does not go with one-time, the sieving of recipe mest-de\..*--recipe spfde"
+        with pytest.raises(InvalidArgument, match=told):
             choose_recipe("mest-de", sieve_offset=1)
+        with pytest.raises(InvalidArgument, match=r"--soft-bound=True: does not go with rigl, the sparsity of recipe"):
+            choose_recipe("rigl", soft_bound=True)
         with pytest.raises(InvalidArgument, match=r"--sieve-full-last=0\.125.*leaves no samp"):
             choose_recipe("dense", sieve_full_last=0.125)
+
+    def test_a_criterion_that_draws_anew_has_no_use_for_the_share_that_a_file_swaps(self, tmp_path: Path) -> None:
+        (tmp_path / "r.toml").write_text(presets.spfde.replace(sieving=DataSieving(swap_fraction=0.1)).to_toml())
+        changed = {
+            name: choose_recipe(str(tmp_path / "r.toml"), sieve_criterion=name).sieving for name in ("top-loss", "el2n")
+        }
+        assert changed == {
+            "top-loss": DataSieving(criterion="top-loss"),
+            "el2n": DataSieving(criterion="el2n", swap_fraction=0.1),
+        }
 
     def test_a_criterion_that_there_is_not_or_with_nothing_to_sieve_is_refused(self) -> None:
         with pytest.raises(InvalidArgument, match=r"--sieve-criterion='el2m'.*Did you mean 'el2n'"):

@@ -21,10 +21,10 @@ from spfde.app.runs.checkpoints import described
 from spfde.app.runs.manifest import seal
 from spfde.app.train.evaluated import check_norms
 from spfde.app.train.loop import train
-from spfde.app.train.options import TrainOptions
+from spfde.app.train.options import TrainOptions, choose_recipe
 from spfde.core.errors import InvalidArgument, StateMismatch
 
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
 ASKED: dict[str, Any] = {
     "ema": 0.9,
     "reestimate_bn": 40,
@@ -109,6 +109,15 @@ def test_the_averaged_model_is_exactly_as_sparse_as_the_trained_one(whole: Path)
     assert torch.equal(trained["conv1.weight"], averaged["conv1.weight"])
     assert torch.equal(trained["bn1.running_mean"], averaged["bn1.running_mean"])
     assert not torch.equal(trained["layer3.0.bn1.running_mean"], averaged["layer3.0.bn1.running_mean"])
+
+
+def test_the_average_of_a_block_that_pauses_is_none_of_its_weights(tiny: Path, tmp_path: Path) -> None:
+    recipe = choose_recipe("mest", freeze=0.15, freeze_scheme="periodic", interval="1")
+    train(options(tiny, ema=0.9, epochs=2).model_copy(update={"recipe": recipe.to_dict()}), tmp_path)
+    assert lines(tmp_path)[-1]["frozen_blocks"], "the last epoch is a pause"
+    found = (load_file(tmp_path / f"checkpoints/latest/{name}.safetensors") for name in ("model", "evaluated"))
+    trained, averaged = (weights["conv1.weight"] for weights in found)
+    assert not torch.equal(trained, averaged)
 
 
 def test_steps_are_counted_once_for_several_batches_and_samples_all(whole: Path) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 import spfde
 from spfde.app.data import folders
+from spfde.app.train import evaluated
 from spfde.app.train.display import ConsoleDisplay, waited_line
 from spfde.app.train.events import Display
 from spfde.app.train.loop import train
@@ -69,9 +71,12 @@ def test_a_loader_that_holds_the_run_up_is_told_with_what_helps() -> None:
     assert "more --workers" not in waited_line(0.43, workers=16, cores=16)
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    ("in_memory", "augment", "is_work"),
+    [(False, "auto", True), (True, "auto", False), (True, "random-resized-crop", True)],
+)
 def test_waits_are_in_the_metrics_and_said_where_images_are_decoded(
-    in_memory: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_memory: bool, augment: str, is_work: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(path: str, at_least: Any = None, decode: Any = folders.decode) -> Any:
         time.sleep(0.01)
@@ -80,11 +85,31 @@ def test_waits_are_in_the_metrics_and_said_where_images_are_decoded(
     monkeypatch.setattr(folders, "decode", slow)
     load = partial(folders.load_folder, in_memory_bytes=2**20 if in_memory else 0)
     shown = io.StringIO()
-    options = TrainOptions(**PLAIN, data=str(photos), recipe=spfde.presets.dense.to_dict(), epochs=1)
+    options = TrainOptions(**PLAIN, data=str(photos), recipe=spfde.presets.dense.to_dict(), epochs=1, augment=augment)
     train(options, tmp_path / "run", ConsoleDisplay(Console(file=shown)), load=lambda data, **_: load(data))
-    assert ("of the time for data" in shown.getvalue()) == (not in_memory)
+    assert ("of the time for data" in shown.getvalue()) == is_work
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert (row["loader_wait_seconds"] >= 48 * 0.01) == (not in_memory)
+    assert (row["loader_wait_seconds"] >= 48 * 0.01) == is_work
+
+
+@pytest.mark.parametrize(("limit", "times"), [(2**20, 1), (0, 2)])
+def test_images_to_estimate_norms_on_are_decoded_once_while_there_is_room(
+    limit: int, times: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    usual = folders.decode
+    data = folders.load_folder(str(photos), in_memory_bytes=0)
+    monkeypatch.setattr(folders, "decode", lambda path, **more: decoded.append(path) or usual(path, **more))
+    monkeypatch.setattr(evaluated, "KEPT_BYTES", limit)
+    drawn, before = evaluated.Drawn(data, 30, TrainOptions(**PLAIN)), torch.get_rng_state()
+    first, second = list(drawn), list(drawn)
+    assert len(decoded) == 30 * times
+    assert [len(images) for images in first] == [15, 15]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    in_workers = list(evaluated.Drawn(data, 30, TrainOptions(**(PLAIN | {"workers": 2}))))
+    assert all(torch.equal(one, other) for one, other in zip(first, in_workers, strict=True))
+    assert len(decoded) == 30 * times, "the workers have done it"
 
 
 def test_samples_that_are_sieved_out_are_not_decoded(

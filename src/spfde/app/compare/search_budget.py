@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -104,14 +105,17 @@ def planned(options: TrainOptions) -> Cost | InvalidArgument:
     return _planned(options.model_dump_json(include=_PLANNED))
 
 
-_PLANNED = {"data", "image_size", "model", "width", "recipe", "epochs", "batch_size", "validation_share"}
+_PLANNED = {"data", "image_size", "model", "width", "recipe", "epochs", "batch_size", "warmup", "validation_share"}
 _described = cache(describe_data)
 _built = lru_cache(maxsize=1)(build_for)  # lengths of one net are tried after each other
 
 
 @cache
 def _planned(text: str) -> Cost | InvalidArgument:
-    options = TrainOptions.model_validate_json(text)
+    try:
+        options = TrainOptions(**json.loads(text))
+    except InvalidArgument as error:  # a length that other options need more of
+        return error
     recipe = options.load_recipe()
     spec = trained_on(_described(options.data, options.image_size), options.validation_share, options.batch_size)
     model = _built(options.model, spec, width=options.width, seed=0)

@@ -116,8 +116,8 @@ class Search(Technique):
     def options_of(self, trial: Trial) -> TrainOptions:
         """The options of a trial's run."""
         if trial.name in DENSE:
-            return self.dense.model_copy(update={"width": trial.values["width"], "epochs": trial.epochs})
-        return self.of(trial.values).model_copy(update={"epochs": trial.epochs})
+            return self._dense(width=trial.values["width"], epochs=trial.epochs)
+        return self.of(trial.values | {"epochs": trial.epochs})
 
     @property
     def dense(self) -> TrainOptions:
@@ -125,9 +125,12 @@ class Search(Technique):
 
         What is searched is as by default in it, or has its first value where the default is none of them.
         """
+        return self._dense(width=self.options.get("width", DEFAULTS["width"]))
+
+    def _dense(self, **own: Any) -> TrainOptions:
         searched = {name: DEFAULTS[name] if DEFAULTS[name] in found else found[0] for name, found in self.space.items()}
         plain = {name: DEFAULTS[name] for name in names_of(RecipeOptions)}
-        return self.of(searched | plain | {"recipe": "dense", "width": self.options.get("width", DEFAULTS["width"])})
+        return self.of(searched | plain | {"recipe": "dense"} | own)
 
     def with_trial(self, number: int, trial: Trial) -> Search:
         """With a trial in its place, the last one or a new one."""

@@ -28,7 +28,8 @@ class Average:
     """Keeps a twin of a model at the moving average of its weights.
 
     - Masks: weights outside of them are zero. A weight that is grown begins at its own value.
-    - What does not learn (frozen blocks) is taken over once, and then costs nothing.
+    - What does not learn (frozen blocks) is taken over once, and then costs nothing. Where blocks only pause, their
+      average stays as it is meanwhile.
     - Statistics of batch norms and other numbers in buffers are averaged as weights are; whole numbers are copied.
 
     Args:
@@ -36,14 +37,22 @@ class Average:
         twin: another one like it, whose weights become the average.
         masks: gives the masks by parameter name; one that changes is another tensor.
         decay: of the average, in (0, 1).
+        pauses: whether what does not learn does so again after a short while.
 
     Attributes:
         updates: so many have been made.
     """
 
     def __init__(
-        self, model: nn.Module, twin: nn.Module, masks: Callable[[], Mapping[str, Tensor]], decay: float
+        self,
+        model: nn.Module,
+        twin: nn.Module,
+        masks: Callable[[], Mapping[str, Tensor]],
+        decay: float,
+        *,
+        pauses: bool = False,
     ) -> None:
+        self._pauses = pauses
         self._model, self.twin, self._masks, self._decay = model, twin, masks, decay
         self.updates = 0
         copy_into(twin, model)
@@ -89,7 +98,7 @@ class Average:
             self._learned = learned
 
     def _sort(self) -> None:
-        """What is averaged from now on; what does not learn is as the model has it."""
+        """What is averaged from now on; what does not learn for good is as the model has it."""
         self._averaged, self._own, self._counts = [], [], []
         others = dict(self.twin.named_modules())
         for name, module in self._model.named_modules():
@@ -100,7 +109,7 @@ class Average:
                 elif own.requires_grad if isinstance(own, nn.Parameter) else not is_held(module):
                     self._averaged.append(averaged)
                     self._own.append(own.detach())
-                else:
+                elif not self._pauses:
                     averaged.copy_(own)
 
 

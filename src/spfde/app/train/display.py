@@ -167,8 +167,8 @@ class ConsoleDisplay(Display):
 
 
 def _is_held_up(run: TrainingRun) -> bool:
-    """Whether images are decoded more slowly than the model trains on them."""
-    return not run.data.in_memory and run.waits.share > BRAKE
+    """Whether images are decoded or augmented more slowly than the model trains on them."""
+    return run.feed.loading_is_work and run.waits.share > BRAKE
 
 
 def waited_line(share: float, *, workers: int, cores: int) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 
-from spfde.app.data.images import collate
+from spfde.app.data.images import ImageData, collate
 from spfde.app.train.averaging import Average, copy_into
+from spfde.app.train.feed import workers_for
 from spfde.app.train.norms import norms_in, reestimate
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.saving import EVALUATED, load_weights, save_weights
@@ -19,6 +20,8 @@ from spfde.core.errors import InvalidArgument, Problem, StateMismatch
 from spfde.core.state import check_entries, read_saved
 from spfde.freezing.freezer import is_held
 
+KEPT_BYTES = 2**29
+"""Images that norms are estimated on, and that were decoded for it, stay in memory up to so much: 3,500 photographs."""
 _AVERAGING = "averaging.pt"
 
 
@@ -30,7 +33,7 @@ class Evaluated:
         options: of the run.
         masks: gives the session's masks by parameter name.
         make_twin: makes another model like it.
-        samples: gives the first so many training samples, as the model takes them, in batches.
+        samples: gives the training samples that norms are estimated on, as the model takes them, in batches.
         forward: calls a model in the run's precision.
 
     Raises:
@@ -44,16 +47,18 @@ class Evaluated:
         masks: Callable[[], Mapping[str, Tensor]],
         *,
         make_twin: Callable[[], nn.Module],
-        samples: Callable[[int], Iterator[Tensor]],
+        samples: Callable[[], Iterator[Tensor]],
         forward: Callable[[nn.Module, Tensor], object],
     ) -> None:
         check_norms(model, options)
-        self._model, self._n_samples = model, options.reestimate_bn
+        self._model, self._reestimates = model, options.reestimate_bn > 0
         self._samples, self._forward = samples, forward
-        self._twin = make_twin().eval() if options.ema or self._n_samples else None
+        self._twin = make_twin().eval() if options.ema or self._reestimates else None
         self._average = None
         if self._twin is not None and options.ema:
-            self._average = Average(model, self._twin, masks, options.ema)
+            freezing = options.load_recipe().freezing
+            pauses = freezing is not None and freezing.scheme_class.pauses
+            self._average = Average(model, self._twin, masks, options.ema, pauses=pauses)
 
     def stepped(self) -> None:
         """The optimizer has stepped."""
@@ -68,10 +73,10 @@ class Evaluated:
             self._average.finish()
         else:
             copy_into(self._twin, self._model)
-        if self._n_samples:
+        if self._reestimates:
             # What learns behind a frozen block has learned from what its norms give with the statistics that they have.
             kept = [name for name, norm in norms_in(self._model).items() if is_held(norm)]
-            reestimate(self._twin, self._samples(self._n_samples), self._forward, kept=kept)
+            reestimate(self._twin, self._samples(), self._forward, kept=kept)
         return self._twin
 
     def save(self, folder: Path) -> None:
@@ -105,13 +110,42 @@ def check_norms(model: nn.Module, options: TrainOptions) -> None:
         raise InvalidArgument(Problem("reestimate_bn", options.reestimate_bn, rule, "Leave it out."))
 
 
-def drawn(dataset: Dataset[tuple[Tensor, int]], count: int, *, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Images of so many samples at most, drawn by the seed alone, in batches of about equal size; none is augmented."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]  # type: ignore[arg-type]
-    # Never a batch of one image, which has no variance.
-    for part in order.tensor_split(max(1, len(order) // max(2, batch_size))):
-        images, _ = collate([dataset[index] for index in part.tolist()])
-        yield images
+class Drawn:
+    """Images of so many training samples at most, drawn by the seed alone, in batches of about equal size.
+
+    None is augmented. Where they have to be decoded, a loader's workers do so, and what comes is kept where it is no
+    more than ``KEPT_BYTES``. Of several processes each has all of them, so that all estimate the same.
+
+    Args:
+        data: the images.
+        count: samples, at most.
+        options: of the run.
+    """
+
+    def __init__(self, data: ImageData, count: int, options: TrainOptions) -> None:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(options.seed))[:count]  # type: ignore[arg-type]  # it has a length
+        # Never a batch of one image, which has no variance.
+        parts = order.tensor_split(max(1, len(order) // max(2, options.batch_size)))
+        self._loader = DataLoader(
+            data.train,
+            batch_sampler=[part.tolist() for part in parts],
+            collate_fn=collate,
+            num_workers=0 if data.in_memory else workers_for(data, options.workers),
+            generator=torch.Generator(),  # a pass draws from it, and would from the global one
+        )
+        self._count, self._in_memory = len(order), data.in_memory
+        self._kept: list[Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Tensor] = []
+        for images, _ in self._loader:
+            if not self._in_memory and images[0].nbytes * self._count <= KEPT_BYTES:
+                kept.append(images)
+            yield images
+        self._kept = kept or None
 
 
 def told(options: TrainOptions) -> str | None:

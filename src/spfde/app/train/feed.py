@@ -85,6 +85,11 @@ class Feed(ABC):
     def _augmented(self, images: Tensor, handed: Any, session: Session) -> Tensor:
         return self._augment.replay(images, session.augmentation_seeds())
 
+    @property
+    def loading_is_work(self) -> bool:
+        """Whether samples are decoded, or augmented one by one, when they are loaded."""
+        return self._samples is not None or not self._data.in_memory
+
     @abstractmethod
     def plain(self, handed: Any) -> tuple[Tensor, Tensor]:
         """A batch of the loader on the device, as the data set has it."""

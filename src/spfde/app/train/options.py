@@ -105,6 +105,10 @@ class TrainOptions(Technique, CacheOptions, MachineOptions, TrainingOptions, Dat
         problems = Problems()
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             problems.add("nesterov", True, "is a form of sgd's momentum", "Leave it out, or use sgd with a momentum.")
+        usual = type(self).model_fields["momentum"].default
+        if self.optimizer != "sgd" and self.momentum != usual:
+            rule, remedy = f"is sgd's alone: {self.optimizer} has none", "Leave it out, or use sgd."
+            problems.add("momentum", self.momentum, rule, remedy)
         if self.warmup is not None and self.warmup >= self.epochs:
             problems.add("warmup", self.warmup, f"must be shorter than the run ({self.epochs} epochs)", "Shorten it.")
         if self.reestimate_bn == 1:
@@ -273,11 +277,16 @@ def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | 
     if technique is None and recipe_fields()[makes_one].field not in given:
         remedy = f"Give {flag(makes_one)} too, or take another recipe."
         raise InvalidArgument(Problem(flag(options[first]), value, f"recipe {asked.recipe} {lack}", remedy))
+    if technique is not None:
+        _check_takes(technique, asked, table, {field: name for field, name in options.items() if field in given})
     own = {} if technique is None else {name: getattr(technique, name) for name in type(technique).model_fields}
     if "flops_reduction" in given:
         own |= {"start_epoch": None, "as_far_as_possible": False}
     if "scheme" in given:
         own |= {"start_epoch": None, "resume_epochs": None}  # of another scheme, they would be in the way
+    criteria = registered("sieving-criterion")
+    if "swap_fraction" in own and getattr(criteria.get(given.get("criterion", "")), "redraws", False):
+        own["swap_fraction"] = None  # likewise
     try:
         return (kind if technique is None else type(technique))(**(own | given))
     except InvalidArgument as error:
@@ -292,6 +301,19 @@ def _technique(asked: RecipeOptions, recipe: Recipe, table: str) -> Technique | 
             for found in error.problems
         )
         raise InvalidArgument(*problems) from None
+
+
+def _check_takes(technique: Technique, asked: RecipeOptions, table: str, given: Mapping[str, str]) -> None:
+    """Raise ``InvalidArgument`` with the options that set what the recipe's technique does not have, by field."""
+    problems = Problems()
+    for field, name in given.items():
+        if field not in type(technique).model_fields:
+            theirs = {preset: getattr(recipe, table) for preset, recipe in presets.PRESETS.items()}
+            others = [preset for preset, one in theirs.items() if field in getattr(type(one), "model_fields", ())]
+            rule = f"does not go with {technique.name}, the {table} of recipe {asked.recipe}"
+            remedy = f"Leave it out, or take --recipe {' or '.join(others)}." if others else "Leave it out."
+            problems.add(flag(name), getattr(asked, name), rule, remedy)
+    problems.raise_if_any()
 
 
 def read_structure(text: str) -> Structure:

@@ -26,7 +26,7 @@ from spfde.app.train.augment import BatchAugment, normalise
 from spfde.app.train.building import built
 from spfde.app.train.checks import check_named
 from spfde.app.train.dense_step import time_dense_step
-from spfde.app.train.evaluated import Evaluated, check_norms, drawn
+from spfde.app.train.evaluated import Drawn, Evaluated, check_norms
 from spfde.app.train.evaluated import told as told_of_evaluated
 from spfde.app.train.feed import Feed, make_feed
 from spfde.app.train.loss import loss_of
@@ -306,8 +306,10 @@ def _evaluated(
     normalised: Callable[[Tensor], Tensor],
     machine: Machine,
 ) -> Evaluated:
-    def samples(count: int) -> Iterator[Tensor]:
-        for images in drawn(data.train, count, batch_size=options.batch_size, seed=options.seed):
+    drawn = Drawn(data, options.reestimate_bn, options)
+
+    def samples() -> Iterator[Tensor]:
+        for images in drawn:
             yield normalised(images.to(machine.device)).contiguous(memory_format=torch.channels_last)
 
     def forward(twin: nn.Module, x: Tensor) -> object:
