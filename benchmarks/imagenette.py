@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                 "seeds": 1,
             },
             notes=(
-                "So few epochs freeze little: what is frozen at the end stands in the table.",
+                "In few epochs little is frozen: what is at the end stands in the table.",
                 "Core seconds: what all cores together computed for the process, its start included.",
             ),
             stamp=stamped,
