@@ -22,8 +22,9 @@ import numpy as np
 
 from _common import BENCHMARKS, Figure, Result, Table, publish
 from _compared import Compared, Values, opened_runs, over_seeds, run_parser
-from spfde.app.compare.statistics import Difference, Spread, paired
+from spfde.app.compare.statistics import Spread, paired
 from spfde.app.compare.table import ACCURACY
+from spfde.app.compare.writing import interval_text, spread_text
 from spfde.app.evaluate import EvaluateOptions, evaluate_run
 from spfde.app.runs.folder import RunFolder
 
@@ -98,17 +99,13 @@ def tested(compared: Compared, images: Path) -> dict[str, dict[int, float]]:
 # --- telling it -------------------------------------------------------------------------------------------------------
 
 
-def _difference(found: Difference | None) -> str:
-    if found is None:
-        return "–"
-    interval = "" if found.low is None or found.high is None else f" [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-    return f"{100 * found.mean:+.2f}{interval}"
+def _more(own: Mapping[int, float], other: Mapping[int, float]) -> str:
+    found = paired(own, other)
+    return "–" if found is None else interval_text(found)
 
 
 def _spread(values: Mapping[int, float]) -> str:
-    spread = Spread.of(list(values.values()))
-    assert spread is not None
-    return f"{100 * spread.mean:.2f}" + ("" if spread.sd is None else f" ± {100 * spread.sd:.2f}")
+    return spread_text(Spread.of(list(values.values())))
 
 
 def result(compared: Compared, test: dict[str, dict[int, float]]) -> Result:
@@ -118,11 +115,9 @@ def result(compared: Compared, test: dict[str, dict[int, float]]) -> Result:
     columns: dict[str, Callable[[str], str]] = {
         "FLOPs of MEST's": lambda label: f"{compared.mean(label, 'training_flops') / flops:.3f}",
         "judging images": lambda label: _spread(judged[label]),
-        "more than SpFDE": lambda label: "–" if label == SYSTEM else _difference(paired(judged[label], judged[SYSTEM])),
+        "more than SpFDE": lambda label: "–" if label == SYSTEM else _more(judged[label], judged[SYSTEM]),
         "test images": lambda label: _spread(test[label]),
-        "test: more than SpFDE": lambda label: (
-            "–" if label == SYSTEM else _difference(paired(test[label], test[SYSTEM]))
-        ),
+        "test: more than SpFDE": lambda label: "–" if label == SYSTEM else _more(test[label], test[SYSTEM]),
         "n": lambda label: str(compared.rows[label].n),
     }
     rows = tuple((label, *(text(label) for text in columns.values())) for label in compared.rows)

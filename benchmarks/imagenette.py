@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run it."""
     made = parser(__doc__)
     made.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder with train/ and val/")
-    made.add_argument("--epochs", type=int, default=3)
+    made.add_argument("--epochs", type=int, default=10)
     made.add_argument("--image-size", type=int, default=48, help="pixels a side (48)")
     made.add_argument("--batch-size", type=int, default=32)
     asked = made.parse_args(argv)

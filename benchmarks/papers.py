@@ -76,7 +76,7 @@ class Speed:
     cifar_step: float
     imagenet_images: float
 
-    def hours(self, options: TrainOptions, samples: int, train_samples: int) -> float:
+    def hours(self, options: TrainOptions, samples: int) -> float:
         """Of a run whose steps take as long as dense ones: what masks cost or save on a GPU is left out."""
         if options.data == "imagenet":
             return samples / self.imagenet_images / 3600
@@ -97,7 +97,7 @@ def rows(name: str, speed: Speed) -> list[tuple[str, ...]]:
                 model, sample, options.load_recipe(), options.epochs, spec.train_samples, batch_size=options.batch_size
             )
             seen = sum(row.samples for row in bill.timeline)
-            hours = speed.hours(options, seen, spec.train_samples)
+            hours = speed.hours(options, seen)
             published = PUBLISHED[name].get(candidate.name, UNREAD)
             found.append((candidate.name, f"{bill.training_flops:.3g}", f"{bill.flops_ratio:.1%}", published,
                           "needs a GPU", f"{hours:.1f}"))  # fmt: skip

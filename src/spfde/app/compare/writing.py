@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spfde.app.compare.statistics import Spread
+from spfde.app.compare.statistics import Difference, Spread
 from spfde.app.compare.table import ACCURACY, BEST, FIGURES, ComparisonTable, Row
 from spfde.app.report import figures
 
@@ -112,10 +112,16 @@ def difference_text(row: Row) -> str:
     found = row.difference
     if row.is_baseline or found is None:
         return "baseline" if row.is_baseline else figures.MISSING
+    if found.low is None:
+        return f"{interval_text(found)} (one seed)"
+    return interval_text(found) if found.is_carried else f"{interval_text(found)} not carried"
+
+
+def interval_text(found: Difference) -> str:
+    """Percentage points and their interval, where several seeds give one."""
     if found.low is None or found.high is None:
-        return f"{100 * found.mean:+.2f} (one seed)"
-    interval = f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-    return interval if found.is_carried else f"{interval} not carried"
+        return f"{100 * found.mean:+.2f}"
+    return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
 
 
 def as_markdown(table: ComparisonTable) -> str:
