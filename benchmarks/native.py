@@ -61,6 +61,11 @@ BATCH, CLASSES, EPOCHS = 64, 100, 160
 DENSE = ("dense, contiguous", "dense, channels_last")
 # Least speed-ups over dense.
 BY_SPARSITY = {0.0: None, 0.25: None, 0.5: 1.0, 0.8: 2.4, 0.9: 3.6, 0.95: 4.6, 0.98: 6.3}
+# Least speed-ups of native steps under autocast to bf16 over the fastest dense step that PyTorch has.
+BEST_BY_SPARSITY = {0.8: 2.4, 0.9: 3.6, 0.95: 4.8, 0.98: 6.3}
+BEST_BY_STRUCTURE = {"2x2 blocks of inputs": (spfde.Block(rows=2, columns=2, along="inputs"), 4.4)}
+BEST_BY_FROZEN = {5: 5.0, 10: 7.5}
+MOST_HALF_MEMORY, MOST_OF_HALF_MEMORY = 0.40, 0.60
 BY_BATCH = {32: 3.4, 128: 3.4}
 BY_FROZEN = {5: 5.2, 10: 7.5}
 BY_CACHED = {5: 6.5, 10: 14.0}
@@ -168,14 +173,19 @@ def sparse(
     frozen: int = 0,
     cached: bool = False,
     engine: str = "native",
+    half: bool = False,
+    structure: spfde.Structure | None = None,
 ) -> Trainer:
     """A session at a constant sparsity that has frozen its first ``frozen`` blocks, and keeps their output."""
     made = Trainer(model, x, y)
+    made.bf16 = half
     made.ids = torch.arange(len(x))
     freezing = spfde.ProgressiveFreezing(flops_reduction=0.0, start_epoch=1) if frozen else None
     cache = spfde.PrefixCache(1) if frozen and cached else None
     recipe = spfde.Recipe(
-        sparsity=spfde.MEST(sparsity=sparsity, soft_bound=False), freezing=freezing, update_interval_epochs=1
+        sparsity=spfde.MEST(sparsity=sparsity, soft_bound=False, structure=structure or spfde.Unstructured()),
+        freezing=freezing,
+        update_interval_epochs=1,
     )
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
     made.session = spfde.attach(model, made.optimizer, loader, recipe, epochs=40, engine=engine, cache=cache)
@@ -207,13 +217,11 @@ class Group:
         self.trainers = {layout: dense(make(), layout, self.x, self.y) for layout in DENSE}
         self.timings: dict[str, Timing] = {}
 
-    def add(self, name: str, sparsity: float, frozen: int = 0, *, cached: bool = False, engine: str = "native") -> None:
+    def add(self, name: str, sparsity: float, frozen: int = 0, **how: Any) -> None:
         if sparsity == 0.0:
             self.trainers[name] = control(self.make(), self.x, self.y)
         else:
-            self.trainers[name] = sparse(
-                self.make(), sparsity, self.x, self.y, frozen=frozen, cached=cached, engine=engine
-            )
+            self.trainers[name] = sparse(self.make(), sparsity, self.x, self.y, frozen=frozen, **how)
 
     def run(self, rounds: int) -> None:
         self.timings = interleave({name: made.step for name, made in self.trainers.items()}, rounds, warmup=2)
@@ -271,6 +279,16 @@ def by_best_dense(rounds: int) -> Found:
             made.model.compile()
         group.trainers[f"{layout}, {'bf16 autocast' if bf16 else 'fp32'}, {'compiled' if compiled else 'eager'}"] = made
     group.add("90 %", 0.9)
+    halves: dict[str, tuple[str, float]] = {}  # what each is called, and its least speed-up
+    for sparsity, low in BEST_BY_SPARSITY.items():
+        halves[f"bf16, {sparsity:.0%}"] = f"native bf16 step at {sparsity:.0%}", low
+        group.add(f"bf16, {sparsity:.0%}", sparsity, half=True)
+    for words, (structure, low) in BEST_BY_STRUCTURE.items():
+        halves[f"bf16, 90 %, {words}"] = f"native bf16 step at 90 %, {words}", low
+        group.add(f"bf16, 90 %, {words}", 0.9, half=True, structure=structure)
+    for frozen, low in BEST_BY_FROZEN.items():
+        halves[f"bf16, 90 %, {frozen} frozen"] = f"native bf16 step at 90 % with {frozen} of 15 blocks frozen", low
+        group.add(f"bf16, 90 %, {frozen} frozen", 0.9, frozen, half=True)
     group.run(rounds)
     kinds = {
         "dense fp32": "fp32, eager", "dense bf16": "bf16 autocast, eager",
@@ -287,6 +305,16 @@ def by_best_dense(rounds: int) -> Found:
                   headline=True)
         for what, name in against.items()
     ]  # fmt: skip
+    figures += [
+        Figure.of(f"{what}, speed over the fastest dense PyTorch", compare(group.timings[fastest], group.timings[name]),
+                  low=low, headline=name == "bf16, 90%")
+        for name, (what, low) in halves.items()
+    ]  # fmt: skip
+    figures.append(
+        Figure.of(
+            "native step at 90 %: bf16 over fp32, speed", compare(group.timings["90 %"], group.timings["bf16, 90%"])
+        )
+    )
     figures += [
         Figure.of(f"{kind} step, speed over dense fp32",
                   compare(group.timings[least["dense fp32"]], group.timings[least[kind]]))
@@ -420,25 +448,32 @@ def by_estimate(rounds: int) -> Found:
 def memory(rounds: int) -> Found:
     """Peak resident memory of a step over what the process had before its first one."""
     found: dict[str, list[int]] = {}
-    for name in (*DENSE, "90 %"):
+    for name in (*DENSE, "dense bf16", "90 %", "90 %, bf16"):
         found[name] = [_child("--peak-of", name) for _ in range(rounds)]
     middle = {name: statistics.median(values) for name, values in found.items()}
     least = min(middle[layout] for layout in DENSE)
-    figure = Figure(
-        "peak memory of a native step at 90 % over the smaller dense one", middle["90 %"] / least, "ratio",
-        high=MOST_MEMORY, n=rounds, headline=True,
-    )  # fmt: skip
+    figures = [
+        Figure(what, middle[name] / of, "ratio", high=high, n=rounds, headline=True)
+        for what, name, of, high in (
+            ("peak memory of a native step at 90 % over the smaller dense one", "90 %", least, MOST_MEMORY),
+            ("peak memory of a native bf16 step at 90 % over dense fp32", "90 %, bf16", least, MOST_HALF_MEMORY),
+            ("peak memory of a native bf16 step at 90 % over dense bf16", "90 %, bf16", middle["dense bf16"],
+             MOST_OF_HALF_MEMORY),
+        )
+    ]  # fmt: skip
     rows = [
         ("peak memory", name, format_bytes(int(middle[name])), f"{format_bytes(min(v))} to {format_bytes(max(v))}")
         for name, v in found.items()
     ]  # fmt: skip
-    return [figure], rows
+    return figures, rows
 
 
 def peak_of(name: str) -> int:
     """What the child process measures."""
     x, y = batch(BATCH)
-    made = dense(resnet32(), name, x, y) if name in DENSE else sparse(resnet32(), 0.9, x, y)
+    layout = name if name in DENSE else DENSE[1]
+    made = dense(resnet32(), layout, x, y) if name.startswith("dense") else sparse(resnet32(), 0.9, x, y)
+    made.bf16 = name.endswith("bf16")
     reset_peak(torch.device("cpu"))
     before = peak_bytes(torch.device("cpu"))
     for _ in range(3):

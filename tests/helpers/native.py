@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -23,6 +23,31 @@ both_engines = pytest.mark.parametrize("engine", ["masked", NATIVE])
 def kernels(dtype: torch.dtype = torch.float64) -> Kernels:
     """The kernels built for ``dtype``."""
     return Kernels(build.load(real="double" if dtype == torch.float64 else "float"), dtype)
+
+
+# Builds of the kernels for what other processors lack, by what they have; each needs this processor to have it too.
+VARIANTS = {
+    "this processor": "",
+    "bf16 without products of pairs": "-mno-avx512bf16",
+    "AVX2": "-march=haswell",
+}
+
+
+def variants(*, long: Sequence[str] = ("bf16 without products of pairs", "AVX2")) -> pytest.MarkDecorator:
+    """Parametrize a test over the builds that this machine can run; most are for long runs, for they are compiled."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    runs = [name for name in VARIANTS if name == "this processor" or (name == "AVX2" and "AVX" in capability)
+            or "AVX512" in capability]  # fmt: skip
+    marked = [pytest.param(name, marks=pytest.mark.long if name in long else ()) for name in runs]
+    return pytest.mark.parametrize("variant", marked)
+
+
+@functools.cache
+def variant_kernels(variant: str, dtype: torch.dtype = torch.float32) -> Kernels:
+    """The kernels of a build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPFDE_CXXFLAGS", VARIANTS[variant])
+        return Kernels(build.load(real="double" if dtype == torch.float64 else "float"), dtype)
 
 
 def random_masks(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from spfde.core.errors import InvalidArgument
+from spfde.sparsity.block import Block
 from spfde.sparsity.masks import highest_overall
 from spfde.sparsity.saliency import (
     choose_units,
@@ -21,7 +22,7 @@ from spfde.sparsity.saliency import (
     synaptic_flow,
     untouched,
 )
-from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Unstructured
+from spfde.sparsity.structure import NM, Channels, Kernels, Patterns, Unstructured
 
 Batch = tuple[Tensor, Tensor]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from spfde.core.errors import InvalidArgument
 from spfde.core.registry import registered
+from spfde.sparsity.block import Block
 from spfde.sparsity.structure import (
     NM,
-    Block,
     Channels,
     Kernels,
     Patterns,
@@ -25,6 +25,8 @@ _CUTS: list[Structure] = [
     Unstructured(),
     Block(),
     Block(rows=2, columns=3),
+    Block(rows=2, columns=2, along="inputs"),
+    Block(rows=1, columns=2, along="kernel"),
     NM(),
     NM(n=1, m=3),
     Kernels(),
@@ -44,6 +46,8 @@ def _fitting(structure: Structure, outputs: int, inputs: int, share: float) -> t
         sparsity = 1 - structure.n / structure.m
     if isinstance(structure, Patterns):
         sparsity = 5 / 9 + share * 4 / 9
+    if isinstance(structure, Block) and structure.along == "kernel":
+        sparsity = 1 / 3 + share * 2 / 3
     return (4 * outputs, 12 * inputs, 3, 3), min(sparsity, 0.999)
 
 
@@ -52,7 +56,7 @@ def _named(cut: Structure) -> str:
 
 
 def test_each_structure_is_listed_under_its_name() -> None:
-    assert list(STRUCTURES) == ["unstructured", "block", "nm", "kernel", "pattern", "channel"]
+    assert list(STRUCTURES) == ["unstructured", "nm", "kernel", "pattern", "channel", "block"]
     for name, structure in STRUCTURES.items():
         assert structure.name == name
         assert structure.summary.endswith(".")
@@ -321,3 +325,34 @@ def test_a_mask_of_2_4_is_what_semi_structured_tensors_take_of_a_linear_layer() 
     mask = NM().expand(NM().choose(NM().reduce(weight.abs()), 1024), weight.shape)
     # Along a row, the input of nn.Linear, each four consecutive weights hold two.
     assert (mask.view(32, 16, 4).sum(2) == 2).all()
+
+
+def test_a_block_along_the_inputs_holds_neighbouring_inputs_at_one_place_of_the_kernel() -> None:
+    structure = Block(rows=2, columns=2, along="inputs")
+    units = torch.zeros(structure.n_units((4, 4, 1, 2)), dtype=torch.bool)
+    units[[1, 6]] = True  # outputs 0 and 1, kernel column 0, inputs 2 and 3; outputs 2 and 3, column 1, inputs 0 and 1
+    mask = structure.expand(units, (4, 4, 1, 2))
+    assert mask.nonzero().tolist() == [
+        [0, 2, 0, 0], [0, 3, 0, 0], [1, 2, 0, 0], [1, 3, 0, 0], [2, 0, 0, 1], [2, 1, 0, 1], [3, 0, 0, 1], [3, 1, 0, 1]
+    ]  # fmt: skip
+    assert torch.equal(structure.units_of(mask), units)
+
+
+def test_a_block_along_the_kernel_begins_where_its_scores_are_highest_and_stays_there() -> None:
+    structure = Block(rows=1, columns=2, along="kernel")
+    score = torch.tensor([[[[3.0, 1.0, 0.0], [0.0, 1.0, 3.0]]]])
+    units = torch.tensor([True, True])
+    mask = structure.expand(units, (1, 1, 2, 3), score=score, norm="sum")
+    assert mask[0, 0].tolist() == [[True, True, False], [False, True, True]]
+    assert structure.reduce(score, "sum").tolist() == [4.0, 4.0]
+    assert torch.equal(structure.expand(units, (1, 1, 2, 3), score=score.flip(3), previous=mask), mask)
+
+
+def test_blocks_along_the_kernel_need_kernels_as_wide_and_one_place_to_a_row() -> None:
+    structure = Block(rows=1, columns=2, along="kernel")
+    assert "at least 2 wide; they are 1 wide" in (structure.problem((4, 4, 1, 1), 0.9) or "")
+    assert "at least 0.333" in (structure.problem((4, 4, 3, 3), 0.3) or "")
+    assert structure.problem((4, 4, 3, 3), 0.9) is None
+    assert "number of inputs that 2 divides; it has 3" in (
+        Block(rows=2, columns=2, along="inputs").problem((4, 3, 3, 3), 0.9) or ""
+    )

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.masking import places
-from spfde.sparsity.structure import Block, Structure, Unstructured
+from spfde.sparsity.block import Block
+from spfde.sparsity.structure import Structure, Unstructured
 from spfde.sparsity.weight import MaskedWeight
 
 _SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)

@@ -28,6 +28,7 @@ from spfde.app.options import (
     EvaluationOptions,
     LengthOptions,
     PluginOptions,
+    PredictionOptions,
     RecipeOptions,
 )
 from spfde.app.terminating import EXIT_TERMINATED, terminable
@@ -264,6 +265,32 @@ def evaluate(
 
     found = evaluate_run(run, EvaluateOptions(**{name: asked[name] for name in names_of(EvaluationOptions)}))
     typer.echo(found.to_json() if as_json else str(found))
+
+
+@command()
+@takes(PredictionOptions, PluginOptions)
+def predict(
+    run: Annotated[Path, typer.Argument(help="run folder; its training need not be over")],
+    images: Annotated[
+        Path, typer.Argument(help="an image, a folder with images in it and below, or an .npz with x_test, x or images")
+    ],
+    out: Annotated[Path | None, typer.Option(help="the file", show_default="standard output")] = None,
+    best: Annotated[
+        bool, typer.Option("--best/--last", help="the best checkpoint, chosen as for spfde export, or the last one")
+    ] = True,
+    **asked: Any,
+) -> None:
+    """The class of each image by a run's weights, as CSV: file or index, label and probability."""
+    from spfde.app.predict import PredictOptions, predict_images
+
+    options = PredictOptions(**{name: asked[name] for name in names_of(PredictionOptions)})
+    predicted = predict_images(run, images, options, out=out, which="best" if best else "last")
+    for line in predicted.unread:
+        typer.echo(f"spfde: {line}", err=True)
+    if out is not None:
+        typer.echo(f"{out}: {predicted}")
+    if predicted.unread:
+        fail(f"{len(predicted.unread)} of {predicted.n + len(predicted.unread)} images could not be read.")
 
 
 @command()

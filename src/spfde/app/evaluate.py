@@ -19,18 +19,15 @@ from spfde.app.data.datasets import describe_data, load_data, names_in
 from spfde.app.data.images import DataSpec, ImageData, collate
 from spfde.app.declaring import with_words
 from spfde.app.options import EvaluationOptions
-from spfde.app.runs.checkpoints import epoch_of
 from spfde.app.runs.folder import CONFIG, RunFolder
-from spfde.app.runs.trained import Which, checkpoint_of, load_into, own_data, spec_in
+from spfde.app.runs.trained import Which, checkpoint_of, machine_of, model_of, own_data, spec_in, statistics_in
 from spfde.app.train.augment import normalise
-from spfde.app.train.checks import check_device
 from spfde.app.train.evaluated import weights_in
 from spfde.app.train.feed import workers_for
-from spfde.app.train.machine import Machine, pick_device
-from spfde.app.train.models import build_for
+from spfde.app.train.machine import Machine
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.tally import Tally
-from spfde.core.errors import InvalidArgument, Problem, RunFolderError
+from spfde.core.errors import InvalidArgument, Problem
 from spfde.core.technique import Technique
 
 TOP = 5
@@ -157,8 +154,8 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> Evaluation:
     run = RunFolder.existing(folder)
     config = run.read_json(CONFIG)
     trained, spec = TrainOptions.from_config(config, folder / CONFIG), spec_in(config, folder / CONFIG)
-    mean, std = _statistics(config, spec, folder / CONFIG)
-    machine = _machine(trained, options.device)
+    mean, std = statistics_in(config, spec, folder / CONFIG)
+    machine = machine_of(trained, options.device)
     checkpoint_of(run, "last")  # before data are read, and perhaps downloaded
     data = _data(run, trained, spec, options)
     loader: DataLoader[Any] = DataLoader(
@@ -166,7 +163,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> Evaluation:
     )
     measured = partial(_measured, loader, partial(normalise, mean=mean, std=std), machine)
     with machine.in_use():
-        weights = [_weights(run, trained, spec, machine, which) for which in _which(run)]
+        weights = [model_of(run, trained, spec, machine, which) for which in _which(run)]
         scores = {epoch: measured(model, epoch) for epoch, model in dict(weights).items()}
     last, best = scores[weights[0][0]], scores[weights[1][0]] if len(weights) > 1 else None
     return Evaluation(
@@ -189,15 +186,6 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> Evaluation:
 def _which(run: RunFolder) -> tuple[Which, ...]:
     has_best = run.checkpoints.best.is_dir() or run.checkpoints.best_before.is_dir()
     return ("last", "best") if has_best else ("last",)
-
-
-def _machine(trained: TrainOptions, name: str) -> Machine:
-    check_device(name)
-    device = pick_device(name)
-    if trained.precision == "fp16" and device.type == "cpu":
-        remedy = "Evaluate it on a GPU."
-        raise InvalidArgument(Problem("device", name, "is a CPU here, and the run computed in fp16", remedy))
-    return Machine(device, trained.precision)
 
 
 def _data(run: RunFolder, trained: TrainOptions, spec: DataSpec, options: EvaluateOptions) -> ImageData:
@@ -232,37 +220,6 @@ def _check_fits(other: DataSpec, spec: DataSpec, name: str) -> None:
     if other.num_classes != spec.num_classes:
         rule = f"has {other.num_classes} classes, and the run's data {spec.num_classes}"
         raise InvalidArgument(Problem("data", name, rule, "Give data of the run's classes."))
-
-
-def _statistics(config: dict[str, Any], spec: DataSpec, path: Path) -> tuple[Tensor, Tensor]:
-    """Mean and deviation that the run's images were normalised by."""
-    try:
-        mean, std = (torch.tensor(config["data"][name], dtype=torch.float32) for name in ("mean", "std"))
-        if (
-            mean.shape != (spec.channels,)
-            or std.shape != mean.shape
-            or not bool(mean.isfinite().all() & (std > 0).all())
-        ):
-            raise ValueError("not a number for each channel")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunFolderError(
-            f"{path}: does not say what the run's images were normalised by ({error!r}). Restore it from a copy."
-        ) from error
-    return mean, std
-
-
-def _weights(
-    run: RunFolder, trained: TrainOptions, spec: DataSpec, machine: Machine, which: Which
-) -> tuple[int, nn.Module]:
-    """The epoch of a checkpoint, and a model with its weights."""
-    model = build_for(trained.model, spec, width=trained.width, seed=0)
-
-    def load(checkpoint: Path) -> int:
-        load_into(model, checkpoint)
-        return epoch_of(checkpoint)
-
-    epoch = run.checkpoints.read(partial(checkpoint_of, run, which), load)
-    return epoch, model.to(machine.device).to(memory_format=torch.channels_last).eval()
 
 
 @torch.no_grad()

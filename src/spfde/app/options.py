@@ -62,7 +62,7 @@ class RecipeOptions:
     structure: Annotated[
         str | None,
         Sets("sparsity", "structure"),
-        _save("what exists or not as a whole: unstructured, 4x1 (blocks), 2:4 (N:M), kernel, pattern or channel"),
+        _save("what exists or not as a whole: unstructured, 4x1, 2x2-inputs (blocks), 2:4, kernel, pattern or channel"),
     ] = None
     exclude: Annotated[
         tuple[str, ...],
@@ -320,6 +320,18 @@ class EvaluationOptions:
     batch_size: Annotated[int, Ge(1), Words("images per batch, from 1 on")] = 256
     device: Annotated[str, Words("auto, cpu, cuda, cuda:N or mps")] = "auto"
     data_root: Annotated[Path | None, Words("where torchvision's sets lie", shown="the run's")] = None
+
+
+class PredictionOptions:
+    """How ``spfde predict`` computes."""
+
+    top: Annotated[int, Ge(1), Words("most probable classes of each image, from 1 on")] = 1
+    batch_size: Annotated[int, Ge(1), Words("images per batch, from 1 on")] = 64
+    engine: Annotated[
+        Literal["auto", "masked", "native"],
+        Words("auto (native on a CPU that can, for 64 images or more), masked or native"),
+    ] = "auto"
+    device: Annotated[str, Words("auto, cpu, cuda, cuda:N or mps")] = "auto"
 
 
 def recipe_fields() -> dict[str, Sets]:

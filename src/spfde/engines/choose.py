@@ -107,6 +107,6 @@ def _fastest(engines: list[type[Engine]], job: Job, tell: Callable[[str], None] 
             continue
         reason = engine.prepare(job, tell)
         if reason is None:
-            return Choice(engine.name, f"about {1 / speed:.1f}x faster than {FALLBACK}", AUTO)
+            return Choice(engine.name, engine.expectation(job), AUTO)
         reasons.append(f"the {engine.name} engine cannot work here: {reason}")
     return Choice(FALLBACK, "; ".join(reasons), AUTO)

@@ -4,7 +4,8 @@ Files need the extra ``export`` (``pip install 'spfde[export]'``), which is impo
 """
 
 from spfde.export.encoding import weight_bytes
-from spfde.export.files import load, save_compressed, save_dense
+from spfde.export.files import save_compressed, save_dense
+from spfde.export.inference import load
 from spfde.export.onnx import save_onnx
 from spfde.export.semi_structured import to_semi_structured
 

@@ -97,18 +97,8 @@ def save_compressed(
     _save(stored, Path(path), {_LAYOUT: _VERSION, _TENSORS: layout, _CHECKSUM: _checksum(stored, layout)})
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in a file that ``save_dense`` or ``save_compressed`` wrote, in memory: the file may go or change.
-
-    Raises:
-        UsageError: safetensors is not installed.
-        WeightsFileError: the file is missing, damaged, no safetensors file, or of a newer layout.
-
-    Example:
-        >>> spfde.export.save_dense(model.state_dict(), "weights.safetensors")
-        >>> spfde.export.load("weights.safetensors")["5.bias"].shape
-        torch.Size([3])
-    """
+def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors in a file that ``save_dense`` or ``save_compressed`` wrote; see ``inference.load``."""
     safetensors, path = _safetensors(), Path(path)
     if not path.is_file():
         raise WeightsFileError(f"{path}: is no file. Pass one that `spfde export` wrote.")

@@ -1,5 +1,6 @@
 """WHICH weights exist: distributions, structures, masks, mutation, methods, and the masker that applies them."""
 
+from spfde.sparsity.block import Block
 from spfde.sparsity.criteria import Criterion, Gradient, Magnitude, MagnitudePlusGradient, Random
 from spfde.sparsity.methods import (
     DSR,
@@ -22,7 +23,7 @@ from spfde.sparsity.methods import (
     TopKAST,
 )
 from spfde.sparsity.strategy import Strategy
-from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Structure, Unstructured
+from spfde.sparsity.structure import NM, Channels, Kernels, Patterns, Structure, Unstructured
 
 __all__ = [
     "DSR",

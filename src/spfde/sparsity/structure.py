@@ -138,55 +138,6 @@ class Unstructured(Structure):
 
 
 @register("structure")
-class Block(Structure):
-    """Blocks of ``rows`` consecutive outputs by ``columns`` consecutive inputs of the (out, in * kernel) matrix.
-
-    The default, 4x1, is the block of MEST's released code: four filters share which inputs they see.
-
-    Attributes:
-        rows: outputs in a block.
-        columns: columns in a block; they run over the kernel first, then over the inputs.
-
-    Example:
-        >>> blocks = spfde.Block(rows=4, columns=1)
-        >>> spfde.SET(sparsity=0.9, structure=blocks).structure == blocks
-        True
-        >>> blocks.expand(torch.tensor([True, False]), (8, 1)).flatten().int()
-        tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.int32)
-    """
-
-    name: ClassVar[str] = "block"
-    summary: ClassVar[str] = "Blocks of consecutive outputs and inputs, such as 4x1."
-    references: ClassVar[tuple[str, ...]] = ("narang2017block",)
-
-    rows: Count = Field(default=4, description="a number of outputs, at least 1")
-    columns: Count = Field(default=1, description="a number of columns, at least 1")
-
-    def n_units(self, shape: Sequence[int]) -> int:
-        return math.prod(self._grid(shape))
-
-    def problem(self, shape: Sequence[int], sparsity: float) -> str | None:
-        if shape[0] % self.rows:
-            return f"must have a number of outputs that {self.rows} divides; it has {shape[0]}"
-        columns = math.prod(shape[1:])
-        if columns % self.columns:
-            return f"must have a number of weights per output that {self.columns} divides; it has {columns}"
-        return None
-
-    def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
-        return shape[0] // self.rows, math.prod(shape[1:]) // self.columns
-
-    def _cut(self, values: Tensor) -> Tensor:
-        down, across = self._grid(values.shape)
-        blocks = values.reshape(down, self.rows, across, self.columns).transpose(1, 2)
-        return blocks.reshape(down * across, self.rows * self.columns)
-
-    def _spread(self, units: Tensor, shape: Sequence[int]) -> Tensor:
-        blocks = units.view(self._grid(shape))
-        return blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1).view(*shape)
-
-
-@register("structure")
 class NM(Structure):
     """N:M: of every ``m`` consecutive weights of an output exactly ``n`` exist.
 

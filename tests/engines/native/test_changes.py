@@ -233,10 +233,10 @@ class Mixed(nn.Module):
         return self.fc(self.b(F.relu(self.odd(self.a(x)))).mean((2, 3)))
 
 
-def test_under_autocast_the_kernels_compute_in_single_precision() -> None:
+def test_under_autocast_to_fp16_the_kernels_compute_in_single_precision() -> None:
     model = Mixed()
     reference, engine = twin(model, {}, torch.float32)
-    with pytest.warns(UserWarning, match="float32 under autocast"), torch.autocast("cpu", torch.bfloat16):
+    with pytest.warns(UserWarning, match="float32 under autocast to float16"), torch.autocast("cpu", torch.float16):
         out = model(X)
     assert len(engine.taken) == 2
     assert relative_error(out, reference(X)) < 2e-2

@@ -52,19 +52,19 @@ def image(*shape: int, seed: int = 1) -> Tensor:
 
 def test_numbers_are_added_wherever_a_slot_is_then() -> None:
     tape = kernels().tape(1)
-    tape.accumulate(tape.given("a"), tape.numbers_after(tape.given("b"), 1), 2)
-    tape.accumulate(tape.given("a"), tape.numbers_after(tape.given("b"), 2), 1)
+    tape.sum_rows(tape.given("a"), tape.numbers_after(tape.given("b"), 1), 2)
+    tape.sum_rows(tape.given("a"), tape.numbers_after(tape.given("b"), 2), 1)
     tape.finish()
     a = torch.tensor([1.0, 10.0], dtype=torch.float64)
     for _ in range(2):  # other memory each time
         b = torch.zeros(4, dtype=torch.float64)
-        tape.play({"a": a, "b": b}, Pool(torch.float64))
+        tape.play({"a": a, "b": b}, Pool())
         assert b.tolist() == [0.0, 1.0, 11.0, 0.0]
 
 
 def test_a_buffer_is_used_again_only_when_no_place_in_it_is_left() -> None:
     tape = kernels().tape(1)
-    layout = Layout(batch=3, channels=2, height=2, width=2, halo=1, lanes=kernels().lanes)
+    layout = Layout(batch=3, channels=2, height=2, width=2, lanes=kernels().lanes, dtype=torch.float64)
     first = tape.take(layout)
     inside = tape.numbers_after(first, 7)
     slot = first.slot
@@ -85,10 +85,10 @@ def test_room_for_numbers_is_shared_between_like_sizes() -> None:
 
 
 def test_what_is_wanted_afterwards_is_handed_out_and_the_rest_goes_back_to_the_pool() -> None:
-    tape, pool = kernels().tape(1), Pool(torch.float64)
+    tape, pool = kernels().tape(1), Pool()
     keep, scratch = tape.take_flat(4), tape.take_flat(4)
-    tape.accumulate(tape.given("a"), keep, 4)
-    tape.accumulate(tape.given("a"), scratch, 4)
+    tape.sum_rows(tape.given("a"), keep, 4)
+    tape.sum_rows(tape.given("a"), scratch, 4)
     tape.finish([keep])
     (found,) = tape.play({"a": torch.ones(4, dtype=torch.float64)}, pool)
     assert found.tolist() == [1.0] * 4  # the pool's new buffers are zero
@@ -99,10 +99,10 @@ def test_what_is_wanted_afterwards_is_handed_out_and_the_rest_goes_back_to_the_p
 
 def test_a_tape_that_is_not_given_what_it_reads_does_not_run() -> None:
     tape = kernels().tape(1)
-    tape.accumulate(tape.given("a"), tape.given("b"), 1)
+    tape.sum_rows(tape.given("a"), tape.given("b"), 1)
     tape.finish()
     with pytest.raises(KeyError, match="b"):
-        tape.play({"a": torch.ones(1, dtype=torch.float64)}, Pool(torch.float64))
+        tape.play({"a": torch.ones(1, dtype=torch.float64)}, Pool())
 
 
 # --- when a program writes another -----------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spfde.core.errors import InvalidArgument
 from spfde.sparsity import saliency
+from spfde.sparsity.block import Block
 from spfde.sparsity.masker import Masker
 from spfde.sparsity.methods.pruning import SNIP, GraSP, PruningAtInitialisation, SynFlow
-from spfde.sparsity.structure import NM, Block, Channels, Kernels, Patterns, Structure, Unstructured
+from spfde.sparsity.structure import NM, Channels, Kernels, Patterns, Structure, Unstructured
 
 _METHODS: list[PruningAtInitialisation] = [
     SNIP(sparsity=0.9),

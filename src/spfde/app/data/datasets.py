@@ -99,7 +99,7 @@ def describe_data(name_or_path: str | Path, image_size: int | None = None) -> Da
     if kind != "folder":
         spec = DATASETS[str(name_or_path)].spec if kind == "named" else describe_npz(name_or_path)
         return replace(spec, image_size=(image_size, image_size)) if image_size else spec
-    with _torchvision(name_or_path):
+    with torchvision_needed(name_or_path):
         from spfde.app.data.folders import describe_folder
     return describe_folder(name_or_path, image_size=image_size)
 
@@ -129,7 +129,7 @@ def load_data(
     kind = _kind(name_or_path)
     share = usual_crop_share(str(name_or_path)) if crop_share is None else crop_share
     if kind == "folder":
-        with _torchvision(name_or_path):
+        with torchvision_needed(name_or_path):
             from spfde.app.data.folders import load_folder
         return load_folder(name_or_path, image_size=image_size, crop_share=share)
     if kind == "npz":
@@ -137,7 +137,7 @@ def load_data(
         return _in_memory(spec, train, test, "crop", image_size, share, None)
     named = DATASETS[str(name_or_path)]
     if named.statistics is not None:
-        with _torchvision(name_or_path):
+        with torchvision_needed(name_or_path):
             from spfde.app.data.folders import KnownFolder, load_known
         remedy = f"Fetch it by hand (https://image-net.org), and pass --data-root DIR where DIR has {named.files}."
         return load_known(
@@ -205,7 +205,7 @@ def _kind(name_or_path: str | Path) -> Literal["named", "npz", "folder"]:
 
 
 @contextmanager
-def _torchvision(name: object) -> Iterator[None]:
+def torchvision_needed(name: object) -> Iterator[None]:
     """Say what to install where torchvision, an extra that is slow to import, is missing."""
     try:
         yield
@@ -222,7 +222,7 @@ def _array_of(dataset: Any) -> ImageArray:
 
 def _open_torchvision(named: NamedSet, root: Path, *, train: bool) -> Any:
     name = named.spec.name
-    with _torchvision(name):
+    with torchvision_needed(name):
         from torchvision import datasets
     constructor = getattr(datasets, str(named.loader))
     has_split = "split" in signature(constructor).parameters

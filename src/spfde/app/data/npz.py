@@ -26,6 +26,7 @@ from spfde.core.errors import DataError
 
 MAX_CHANNELS = 4
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+UNLABELLED = ("x_test", "x", "images")
 _DESCRIPTION = "Make it with numpy.savez(FILE, x_train=…, y_train=…, x_test=…, y_test=…)."
 
 Layout = Literal["NHW", "NHWC", "NCHW"]
@@ -80,43 +81,53 @@ def load_npz(source: str | Path | IO[bytes], name: str | None = None) -> tuple[D
     shown = name if name is not None else str(source)
     with _opened(source, shown) as archive:
         reader = _Reader(archive, shown)
-        train, test = (ImageArray(reader.images(split), reader.labels[split]) for split in ("train", "test"))
+        train, test = (ImageArray(reader.images(f"x_{split}"), reader.labels[split]) for split in ("train", "test"))
         return reader.spec, train, test
 
 
-class _Reader:
-    """Checks headers and labels when made; images are read on demand."""
+def load_images(path: str | Path) -> Tensor:
+    """The images of an archive without labels, (N, C, H, W), uint8 or float32: its x_test, or else its x or images.
+
+    Raises:
+        DataError: the archive is missing or damaged, or has none; or an image holds a NaN or an infinity.
+    """
+    with _opened(path, path) as archive:
+        reader = _Archive(archive, path)
+        key = next((key for key in UNLABELLED if key in reader.held), None)
+        if key is None:
+            rule = f"has no {', '.join(UNLABELLED[:-1])} or {UNLABELLED[-1]} (it has {reader.holds})"
+            raise data_error(path, rule, "Make it with numpy.savez(FILE, x=…).")
+        reader.size_of(key, *reader.header(key))
+        return reader.images(key)
+
+
+class _Archive:
+    """Reads arrays, and checks what is said of them."""
 
     def __init__(self, archive: zipfile.ZipFile, shown: object) -> None:
         self._archive = archive
         self._shown = shown
-        self._check_keys()
-        headers = {key: self._header(key) for key in KEYS}
-        image_shape = self._check_images(headers)
-        self._check_label_headers(headers)
-        self.labels = {split: self._read_labels(split) for split in ("train", "test")}
-        self.spec = self._make_spec(*image_shape)
+        self.held = {entry.removesuffix(".npy") for entry in archive.namelist()}
 
-    def images(self, split: str) -> Tensor:
-        images = to_nchw(self._array(f"x_{split}"))
+    @property
+    def holds(self) -> str:
+        return ", ".join(sorted(self.held)) or "nothing"
+
+    def images(self, key: str) -> Tensor:
+        """Images (N, C, H, W), all finite."""
+        images = to_nchw(self.array(key))
         if images.is_floating_point():
             finite = torch.isfinite(images).flatten(1).all(1)
             if not bool(finite.all()):
                 bad = int((~finite).nonzero()[0])
-                rule = f"x_{split}[{bad}] holds a NaN or a value that float32 cannot hold"
+                rule = f"{key}[{bad}] holds a NaN or a value that float32 cannot hold"
                 self._refuse(rule, f"Remove or repair the {int((~finite).sum())} such image(s).")
         return images
 
     def _refuse(self, rule: str, remedy: str) -> NoReturn:
         raise data_error(self._shown, rule, remedy)
 
-    def _check_keys(self) -> None:
-        held = {entry.removesuffix(".npy") for entry in self._archive.namelist()}
-        missing = [key for key in KEYS if key not in held]
-        if missing:
-            self._refuse(f"has no {', '.join(missing)} (it has {', '.join(sorted(held)) or 'nothing'})", _DESCRIPTION)
-
-    def _header(self, key: str) -> Header:
+    def header(self, key: str) -> Header:
         with self._archive.open(f"{key}.npy") as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -126,35 +137,56 @@ class _Reader:
             self._refuse(f"{key} has shape {shape} and {left} bytes of {dtype}", "Make the archive anew.")
         return tuple(shape), dtype
 
-    def _array(self, key: str) -> np.ndarray[Any, Any]:
+    def array(self, key: str) -> np.ndarray[Any, Any]:
         with self._archive.open(f"{key}.npy") as file:
             array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
             file.read(1)  # the archive's checksum is compared at the end of the entry
         return array
 
+    def size_of(self, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int, int]:
+        """Channels, height and width of images with this header."""
+        if dtype != np.uint8 and dtype.kind != "f":
+            remedy = "Store pixels 0–255 as uint8 (x.astype(numpy.uint8)) or any range as float32."
+            self._refuse(f"{key} is {dtype}, but images must be uint8 or floating", remedy)
+        if len(shape) not in (3, 4):
+            remedy = "Store images as (N, H, W, C), (N, C, H, W) or (N, H, W)."
+            self._refuse(f"{key} has shape {shape}, but images have 3 or 4 axes", remedy)
+        if 0 in shape:
+            self._refuse(f"{key} is empty: its shape is {shape}", "Store at least one image.")
+        layout = layout_of(shape)
+        if layout is None:
+            rule = f"{key} has shape {shape}: the channels could be axis 1 or axis 3 (at most {MAX_CHANNELS} entries)"
+            self._refuse(rule, "Store images as (N, H, W, C) or (N, C, H, W) with 1 to 4 channels and larger images.")
+        sizes = {"NHW": (1, *shape[1:]), "NHWC": (shape[-1], *shape[1:3]), "NCHW": shape[1:]}
+        channels, height, width = sizes[layout]
+        return channels, height, width
+
+
+class _Reader(_Archive):
+    """Checks headers and labels when made; images are read on demand."""
+
+    def __init__(self, archive: zipfile.ZipFile, shown: object) -> None:
+        super().__init__(archive, shown)
+        self._check_keys()
+        headers = {key: self.header(key) for key in KEYS}
+        image_shape = self._check_images(headers)
+        self._check_label_headers(headers)
+        self.labels = {split: self._read_labels(split) for split in ("train", "test")}
+        self.spec = self._make_spec(*image_shape)
+
+    def _check_keys(self) -> None:
+        missing = [key for key in KEYS if key not in self.held]
+        if missing:
+            self._refuse(f"has no {', '.join(missing)} (it has {self.holds})", _DESCRIPTION)
+
     def _check_images(self, headers: dict[str, Header]) -> tuple[int, int, int]:
         """Channels, height and width."""
-        for key in ("x_train", "x_test"):
-            shape, dtype = headers[key]
-            if dtype != np.uint8 and dtype.kind != "f":
-                remedy = "Store pixels 0–255 as uint8 (x.astype(numpy.uint8)) or any range as float32."
-                self._refuse(f"{key} is {dtype}, but images must be uint8 or floating", remedy)
-            if len(shape) not in (3, 4):
-                remedy = "Store images as (N, H, W, C), (N, C, H, W) or (N, H, W)."
-                self._refuse(f"{key} has shape {shape}, but images have 3 or 4 axes", remedy)
-            if 0 in shape:
-                self._refuse(f"{key} is empty: its shape is {shape}", "Store at least one image.")
+        sizes = [self.size_of(key, *headers[key]) for key in ("x_train", "x_test")]
         (train, train_type), (test, test_type) = headers["x_train"], headers["x_test"]
         if train[1:] != test[1:] or (train_type == np.uint8) != (test_type == np.uint8):
             rule = f"x_train is {train_type} {train}, x_test is {test_type} {test}: images must be alike in both"
             self._refuse(rule, "Store both sets with the same image shape and type.")
-        layout = layout_of(train)
-        if layout is None:
-            rule = f"x_train has shape {train}: the channels could be axis 1 or axis 3 (at most {MAX_CHANNELS} entries)"
-            self._refuse(rule, "Store images as (N, H, W, C) or (N, C, H, W) with 1 to 4 channels and larger images.")
-        sizes = {"NHW": (1, *train[1:]), "NHWC": (train[-1], *train[1:3]), "NCHW": train[1:]}
-        channels, height, width = sizes[layout]
-        return channels, height, width
+        return sizes[0]
 
     def _check_label_headers(self, headers: dict[str, Header]) -> None:
         for split in ("train", "test"):
@@ -173,7 +205,7 @@ class _Reader:
                 self._refuse(f"x_{split} holds {count} images and {key} {shape[0]} labels", remedy)
 
     def _read_labels(self, split: str) -> Tensor:
-        labels = self._array(f"y_{split}").reshape(-1).astype(np.int64)
+        labels = self.array(f"y_{split}").reshape(-1).astype(np.int64)
         if int(labels.min()) < 0:
             rule = f"y_{split}[{int(labels.argmin())}] is {int(labels.min())}, but labels are 0, 1, 2, …"
             self._refuse(rule, "Number the classes from 0.")

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spfde.app.data.datasets import load_data
 from spfde.app.data.images import DataSpec, ImageData
 from spfde.app.data.validation import hold_out
-from spfde.app.runs.checkpoints import check_whole
+from spfde.app.runs.checkpoints import check_whole, epoch_of
 from spfde.app.runs.folder import CONFIG, RunFolder
+from spfde.app.train.checks import check_device
+from spfde.app.train.machine import Machine, pick_device
+from spfde.app.train.models import build_for
 from spfde.app.train.options import TrainOptions
 from spfde.app.train.saving import load_weights
-from spfde.core.errors import DataError, RunFolderError
+from spfde.core.errors import DataError, InvalidArgument, Problem, RunFolderError
 
 Which = Literal["best", "last"]
 """Checkpoints of a run that others ask for."""
@@ -109,3 +114,56 @@ def load_into(model: nn.Module, checkpoint: Path) -> None:
             f"checkpoint {checkpoint}: does not hold the weights of the run's model ({reason}). Where the run goes on "
             "training, try again; otherwise use the versions that wrote it."
         ) from error
+
+
+def model_of(
+    run: RunFolder, trained: TrainOptions, spec: DataSpec, machine: Machine, which: Which
+) -> tuple[int, nn.Module]:
+    """The epoch of a checkpoint, from 0, and a model with its weights, ready to evaluate.
+
+    Raises:
+        RunFolderError: there is no such checkpoint, or it is damaged.
+    """
+    model = build_for(trained.model, spec, width=trained.width, seed=0)
+
+    def load(checkpoint: Path) -> int:
+        load_into(model, checkpoint)
+        return epoch_of(checkpoint)
+
+    epoch = run.checkpoints.read(partial(checkpoint_of, run, which), load)
+    return epoch, model.to(machine.device).to(memory_format=torch.channels_last).eval()
+
+
+def machine_of(trained: TrainOptions, name: str) -> Machine:
+    """The device of that name, in the precision of a run.
+
+    Raises:
+        InvalidArgument: there is no such device, or it has no such precision.
+    """
+    check_device(name)
+    device = pick_device(name)
+    if trained.precision == "fp16" and device.type == "cpu":
+        remedy = "Use a GPU."
+        raise InvalidArgument(Problem("device", name, "is a CPU here, and the run computed in fp16", remedy))
+    return Machine(device, trained.precision)
+
+
+def statistics_in(config: Mapping[str, Any], spec: DataSpec, path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation that a run's images were normalised by, ``(C,)`` each.
+
+    Raises:
+        RunFolderError: its ``config.json``, at ``path``, does not say.
+    """
+    try:
+        mean, std = (torch.tensor(config["data"][name], dtype=torch.float32) for name in ("mean", "std"))
+        if (
+            mean.shape != (spec.channels,)
+            or std.shape != mean.shape
+            or not bool(mean.isfinite().all() & (std > 0).all())
+        ):
+            raise ValueError("not a number for each channel")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunFolderError(
+            f"{path}: does not say what the run's images were normalised by ({error!r}). Restore it from a copy."
+        ) from error
+    return mean, std

@@ -318,13 +318,13 @@ def _check_takes(technique: Technique, asked: RecipeOptions, table: str, given: 
 
 def read_structure(text: str) -> Structure:
     """The structure that the command line names."""
-    if match := re.fullmatch(r"(\d+)x(\d+)", text):
-        return Block(rows=int(match[1]), columns=int(match[2]))
+    if match := re.fullmatch(r"(\d+)x(\d+)(?:-(kernel|inputs))?", text):
+        return Block.model_validate({"rows": match[1], "columns": match[2], "along": match[3] or "row"})
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(n=int(match[1]), m=int(match[2]))
     structures = registered("structure")
     if text not in structures:
-        names = [*structures, "4x1", "2:4"]
+        names = [*structures, "4x1", "1x2-kernel", "2x2-inputs", "2:4"]
         raise InvalidArgument(Problem("--structure", text, "is no structure", nearest(text, names)))
     found: Structure = structures[text]()
     return found

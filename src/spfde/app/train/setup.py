@@ -363,7 +363,7 @@ def _described(run: TrainingRun) -> dict[str, Any]:
     return {
         "command": command,
         "asked": {name: value for name, value in asked.items() if value != command[name]},
-        "data": {**run.data.facts(), "augment": run.augment.mode},
+        "data": {**run.data.facts(), "class_names": run.data.class_names, "augment": run.augment.mode},
         "model": options.model,
         "recipe": options.load_recipe().to_dict(),
         "engine": run.session.engine,

@@ -18,7 +18,7 @@ from spfde.core.registry import register
 from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.blocks.lists import MOST_DENSITY, UNIT
 from spfde.engines.blocks.modules import linears_of
-from spfde.sparsity.structure import Block
+from spfde.sparsity.block import Block
 
 if TYPE_CHECKING:
     from spfde.engines.blocks.linear import BlockLinears
@@ -45,7 +45,12 @@ class BlocksEngine(StandInEngine["BlockLinears"]):
     def supports(cls, job: Job) -> str | None:
         method = job.blueprint.method
         structure = None if method is None else method.structure
-        if not isinstance(structure, Block) or structure.rows % UNIT or structure.columns % UNIT:
+        if (
+            not isinstance(structure, Block)
+            or structure.along == "kernel"
+            or structure.rows % UNIT
+            or structure.columns % UNIT
+        ):
             return f"it takes blocks whose sides are multiples of {UNIT}, and the structure is {structure!r}"
         if isinstance(job.given, nn.DataParallel):
             return "copies of the model on other devices have no kernels; use DistributedDataParallel"

@@ -1,17 +1,52 @@
-"""The schedule of the backward pass through a region."""
+"""The schedule of the backward pass through a region.
+
+Gradients are stored where convolutions write them. What comes of one in a pixelwise step (a slope, a normalisation, the
+way back to a residual) is noted, and made by the convolution that reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PointStep, PoolStep
-from spfde.engines.native.kernels import INVERSE, MEAN, SCALE, SHIFT, KernelTape, PoolKernel
+from spfde.engines.native.geometry import gradient_shape
+from spfde.engines.native.kernels import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    KernelTape,
+    Made,
+    NormSums,
+    PoolKernel,
+    Sloped,
+    WeightGradient,
+)
+from spfde.engines.native.lists import Entries
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
-from spfde.engines.native.schedule import Schedule, Strides
+from spfde.engines.native.schedule import TABLE, Given, Schedule
 from spfde.engines.native.tape import Buffer, Place
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """A part of a value's gradient.
+
+    Attributes:
+        gradient: a stored one, perhaps times the slope of an activation at a stored value.
+        is_own: nobody else reads its buffer, and it is nothing but stored: it may be added to.
+    """
+
+    gradient: Sloped
+    is_own: bool
+
+    @classmethod
+    def own(cls, buffer: Buffer) -> _Flow:
+        return cls(Sloped(buffer), is_own=True)
 
 
 class Backward(Schedule):
@@ -19,7 +54,7 @@ class Backward(Schedule):
 
     On the tape are given the gradients of the region's outputs, as ("to", name), and of its inputs, as ("from", name);
     values of the forward pass, as ("kept", name), and its winners of maximum pools, as ("choice", name); the gradients
-    of parameters, as ("parameter", id).
+    of parameters, as ("parameter", id), which are added to.
 
     Args:
         plan, weights, tape: see ``Schedule``.
@@ -28,114 +63,148 @@ class Backward(Schedule):
     def __init__(self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape) -> None:
         super().__init__(plan, weights, tape)
         self.layouts = plan.layouts
-        self.flowing: dict[str, Buffer] = {}
+        self.flowing: dict[str, list[_Flow]] = {}
+        self.made: dict[str, Sloped] = {}  # gradients of what convolutions wrote, to be made by them
         self.pooled: dict[str, Place] = {}
-        self.parameters: dict[int, Place] = {}
+        self.sums: dict[str, NormSums] = {}  # by the output of the step that needs them
 
-    def write(self, strides: Sequence[Strides]) -> Sequence[Place]:
-        for name, of_gradient in zip(self.plan.region.outputs, strides, strict=True):
-            if of_gradient is not None:
-                self._enter(name, of_gradient)
+    def write(self, coming: Sequence[Given | None]) -> Sequence[Place]:
+        for name, given in zip(self.plan.region.outputs, coming, strict=True):
+            if given is not None:
+                self._enter(name, given)
         for step in reversed(self.plan.steps):
             if isinstance(step, GlobalPoolStep):
                 self._global_pool(step)
-                continue
-            d = self.flowing.pop(step.y, None)
-            if d is None:
-                continue
-            if isinstance(step, ConvStep):
-                self._conv(step, d)
-            elif isinstance(step, PointStep):
-                self._point(step, d)
-            else:
-                self._pool(step, d)
-            del d
-        for name in self.plan.region.inputs:
-            if name in self.flowing:
-                self.unpack(self.flowing[name], self.tape.given(("from", name)))
+            elif isinstance(step, ConvStep):
+                gradient = self.made.pop(step.y, None) or self._collapsed(step.y)
+                if gradient is not None:
+                    self._conv(step, gradient)
+            elif (gradient := self._collapsed(step.y)) is not None:
+                if isinstance(step, PointStep):
+                    self._point(step, gradient)
+                else:
+                    self._pool(step, gradient)
+        for name, dtype in zip(self.plan.region.inputs, self.plan.mode.dtypes, strict=True):
+            if (gradient := self._collapsed(name)) is not None:
+                self.unpack(self._stored(gradient), self.tape.given(("from", name)), dtype)
         return ()
 
-    def _enter(self, name: str, strides: Sequence[int]) -> None:
-        given = self.tape.given(("to", name))
+    def _enter(self, name: str, given: Given) -> None:
+        place = self.tape.given(("to", name))
         if isinstance(self.plan.maker.get(name), GlobalPoolStep):
-            self.pooled[name] = given
+            self.pooled[name] = place
             return
         buffer = self.tape.take(self.layouts[name])
-        self.pack(given, strides, buffer)
-        self._flow(name, buffer)
+        self.pack(place, given, buffer)
+        self._flow(name, _Flow.own(buffer))
 
-    def _conv(self, step: ConvStep, d: Buffer) -> None:
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def _conv(self, step: ConvStep, gradient: Sloped) -> None:
         plan, from_, to = self.plan, self.layouts[step.x], self.layouts[step.y]
-        weight, bias = step.module.weight, step.module.bias
-        if plan.trains(weight):
-            entries = self.weights.gradient_entries(step, from_, to)
-            values = self.tape.take_flat(entries.n)
-            self.tape.conv_weight(self._value(step.x), d, entries, values, step=step.geometry.stride)
-            seen = id(weight) in self.parameters
-            self.parameters[id(weight)] = gradient = self.tape.given(("parameter", id(weight)))
-            self.tape.scatter(values, entries, gradient, accumulate=seen)
-            del values
-        if bias is not None and plan.trains(bias):
-            sums = self._sink(bias)
-            self.tape.channel_sum(d, sums)
-            self._add_gradient(bias, sums)
+        module = step.module
+        wants_weight, wants_source = plan.trains(module.weight), plan.needs_grad[step.x]
+        shape = gradient_shape(step.geometry, from_, to, self.weights.vectors)
+        weight = bias = target = added = norm = values = None
+        accumulate = False
+        entries: tuple[Entries, ...] = ()
+        if wants_weight:
+            wanted = self.weights.gradient_entries(step, from_, to)
+            weight = WeightGradient(wanted, self._gradient_of(module.weight))
+        if module.bias is not None and plan.trains(module.bias):
+            bias = self.tape.take_flat(self.tape.threads * to.channels)
+        if wants_source:
+            target, accumulate = self._to(step.x)
+            added = self._taken_along(step.x)
+            norm = self._sums_of(step) if not self.flowing.get(step.x) else None
+            entries = self.weights.lists_of(step, from_, to).gradient
+            values = self.tape.gather(module.weight, entries)
+        self.tape.conv_gradient(
+            gradient, self._value(step.x) if wants_weight else Made(self._like(step.x)), shape, target=target,
+            entries=entries, values=values, accumulate=accumulate, added=added, norm=norm, weight=weight, bias=bias,
+        )  # fmt: skip
+        if bias is not None and module.bias is not None:
+            self.tape.sum_rows(bias, self._gradient_of(module.bias), to.channels)
+        if target is not None:
+            self._flow(step.x, _Flow.own(target))
+
+    def _point(self, step: PointStep, gradient: Sloped) -> None:
+        plan, norm, residual = self.plan, step.norm, step.residual
+        if step.activation != "none":
+            gradient = Sloped(self._stored(gradient), z=self._slope(step), activation=step.activation)
+        if residual is not None and plan.needs_grad[residual]:
+            self._flow(residual, _Flow(gradient, is_own=False))
+        scale, shift = self.constants_of(step, SCALE, SHIFT)
+        gradient = replace(gradient, scale=scale, shift=shift, k1=scale)
+        is_read = plan.uses_batch(step) or (gradient.activation != "none" and gradient.z is None)
+        if is_read:
+            gradient = replace(gradient, y=self._kept(step.x))
+        if norm is not None:
+            constants = self._norm(step, gradient)
+            if constants is not None:
+                k3 = self.tape.numbers_after(constants, norm.num_features)
+                gradient = replace(gradient, k2=constants, k3=k3)
         if not plan.needs_grad[step.x]:
             return
-        out, accumulate = self._to(step.x)
-        for part in self.weights.lists_of(step, from_, to).backward:
-            values = self.tape.gather(weight, part)
-            self.tape.conv(d, out, part, values, step_y=step.geometry.stride, accumulate=accumulate)
-        self.flowing[step.x] = out
+        if isinstance(plan.maker.get(step.x), ConvStep) and plan.is_read_once(step.x):
+            self.made[step.x] = gradient
+        else:
+            self._flow(step.x, _Flow.own(self._stored(gradient)))
 
-    def _to(self, name: str) -> tuple[Buffer, bool]:
-        """Where the gradient of a value goes, and whether it is added to what is there."""
-        there = self.flowing.get(name)
-        return (self.tape.take(self.layouts[name]), False) if there is None else (there, True)
-
-    def _point(self, step: PointStep, d: Buffer) -> None:
-        plan, before, norm, residual = self.plan, self.layouts[step.x], step.norm, step.residual
-        scale, shift = self.constants_of(step, SCALE, SHIFT)
-        mean, inverse = self.constants_of(step, MEAN, INVERSE)
-        to_residual = residual is not None and plan.needs_grad[residual]
-        # d itself goes on to the residual where it can, so the gradient of y then needs a buffer of its own.
-        out = None
-        if plan.needs_grad[step.x]:
-            waits = not to_residual or residual in self.flowing
-            out = d if d.layout == before and waits else self.tape.take(before)
-        trained = [] if norm is None else [norm.weight, norm.bias]
-        sums = [self._sink(parameter) if plan.trains(parameter) else None for parameter in trained] or [None, None]
-        keep, activation, source = to_residual, step.activation, self._source(step, d)
-        if residual is not None and to_residual and out is d:
-            # Another gradient waits at the residual: add to it first, for d is overwritten after.
-            self.tape.apply_backward(
-                d, source, None, z=self._slope(step), scale=scale, shift=shift, activation=activation, keep=True
-            )  # fmt: skip
-            self._flow_copy(residual, d)
-            keep, activation = False, "none"
-        self.tape.apply_backward(
-            d, source, out, z=self._slope(step) if activation != "none" else None, scale=scale, shift=shift, mean=mean,
-            inverse=inverse, scale_gradient=sums[0], shift_gradient=sums[1], activation=activation,
-            batch=plan.uses_batch(step), keep=keep,
+    def _norm(self, step: PointStep, gradient: Sloped) -> Place | None:
+        """Gradients of a norm's weight and bias; where it uses the batch, what they bring to its input's gradient."""
+        plan, norm, layout = self.plan, step.norm, self.layouts[step.x]
+        assert norm is not None
+        trained = [
+            self._gradient_of(parameter) if parameter is not None and plan.trains(parameter) else None
+            for parameter in (norm.weight, norm.bias)
+        ]
+        if not plan.uses_batch(step) and trained == [None, None]:
+            return None
+        sums = self.sums.pop(step.y, None)
+        if sums is None:
+            sums = self._new_sums(step, gradient)
+            self.tape.norm_sums(gradient.d, sums)
+        constants = self.tape.take_flat(2 * norm.num_features) if plan.uses_batch(step) else None
+        count = layout.batch * layout.height * layout.width
+        self.tape.norm_gradient(
+            sums.sums, self.in_table(MEAN, step), plan.n_channels, norm.num_features, weight=trained[0],
+            bias=trained[1], constants=constants, count=count,
         )  # fmt: skip
-        for parameter, written in zip(trained, sums, strict=False):
-            if written is not None:
-                self._add_gradient(parameter, written)
-        if residual is not None and keep:
-            if self.layouts[residual] == d.layout and residual not in self.flowing:
-                self.flowing[residual] = d
-            else:
-                self._flow_copy(residual, d)
-        if out is not None:
-            self._flow(step.x, out)
+        return constants
 
-    def _pool(self, step: PoolStep, d: Buffer) -> None:
+    def _new_sums(self, step: PointStep, gradient: Sloped) -> NormSums:
+        """Room for the sums that a step's norm needs of a gradient of its output."""
+        assert step.norm is not None
+        room = self.tape.take_flat(self.tape.threads * 2 * step.norm.num_features, torch.float64)
+        scale, shift, mean = self.constants_of(step, SCALE, SHIFT, MEAN)
+        # Where nothing of its input is used it was not kept, and the gradient stands in.
+        y = self._kept(step.x) if step.x in self.plan.saved_names else gradient.d
+        return NormSums(room, y, gradient.z, scale, shift, mean, gradient.activation)
+
+    def _sums_of(self, conv: ConvStep) -> NormSums | None:
+        """What the convolution can sum up for the norm that made what it reads: all of the gradient is there then."""
+        plan, maker = self.plan, self.plan.maker.get(conv.x)
+        if not isinstance(maker, PointStep) or maker.norm is None or plan.first_readers[conv.x] is not conv:
+            return None
+        if not plan.uses_batch(maker) and not any(map(plan.trains, maker.parameters)):
+            return None
+        if maker.x not in plan.saved_names:
+            return None
+        z = self._slope(maker) if maker.activation != "none" else None
+        kept = Sloped(self._kept(maker.x), z=z, activation=maker.activation)
+        self.sums[conv.x] = sums = self._new_sums(maker, kept)
+        return sums
+
+    def _pool(self, step: PoolStep, gradient: Sloped) -> None:
+        d = self._stored(gradient)
         out, accumulate = self._to(step.x)
         choice = self.tape.given(("choice", step.y)) if step.kind == "max_pool" else None
         kernel: PoolKernel = "avg_pool_backward" if choice is None else "max_pool_backward"
         self.tape.pool(
             kernel, d, out, step.window, choice=choice, count_padding=step.count_padding, accumulate=accumulate
         )  # fmt: skip
-        self.flowing[step.x] = out
+        self._flow(step.x, _Flow.own(out))
 
     def _global_pool(self, step: GlobalPoolStep) -> None:
         gradient = self.pooled.pop(step.y, None)
@@ -143,49 +212,71 @@ class Backward(Schedule):
             return
         out, accumulate = self._to(step.x)
         self.tape.global_pool_backward(gradient, out, accumulate=accumulate)
-        self.flowing[step.x] = out
+        self._flow(step.x, _Flow.own(out))
+
+    # --- values of the forward pass ------------------------------------------------------------------------------
+
+    def _like(self, name: str) -> Buffer:
+        """A place that nobody reads, for the sake of its layout."""
+        return Buffer(self.tape.given(TABLE).slot, layout=self.layouts[name])
 
     def _kept(self, name: str) -> Buffer:
         return Buffer(self.tape.given(("kept", name)).slot, layout=self.layouts[name])
 
-    def _value(self, name: str) -> Buffer:
-        """A value of the forward pass, kept or computed anew."""
+    def _value(self, name: str) -> Made:
+        """A value of the forward pass, kept or made anew."""
         if name in self.plan.saved_names:
-            return self._kept(name)
+            return Made(self._kept(name))
         step = self.plan.maker[name]
         assert isinstance(step, PointStep)
         assert step.residual is None
         scale, shift = self.constants_of(step, SCALE, SHIFT)
-        out = self.tape.take(self.layouts[name])
-        self.tape.apply(self._kept(step.x), out, scale=scale, shift=shift, activation=step.activation)
-        return out
-
-    def _source(self, step: PointStep, d: Buffer) -> Buffer:
-        """The input of the step; where nothing of it is used it was not kept, and the gradient stands in."""
-        return self._kept(step.x) if step.x in self.plan.saved_names else d
+        return Made(self._kept(step.x), scale, shift, activation=step.activation)
 
     def _slope(self, step: PointStep) -> Buffer | None:
-        return self._kept(step.y) if step.residual is not None and step.activation != "none" else None
+        """Where the slope of the step's activation is read: off its output with a residual, else off its input."""
+        return self._kept(step.y) if step.residual is not None else None
 
-    def _flow(self, name: str, buffer: Buffer) -> None:
-        if name in self.flowing:
-            self.tape.add(buffer, self.flowing[name])
-        else:
-            self.flowing[name] = buffer
+    # --- gradients -----------------------------------------------------------------------------------------------
 
-    def _flow_copy(self, name: str, d: Buffer) -> None:
-        target, accumulate = self._to(name)
-        self.tape.add(d, target, accumulate=accumulate)
-        self.flowing[name] = target
+    def _gradient_of(self, parameter: Tensor) -> Place:
+        return self.tape.given(("parameter", id(parameter)))
 
-    def _sink(self, parameter: Tensor) -> Place:
-        """Where a gradient of the parameter may be written: its own place, or beside it if one is there already."""
-        if id(parameter) in self.parameters:
-            return self.tape.take_flat(parameter.numel())
-        self.parameters[id(parameter)] = place = self.tape.given(("parameter", id(parameter)))
-        return place
+    def _flow(self, name: str, flow: _Flow) -> None:
+        self.flowing.setdefault(name, []).append(flow)
 
-    def _add_gradient(self, parameter: Tensor, written: Place) -> None:
-        """Add what was written beside the parameter's own place to it."""
-        if written is not self.parameters[id(parameter)]:
-            self.tape.accumulate(written, self.parameters[id(parameter)], parameter.numel())
+    def _to(self, name: str) -> tuple[Buffer, bool]:
+        """Where more of a value's gradient goes, and whether it is added to what is there."""
+        parts = self.flowing.get(name, [])
+        for at, flow in enumerate(parts):
+            if flow.is_own:
+                del parts[at]
+                return flow.gradient.d, True
+        return self.tape.take(self.layouts[name]), False
+
+    def _taken_along(self, name: str) -> Sloped | None:
+        """A part of the value's gradient that a convolution adds to what it writes."""
+        parts = self.flowing.get(name)
+        return parts.pop().gradient if parts else None
+
+    def _collapsed(self, name: str) -> Sloped | None:
+        """The gradient of a value, all parts added; None where there is none."""
+        parts = self.flowing.pop(name, [])
+        if len(parts) <= 1:
+            return parts[0].gradient if parts else None
+        target = next((flow for flow in parts if flow.is_own), None)
+        buffer = self.tape.take(self.layouts[name]) if target is None else target.gradient.d
+        accumulate = target is not None
+        for flow in parts:
+            if flow is not target:
+                self.tape.apply_backward(flow.gradient, buffer, accumulate=accumulate)
+                accumulate = True
+        return Sloped(buffer)
+
+    def _stored(self, gradient: Sloped) -> Buffer:
+        """Where a gradient lies; stored now if it is only noted."""
+        if gradient == Sloped(gradient.d):
+            return gradient.d
+        buffer = self.tape.take(gradient.d.layout)
+        self.tape.apply_backward(gradient, buffer)
+        return buffer

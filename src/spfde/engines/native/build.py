@@ -30,7 +30,7 @@ SOURCES = Path(__file__).parent / "kernels"
 _COMPILERS = ("g++", "c++", "clang++")
 # No -ffast-math: a NaN must stay one.
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
 _OPENMP = "-fopenmp"

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import nn
 
+from spfde.engines.native.geometry import Geometry
 from spfde.engines.native.graph import Region
 from spfde.engines.native.kernels import Activation
 from spfde.engines.native.layout import TOKEN_COLUMNS, Layout
-from spfde.engines.native.lists import Geometry
+from spfde.engines.native.lists import offsets_fit
 from spfde.engines.native.ops import Op
-
-_MOST = 2**31 - 1  # numbers of a group of images: offsets are int32
 
 
 class Unsupported(Exception):
@@ -164,9 +164,9 @@ def parameters_of(steps: Sequence[FusedStep]) -> tuple[nn.Parameter, ...]:
 
 
 def layouts_of(
-    region: Region, steps: Sequence[FusedStep], shapes: Sequence[Sequence[int]], lanes: int
+    region: Region, steps: Sequence[FusedStep], shapes: Sequence[Sequence[int]], lanes: int, dtype: torch.dtype
 ) -> dict[str, Layout]:
-    """Layout of each value; values of one size share their halo, so that a gradient can take its neighbour's buffer.
+    """Layout of each value.
 
     Raises:
         Unsupported: shapes that the kernels do not take.
@@ -181,15 +181,10 @@ def layouts_of(
         else:
             batches.add(shape[0])
             sizes[name] = (shape[1], shape[2], shape[3])
-    halos: dict[tuple[int, int], int] = {}
     for step in steps:
         if isinstance(step, ConvStep):
             _, height, width = sizes[step.x]
-            out = step.geometry.output_size(height, width)
-            inside, outside = step.geometry.halos(height, width)
-            halos[height, width] = max(halos.get((height, width), 0), inside)
-            halos[out] = max(halos.get(out, 0), outside)
-            sizes[step.y] = (step.geometry.out_channels, *out)
+            sizes[step.y] = (step.geometry.out_channels, *step.geometry.output_size(height, width))
         elif isinstance(step, PointStep):
             sizes[step.y] = sizes[step.x]
             if step.residual is not None and sizes[step.residual] != sizes[step.x]:
@@ -206,7 +201,8 @@ def layouts_of(
     if any(size <= 0 for _, *plane in sizes.values() for size in plane):
         raise Unsupported("an image has no pixels left")
     batch = batches.pop()
-    layouts = {name: Layout(batch, c, h, w, halos.get((h, w), 0), lanes) for name, (c, h, w) in sizes.items()}
-    if any(layout.numel // layout.groups > _MOST for layout in layouts.values()):
+    layouts = {name: Layout(batch, c, h, w, lanes, dtype) for name, (c, h, w) in sizes.items()}
+    convolutions = [step for step in steps if isinstance(step, ConvStep)]
+    if not all(offsets_fit(step.geometry, layouts[step.x], layouts[step.y]) for step in convolutions):
         raise Unsupported("images are too large for offsets of 32 bits")
     return layouts

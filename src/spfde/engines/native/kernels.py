@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from spfde.engines.native.geometry import ForwardShape, GradientShape, Vectors
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
+from spfde.engines.native.structs import struct
 from spfde.engines.native.tape import Buffer, Place, Tape
 
 # Rows of a region's table of norms: what each normalises by, and what that comes to as one multiply-add.
@@ -27,19 +30,92 @@ At = Place | Tensor
 
 # Units of a convolution that a thread takes, so that some whole rows more or less for one of them are little.
 _UNITS = 4
-# Pixels of a band of rows whose gradient of the weight is summed before the next band comes.
-_WEIGHT_PIXELS = 32
 
 
 class Bands:
-    """How the rows of a target are cut into the units that threads take, in order: some for each, of whole images if
-    that comes out even.
+    """How ``height`` rows of each group are cut into the units that threads take, in order.
+
+    Whole images if that comes out even, else some bands for each thread, of a multiple of ``step`` rows.
     """
 
-    def __init__(self, layout: Layout, threads: int) -> None:
-        height = layout.height
-        self.rows = max(1, min(height, -(-height * layout.groups // (_UNITS * threads))))
+    def __init__(self, groups: int, height: int, threads: int, step: int) -> None:
+        each = height if groups % threads == 0 else -(-height * groups // (_UNITS * threads))
+        self.rows = max(step, -(-min(each, height) // step) * step)
         self.n = -(-height // self.rows)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A value: stored as ``y``, or activation(y * scale + shift + residual), made by whoever reads it.
+
+    Attributes:
+        z: where the reader also writes it.
+    """
+
+    y: Buffer
+    scale: At | None = None
+    shift: At | None = None
+    residual: Buffer | None = None
+    activation: Activation = "none"
+    z: Buffer | None = None
+
+    def c(self) -> tuple[object, ...]:
+        """As the kernels take it."""
+        layout = self.y.layout.c
+        return self.y, layout, self.scale, self.shift, self.residual, self.z, ACTIVATIONS[self.activation]
+
+
+@dataclass(frozen=True)
+class Sloped:
+    """A gradient: ``d`` times the slope of an activation, through a normalisation; see ``Slope`` of window.h."""
+
+    d: Buffer
+    y: Buffer | None = None
+    z: Buffer | None = None
+    scale: At | None = None
+    shift: At | None = None
+    k1: At | None = None
+    k2: Place | None = None
+    k3: Place | None = None
+    activation: Activation = "none"
+
+    def c(self) -> tuple[object, ...]:
+        """As the kernels take it."""
+        constants = (self.scale, self.shift, self.k1, self.k2, self.k3)
+        return self.d, self.d.layout.c, self.y, self.z, *constants, ACTIVATIONS[self.activation]
+
+
+@dataclass(frozen=True)
+class NormSums:
+    """The sums that a normalisation's backward pass needs of a gradient; see ``NormSums`` of gradient.h.
+
+    Attributes:
+        sums: float64 [threads, 2, channels].
+    """
+
+    sums: Place
+    y: Buffer
+    z: Buffer | None
+    scale: Place | None
+    shift: Place | None
+    mean: Place | None
+    activation: Activation
+
+    def c(self) -> tuple[object, ...]:
+        """As the kernels take it."""
+        return self.sums, self.y, self.z, self.scale, self.shift, self.mean, ACTIVATIONS[self.activation]
+
+
+_NO_SUMS = (None, None, None, None, None, None, 0)
+_NO_ENTRIES = (0, 0, 0, 0, None, None, None, None, None)
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """What is wanted of the gradient of a weight: the entries, and the place of the parameter's gradient."""
+
+    entries: Entries
+    place: Place
 
 
 class Kernels:
@@ -53,6 +129,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32) -> None:
         self._library, self.dtype = library, dtype
         self.lanes = int(library.spfde_lanes())
+        self.vectors = Vectors(self.lanes, int(library.spfde_registers()), bool(library.spfde_has_pairs()))
         self._outside = library.spfde_outside
         self._outside.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -71,34 +148,74 @@ class KernelTape(Tape):
     """A tape that knows what each kernel is told. Buffers are blocked as their layouts say."""
 
     def conv(
-        self, source: Buffer, target: Buffer, entries: Entries, values: Place, *, step_x: int = 1, step_y: int = 1,
-        accumulate: bool = False, scale: At | None = None, shift: At | None = None, residual: Buffer | None = None,
+        self, source: Made, target: Buffer, entries: Entries, values: Place, shape: ForwardShape, *,
+        scale: At | None = None, shift: At | None = None, residual: Buffer | None = None,
         activation: Activation = "none", statistics: Place | None = None,
     ) -> None:  # fmt: skip
-        """Convolve; ``step_y`` above 1 writes the rows and columns of the entries' residue only."""
-        to, (down, right) = target.layout, entries.origin
-        bands = Bands(to, self.threads)
-        height, width = -(-(to.height - down) // step_y), -(-(to.width - right) // step_y)
-        if height <= 0 or width <= 0:
-            return
-        rows = bands.rows if step_y == 1 else -(-bands.rows // step_y)
+        """Convolve; scale to activation are the last thing that happens to a value."""
+        to = target.layout
+        bands = self._bands(to, shape)
         self.hold(entries)
-        self.call(
-            "spfde_conv", "ConvJob", source, target, source.layout.c, to.c, entries.c, values, step_x, step_y,
-            down, right, height, width, accumulate, scale, shift, residual, (residual or target).layout.c,
-            ACTIVATIONS[activation], statistics, -(-height // rows), rows, self.threads,
+        self._on(
+            to, "spfde_conv", "ConvJob", source.c(), target, to.c, shape.window.c, shape.tile.c, entries.c, values,
+            shape.step, scale, shift, residual, ACTIVATIONS[activation], statistics, bands.n, bands.rows, self.threads,
         )  # fmt: skip
 
-    def statistics_size(self, to: Layout) -> int:
-        """Numbers that ``conv`` writes as statistics."""
-        return to.groups * Bands(to, self.threads).n * to.channels * 3 * to.lanes
+    def _bands(self, to: Layout, shape: ForwardShape) -> Bands:
+        return Bands(to.groups, to.height, self.threads, shape.step)
 
-    def statistics(self, statistics: Place, to: Layout, mean: Place, variance: Place) -> None:
+    def statistics_size(self, to: Layout, shape: ForwardShape) -> int:
+        """Numbers that ``conv`` writes as statistics."""
+        return to.groups * self._bands(to, shape).n * to.channels * 3 * to.lanes
+
+    def statistics(self, statistics: Place, to: Layout, shape: ForwardShape, mean: Place, variance: Place) -> None:
         """Mean and biased variance of each channel from what ``conv`` wrote."""
-        bands = Bands(to, self.threads)
+        bands = self._bands(to, shape)
         self.call(
             "spfde_statistics", "StatisticsJob", statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
         )  # fmt: skip
+
+    def conv_gradient(
+        self, gradient: Sloped, source: Made, shape: GradientShape, *, target: Buffer | None = None,
+        entries: Sequence[Entries] = (), values: Place | None = None, accumulate: bool = False,
+        added: Sloped | None = None, norm: NormSums | None = None, weight: WeightGradient | None = None,
+        bias: Place | None = None,
+    ) -> None:  # fmt: skip
+        """Both gradients of a convolution.
+
+        Args:
+            gradient: of the output.
+            source: the input.
+            shape: see there.
+            target: where the gradient of the input goes; None: nowhere.
+            entries, values: for it, by residue; the values one after another.
+            accumulate: add to the target.
+            added: a gradient times a slope at a stored value, which is added, too.
+            norm: sums to be taken of what is written.
+            weight: the gradient of the weight, which is added to.
+            bias: where the sums of the gradient of the output go, [threads, channels]; None: nowhere.
+        """
+        layout = gradient.d.layout
+        bands = Bands(layout.groups, shape.height, self.threads, shape.step)
+        lists = (struct("Entries") * len(entries))(*(one.c for one in entries))
+        self.hold((lists, tuple(entries), weight))
+        n = 0 if weight is None else weight.entries.n
+        room = (None, None, None, None, None) if weight is None else (
+            weight.entries.index.ctypes.data, weight.place, self.take_flat(self.threads * n * layout.lanes),
+            self.take_flat(self.threads * n), bias,
+        )  # fmt: skip
+        self._on(
+            layout, "spfde_conv_gradient", "GradientJob", gradient.c(), source.c(), target, accumulate,
+            (None, None, 0) if added is None else (added.d, added.z, ACTIVATIONS[added.activation]),
+            _NO_SUMS if norm is None else norm.c(), shape.window.c, shape.source.c, shape.tile.c,
+            ctypes.addressof(lists) if target else None, values, weight.entries.c if weight else _NO_ENTRIES,
+            *(shape.weight if weight else (0, 0)), *room[:4], bias, shape.step, shape.height, bands.n, bands.rows,
+            self.threads,
+        )  # fmt: skip
+
+    def sum_rows(self, rows: Place, target: Place, n: int) -> None:
+        """target += the sum of rows [threads, n]."""
+        self.call("spfde_sum_rows", "RowsJob", rows, target, n, self.threads)
 
     def constants(
         self, table: Place, row: int, channels: int, *, mean: Tensor | None, variance: Tensor | None,
@@ -117,78 +234,67 @@ class KernelTape(Tape):
         """
         self.call("spfde_constants", "ConstantsJob", table, row, channels, mean, variance, weight, bias, before, eps)
 
-    def conv_weight(self, source: Buffer, gradient: Buffer, entries: Entries, out: Place, *, step: int) -> None:
-        """Gradient of each entry's weight, in the entries' order."""
-        to = gradient.layout
-        rows = min(to.height, max(1, _WEIGHT_PIXELS // to.width))
-        room = self.take_flat(self.threads * entries.n * to.lanes)
-        self.hold(entries)
-        self.call(
-            "spfde_conv_weight", "WeightJob", source, gradient, source.layout.c, to.c, entries.c, step, out, room,
-            -(-to.height // rows), rows, self.threads,
+    def apply(self, source: Made, target: Buffer) -> None:
+        """Store a value."""
+        self._on(target.layout, "spfde_apply", "ApplyJob", source.c(), target, self.threads)
+
+    def apply_backward(self, gradient: Sloped, target: Buffer, *, accumulate: bool = False) -> None:
+        """Store a gradient, or add it."""
+        self._on(
+            target.layout, "spfde_apply_backward", "ApplyBackwardJob", gradient.c(), target, accumulate, self.threads
         )  # fmt: skip
 
-    def apply(
-        self, source: Buffer, target: Buffer, *, scale: At | None = None, shift: At | None = None,
-        residual: Buffer | None = None, activation: Activation = "none",
+    def norm_sums(self, d: Buffer, norm: NormSums) -> None:
+        """The sums of a gradient that no convolution has taken."""
+        self._on(d.layout, "spfde_norm_sums", "NormSumsJob", d, d.layout.c, norm.c(), self.threads)
+
+    def norm_gradient(
+        self, sums: Place, table: Place, row: int, channels: int, *, weight: Place | None, bias: Place | None,
+        constants: Place | None, count: int,
     ) -> None:  # fmt: skip
-        """target = activation(source * scale + shift + residual)."""
-        self.call(
-            "spfde_apply", "ApplyJob", source, target, source.layout.c, target.layout.c, scale, shift, residual,
-            (residual or target).layout.c, ACTIVATIONS[activation], self.threads,
-        )  # fmt: skip
+        """Add the gradients of a norm's weight and bias; k2 and k3 of its input's gradient, one behind the other.
 
-    def apply_backward(
-        self, gradient: Buffer, y: Buffer, out: Buffer | None, *, z: Buffer | None = None, scale: At | None = None,
-        shift: At | None = None, mean: Place | None = None, inverse: Place | None = None,
-        scale_gradient: Place | None = None, shift_gradient: Place | None = None, activation: Activation = "none",
-        batch: bool = False, keep: bool = False,
-    ) -> None:  # fmt: skip
-        """The way back through ``apply``; see ``ApplyBackwardJob``."""
+        Args:
+            sums: of ``norm_sums``.
+            table, row, channels: as of ``constants``.
+            weight, bias: where gradients are added.
+            constants: [2, channels], where the norm uses the batch.
+            count: numbers of a channel.
+        """
         self.call(
-            "spfde_apply_backward", "ApplyBackwardJob", gradient, y, z, out,
-            gradient.layout.c, y.layout.c, (z or gradient).layout.c, (out or y).layout.c,
-            scale, shift, mean, inverse, scale_gradient, shift_gradient,
-            ACTIVATIONS[activation], batch, keep, self.threads,
+            "spfde_norm_gradient", "NormGradientJob", sums, table, row, channels, weight, bias, constants, count,
+            self.threads,
         )  # fmt: skip
-
-    def add(self, source: Buffer, target: Buffer, *, accumulate: bool = True) -> None:
-        """target += source, or a copy."""
-        self.call("spfde_add", "AddJob", source, target, source.layout.c, target.layout.c, accumulate, self.threads)
 
     def channel_sum(self, source: Buffer, out: Place, *, around: Place | None = None, divisor: int = 1) -> None:
         """Sum of each channel, or of its squared distances from ``around`` [channels]; divided by a number."""
-        self.call(
-            "spfde_channel_sum", "ChannelSumJob", source, source.layout.c, around, out, divisor, self.threads
-        )  # fmt: skip
+        layout = source.layout
+        self._on(layout, "spfde_channel_sum", "ChannelSumJob", source, layout.c, around, out, divisor, self.threads)
 
-    def copy(self, way: Way, tensor: Place, strides: Sequence[int], blocked: Buffer) -> None:
+    def _on(self, layout: Layout, kernel: str, job: str, *values: object) -> None:
+        """A kernel that is there for each kind of storage."""
+        self.call(kernel + ("_bf16" if layout.dtype == torch.bfloat16 else ""), job, *values)
+
+    def copy(self, way: Way, tensor: Place, dtype: torch.dtype, strides: Sequence[int], blocked: Buffer) -> None:
         """From a tensor [N, C, H, W] of any strides into a buffer, or back."""
-        four = (ctypes.c_int64 * 4)(*strides)
-        self.call(f"spfde_{way}", "PackJob", tensor, four, blocked, blocked.layout.c, self.threads)
+        four, half, layout = (ctypes.c_int64 * 4)(*strides), dtype == torch.bfloat16, blocked.layout
+        self._on(layout, f"spfde_{way}", "PackJob", tensor, half, four, blocked, layout.c, self.threads)
 
-    def copy_tokens(self, way: Way, tokens: Place, n: int, blocked: Buffer) -> None:
+    def copy_tokens(self, way: Way, tokens: Place, dtype: torch.dtype, n: int, blocked: Buffer) -> None:
         """The same of contiguous tokens [n, C]; what the buffer holds beyond them becomes zero."""
-        self.call(f"spfde_{way}_tokens", "TokensJob", tokens, n, blocked, blocked.layout.c, self.threads)
+        half, layout = dtype == torch.bfloat16, blocked.layout
+        self._on(layout, f"spfde_{way}_tokens", "TokensJob", tokens, half, n, blocked, layout.c, self.threads)
 
-    def gather(self, weight: Tensor, entries: Entries) -> Place:
-        """The entries' weights, in their order."""
-        values = self.take_flat(entries.n)
-        self._index("spfde_gather", weight, entries, values)
+    def gather(self, weight: Tensor, lists: Sequence[Entries]) -> Place:
+        """The entries' weights, in their order, of one list behind another."""
+        values = self.take_flat(max(1, sum(entries.n for entries in lists)))
+        at = values
+        for entries in lists:
+            self.hold(entries)
+            address = entries.index.ctypes.data
+            self.call("spfde_gather", "GatherJob", weight, address, entries.n, at, entries.is_paired, self.threads)
+            at = self.numbers_after(at, entries.n)
         return values
-
-    def scatter(self, values: Place, entries: Entries, weight: Place, *, accumulate: bool) -> None:
-        """Put values where the entries' weights are, or add them there."""
-        self._index("spfde_scatter", weight, entries, values, accumulate=accumulate)
-
-    def _index(self, kernel: str, weight: At, entries: Entries, values: Place, *, accumulate: bool = False) -> None:
-        self.hold(entries)
-        at = entries.index.data_ptr()
-        self.call(kernel, "IndexJob", weight, at, entries.n, values, accumulate, self.threads)
-
-    def accumulate(self, source: Place, target: Place, n: int) -> None:
-        """target += source, n numbers."""
-        self.call("spfde_accumulate", "AccumulateJob", source, target, n)
 
     def pool(
         self, kernel: PoolKernel, source: Buffer, target: Buffer, window: Sequence[Sequence[int]], *,
@@ -207,17 +313,19 @@ class KernelTape(Tape):
         """
         input_, output = (target, source) if kernel.endswith("backward") else (source, target)
         sizes = ((ctypes.c_int64 * 2)(*pair) for pair in window)
-        self.call(
-            f"spfde_{kernel}", "PoolJob", source, target, input_.layout.c, output.layout.c, *sizes, choice,
-            count_padding, accumulate, self.threads,
+        self._on(
+            source.layout, f"spfde_{kernel}", "PoolJob", source, target, input_.layout.c, output.layout.c, *sizes,
+            choice, count_padding, accumulate, self.threads,
         )  # fmt: skip
 
     def global_pool(self, source: Buffer, means: Place) -> None:
         """Mean of each plane into a contiguous [N, C]."""
-        self.call("spfde_global_pool", "GlobalPoolJob", source, source.layout.c, means, False, self.threads)
+        layout = source.layout
+        self._on(layout, "spfde_global_pool", "GlobalPoolJob", source, layout.c, means, False, self.threads)
 
     def global_pool_backward(self, gradient: Place, target: Buffer, *, accumulate: bool) -> None:
         """From a contiguous [N, C]."""
-        self.call(
-            "spfde_global_pool_backward", "GlobalPoolJob", target, target.layout.c, gradient, accumulate, self.threads
+        layout = target.layout
+        self._on(
+            layout, "spfde_global_pool_backward", "GlobalPoolJob", target, layout.c, gradient, accumulate, self.threads
         )  # fmt: skip

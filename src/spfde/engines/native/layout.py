@@ -18,7 +18,8 @@ from spfde.engines.native.structs import struct
 # then one piece of memory.
 TOKEN_COLUMNS = 8
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32}
+# NumPy has no bf16; nobody reads its numbers there.
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.bfloat16: np.int16}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 _MOST_PASSES = 4  # forward passes after which a free buffer is given back
 
@@ -35,45 +36,40 @@ class Layout:
     Attributes:
         batch: images.
         channels, height, width: of an image.
-        halo: zero pixels on a side of each image.
         lanes: images in a group.
+        dtype: that its numbers are stored as.
     """
 
     batch: int
     channels: int
     height: int
     width: int
-    halo: int
     lanes: int
+    dtype: torch.dtype
 
     @property
     def groups(self) -> int:
         return -(-self.batch // self.lanes)
 
     @property
-    def pitch(self) -> int:
-        """Numbers from a pixel to the one below it."""
-        return self.channels * self.span
-
-    @functools.cached_property
-    def span(self) -> int:
-        """Numbers from a channel to the next."""
-        return (self.width + self.halo) * self.lanes
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
 
     @functools.cached_property
     def group(self) -> int:
         """Numbers from a group of images to the next."""
-        return (self.height + self.halo) * self.pitch
+        return self.height * self.channels * self.width * self.lanes
 
     @functools.cached_property
     def numel(self) -> int:
-        """Numbers in the buffer, halos and empty lanes included."""
-        return self.halo * (self.pitch + self.lanes) + self.groups * self.group
+        """Numbers in the buffer, empty lanes included."""
+        return self.groups * self.group
 
     @functools.cached_property
     def c(self) -> ctypes.Structure:
         """As the kernels take it."""
-        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.halo, self.batch, self.span)
+        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.batch)
 
 
 # A value, or so many numbers of a type.
@@ -83,30 +79,25 @@ Piece = Layout | tuple[int, torch.dtype]
 class Pool:
     """Buffers that are used again. A buffer comes back when the last tensor on it is gone.
 
-    Kernels write pixels of images only, so the zeros of halos and empty lanes, once written, stay: a buffer serves one
-    layout for good. One that no forward pass has wanted for a while is given back to the system: the shapes are others
-    now, or blocks were frozen, which keep nothing.
-
-    Args:
-        dtype: of values.
+    A buffer serves one layout for good. One that no forward pass has wanted for a while is given back to the system:
+    the shapes are others now, or blocks were frozen, which keep nothing.
 
     Attributes:
         bytes: memory of all buffers, free or in use.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self) -> None:
         # Free buffers, each with the pass in which it came back; the one that came last is taken first.
         self._free: dict[Piece, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
         self.bytes = self._pass = self._phase = 0
 
     def take(self, piece: Piece) -> Tensor:
-        """A flat tensor. Pixels and mere numbers hold anything; what a layout has besides its pixels is zero."""
+        """A flat tensor, which holds anything."""
         shelf = self._free.get(piece)
         if shelf:
             array = shelf.pop()[1]
         else:
-            numel, dtype = (piece.numel, self.dtype) if isinstance(piece, Layout) else piece
+            numel, dtype = (piece.numel, piece.dtype) if isinstance(piece, Layout) else piece
             array = _zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
             self.bytes += array.nbytes
         # The tensor's storage holds the array, the array its lease: no counting of our own.

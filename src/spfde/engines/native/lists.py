@@ -1,8 +1,10 @@
 """From a mask to the lists that the kernels schedule: which weights there are, and where each of them reads.
 
-A convolution has one list for its forward pass and the gradient of its weight, and for the gradient of its input one
-list for each residue of the input's rows and columns by the stride (one list in all at stride 1). All are compressed
-rows in chunks of source channels, so that what a tile reads of the source stays in the first-level cache.
+A convolution has a list for its forward pass, one for the gradient of its weight, and for the gradient of its input one
+for each residue of the input's pixels by the stride. All are rows of the weight in chunks of source channels.
+
+Where the processor multiplies pairs of bf16 an entry is two weights: of two channels at one place of the kernel, or of
+two neighbouring columns of the kernel, whichever makes fewer entries. One without a partner is half of an entry.
 """
 
 from __future__ import annotations
@@ -13,65 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+import numpy.typing as npt
 
+from spfde.engines.native.geometry import ForwardShape, Geometry, GradientShape, Tile, Window
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.structs import struct
 
-_MOST = 2**31 - 1
+SINGLE, CHANNELS, COLUMNS = range(3)
+_FIRST, _LAST, _FLAGS = 1, 2, 2
+_NO_WEIGHT = -1
+# How many fewer pairs of columns than of channels are worth it: their scratch holds one channel where that holds two.
+_WORTH_IT = 0.9
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of a convolution: a stride that is equal both ways, padding before, and ``extra`` of it behind."""
-
-    out_channels: int
-    in_channels: int
-    kernel: tuple[int, int]
-    stride: int
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    extra: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def of(cls, module: nn.Conv2d | nn.Linear) -> Geometry:
-        """The geometry of a module; 'same' padding is resolved. A linear layer is a convolution with a 1x1 kernel."""
-        if isinstance(module, nn.Linear):
-            return cls(module.out_features, module.in_features, (1, 1), 1, (0, 0), (1, 1), 1)
-        kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
-        padding: Any = module.padding
-        extra = (0, 0)
-        if padding == "valid":
-            padding = (0, 0)
-        elif padding == "same":
-            rows, columns = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-            padding, extra = (rows // 2, columns // 2), (rows % 2, columns % 2)
-        channels, stride = (
-            (module.out_channels, module.in_channels),
-            module.stride[0],
-        )  # ops.py takes equal strides only
-        return cls(*channels, kernel, stride, _pair(padding), dilation, module.groups, extra)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the output for an input of that size."""
-        sizes = []
-        axes = zip((height, width), self.kernel, self.padding, self.extra, self.dilation, strict=True)
-        for size, k, p, more, d in axes:
-            sizes.append((size + 2 * p + more - d * (k - 1) - 1) // self.stride + 1)
-        return sizes[0], sizes[1]
-
-    def halos(self, height: int, width: int) -> tuple[int, int]:
-        """Halo that the input needs to be read in the forward pass, and the output in the backward pass."""
-        inside, outside = 0, 0
-        for axis, size in enumerate((height, width)):
-            k, p, d, s = self.kernel[axis], self.padding[axis], self.dilation[axis], self.stride
-            n_out = self.output_size(height, width)[axis]
-            inside = max(inside, p, (n_out - 1) * s + (k - 1) * d - p - (size - 1))
-            # Input row i belongs to output row (i + p - k * d) / s.
-            outside = max(outside, -((p - (k - 1) * d) // s), (size - 1 + p) // s - (n_out - 1))
-        return inside, outside
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -79,100 +36,275 @@ class Entries:
     """One list for the kernels.
 
     Attributes:
-        index: position of each entry's weight in the weight's storage, int32.
-        start: int32 [chunks * rows + 1].
-        offset: int32 [entries].
-        origin: row and column residue of the target (gradient of the input), else (0, 0).
+        index: position of each entry's weight in the weight's storage, int32 [entries]; of pairs [entries, 2], where -1
+            is no weight.
+        parts: the arrays whose addresses ``c`` holds.
         c: as the kernels take it.
     """
 
-    index: Tensor
-    start: Tensor
-    offset: Tensor
-    origin: tuple[int, int]
+    index: npt.NDArray[np.int32]
+    parts: tuple[npt.NDArray[np.int32], ...]
     c: ctypes.Structure
 
     @property
     def n(self) -> int:
         return len(self.index)
 
+    @property
+    def is_paired(self) -> bool:
+        return self.index.ndim == 2
+
 
 @dataclass(frozen=True)
-class WeightLists:
-    """The lists of one convolution for one mask and one pair of layouts."""
+class _Found:
+    """Entries as they are found: row, place of the source channel or of a pair of them, tap, weights; in this order."""
 
-    forward: Entries
-    backward: tuple[Entries, ...]
+    row: Ints
+    place: Ints
+    tap: tuple[Ints, Ints]
+    index: Ints
+    order: Ints
+    pairing: int
 
 
-def build(
-    geometry: Geometry, active: Tensor, strides: Sequence[int], source: Layout, target: Layout, *, chunk_bytes: int
-) -> WeightLists:
-    """Make the lists of a convolution.
+@dataclass(frozen=True)
+class Weights:
+    """Which weights are active, and where in the storage they are.
+
+    Attributes:
+        active: bool [groups, rows, sources, kernel height, kernel width]: rows and sources of each group.
+        strides: of the storage, likewise.
+    """
+
+    active: Bools
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, geometry: Geometry, active: Bools, strides: Sequence[int]) -> Weights:
+        """From a mask [out, in / groups, kernel height, kernel width] and the weight's strides."""
+        groups = geometry.groups
+        shape = (groups, geometry.out_channels // groups, geometry.in_channels // groups, *geometry.kernel)
+        return cls(active.reshape(shape), (strides[0] * shape[1], *strides))
+
+    def turned(self) -> Weights:
+        """With rows and sources exchanged."""
+        return Weights(self.active.swapaxes(1, 2), tuple(self.strides[axis] for axis in (0, 2, 1, 3, 4)))
+
+    def where(self, at: Sequence[Ints]) -> Ints:
+        """Positions in the storage."""
+        return sum((part * stride for part, stride in zip(at, self.strides, strict=True)), np.zeros(1, np.int64))
+
+    def found(self, *, pairs: bool, neighbours: bool, backwards: bool = False) -> _Found:
+        """The entries.
+
+        Args:
+            pairs: of two weights.
+            neighbours: pairs of columns are possible: the columns of the kernel read neighbours.
+            backwards: the kernel's columns read from right to left.
+        """
+        if not pairs:
+            return self._singles()
+        of_channels = self._of_channels()
+        if not neighbours or self.active.shape[4] < 2:
+            return of_channels
+        of_columns = self._of_columns(backwards=backwards)
+        return of_columns if len(of_columns.row) < _WORTH_IT * len(of_channels.row) else of_channels
+
+    def _singles(self) -> _Found:
+        at = self.active.nonzero()
+        groups, rows, sources, *_ = self.active.shape
+        order = np.arange(groups * sources)
+        return _Found(at[0] * rows + at[1], at[0] * sources + at[2], (at[3], at[4]), self.where(at), order, SINGLE)
+
+    def _of_channels(self) -> _Found:
+        groups, rows, sources, *kernel = self.active.shape
+        padded = self.active
+        if sources % 2:
+            padded = np.concatenate([padded, np.zeros((groups, rows, 1, *kernel), bool)], axis=2)
+        two = padded.reshape(groups, rows, -1, 2, *kernel)
+        at = (two[:, :, :, 0] | two[:, :, :, 1]).nonzero()
+        both = [
+            np.where(
+                two[at[0], at[1], at[2], n, at[3], at[4]],
+                self.where((at[0], at[1], 2 * at[2] + n, at[3], at[4])),
+                _NO_WEIGHT,
+            )
+            for n in (0, 1)
+        ]
+        slots = two.shape[2]
+        of_group = np.minimum(np.arange(2 * slots), sources - 1)  # what has no partner is its own, with no weight
+        order = (np.arange(groups)[:, None] * sources + of_group).ravel()
+        place = at[0] * slots + at[2]
+        return _Found(at[0] * rows + at[1], place, (at[3], at[4]), np.stack(both, axis=1), order, CHANNELS)
+
+    def _of_columns(self, *, backwards: bool) -> _Found:
+        active, last = self.active, self.active.shape[4] - 1
+        pair, taken = np.zeros_like(active), np.zeros_like(active)  # by its left one; is in one
+        for column in range(last):  # as far left as can be
+            pair[..., column] = active[..., column] & active[..., column + 1] & ~taken[..., column]
+            taken[..., column : column + 2] |= pair[..., column, None]
+        alone = active & ~taken
+        first = pair | alone
+        first[..., last - 1] |= alone[
+            ..., last
+        ]  # the last column has no right neighbour: it is half of a pair with its left
+        first[..., last] = False
+        at = first.nonzero()
+        right = (*at[:4], at[4] + 1)
+        is_left, is_right = pair[at] | alone[at], pair[at] | alone[right]
+        groups, rows, sources, *_ = active.shape
+        both = [np.where(is_left, self.where(at), _NO_WEIGHT), np.where(is_right, self.where(right), _NO_WEIGHT)]
+        tap = (at[3], at[4])
+        if backwards:
+            both.reverse()
+            tap = (at[3], at[4] + 1)
+        order = np.arange(groups * sources)
+        return _Found(
+            at[0] * rows + at[1], at[0] * sources + at[2], tap, np.stack(both, axis=1), order, COLUMNS
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How entries read what a tile of pixels needs.
+
+    Attributes:
+        lanes: numbers of a vector.
+        pairs: entries are pairs.
+        is_stored: from the window, which holds what is multiplied; else from scratch.
+        room: bytes that a chunk of channels may take.
+    """
+
+    lanes: int
+    pairs: bool
+    is_stored: bool
+    room: int
+
+    def per_chunk(self, tile: Tile) -> int:
+        """Channels, or pairs of them, of a chunk."""
+        return max(1, self.room // (tile.pixels * self.lanes * 4))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Numbers from a place that entries read to the next, in scratch or in a window."""
+
+    row: int
+    plane: int
+    channel: int
+    is_scratch: bool
+
+    @classmethod
+    def of(cls, tile: Tile, window: Window, reads: Reads) -> _Steps:
+        if reads.is_stored:
+            return cls(window.pitch, window.plane, window.span, is_scratch=False)
+        lanes = reads.lanes
+        return cls(tile.planes * tile.wide * lanes, tile.wide * lanes, tile.pixels * lanes, is_scratch=True)
+
+
+def forward_entries(geometry: Geometry, weights: Weights, shape: ForwardShape, reads: Reads) -> Entries:
+    """The list of the forward pass."""
+    s, (down, right) = geometry.stride, geometry.dilation
+    steps = _Steps.of(shape.tile, shape.window, reads)
+    found = weights.found(pairs=reads.pairs, neighbours=s == 1 and right == 1)
+    column = found.tap[1] * right
+    offset = found.tap[0] * down * steps.row + column % s * steps.plane + column // s * reads.lanes
+    return _listed(found, offset, geometry.out_channels, steps, reads.per_chunk(shape.tile))
+
+
+def gradient_entries(geometry: Geometry, weights: Weights, shape: GradientShape, reads: Reads) -> tuple[Entries, ...]:
+    """The lists of the gradient of the input, by residue of its pixels."""
+    s, window = geometry.stride, shape.window
+    steps = _Steps.of(shape.tile, window, reads)
+    neighbours = s == 1 and geometry.dilation[1] == 1
+    found = weights.turned().found(pairs=reads.pairs, neighbours=neighbours, backwards=True)
+    away = np.full((2, s, max(geometry.kernel)), _NO_WEIGHT)  # by axis, residue, tap: what the offset is; or no weight
+    for axis, before in enumerate((window.above, window.lead)):
+        for tap, residue, distance in geometry.turned(axis):
+            away[axis, residue, tap] = distance + before
+    made = []
+    for residue in range(s * s):
+        down, right = away[0, residue // s][found.tap[0]], away[1, residue % s][found.tap[1]]
+        keep = (down >= 0) & (right >= 0)
+        some = found if keep.all() else _some(found, keep)
+        offset = down[keep] * steps.row + right[keep] * reads.lanes
+        made.append(_listed(some, offset, geometry.in_channels, steps, reads.per_chunk(shape.tile)))
+    return tuple(made)
+
+
+def weight_entries(geometry: Geometry, weights: Weights, window: Window, lanes: int, per_chunk: int) -> Entries:
+    """The list of the weights whose gradients are wanted.
 
     Args:
-        geometry: the convolution.
-        active: bool of the weight's shape [out, in / groups, kernel height, kernel width].
-        strides: the weight's, in elements.
-        source: layout of the input.
-        target: layout of the output.
-        chunk_bytes: of the source that one chunk of channels may read for a tile.
+        geometry, weights: the convolution.
+        window: of the source, see ``gradient_shape``.
+        lanes: numbers of a vector.
+        per_chunk: channels of a chunk.
     """
-    out, inner, kh, kw = active.nonzero(as_tuple=True)
-    index = out * strides[0] + inner * strides[1] + kh * strides[2] + kw * strides[3]
-    per_group = geometry.out_channels // geometry.groups
-    channel = inner + out // per_group * (geometry.in_channels // geometry.groups)
-    dh, dw = (kh * geometry.dilation[0] - geometry.padding[0], kw * geometry.dilation[1] - geometry.padding[1])
-
-    def entries(
-        rows: Tensor,
-        n_rows: int,
-        columns: Tensor,
-        down: Tensor,
-        right: Tensor,
-        read: Layout,
-        keep: Tensor | None,
-        origin: tuple[int, int],
-    ) -> Entries:
-        offset = columns * read.span + down * read.pitch + right * read.lanes
-        where = index
-        if keep is not None:
-            rows, columns, offset, where = rows[keep], columns[keep], offset[keep], index[keep]
-        assert not len(offset) or int(offset.abs().max()) <= _MOST, "layouts_of leaves values of this size alone"
-        most = max(1, chunk_bytes // (_tile_pixels(geometry) * read.lanes * 4))
-        chunks = max(1, -(-read.channels // most))
-        width = max(1, -(-read.channels // chunks))
-        key = columns // width * n_rows + rows
-        order = _sorted(key, chunks * n_rows)
-        start = torch.zeros(chunks * n_rows + 1, dtype=torch.int32)
-        start[1:] = torch.bincount(key, minlength=chunks * n_rows).cumsum(0)
-        where, offset = where[order].to(torch.int32), offset[order].to(torch.int32)
-        c = struct("Entries")(n_rows, chunks, start.data_ptr(), offset.data_ptr())
-        return Entries(where, start, offset, origin, c)
-
-    forward = entries(out, geometry.out_channels, channel, dh, dw, source, None, (0, 0))
-    backward, s = [], geometry.stride
-    for residue_h in range(s):
-        for residue_w in range(s):
-            down, right = residue_h - dh, residue_w - dw
-            keep = None if s == 1 else ((down % s == 0) & (right % s == 0)).nonzero(as_tuple=True)[0]
-            rows = geometry.in_channels
-            backward.append(entries(channel, rows, out, down // s, right // s, target, keep, (residue_h, residue_w)))
-    return WeightLists(forward, tuple(backward))
+    s = geometry.stride
+    found = weights.found(pairs=False, neighbours=False)
+    column = found.tap[1] * geometry.dilation[1]
+    offset = found.tap[0] * geometry.dilation[0] * window.pitch + column % s * window.plane + column // s * lanes
+    steps = _Steps(window.pitch, window.plane, window.span, is_scratch=False)
+    return _listed(found, offset, geometry.out_channels, steps, per_chunk, every_row=False)
 
 
-def _sorted(keys: Tensor, n: int) -> Tensor:
+def _some(found: _Found, keep: Bools) -> _Found:
+    tap = (found.tap[0][keep], found.tap[1][keep])
+    return _Found(found.row[keep], found.place[keep], tap, found.index[keep], found.order, found.pairing)
+
+
+def _listed(found: _Found, offset: Ints, n_rows: int, steps: _Steps, most: int, *, every_row: bool = True) -> Entries:
+    """The list of these entries.
+
+    Args:
+        found: sorted by row.
+        offset: where each reads, from the beginning of its channel.
+        n_rows: rows of the weight.
+        steps: from channel to channel.
+        most: channels, or pairs of them, of a chunk.
+        every_row: rows without an entry are there, too: they have something to write.
+    """
+    each = 2 if found.pairing == CHANNELS else 1
+    n_places = len(found.order) // each
+    chunks = max(1, -(-n_places // most))
+    width = max(1, -(-n_places // chunks))
+    chunk = found.place // width
+    key = chunk * n_rows + found.row
+    sorted_ = _sorted(key, chunks * n_rows)
+    key = key[sorted_]
+    is_new = np.ones(len(key), bool)
+    np.not_equal(key[1:], key[:-1], out=is_new[1:])
+    items = key[is_new]
+    if every_row:
+        has = np.zeros(n_rows, bool)
+        has[found.row] = True
+        items = np.sort(np.concatenate([items, np.flatnonzero(~has)]))
+    rows = items % n_rows
+    n_items = len(items)
+    first, last = np.full(n_rows, n_items), np.full(n_rows, -1)
+    first[rows[::-1]], last[rows] = np.arange(n_items)[::-1], np.arange(n_items)
+    number = np.arange(n_items)
+    flags = (first[rows] == number) * _FIRST + (last[rows] == number) * _LAST
+    item = np.stack([(rows << _FLAGS) + flags, np.searchsorted(key, items, side="right")], axis=1)
+    begins = np.searchsorted(items, np.arange(chunks + 1) * n_rows)
+    taken = np.minimum(np.arange(chunks + 1) * width, n_places) * each
+    place = found.place % width if steps.is_scratch else found.place
+    offset = (offset + place * steps.channel)[sorted_]
+    parts = tuple(np.ascontiguousarray(part, dtype=np.int32) for part in (begins, item, found.order, taken, offset))
+    index = np.ascontiguousarray(found.index[sorted_], dtype=np.int32)
+    at: list[Any] = [part.ctypes.data for part in parts]
+    return Entries(index, parts, struct("Entries")(n_rows, chunks, len(index), found.pairing, *at))
+
+
+def _sorted(keys: Ints, n: int) -> Ints:
     """Positions by their keys, which are below ``n``; equal ones keep their order."""
     # Of 16 bits NumPy's stable sort is by counting.
-    return torch.from_numpy(keys.numpy().astype(np.uint16 if n <= 1 << 16 else np.int64).argsort(kind="stable"))
+    return keys.astype(np.uint16 if n <= 1 << 16 else np.int64).argsort(kind="stable")
 
 
-def _tile_pixels(geometry: Geometry) -> int:
-    """Pixels of the source under a tile of eight pixels of the target."""
-    height = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
-    width = (geometry.kernel[1] - 1) * geometry.dilation[1] + 1
-    return height * (7 * geometry.stride + width)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+def offsets_fit(geometry: Geometry, source: Layout, target: Layout) -> bool:
+    """Are offsets into windows of these layouts of 32 bits?"""
+    rows = geometry.spans[0] + 8 * geometry.stride
+    numbers = max(layout.channels * (layout.width + 64) * layout.lanes for layout in (source, target))
+    return numbers * rows * 4 < 2**31

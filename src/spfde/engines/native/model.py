@@ -66,8 +66,8 @@ class NativeModel:
         self._numbers: FrozenNumbers | None = None
         self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
-        self._kernels, self._pool = kernels, Pool(kernels.dtype)
-        self._masks, self._weights = masks, PackedWeights(masks, dense_gradients)
+        self._kernels, self._pool = kernels, Pool()
+        self._masks, self._weights = masks, PackedWeights(masks, dense_gradients, kernels.vectors)
         self._sample = sample
         self._captures: list[Capture] = []  # the last used first
         self._n_captures = 0

@@ -5,20 +5,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spfde.engines.native.fusion import ConvStep
+from spfde.engines.native.geometry import Geometry, Vectors, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.lists import Entries, Geometry, WeightLists, build
+from spfde.engines.native.lists import Entries, Reads, Weights, forward_entries, gradient_entries, weight_entries
 
-# What a tile's part of a chunk of the source may take. The first-level cache (32 KiB or more) should hold it beside the
-# lists themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a
-# row of the weight something to do.
+# What a chunk of the scratch may take. The first-level cache (32 KiB or more) should hold it beside the lists
+# themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a row of
+# the weight something to do.
 _LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 150_000, 3_600
+# Of a window, what a tile of the gradient of the weight may read of a chunk.
+_WEIGHT_CHUNK = 40_000
 
 # Name, shape and strides of the convolution, layouts of the input and the output.
 _Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightLists:
+    """The lists of one convolution for one mask and one pair of layouts: forward, and back to the input by residue."""
+
+    forward: Entries
+    gradient: tuple[Entries, ...]
+    weight: Entries
 
 
 class PackedWeights:
@@ -27,15 +40,19 @@ class PackedWeights:
     Args:
         masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
+        vectors: what the kernels were compiled for.
 
     Attributes:
         version: another number whenever a mask is another one.
     """
 
     def __init__(
-        self, masks: Callable[[], Mapping[str, Tensor]], dense_gradients: Callable[[], frozenset[str]]
+        self,
+        masks: Callable[[], Mapping[str, Tensor]],
+        dense_gradients: Callable[[], frozenset[str]],
+        vectors: Vectors,
     ) -> None:
-        self._masks, self._dense_gradients = masks, dense_gradients
+        self._masks, self._dense_gradients, self.vectors = masks, dense_gradients, vectors
         self._built: dict[_Key, tuple[ConvStep, Tensor | None, WeightLists]] = {}
         self._dense: dict[_Key, Entries] = {}
         self._current: dict[str, Tensor] = {}
@@ -77,21 +94,33 @@ class PackedWeights:
     def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
         """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
         if f"{step.name}.weight" not in self._dense_gradients():
-            return self.lists_of(step, source, target).forward
+            return self.lists_of(step, source, target).weight
         key = _key(step, source, target)
         if key not in self._dense:
-            self._dense[key] = self._build(step, None, source, target).forward
+            self._dense[key] = self._build(step, None, source, target).weight
         return self._dense[key]
 
     def _build(self, step: ConvStep, mask: Tensor | None, source: Layout, target: Layout) -> WeightLists:
-        strides = step.module.weight.stride()
-        active = torch.ones_like(step.module.weight, dtype=torch.bool) if mask is None else mask
-        if active.dim() == 2:
+        strides, geometry, vectors = step.module.weight.stride(), step.geometry, self.vectors
+        active = np.ones(tuple(step.module.weight.shape), bool) if mask is None else mask.numpy()
+        if active.ndim == 2:
             active, strides = active[:, :, None, None], (*strides, 0, 0)
-        density = int(active.count_nonzero()) / active.numel()
+        density = np.count_nonzero(active) / active.size
         most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
-        chunk_bytes = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
-        return build(step.geometry, active, strides, source, target, chunk_bytes=chunk_bytes)
+        room = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
+        weights = Weights.of(geometry, active, strides)
+        half = source.dtype == torch.bfloat16
+        reads = Reads(vectors.lanes, pairs=half and vectors.pairs, is_stored=not half, room=room)
+        forward = forward_shape(geometry, source, target, vectors)
+        back = gradient_shape(geometry, source, target, vectors)
+        window = back.source
+        tile_bytes = ((back.weight[0] - 1) * geometry.stride + geometry.spans[0]) * window.span * source.itemsize
+        per_chunk = max(8, _WEIGHT_CHUNK // tile_bytes)
+        return WeightLists(
+            forward_entries(geometry, weights, forward, reads),
+            gradient_entries(geometry, weights, back, reads),
+            weight_entries(geometry, weights, window, vectors.lanes, per_chunk),
+        )
 
 
 def _key(step: ConvStep, source: Layout, target: Layout) -> _Key:

@@ -17,7 +17,7 @@ from spfde.engines.native.kernels import ROWS, Kernels, KernelTape
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.region_plan import RegionPlan
-from spfde.engines.native.schedule import TABLE, Schedule, Strides
+from spfde.engines.native.schedule import TABLE, Given, Schedule
 
 
 class Program:
@@ -40,7 +40,7 @@ class Program:
         plan, dtype = self.plan, self.kernels.dtype
         names = plan.region.inputs
         tensors = [self._as_tokens(tensor) for tensor in inputs]
-        tape = self._tape(Forward, [tensor.stride() for tensor in tensors])
+        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors])
         table = torch.empty(ROWS, plan.n_channels, dtype=dtype)
         given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(names, tensors, strict=True))}
         outputs = []
@@ -48,7 +48,8 @@ class Program:
             if name in given:  # an input that is passed on
                 outputs.append(inputs[names.index(name)].clone())
             else:
-                given[name] = torch.empty(plan.shape_of(name), dtype=dtype)
+                pooled = isinstance(plan.maker[name], GlobalPoolStep)
+                given[name] = torch.empty(plan.shape_of(name), dtype=dtype if pooled else plan.mode.storage)
                 outputs.append(given[name])
         return [*outputs, table, *tape.play(given, self.pool)]
 
@@ -59,16 +60,16 @@ class Program:
             gradients: of the region's outputs.
             saved: what ``forward`` returned after the outputs.
         """
-        plan, dtype = self.plan, self.kernels.dtype
+        plan = self.plan
         flowing = [self._flowing(name, d) for name, d in zip(plan.region.outputs, gradients, strict=True)]
         dense = self.weights.dense_among(plan.convolutions)
-        tape = self._tape(Backward, [None if d is None else d.stride() for d in flowing], dense)
+        tape = self._tape(Backward, [None if d is None else Given.of(d) for d in flowing], dense)
         kept = [TABLE, *(("kept", name) for name in plan.saved_names)]
         kept += [("choice", step.y) for step in plan.pools_with_choice]
         given: dict[Hashable, Tensor] = dict(zip(kept, saved, strict=True))
         given.update({("to", name): d for name, d in zip(plan.region.outputs, flowing, strict=True) if d is not None})
         found: list[Tensor | None] = []
-        for name, wants in zip(plan.region.inputs, plan.mode.wants, strict=True):
+        for name, dtype, wants in zip(plan.region.inputs, plan.mode.dtypes, plan.mode.wants, strict=True):
             if wants:
                 make = torch.empty if tape.is_given(("from", name)) else torch.zeros
                 given["from", name] = make(plan.shape_of(name), dtype=dtype)
@@ -84,15 +85,15 @@ class Program:
         """Give up the tapes; others are written when they are wanted."""
         self._tapes.clear()
 
-    def _tape(self, schedule: type[Schedule], strides: Sequence[Strides], *more: object) -> KernelTape:
+    def _tape(self, schedule: type[Schedule], coming: Sequence[Given | None], *more: object) -> KernelTape:
         """The tape of a pass, written anew where it would be another one now."""
         threads = torch.get_num_threads()
-        key = (threads, self.weights.version, *more, *strides)
+        key = (threads, self.weights.version, *more, *coming)
         written = self._tapes.get(schedule)
         if written is not None and written[0] == key and written[1].is_current:
             return written[1]
         tape = self.kernels.tape(threads)
-        tape.finish(schedule(self.plan, self.weights, tape).write(strides))
+        tape.finish(schedule(self.plan, self.weights, tape).write(coming))
         self._tapes[schedule] = key, tape
         return tape
 
@@ -105,5 +106,6 @@ class Program:
         if gradient is None or not self.plan.needs_grad[name]:
             return None
         if isinstance(self.plan.maker.get(name), GlobalPoolStep):
-            return gradient.reshape(gradient.shape[0], -1).contiguous()
-        return self._as_tokens(gradient.to(self.kernels.dtype))
+            return gradient.to(self.kernels.dtype).reshape(gradient.shape[0], -1).contiguous()
+        known = gradient.dtype in (self.kernels.dtype, self.plan.mode.storage)
+        return self._as_tokens(gradient if known else gradient.to(self.kernels.dtype))

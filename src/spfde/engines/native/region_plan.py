@@ -41,12 +41,16 @@ class Mode:
 
     Attributes:
         shapes: of the region's inputs, each [N, C, H, W].
+        dtypes: of the region's inputs.
+        storage: what values are stored as.
         wants: whether each input needs a gradient.
         trains: parameters that need a gradient, by identity; empty where gradients are off.
         batch_norms: norms that use the statistics of the batch, by identity.
     """
 
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    storage: torch.dtype
     wants: tuple[bool, ...]
     trains: frozenset[int]
     batch_norms: frozenset[int]
@@ -60,7 +64,6 @@ class RegionPlan:
         steps: from ``fuse``.
         mode: shapes and flags.
         lanes: images to a vector.
-        dtype: of the numbers.
 
     Attributes:
         layouts: of all values.
@@ -73,14 +76,15 @@ class RegionPlan:
         slices, n_channels: where the statistics of each normalising step lie, by its output, and how many there are.
         front, images_at_once: leading steps that run for some images at a time, and for how many.
         handed_on: values of the front that are read behind it.
+        made_by_readers: what pixelwise steps come to that convolutions make while they read it, with the one that also
+            stores it, by its output; None: nobody does.
+        first_readers: by value, the first step that a gradient comes back from.
         convolutions: names.
     """
 
-    def __init__(
-        self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int, dtype: torch.dtype
-    ) -> None:
-        self.region, self.steps, self.mode, self.dtype = region, tuple(steps), mode, dtype
-        self.layouts = layouts_of(region, steps, mode.shapes, lanes)
+    def __init__(self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int) -> None:
+        self.region, self.steps, self.mode = region, tuple(steps), mode
+        self.layouts = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
         self.needs_grad = self._needs_grad()
         self.parameters = parameters_of(steps)
         self._uses = Counter(value for step in self.steps for value in step.reads)
@@ -95,6 +99,10 @@ class RegionPlan:
         self.uses_after_front = self._count_uses(self.steps[len(self.front) :])
         made = [*region.inputs, *(step.y for step in self.front)]
         self.handed_on = tuple(name for name in made if self.front and self.uses_after_front[name])
+        self.made_by_readers = self._find_made_by_readers()
+        self.first_readers = {
+            value: step for step in reversed(self.steps) if self.needs_grad[step.y] for value in step.reads
+        }
         self.convolutions = tuple(step.name for step in self.steps if isinstance(step, ConvStep))
         self._layouts_of: dict[int, dict[str, Layout]] = {}
 
@@ -121,6 +129,10 @@ class RegionPlan:
 
     def trains(self, parameter: Tensor | None) -> bool:
         return parameter is not None and id(parameter) in self.mode.trains
+
+    def is_read_once(self, value: str) -> bool:
+        """Does one step of the region read the value, and nobody outside?"""
+        return self._uses[value] == 1
 
     def uses_batch(self, step: PointStep) -> bool:
         return step.norm is not None and id(step.norm) in self.mode.batch_norms
@@ -166,7 +178,7 @@ class RegionPlan:
         largest = max((self.layouts[name] for name in names), key=lambda layout: layout.group, default=None)
         if largest is None:
             return (), 0
-        groups = max(1, AT_ONCE_BYTES // (largest.group * self.dtype.itemsize))
+        groups = max(1, AT_ONCE_BYTES // (largest.group * largest.itemsize))
         return (front if groups < largest.groups else ()), groups * largest.lanes
 
     def _is_free(self, step: FusedStep) -> bool:
@@ -191,6 +203,28 @@ class RegionPlan:
         uses = Counter(value for step in steps for value in self.reads(step))
         uses.update(name for name in self.region.outputs if name in made)
         return uses
+
+    def _find_made_by_readers(self) -> dict[str, str | None]:
+        """What need not be stored by a pass of its own: its readers are convolutions, which can make it."""
+        readers: dict[str, list[ConvStep | None]] = {}  # in the order in which they run
+        for step in self.steps:
+            for value in self.reads(step):
+                runs = self.maker[step.x] if isinstance(step, PointStep) and step.x in self.fused else step
+                conv = runs if isinstance(runs, ConvStep) and runs.x == value else None
+                readers.setdefault(value, []).append(conv)
+        found: dict[str, str | None] = {}
+        for step in self.steps:
+            value = step.y
+            if not isinstance(step, PointStep) or step.x in self.fused or value in self.region.outputs:
+                continue
+            reading = readers.get(value, [])
+            if not reading or value in self.handed_on:
+                continue
+            if None not in reading and step.residual is None and value not in self.saved_names:
+                found[value] = None
+            elif (first := reading[0]) is not None and first.geometry.reads_every_row(self.layouts[value].height):
+                found[value] = first.y
+        return found
 
     def _can_recompute(self, value: str) -> bool:
         """Is the value one cheap pass from another that is kept?"""

@@ -47,15 +47,18 @@ class RegionRunner(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The region's outputs: a tensor, or a tuple for several."""
+        storage = self._kernels.dtype
         if torch.is_autocast_enabled("cpu"):
-            warnings.warn(
-                "The native engine computes in float32 under autocast: more digits than asked for, and no slower.",
-                stacklevel=2,
-            )
-            inputs = tuple(tensor.to(self._kernels.dtype) for tensor in inputs)
+            if storage == torch.float32 and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+                storage = torch.bfloat16
+            else:
+                asked = str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")
+                warnings.warn(f"The native engine computes in float32 under autocast to {asked}.", stacklevel=2)
+            taken = (self._kernels.dtype, storage)
+            inputs = tuple(tensor if tensor.dtype in taken else tensor.to(taken[0]) for tensor in inputs)
         try:
-            self._check(inputs)
-            program = None if self._is_denser_than_its_masks() else self._program(inputs)
+            self._check(inputs, storage)
+            program = None if self._is_denser_than_its_masks() else self._program(inputs, storage)
         except Unsupported as error:
             warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
             program = None
@@ -74,24 +77,25 @@ class RegionRunner(nn.Module):
         masks = ((step.module.weight, self._weights.mask_of(step)) for step in self._convolutions)
         return any(mask is not None and self._kernels.has_outside(weight, mask) for weight, mask in masks)
 
-    def _check(self, inputs: Sequence[Tensor]) -> None:
+    def _check(self, inputs: Sequence[Tensor], storage: torch.dtype) -> None:
         for tensor in inputs:
             if not (tensor.dim() >= 2 if self._region.is_tokens else tensor.dim() == 4):
                 raise Unsupported(f"got {tensor.dim()} dimensions")
-        for tensor in (*inputs, *self._own):
-            if tensor.dtype != self._kernels.dtype or tensor.device.type != "cpu":
+        single = self._kernels.dtype
+        for tensor, taken in [*((one, (single, storage)) for one in inputs), *((one, (single,)) for one in self._own)]:
+            if tensor.dtype not in taken or tensor.device.type != "cpu":
                 raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
         for tensor in self._own:
             # The kernels read a bias, and what belongs to a norm, from the first number on.
             if tensor.dim() == 1 and not tensor.is_contiguous():
                 raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
 
-    def _program(self, inputs: Sequence[Tensor]) -> Program:
+    def _program(self, inputs: Sequence[Tensor], storage: torch.dtype) -> Program:
         self._follow_masks()
-        mode = self._mode(inputs)
+        mode = self._mode(inputs, storage)
         if mode not in self._programs:
             kernels = self._kernels
-            plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes, dtype=kernels.dtype)
+            plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes)
             if any(count <= 1 and norm.training for norm, _, count in plan.norms):
                 raise Unsupported("normalises by a batch of one number")
             self._programs[mode] = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
@@ -107,10 +111,12 @@ class RegionRunner(nn.Module):
             for program in self._programs.values():
                 program.forget()
 
-    def _mode(self, inputs: Sequence[Tensor]) -> Mode:
+    def _mode(self, inputs: Sequence[Tensor], storage: torch.dtype) -> Mode:
         with_gradients = torch.is_grad_enabled()
         return Mode(
             tuple(tuple(tensor.shape) for tensor in inputs),
+            tuple(tensor.dtype for tensor in inputs),
+            storage,
             tuple(with_gradients and tensor.requires_grad for tensor in inputs),
             frozenset(id(p) for p in self._trainable if with_gradients and p.requires_grad),
             frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from spfde.engines.native.fusion import PointStep
 from spfde.engines.native.kernels import KernelTape
@@ -13,7 +17,17 @@ from spfde.engines.native.tape import Buffer, Place
 
 TABLE = "table of norms"  # under which a tape is given it; no value has such a name
 
-Strides = tuple[int, ...] | None  # of a tensor; None where there is none
+
+@dataclass(frozen=True)
+class Given:
+    """How a tensor lies that a tape is given."""
+
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Given:
+        return cls(tensor.stride(), tensor.dtype)
 
 
 class Schedule(ABC):
@@ -29,11 +43,11 @@ class Schedule(ABC):
         self.plan, self.weights, self.tape = plan, weights, tape
 
     @abstractmethod
-    def write(self, strides: Sequence[Strides]) -> Sequence[Place]:
+    def write(self, coming: Sequence[Given | None]) -> Sequence[Place]:
         """Write everything down.
 
         Args:
-            strides: of what comes in: the region's inputs, or the gradients of its outputs.
+            coming: the region's inputs, or the gradients of its outputs; None: not there.
 
         Returns:
             buffers that are wanted afterwards.
@@ -49,17 +63,18 @@ class Schedule(ABC):
         """The same for several rows; None for no norm."""
         return [None if step.norm is None else self.in_table(row, step) for row in rows]
 
-    def pack(self, tensor: Place, strides: Sequence[int], buffer: Buffer) -> None:
+    def pack(self, tensor: Place, given: Given, buffer: Buffer) -> None:
         """Fill a buffer from a tensor."""
         if self.plan.region.is_tokens:
-            self.tape.copy_tokens("pack", tensor, self.plan.n_tokens, buffer)
+            self.tape.copy_tokens("pack", tensor, given.dtype, self.plan.n_tokens, buffer)
         else:
-            self.tape.copy("pack", tensor, strides, buffer)
+            self.tape.copy("pack", tensor, given.dtype, given.strides, buffer)
 
-    def unpack(self, buffer: Buffer, tensor: Place) -> None:
+    def unpack(self, buffer: Buffer, tensor: Place, dtype: torch.dtype) -> None:
         """Fill a contiguous tensor from a buffer."""
         if self.plan.region.is_tokens:
-            self.tape.copy_tokens("unpack", tensor, self.plan.n_tokens, buffer)
+            self.tape.copy_tokens("unpack", tensor, dtype, self.plan.n_tokens, buffer)
         else:
             channels, plane = buffer.layout.channels, buffer.layout.height * buffer.layout.width
-            self.tape.copy("unpack", tensor, (channels * plane, plane, buffer.layout.width, 1), buffer)
+            strides = (channels * plane, plane, buffer.layout.width, 1)
+            self.tape.copy("unpack", tensor, dtype, strides, buffer)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class Tape:
         return key in self._given
 
     def take(self, layout: Layout) -> Buffer:
-        """A buffer of this layout; pixels hold anything, all else is zero."""
+        """A buffer of this layout, which holds anything."""
         slot, lease = self._take(layout)
         return Buffer(slot, lease=lease, layout=layout)
 
@@ -102,11 +103,15 @@ class Tape:
 
     def numbers_after(self, place: Place, n: int) -> Place:
         """The place so many numbers further on."""
-        return Place(place.slot, place.offset + n * self.dtype.itemsize, place.lease)
+        return self.bytes_after(place, n * self.dtype.itemsize)
+
+    def bytes_after(self, place: Place, n: int) -> Place:
+        """The place so many bytes further on."""
+        return Place(place.slot, place.offset + n, place.lease)
 
     def groups_of(self, buffer: Buffer, start: int, layout: Layout) -> Buffer:
         """The groups of images in a buffer from image ``start`` on, as many as ``layout`` has."""
-        offset = buffer.offset + start // layout.lanes * layout.group * self.dtype.itemsize
+        offset = buffer.offset + start // layout.lanes * layout.group * layout.itemsize
         return replace(buffer, offset=offset, layout=layout)
 
     def _take(self, piece: Piece) -> tuple[int, _Lease]:
@@ -130,21 +135,30 @@ class Tape:
         Args:
             kernel: its name in the library.
             job: name of the structure that it is told.
-            values: of the fields. In the place of a pointer a Place, or a tensor that stays where it is.
+            values: of the fields. In the place of a pointer a Place, or a tensor that stays where it is; in that of a
+                structure a tuple of its values.
         """
-        at, job_type = len(self._jobs), struct(job)
+        at = len(self._jobs)
+        self._jobs += bytes(self._filled(struct(job), values, at))
+        self._calls.append((ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p).value or 0, at))
+
+    def _filled(self, kind: Any, values: Sequence[object], at: int) -> ctypes.Structure:
+        """The structure with these values, as it will stand at byte ``at`` of the jobs."""
         fields: list[object] = []
-        for (name, *_), value in zip(job_type._fields_, values, strict=True):
+        for (name, field, *_), value in zip(kind._fields_, values, strict=True):
+            here = at + getattr(kind, name).offset
             if isinstance(value, Place):
-                self._patches.append((at + getattr(job_type, name).offset, value.slot, value.offset))
+                self._patches.append((here, value.slot, value.offset))
                 fields.append(None)
             elif isinstance(value, Tensor):
                 fields.append(value.data_ptr())
                 self._tensors[id(value)] = (value, value.data_ptr(), value.stride())
+            elif isinstance(value, tuple):
+                fields.append(self._filled(field, value, here))
             else:
                 fields.append(value)
-        self._jobs += bytes(job_type(*fields))
-        self._calls.append((ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p).value or 0, at))
+        made: ctypes.Structure = kind(*fields)
+        return made
 
     def hold(self, what: object) -> None:
         """Something whose address is written down as a number; it must live as long as the tape."""

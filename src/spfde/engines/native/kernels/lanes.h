@@ -3,10 +3,8 @@
 // A batch of images is cut into groups of LANES; a pixel of a group is one vector, one lane an image. Thus every kernel
 // works on whole vectors whatever the width of the image, and a weight meets LANES images at once.
 //
-// Group after group, row after row, and in a row channel after channel, pixel after pixel: what a tile of pixels reads of all
-// channels lies close together. A channel's part of a row ends in `halo` zero pixels and a group in `halo` zero rows, and
-// as many zeros stand before the first group. The pixel left of a part is the end of the one before it, and the row
-// above a group the end of the group before it: one halo serves both sides.
+// Group after group, row after row, and in a row channel after channel, pixel after pixel: the rows that a thread works
+// through are one piece of memory. Zeros around an image are in no memory but a thread's window (window.h).
 //
 // Kernels cut groups and rows among the threads in the same way, in order (pooling and packing: groups and channels). So
 // a thread reads what it wrote itself: two cores need not share a cache, and what travels between their caches costs more
@@ -34,12 +32,15 @@
 #define SPFDE_UNROLL _Pragma("unroll")
 #endif
 
+// Of a function, and of a lambda: it is put where it is called, so that what it works on stays in registers.
+#define SPFDE_INLINE inline SPFDE_HERE
+#define SPFDE_HERE __attribute__((always_inline))
 #define SPFDE_EXPORT extern "C" __attribute__((visibility("default")))
 
 using real = SPFDE_REAL;
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 32;
+constexpr int LANES = 16, REGISTERS = SPFDE_SINGLE ? 32 : 16;
 #else
 constexpr int LANES = 8, REGISTERS = 16;  // NEON has 32 of half the size
 #endif
@@ -48,10 +49,6 @@ typedef real vec __attribute__((vector_size(LANES * sizeof(real)), may_alias));
 
 static inline vec load(const real* p) { return *reinterpret_cast<const vec*>(p); }
 static inline void store(real* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
-// PyTorch's memory is aligned to its numbers only.
-typedef real vec_anywhere __attribute__((vector_size(LANES * sizeof(real)), may_alias, aligned(sizeof(real))));
-static inline vec load_anywhere(const real* p) { return *reinterpret_cast<const vec_anywhere*>(p); }
-static inline void store_anywhere(real* p, vec v) { *reinterpret_cast<vec_anywhere*>(p) = v; }
 // The first place for a vector at or after p.
 static inline real* aligned(real* p) {
   const uintptr_t size = LANES * sizeof(real);
@@ -122,16 +119,14 @@ static inline vec normal_cdf(vec x, vec) {
 #endif
 
 struct Blocked {
-  int64_t groups, channels, height, width, halo, batch;
-  int64_t span;  // reals from a channel to the next
+  int64_t groups, channels, height, width, batch;
 
-  int64_t pitch() const { return channels * span; }
-  int64_t lead() const { return halo * pitch() + halo * LANES; }
-  int64_t group() const { return (height + halo) * pitch(); }
-  // Where pixel (0, 0) of a channel lies, in reals from the start of the buffer.
-  int64_t origin(int64_t g, int64_t c) const { return lead() + g * group() + c * span; }
+  // In numbers: from a channel to the next, from a row to the next, from a group to the next.
+  int64_t span() const { return width * LANES; }
+  int64_t pitch() const { return channels * span(); }
+  int64_t group() const { return height * pitch(); }
   // Where a row of a channel begins.
-  int64_t at(int64_t g, int64_t c, int64_t h) const { return origin(g, c) + h * pitch(); }
+  int64_t at(int64_t g, int64_t c, int64_t h) const { return g * group() + h * pitch() + c * span(); }
   // Ones in the lanes that hold an image: the last group may be short.
   vec valid(int64_t g) const {
     vec mask{};

@@ -1,49 +1,65 @@
 // The way into the blocked layout and out of it, and from a weight to its active entries and back.
 #pragma once
 
-#include "lanes.h"
+#include <algorithm>
+
+#include "storage.h"
 
 // From a PyTorch tensor (N, C, H, W) with any strides, in elements, and back.
 struct PackJob {
-  real* tensor;
+  void* tensor;
+  int64_t half;  // whether its numbers are bf16
   int64_t strides[4];
-  real* blocked;
+  void* blocked;
   Blocked layout;
   int64_t threads;
 };
 
-// each(s, t, lanes) for every pixel of a group: s is its first image's in the tensor, t its vector.
+// each(s, t, lanes) for every pixel of a group: s is where its first image's lies in the tensor, t where its vector does.
 template <class Each>
 static inline void each_vector(const PackJob& job, const Each& each) {
-  const Blocked blocked = job.layout;
+  const Blocked& blocked = job.layout;
   const int64_t* strides = job.strides;
   each_plane(blocked, job.threads, [&](int64_t g, int64_t c) {
     const int64_t lanes = blocked.images(g);
     for (int64_t h = 0; h < blocked.height; h++) {
-      real* s = job.tensor + g * LANES * strides[0] + c * strides[1] + h * strides[2];
-      real* t = job.blocked + blocked.at(g, c, h);
+      int64_t s = g * LANES * strides[0] + c * strides[1] + h * strides[2], t = blocked.at(g, c, h);
       for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes);
     }
   });
 }
 
-SPFDE_EXPORT void spfde_pack(const void* data) {
-  const auto* job = static_cast<const PackJob*>(data);
-  const int64_t stride = job->strides[0];
-  each_vector(*job, [stride](const real* s, real* t, int64_t lanes) {
-    vec v{};
-    for (int64_t lane = 0; lane < lanes; lane++) v[lane] = s[lane * stride];
-    store(t, v);
-  });
+// call(pointer) with a tensor as what it holds.
+template <class Call>
+static inline void with_type(void* tensor, int64_t half, const Call& call) {
+#if SPFDE_HALF
+  if (half) return call(static_cast<bf16*>(tensor));
+#endif
+  (void)half;
+  call(static_cast<real*>(tensor));
 }
 
-SPFDE_EXPORT void spfde_unpack(const void* data) {
-  const auto* job = static_cast<const PackJob*>(data);
-  const int64_t stride = job->strides[0];
-  each_vector(*job, [stride](real* s, const real* t, int64_t lanes) {
-    for (int64_t lane = 0; lane < lanes; lane++) s[lane * stride] = t[lane];
+template <class T>
+static void pack(const PackJob& job) {
+  with_type(job.tensor, job.half, [&](auto* tensor) {
+    each_vector(job, [&](int64_t s, int64_t t, int64_t lanes) {
+      vec v{};
+      for (int64_t lane = 0; lane < lanes; lane++) v[lane] = number(tensor[s + lane * job.strides[0]]);
+      store(out<T>(job.blocked) + t, v);
+    });
   });
 }
+SPFDE_KERNEL(pack, PackJob)
+
+template <class T>
+static void unpack(const PackJob& job) {
+  with_type(job.tensor, job.half, [&](auto* tensor) {
+    each_vector(job, [&](int64_t s, int64_t t, int64_t lanes) {
+      for (int64_t lane = 0; lane < lanes; lane++) put(tensor + s + lane * job.strides[0], number(in<T>(job.blocked)[t + lane]));
+    });
+  });
+}
+SPFDE_KERNEL(unpack, PackJob)
 
 // LANES vectors as the rows of a square matrix, turned: halves of pairs are exchanged at distances 1, 2, 4, …
 template <int STEP>
@@ -66,11 +82,12 @@ static inline void turn(vec* rows) {
 }
 
 // Tokens [tokens, channels], contiguous, into groups of width * LANES of them, and back: token t is column
-// t / LANES % width and lane t % LANES of its group. Without a halo a channel's part of a group is one piece.
+// t / LANES % width and lane t % LANES of its group.
 struct TokensJob {
-  real* tokens;
+  void* tokens;
+  int64_t half;  // whether its numbers are bf16
   int64_t n;
-  real* blocked;
+  void* blocked;
   Blocked layout;
   int64_t threads;
 };
@@ -79,14 +96,13 @@ struct TokensJob {
 // s is where they begin among the tokens, t in the layout.
 template <class Square, class Column>
 static inline void each_square(const TokensJob& job, const Square& square, const Column& column) {
-  const Blocked layout = job.layout;
-  const int64_t channels = layout.channels, each = layout.span;
+  const Blocked& layout = job.layout;
+  const int64_t channels = layout.channels, each = layout.span();
 #pragma omp parallel for schedule(static) num_threads(job.threads)
   for (int64_t g = 0; g < layout.groups; g++) {
     for (int64_t i = 0; i < each; i += LANES) {
       const int64_t first = g * each + i, left = job.n - first, have = left < 0 ? 0 : left < LANES ? left : LANES;
-      real* token = job.tokens + first * channels;
-      real* t = job.blocked + layout.origin(g, 0) + i;
+      const int64_t token = first * channels, t = layout.at(g, 0, 0) + i;
       int64_t c = 0;
       if (have == LANES) {
         for (; c + LANES <= channels; c += LANES) square(token + c, t + c * each);
@@ -96,68 +112,84 @@ static inline void each_square(const TokensJob& job, const Square& square, const
   }
 }
 
-SPFDE_EXPORT void spfde_pack_tokens(const void* data) {
-  const auto* job = static_cast<const TokensJob*>(data);
-  const int64_t channels = job->layout.channels, span = job->layout.span;
-  const auto square = [=](const real* s, real* t) {
-    vec rows[LANES];
-    SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load_anywhere(s + k * channels);
-    turn(rows);
-    SPFDE_UNROLL for (int k = 0; k < LANES; k++) store(t + k * span, rows[k]);
-  };
-  each_square(*job, square, [=](const real* s, real* t, int64_t have) {
-    vec v{};
-    for (int64_t lane = 0; lane < have; lane++) v[lane] = s[lane * channels];
-    store(t, v);
+template <class T>
+static void pack_tokens(const TokensJob& job) {
+  const int64_t channels = job.layout.channels, span = job.layout.span();
+  T* blocked = out<T>(job.blocked);
+  with_type(job.tokens, job.half, [&](auto* tokens) {
+    const auto square = [&](int64_t s, int64_t t) {
+      vec rows[LANES];
+      SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load_anywhere(tokens + s + k * channels);
+      turn(rows);
+      SPFDE_UNROLL for (int k = 0; k < LANES; k++) store(blocked + t + k * span, rows[k]);
+    };
+    each_square(job, square, [&](int64_t s, int64_t t, int64_t have) {
+      vec v{};
+      for (int64_t lane = 0; lane < have; lane++) v[lane] = number(tokens[s + lane * channels]);
+      store(blocked + t, v);
+    });
   });
 }
+SPFDE_KERNEL(pack_tokens, TokensJob)
 
-SPFDE_EXPORT void spfde_unpack_tokens(const void* data) {
-  const auto* job = static_cast<const TokensJob*>(data);
-  const int64_t channels = job->layout.channels, span = job->layout.span;
-  const auto square = [=](real* s, const real* t) {
-    vec rows[LANES];
-    SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load(t + k * span);
-    turn(rows);
-    SPFDE_UNROLL for (int k = 0; k < LANES; k++) store_anywhere(s + k * channels, rows[k]);
-  };
-  each_square(*job, square, [=](real* s, const real* t, int64_t have) {
-    for (int64_t lane = 0; lane < have; lane++) s[lane * channels] = t[lane];
+template <class T>
+static void unpack_tokens(const TokensJob& job) {
+  const int64_t channels = job.layout.channels, span = job.layout.span();
+  const T* blocked = in<T>(job.blocked);
+  with_type(job.tokens, job.half, [&](auto* tokens) {
+    const auto square = [&](int64_t s, int64_t t) {
+      vec rows[LANES];
+      SPFDE_UNROLL for (int k = 0; k < LANES; k++) rows[k] = load(blocked + t + k * span);
+      turn(rows);
+      SPFDE_UNROLL for (int k = 0; k < LANES; k++) store_anywhere(tokens + s + k * channels, rows[k]);
+    };
+    each_square(job, square, [&](int64_t s, int64_t t, int64_t have) {
+      for (int64_t lane = 0; lane < have; lane++) put(tokens + s + lane * channels, number(blocked[t + lane]));
+    });
   });
 }
+SPFDE_KERNEL(unpack_tokens, TokensJob)
 
-// values[k] = weights[index[k]], and back: added, or put there.
-struct IndexJob {
-  real* weights;
+// values[k] = weights[index[k]]; of pairs, two of them in bf16, of which the second or the first may be none (-1).
+struct GatherJob {
+  const real* weights;
   const int32_t* index;
   int64_t n;
   real* values;
-  int64_t accumulate, threads;
+  int64_t pairs, threads;
 };
+
+// LANES pairs of which n are there. Without a branch: which of the two is none cannot be foreseen.
+#if SPFDE_HALF
+static inline void gather_pairs(const real* weights, const int32_t* index, int64_t n, real* values) {
+  words half[2];
+  for (int which = 0; which < 2; which++) {
+    uint32_t bits[LANES] = {};
+    for (int64_t k = 0; k < n; k++) {
+      const int32_t at = index[2 * k + which];
+      std::memcpy(bits + k, weights + std::max(at, 0), sizeof(*bits));
+      bits[k] &= ~uint32_t(at >> 31);
+    }
+    vec v;
+    std::memcpy(&v, bits, sizeof(v));
+    half[which] = __builtin_convertvector(rounded(v), words);
+  }
+  const words both = half[0] | half[1] << 16;
+  std::memcpy(values, &both, size_t(n) * sizeof(real));
+}
+#endif
 
 SPFDE_EXPORT void spfde_gather(const void* data) {
-  const auto* job = static_cast<const IndexJob*>(data);
+  const auto* job = static_cast<const GatherJob*>(data);
+#if SPFDE_HALF
+  if (job->pairs) {
+#pragma omp parallel for schedule(static) num_threads(job->threads)
+    for (int64_t k = 0; k < job->n; k += LANES) {
+      gather_pairs(job->weights, job->index + 2 * k, std::min<int64_t>(LANES, job->n - k), job->values + k);
+    }
+    return;
+  }
+#endif
 #pragma omp parallel for schedule(static) num_threads(job->threads)
   for (int64_t k = 0; k < job->n; k++) job->values[k] = job->weights[job->index[k]];
-}
-
-SPFDE_EXPORT void spfde_scatter(const void* data) {
-  const auto* job = static_cast<const IndexJob*>(data);
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t k = 0; k < job->n; k++) {
-    real* at = job->weights + job->index[k];
-    *at = job->accumulate ? *at + job->values[k] : job->values[k];
-  }
-}
-
-// target += source, of n numbers.
-struct AccumulateJob {
-  const real* source;
-  real* target;
-  int64_t n;
-};
-
-SPFDE_EXPORT void spfde_accumulate(const void* data) {
-  const auto* job = static_cast<const AccumulateJob*>(data);
-  for (int64_t k = 0; k < job->n; k++) job->target[k] += job->source[k];
 }

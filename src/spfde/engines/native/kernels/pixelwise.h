@@ -1,10 +1,10 @@
-// What happens to each pixel of each channel: normalisation, activation, addition.
+// What happens to each pixel of each channel where no convolution does it on its way: normalisation, activation, addition.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "gradient.h"
 
 // A table of norms has five rows: mean, variance, 1 / sqrt(variance + eps), and the scale and shift that these and the
 // norm's own weight and bias come to.
@@ -35,65 +35,51 @@ SPFDE_EXPORT void spfde_constants(const void* data) {
   }
 }
 
-// target = activation(source * scale + shift + residual); halos and empty lanes stay zero.
+// target = what the source comes to; empty lanes stay zero.
 struct ApplyJob {
-  const real* source;
-  real* target;
-  Blocked from, to;
-  const real* scale;  // [channels] or null
-  const real* shift;  // [channels] or null
-  const real* residual;
-  Blocked residual_layout;
-  int64_t activation, threads;
+  Source source;
+  void* target;
+  int64_t threads;
 };
 
-SPFDE_EXPORT void spfde_apply(const void* data) {
-  const auto* job = static_cast<const ApplyJob*>(data);
-  const Blocked from = job->from, to = job->to, other = job->residual_layout;
-  const int64_t lines = from.groups * from.height, act = job->activation;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t line = 0; line < lines; line++) {
-    const int64_t g = line / from.height, h = line % from.height;
-    const vec valid = from.valid(g);
-    const bool is_short = from.is_short(g);
-    for (int64_t c = 0; c < from.channels; c++) {
-      const vec scale = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
-      const real* y = job->source + from.at(g, c, h);
-      const real* r = job->residual ? job->residual + other.at(g, c, h) : nullptr;
-      real* z = job->target + to.at(g, c, h);
-      for (int64_t i = 0; i < from.width * LANES; i += LANES) {
-        vec u = load(y + i) * scale + shift;
-        if (r) u += load(r + i);
-        u = activate(u, act);
-        if (is_short) u = valid != vec{} ? u : vec{};
-        store(z + i, u);
-      }
-    }
+template <class T>
+static void apply(const ApplyJob& job) {
+  const Source& x = job.source;
+  const Blocked& layout = x.layout;
+  const Window line{1, layout.pitch(), layout.span(), 0, 0, 0, 1};  // a row of the target is a window without zeros
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t index = 0; index < layout.groups * layout.height; index++) {
+    const int64_t g = index / layout.height, h = index % layout.height;
+    fill(x, line, g, h, false, out<T>(job.target) + layout.at(g, 0, h));
   }
 }
+SPFDE_KERNEL(apply, ApplyJob)
 
-// The way back through z = activation(y * scale + shift + residual), where scale and shift come from the batch (`batch`)
-// or are constants. d = gradient * slope. With `keep` d is written back to `gradient`: it is what the residual gets.
+// target = the gradient, or += it.
 struct ApplyBackwardJob {
-  real* gradient;  // of z
-  const real* y;
-  const real* z;   // with a residual: the slope is read off the output (ReLU and ReLU6 only); else null
-  real* out;       // gradient of y, or null; may be `gradient` itself unless `keep`
-  Blocked gradient_layout, y_layout, z_layout, out_layout;
-  const real* scale;
-  const real* shift;
-  const real* mean;     // [channels], with `batch`
-  const real* inverse;  // [channels], 1 / sqrt(variance + eps)
-  real* scale_gradient;  // [channels]: sum of d * (y - mean) * inverse; or null
-  real* shift_gradient;  // [channels]: sum of d; or null
-  int64_t activation, batch, keep, threads;
+  Slope gradient;
+  void* target;
+  int64_t accumulate, threads;
 };
 
-static inline vec slope_gradient(const ApplyBackwardJob& job, vec d, const real* y, const real* z, vec scale, vec shift) {
-  if (job.activation == NONE) return d;
-  const vec u = z ? load(z) : load(y) * scale + shift;
-  return activate_backward(d, u, job.activation);
+template <class T>
+static void apply_backward(const ApplyBackwardJob& job) {
+  const Blocked& layout = job.gradient.layout;
+  const Window line{1, layout.pitch(), layout.span(), 0, 0, 0, 1};
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t index = 0; index < layout.groups * layout.height; index++) {
+    const int64_t g = index / layout.height, h = index % layout.height;
+    T* row = out<T>(job.target) + layout.at(g, 0, h);
+    if (!job.accumulate) {
+      fill_gradient(job.gradient, line, g, h, row, nullptr);
+      continue;
+    }
+    T* made = reinterpret_cast<T*>(workspace(sizeof(T) * size_t(layout.pitch())));
+    fill_gradient(job.gradient, line, g, h, made, nullptr);
+    for (int64_t i = 0; i < layout.pitch(); i += LANES) store(row + i, load(row + i) + load(made + i));
+  }
 }
+SPFDE_KERNEL(apply_backward, ApplyBackwardJob)
 
 // Two sums of each channel, taken line by line: a line of all channels is one piece of memory. Each part of the lines is
 // some thread's, and what a line adds to is vectors of a group, put together in double precision.
@@ -140,111 +126,87 @@ struct ChannelSums {
   }
 };
 
-SPFDE_EXPORT void spfde_apply_backward(const void* data) {
-  const auto* job = static_cast<const ApplyBackwardJob*>(data);
-  const Blocked dl = job->gradient_layout, yl = job->y_layout, zl = job->z_layout, ol = job->out_layout;
-  const int64_t channels = yl.channels, width = yl.width * LANES;
-  const double count = double(yl.batch) * double(yl.height) * double(yl.width);
-  ChannelSums sums(yl, job->threads);
-  if (job->scale_gradient || job->shift_gradient || job->batch || job->keep) {
-    sums.take([&](int64_t g, int64_t c, int64_t h, vec& sum, vec& dot) {
-      const vec scale = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
-      const real mean = job->mean ? job->mean[c] : real(0);
-      real* d = job->gradient + dl.at(g, c, h);
-      const real* y = job->y + yl.at(g, c, h);
-      const real* z = job->z ? job->z + zl.at(g, c, h) : nullptr;
-      for (int64_t i = 0; i < width; i += LANES) {
-        const vec t = slope_gradient(*job, load(d + i), y + i, z ? z + i : nullptr, scale, shift);
-        if (job->keep) store(d + i, t);
-        sum += t;
-        dot += t * (load(y + i) - mean);
-      }
-    });
-  }
-  // dy = scale * (d - mean of d - normalised y * mean of (d * normalised y)), as k1 * d + k2 * (y - mean) + k3.
-  std::vector<real> constants(size_t(2 * channels));
-  for (int64_t c = 0; c < channels; c++) {
-    const double total = sums.sum(0, c), product = sums.sum(1, c), inverse = job->inverse ? double(job->inverse[c]) : 1.0;
-    if (job->shift_gradient) job->shift_gradient[c] = real(total);
-    if (job->scale_gradient) job->scale_gradient[c] = real(product * inverse);
-    const double a = job->scale ? double(job->scale[c]) : 1.0;
-    constants[size_t(2 * c)] = real(-a * inverse * inverse * product / count);
-    constants[size_t(2 * c + 1)] = real(-a * total / count);
-  }
-  if (!job->out) return;
-#pragma omp parallel for schedule(static, 1) num_threads(sums.parts)
-  for (int64_t part = 0; part < sums.parts; part++) {
-    // From the last line to the first: the last ones are still in the cache.
-    for (int64_t line = sums.start(part + 1) - 1; line >= sums.start(part); line--) {
-      const int64_t g = line / yl.height, h = line % yl.height;
-      const vec valid = yl.valid(g);
-      const bool is_short = yl.is_short(g);
-      for (int64_t c = 0; c < channels; c++) {
-        const vec k1 = spread(job->scale ? job->scale[c] : real(1)), shift = spread(job->shift ? job->shift[c] : real(0));
-        const vec k2 = spread(constants[size_t(2 * c)]), k3 = spread(constants[size_t(2 * c + 1)]);
-        const real mean = job->mean ? job->mean[c] : real(0);
-        const real* d = job->gradient + dl.at(g, c, h);
-        const real* y = job->y + yl.at(g, c, h);
-        const real* z = job->z ? job->z + zl.at(g, c, h) : nullptr;
-        real* out = job->out + ol.at(g, c, h);
-        for (int64_t i = 0; i < width; i += LANES) {
-          vec t = load(d + i);
-          if (!job->keep) t = slope_gradient(*job, t, y + i, z ? z + i : nullptr, k1, shift);
-          t = k1 * t;
-          if (job->batch) t += k2 * (load(y + i) - mean) + k3;
-          if (is_short) t = valid != vec{} ? t : vec{};
-          store(out + i, t);
-        }
-      }
-    }
-  }
-}
-
-// target += source, or = source.
-struct AddJob {
-  const real* source;
-  real* target;
-  Blocked from, to;
-  int64_t accumulate, threads;
+// The sums that a normalisation needs of a gradient, where no convolution has taken them.
+struct NormSumsJob {
+  const void* d;
+  Blocked layout;
+  NormSums norm;
+  int64_t threads;
 };
 
-SPFDE_EXPORT void spfde_add(const void* data) {
-  const auto* job = static_cast<const AddJob*>(data);
-  const Blocked from = job->from, to = job->to;
-  const int64_t lines = from.groups * from.height;
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t line = 0; line < lines; line++) {
-    const int64_t g = line / from.height, h = line % from.height;
-    for (int64_t c = 0; c < from.channels; c++) {
-      const real* s = job->source + from.at(g, c, h);
-      real* t = job->target + to.at(g, c, h);
-      for (int64_t i = 0; i < from.width * LANES; i += LANES) {
-        store(t + i, job->accumulate ? load(t + i) + load(s + i) : load(s + i));
-      }
+template <class T>
+static void norm_sums(const NormSumsJob& job) {
+  const Blocked& layout = job.layout;
+  const NormSums& norm = job.norm;
+  ChannelSums sums(layout, job.threads);
+  sums.take([&](int64_t g, int64_t c, int64_t h, vec& sum, vec& dot) {
+    const vec scale = spread(norm.scale ? norm.scale[c] : real(1)), shift = spread(norm.shift ? norm.shift[c] : real(0));
+    const real mean = norm.mean ? norm.mean[c] : real(0);
+    const int64_t at = layout.at(g, c, h);
+    for (int64_t i = at; i < at + layout.span(); i += LANES) {
+      const vec y = load(in<T>(norm.y) + i);
+      const vec u = norm.z ? load(in<T>(norm.z) + i) : y * scale + shift;
+      const vec t = activate_backward(load(in<T>(job.d) + i), u, norm.activation);
+      sum += t;
+      dot += t * (y - mean);
     }
+  });
+  std::copy(sums.totals.begin(), sums.totals.end(), norm.sums);
+}
+SPFDE_KERNEL(norm_sums, NormSumsJob)
+
+// From the sums: gradients of the norm's weight and bias, and with `batch` what the gradient of y is made of (Slope).
+struct NormGradientJob {
+  const double* sums;  // [threads][2][channels]
+  const real* table;   // of norms, at the norm's first channel
+  int64_t row, channels;
+  real* weight;  // added to, or null
+  real* bias;    // added to, or null
+  real* k2;      // [channels], k3 behind it; or null
+  int64_t count, threads;
+};
+
+SPFDE_EXPORT void spfde_norm_gradient(const void* data) {
+  const auto* job = static_cast<const NormGradientJob*>(data);
+  for (int64_t c = 0; c < job->channels; c++) {
+    double total = 0, product = 0;
+    for (int64_t part = 0; part < job->threads; part++) {
+      total += job->sums[2 * part * job->channels + c];
+      product += job->sums[(2 * part + 1) * job->channels + c];
+    }
+    const real* at = job->table + c;
+    const double mean = double(at[0]), inverse = double(at[2 * job->row]), scale = double(at[3 * job->row]);
+    if (job->bias) job->bias[c] += real(total);
+    if (job->weight) job->weight[c] += real(product * inverse);
+    if (!job->k2) continue;
+    // dy = scale * (d - mean of d - normalised y * mean of (d * normalised y)).
+    const double k2 = -scale * inverse * inverse * product / double(job->count);
+    job->k2[c] = real(k2);
+    job->k2[job->channels + c] = real(-scale * total / double(job->count) - k2 * mean);
   }
 }
 
 // Of each channel the sum over images and pixels, or with `around` that of the squared distances from it; divided.
 struct ChannelSumJob {
-  const real* source;
+  const void* source;
   Blocked layout;
   const real* around;  // [channels] or null
   real* out;           // [channels]
   int64_t divisor, threads;
 };
 
-SPFDE_EXPORT void spfde_channel_sum(const void* data) {
-  const auto* job = static_cast<const ChannelSumJob*>(data);
-  const Blocked layout = job->layout;
-  ChannelSums sums(layout, job->threads);
+template <class T>
+static void channel_sum(const ChannelSumJob& job) {
+  const Blocked& layout = job.layout;
+  ChannelSums sums(layout, job.threads);
   sums.take([&](int64_t g, int64_t c, int64_t h, vec& sum, vec&) {
-    const vec center = job->around ? job->around[c] * layout.valid(g) : vec{};
-    const real* s = job->source + layout.at(g, c, h);
-    for (int64_t i = 0; i < layout.width * LANES; i += LANES) {
+    const vec center = job.around ? job.around[c] * layout.valid(g) : vec{};
+    const T* s = in<T>(job.source) + layout.at(g, c, h);
+    for (int64_t i = 0; i < layout.span(); i += LANES) {
       const vec v = load(s + i) - center;
-      sum += job->around ? v * v : v;
+      sum += job.around ? v * v : v;
     }
   });
-  for (int64_t c = 0; c < layout.channels; c++) job->out[c] = real(sums.sum(0, c) / double(job->divisor));
+  for (int64_t c = 0; c < layout.channels; c++) job.out[c] = real(sums.sum(0, c) / double(job.divisor));
 }
+SPFDE_KERNEL(channel_sum, ChannelSumJob)

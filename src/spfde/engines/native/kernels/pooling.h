@@ -3,11 +3,11 @@
 
 #include <algorithm>
 
-#include "lanes.h"
+#include "storage.h"
 
 struct PoolJob {
-  const real* source;  // forward: the input; backward: the gradient of the output
-  real* target;        // forward: the output; backward: the gradient of the input
+  const void* source;  // forward: the input; backward: the gradient of the output
+  void* target;        // forward: the output; backward: the gradient of the input
   Blocked input, output;
   int64_t kernel[2], stride[2], padding[2];
   int32_t* choice;  // maximum: [groups][channels][height * width][LANES], the winner's pixel in its plane
@@ -15,42 +15,42 @@ struct PoolJob {
 };
 
 // Rows and columns of the input under one pixel of the output, the ends not included; and what their sum is divided by.
-struct Window {
+struct PoolWindow {
   int64_t top, bottom, left, right;
   real size;
 };
 
 // each(x, y, pixel, window) for every pixel of the output, y: x is the first pixel of the input's plane, and `pixel` counts
 // over all planes. On the way back the input's planes, which are the target then, are cleared before unless it adds to them.
-template <bool BACKWARD, class Each>
+template <class T, bool BACKWARD, class Each>
 static inline void each_window(const PoolJob& job, const Each& each) {
-  const Blocked in = job.input, out = job.output;
-  each_plane(in, job.threads, [&](int64_t g, int64_t c) {
-    real* x = (BACKWARD ? job.target : const_cast<real*>(job.source)) + in.origin(g, c);
-    real* y = (BACKWARD ? const_cast<real*>(job.source) : job.target) + out.origin(g, c);
-    int64_t pixel = (g * in.channels + c) * out.height * out.width;
+  const Blocked &x_layout = job.input, &y_layout = job.output;
+  each_plane(x_layout, job.threads, [&](int64_t g, int64_t c) {
+    T* x = (BACKWARD ? out<T>(job.target) : const_cast<T*>(in<T>(job.source))) + x_layout.at(g, c, 0);
+    T* y = (BACKWARD ? const_cast<T*>(in<T>(job.source)) : out<T>(job.target)) + y_layout.at(g, c, 0);
+    int64_t pixel = (g * x_layout.channels + c) * y_layout.height * y_layout.width;
     if (BACKWARD && !job.accumulate) {
-      for (int64_t h = 0; h < in.height; h++) std::memset(x + h * in.pitch(), 0, sizeof(real) * in.width * LANES);
+      for (int64_t h = 0; h < x_layout.height; h++) std::memset(static_cast<void*>(x + h * x_layout.pitch()), 0, sizeof(T) * x_layout.span());
     }
-    for (int64_t p = 0; p < out.height; p++) {
-      for (int64_t q = 0; q < out.width; q++, pixel++) {
+    for (int64_t p = 0; p < y_layout.height; p++) {
+      for (int64_t q = 0; q < y_layout.width; q++, pixel++) {
         const int64_t top = p * job.stride[0] - job.padding[0], left = q * job.stride[1] - job.padding[1];
-        const int64_t bottom = std::min(top + job.kernel[0], in.height + job.padding[0]);
-        const int64_t right = std::min(left + job.kernel[1], in.width + job.padding[1]);
-        Window window{std::max<int64_t>(top, 0), std::min(bottom, in.height), std::max<int64_t>(left, 0),
-                      std::min(right, in.width), real((bottom - top) * (right - left))};
+        const int64_t bottom = std::min(top + job.kernel[0], x_layout.height + job.padding[0]);
+        const int64_t right = std::min(left + job.kernel[1], x_layout.width + job.padding[1]);
+        PoolWindow window{std::max<int64_t>(top, 0), std::min(bottom, x_layout.height), std::max<int64_t>(left, 0),
+                          std::min(right, x_layout.width), real((bottom - top) * (right - left))};
         if (!job.count_padding) window.size = real((window.bottom - window.top) * (window.right - window.left));
-        each(x, y + p * out.pitch() + q * LANES, pixel, window);
+        each(x, y + p * y_layout.pitch() + q * LANES, pixel, window);
       }
     }
   });
 }
 
-SPFDE_EXPORT void spfde_max_pool(const void* data) {
-  const auto* job = static_cast<const PoolJob*>(data);
-  const int64_t pitch = job->input.pitch(), width = job->input.width;
-  each_window<false>(*job, [=](const real* x, real* y, int64_t pixel, const Window& window) {
-    int32_t* choice = job->choice + pixel * LANES;
+template <class T>
+static void max_pool(const PoolJob& job) {
+  const int64_t pitch = job.input.pitch(), width = job.input.width;
+  each_window<T, false>(job, [&](const T* x, T* y, int64_t pixel, const PoolWindow& window) {
+    int32_t* choice = job.choice + pixel * LANES;
     bool first = true;
     vec best{};
     for (int64_t h = window.top; h < window.bottom; h++) {
@@ -68,22 +68,25 @@ SPFDE_EXPORT void spfde_max_pool(const void* data) {
     store(y, best);
   });
 }
+SPFDE_KERNEL(max_pool, PoolJob)
 
-SPFDE_EXPORT void spfde_max_pool_backward(const void* data) {
-  const auto* job = static_cast<const PoolJob*>(data);
-  const int64_t pitch = job->input.pitch(), width = job->input.width;
-  each_window<true>(*job, [=](real* dx, const real* d, int64_t pixel, const Window&) {
-    const int32_t* choice = job->choice + pixel * LANES;
+template <class T>
+static void max_pool_backward(const PoolJob& job) {
+  const int64_t pitch = job.input.pitch(), width = job.input.width;
+  each_window<T, true>(job, [&](T* dx, const T* d, int64_t pixel, const PoolWindow&) {
+    const int32_t* choice = job.choice + pixel * LANES;
     for (int lane = 0; lane < LANES; lane++) {
-      dx[(choice[lane] / width) * pitch + (choice[lane] % width) * LANES + lane] += d[lane];
+      T* at = dx + (choice[lane] / width) * pitch + (choice[lane] % width) * LANES + lane;
+      put(at, number(*at) + number(d[lane]));
     }
   });
 }
+SPFDE_KERNEL(max_pool_backward, PoolJob)
 
-SPFDE_EXPORT void spfde_avg_pool(const void* data) {
-  const auto* job = static_cast<const PoolJob*>(data);
-  const int64_t pitch = job->input.pitch();
-  each_window<false>(*job, [=](const real* x, real* y, int64_t, const Window& window) {
+template <class T>
+static void avg_pool(const PoolJob& job) {
+  const int64_t pitch = job.input.pitch();
+  each_window<T, false>(job, [&](const T* x, T* y, int64_t, const PoolWindow& window) {
     vec sum{};
     for (int64_t h = window.top; h < window.bottom; h++) {
       for (int64_t w = window.left; w < window.right; w++) sum += load(x + h * pitch + w * LANES);
@@ -91,56 +94,60 @@ SPFDE_EXPORT void spfde_avg_pool(const void* data) {
     store(y, sum / window.size);
   });
 }
+SPFDE_KERNEL(avg_pool, PoolJob)
 
-SPFDE_EXPORT void spfde_avg_pool_backward(const void* data) {
-  const auto* job = static_cast<const PoolJob*>(data);
-  const int64_t pitch = job->input.pitch();
-  each_window<true>(*job, [=](real* dx, const real* d, int64_t, const Window& window) {
+template <class T>
+static void avg_pool_backward(const PoolJob& job) {
+  const int64_t pitch = job.input.pitch();
+  each_window<T, true>(job, [&](T* dx, const T* d, int64_t, const PoolWindow& window) {
     const vec t = load(d) / window.size;
     for (int64_t h = window.top; h < window.bottom; h++) {
       for (int64_t w = window.left; w < window.right; w++) {
-        real* at = dx + h * pitch + w * LANES;
+        T* at = dx + h * pitch + w * LANES;
         store(at, load(at) + t);
       }
     }
   });
 }
+SPFDE_KERNEL(avg_pool_backward, PoolJob)
 
 // Mean of each plane, to and from a contiguous (N, C).
 struct GlobalPoolJob {
-  real* blocked;  // planes, or their gradient
+  void* blocked;  // planes, or their gradient
   Blocked layout;
   real* means;  // [images, channels], or their gradient
   int64_t accumulate, threads;
 };
 
-SPFDE_EXPORT void spfde_global_pool(const void* data) {
-  const auto* job = static_cast<const GlobalPoolJob*>(data);
-  const Blocked layout = job->layout;
-  each_plane(layout, job->threads, [&](int64_t g, int64_t c) {
+template <class T>
+static void global_pool(const GlobalPoolJob& job) {
+  const Blocked& layout = job.layout;
+  each_plane(layout, job.threads, [&](int64_t g, int64_t c) {
     vec sum{};
     for (int64_t h = 0; h < layout.height; h++) {
-      const real* s = job->blocked + layout.at(g, c, h);
-      for (int64_t i = 0; i < layout.width * LANES; i += LANES) sum += load(s + i);
+      const T* s = in<T>(job.blocked) + layout.at(g, c, h);
+      for (int64_t i = 0; i < layout.span(); i += LANES) sum += load(s + i);
     }
     sum /= real(layout.height * layout.width);
     for (int64_t lane = 0; lane < layout.images(g); lane++) {
-      job->means[(g * LANES + lane) * layout.channels + c] = sum[lane];
+      job.means[(g * LANES + lane) * layout.channels + c] = sum[lane];
     }
   });
 }
+SPFDE_KERNEL(global_pool, GlobalPoolJob)
 
-SPFDE_EXPORT void spfde_global_pool_backward(const void* data) {
-  const auto* job = static_cast<const GlobalPoolJob*>(data);
-  const Blocked layout = job->layout;
-  each_plane(layout, job->threads, [&](int64_t g, int64_t c) {
+template <class T>
+static void global_pool_backward(const GlobalPoolJob& job) {
+  const Blocked& layout = job.layout;
+  each_plane(layout, job.threads, [&](int64_t g, int64_t c) {
     vec d{};
     for (int64_t lane = 0; lane < layout.images(g); lane++) {
-      d[lane] = job->means[(g * LANES + lane) * layout.channels + c] / real(layout.height * layout.width);
+      d[lane] = job.means[(g * LANES + lane) * layout.channels + c] / real(layout.height * layout.width);
     }
     for (int64_t h = 0; h < layout.height; h++) {
-      real* t = job->blocked + layout.at(g, c, h);
-      for (int64_t i = 0; i < layout.width * LANES; i += LANES) store(t + i, job->accumulate ? load(t + i) + d : d);
+      T* t = out<T>(job.blocked) + layout.at(g, c, h);
+      for (int64_t i = 0; i < layout.span(); i += LANES) store(t + i, job.accumulate ? load(t + i) + d : d);
     }
   });
 }
+SPFDE_KERNEL(global_pool_backward, GlobalPoolJob)

@@ -1,0 +1,160 @@
+// A window: some rows of all channels of a group, as they are stored, with zeros around the image. A kernel fills it row by
+// row on its way down an image. What a row holds is made while it is filled: a stored value, a value that is a
+// normalisation, addition and activation away from stored ones, or a gradient on its way back through these.
+//
+//     slot 0   0 x x x x x x x x 0 | 0 y y y y y y y y 0 | ...     one row: channel after channel
+//     slot 1   0 x x x x x x x x 0 | 0 y y y y y y y y 0 | ...
+//
+// With a stride s the columns are taken apart by their residue, so that what neighbours of the output read are neighbours.
+#pragma once
+
+#include "storage.h"
+
+struct Window {
+  int64_t slots, pitch;  // rows, and numbers from one to the next
+  int64_t span, plane;   // numbers from a channel to the next, and from one residue of columns to the next
+  int64_t above, lead;   // zero rows and columns before the image
+  int64_t stride;        // of rows and columns
+};
+
+template <class T>
+static inline size_t bytes_of(const Window& window) {
+  return (size_t(window.slots * window.pitch) * sizeof(T) + 63) / 64 * 64;
+}
+
+template <class T>
+static inline void clear(T* row, int64_t n) {
+  std::memset(static_cast<void*>(row), 0, size_t(n) * sizeof(T));
+}
+
+// The last rows become the first ones, as many as are wanted again `step` target rows further down; how many these are.
+template <class T>
+static inline int64_t slide(T* rows, const Window& window, int64_t step) {
+  const int64_t by = step * window.stride, keep = window.slots > by ? window.slots - by : 0;
+  std::memmove(static_cast<void*>(rows), rows + by * window.pitch, size_t(keep * window.pitch) * sizeof(T));
+  return keep;
+}
+
+// each(t, w): pixel w of a channel's row belongs at t.
+template <class T, class Each>
+static inline void each_column(T* row, const Window& window, int64_t width, const Each& each) {
+  if (window.stride == 1) {
+    T* t = row + window.lead * LANES;
+    for (int64_t w = 0; w < width; w++) each(t + w * LANES, w);
+    return;
+  }
+  for (int64_t w = 0; w < width; w++) {
+    const int64_t u = w + window.lead;
+    each(row + u % window.stride * window.plane + u / window.stride * LANES, w);
+  }
+}
+
+// A value: stored, or activation(y * scale + shift + residual), which is written to z on the way where z is not null.
+struct Source {
+  const void* y;
+  Blocked layout;  // of all of them
+  const real* scale;  // [channels] or null
+  const real* shift;  // [channels] or null
+  const void* residual;
+  void* z;
+  int64_t activation;
+
+  bool is_stored() const { return !scale && !shift && !residual && !activation; }
+};
+
+template <class T, int64_t ACTIVATION>
+static inline void fill_made(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
+  const Blocked& layout = x.layout;
+  const vec valid = layout.valid(g);
+  const bool is_short = layout.is_short(g);
+  for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
+    const int64_t at = layout.at(g, c, h);
+    const T* y = in<T>(x.y) + at;
+    const T* r = x.residual ? in<T>(x.residual) + at : nullptr;
+    T* z = x.z && write ? out<T>(x.z) + at : nullptr;
+    const vec scale = spread(x.scale ? x.scale[c] : real(1)), shift = spread(x.shift ? x.shift[c] : real(0));
+    each_column(row, window, layout.width, [&](T* t, int64_t w) {
+      vec v = load(y + w * LANES) * scale + shift;
+      if (r) v += load(r + w * LANES);
+      v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
+      if (is_short) v = valid != vec{} ? v : vec{};
+      store(t, v);
+      if (z) store(z + w * LANES, v);
+    });
+  }
+}
+
+// Row h of all channels; zeros outside of the image. With `write` it also goes to z.
+template <class T>
+static inline void fill(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
+  const Blocked& layout = x.layout;
+  if (h < 0 || h >= layout.height) return clear(row, window.pitch);
+  if (!x.is_stored()) {
+    switch (x.activation) {
+      case NONE: return fill_made<T, NONE>(x, window, g, h, write, row);
+      case RELU: return fill_made<T, RELU>(x, window, g, h, write, row);
+      default: return fill_made<T, -1>(x, window, g, h, write, row);
+    }
+  }
+  const T* s = in<T>(x.y) + layout.at(g, 0, h);
+  for (int64_t c = 0; c < layout.channels; c++, row += window.span, s += layout.span()) {
+    each_column(row, window, layout.width, [&](T* t, int64_t w) { std::memcpy(t, s + w * LANES, sizeof(T) * LANES); });
+  }
+}
+
+// The gradient of y where z = activation(y * scale + shift + residual) has the gradient d. Scale and shift may come from the
+// batch: then y's mean and variance have gradients too, which k2 and k3 are of. d * slope * k1 + y * k2 + k3, where the slope
+// is read off z with a residual, off y without one; with neither it is 1.
+struct Slope {
+  const void* d;
+  Blocked layout;  // of all of them
+  const void* y;   // or null
+  const void* z;   // or null
+  const real* scale;
+  const real* shift;
+  const real* k1;  // each [channels] or null
+  const real* k2;
+  const real* k3;
+  int64_t activation;
+};
+
+template <class T, int64_t ACTIVATION>
+static inline void fill_gradient_with(const Slope& s, const Window& window, int64_t g, int64_t h, T* row, real* sums) {
+  const Blocked& layout = s.layout;
+  const vec valid = layout.valid(g);
+  const bool is_short = layout.is_short(g);
+  for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
+    const int64_t at = layout.at(g, c, h);
+    const T* d = in<T>(s.d) + at;
+    const T* y = s.y ? in<T>(s.y) + at : nullptr;
+    const T* z = s.z ? in<T>(s.z) + at : nullptr;
+    const vec scale = spread(s.scale ? s.scale[c] : real(1)), shift = spread(s.shift ? s.shift[c] : real(0));
+    const vec k1 = spread(s.k1 ? s.k1[c] : real(1)), k2 = spread(s.k2 ? s.k2[c] : real(0));
+    const vec k3 = spread(s.k3 ? s.k3[c] : real(0));
+    const int64_t activation = ACTIVATION < 0 ? s.activation : ACTIVATION;
+    vec sum{};
+    each_column(row, window, layout.width, [&](T* t, int64_t w) {
+      vec v = load(d + w * LANES);
+      if (activation != NONE) {
+        v = activate_backward(v, z ? load(z + w * LANES) : load(y + w * LANES) * scale + shift, activation);
+      }
+      v = v * k1;
+      if (s.k2) v += load(y + w * LANES) * k2 + k3;
+      if (is_short) v = valid != vec{} ? v : vec{};
+      sum += v;
+      store(t, v);
+    });
+    if (sums) store(sums + c * LANES, load(sums + c * LANES) + sum);
+  }
+}
+
+// Row h of the gradient; zeros outside of the image. `sums` [channels][LANES] takes what each channel comes to, or is null.
+template <class T>
+static inline void fill_gradient(const Slope& s, const Window& window, int64_t g, int64_t h, T* row, real* sums) {
+  if (h < 0 || h >= s.layout.height) return clear(row, window.pitch);
+  switch (s.activation) {
+    case NONE: return fill_gradient_with<T, NONE>(s, window, g, h, row, sums);
+    case RELU: return fill_gradient_with<T, RELU>(s, window, g, h, row, sums);
+    default: return fill_gradient_with<T, -1>(s, window, g, h, row, sums);
+  }
+}
