@@ -9,6 +9,8 @@
 #define SPFDE_HALF 1  // bf16 is there
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define SPFDE_DOT 1  // and the processor multiplies pairs of it
+#endif
+#if defined(__AVX2__) || SPFDE_DOT
 #include <immintrin.h>
 #endif
 #endif
@@ -30,9 +32,17 @@ struct bf16 {
 typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t)), may_alias));
 typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t)), may_alias));
 
-static inline vec load(const bf16* p) {
-  return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
+// GCC would widen the halves of the vector one by one, and put them together again.
+static inline vec widened(halves v) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#elif defined(__AVX2__)
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#else
+  return (vec)(__builtin_convertvector(v, words) << 16);
+#endif
 }
+static inline vec load(const bf16* p) { return widened(*reinterpret_cast<const halves*>(p)); }
 
 // To the nearest, ties to even; a NaN stays a NaN.
 static inline halves rounded(vec v) {
@@ -66,7 +76,7 @@ static inline void store_anywhere(real* p, vec v) { *reinterpret_cast<vec_anywhe
 static inline vec load_anywhere(const bf16* p) {
   halves v;
   std::memcpy(&v, p, sizeof(v));
-  return (vec)(__builtin_convertvector(v, words) << 16);
+  return widened(v);
 }
 static inline void store_anywhere(bf16* p, vec v) {
   const halves bits = rounded(v);
