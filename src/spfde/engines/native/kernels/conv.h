@@ -29,7 +29,9 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
   const Blocked& to = job.to;
   const int64_t at = to.at(g, row, p) + q * LANES, high = bottom - p, wide = to.width - q;
   const auto is_valid = [=](int k) { return UNROLLED || (k / S::columns < high && k % S::columns < wide); };
-  const auto place = [&](auto k) SPFDE_HERE { return at + (k / S::columns) * to.pitch() + (k % S::columns) * LANES; };
+  const int64_t down = to.pitch();
+  T* const target = out<T>(job.target);
+  const auto place = [=](int k) { return at + (k / S::columns) * down + (k % S::columns) * LANES; };
   if constexpr (!UNROLLED) {
     const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
     const vec valid = to.valid(g);
@@ -42,7 +44,7 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
     });
   }
   each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
-    if (is_valid(k)) store(out<T>(job.target) + place(k), sum[k]);
+    if (is_valid(k)) store(target + place(k), sum[k]);
   });
   if (!stat) return;
   stat += row * 3 * LANES;
