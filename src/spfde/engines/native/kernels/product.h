@@ -275,12 +275,12 @@ static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, 
     each_of<N>([&](auto i) SPFDE_HERE { t[i] = Lump<T>::take(from + (i / COLUMNS_) * d_down + (i % COLUMNS_) * APART); });
     for (; k < end; k++) {
       const RowsOf<S::rows, T> s(x + list.offset[k], x_down);
-      vec even = fresh ? vec{} : load(sums + int64_t(k) * LANES), odd{};
+      vec part[4] = {fresh ? vec{} : load(sums + int64_t(k) * LANES)};
       each_of<N>([&](auto i) SPFDE_HERE {
         const auto v = Lump<T>::take(s.at[i / COLUMNS_] + (i % COLUMNS_) * APART);
-        (i & 1 ? odd : even) = Lump<T>::add(i & 1 ? odd : even, t[i], v);
+        part[i % 4] = Lump<T>::add(part[i % 4], t[i], v);
       });
-      store(sums + int64_t(k) * LANES, even + odd);
+      store(sums + int64_t(k) * LANES, (part[0] + part[1]) + (part[2] + part[3]));
     }
   }
 }
