@@ -118,22 +118,18 @@ class Weights:
 
     def _of_channels(self) -> _Found:
         groups, rows, sources, *kernel = self.active.shape
-        padded = self.active
-        if sources % 2:
-            padded = np.concatenate([padded, np.zeros((groups, rows, 1, *kernel), bool)], axis=2)
-        two = padded.reshape(groups, rows, -1, 2, *kernel)
-        at = (two[:, :, :, 0] | two[:, :, :, 1]).nonzero()
+        order = np.stack([_matched(self.active[group]) for group in range(groups)])  # [groups, 2 * slots]
+        slots = order.shape[1] // 2
+        of_slot = order.reshape(groups, slots, 2)
+        halves = [np.stack([self.active[g][:, of_slot[g, :, n]] for g in range(groups)]) for n in (0, 1)]
+        if sources % 2:  # what has no partner is its own, with no weight
+            halves[1][:, :, -1] = False
+        at = (halves[0] | halves[1]).nonzero()
         both = [
-            np.where(
-                two[at[0], at[1], at[2], n, at[3], at[4]],
-                self.where((at[0], at[1], 2 * at[2] + n, at[3], at[4])),
-                _NO_WEIGHT,
-            )
+            np.where(halves[n][at], self.where((at[0], at[1], of_slot[at[0], at[2], n], at[3], at[4])), _NO_WEIGHT)
             for n in (0, 1)
         ]
-        slots = two.shape[2]
-        of_group = np.minimum(np.arange(2 * slots), sources - 1)  # what has no partner is its own, with no weight
-        order = (np.arange(groups)[:, None] * sources + of_group).ravel()
+        order = (np.arange(groups)[:, None] * sources + order).ravel()
         place = at[0] * slots + at[2]
         return _Found(at[0] * rows + at[1], place, (at[3], at[4]), np.stack(both, axis=1), order, CHANNELS)
 
@@ -247,6 +243,28 @@ def weight_entries(geometry: Geometry, weights: Weights, window: Window, lanes: 
     offset = found.tap[0] * geometry.dilation[0] * window.pitch + column % s * window.plane + column // s * lanes
     steps = _Steps(window.pitch, window.plane, window.span, is_scratch=False)
     return _listed(found, offset, geometry.out_channels, steps, per_chunk, every_row=False)
+
+
+def _matched(active: Bools) -> Ints:
+    """Sources of a group in pairs, one behind the other, that are active together more often than chance has it.
+
+    Each in turn takes the partner with which it shares most entries. The last of an odd number is its own partner.
+
+    Args:
+        active: bool [rows, sources, kernel height, kernel width].
+    """
+    sources = active.shape[1]
+    flat = active.swapaxes(0, 1).reshape(sources, -1).astype(np.float32)
+    shared = flat @ flat.T
+    free = np.ones(sources, bool)
+    order = []
+    for one in range(sources):
+        if free[one]:
+            free[one] = False
+            other = int(np.where(free, shared[one], -1).argmax()) if free.any() else one
+            free[other] = False
+            order += [one, other]
+    return np.array(order, np.int64)
 
 
 def _some(found: _Found, keep: Bools) -> _Found:

@@ -21,38 +21,43 @@ struct ConvJob {
   int64_t bands, band_rows, threads;
 };
 
-// What happens to the sums of a row of the weight, once they are whole. UNROLLED: of a whole tile in registers, to which nothing
-// but this happens: it is stored, and measured.
+// What happens to the sums of a row of the weight, once they are whole. UNROLLED: of a whole tile in registers, all of whose lanes
+// are written; activations are then RELU or none.
 template <class T, class S, bool UNROLLED>
 static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row, int64_t p, int64_t q, int64_t bottom, real* stat, bool first,
                                vec* sum) {
   const Blocked& to = job.to;
-  const int64_t at = to.at(g, row, p) + q * LANES, high = bottom - p, wide = to.width - q;
+  const int64_t at = to.at(g, row, p) + q * LANES, down = to.pitch(), high = bottom - p, wide = to.width - q;
+  T* const target = out<T>(job.target) + at;
   const auto is_valid = [=](int k) { return UNROLLED || (k / S::columns < high && k % S::columns < wide); };
-  const int64_t down = to.pitch();
-  T* const target = out<T>(job.target);
-  const auto place = [=](int k) { return at + (k / S::columns) * down + (k % S::columns) * LANES; };
-  if constexpr (!UNROLLED) {
-    const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
-    const vec valid = to.valid(g);
+  const auto place = [=](int k) { return (k / S::columns) * down + (k % S::columns) * LANES; };
+  const auto each_valid = [&](const auto& each) SPFDE_HERE {
     each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
-      if (!is_valid(k)) return;
-      sum[k] = sum[k] * scale + shift;
-      if (job.residual) sum[k] += load(in<T>(job.residual) + place(k));
-      sum[k] = activate(sum[k], job.activation);
-      sum[k] = valid != vec{} ? sum[k] : vec{};
+      if (is_valid(k)) each(k);
     });
+  };
+  if (job.scale || job.shift) {
+    const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
+    each_valid([&](auto k) SPFDE_HERE { sum[k] = sum[k] * scale + shift; });
   }
-  each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
-    if (is_valid(k)) store(target + place(k), sum[k]);
-  });
+  if (job.residual) {
+    const T* residual = in<T>(job.residual) + at;
+    each_valid([&](auto k) SPFDE_HERE { sum[k] += load(residual + place(k)); });
+  }
+  if (job.activation) {
+    each_valid([&](auto k) SPFDE_HERE { sum[k] = activate(sum[k], UNROLLED ? int64_t(RELU) : job.activation); });
+  }
+  if constexpr (!UNROLLED) {
+    const vec valid = to.valid(g);
+    each_valid([&](auto k) SPFDE_HERE { sum[k] = valid != vec{} ? sum[k] : vec{}; });
+  }
+  each_valid([&](auto k) SPFDE_HERE { store(target + place(k), sum[k]); });
   if (!stat) return;
   stat += row * 3 * LANES;
   const vec sample = first ? sum[0] : load(stat);
   // In short chains: one long chain would hold up what comes behind.
   vec total[4] = {first ? vec{} : load(stat + LANES)}, squares[4] = {first ? vec{} : load(stat + 2 * LANES)};
-  each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
-    if (!is_valid(k)) return;
+  each_valid([&](auto k) SPFDE_HERE {
     const vec away = sum[k] - sample;
     total[k % 4] += away;
     squares[k % 4] += away * away;
@@ -72,7 +77,8 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
   const int64_t s = window.stride, top = band * job.band_rows, bottom = std::min(top + job.band_rows, to.height);
   // Which rows of z are this band's to write.
   const int64_t own = band == 0 ? 0 : top * s, own_end = bottom == to.height ? from.height : bottom * s;
-  const bool is_plain = !job.scale && !job.shift && !job.residual && !job.activation;
+  // In lanes without an image a shift or a residual makes something of nothing.
+  const bool is_plain = job.activation <= RELU && !((job.shift || job.residual) && to.is_short(g));
   real* statistics = job.statistics ? job.statistics + (g * job.bands + band) * list.rows * 3 * LANES : nullptr;
   int64_t have = 0;
   for (int64_t p = top; p < bottom; p += job.step) {
