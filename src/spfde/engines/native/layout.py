@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,9 @@ TOKEN_COLUMNS = 8
 # NumPy has no bf16; nobody reads its numbers there.
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.bfloat16: np.int16}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+# Kernels read and write so much that they would wait for the addresses of small pages. Memory is asked for in pieces from
+# which several buffers come, for few of them fill a huge page alone. What of a piece nobody touches takes no memory.
+_HUGE_PAGE, _PIECE = 2 << 20, 16 << 20
 _MOST_PASSES = 4  # forward passes after which a free buffer is given back
 
 
@@ -89,6 +94,7 @@ class Pool:
     def __init__(self) -> None:
         # Free buffers, each with the pass in which it came back; the one that came last is taken first.
         self._free: dict[Piece, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
+        self._rest = np.zeros(0, np.uint8)  # of the piece of memory from which the next buffers come
         self.bytes = self._pass = self._phase = 0
 
     def take(self, piece: Piece) -> Tensor:
@@ -98,7 +104,7 @@ class Pool:
             array = shelf.pop()[1]
         else:
             numel, dtype = (piece.numel, piece.dtype) if isinstance(piece, Layout) else piece
-            array = _zeros(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
+            array = self._bytes(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
             self.bytes += array.nbytes
         # The tensor's storage holds the array, the array its lease: no counting of our own.
         return torch.from_numpy(np.asarray(_Lease(array, piece, self)))
@@ -125,6 +131,13 @@ class Pool:
         """Put a buffer on its shelf."""
         self._free[piece].append((self._pass, array))
 
+    def _bytes(self, n: int) -> np.ndarray[Any, Any]:
+        n = -(-n // _ALIGNMENT) * _ALIGNMENT
+        if n > len(self._rest):
+            self._rest = _huge_pages(max(n, _PIECE))
+        found, self._rest = self._rest[:n], self._rest[n:]
+        return found
+
     def _drop(self, before: int) -> None:
         """Forget the free buffers that came back before that pass."""
         for key, shelf in list(self._free.items()):
@@ -147,8 +160,13 @@ class _Lease:
         self._pool.give_back(self._piece, self._array)
 
 
-def _zeros(n_bytes: int) -> np.ndarray[Any, Any]:
-    n_bytes = -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
-    raw = np.zeros(n_bytes + _ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
+def _huge_pages(n_bytes: int) -> np.ndarray[Any, Any]:
+    """Memory that goes back to the system when nothing refers to any of it."""
+    n_bytes = -(-n_bytes // _HUGE_PAGE) * _HUGE_PAGE
+    memory = mmap.mmap(-1, n_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the system has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, dtype=np.uint8)
+    start = -raw.ctypes.data % _HUGE_PAGE
     return raw[start : start + n_bytes]
