@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,14 @@ def likely_lanes() -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Images in groups of ``lanes``, a pixel of a group one vector; see ``kernels/lanes.h``.
+    """Images, or tiles of them, in groups of ``lanes``, a pixel of a group one vector; see ``kernels/lanes.h``.
 
     Attributes:
         batch: images.
-        channels, height, width: of an image.
-        lanes: images in a group.
+        channels, height, width: of an image, or of a tile of one.
+        lanes: images or tiles in a group.
         dtype: that its numbers are stored as.
+        grid: tiles of an image, downwards and to the right.
     """
 
     batch: int
@@ -46,10 +47,30 @@ class Layout:
     width: int
     lanes: int
     dtype: torch.dtype
+    grid: tuple[int, int] = (1, 1)
+
+    @property
+    def tiles(self) -> int:
+        """Of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def images(self) -> int:
+        """In a group."""
+        return self.lanes // self.tiles
 
     @property
     def groups(self) -> int:
-        return -(-self.batch // self.lanes)
+        return -(-self.batch // self.images)
+
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Rows and columns of a whole image."""
+        return self.height * self.grid[0], self.width * self.grid[1]
+
+    def cut(self, grid: tuple[int, int]) -> Layout:
+        """Of whole images, as so many tiles each."""
+        return replace(self, height=self.height // grid[0], width=self.width // grid[1], grid=grid)
 
     @property
     def itemsize(self) -> int:
@@ -69,7 +90,7 @@ class Layout:
     @functools.cached_property
     def c(self) -> ctypes.Structure:
         """As the kernels take it."""
-        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.batch)
+        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.batch * self.tiles, *self.grid)
 
 
 # A value, or so many numbers of a type.

@@ -30,6 +30,7 @@ from spfde.engines.native.fusion import (
 )
 from spfde.engines.native.graph import Region
 from spfde.engines.native.layout import Layout
+from spfde.engines.native.tiling import best_grid
 
 # Of a value, what may be on its way through the front at a time: a few such fit into the caches.
 AT_ONCE_BYTES = 3 << 20
@@ -84,7 +85,7 @@ class RegionPlan:
 
     def __init__(self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int) -> None:
         self.region, self.steps, self.mode = region, tuple(steps), mode
-        self.layouts = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
+        whole = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
         self.needs_grad = self._needs_grad()
         self.parameters = parameters_of(steps)
         self._uses = Counter(value for step in self.steps for value in step.reads)
@@ -93,6 +94,8 @@ class RegionPlan:
         self.batch_readers = {step.x: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
         self.fused = self._find_fused()
         self.saved_names = self._find_saved()
+        grid = best_grid(steps, whole) if all(map(self._is_free, steps)) and not region.is_tokens else (1, 1)
+        self.layouts = {name: layout.cut(grid) for name, layout in whole.items()}
         self.slices, self.n_channels = self._place_statistics()
         self.front, self.images_at_once = self._find_front()
         self.uses_in_front = self._count_uses(self.front)
@@ -179,7 +182,7 @@ class RegionPlan:
         if largest is None:
             return (), 0
         groups = max(1, AT_ONCE_BYTES // (largest.group * largest.itemsize))
-        return (front if groups < largest.groups else ()), groups * largest.lanes
+        return (front if groups < largest.groups else ()), groups * largest.images
 
     def _is_free(self, step: FusedStep) -> bool:
         """Does nothing of the step tie the images of a batch together, or wait for the backward pass?"""
@@ -258,7 +261,7 @@ class RegionPlan:
         layout = self.layouts[name]
         if self.region.is_tokens:
             return (*self.mode.shapes[0][:-1], layout.channels)
-        return layout.batch, layout.channels, layout.height, layout.width
+        return layout.batch, layout.channels, *layout.plane
 
     @functools.cached_property
     def pools_with_choice(self) -> list[PoolStep]:

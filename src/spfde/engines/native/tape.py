@@ -111,7 +111,7 @@ class Tape:
 
     def groups_of(self, buffer: Buffer, start: int, layout: Layout) -> Buffer:
         """The groups of images in a buffer from image ``start`` on, as many as ``layout`` has."""
-        offset = buffer.offset + start // layout.lanes * layout.group * layout.itemsize
+        offset = buffer.offset + start // layout.images * layout.group * layout.itemsize
         return replace(buffer, offset=offset, layout=layout)
 
     def _take(self, piece: Piece) -> tuple[int, _Lease]:
