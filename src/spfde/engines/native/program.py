@@ -34,14 +34,21 @@ class Program:
         self.plan, self.weights, self.kernels, self.pool = plan, weights, kernels, pool
         # Each with what it depends on besides where parameters and buffers lie.
         self._tapes: dict[type[Schedule], tuple[tuple[object, ...], KernelTape]] = {}
+        self._table = torch.empty(ROWS, plan.n_channels, dtype=kernels.dtype) if plan.is_fixed else None
+        self._played: tuple[KernelTape, object] | None = None
 
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The region's outputs, the table of its norms [5, channels], then what the backward pass reads."""
+    def forward(self, inputs: Sequence[Tensor], state: object = None) -> list[Tensor]:
+        """The region's outputs, the table of its norms [5, channels], then what the backward pass reads.
+
+        Args:
+            inputs: the region's.
+            state: with the same one parameters and statistics are what they were; None: who knows.
+        """
         plan, dtype = self.plan, self.kernels.dtype
         names = plan.region.inputs
         tensors = [self._as_tokens(tensor) for tensor in inputs]
         tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors])
-        table = torch.empty(ROWS, plan.n_channels, dtype=dtype)
+        table = torch.empty(ROWS, plan.n_channels, dtype=dtype) if self._table is None else self._table
         given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(names, tensors, strict=True))}
         outputs = []
         for name in plan.region.outputs:
@@ -51,7 +58,12 @@ class Program:
                 pooled = isinstance(plan.maker[name], GlobalPoolStep)
                 given[name] = torch.empty(plan.shape_of(name), dtype=dtype if pooled else plan.mode.storage)
                 outputs.append(given[name])
-        return [*outputs, table, *tape.play(given, self.pool)]
+        now = tape, state
+        again = state is not None and self._played == now
+        self._played = None
+        kept = tape.play(given, self.pool, again=again)
+        self._played = now
+        return [*outputs, table, *kept]
 
     def backward(self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the region's inputs, then of its parameters; None where none is needed.

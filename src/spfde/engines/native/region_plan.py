@@ -67,6 +67,7 @@ class RegionPlan:
         lanes: images to a vector.
 
     Attributes:
+        is_fixed: nothing learns, and no norm uses the batch: weights and norms are what they are.
         layouts: of all values.
         needs_grad: whether a gradient comes back to a value.
         parameters: of all steps.
@@ -94,7 +95,8 @@ class RegionPlan:
         self.batch_readers = {step.x: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
         self.fused = self._find_fused()
         self.saved_names = self._find_saved()
-        grid = best_grid(steps, whole) if all(map(self._is_free, steps)) and not region.is_tokens else (1, 1)
+        self.is_fixed = all(map(self._is_free, steps))
+        grid = best_grid(steps, whole) if self.is_fixed and not region.is_tokens else (1, 1)
         self.layouts = {name: layout.cut(grid) for name, layout in whole.items()}
         self.slices, self.n_channels = self._place_statistics()
         self.front, self.images_at_once = self._find_front()
