@@ -96,6 +96,7 @@ class Program:
     def forget(self) -> None:
         """Give up the tapes; others are written when they are wanted."""
         self._tapes.clear()
+        self._played = None
 
     def _tape(self, schedule: type[Schedule], coming: Sequence[Given | None], *more: object) -> KernelTape:
         """The tape of a pass, written anew where it would be another one now."""
