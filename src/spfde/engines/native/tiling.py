@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PoolStep
+from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
 from spfde.engines.native.layout import Layout
 
 
@@ -13,44 +13,45 @@ def best_grid(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> tupl
     """Tiles downwards and to the right with which there is the least to do: vectors of pixels, with a border of one.
 
     Args:
-        steps: of a region without gradients, whose norms are constants.
+        steps: of a region of images without gradients, whose norms are constants.
         layouts: of its values, as whole images.
     """
-    lanes = next(iter(layouts.values())).lanes
-    powers = [1 << n for n in range(lanes.bit_length())]
-    grids = [(down, right) for down, right in itertools.product(powers, powers) if down * right <= lanes]
 
     def work(grid: tuple[int, int]) -> int:
         cut = [layout.cut(grid) for layout in layouts.values()]
         return sum(each.groups * each.channels * (each.height + 2) * (each.width + 2) for each in cut)
 
-    return min((grid for grid in grids if _fits(steps, layouts, grid)), key=work)
+    return min(fitting_grids(steps, layouts), key=work)
 
 
-def _fits(steps: Sequence[FusedStep], layouts: Mapping[str, Layout], grid: tuple[int, int]) -> bool:
-    """Are all tiles alike, and does each need nothing but what lies in it and in those around it?"""
-    for axis, n in enumerate(grid):
-        if n > 1 and not all(_fits_along(step, layouts, axis, n) for step in steps):
-            return False
-    return True
+def fitting_grids(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> list[tuple[int, int]]:
+    """Into which tiles all values can be cut so that each tile needs nothing but what lies in it and in those around it.
+
+    What a convolution reads beyond a tile must lie in the next one; pooling reads nothing beyond. All tiles of a value are of
+    one size, and those of what a step writes belong to those of what it reads.
+    """
+    lanes = next(iter(layouts.values())).lanes
+    powers = [1 << n for n in range(lanes.bit_length())]
+    down, right = (
+        [n for n in powers if n == 1 or all(_fits(step, layouts, axis, n) for step in steps)] for axis in (0, 1)
+    )
+    return [(rows, columns) for columns, rows in itertools.product(right, down) if rows * columns <= lanes]
 
 
-def _fits_along(step: FusedStep, layouts: Mapping[str, Layout], axis: int, n: int) -> bool:
-    source = layouts[step.x].plane[axis]
-    if source % n:
-        return False
-    if isinstance(step, GlobalPoolStep):
-        return True
+def _fits(step: FusedStep, layouts: Mapping[str, Layout], axis: int, n: int) -> bool:
+    """Can what a step reads be cut into ``n`` along an axis?"""
+    size = layouts[step.x].plane[axis]
+    if isinstance(step, PointStep | GlobalPoolStep):
+        return size % n == 0
+    stride, before, behind = _beyond(step, axis)
+    most = 0 if isinstance(step, PoolStep) else size // n
+    return size % (n * stride) == 0 and layouts[step.y].plane[axis] * stride == size and max(before, behind) <= most
+
+
+def _beyond(step: ConvStep | PoolStep, axis: int) -> tuple[int, int, int]:
+    """The step's stride along an axis, and how far it reads before and behind a tile."""
     if isinstance(step, ConvStep):
-        geometry = step.geometry
-        stride, before = geometry.stride, geometry.padding[axis]
-        behind = geometry.spans[axis] - stride - before
-    elif isinstance(step, PoolStep):
-        kernel, strides, padding = (pair[axis] for pair in step.window)
-        stride, before, behind = strides, padding, kernel - strides - padding
-        if before > 0 or behind > 0:  # pooling reads no other tile
-            return False
+        stride, padding, span = step.geometry.stride, step.geometry.padding[axis], step.geometry.spans[axis]
     else:
-        return True
-    here = source // n
-    return here % stride == 0 and layouts[step.y].plane[axis] * stride == source and max(before, behind) <= here
+        span, stride, padding = (pair[axis] for pair in step.window)
+    return stride, padding, span - stride - padding
