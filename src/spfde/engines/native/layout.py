@@ -90,7 +90,9 @@ class Layout:
     @functools.cached_property
     def c(self) -> ctypes.Structure:
         """As the kernels take it."""
-        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.batch * self.tiles, *self.grid)
+        return struct("Blocked")(
+            self.groups, self.channels, self.height, self.width, self.batch * self.tiles, *self.grid
+        )
 
 
 # A value, or so many numbers of a type.

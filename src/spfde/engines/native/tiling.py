@@ -25,10 +25,10 @@ def best_grid(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> tupl
 
 
 def fitting_grids(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> list[tuple[int, int]]:
-    """Into which tiles all values can be cut so that each tile needs nothing but what lies in it and in those around it.
+    """Into how many tiles all values can be cut so that each needs nothing but what lies in it and in those around it.
 
-    What a convolution reads beyond a tile must lie in the next one; pooling reads nothing beyond. All tiles of a value are of
-    one size, and those of what a step writes belong to those of what it reads.
+    What a convolution reads beyond a tile must lie in the next one; pooling reads nothing beyond. All tiles of a value
+    are of one size, and what a step writes is cut where that is which it reads.
     """
     lanes = next(iter(layouts.values())).lanes
     powers = [1 << n for n in range(lanes.bit_length())]
