@@ -95,7 +95,7 @@ class RegionRunner(nn.Module):
 
     def _state(self) -> object:
         """Another one whenever a mask, a parameter or a statistic is another."""
-        return self._weights.version, [(tensor._version, tensor.data_ptr()) for tensor in self._own]
+        return self._weights.version, [(tensor._version, tensor.data_ptr(), tensor.stride()) for tensor in self._own]
 
     def _is_denser_than_its_masks(self) -> bool:
         """Has somebody loaded or averaged weights that the kernels would leave out?
