@@ -31,14 +31,14 @@ def likely_lanes() -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Images, or tiles of them, in groups of ``lanes``, a pixel of a group one vector; see ``kernels/lanes.h``.
+    """Images, or cells of them, in groups of ``lanes``, a pixel of a group one vector; see ``kernels/lanes.h``.
 
     Attributes:
         batch: images.
-        channels, height, width: of an image, or of a tile of one.
-        lanes: images or tiles in a group.
+        channels, height, width: of an image, or of a cell of one.
+        lanes: images or cells in a group.
         dtype: that its numbers are stored as.
-        grid: tiles of an image, downwards and to the right.
+        grid: cells of an image, downwards and to the right.
     """
 
     batch: int
@@ -50,14 +50,14 @@ class Layout:
     grid: tuple[int, int] = (1, 1)
 
     @property
-    def tiles(self) -> int:
+    def cells(self) -> int:
         """Of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def images(self) -> int:
         """In a group."""
-        return self.lanes // self.tiles
+        return self.lanes // self.cells
 
     @property
     def groups(self) -> int:
@@ -69,7 +69,7 @@ class Layout:
         return self.height * self.grid[0], self.width * self.grid[1]
 
     def cut(self, grid: tuple[int, int]) -> Layout:
-        """Of whole images, as so many tiles each."""
+        """Of whole images, as so many cells each."""
         return replace(self, height=self.height // grid[0], width=self.width // grid[1], grid=grid)
 
     @property
@@ -91,7 +91,7 @@ class Layout:
     def c(self) -> ctypes.Structure:
         """As the kernels take it."""
         return struct("Blocked")(
-            self.groups, self.channels, self.height, self.width, self.batch * self.tiles, *self.grid
+            self.groups, self.channels, self.height, self.width, self.batch * self.cells, *self.grid
         )
 
 

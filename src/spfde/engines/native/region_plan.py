@@ -29,8 +29,8 @@ from spfde.engines.native.fusion import (
     parameters_of,
 )
 from spfde.engines.native.graph import Region
+from spfde.engines.native.grid import best_grid
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.tiling import best_grid
 
 # Of a value, what may be on its way through the front at a time: a few such fit into the caches.
 AT_ONCE_BYTES = 3 << 20

@@ -2,7 +2,7 @@
 //
 // A batch of images is cut into groups of LANES; a pixel of a group is one vector, one lane an image. Thus every kernel
 // works on whole vectors whatever the width of the image, and a weight meets LANES images at once. Where these would be
-// too few, each image is cut into tiles of one size, and a lane is a tile: to all kernels that look at a pixel alone that
+// too few, each image is cut into cells of one size, and a lane is a cell: to all kernels that look at a pixel alone that
 // is the same.
 //
 // Group after group, row after row, and in a row channel after channel, pixel after pixel: the rows that a thread works
@@ -132,9 +132,9 @@ static inline vec normal_cdf(vec x, vec) {
 #endif
 
 struct Blocked {
-  int64_t groups, channels, height, width;  // of an image, or of a tile of one
-  int64_t batch;                            // lanes in use: images, or all of their tiles
-  int64_t down, right;                      // tiles of an image; lane after lane, row by row
+  int64_t groups, channels, height, width;  // of an image, or of a cell of one
+  int64_t batch;                            // lanes in use: images, or all of their cells
+  int64_t down, right;                      // cells of an image; lane after lane, row by row
 
   // In numbers: from a channel to the next, from a row to the next, from a group to the next.
   int64_t span() const { return width * LANES; }
@@ -142,7 +142,7 @@ struct Blocked {
   int64_t group() const { return height * pitch(); }
   // Where a row of a channel begins.
   int64_t at(int64_t g, int64_t c, int64_t h) const { return g * group() + h * pitch() + c * span(); }
-  int64_t tiles() const { return down * right; }
+  int64_t cells() const { return down * right; }
   // Ones in the lanes that are in use: the last group may be short.
   vec valid(int64_t g) const {
     vec mask{};

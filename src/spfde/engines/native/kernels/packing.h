@@ -20,14 +20,14 @@ struct PackJob {
 template <class Each>
 static inline void each_vector(const PackJob& job, const Each& each) {
   const Blocked& blocked = job.layout;
-  const int64_t *strides = job.strides, tiles = blocked.tiles();
+  const int64_t *strides = job.strides, cells = blocked.cells();
   int64_t apart[LANES];
   for (int64_t lane = 0; lane < LANES; lane++) {
-    const int64_t down = lane % tiles / blocked.right, right = lane % blocked.right;
-    apart[lane] = lane / tiles * strides[0] + down * blocked.height * strides[2] + right * blocked.width * strides[3];
+    const int64_t down = lane % cells / blocked.right, right = lane % blocked.right;
+    apart[lane] = lane / cells * strides[0] + down * blocked.height * strides[2] + right * blocked.width * strides[3];
   }
   each_plane(blocked, job.threads, [&](int64_t g, int64_t c) {
-    const int64_t lanes = blocked.used(g), first = g * (LANES / tiles) * strides[0] + c * strides[1];
+    const int64_t lanes = blocked.used(g), first = g * (LANES / cells) * strides[0] + c * strides[1];
     for (int64_t h = 0; h < blocked.height; h++) {
       int64_t s = first + h * strides[2], t = blocked.at(g, c, h);
       for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes, apart);

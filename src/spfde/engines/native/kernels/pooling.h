@@ -128,12 +128,12 @@ static void global_pool(const GlobalPoolJob& job) {
       const T* s = in<T>(job.blocked) + layout.at(g, c, h);
       for (int64_t i = 0; i < layout.span(); i += LANES) sum += load(s + i);
     }
-    const int64_t tiles = layout.tiles();
-    sum /= real(layout.height * layout.width * tiles);
-    for (int64_t lane = 0; lane < layout.used(g); lane += tiles) {
+    const int64_t cells = layout.cells();
+    sum /= real(layout.height * layout.width * cells);
+    for (int64_t lane = 0; lane < layout.used(g); lane += cells) {
       real mean = sum[lane];
-      for (int64_t tile = 1; tile < tiles; tile++) mean += sum[lane + tile];
-      job.means[(g * LANES + lane) / tiles * layout.channels + c] = mean;
+      for (int64_t cell = 1; cell < cells; cell++) mean += sum[lane + cell];
+      job.means[(g * LANES + lane) / cells * layout.channels + c] = mean;
     }
   });
 }

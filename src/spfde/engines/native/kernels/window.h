@@ -7,7 +7,7 @@
 //
 // With a stride s the columns are taken apart by their residue, so that what neighbours of the output read are neighbours.
 //
-// Where lanes are tiles of an image, what lies around a tile is the opposite side of the tile beside it: the same vectors with
+// Where lanes are cells of an image, what lies around a cell is the opposite side of the cell beside it: the same vectors with
 // their lanes moved.
 #pragma once
 
@@ -93,7 +93,7 @@ static inline void fill_made(const Source& x, const Window& window, int64_t g, i
   }
 }
 
-// Row h of all channels of each image or tile. With `write` it also goes to z.
+// Row h of all channels of each image or cell. With `write` it also goes to z.
 template <class T>
 static inline void fill_own(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
   const Blocked& layout = x.layout;
@@ -110,14 +110,14 @@ static inline void fill_own(const Source& x, const Window& window, int64_t g, in
   }
 }
 
-// What the tiles see of the one that is so many further down and right of them; zeros outside of the image.
+// What the cells see of the one that is so many further down and right of them; zeros outside of the image.
 struct Neighbour {
   ints from;
   ints is_inside;
 
   Neighbour(const Blocked& layout, int64_t down, int64_t right) {
     for (int64_t lane = 0; lane < LANES; lane++) {
-      const int64_t i = lane % layout.tiles() / layout.right + down, j = lane % layout.right + right;
+      const int64_t i = lane % layout.cells() / layout.right + down, j = lane % layout.right + right;
       const bool inside = i >= 0 && i < layout.down && j >= 0 && j < layout.right;
       is_inside[lane] = inside ? -1 : 0;
       from[lane] = inside ? lane + down * layout.right + right : lane;
@@ -126,8 +126,8 @@ struct Neighbour {
   vec operator()(vec v) const { return is_inside ? permuted(v, from) : vec{}; }
 };
 
-// Tiles: a row that is there as it lies in each of them becomes one of the tiles `down` further down, and gets the columns before
-// and behind it from the tiles beside them.
+// Cells: a row that is there as it lies in each of them becomes one of the cells `down` further down, and gets the columns before
+// and behind it from the cells beside them.
 template <class T>
 static inline void join(const Blocked& layout, const Window& window, int64_t down, T* row) {
   const Neighbour above(layout, down, 0), before(layout, 0, -1), behind(layout, 0, 1);
@@ -147,7 +147,7 @@ static inline void fill(const Source& x, const Window& window, int64_t g, int64_
   const int64_t down = h < 0 ? -1 : h >= layout.height ? 1 : 0, own = h - down * layout.height;
   if ((down && layout.down == 1) || own < 0 || own >= layout.height) return clear(row, window.pitch);
   fill_own(x, window, g, own, write, row);
-  if (layout.tiles() > 1) join(layout, window, down, row);
+  if (layout.cells() > 1) join(layout, window, down, row);
 }
 
 // The gradient of y where z = activation(y * scale + shift + residual) has the gradient d. Scale and shift may come from the

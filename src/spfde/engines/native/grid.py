@@ -1,4 +1,4 @@
-"""Into how many tiles images are cut where they are too few to fill the vectors."""
+"""Into how many cells images are cut where they are too few to fill the vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spfde.engines.native.layout import Layout
 
 
 def best_grid(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> tuple[int, int]:
-    """Tiles downwards and to the right with which there is the least to do: vectors of pixels, with a border of one.
+    """Cells downwards and to the right with which there is the least to do: vectors of pixels, with a border of one.
 
     Args:
         steps: of a region of images without gradients, whose norms are constants.
@@ -25,9 +25,9 @@ def best_grid(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> tupl
 
 
 def fitting_grids(steps: Sequence[FusedStep], layouts: Mapping[str, Layout]) -> list[tuple[int, int]]:
-    """Into how many tiles all values can be cut so that each needs nothing but what lies in it and in those around it.
+    """Into how many cells all values can be cut so that each needs nothing but what lies in it and in those around it.
 
-    What a convolution reads beyond a tile must lie in the next one; pooling reads nothing beyond. All tiles of a value
+    What a convolution reads beyond a cell must lie in the next one; pooling reads nothing beyond. All cells of a value
     are of one size, and what a step writes is cut where that is which it reads.
     """
     lanes = next(iter(layouts.values())).lanes
@@ -49,7 +49,7 @@ def _fits(step: FusedStep, layouts: Mapping[str, Layout], axis: int, n: int) -> 
 
 
 def _beyond(step: ConvStep | PoolStep, axis: int) -> tuple[int, int, int]:
-    """The step's stride along an axis, and how far it reads before and behind a tile."""
+    """The step's stride along an axis, and how far it reads before and behind a cell."""
     if isinstance(step, ConvStep):
         stride, padding, span = step.geometry.stride, step.geometry.padding[axis], step.geometry.spans[axis]
     else:

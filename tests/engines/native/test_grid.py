@@ -1,4 +1,4 @@
-"""Passes without gradients over few images: each image is cut into tiles, and a vector holds a pixel of all of them."""
+"""Passes without gradients over few images: each image is cut into cells, and a vector holds a pixel of all of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.native import needs_kernels, random_masks, relative_error, twin, variant_kernels, variants
-from spfde.engines.native import packed, region_plan, tiling
+from spfde.engines.native import packed, region_plan
 from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PoolStep
 from spfde.engines.native.geometry import Geometry
+from spfde.engines.native.grid import best_grid, fitting_grids
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.model import NativeModel
 
@@ -40,17 +41,17 @@ def conv(channels: int, size: int, **options: Any) -> tuple[list[ConvStep], dict
     ("batch", "grid"),
     [(1, (4, 4)), (2, (4, 2)), (3, (2, 2)), (4, (2, 2)), (5, (2, 1)), (8, (2, 1)), (12, (1, 1)), (64, (1, 1))],
 )  # fmt: skip
-def test_the_fewer_images_the_more_tiles(batch: int, grid: Grid) -> None:
+def test_the_fewer_images_the_more_cells(batch: int, grid: Grid) -> None:
     # Of 8x8 pixels, with a border: 100 vectors of a whole image, 60 of a half, 36 of a quarter, 24 of an eighth and 16
     # of a sixteenth. Three images are one group of quarters, or three of sixteenths; twelve are two groups of halves.
     steps, layouts = conv(4, 8, padding=1)
     many = {name: replace(layout, batch=batch) for name, layout in layouts.items()}
-    assert tiling.best_grid(steps, many) == grid
+    assert best_grid(steps, many) == grid
 
 
-def test_what_a_tile_needs_must_lie_in_it_or_in_those_around_it() -> None:
+def test_what_a_cell_needs_must_lie_in_it_or_in_those_around_it() -> None:
     def along(steps: Any, layouts: dict[str, Layout]) -> int:
-        return max(down for down, _ in tiling.fitting_grids(steps, layouts))
+        return max(down for down, _ in fitting_grids(steps, layouts))
 
     assert along(*conv(1, 16, padding=1)) == 16
     assert along(*conv(1, 16, kernel=7, padding=3)) == 4  # of four rows each: three beyond
@@ -73,7 +74,7 @@ def grids(chosen: Grid | None = None) -> Iterator[list[Grid]]:
     found: list[Grid] = []
 
     def best(*args: Any) -> Grid:
-        grid = chosen if chosen in tiling.fitting_grids(*args) else tiling.best_grid(*args)
+        grid = chosen if chosen in fitting_grids(*args) else best_grid(*args)
         found.append(grid)
         return grid
 
@@ -81,7 +82,7 @@ def grids(chosen: Grid | None = None) -> Iterator[list[Grid]]:
         yield found
 
 
-def test_a_hand_worked_convolution_reads_across_tiles() -> None:
+def test_a_hand_worked_convolution_reads_across_cells() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False)).double()
     weight = model[0].weight.data.zero_()
     weight[0, 0, 0, 0], weight[0, 0, 1, 2] = 1.0, 10.0  # the pixel above to the left, and the one to the right
@@ -126,7 +127,7 @@ class Drawn(nn.Module):
     threads=st.sampled_from([1, 2, 3, 8]),
 )
 @settings(max_examples=40, deadline=None)
-def test_in_any_tiles_the_result_is_pytorch_s(
+def test_in_any_cells_the_result_is_pytorch_s(
     batch: int, size: Grid, grid: Grid, kernel: int, dilation: int, groups: int, stride: int, pools: bool, plane: bool,
     threads: int,
 ) -> None:  # fmt: skip
@@ -170,7 +171,7 @@ def test_in_each_build_and_precision_the_result_is_pytorch_s(variant: str, dtype
     half=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_tiles_and_whole_images_agree(variant: str, batch: int, grid: Grid, stride: int, half: bool) -> None:
+def test_cells_and_whole_images_agree(variant: str, batch: int, grid: Grid, stride: int, half: bool) -> None:
     torch.manual_seed(0)
     model = Drawn(3, 1, 1, stride, pools=False, plane=True).eval()
     masks, x, found = random_masks(model, 0.4), torch.randn(batch, 3, 16, 16), []
