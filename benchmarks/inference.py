@@ -5,16 +5,19 @@ A ResNet-32 (widths 32-64-128) with random weights, 90 % of those of its convolu
 in evaluation mode, eager and compiled, in fp32 and under autocast to bf16, contiguous and channels_last where eager;
 ONNX Runtime in fp32 and in int8, whose dynamic quantisation takes convolutions by ConvInteger. Its static quantisation
 is faster; it wants images to calibrate with, and rounds weights and values to 8 bits, so it has figures of its own. All
-are timed turn by turn in one process, with as many threads as each other; a call is one batch from tensor to tensor.
+are timed turn by turn in one process, with as many threads as each other; a call is one batch from tensor to tensor,
+right after another one.
 
-    python benchmarks/inference.py                  # about five minutes on two cores
+    python benchmarks/inference.py                  # about ten minutes on two cores
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ BATCHES = {1: (1.0, 1.5), 8: (None, None), 64: (3.0, 4.5)}
 """Least speed-up over the best other way that needs no calibration, and what is aimed at, by batch."""
 NATIVE, HALF = "native, fp32", "native, bf16"
 CALIBRATED = "ONNX Runtime, static int8"
+PAUSE = 0.02  # seconds
 COLUMNS = ("batch", "computed by", "latency, median", "images a second")
 Call = Callable[[], object]
 
@@ -150,6 +154,15 @@ def check(calls: Mapping[str, Call], expected: Tensor) -> None:
             raise RuntimeError(f"{name} is off by {error:.1%}")
 
 
+@contextmanager
+def steady(call: Call) -> Iterator[None]:
+    """As where one call follows another: what it reads is in the caches, and the threads of the other ways, which spin
+    for a while after their work, have gone to sleep."""
+    time.sleep(PAUSE)
+    call()
+    yield
+
+
 def figures_of(size: int, timings: Mapping[str, Timing]) -> list[Figure]:
     """Speed-ups of the faster native way over the best of the others, over static int8, and of fp32 over fp32."""
     native = min((timings[name] for name in (NATIVE, HALF)), key=lambda timing: timing.median)
@@ -197,7 +210,9 @@ def main(argv: list[str] | None = None) -> None:
             calls, missing = variants(models, onnx, x, compile=not (options.no_compile or options.quick))
             notes += [note for note in missing if note not in notes]
             check(calls, in_pytorch(models["plain"], x)())  # type: ignore[arg-type]
-            timings = interleave(calls, rounds, warmup=2)
+            timings = interleave(
+                calls, rounds, warmup=2, around={name: partial(steady, call) for name, call in calls.items()}
+            )
             figures += figures_of(size, timings)
             rows += [
                 (str(size), name, show(timing.median, "seconds"), f"{size / timing.median:,.0f}")
