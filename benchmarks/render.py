@@ -42,6 +42,7 @@ ORDER = (
     "crash",
     "start_up",
     "export",
+    "inference",
     "analysis",
     "methods",
     "mutation",

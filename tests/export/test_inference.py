@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import spfde
 from helpers.native import NATIVE, needs_kernels
 from helpers.training import SmallNet, make_parts
 from spfde.core.errors import InvalidArgument, UsageError, WeightsFileError
+from spfde.engines.native.tape import Tape
 from spfde.export import load, save_compressed, save_dense
 
 
@@ -103,6 +107,70 @@ def test_the_model_stays_what_it_is(path: Path) -> None:
     # Other weights than those that were loaded, more of them: they are computed as they are.
     native.load_state_dict(SmallNet().state_dict())
     torch.testing.assert_close(native(x), outputs(copy.deepcopy(native), x), rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def plays() -> Iterator[list[bool]]:
+    """For each call of the kernels, whether it took weights and norms to be what they were."""
+    found: list[bool] = []
+
+    def play(tape: Tape, *args: Any, again: bool = False) -> list[Tensor]:
+        found.append(again)
+        return plain(tape, *args, again=again)
+
+    plain = Tape.play
+    with patch.object(Tape, "play", play):
+        yield found
+
+
+def change_nothing(native: nn.Module) -> None:
+    """For comparison."""
+
+
+def multiply_a_weight(native: nn.Module) -> None:
+    with torch.no_grad():
+        native.stem.weight.mul_(2)
+
+
+def move_a_statistic(native: nn.Module) -> None:
+    native.blocks[0].bn1.running_mean.add_(1)
+
+
+def load_a_state(native: nn.Module) -> None:
+    native.load_state_dict({name: value * 1.5 for name, value in native.state_dict().items()})
+
+
+def give_a_parameter_other_memory(native: nn.Module) -> None:
+    native.stem.weight.data = native.stem.weight.data * 3
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change", [change_nothing, multiply_a_weight, move_a_statistic, load_a_state, give_a_parameter_other_memory]
+)
+def test_weights_are_read_again_when_they_were_written_to(change: Callable[[nn.Module], None], path: Path) -> None:
+    native = load(path, model=SmallNet(), engine="native")
+    for n in (1, 20):
+        native(images(n))
+    change(native)
+    with plays() as found:
+        for n in (1, 20, 1, 20):
+            expected = outputs(copy.deepcopy(native), images(n))
+            torch.testing.assert_close(native(images(n)), expected, rtol=1e-5, atol=1e-6)
+    assert found == [change is change_nothing] * 2 + [True] * 2
+
+
+@needs_kernels
+def test_what_pytorch_counts_no_writes_to_is_read_at_each_call(path: Path) -> None:
+    native = load(path, model=SmallNet(), engine="native")
+    with torch.inference_mode(), plays() as found:
+        norm = native.blocks[0].bn1
+        norm.running_mean = norm.running_mean.clone()
+        for _ in range(3):
+            norm.running_mean.add_(0.5)
+            expected = outputs(copy.deepcopy(native), images(1))
+            torch.testing.assert_close(native(images(1)), expected, rtol=1e-5, atol=1e-6)
+    assert found == [False] * 3
 
 
 @needs_kernels

@@ -13,7 +13,7 @@ import operator
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, starmap
+from itertools import chain, repeat, starmap
 from typing import Any, cast
 
 import torch
@@ -100,6 +100,7 @@ class Guards:
             if read or is_called:
                 self._look_at(module, read, is_called=is_called, is_root=module is model)
         self._holders = [(table, name) for table, name in self._places if _holds(table.get(name))]
+        self._held_in, self._held_as = [table for table, _ in self._places], [name for _, name in self._places]
         self._before = self._state()
 
     def _look_at(self, module: nn.Module, read: set[str], *, is_called: bool, is_root: bool) -> None:
@@ -124,7 +125,7 @@ class Guards:
     def _state(self) -> list[Any]:
         # At each pass, for hundreds of values: no line of Python for each.
         found: list[Any] = [*map(type, self._modules)]
-        found += [table.get(name, _Missing) for table, name in self._places]
+        found += map(dict.get, self._held_in, self._held_as, repeat(_Missing))
         found += chain.from_iterable(map(dict.values, self._tables))
         for table, name in self._holders:
             value = table.get(name)

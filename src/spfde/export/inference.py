@@ -57,7 +57,10 @@ def load(
         path: the file.
         model: takes the weights, and is put into evaluation mode. Its names and shapes must be those of the file.
         engine: "native" lets the model compute with the weights that are not zero alone, for batches of any size and
-            without gradients, its norms folded. A copy of it computes in PyTorch. "masked" or None: PyTorch computes.
+            without gradients, its norms folded. A copy of it computes in PyTorch. Weights and statistics are read at
+            the first call, and again once PyTorch counts that they were written to (``copy_``, ``load_state_dict``,
+            another tensor as ``.data``; not what is written into ``.data`` or by NumPy). "masked" or None: PyTorch
+            computes.
         precision: of the native engine: "bf16", "fp32", or None for fp32 outside of
             ``torch.autocast("cpu", torch.bfloat16)`` and bf16 inside.
 
@@ -135,7 +138,7 @@ class SparseInference:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], precision: Precision | None) -> None:
         self.model, self._masks, self._precision = model, masks, precision
-        self._native = NativeModel(model, masks=lambda: self._masks, dense_gradients=frozenset)
+        self._native = NativeModel(model, masks=lambda: self._masks, dense_gradients=frozenset, tells_changes=True)
         self._lock = threading.Lock()  # the engine's buffers are those of one pass
         self._has_told = False
 

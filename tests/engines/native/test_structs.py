@@ -18,5 +18,5 @@ def test_numbers_pointers_arrays_and_structures_are_told_apart() -> None:
 
 def test_methods_are_no_fields() -> None:
     names = [name for name, *_ in struct("Blocked")._fields_]
-    assert names == ["groups", "channels", "height", "width", "batch"]
-    assert ctypes.sizeof(struct("Blocked")) == 5 * 8
+    assert names == ["groups", "channels", "height", "width", "batch", "down", "right"]
+    assert ctypes.sizeof(struct("Blocked")) == 7 * 8

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spfde.engines.native.fusion import ConvStep, FusedStep, GlobalPoolStep, PointStep, PoolStep
 from spfde.engines.native.geometry import ForwardShape, forward_shape
-from spfde.engines.native.kernels import MEAN, SCALE, SHIFT, VARIANCE, KernelTape, Made
+from spfde.engines.native.kernels import MEAN, SCALE, SHIFT, VARIANCE, At, KernelTape, Made
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.packed import PackedWeights
@@ -64,7 +64,7 @@ class Forward(Schedule):
         self._kept: dict[str, Buffer] = {}
         self._choices: dict[str, Place] = {}
         self._whole: dict[str, Buffer] = {}
-        self._weights: dict[str, tuple[Entries, Place, ForwardShape]] = {}
+        self._weights: dict[str, tuple[Entries, At, ForwardShape]] = {}
 
     def write(self, coming: Sequence[Given | None]) -> Sequence[Place]:
         plan = self.plan
@@ -155,12 +155,14 @@ class Forward(Schedule):
             self.unpack(self._stored(part, name), at, plan.mode.storage)
             part.drop(name)
 
-    def _weight(self, step: ConvStep) -> tuple[Entries, Place, ForwardShape]:
+    def _weight(self, step: ConvStep) -> tuple[Entries, At, ForwardShape]:
         if step.y not in self._weights:
             layouts = self.plan.layouts
             entries = self.weights.lists_of(step, layouts[step.x], layouts[step.y]).forward
             shape = forward_shape(step.geometry, layouts[step.x], layouts[step.y], self.weights.vectors)
-            self._weights[step.y] = entries, self.tape.gather(step.module.weight, [entries]), shape
+            weight, tape = step.module.weight, self.tape
+            values = tape.gather_once(weight, entries) if self.plan.is_fixed else tape.gather(weight, [entries])
+            self._weights[step.y] = entries, values, shape
         return self._weights[step.y]
 
     def _conv(self, part: _Part, step: ConvStep) -> None:
@@ -216,7 +218,7 @@ class Forward(Schedule):
         self.tape.constants(
             self.in_table(MEAN, step), self.plan.n_channels, norm.num_features,
             mean=norm.running_mean if given else None, variance=norm.running_var if given else None,
-            weight=norm.weight, bias=norm.bias, before=before, eps=norm.eps,
+            weight=norm.weight, bias=norm.bias, before=before, eps=norm.eps, once=self.plan.is_fixed,
         )  # fmt: skip
 
     def _measure(self, step: PointStep, y: Buffer) -> None:

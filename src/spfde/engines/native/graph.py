@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Region:
     ops: tuple[Op, ...]
     outputs: tuple[str, ...]
 
-    @property
+    @functools.cached_property
     def is_tokens(self) -> bool:
         """Whether its values are tokens, for linear layers, and not images."""
         return any(op.kind == "linear" for op in self.ops)

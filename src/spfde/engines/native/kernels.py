@@ -148,7 +148,7 @@ class KernelTape(Tape):
     """A tape that knows what each kernel is told. Buffers are blocked as their layouts say."""
 
     def conv(
-        self, source: Made, target: Buffer, entries: Entries, values: Place, shape: ForwardShape, *,
+        self, source: Made, target: Buffer, entries: Entries, values: At, shape: ForwardShape, *,
         scale: At | None = None, shift: At | None = None, residual: Buffer | None = None,
         activation: Activation = "none", statistics: Place | None = None,
     ) -> None:  # fmt: skip
@@ -219,7 +219,7 @@ class KernelTape(Tape):
 
     def constants(
         self, table: Place, row: int, channels: int, *, mean: Tensor | None, variance: Tensor | None,
-        weight: Tensor | None, bias: Tensor | None, before: Tensor | None, eps: float,
+        weight: Tensor | None, bias: Tensor | None, before: Tensor | None, eps: float, once: bool = False,
     ) -> None:  # fmt: skip
         """Inverse deviation, scale and shift of a norm's channels.
 
@@ -231,8 +231,12 @@ class KernelTape(Tape):
             weight, bias: of the norm.
             before: the bias of the convolution that the norm is folded into.
             eps: of the norm.
+            once: see ``call``; the table must stay where it is.
         """
-        self.call("spfde_constants", "ConstantsJob", table, row, channels, mean, variance, weight, bias, before, eps)
+        self.call(
+            "spfde_constants", "ConstantsJob", table, row, channels, mean, variance, weight, bias, before, eps,
+            once=once,
+        )  # fmt: skip
 
     def apply(self, source: Made, target: Buffer) -> None:
         """Store a value."""
@@ -294,6 +298,16 @@ class KernelTape(Tape):
             address = entries.index.ctypes.data
             self.call("spfde_gather", "GatherJob", weight, address, entries.n, at, entries.is_paired, self.threads)
             at = self.numbers_after(at, entries.n)
+        return values
+
+    def gather_once(self, weight: Tensor, entries: Entries) -> Tensor:
+        """The same of one list, in memory of the tape's own; see ``call``."""
+        values = torch.empty(max(1, entries.n), dtype=self.dtype)
+        self.hold(entries)
+        address = entries.index.ctypes.data
+        self.call(
+            "spfde_gather", "GatherJob", weight, address, entries.n, values, entries.is_paired, self.threads, once=True
+        )  # fmt: skip
         return values
 
     def pool(

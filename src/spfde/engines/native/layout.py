@@ -7,7 +7,7 @@ import ctypes
 import functools
 import mmap
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,14 @@ def likely_lanes() -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Images in groups of ``lanes``, a pixel of a group one vector; see ``kernels/lanes.h``.
+    """Images, or cells of them, in groups of ``lanes``, a pixel of a group one vector; see ``kernels/lanes.h``.
 
     Attributes:
         batch: images.
-        channels, height, width: of an image.
-        lanes: images in a group.
+        channels, height, width: of an image, or of a cell of one.
+        lanes: images or cells in a group.
         dtype: that its numbers are stored as.
+        grid: cells of an image, downwards and to the right.
     """
 
     batch: int
@@ -51,10 +52,30 @@ class Layout:
     width: int
     lanes: int
     dtype: torch.dtype
+    grid: tuple[int, int] = (1, 1)
+
+    @property
+    def cells(self) -> int:
+        """Of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def images(self) -> int:
+        """In a group."""
+        return self.lanes // self.cells
 
     @property
     def groups(self) -> int:
-        return -(-self.batch // self.lanes)
+        return -(-self.batch // self.images)
+
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Rows and columns of a whole image."""
+        return self.height * self.grid[0], self.width * self.grid[1]
+
+    def cut(self, grid: tuple[int, int]) -> Layout:
+        """Of whole images, as so many cells each."""
+        return replace(self, height=self.height // grid[0], width=self.width // grid[1], grid=grid)
 
     @property
     def itemsize(self) -> int:
@@ -74,7 +95,9 @@ class Layout:
     @functools.cached_property
     def c(self) -> ctypes.Structure:
         """As the kernels take it."""
-        return struct("Blocked")(self.groups, self.channels, self.height, self.width, self.batch)
+        return struct("Blocked")(
+            self.groups, self.channels, self.height, self.width, self.batch * self.cells, *self.grid
+        )
 
 
 # A value, or so many numbers of a type.

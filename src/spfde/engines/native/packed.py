@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spfde.engines.native.fusion import ConvStep
-from spfde.engines.native.geometry import Geometry, Vectors, forward_shape, gradient_shape
+from spfde.engines.native.geometry import Geometry, GradientShape, Vectors, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries, Reads, Weights, forward_entries, gradient_entries, weight_entries
 
@@ -25,13 +26,58 @@ _WEIGHT_CHUNK = 40_000
 _Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
 
 
-@dataclasses.dataclass(frozen=True)
 class WeightLists:
-    """The lists of one convolution for one mask and one pair of layouts: forward, and back to the input by residue."""
+    """The lists of one convolution for one mask and one pair of layouts, each made when it is first wanted.
 
-    forward: Entries
-    gradient: tuple[Entries, ...]
-    weight: Entries
+    Args:
+        step: the convolution.
+        mask: bool, of its weight; None: all weights are active.
+        source, target: the layouts.
+        vectors: what the kernels were compiled for.
+    """
+
+    def __init__(self, step: ConvStep, mask: Tensor | None, source: Layout, target: Layout, vectors: Vectors) -> None:
+        strides, self._geometry = step.module.weight.stride(), step.geometry
+        self._layouts, self._vectors = (source, target), vectors
+        active = np.ones(tuple(step.module.weight.shape), bool) if mask is None else mask.numpy()
+        if active.ndim == 2:
+            active, strides = active[:, :, None, None], (*strides, 0, 0)
+        density = np.count_nonzero(active) / active.size
+        most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
+        room = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
+        half = source.dtype == torch.bfloat16
+        self._weights = Weights.of(step.geometry, active, strides)
+        self._reads = Reads(vectors.lanes, pairs=half and vectors.pairs, is_stored=not half, room=room)
+
+    @functools.cached_property
+    def forward(self) -> Entries:
+        """Of the forward pass."""
+        shape = forward_shape(self._geometry, *self._layouts, self._vectors)
+        return forward_entries(self._geometry, self._weights, shape, self._reads)
+
+    @functools.cached_property
+    def gradient(self) -> tuple[Entries, ...]:
+        """Of the gradient of the input, by residue."""
+        return gradient_entries(self._geometry, self._weights, self._back, self._reads)
+
+    @functools.cached_property
+    def weight(self) -> Entries:
+        """Of the gradient of the weight."""
+        geometry, source, (rows, _) = self._geometry, self._back.source, self._back.weight
+        tile_bytes = ((rows - 1) * geometry.stride + geometry.spans[0]) * source.span * self._layouts[0].itemsize
+        per_chunk = max(8, _WEIGHT_CHUNK // tile_bytes)
+        return weight_entries(geometry, self._weights, source, self._vectors.lanes, per_chunk)
+
+    @property
+    def _back(self) -> GradientShape:
+        return gradient_shape(self._geometry, *self._layouts, self._vectors)
+
+    def like(self, other: WeightLists) -> WeightLists:
+        """Make the lists that the other one has made."""
+        for name in ("forward", "gradient", "weight"):
+            if name in vars(other):
+                getattr(self, name)
+        return self
 
 
 class PackedWeights:
@@ -82,14 +128,14 @@ class PackedWeights:
         key = _key(step, source, target)
         have = self._built.get(key)
         if have is None or have[1] is not mask:
-            have = self._built[key] = (step, mask, self._build(step, mask, source, target))
+            have = self._built[key] = (step, mask, WeightLists(step, mask, source, target, self.vectors))
         return have[2]
 
     def rebuild(self) -> None:
         """Make every list anew that was made so far."""
         built, self._built = self._built, {}
-        for (*_, source, target), (step, *_) in built.items():
-            self.lists_of(step, source, target)
+        for (*_, source, target), (step, _, lists) in built.items():
+            self.lists_of(step, source, target).like(lists)
 
     def gradient_entries(self, step: ConvStep, source: Layout, target: Layout) -> Entries:
         """The entries whose gradient is wanted: the active ones, or all where a mutation asks for them."""
@@ -97,30 +143,8 @@ class PackedWeights:
             return self.lists_of(step, source, target).weight
         key = _key(step, source, target)
         if key not in self._dense:
-            self._dense[key] = self._build(step, None, source, target).weight
+            self._dense[key] = WeightLists(step, None, source, target, self.vectors).weight
         return self._dense[key]
-
-    def _build(self, step: ConvStep, mask: Tensor | None, source: Layout, target: Layout) -> WeightLists:
-        strides, geometry, vectors = step.module.weight.stride(), step.geometry, self.vectors
-        active = np.ones(tuple(step.module.weight.shape), bool) if mask is None else mask.numpy()
-        if active.ndim == 2:
-            active, strides = active[:, :, None, None], (*strides, 0, 0)
-        density = np.count_nonzero(active) / active.size
-        most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
-        room = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
-        weights = Weights.of(geometry, active, strides)
-        half = source.dtype == torch.bfloat16
-        reads = Reads(vectors.lanes, pairs=half and vectors.pairs, is_stored=not half, room=room)
-        forward = forward_shape(geometry, source, target, vectors)
-        back = gradient_shape(geometry, source, target, vectors)
-        window = back.source
-        tile_bytes = ((back.weight[0] - 1) * geometry.stride + geometry.spans[0]) * window.span * source.itemsize
-        per_chunk = max(8, _WEIGHT_CHUNK // tile_bytes)
-        return WeightLists(
-            forward_entries(geometry, weights, forward, reads),
-            gradient_entries(geometry, weights, back, reads),
-            weight_entries(geometry, weights, window, vectors.lanes, per_chunk),
-        )
 
 
 def _key(step: ConvStep, source: Layout, target: Layout) -> _Key:

@@ -34,14 +34,23 @@ class Program:
         self.plan, self.weights, self.kernels, self.pool = plan, weights, kernels, pool
         # Each with what it depends on besides where parameters and buffers lie.
         self._tapes: dict[type[Schedule], tuple[tuple[object, ...], KernelTape]] = {}
+        self._table = torch.empty(ROWS, plan.n_channels, dtype=kernels.dtype) if plan.is_fixed else None
+        self._played: tuple[KernelTape | None, object] = None, None  # forward, and what parameters were then
 
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The region's outputs, the table of its norms [5, channels], then what the backward pass reads."""
+    def forward(self, inputs: Sequence[Tensor], state: object = None) -> list[Tensor]:
+        """The region's outputs, the table of its norms [5, channels], then what the backward pass reads.
+
+        Args:
+            inputs: the region's.
+            state: with the same one parameters and statistics are what they were; None: who knows.
+        """
         plan, dtype = self.plan, self.kernels.dtype
         names = plan.region.inputs
         tensors = [self._as_tokens(tensor) for tensor in inputs]
-        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors])
-        table = torch.empty(ROWS, plan.n_channels, dtype=dtype)
+        (played, before), self._played = self._played, (None, None)
+        is_still = state is not None and state == before
+        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors], is_still=is_still)
+        table = torch.empty(ROWS, plan.n_channels, dtype=dtype) if self._table is None else self._table
         given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(names, tensors, strict=True))}
         outputs = []
         for name in plan.region.outputs:
@@ -51,7 +60,9 @@ class Program:
                 pooled = isinstance(plan.maker[name], GlobalPoolStep)
                 given[name] = torch.empty(plan.shape_of(name), dtype=dtype if pooled else plan.mode.storage)
                 outputs.append(given[name])
-        return [*outputs, table, *tape.play(given, self.pool)]
+        kept = tape.play(given, self.pool, again=is_still and tape is played)
+        self._played = tape, state
+        return [*outputs, table, *kept]
 
     def backward(self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the region's inputs, then of its parameters; None where none is needed.
@@ -84,13 +95,16 @@ class Program:
     def forget(self) -> None:
         """Give up the tapes; others are written when they are wanted."""
         self._tapes.clear()
+        self._played = None, None
 
-    def _tape(self, schedule: type[Schedule], coming: Sequence[Given | None], *more: object) -> KernelTape:
+    def _tape(
+        self, schedule: type[Schedule], coming: Sequence[Given | None], *more: object, is_still: bool = False
+    ) -> KernelTape:
         """The tape of a pass, written anew where it would be another one now."""
         threads = torch.get_num_threads()
         key = (threads, self.weights.version, *more, *coming)
         written = self._tapes.get(schedule)
-        if written is not None and written[0] == key and written[1].is_current:
+        if written is not None and written[0] == key and (is_still or written[1].is_current):
             return written[1]
         tape = self.kernels.tape(threads)
         tape.finish(schedule(self.plan, self.weights, tape).write(coming))

@@ -29,6 +29,7 @@ from spfde.engines.native.fusion import (
     parameters_of,
 )
 from spfde.engines.native.graph import Region
+from spfde.engines.native.grid import best_grid
 from spfde.engines.native.layout import Layout
 
 # Of a value, what may be on its way through the front at a time: a few such fit into the caches.
@@ -66,6 +67,7 @@ class RegionPlan:
         lanes: images to a vector.
 
     Attributes:
+        is_fixed: nothing learns, and no norm uses the batch: weights and norms are what they are.
         layouts: of all values.
         needs_grad: whether a gradient comes back to a value.
         parameters: of all steps.
@@ -84,7 +86,7 @@ class RegionPlan:
 
     def __init__(self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int) -> None:
         self.region, self.steps, self.mode = region, tuple(steps), mode
-        self.layouts = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
+        whole = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
         self.needs_grad = self._needs_grad()
         self.parameters = parameters_of(steps)
         self._uses = Counter(value for step in self.steps for value in step.reads)
@@ -93,6 +95,9 @@ class RegionPlan:
         self.batch_readers = {step.x: step for step in steps if isinstance(step, PointStep) and self.uses_batch(step)}
         self.fused = self._find_fused()
         self.saved_names = self._find_saved()
+        self.is_fixed = all(map(self._is_free, steps))
+        grid = best_grid(steps, whole) if self.is_fixed and not region.is_tokens else (1, 1)
+        self.layouts = {name: layout.cut(grid) for name, layout in whole.items()}
         self.slices, self.n_channels = self._place_statistics()
         self.front, self.images_at_once = self._find_front()
         self.uses_in_front = self._count_uses(self.front)
@@ -179,7 +184,7 @@ class RegionPlan:
         if largest is None:
             return (), 0
         groups = max(1, AT_ONCE_BYTES // (largest.group * largest.itemsize))
-        return (front if groups < largest.groups else ()), groups * largest.lanes
+        return (front if groups < largest.groups else ()), groups * largest.images
 
     def _is_free(self, step: FusedStep) -> bool:
         """Does nothing of the step tie the images of a batch together, or wait for the backward pass?"""
@@ -258,7 +263,7 @@ class RegionPlan:
         layout = self.layouts[name]
         if self.region.is_tokens:
             return (*self.mode.shapes[0][:-1], layout.channels)
-        return layout.batch, layout.channels, layout.height, layout.width
+        return layout.batch, layout.channels, *layout.plane
 
     @functools.cached_property
     def pools_with_choice(self) -> list[PoolStep]:

@@ -23,7 +23,16 @@ _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
 
 
 class RegionRunner(nn.Module):
-    """A region in the place of the modules that it computes."""
+    """A region in the place of the modules that it computes.
+
+    Args:
+        region: what is computed.
+        steps: from ``fuse``.
+        plain: the same in PyTorch.
+        kernels, pool, weights: those of the model.
+        tells_changes: parameters and statistics are only written to in ways that PyTorch's version counters tell, so
+            that what the kernels make of them is kept until then.
+    """
 
     def __init__(
         self,
@@ -33,6 +42,8 @@ class RegionRunner(nn.Module):
         kernels: Kernels,
         pool: Pool,
         weights: PackedWeights,
+        *,
+        tells_changes: bool = False,
     ) -> None:
         super().__init__()
         self._region, self._steps, self._plain = region, tuple(steps), plain
@@ -42,6 +53,9 @@ class RegionRunner(nn.Module):
         self._trainable = parameters_of(steps)
         statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
         self._own = [*self._trainable, *(kept for kept in statistics if kept is not None)]
+        # Tensors that were made in inference mode have no counters.
+        self._tells_changes = tells_changes and not any(map(torch.is_inference, self._own))
+        self._checked: object = None
         self._version = weights.version
         self._programs: OrderedDict[Mode, Program] = OrderedDict()
 
@@ -56,18 +70,32 @@ class RegionRunner(nn.Module):
                 warnings.warn(f"The native engine computes in float32 under autocast to {asked}.", stacklevel=2)
             taken = (self._kernels.dtype, storage)
             inputs = tuple(tensor if tensor.dtype in taken else tensor.to(taken[0]) for tensor in inputs)
+        state = self._state() if self._tells_changes else None
         try:
-            self._check(inputs, storage)
-            program = None if self._is_denser_than_its_masks() else self._program(inputs, storage)
+            self._check_inputs(inputs, storage)
+            is_checked = state is not None and state == self._checked
+            if not is_checked:
+                self._check_own()
+            is_denser = not is_checked and self._is_denser_than_its_masks()
+            self._checked = None if is_denser else state
+            program = None if is_denser else self._program(inputs, storage)
         except Unsupported as error:
             warnings.warn(f"The native engine leaves a part of the model to PyTorch: it {error}.", stacklevel=2)
             program = None
         if program is None:
             found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
             return found
-        *outputs, table = RegionFunction.apply(program, *inputs, *program.plan.parameters)
+        if any(program.plan.needs_grad.values()):
+            *outputs, table = RegionFunction.apply(program, *inputs, *program.plan.parameters)
+        else:
+            made = program.forward(inputs, state)
+            outputs, table = made[: len(self._region.outputs)], made[len(self._region.outputs)]
         self._track(program.plan, table)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _state(self) -> object:
+        """Another one whenever a mask, a parameter or a statistic is another."""
+        return self._weights.version, [(tensor._version, tensor.data_ptr(), tensor.stride()) for tensor in self._own]
 
     def _is_denser_than_its_masks(self) -> bool:
         """Has somebody loaded or averaged weights that the kernels would leave out?
@@ -77,15 +105,19 @@ class RegionRunner(nn.Module):
         masks = ((step.module.weight, self._weights.mask_of(step)) for step in self._convolutions)
         return any(mask is not None and self._kernels.has_outside(weight, mask) for weight, mask in masks)
 
-    def _check(self, inputs: Sequence[Tensor], storage: torch.dtype) -> None:
+    def _check_inputs(self, inputs: Sequence[Tensor], storage: torch.dtype) -> None:
         for tensor in inputs:
             if not (tensor.dim() >= 2 if self._region.is_tokens else tensor.dim() == 4):
                 raise Unsupported(f"got {tensor.dim()} dimensions")
-        single = self._kernels.dtype
-        for tensor, taken in [*((one, (single, storage)) for one in inputs), *((one, (single,)) for one in self._own)]:
-            if tensor.dtype not in taken or tensor.device.type != "cpu":
-                raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
+            self._check_kind(tensor, storage)
+
+    def _check_kind(self, tensor: Tensor, storage: torch.dtype) -> None:
+        if tensor.dtype not in (self._kernels.dtype, storage) or tensor.device.type != "cpu":
+            raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
+
+    def _check_own(self) -> None:
         for tensor in self._own:
+            self._check_kind(tensor, self._kernels.dtype)
             # The kernels read a bias, and what belongs to a norm, from the first number on.
             if tensor.dim() == 1 and not tensor.is_contiguous():
                 raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")

@@ -75,6 +75,6 @@ class Schedule(ABC):
         if self.plan.region.is_tokens:
             self.tape.copy_tokens("unpack", tensor, dtype, self.plan.n_tokens, buffer)
         else:
-            channels, plane = buffer.layout.channels, buffer.layout.height * buffer.layout.width
-            strides = (channels * plane, plane, buffer.layout.width, 1)
+            height, width = buffer.layout.plane
+            strides = (buffer.layout.channels * height * width, height * width, width, 1)
             self.tape.copy("unpack", tensor, dtype, strides, buffer)

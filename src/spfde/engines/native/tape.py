@@ -73,6 +73,7 @@ class Tape:
         self._shelves: dict[Piece, list[int]] = defaultdict(list)
         self._jobs = bytearray()
         self._patches: list[tuple[int, int, int]] = []
+        self._once: list[tuple[int, int]] = []
         self._calls: list[tuple[int, int]] = []
         self._tensors: dict[int, tuple[Tensor, int, tuple[int, ...]]] = {}
         self._held: list[object] = []
@@ -111,7 +112,7 @@ class Tape:
 
     def groups_of(self, buffer: Buffer, start: int, layout: Layout) -> Buffer:
         """The groups of images in a buffer from image ``start`` on, as many as ``layout`` has."""
-        offset = buffer.offset + start // layout.lanes * layout.group * layout.itemsize
+        offset = buffer.offset + start // layout.images * layout.group * layout.itemsize
         return replace(buffer, offset=offset, layout=layout)
 
     def _take(self, piece: Piece) -> tuple[int, _Lease]:
@@ -129,7 +130,7 @@ class Tape:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def call(self, kernel: str, job: str, *values: object) -> None:
+    def call(self, kernel: str, job: str, *values: object, once: bool = False) -> None:
         """One more job.
 
         Args:
@@ -137,10 +138,12 @@ class Tape:
             job: name of the structure that it is told.
             values: of the fields. In the place of a pointer a Place, or a tensor that stays where it is; in that of a
                 structure a tuple of its values.
+            once: before all others, and only as often as ``play`` asks for it.
         """
         at = len(self._jobs)
         self._jobs += bytes(self._filled(struct(job), values, at))
-        self._calls.append((ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p).value or 0, at))
+        calls = self._once if once else self._calls
+        calls.append((ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p).value or 0, at))
 
     def _filled(self, kind: Any, values: Sequence[object], at: int) -> ctypes.Structure:
         """The structure with these values, as it will stand at byte ``at`` of the jobs."""
@@ -170,9 +173,17 @@ class Tape:
         patch, call, at = struct("Patch"), struct("Call"), ctypes.addressof
         jobs = ctypes.create_string_buffer(bytes(self._jobs), max(1, len(self._jobs)))
         patches = (patch * len(self._patches))(*starmap(patch, self._patches))
-        calls = (call * len(self._calls))(*starmap(call, self._calls))
+        n_once, written = len(self._once), [*self._once, *self._calls]
+        calls = (call * len(written))(*starmap(call, written))
         self._held += [jobs, patches, calls]
-        self._ready = struct("Tape")(at(jobs), at(patches), len(patches), at(calls), len(calls), self.threads)
+        # With the calls that are made once, and without them.
+        self._whole, self._rest = (
+            struct("Tape")(
+                at(jobs), at(patches), len(patches), at(calls) + start * ctypes.sizeof(call), len(calls) - start,
+                self.threads,
+            )
+            for start in (0, n_once)
+        )  # fmt: skip
 
     # --- playing -----------------------------------------------------------------------------------------------------
 
@@ -184,12 +195,13 @@ class Tape:
             for tensor, address, strides in self._tensors.values()
         )
 
-    def play(self, given: Mapping[Hashable, Tensor], pool: Pool) -> list[Tensor]:
+    def play(self, given: Mapping[Hashable, Tensor], pool: Pool, *, again: bool = False) -> list[Tensor]:
         """Run all jobs; the buffers that are wanted.
 
         Args:
             given: tensors by the keys that ``given`` was asked for.
             pool: where the buffers come from.
+            again: what is called ``once`` would come to what it came to before.
         """
         slots = (ctypes.c_void_p * max(1, self._n_slots))()
         for key, slot in self._given.items():
@@ -198,5 +210,5 @@ class Tape:
         for slot, tensor in taken.items():
             slots[slot] = tensor.data_ptr()
         with self._lock:  # addresses are written into the jobs
-            self._library.spfde_play(ctypes.byref(self._ready), slots)
+            self._library.spfde_play(ctypes.byref(self._rest if again else self._whole), slots)
         return [taken[slot] for slot in self._keep]

@@ -67,9 +67,28 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
   store(stat + 2 * LANES, (squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
-// A band of rows of a group, in tiles of size S.
+// The items of a chunk that are about one of so many parts of the weight's rows, as a list of one chunk.
+struct Part {
+  int32_t chunk[2];
+  Entries entries;
+
+  Part(const Entries& list, int64_t index, int64_t part, int64_t parts) : entries(list) {
+    for (int64_t end = 0; end < 2; end++) {
+      const int64_t row = list.rows * (part + end) / parts;  // the items of a chunk are sorted by it
+      int32_t at = list.chunk[index], behind = list.chunk[index + 1];
+      while (at < behind) {
+        const int32_t middle = (at + behind) / 2;
+        if (list.item[2 * middle] >> FLAGS < row) at = middle + 1; else behind = middle;
+      }
+      chunk[end] = at;
+    }
+    entries.chunk = chunk;
+  }
+};
+
+// A band of rows of a group, in tiles of size S, for a part of the weight's rows.
 template <class T, class S>
-static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* rows, real* tile, real* waiting) {
+static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, int64_t part, int64_t parts, T* rows, real* tile, real* waiting) {
   const Window& window = job.window;
   const Source& source = job.source;
   const Blocked &from = source.layout, &to = job.to;
@@ -84,7 +103,7 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
   for (int64_t p = top; p < bottom; p += job.step) {
     for (; have < window.slots; have++) {
       const int64_t h = p * s - window.above + have;
-      fill(source, window, g, h, h >= own && h < own_end, rows + have * window.pitch);
+      fill(source, window, g, h, part == 0 && h >= own && h < own_end, rows + have * window.pitch);
     }
     Streams streams;
     const int64_t next = p * s - window.above + window.slots, n_next = job.step * s * from.pitch();
@@ -101,7 +120,8 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
         const bool is_whole = is_plain && bottom - p - i >= S::rows && to.width - q >= S::columns, first = p + i == top && q == 0;
         for (int64_t chunk = 0; chunk < list.chunks; chunk++) {
           const Spread x = spread_tile(job.tile, list, chunk, rows + i * s * window.pitch + q * LANES, window, s, tile);
-          multiply<T>(size, x.at, x.down, list, job.values, chunk, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
+          const Part here(list, chunk, part, parts);
+          multiply<T>(size, x.at, x.down, here.entries, job.values, 0, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
             if (is_whole) return conv_finish<T, S, true>(job, g, row, p + i, q, bottom, statistics, first, sum);
             vec copied[S::n];
             each_of<S::n, true>([&](auto k) SPFDE_HERE { copied[k] = sum[k]; });
@@ -116,7 +136,8 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, T* ro
 
 template <class T>
 static void conv(const ConvJob& job) {
-  const int64_t units = job.to.groups * job.bands;
+  // Where there are more threads than bands, a band is several of them's, each for some of the weight's rows.
+  const int64_t bands = job.to.groups * job.bands, parts = (job.threads + bands - 1) / bands, units = bands * parts;
   const size_t of_window = bytes_of<T>(job.window);
   const size_t of_tile = size_t(job.tile.span() * most_channels(job.entries)) * sizeof(real);
   const size_t of_sums = size_t(job.entries.rows * job.tile.rows * job.tile.columns * LANES) * sizeof(real);
@@ -129,7 +150,8 @@ static void conv(const ConvJob& job) {
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < units; unit++) {
       with_size(job.tile.rows, job.tile.columns, [&](auto size) {
-        conv_band<T>(size, job, unit / job.bands, unit % job.bands, rows, tile, waiting);
+        const int64_t band = unit / parts;
+        conv_band<T>(size, job, band / job.bands, band % job.bands, unit % parts, parts, rows, tile, waiting);
       });
     }
   }

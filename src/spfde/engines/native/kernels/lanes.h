@@ -1,7 +1,9 @@
 // Vectors and the blocked layout that all kernels share.
 //
 // A batch of images is cut into groups of LANES; a pixel of a group is one vector, one lane an image. Thus every kernel
-// works on whole vectors whatever the width of the image, and a weight meets LANES images at once.
+// works on whole vectors whatever the width of the image, and a weight meets LANES images at once. Where these would be
+// too few, each image is cut into cells of one size, and a lane is a cell: to all kernels that look at a pixel alone that
+// is the same.
 //
 // Group after group, row after row, and in a row channel after channel, pixel after pixel: the rows that a thread works
 // through are one piece of memory. Zeros around an image are in no memory but a thread's window (window.h).
@@ -55,6 +57,17 @@ static inline real* aligned(real* p) {
   return reinterpret_cast<real*>((reinterpret_cast<uintptr_t>(p) + size - 1) / size * size);
 }
 static inline vec spread(real value) { return value - vec{}; }
+typedef decltype(vec{} == vec{}) ints;  // as wide as the numbers
+// v[from[lane]] in each lane.
+static inline vec permuted(vec v, ints from) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(v, from);
+#else
+  vec out;
+  for (int lane = 0; lane < LANES; lane++) out[lane] = v[from[lane]];
+  return out;
+#endif
+}
 // Sums over many pixels are put together in double precision.
 typedef double dvec __attribute__((vector_size(LANES * sizeof(double)), may_alias));
 static inline dvec widen(vec v) { return __builtin_convertvector(v, dvec); }
@@ -119,7 +132,9 @@ static inline vec normal_cdf(vec x, vec) {
 #endif
 
 struct Blocked {
-  int64_t groups, channels, height, width, batch;
+  int64_t groups, channels, height, width;  // of an image, or of a cell of one
+  int64_t batch;                            // lanes in use: images, or all of their cells
+  int64_t down, right;                      // cells of an image; lane after lane, row by row
 
   // In numbers: from a channel to the next, from a row to the next, from a group to the next.
   int64_t span() const { return width * LANES; }
@@ -127,14 +142,15 @@ struct Blocked {
   int64_t group() const { return height * pitch(); }
   // Where a row of a channel begins.
   int64_t at(int64_t g, int64_t c, int64_t h) const { return g * group() + h * pitch() + c * span(); }
-  // Ones in the lanes that hold an image: the last group may be short.
+  int64_t cells() const { return down * right; }
+  // Ones in the lanes that are in use: the last group may be short.
   vec valid(int64_t g) const {
     vec mask{};
     for (int lane = 0; lane < LANES; lane++) mask[lane] = g * LANES + lane < batch ? real(1) : real(0);
     return mask;
   }
   bool is_short(int64_t g) const { return (g + 1) * LANES > batch; }
-  int64_t images(int64_t g) const { return is_short(g) ? batch - g * LANES : LANES; }
+  int64_t used(int64_t g) const { return is_short(g) ? batch - g * LANES : LANES; }
 };
 
 // each(g, c) for every channel of every group.

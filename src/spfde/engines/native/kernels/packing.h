@@ -15,16 +15,22 @@ struct PackJob {
   int64_t threads;
 };
 
-// each(s, t, lanes) for every pixel of a group: s is where its first image's lies in the tensor, t where its vector does.
+// each(s, t, lanes, apart) for every pixel of a group: s is where its first lane's lies in the tensor, apart[lane] how far behind
+// that a lane's does, t where its vector lies.
 template <class Each>
 static inline void each_vector(const PackJob& job, const Each& each) {
   const Blocked& blocked = job.layout;
-  const int64_t* strides = job.strides;
+  const int64_t *strides = job.strides, cells = blocked.cells();
+  int64_t apart[LANES];
+  for (int64_t lane = 0; lane < LANES; lane++) {
+    const int64_t down = lane % cells / blocked.right, right = lane % blocked.right;
+    apart[lane] = lane / cells * strides[0] + down * blocked.height * strides[2] + right * blocked.width * strides[3];
+  }
   each_plane(blocked, job.threads, [&](int64_t g, int64_t c) {
-    const int64_t lanes = blocked.images(g);
+    const int64_t lanes = blocked.used(g), first = g * (LANES / cells) * strides[0] + c * strides[1];
     for (int64_t h = 0; h < blocked.height; h++) {
-      int64_t s = g * LANES * strides[0] + c * strides[1] + h * strides[2], t = blocked.at(g, c, h);
-      for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes);
+      int64_t s = first + h * strides[2], t = blocked.at(g, c, h);
+      for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes, apart);
     }
   });
 }
@@ -42,9 +48,9 @@ static inline void with_type(void* tensor, int64_t half, const Call& call) {
 template <class T>
 static void pack(const PackJob& job) {
   with_type(job.tensor, job.half, [&](auto* tensor) {
-    each_vector(job, [&](int64_t s, int64_t t, int64_t lanes) {
+    each_vector(job, [&](int64_t s, int64_t t, int64_t lanes, const int64_t* apart) {
       vec v{};
-      for (int64_t lane = 0; lane < lanes; lane++) v[lane] = number(tensor[s + lane * job.strides[0]]);
+      for (int64_t lane = 0; lane < lanes; lane++) v[lane] = number(tensor[s + apart[lane]]);
       store(out<T>(job.blocked) + t, v);
     });
   });
@@ -54,8 +60,8 @@ SPFDE_KERNEL(pack, PackJob)
 template <class T>
 static void unpack(const PackJob& job) {
   with_type(job.tensor, job.half, [&](auto* tensor) {
-    each_vector(job, [&](int64_t s, int64_t t, int64_t lanes) {
-      for (int64_t lane = 0; lane < lanes; lane++) put(tensor + s + lane * job.strides[0], number(in<T>(job.blocked)[t + lane]));
+    each_vector(job, [&](int64_t s, int64_t t, int64_t lanes, const int64_t* apart) {
+      for (int64_t lane = 0; lane < lanes; lane++) put(tensor + s + apart[lane], number(in<T>(job.blocked)[t + lane]));
     });
   });
 }

@@ -128,9 +128,12 @@ static void global_pool(const GlobalPoolJob& job) {
       const T* s = in<T>(job.blocked) + layout.at(g, c, h);
       for (int64_t i = 0; i < layout.span(); i += LANES) sum += load(s + i);
     }
-    sum /= real(layout.height * layout.width);
-    for (int64_t lane = 0; lane < layout.images(g); lane++) {
-      job.means[(g * LANES + lane) * layout.channels + c] = sum[lane];
+    const int64_t cells = layout.cells();
+    sum /= real(layout.height * layout.width * cells);
+    for (int64_t lane = 0; lane < layout.used(g); lane += cells) {
+      real mean = sum[lane];
+      for (int64_t cell = 1; cell < cells; cell++) mean += sum[lane + cell];
+      job.means[(g * LANES + lane) / cells * layout.channels + c] = mean;
     }
   });
 }
@@ -141,7 +144,7 @@ static void global_pool_backward(const GlobalPoolJob& job) {
   const Blocked& layout = job.layout;
   each_plane(layout, job.threads, [&](int64_t g, int64_t c) {
     vec d{};
-    for (int64_t lane = 0; lane < layout.images(g); lane++) {
+    for (int64_t lane = 0; lane < layout.used(g); lane++) {
       d[lane] = job.means[(g * LANES + lane) * layout.channels + c] / real(layout.height * layout.width);
     }
     for (int64_t h = 0; h < layout.height; h++) {

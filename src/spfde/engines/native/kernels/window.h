@@ -6,7 +6,12 @@
 //     slot 1   0 x x x x x x x x 0 | 0 y y y y y y y y 0 | ...
 //
 // With a stride s the columns are taken apart by their residue, so that what neighbours of the output read are neighbours.
+//
+// Where lanes are cells of an image, what lies around a cell is the opposite side of the cell beside it: the same vectors with
+// their lanes moved.
 #pragma once
+
+#include <algorithm>
 
 #include "storage.h"
 
@@ -35,6 +40,13 @@ static inline int64_t slide(T* rows, const Window& window, int64_t step) {
   return keep;
 }
 
+// Where pixel w of a channel's row belongs.
+template <class T>
+static inline T* column(T* row, const Window& window, int64_t w) {
+  const int64_t u = w + window.lead;
+  return row + u % window.stride * window.plane + u / window.stride * LANES;
+}
+
 // each(t, w): pixel w of a channel's row belongs at t.
 template <class T, class Each>
 static inline void each_column(T* row, const Window& window, int64_t width, const Each& each) {
@@ -43,10 +55,7 @@ static inline void each_column(T* row, const Window& window, int64_t width, cons
     for (int64_t w = 0; w < width; w++) each(t + w * LANES, w);
     return;
   }
-  for (int64_t w = 0; w < width; w++) {
-    const int64_t u = w + window.lead;
-    each(row + u % window.stride * window.plane + u / window.stride * LANES, w);
-  }
+  for (int64_t w = 0; w < width; w++) each(column(row, window, w), w);
 }
 
 // A value: stored, or activation(y * scale + shift + residual), which is written to z on the way where z is not null.
@@ -84,11 +93,10 @@ static inline void fill_made(const Source& x, const Window& window, int64_t g, i
   }
 }
 
-// Row h of all channels; zeros outside of the image. With `write` it also goes to z.
+// Row h of all channels of each image or cell. With `write` it also goes to z.
 template <class T>
-static inline void fill(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
+static inline void fill_own(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
   const Blocked& layout = x.layout;
-  if (h < 0 || h >= layout.height) return clear(row, window.pitch);
   if (!x.is_stored()) {
     switch (x.activation) {
       case NONE: return fill_made<T, NONE>(x, window, g, h, write, row);
@@ -100,6 +108,46 @@ static inline void fill(const Source& x, const Window& window, int64_t g, int64_
   for (int64_t c = 0; c < layout.channels; c++, row += window.span, s += layout.span()) {
     each_column(row, window, layout.width, [&](T* t, int64_t w) { std::memcpy(t, s + w * LANES, sizeof(T) * LANES); });
   }
+}
+
+// What the cells see of the one that is so many further down and right of them; zeros outside of the image.
+struct Neighbour {
+  ints from;
+  ints is_inside;
+
+  Neighbour(const Blocked& layout, int64_t down, int64_t right) {
+    for (int64_t lane = 0; lane < LANES; lane++) {
+      const int64_t i = lane % layout.cells() / layout.right + down, j = lane % layout.right + right;
+      const bool inside = i >= 0 && i < layout.down && j >= 0 && j < layout.right;
+      is_inside[lane] = inside ? -1 : 0;
+      from[lane] = inside ? lane + down * layout.right + right : lane;
+    }
+  }
+  vec operator()(vec v) const { return is_inside ? permuted(v, from) : vec{}; }
+};
+
+// Cells: a row that is there as it lies in each of them becomes one of the cells `down` further down, and gets the columns before
+// and behind it from the cells beside them.
+template <class T>
+static inline void join(const Blocked& layout, const Window& window, int64_t down, T* row) {
+  const Neighbour above(layout, down, 0), before(layout, 0, -1), behind(layout, 0, 1);
+  const int64_t left = layout.right > 1 ? window.lead : 0, columns = window.span / LANES - window.lead - layout.width;
+  const int64_t right = layout.right > 1 && columns > 0 ? std::min(columns, layout.width) : 0;
+  for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
+    if (down) each_column(row, window, layout.width, [&](T* t, int64_t) { store(t, above(load(t))); });
+    for (int64_t w = 0; w < left; w++) store(column(row, window, w - left), before(load(column(row, window, layout.width + w - left))));
+    for (int64_t w = 0; w < right; w++) store(column(row, window, layout.width + w), behind(load(column(row, window, w))));
+  }
+}
+
+// Row h of all channels with what lies beside it; zeros outside of the image. With `write` it also goes to z.
+template <class T>
+static inline void fill(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
+  const Blocked& layout = x.layout;
+  const int64_t down = h < 0 ? -1 : h >= layout.height ? 1 : 0, own = h - down * layout.height;
+  if ((down && layout.down == 1) || own < 0 || own >= layout.height) return clear(row, window.pitch);
+  fill_own(x, window, g, own, write, row);
+  if (layout.cells() > 1) join(layout, window, down, row);
 }
 
 // The gradient of y where z = activation(y * scale + shift + residual) has the gradient d. Scale and shift may come from the
