@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from helpers.native import needs_kernels
 from spfde.engines.native.geometry import Geometry, Vectors, best_size, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
-from spfde.engines.native.lists import CHANNELS, COLUMNS, SINGLE, Reads, Weights, forward_entries, gradient_entries
+from spfde.engines.native.lists import (
+    CHANNELS, COLUMNS, SINGLE, Entries, Reads, Weights, forward_entries, gradient_entries,
+)  # fmt: skip
 
 pytestmark = needs_kernels  # structures are read off the kernels' headers
 
@@ -25,6 +27,15 @@ def weights(mask: npt.NDArray[np.bool_], groups: int = 1) -> Weights:
     geometry = Geometry(out, inner * groups, (kernel[0], kernel[1]), 1, (0, 0), (1, 1), groups)
     strides = [stride // mask.itemsize for stride in mask.strides]
     return Weights.of(geometry, mask, strides)
+
+
+def _positions(entries: Entries) -> npt.NDArray[np.int32]:
+    """Of all weights of a list, in the storage."""
+    if not entries.is_paired:
+        return entries.index
+    assert (np.diff(entries.active) > 0).all()
+    which = entries.index.ravel()
+    return entries.active[which[which < len(entries.active)]]
 
 
 def test_a_row_is_cut_into_pairs_of_neighbouring_columns_from_the_left() -> None:
@@ -49,6 +60,15 @@ def test_channels_are_paired_two_by_two_and_the_last_of_an_odd_number_is_alone()
     assert found.index.tolist() == [[0, 1], [NONE, 3], [4, NONE], [7, NONE]]
 
 
+def test_channels_are_paired_with_those_that_are_active_in_the_same_places() -> None:
+    mask = np.array([[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 1]], bool)[:, :, None, None]
+    found = weights(mask).found(pairs=True, neighbours=False)
+    assert found.order.tolist() == [0, 2, 1, 3]
+    assert found.row.tolist() == [0, 1, 2, 2]
+    assert found.place.tolist() == [0, 1, 0, 1]
+    assert found.index.tolist() == [[0, 2], [5, 7], [8, 10], [NONE, 11]]
+
+
 @given(
     out=st.integers(1, 6), inner=st.integers(1, 7), groups=st.sampled_from([1, 2, 3]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 5)), stride=st.integers(1, 3), dilation=st.integers(1, 2),
@@ -70,8 +90,8 @@ def test_each_active_weight_is_in_each_list_once(
     forward = forward_entries(geometry, made, shapes[0], reads)
     back = gradient_entries(geometry, made, shapes[1], reads)
     for lists, rows, tile in (((forward,), out, shapes[0].tile), (back, inner, shapes[1].tile)):
-        index = np.concatenate([entries.index.ravel() for entries in lists])
-        assert sorted(index[index != NONE].tolist()) == np.flatnonzero(mask).tolist()
+        index = np.concatenate([_positions(entries) for entries in lists])
+        assert sorted(index.tolist()) == np.flatnonzero(mask).tolist()
         for entries in lists:
             begins, item, _, taken, offset = entries.parts
             assert set((item[:, 0] >> 2).tolist()) == set(range(rows * groups))

@@ -294,21 +294,29 @@ class KernelTape(Tape):
         values = self.take_flat(max(1, sum(entries.n for entries in lists)))
         at = values
         for entries in lists:
-            self.hold(entries)
-            address = entries.index.ctypes.data
-            self.call("spfde_gather", "GatherJob", weight, address, entries.n, at, entries.is_paired, self.threads)
+            together = self.take_flat(self._room_together(entries)) if entries.is_paired else None
+            self._gather(weight, entries, together, at)
             at = self.numbers_after(at, entries.n)
         return values
 
     def gather_once(self, weight: Tensor, entries: Entries) -> Tensor:
         """The same of one list, in memory of the tape's own; see ``call``."""
         values = torch.empty(max(1, entries.n), dtype=self.dtype)
-        self.hold(entries)
-        address = entries.index.ctypes.data
-        self.call(
-            "spfde_gather", "GatherJob", weight, address, entries.n, values, entries.is_paired, self.threads, once=True
-        )  # fmt: skip
+        together = torch.empty(self._room_together(entries), dtype=self.dtype) if entries.is_paired else None
+        self._gather(weight, entries, together, values, once=True)
         return values
+
+    def _room_together(self, entries: Entries) -> int:
+        """Numbers that hold so many of half the size, in whole vectors."""
+        return entries.active.size // 2 + 64
+
+    def _gather(self, weight: Tensor, entries: Entries, together: At | None, values: At, *, once: bool = False) -> None:
+        self.hold(entries)
+        active = entries.active.ctypes.data if entries.is_paired else None
+        self.call(
+            "spfde_gather", "GatherJob", weight, active, entries.active.size, together, entries.index.ctypes.data,
+            entries.n, values, self.threads, once=once,
+        )  # fmt: skip
 
     def pool(
         self, kernel: PoolKernel, source: Buffer, target: Buffer, window: Sequence[Sequence[int]], *,

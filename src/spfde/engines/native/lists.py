@@ -36,13 +36,15 @@ class Entries:
     """One list for the kernels.
 
     Attributes:
-        index: position of each entry's weight in the weight's storage, int32 [entries]; of pairs [entries, 2], where -1
-            is no weight.
+        index: position of each entry's weight in the weight's storage, int32 [entries]; of pairs [entries, 2], which of
+            the active weights each of the two is, where one more than the last is no weight.
+        active: of pairs, positions of the active weights in the storage, in ascending order; else empty.
         parts: the arrays whose addresses ``c`` holds.
         c: as the kernels take it.
     """
 
     index: npt.NDArray[np.int32]
+    active: npt.NDArray[np.int32]
     parts: tuple[npt.NDArray[np.int32], ...]
     c: ctypes.Structure
 
@@ -310,9 +312,23 @@ def _listed(found: _Found, offset: Ints, n_rows: int, steps: _Steps, most: int, 
     place = found.place % width if steps.is_scratch else found.place
     offset = (offset + place * steps.channel)[sorted_]
     parts = tuple(np.ascontiguousarray(part, dtype=np.int32) for part in (begins, item, found.order, taken, offset))
-    index = np.ascontiguousarray(found.index[sorted_], dtype=np.int32)
+    index, active = found.index[sorted_], np.zeros(0, np.int64)
+    if index.ndim == 2:
+        index, active = _numbered(index)
     at: list[Any] = [part.ctypes.data for part in parts]
-    return Entries(index, parts, struct("Entries")(n_rows, chunks, len(index), found.pairing, *at))
+    c = struct("Entries")(n_rows, chunks, len(index), found.pairing, *at)
+    return Entries(np.ascontiguousarray(index, dtype=np.int32), active.astype(np.int32), parts, c)
+
+
+def _numbered(positions: Ints) -> tuple[Ints, Ints]:
+    """Positions of any shape by their rank among those that occur, one more than the last where there is none; these."""
+    occurs = np.zeros(positions.max(initial=0) + 2, bool)
+    occurs[positions] = True  # that of no weight is the last
+    occurs[-1] = False
+    which = np.flatnonzero(occurs)
+    rank = np.cumsum(occurs) - 1
+    rank[-1] = len(which)
+    return rank[positions], which
 
 
 def _sorted(keys: Ints, n: int) -> Ints:

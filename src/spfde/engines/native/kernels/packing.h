@@ -156,46 +156,46 @@ static void unpack_tokens(const TokensJob& job) {
 }
 SPFDE_KERNEL(unpack_tokens, TokensJob)
 
-// values[k] = weights[index[k]]; of pairs, two of them in bf16, of which the second or the first may be none (-1).
+// values[k] = weights[index[k]]. Of pairs, the active weights are put together first, in bf16, as they follow each other in
+// memory, with a zero behind them; the index says which two of these a pair is. So memory is read from its start to its end, not
+// from place to place.
 struct GatherJob {
   const real* weights;
-  const int32_t* index;
+  const int32_t* active;  // [n_active]: where they are; or null: no pairs
+  int64_t n_active;
+  void* together;         // bf16 [n_active + 1], whole vectors
+  const int32_t* index;   // [n], of pairs [n][2]
   int64_t n;
   real* values;
-  int64_t pairs, threads;
+  int64_t threads;
 };
 
-// LANES pairs of which n are there. Without a branch: which of the two is none cannot be foreseen.
-#if SPFDE_HALF
-static inline void gather_pairs(const real* weights, const int32_t* index, int64_t n, real* values) {
-  words half[2];
-  for (int which = 0; which < 2; which++) {
-    uint32_t bits[LANES] = {};
-    for (int64_t k = 0; k < n; k++) {
-      const int32_t at = index[2 * k + which];
-      std::memcpy(bits + k, weights + std::max(at, 0), sizeof(*bits));
-      bits[k] &= ~uint32_t(at >> 31);
+#if SPFDE_DOT
+static void gather_pairs(const GatherJob& job) {
+  bf16* together = out<bf16>(job.together);
+  const int64_t n_active = job.n_active, n = job.n;
+#pragma omp parallel num_threads(job.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k <= n_active; k += LANES) {
+      const __mmask16 are_there = n_active - k >= LANES ? 0xffff : (1 << (n_active - k)) - 1;
+      const __m512i at = _mm512_maskz_loadu_epi32(are_there, job.active + k);
+      store(together + k, (vec)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), are_there, at, job.weights, sizeof(real)));
     }
-    vec v;
-    std::memcpy(&v, bits, sizeof(v));
-    half[which] = __builtin_convertvector(rounded(v), words);
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < n; k++) {
+      const uint32_t both = together[job.index[2 * k]].bits | uint32_t(together[job.index[2 * k + 1]].bits) << 16;
+      std::memcpy(job.values + k, &both, sizeof(both));
+    }
   }
-  const words both = half[0] | half[1] << 16;
-  std::memcpy(values, &both, size_t(n) * sizeof(real));
 }
 #endif
 
 SPFDE_EXPORT void spfde_gather(const void* data) {
-  const auto* job = static_cast<const GatherJob*>(data);
-#if SPFDE_HALF
-  if (job->pairs) {
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-    for (int64_t k = 0; k < job->n; k += LANES) {
-      gather_pairs(job->weights, job->index + 2 * k, std::min<int64_t>(LANES, job->n - k), job->values + k);
-    }
-    return;
-  }
+  const auto& job = *static_cast<const GatherJob*>(data);
+#if SPFDE_DOT
+  if (job.active) return gather_pairs(job);
 #endif
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t k = 0; k < job->n; k++) job->values[k] = job->weights[job->index[k]];
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t k = 0; k < job.n; k++) job.values[k] = job.weights[job.index[k]];
 }
