@@ -141,8 +141,11 @@ static void gradient_tile(S size, const GradientJob& job, int64_t g, int64_t p, 
   }
 }
 
+// Whether the sums of n weights are of all lanes: lanes apart would take more than half of a second-level cache.
+static inline bool are_whole(int64_t n) { return n * LANES * int64_t(sizeof(real)) > 384 << 10; }
+
 // Gradient of the weights: the step's rows, chunk by chunk of x's channels.
-template <class T, class S>
+template <class T, bool WHOLE, class S>
 static void weight_step(S size, const GradientJob& job, const GradientRoom<T>& room, real* sums, bool fresh, Streams& streams) {
   constexpr int WIDE = S::columns * Lump<T>::pixels;
   const Window &of_d = job.window, &of_x = job.source_window;
@@ -151,7 +154,7 @@ static void weight_step(S size, const GradientJob& job, const GradientRoom<T>& r
     for (int64_t i = 0; i < job.step; i += S::rows) {
       const T *x = room.x + i * x_down, *d = room.d + (of_d.above + i) * of_d.pitch + of_d.lead * LANES;
       for (int64_t q = 0; q < width; q += WIDE) {
-        multiply_weight<T>(size, job.weight, chunk, x + q * LANES, x_down, d + q * LANES, of_d.pitch, of_d.span, sums,
+        multiply_weight<T, WHOLE>(size, job.weight, chunk, x + q * LANES, x_down, d + q * LANES, of_d.pitch, of_d.span, sums,
                            fresh && i + q == 0, streams);
       }
     }
@@ -203,7 +206,10 @@ static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const
       });
     }
     if (job.weight_rows) {
-      with_size(job.weight_rows, job.weight_columns, [&](auto size) { weight_step<T>(size, job, room, sums, fresh, streams); });
+      with_size(job.weight_rows, job.weight_columns, [&](auto size) {
+        const auto step = are_whole(job.weight.n) ? weight_step<T, true, decltype(size)> : weight_step<T, false, decltype(size)>;
+        step(size, job, room, sums, fresh, streams);
+      });
       fresh = false;
     }
     have = slide(room.d, of_d, job.step);
@@ -221,7 +227,8 @@ static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const
 
 // Each thread puts the lanes of its own sums together: what travels between the threads is then a number an entry.
 static inline void sum_own_lanes(const real* sums, int64_t n, bool is_empty, real* summed) {
-  for (int64_t k = 0; k < n; k++) summed[k] = is_empty ? real(0) : sum_lanes(load(sums + k * LANES));
+  const bool is_whole = are_whole(n);
+  for (int64_t k = 0; k < n; k++) summed[k] = is_empty ? real(0) : is_whole ? sums[k] : sum_lanes(load(sums + k * LANES));
 }
 
 template <class T>

@@ -58,6 +58,7 @@ static inline real* aligned(real* p) {
 }
 static inline vec spread(real value) { return value - vec{}; }
 typedef decltype(vec{} == vec{}) ints;  // as wide as the numbers
+static inline ints spread_int(int64_t value) { return decltype(ints{}[0] + 0)(value) - ints{}; }
 // v[from[lane]] in each lane.
 static inline vec permuted(vec v, ints from) {
 #if defined(__GNUC__) && !defined(__clang__)
@@ -71,12 +72,19 @@ static inline vec permuted(vec v, ints from) {
 // Sums over many pixels are put together in double precision.
 typedef double dvec __attribute__((vector_size(LANES * sizeof(double)), may_alias));
 static inline dvec widen(vec v) { return __builtin_convertvector(v, dvec); }
-template <class Vector>
-static inline auto sum_lanes(Vector v) {
-  auto total = v[0];
+static inline double sum_lanes(dvec v) {
+  double total = v[0];
   for (int lane = 1; lane < LANES; lane++) total += v[lane];
   return total;
 }
+#if SPFDE_SINGLE
+static inline real sum_lanes(vec v) {
+  ints lane;
+  for (int k = 0; k < LANES; k++) lane[k] = k;
+  SPFDE_UNROLL for (int away = LANES / 2; away > 0; away /= 2) v += permuted(v, lane ^ away);
+  return v[0];
+}
+#endif
 
 // Exponential and normal distribution function of whole vectors. In single precision by polynomials (the standard library
 // has no vectors, and these would be most of a transformer's step); in double precision, for tests, exact.

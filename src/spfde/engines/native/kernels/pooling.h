@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "storage.h"
 
@@ -47,23 +46,19 @@ static inline void each_window(const PoolJob& job, const Each& each) {
   });
 }
 
-// What a comparison of vectors gives: integers of a number's size.
-typedef decltype(vec{} > vec{}) flags;
-using Flag = std::remove_reference_t<decltype(flags{}[0])>;
-
 template <class T>
 static void max_pool(const PoolJob& job) {
   const int64_t pitch = job.input.pitch(), width = job.input.width;
   each_window<T, false>(job, [&](const T* x, T* y, int64_t pixel, const PoolWindow& window) {
     const int64_t start = window.top * pitch + window.left * LANES;
     vec best = load(x + start);
-    flags choice = flags{} + Flag(window.top * width + window.left);
+    ints choice = spread_int(window.top * width + window.left);
     for (int64_t h = window.top; h < window.bottom; h++) {
       for (int64_t w = window.left; w < window.right; w++) {
         const vec v = load(x + h * pitch + w * LANES);
-        const flags better = (v > best) | (v != v);
+        const ints better = (v > best) | (v != v);
         best = better ? v : best;
-        choice = better ? flags{} + Flag(h * width + w) : choice;
+        choice = better ? spread_int(h * width + w) : choice;
       }
     }
     for (int lane = 0; lane < LANES; lane++) job.choice[pixel * LANES + lane] = int32_t(choice[lane]);

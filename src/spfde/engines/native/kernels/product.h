@@ -260,7 +260,8 @@ struct Lump<bf16> {
 #endif
 
 // The gradients of the weights of a chunk from one tile of S registers: those of a row's pixels stay while its entries pass by.
-template <class T, class S>
+// `sums` [entries][LANES]; or [entries], if WHOLE: lanes are put together each time, for many sums would not fit a cache.
+template <class T, bool WHOLE, class S>
 static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, const T* x, int64_t x_down, const T* d, int64_t d_down,
                                    int64_t d_span, real* sums, bool fresh, Streams& streams) {
   constexpr int N = S::n, COLUMNS_ = S::columns, APART = Lump<T>::pixels * LANES;
@@ -275,12 +276,17 @@ static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, 
     each_of<N>([&](auto i) SPFDE_HERE { t[i] = Lump<T>::take(from + (i / COLUMNS_) * d_down + (i % COLUMNS_) * APART); });
     for (; k < end; k++) {
       const RowsOf<S::rows, T> s(x + list.offset[k], x_down);
-      vec part[4] = {fresh ? vec{} : load(sums + int64_t(k) * LANES)};
+      vec part[4] = {fresh || WHOLE ? vec{} : load(sums + int64_t(k) * LANES)};
       each_of<N>([&](auto i) SPFDE_HERE {
         const auto v = Lump<T>::take(s.at[i / COLUMNS_] + (i % COLUMNS_) * APART);
         part[i % 4] = Lump<T>::add(part[i % 4], t[i], v);
       });
-      store(sums + int64_t(k) * LANES, (part[0] + part[1]) + (part[2] + part[3]));
+      const vec sum = (part[0] + part[1]) + (part[2] + part[3]);
+      if constexpr (WHOLE) {
+        sums[k] = (fresh ? real(0) : sums[k]) + sum_lanes(sum);
+      } else {
+        store(sums + int64_t(k) * LANES, sum);
+      }
     }
   }
 }
