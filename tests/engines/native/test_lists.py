@@ -13,7 +13,14 @@ from helpers.native import needs_kernels
 from spfde.engines.native.geometry import Geometry, Vectors, best_size, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import (
-    CHANNELS, COLUMNS, SINGLE, Entries, Reads, Weights, forward_entries, gradient_entries,
+    CHANNELS,
+    COLUMNS,
+    SINGLE,
+    Entries,
+    Reads,
+    Weights,
+    forward_entries,
+    gradient_entries,
 )  # fmt: skip
 
 pytestmark = needs_kernels  # structures are read off the kernels' headers

@@ -23,8 +23,8 @@ TOKEN_COLUMNS = 8
 # NumPy has no bf16; nobody reads its numbers there.
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.bfloat16: np.int16}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-# Kernels read and write so much that they would wait for the addresses of small pages. Memory is asked for in pieces from
-# which several buffers come, for few of them fill a huge page alone. What of a piece nobody touches takes no memory.
+# Kernels read and write so much that they would wait for the addresses of small pages. Memory is asked for in pieces
+# from which several buffers come, for few of them fill a huge page alone. What nobody touches takes no memory.
 _HUGE_PAGE, _PIECE = 2 << 20, 16 << 20
 _MOST_PASSES = 4  # forward passes after which a free buffer is given back
 

@@ -119,7 +119,7 @@ class Weights:
         return _Found(at[0] * rows + at[1], at[0] * sources + at[2], (at[3], at[4]), self.where(at), order, SINGLE)
 
     def _of_channels(self) -> _Found:
-        groups, rows, sources, *kernel = self.active.shape
+        groups, rows, sources, *_ = self.active.shape
         order = np.stack([_matched(self.active[group]) for group in range(groups)])  # [groups, 2 * slots]
         slots = order.shape[1] // 2
         of_slot = order.reshape(groups, slots, 2)
@@ -321,7 +321,7 @@ def _listed(found: _Found, offset: Ints, n_rows: int, steps: _Steps, most: int, 
 
 
 def _numbered(positions: Ints) -> tuple[Ints, Ints]:
-    """Positions of any shape by their rank among those that occur, one more than the last where there is none; these."""
+    """The rank of each position among those that occur, one more than the last where there is none; and these."""
     occurs = np.zeros(positions.max(initial=0) + 2, bool)
     occurs[positions] = True  # that of no weight is the last
     occurs[-1] = False
