@@ -69,8 +69,9 @@ def test_structures_and_images_of_a_file_are_compared_too(common: ModuleType, tm
 
     fashion, cifar, structures = result.tables
     assert [len(table.rows) for table in (fashion, cifar)] == [2, 2]
-    assert [row[0] for row in structures.rows] == ["unstructured", "1x2", "1x2-kernel", "1x2-inputs", "2x2-inputs"]
-    assert [figure.n for figure in result.figures] == [1] * 6
+    shapes = ["unstructured", "1x2", "1x2-kernel", "1x2-inputs", "2x2-inputs", "unstructured, 95 %"]
+    assert [row[0] for row in structures.rows] == shapes
+    assert [figure.n for figure in result.figures] == [1] * 7
 
 
 @pytest.mark.long
