@@ -1,12 +1,12 @@
 """Write docs/benchmarks.md, and the README's picture and results, from benchmarks/results/*.json.
 
-    python benchmarks/render.py                     # docs/benchmarks.md, the picture, two READMEs between their markers
+    python benchmarks/render.py                     # docs/benchmarks.md, the picture, pages between their markers
     python benchmarks/render.py --check             # change nothing; exit 1 where a file is not up to date
     python benchmarks/render.py --print             # print the README's part
 
 In README.md the results stand between ``<!-- results:start -->`` and ``<!-- results:end -->``; without them the README
-is left alone. The table of all methods stands in docs/methods/README.md in the same way, and the paper's tables row by
-row in docs/reproducing.md.
+is left alone. The table of all methods stands in docs/methods/README.md in the same way, the paper's tables row by row
+in docs/reproducing.md, and what bf16 and structures cost in accuracy in their cards.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ START, END = "<!-- results:start -->", "<!-- results:end -->"
 METHODS_START, METHODS_END = "<!-- methods:start -->", "<!-- methods:end -->"
 PAPERS = "papers"
 PAPERS_START, PAPERS_END = "<!-- papers:start -->", "<!-- papers:end -->"
+PRECISION = "precision"
+PRECISION_START, PRECISION_END = "<!-- precision:start -->", "<!-- precision:end -->"
+# Which of its tables stand in which card, by how their titles begin.
+PRECISION_CARDS = {"native.md": "bf16", "structures.md": "Structures"}
 # The order of the page; a result that is not named here follows after.
 ORDER = (
     "bookkeeping",
@@ -38,6 +42,7 @@ ORDER = (
     "imagenette",
     "distributed",
     "accuracy",
+    PRECISION,
     "same_budget",
     "crash",
     "start_up",
@@ -150,6 +155,17 @@ def papers_region(results: Sequence[Result]) -> str:
     return _tables_region(results, PAPERS, PAPERS_START, PAPERS_END, titled=True)
 
 
+def precision_region(results: Sequence[Result], card: str) -> str:
+    """What stands in a card between its markers: differences in accuracy, without what there is to say of them."""
+    tables = [
+        f"**{table.title}**\n\n{markdown_table(table.columns, table.rows)}"
+        for result in results
+        for table in result.tables
+        if result.name == PRECISION and table.title.startswith(PRECISION_CARDS[card])
+    ]
+    return "\n\n".join([PRECISION_START, *(tables or [f"Run `python benchmarks/{PRECISION}.py`."]), PRECISION_END])
+
+
 def _tables_region(results: Sequence[Result], name: str, start: str, end: str, *, titled: bool = False) -> str:
     """The tables of a benchmark with its notes, the markers included."""
     parts = []
@@ -206,8 +222,13 @@ def main(argv: list[str] | None = None) -> int:
     readme, docs = options.root / "README.md", options.root / "docs" / "benchmarks.md"
     wanted = {docs: page(results), options.root / PICTURE: picture(results)}
     pages = options.root / "docs"
-    regions = ((pages / "methods" / "README.md", methods_region), (pages / "reproducing.md", papers_region))
-    for path, part in ((readme, region), *((path, region_of(results)) for path, region_of in regions)):
+    regions = (
+        (readme, region),
+        (pages / "methods" / "README.md", methods_region(results)),
+        (pages / "reproducing.md", papers_region(results)),
+        *((pages / "methods" / card, precision_region(results, card)) for card in PRECISION_CARDS),
+    )
+    for path, part in regions:
         if path.is_file():
             wanted[path] = with_region(path.read_text(encoding="utf-8"), part)
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

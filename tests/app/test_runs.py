@@ -90,6 +90,16 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert not list(folder.rglob("*.writing*"))
 
 
+def whole_and_resumed(options: TrainOptions, place: Path) -> Path:
+    """The folder of a whole run, which one that was stopped after three epochs has come to, too."""
+    train(options, place / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(options, place / "stopped", Stopping(3))
+    train(options, place / "stopped", resume=True)
+    assert_same_run(place / "stopped", place / "whole")
+    return place / "whole"
+
+
 @pytest.mark.parametrize(
     "sieving",
     [
@@ -106,14 +116,15 @@ def test_a_stopped_run_with_another_sieving_goes_on_as_if_nothing_had_been(
     tiny: Path, tmp_path: Path, sieving: DataSieving | OneTimeRemoval
 ) -> None:
     recipe = presets.mest.replace(sieving=sieving, update_interval_epochs=1).to_dict()
-    options = options_for(tiny, recipe=recipe)
-    train(options, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(options, tmp_path / "stopped", Stopping(3))
-    train(options, tmp_path / "stopped", resume=True)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    in_use = {row["partial_samples"] for row in lines(tmp_path / "whole" / "metrics.jsonl")}
+    whole = whole_and_resumed(options_for(tiny, recipe=recipe), tmp_path)
+    in_use = {row["partial_samples"] for row in lines(whole / "metrics.jsonl")}
     assert len(in_use) == (2 if isinstance(sieving, OneTimeRemoval) or sieving.full_last else 1)
+
+
+@needs_kernels
+def test_a_stopped_run_in_bf16_goes_on_as_if_nothing_had_been(tiny: Path, tmp_path: Path) -> None:
+    whole = whole_and_resumed(options_for(tiny, precision="bf16", engine="native"), tmp_path)
+    assert read(whole / "summary.json")["engine"] == "native"
 
 
 @pytest.fixture(scope="module")

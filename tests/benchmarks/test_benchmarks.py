@@ -18,20 +18,6 @@ from torch import nn
 
 import spfde
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("_common")
-
-
-@pytest.fixture
-def render(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("render")
-
 
 def a_result(common: ModuleType, **changes: Any) -> Any:
     figures = (
@@ -321,73 +307,3 @@ def test_what_needs_a_gpu_says_so_and_keeps_no_result_where_there_is_none(
     importlib.import_module("block_linear").main(["--results", str(tmp_path)])
     assert "CUDA" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-
-
-# --- comparisons ------------------------------------------------------------------------------------------------------
-
-
-def published(name: str, common: ModuleType, folder: Path, *options: str) -> Any:
-    """The result of a benchmark's short form."""
-    importlib.import_module(name).main(["--quick", "--results", str(folder), *options])
-    return common.Result.from_json((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def test_methods_are_compared_with_the_dense_net(common: ModuleType, tmp_path: Path) -> None:
-    result = published("methods", common, tmp_path, "--only", "static", "--seeds", "0", "1", "--epochs", "1")
-
-    assert [figure.what for figure in result.figures] == [f"test accuracy: {name}" for name in ("dense", "static")]
-    [table] = result.tables
-    cells = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [row["candidate"] for row in cells] == ["dense", "static"]
-    assert [row["explored"] for row in cells] == ["100.0%", "10.0%"]
-    dense, static = (figure.value for figure in result.figures)
-    assert cells[0]["difference"] == "baseline"
-    assert cells[1]["difference"].startswith(f"{100 * (static - dense):+.2f} [")
-    assert any("paired by seed" in note for note in result.notes)
-
-
-@pytest.mark.long
-def test_freezing_schemes_are_compared_with_no_freezing(common: ModuleType, tmp_path: Path) -> None:
-    result = published("freezing_schemes", common, tmp_path)
-    [table] = result.tables
-    assert [row[0] for row in table.rows] == ["no freezing", "single-shot", "periodic", "single-shot, structure"]
-    assert [row[table.columns.index("difference")] for row in table.rows].index("baseline") == 0
-    saved = [float(row[-1].rstrip("%")) for row in table.rows]
-    assert saved[0] == 0
-    assert min(saved[1:]) > 20
-
-
-@pytest.mark.long
-def test_what_the_readme_and_its_picture_say_of_the_same_budget_is_among_the_results(
-    common: ModuleType, render: ModuleType, tmp_path: Path
-) -> None:
-    result = published("same_budget", common, tmp_path)
-    drawn = {run for _, run, _, _ in importlib.import_module("_picture").CURVES}
-    named = {what for _, name, what in render.README_ROWS if name == "same_budget"}
-    assert named <= {figure.what for figure in result.figures}
-    assert drawn <= set(result.data["curves"])
-    assert result.tables[0].rows[1][0] == "dense"
-    labels = [row[0] for row in result.tables[0].rows]
-    assert [label for label in labels if label.startswith("dense, ")] == [
-        f"dense, {how}, equal {cost}" for cost in ("FLOPs", "seconds") for how in ("fewer epochs", "narrower")
-    ]
-
-
-def test_candidates_that_come_to_the_same_share_a_run_and_keep_their_rows(common: ModuleType, tmp_path: Path) -> None:
-    shared = importlib.import_module("_compared")
-    options = {"data": str(shared.quick_images(tmp_path / "quick.npz")), "batch_size": 16, "engine": "masked"}
-    runs = shared.Runs("x", tmp_path / "runs", [0], 1, options, {})
-    dense = {"recipe": "dense", "width": 0.25}
-    compared = runs.compared({"a": dense, "b": {**dense, "epochs": 2}, "c": dict(dense)})
-    table = compared.table("t", {"epochs": lambda label: str(compared.options(label)["epochs"])})
-    assert [(row[0], row[-1]) for row in table.rows] == [("a", "1"), ("b", "2"), ("c", "1")]
-    assert len(list((tmp_path / "runs" / "runs").iterdir())) == 2
-    assert compared.pairs("a", "c", "seconds")[0][0] == compared.pairs("a", "c", "seconds")[0][1]
-    assert [len(compared.curve(label, "test_accuracy")) for label in "abc"] == [1, 2, 1]
-
-
-def test_a_figure_over_seeds_has_their_mean_and_standard_deviation(common: ModuleType) -> None:
-    over_seeds = importlib.import_module("_compared").over_seeds
-    three = over_seeds("x", [1.0, 2.0, 3.0], "ratio", low=1.5)
-    assert (three.value, three.spread, three.n, three.met) == (2.0, (1.0, 3.0), 3, True)
-    assert over_seeds("x", [1.0], "ratio").spread is None
