@@ -77,7 +77,9 @@ def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     for layer in model[:frozen]:
         layer.requires_grad_(False).eval()
     reference = copy.deepcopy(model)
-    engine = NativeModel(model, kernels, masks=lambda: masks, dense_gradients=frozenset)
+    engine = NativeModel(
+        model, kernels, masks=lambda: masks, dense_gradients=frozenset, for_inference=chosen.random() < 0.5
+    )
     try:
         for _ in range(2):
             ours, expected = _step(model, x, to_input=not frozen), _step(reference, x, to_input=not frozen)

@@ -68,11 +68,17 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def twin(
-    model: nn.Module, masks: Mapping[str, Tensor], dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float64,
+    *,
+    for_inference: bool = False,
 ) -> tuple[nn.Module, NativeModel]:
     """A copy of ``model`` that computes as before, and the engine that was put on ``model``."""
     reference = copy.deepcopy(model)
-    engine = NativeModel(model, kernels(dtype), masks=lambda: masks, dense_gradients=lambda: frozenset())
+    engine = NativeModel(
+        model, kernels(dtype), masks=lambda: masks, dense_gradients=lambda: frozenset(), for_inference=for_inference
+    )
     return reference, engine
 
 

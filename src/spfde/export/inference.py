@@ -138,7 +138,7 @@ class SparseInference:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], precision: Precision | None) -> None:
         self.model, self._masks, self._precision = model, masks, precision
-        self._native = NativeModel(model, masks=lambda: self._masks, dense_gradients=frozenset, tells_changes=True)
+        self._native = NativeModel(model, masks=lambda: self._masks, dense_gradients=frozenset, for_inference=True)
         self._lock = threading.Lock()  # the engine's buffers are those of one pass
         self._has_told = False
 

@@ -86,7 +86,7 @@ def test_a_hand_worked_convolution_reads_across_cells() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False)).double()
     weight = model[0].weight.data.zero_()
     weight[0, 0, 0, 0], weight[0, 0, 1, 2] = 1.0, 10.0  # the pixel above to the left, and the one to the right
-    twin(model, {"0.weight": weight != 0})
+    twin(model, {"0.weight": weight != 0}, for_inference=True)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64).view(1, 1, 2, 2)
     with torch.no_grad(), grids() as found:
         assert model(x).flatten().tolist() == [20.0, 0.0, 40.0, 1.0]
@@ -135,7 +135,7 @@ def test_in_any_cells_the_result_is_pytorch_s(
     model = Drawn(kernel, dilation, groups, stride, pools, plane)
     model(torch.randn(8, 3, 8, 8))
     model = model.double().eval()
-    reference, engine = twin(model, random_masks(model, 0.4))
+    reference, engine = twin(model, random_masks(model, 0.4), for_inference=True)
     x, before = torch.randn(batch, 3, *size).double(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -155,7 +155,7 @@ def test_in_each_build_and_precision_the_result_is_pytorch_s(variant: str, dtype
     model(torch.randn(8, 3, 16, 16))
     masks = random_masks(model.eval(), 0.4)
     reference = copy.deepcopy(model)
-    NativeModel(model, variant_kernels(variant), masks=lambda: masks, dense_gradients=frozenset)
+    NativeModel(model, variant_kernels(variant), masks=lambda: masks, dense_gradients=frozenset, for_inference=True)
     for batch in (1, 2, 3, 5, 17):
         x = torch.randn(batch, 3, 16, 16)
         with torch.no_grad(), grids() as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -177,7 +177,7 @@ def test_cells_and_whole_images_agree(variant: str, batch: int, grid: Grid, stri
     masks, x, found = random_masks(model, 0.4), torch.randn(batch, 3, 16, 16), []
     for each in (grid, (1, 1)):
         again = copy.deepcopy(model)
-        NativeModel(again, variant_kernels(variant), masks=lambda: masks, dense_gradients=frozenset)
+        NativeModel(again, variant_kernels(variant), masks=lambda: masks, dense_gradients=frozenset, for_inference=True)
         with torch.no_grad(), grids(each), torch.autocast("cpu", torch.bfloat16, enabled=half):
             found.append(again(x))
     assert relative_error(*found) < (0.01 if half else 1e-6)
@@ -185,7 +185,7 @@ def test_cells_and_whole_images_agree(variant: str, batch: int, grid: Grid, stri
 
 def test_nan_stays_in_its_image_and_zeros_around_an_image_stay_zeros() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU()).double()
-    reference, _ = twin(model, random_masks(model, 0.9))
+    reference, _ = twin(model, random_masks(model, 0.9), for_inference=True)
     x = torch.ones(3, 1, 8, 8).double()
     x[1, 0, 3, 3] = float("nan")
     with torch.no_grad(), grids((2, 2)):
@@ -196,7 +196,7 @@ def test_nan_stays_in_its_image_and_zeros_around_an_image_stay_zeros() -> None:
 
 def test_what_learns_or_measures_the_batch_keeps_whole_images() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)).double()
-    twin(model, random_masks(model, 0.5))
+    twin(model, random_masks(model, 0.5), for_inference=True)
     x = torch.randn(2, 2, 8, 8).double()
     with grids() as found:
         model(x).sum().backward()
@@ -211,7 +211,7 @@ def test_what_learns_or_measures_the_batch_keeps_whole_images() -> None:
 
 def test_batches_of_other_sizes_in_turn_make_no_lists_anew() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)).double()
-    twin(model, random_masks(model, 0.5))
+    twin(model, random_masks(model, 0.5), for_inference=True)
     with torch.no_grad(), patch.object(packed, "WeightLists", side_effect=packed.WeightLists) as built:
         for batch in (1, 8, 64):
             model(torch.randn(batch, 2, 8, 8).double())
@@ -220,3 +220,12 @@ def test_batches_of_other_sizes_in_turn_make_no_lists_anew() -> None:
         for batch in (8, 1, 64, 7, 1):  # seven are cut as eight are
             model(torch.randn(batch, 2, 8, 8).double())
     assert built.call_count == first
+
+
+def test_in_a_session_a_sample_comes_out_the_same_whatever_the_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    twin(model, random_masks(model, 0.4), torch.float32)
+    x = torch.randn(20, 3, 8, 8)
+    with torch.no_grad(), grids() as found:
+        assert torch.equal(model(x)[:1], model(x[:1]))
+    assert not found

@@ -40,7 +40,7 @@ class NativeModel:
         cached: runs the frozen front of batches that ``announce`` tells of.
         sample: what the model is called with; None: the inputs of the first call.
         captured: the model cut before; None: it is traced now if the sample is known.
-        tells_changes: see ``RegionRunner``.
+        for_inference: see ``RegionRunner``.
 
     Raises:
         InvalidArgument: the model cannot be traced.
@@ -59,11 +59,11 @@ class NativeModel:
         cached: CachedPrefix | None = None,
         sample: Sample | None = None,
         captured: Capture | None = None,
-        tells_changes: bool = False,
+        for_inference: bool = False,
     ) -> None:
         check_forward(model)
         self.model = model
-        self._frozen, self._cached, self._tells_changes = frozen, cached, tells_changes
+        self._frozen, self._cached, self._for_inference = frozen, cached, for_inference
         self._frozen_then: frozenset[str] = frozenset()
         self._numbers: FrozenNumbers | None = None
         self._announced: tuple[Tensor, int] | None = None
@@ -217,7 +217,7 @@ class NativeModel:
         for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
             runner = RegionRunner(
                 region, fuse(region, modules), plain, self._kernels, self._pool, self._weights,
-                tells_changes=self._tells_changes,
+                for_inference=self._for_inference,
             )  # fmt: skip
             for made in (captured.graph_module, *(captured.halves or ())):
                 if hasattr(made, region_name(index)):

@@ -65,6 +65,7 @@ class RegionPlan:
         steps: from ``fuse``.
         mode: shapes and flags.
         lanes: images to a vector.
+        cells: few images may be cut into cells where nothing learns, see ``grid.py``.
 
     Attributes:
         is_fixed: nothing learns, and no norm uses the batch: weights and norms are what they are.
@@ -84,7 +85,9 @@ class RegionPlan:
         convolutions: names.
     """
 
-    def __init__(self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int) -> None:
+    def __init__(
+        self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int, cells: bool = False
+    ) -> None:
         self.region, self.steps, self.mode = region, tuple(steps), mode
         whole = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
         self.needs_grad = self._needs_grad()
@@ -96,7 +99,7 @@ class RegionPlan:
         self.fused = self._find_fused()
         self.saved_names = self._find_saved()
         self.is_fixed = all(map(self._is_free, steps))
-        grid = best_grid(steps, whole) if self.is_fixed and not region.is_tokens else (1, 1)
+        grid = best_grid(steps, whole) if cells and self.is_fixed and not region.is_tokens else (1, 1)
         self.layouts = {name: layout.cut(grid) for name, layout in whole.items()}
         self.slices, self.n_channels = self._place_statistics()
         self.front, self.images_at_once = self._find_front()

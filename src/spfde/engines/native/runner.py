@@ -30,8 +30,9 @@ class RegionRunner(nn.Module):
         steps: from ``fuse``.
         plain: the same in PyTorch.
         kernels, pool, weights: those of the model.
-        tells_changes: parameters and statistics are only written to in ways that PyTorch's version counters tell, so
-            that what the kernels make of them is kept until then.
+        for_inference: parameters and statistics are only written to in ways that PyTorch's version counters tell, so
+            that what the kernels make of them is kept until then; and the last digits of a result may depend on how
+            many images came with it, so that few of them are cut into cells.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class RegionRunner(nn.Module):
         pool: Pool,
         weights: PackedWeights,
         *,
-        tells_changes: bool = False,
+        for_inference: bool = False,
     ) -> None:
         super().__init__()
         self._region, self._steps, self._plain = region, tuple(steps), plain
@@ -54,7 +55,8 @@ class RegionRunner(nn.Module):
         statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
         self._own = [*self._trainable, *(kept for kept in statistics if kept is not None)]
         # Tensors that were made in inference mode have no counters.
-        self._tells_changes = tells_changes and not any(map(torch.is_inference, self._own))
+        self._for_inference = for_inference
+        self._tells_changes = for_inference and not any(map(torch.is_inference, self._own))
         self._checked: object = None
         self._version = weights.version
         self._programs: OrderedDict[Mode, Program] = OrderedDict()
@@ -127,7 +129,7 @@ class RegionRunner(nn.Module):
         mode = self._mode(inputs, storage)
         if mode not in self._programs:
             kernels = self._kernels
-            plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes)
+            plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes, cells=self._for_inference)
             if any(count <= 1 and norm.training for norm, _, count in plan.norms):
                 raise Unsupported("normalises by a batch of one number")
             self._programs[mode] = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)

@@ -38,7 +38,7 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
   };
   if (job.scale || job.shift) {
     const vec scale = spread(job.scale ? job.scale[row] : real(1)), shift = spread(job.shift ? job.shift[row] : real(0));
-    each_valid([&](auto k) SPFDE_HERE { sum[k] = sum[k] * scale + shift; });
+    each_valid([&](auto k) SPFDE_HERE { sum[k] = multiply_add(sum[k], scale, shift); });
   }
   if (job.residual) {
     const T* residual = in<T>(job.residual) + at;

@@ -97,7 +97,7 @@ static SPFDE_INLINE void gradient_finish(const GradientJob& job, int64_t g, int6
     each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
       if (!is_valid(k)) return;
       const vec y = load(in<T>(norm.y) + place(k));
-      take(k, y, y * scale + shift);
+      take(k, y, multiply_add(y, scale, shift));
     });
   }
   store(sums, (total[0] + total[1]) + (total[2] + total[3]));

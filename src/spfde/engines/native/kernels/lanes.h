@@ -17,6 +17,9 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -57,6 +60,21 @@ static inline real* aligned(real* p) {
   return reinterpret_cast<real*>((reinterpret_cast<uintptr_t>(p) + size - 1) / size * size);
 }
 static inline vec spread(real value) { return value - vec{}; }
+// a * b + c, rounded once where the processor does that. Left to themselves, compilers do it in one copy of a function and not in
+// another, and a value would depend on which one made it.
+static inline vec multiply_add(vec a, vec b, vec c) {
+#if SPFDE_SINGLE && defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif SPFDE_SINGLE && defined(__AVX2__) && defined(__FMA__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+  vec out;
+  for (int lane = 0; lane < LANES; lane++) out[lane] = std::fma(a[lane], b[lane], c[lane]);
+  return out;
+#else
+  return a * b + c;
+#endif
+}
 typedef decltype(vec{} == vec{}) ints;  // as wide as the numbers
 static inline ints spread_int(int64_t value) { return decltype(ints{}[0] + 0)(value) - ints{}; }
 // v[from[lane]] in each lane.

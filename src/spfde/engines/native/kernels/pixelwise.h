@@ -145,7 +145,7 @@ static void norm_sums(const NormSumsJob& job) {
     const int64_t at = layout.at(g, c, h);
     for (int64_t i = at; i < at + layout.span(); i += LANES) {
       const vec y = load(in<T>(norm.y) + i);
-      const vec u = norm.z ? load(in<T>(norm.z) + i) : y * scale + shift;
+      const vec u = norm.z ? load(in<T>(norm.z) + i) : multiply_add(y, scale, shift);
       const vec t = activate_backward(load(in<T>(job.d) + i), u, norm.activation);
       sum += t;
       dot += t * (y - mean);

@@ -10,9 +10,6 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define SPFDE_DOT 1  // and the processor multiplies pairs of it
 #endif
-#if defined(__AVX2__) || SPFDE_DOT
-#include <immintrin.h>
-#endif
 #endif
 
 // A kernel for each kind of storage: `name` is a template over it that takes a job.

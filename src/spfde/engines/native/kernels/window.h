@@ -83,7 +83,7 @@ static inline void fill_made(const Source& x, const Window& window, int64_t g, i
     T* z = x.z && write ? out<T>(x.z) + at : nullptr;
     const vec scale = spread(x.scale ? x.scale[c] : real(1)), shift = spread(x.shift ? x.shift[c] : real(0));
     each_column(row, window, layout.width, [&](T* t, int64_t w) {
-      vec v = load(y + w * LANES) * scale + shift;
+      vec v = multiply_add(load(y + w * LANES), scale, shift);
       if (r) v += load(r + w * LANES);
       v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
       if (is_short) v = valid != vec{} ? v : vec{};
@@ -184,7 +184,7 @@ static inline void fill_gradient_with(const Slope& s, const Window& window, int6
     each_column(row, window, layout.width, [&](T* t, int64_t w) {
       vec v = load(d + w * LANES);
       if (activation != NONE) {
-        v = activate_backward(v, z ? load(z + w * LANES) : load(y + w * LANES) * scale + shift, activation);
+        v = activate_backward(v, z ? load(z + w * LANES) : multiply_add(load(y + w * LANES), scale, shift), activation);
       }
       v = v * k1;
       if (s.k2) v += load(y + w * LANES) * k2 + k3;
