@@ -413,9 +413,18 @@ def by_model(rounds: int) -> Found:
     figures, rows = [], []
     for name, low in BY_MODEL.items():
         group = Group(MODELS[name], BATCH)
+        group.trainers["dense bf16"] = dense(MODELS[name](), DENSE[1], group.x, group.y)
+        group.trainers["dense bf16"].bf16 = True
         group.add("90 %", 0.9)
+        group.add("90 %, bf16", 0.9, half=True)
         group.run(rounds)
-        figures.append(group.speed_up(f"{name}: native step at 90 %, speed over dense", "90 %", low))
+        half = group.timings["90 %, bf16"]
+        figures += [
+            group.speed_up(f"{name}: native step at 90 %, speed over dense", "90 %", low),
+            Figure.of(f"{name}: native step at 90 %: bf16 over fp32, speed", compare(group.timings["90 %"], half)),
+            Figure.of(f"{name}: native bf16 step at 90 %, speed over dense bf16",
+                      compare(group.timings["dense bf16"], half)),
+        ]  # fmt: skip
         rows += group.rows(f"{name}, batch {BATCH}")
         del group
     return figures, rows

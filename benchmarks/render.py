@@ -62,9 +62,9 @@ PICTURE_SAYS = "Speed of a training step over dense fp32 PyTorch, and test accur
 README_ROWS = (
     ("step at 90 % sparsity, speed over dense fp32 PyTorch", "native", "native step at 90%, speed over dense"),
     (
-        "the same over the fastest dense PyTorch (bf16 autocast and compiled among them)",
+        "the same in bf16, over the fastest dense PyTorch (bf16 autocast and compiled among them)",
         "native",
-        "native step at 90 %, speed over the fastest dense PyTorch",
+        "native bf16 step at 90%, speed over the fastest dense PyTorch",
     ),
     (
         "epoch with all three savings, speed over a dense fp32 epoch",
@@ -77,9 +77,9 @@ README_ROWS = (
         "SpFDE 20 % + 20 % at 90 %, training FLOPs of dense",
     ),
     (
-        "peak memory of a step at 90 %, over dense",
+        "peak memory of a step at 90 % in bf16, over dense fp32",
         "native",
-        "peak memory of a native step at 90 % over the smaller dense one",
+        "peak memory of a native bf16 step at 90 % over dense fp32",
     ),
     ("test accuracy with all three savings", "same_budget", "test accuracy: SpFDE 20 % + 20 % at 90 %"),
     ("test accuracy of the dense net, as many epochs", "same_budget", "test accuracy: dense"),
