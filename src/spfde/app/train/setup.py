@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -259,18 +259,20 @@ def _prepare(
         return loss_of(net(normalised(images)), labels, label_smoothing=options.label_smoothing)
 
     probe = _probe(options, recipe, data)
-    session = spfde.attach(
-        model,
-        optimizer,
-        feed.loader,
-        recipe,
-        sample=sample,
-        labels=find_labels(data.train),
-        loss=score_loss,
-        probe=None if probe is None else normalised(probe.to(device)),
-        plan=bill,
-        **_settings(options),
-    )
+    # "auto" chooses for the precision that it is attached under; accelerators have one engine for all of them.
+    with machine.autocast() if device.type == "cpu" else nullcontext():
+        session = spfde.attach(
+            model,
+            optimizer,
+            feed.loader,
+            recipe,
+            sample=sample,
+            labels=find_labels(data.train),
+            loss=score_loss,
+            probe=None if probe is None else normalised(probe.to(device)),
+            plan=bill,
+            **_settings(options),
+        )
     told = (chosen, begun, told_of_updates(options), told_of_evaluated(options), feed.where, weights_note())
     trackers = Trackers(options.track, folder.path)
     afterwards.callback(trackers.close)
