@@ -186,3 +186,13 @@ def test_a_compiler_that_does_not_work_is_a_reason_and_auto_goes_without(
     session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=4, engine="auto")
     assert session.engine == "masked"
     assert "the native engine cannot work here" in str(session)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for NEON (g++-aarch64-linux-gnu)")
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_the_kernels_compile_for_neon_too(real: str, tmp_path: Path) -> None:
+    flags = [*build._FLAGS, f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
+    command = ["aarch64-linux-gnu-g++", *flags, str(build.SOURCES / "kernels.cpp"), "-o", str(tmp_path / "kernels.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
