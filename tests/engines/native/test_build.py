@@ -189,7 +189,9 @@ def test_a_compiler_that_does_not_work_is_a_reason_and_auto_goes_without(
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for NEON (g++-aarch64-linux-gnu)")
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for NEON (g++-aarch64-linux-gnu)"
+)
 @pytest.mark.parametrize("real", ["float", "double"])
 def test_the_kernels_compile_for_neon_too(real: str, tmp_path: Path) -> None:
     flags = [*build._FLAGS, f"-DSPFDE_REAL={real}", f"-DSPFDE_SINGLE={int(real == 'float')}"]
