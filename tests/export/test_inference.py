@@ -161,6 +161,18 @@ def test_weights_are_read_again_when_they_were_written_to(change: Callable[[nn.M
 
 
 @needs_kernels
+def test_a_parameter_that_gets_other_memory_again_and_again_is_read_again(path: Path) -> None:
+    native = load(path, model=SmallNet(), engine="native")
+    for _ in range(8):
+        native(images(1))
+        for _ in range(2):  # what the first one left is free for the second
+            native.stem.weight.data = native.stem.weight.data * 0.5
+            expected = outputs(copy.deepcopy(native), images(20))
+            torch.testing.assert_close(native(images(20)), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(native(images(1)), outputs(copy.deepcopy(native), images(1)), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
 def test_what_pytorch_counts_no_writes_to_is_read_at_each_call(path: Path) -> None:
     native = load(path, model=SmallNet(), engine="native")
     with torch.inference_mode(), plays() as found:

@@ -356,3 +356,11 @@ def test_blocks_along_the_kernel_need_kernels_as_wide_and_one_place_to_a_row() -
     assert "number of inputs that 2 divides; it has 3" in (
         Block(rows=2, columns=2, along="inputs").problem((4, 3, 3, 3), 0.9) or ""
     )
+
+
+def test_a_row_of_a_kernel_that_held_more_than_a_block_gets_one() -> None:
+    structure = Block(rows=1, columns=2, along="kernel")
+    previous = torch.tensor([[[[True, True, True], [False, True, True]]]])
+    score = torch.tensor([[[[1.0, 5.0, 4.0], [9.0, 9.0, 0.0]]]])
+    mask = structure.expand(torch.tensor([True, True]), (1, 1, 2, 3), score=score, previous=previous)
+    assert mask.tolist() == [[[[False, True, True], [False, True, True]]]]

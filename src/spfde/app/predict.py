@@ -35,6 +35,8 @@ from spfde.export.inference import compute_natively
 
 _NATIVE_FROM = 64
 """Images. Fewer are computed by PyTorch in less time than it takes to load the kernels."""
+_MOST_AROUND_SHARES = 16.0
+"""Numbers as large as this are no shares of the full brightness, and none that were normalised."""
 _GREY = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)
 """Red, green and blue in grey (ITU-R 601), in 1/65536, as Pillow has them."""
 
@@ -131,6 +133,8 @@ def predict_images(
                         write([name, *(cell for share, label in row for cell in (names[label], f"{share:.6f}"))])
                 n += len(good)
                 file.flush()
+            if out is not None and not n:  # and no file is left that would stand in the way of the next try
+                raise DataError(f"{images}: none of the images can be read, the first because of this. {unread[0]}")
     how = f"{trained.model}, {which} weights (epoch {epoch}), {engine} engine, {machine.precision} on {machine.device}"
     return Predicted(n, tuple(unread), how)
 
@@ -215,6 +219,10 @@ def _archived(path: Path, spec: DataSpec, crop_share: float, *, in_shares: bool)
     if pixels.shape[1] != spec.channels:
         rule = f"has images of {pixels.shape[1]} channels, and the run's have {spec.channels}"
         raise InvalidArgument(Problem("IMAGES", str(path), rule, "Give images like the run's own."))
+    most = float(pixels.abs().max()) if pixels.dtype != torch.uint8 and pixels.numel() else 0.0
+    if in_shares and most > _MOST_AROUND_SHARES:
+        rule = f"has numbers up to {most:g}, and the mean of the run's lies between 0 and 1"
+        raise InvalidArgument(Problem("IMAGES", str(path), rule, "Give uint8, or divide by 255."))
     if pixels.dtype == torch.uint8 and not in_shares:
         rule = "has images of uint8, and the run was trained on numbers of another range"
         raise InvalidArgument(Problem("IMAGES", str(path), rule, "Give images like the run's own."))

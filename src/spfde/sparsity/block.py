@@ -100,7 +100,8 @@ class Block(Structure):
         rows = covers[at]
         if previous is not None:  # a block that still exists stays where it is
             before = self._cut(previous).view(len(units), self.rows, wide).any(1)
-            rows = torch.where(before.any(1, keepdim=True), before, rows)
+            is_one = before.sum(1, keepdim=True) == self.columns
+            rows = torch.where(is_one, before, rows)
         return self._joined((rows & units[:, None])[:, None].expand(-1, self.rows, -1), shape)
 
     def _by_position(self, values: Tensor, norm: Norm) -> Tensor:

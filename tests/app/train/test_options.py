@@ -234,6 +234,8 @@ class TestStructures:
         assert choose_recipe("set", structure="2x2-inputs").sparsity == spfde.SET(
             sparsity=0.9, structure=spfde.Block(rows=2, columns=2, along="inputs")
         )
+        with pytest.raises(InvalidArgument, match="rows"):
+            choose_recipe("set", structure="0x2")
         assert choose_recipe("rigl", structure="kernel").sparsity == spfde.RigL(sparsity=0.9, structure=spfde.Kernels())
 
     def test_n_of_m_brings_its_sparsity_along(self) -> None:

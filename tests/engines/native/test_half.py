@@ -197,3 +197,28 @@ def test_under_autocast_to_bf16_nothing_is_said_and_without_it_all_is_single_pre
         with torch.autocast("cpu", torch.bfloat16):
             assert model(x).dtype == torch.bfloat16
         assert model(x).dtype == torch.float32
+
+
+def test_a_channel_that_is_constant_is_normalised_to_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3, eps=1e-12))
+    masks = {"0.weight": torch.zeros(3, 2, 3, 3).bool()}
+    model[0].weight.data.zero_()
+    model[0].bias.data = torch.tensor([0.3, 3.3, -100.7])  # none of them a number of bf16
+    NativeModel(model, variant_kernels("this processor"), masks=lambda: masks, dense_gradients=frozenset)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(20, 2, 8, 8))
+    assert bool((out == 0).all())
+
+
+def test_a_mean_far_from_zero_is_that_of_what_is_stored() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
+    masks = random_masks(model, 0.5)
+    model[0].bias.data.fill_(60.0)
+    plain = copy.deepcopy(model)
+    NativeModel(model, variant_kernels("this processor"), masks=lambda: masks, dense_gradients=frozenset)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(32, 2, 8, 8)
+        out, expected = model(x).float(), plain(x).float()
+    out, expected = out.detach(), expected.detach()
+    assert float(out.mean(dim=(0, 2, 3)).abs().max()) < 1e-2
+    assert float((out.std(dim=(0, 2, 3)) - expected.std(dim=(0, 2, 3))).abs().max()) < 1e-2

@@ -76,6 +76,17 @@ def test_channels_are_paired_with_those_that_are_active_in_the_same_places() -> 
     assert found.index.tolist() == [[0, 2], [5, 7], [8, 10], [NONE, 11]]
 
 
+@pytest.mark.parametrize("sources", [1, 2, 7, 30, 31])
+def test_among_many_channels_partners_are_looked_for_nearby(sources: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spfde.engines.native.lists._MOST_LOOKED_AT", 8 * 3 * sources)  # eight at a time
+    mask = np.random.default_rng(0).random((3, sources, 1, 1)) < 0.4
+    order = weights(mask).found(pairs=True, neighbours=False).order
+    pairs = order.reshape(-1, 2)
+    assert sorted(set(order.tolist())) == list(range(sources))
+    assert (pairs[:, 0] // 8 == pairs[:, 1] // 8).all()
+    assert (pairs[:, 0] == pairs[:, 1]).sum() == sources % 2
+
+
 @given(
     out=st.integers(1, 6), inner=st.integers(1, 7), groups=st.sampled_from([1, 2, 3]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 5)), stride=st.integers(1, 3), dilation=st.integers(1, 2),

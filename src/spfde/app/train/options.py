@@ -319,7 +319,8 @@ def _check_takes(technique: Technique, asked: RecipeOptions, table: str, given: 
 def read_structure(text: str) -> Structure:
     """The structure that the command line names."""
     if match := re.fullmatch(r"(\d+)x(\d+)(?:-(kernel|inputs))?", text):
-        return Block.model_validate({"rows": match[1], "columns": match[2], "along": match[3] or "row"})
+        along: Any = match[3] or "row"
+        return Block(rows=int(match[1]), columns=int(match[2]), along=along)
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(n=int(match[1]), m=int(match[2]))
     structures = registered("structure")

@@ -23,9 +23,9 @@ TOKEN_COLUMNS = 8
 # NumPy has no bf16; nobody reads its numbers there.
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.bfloat16: np.int16}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-# Kernels read and write so much that they would wait for the addresses of small pages. Memory is asked for in pieces
-# from which several buffers come, for few of them fill a huge page alone. What nobody touches takes no memory.
-_HUGE_PAGE, _PIECE = 2 << 20, 16 << 20
+# Kernels read and write so much that they would wait for the addresses of small pages. Buffers that do not fill huge
+# ones come together from a piece of memory, which goes back when all of them are gone. What nobody touches takes none.
+_HUGE_PAGE, _PIECE = 2 << 20, 8 << 20
 _MOST_PASSES = 4  # forward passes after which a free buffer is given back
 
 
@@ -156,8 +156,10 @@ class Pool:
 
     def _bytes(self, n: int) -> np.ndarray[Any, Any]:
         n = -(-n // _ALIGNMENT) * _ALIGNMENT
+        if n >= _PIECE // 2:
+            return _huge_pages(n)[:n]
         if n > len(self._rest):
-            self._rest = _huge_pages(max(n, _PIECE))
+            self._rest = _huge_pages(_PIECE)
         found, self._rest = self._rest[:n], self._rest[n:]
         return found
 

@@ -27,6 +27,9 @@ _NO_WEIGHT = -1
 # How many fewer pairs of columns than of channels are worth it: their scratch holds one channel where that holds two.
 _WORTH_IT = 0.9
 
+# Products in looking for partners: some hundredths of a second.
+_MOST_LOOKED_AT = 1 << 30
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
@@ -250,22 +253,25 @@ def weight_entries(geometry: Geometry, weights: Weights, window: Window, lanes: 
 def _matched(active: Bools) -> Ints:
     """Sources of a group in pairs, one behind the other, that are active together more often than chance has it.
 
-    Each in turn takes the partner with which it shares most entries. The last of an odd number is its own partner.
+    Each in turn takes the partner with which it shares most entries, among those near it where there are too many to
+    look at. The last of an odd number is its own partner.
 
     Args:
         active: bool [rows, sources, kernel height, kernel width].
     """
     sources = active.shape[1]
-    flat = active.swapaxes(0, 1).reshape(sources, -1).astype(np.float32)
-    shared = flat @ flat.T
-    free = np.ones(sources, bool)
-    order = []
-    for one in range(sources):
-        if free[one]:
-            free[one] = False
-            other = int(np.where(free, shared[one], -1).argmax()) if free.any() else one
-            free[other] = False
-            order += [one, other]
+    near = min(sources, max(2, _MOST_LOOKED_AT // max(1, active.size) // 2 * 2))
+    order = list[int]()
+    for start in range(0, sources, near):
+        flat = active[:, start : start + near].swapaxes(0, 1)
+        flat = flat.reshape(len(flat), -1).astype(np.float32)
+        shared, free = flat @ flat.T, np.ones(len(flat), bool)
+        for one in range(len(flat)):
+            if free[one]:
+                free[one] = False
+                other = int(np.where(free, shared[one], -1).argmax()) if free.any() else one
+                free[other] = False
+                order += [start + one, start + other]
     return np.array(order, np.int64)
 
 

@@ -22,6 +22,9 @@ _LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 150_000, 3_600
 # Of a window, what a tile of the gradient of the weight may read of a chunk.
 _WEIGHT_CHUNK = 40_000
 
+# Layouts for which a convolution's lists are kept; tapes hold those that they read.
+_MOST_LAYOUTS = 32
+
 # Name, shape and strides of the convolution, layouts of the input and the output.
 _Key = tuple[str, Geometry, tuple[int, ...], Layout, Layout]
 
@@ -126,9 +129,13 @@ class PackedWeights:
         """The lists of a convolution for its current mask."""
         mask = self.mask_of(step)
         key = _key(step, source, target)
-        have = self._built.get(key)
+        have = self._built.pop(key, None)
         if have is None or have[1] is not mask:
-            have = self._built[key] = (step, mask, WeightLists(step, mask, source, target, self.vectors))
+            have = (step, mask, WeightLists(step, mask, source, target, self.vectors))
+        self._built[key] = have  # as the last that was wanted
+        alike = [other for other in self._built if other[0] == step.name]
+        if len(alike) > _MOST_LAYOUTS:
+            del self._built[alike[0]]
         return have[2]
 
     def rebuild(self) -> None:

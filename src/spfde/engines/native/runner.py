@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,21 @@ from spfde.engines.native.program import Program
 from spfde.engines.native.region_plan import Mode, RegionPlan
 
 _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Masks, parameters and statistics as they are: another one whenever one of them is another.
+
+    Attributes:
+        version: of the masks.
+        told: of each tensor how often it was written to, and where and how it lies.
+        memory: theirs. While the state is known, no other tensor comes to lie there.
+    """
+
+    version: int
+    told: Sequence[object]
+    memory: Sequence[Tensor]
 
 
 class RegionRunner(nn.Module):
@@ -57,7 +73,8 @@ class RegionRunner(nn.Module):
         # Tensors that were made in inference mode have no counters.
         self._for_inference = for_inference
         self._tells_changes = for_inference and not any(map(torch.is_inference, self._own))
-        self._checked: object = None
+        self._state: State | None = None
+        self._checked: State | None = None
         self._version = weights.version
         self._programs: OrderedDict[Mode, Program] = OrderedDict()
 
@@ -72,10 +89,10 @@ class RegionRunner(nn.Module):
                 warnings.warn(f"The native engine computes in float32 under autocast to {asked}.", stacklevel=2)
             taken = (self._kernels.dtype, storage)
             inputs = tuple(tensor if tensor.dtype in taken else tensor.to(taken[0]) for tensor in inputs)
-        state = self._state() if self._tells_changes else None
+        state = self._state = self._state_now() if self._tells_changes else None
         try:
             self._check_inputs(inputs, storage)
-            is_checked = state is not None and state == self._checked
+            is_checked = state is not None and state is self._checked
             if not is_checked:
                 self._check_own()
             is_denser = not is_checked and self._is_denser_than_its_masks()
@@ -95,9 +112,13 @@ class RegionRunner(nn.Module):
         self._track(program.plan, table)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _state(self) -> object:
-        """Another one whenever a mask, a parameter or a statistic is another."""
-        return self._weights.version, [(tensor._version, tensor.data_ptr(), tensor.stride()) for tensor in self._own]
+    def _state_now(self) -> State:
+        """The state of the last pass where nothing is another."""
+        version, told = self._weights.version, [(one._version, one.data_ptr(), one.stride()) for one in self._own]
+        last = self._state
+        if last is not None and (version, told) == (last.version, last.told):
+            return last
+        return State(version, told, [one.detach() for one in self._own])
 
     def _is_denser_than_its_masks(self) -> bool:
         """Has somebody loaded or averaged weights that the kernels would leave out?

@@ -51,7 +51,7 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
     const vec valid = to.valid(g);
     each_valid([&](auto k) SPFDE_HERE { sum[k] = valid != vec{} ? sum[k] : vec{}; });
   }
-  each_valid([&](auto k) SPFDE_HERE { store(target + place(k), sum[k]); });
+  each_valid([&](auto k) SPFDE_HERE { sum[k] = stored(target + place(k), sum[k]); });
   if (!stat) return;
   stat += row * 3 * LANES;
   const vec sample = first ? sum[0] : load(stat);

@@ -1,6 +1,7 @@
 // Numbers as they are stored: the kernels' own, or bf16, the upper half of a float. All arithmetic is in the former.
 #pragma once
 
+#include <cstdio>
 #include <cstdlib>
 
 #include "lanes.h"
@@ -52,6 +53,12 @@ static inline halves rounded(vec v) {
 #endif
 }
 static inline void store(bf16* p, vec v) { *reinterpret_cast<halves*>(p) = rounded(v); }
+// What is stored then.
+static inline vec stored(bf16* p, vec v) {
+  const halves bits = rounded(v);
+  *reinterpret_cast<halves*>(p) = bits;
+  return widened(bits);
+}
 
 static inline real number(bf16 v) {
   const uint32_t bits = uint32_t(v.bits) << 16;
@@ -65,6 +72,10 @@ static inline void put(bf16* p, real v) {
   p->bits = uint16_t(v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 64);
 }
 #endif
+static inline vec stored(real* p, vec v) {
+  store(p, v);
+  return v;
+}
 // PyTorch's memory is aligned to its numbers only.
 typedef real vec_anywhere __attribute__((vector_size(LANES * sizeof(real)), may_alias, aligned(sizeof(real))));
 static inline vec load_anywhere(const real* p) { return *reinterpret_cast<const vec_anywhere*>(p); }
@@ -93,15 +104,24 @@ static inline T* out(void* p) {
   return static_cast<T*>(p);
 }
 
-// Memory of a thread, for one kernel; it holds numbers of any kernel before.
+struct Room {
+  char* memory = nullptr;
+  size_t size = 0;
+  ~Room() { std::free(memory); }
+};
+
+// Memory of a thread, for one kernel; it holds numbers of any kernel before. It goes with the thread.
 static inline char* workspace(size_t bytes) {
-  static thread_local char* room = nullptr;
-  static thread_local size_t size = 0;
-  if (size < bytes) {
-    std::free(room);
-    size = (bytes + 4095) / 4096 * 4096;
-    room = static_cast<char*>(std::aligned_alloc(4096, size));
-    std::memset(room, 0, size);
+  static thread_local Room room;
+  if (room.size < bytes) {
+    std::free(room.memory);
+    room.size = (bytes + 4095) / 4096 * 4096;
+    room.memory = static_cast<char*>(std::aligned_alloc(4096, room.size));
+    if (!room.memory) {
+      std::perror("spfde: there is no memory for the kernels");
+      std::abort();
+    }
+    std::memset(room.memory, 0, room.size);
   }
-  return room;
+  return room.memory;
 }
