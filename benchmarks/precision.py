@@ -102,17 +102,13 @@ def part_runs(name: str, runs: Runs, asked: argparse.Namespace) -> Runs:
 
 
 def figures_of(name: str, compared: Compared) -> list[Figure]:
-    """The differences seed by seed; that of bf16 must not be carried as a loss."""
+    """The differences, seed by seed."""
     first, *others = compared.rows
     found = []
     for label in others:
-        what, row = f"{label} less {first}, {PARTS[name].model}, {_data(name)}", compared.rows[label]
+        what = f"{label} less {first}, {PARTS[name].model}, {_data(name)}"
         pairs = compared.pairs(label, first, ACCURACY)
         found.append(over_seeds(what, [own - other for own, other in pairs], "points"))
-        difference = row.difference
-        if name != STRUCTURES and difference is not None and difference.high is not None:
-            what = f"{what}: upper end of the 95 % interval"
-            found.append(Figure(what, difference.high, "points", low=0.0, n=difference.n))
     return found
 
 

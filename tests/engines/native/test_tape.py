@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,3 +310,34 @@ def test_threads_that_run_the_model_at_once_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_lists_of_a_layer_are_kept_for_so_many_sizes_of_images_and_no_more() -> None:
+    model, masks = small()
+    engine = NativeModel(model, kernels(), masks=lambda: masks, dense_gradients=frozenset)
+    with torch.no_grad():
+        for size in range(4, 44):
+            model(torch.randn(1, 3, 2 * size, 8, dtype=torch.float64))
+    assert len(engine._weights._built) <= 32 * len(masks)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_thread_that_ends_gives_its_memory_back() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))
+    twin(model, random_masks(model, 0.1), torch.float32)
+    x = torch.randn(1, 64, 32, 32)
+
+    def pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def call() -> None:
+        with torch.no_grad():
+            model(x)
+
+    before = 0
+    for n in range(60):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        before = pages() if n == 19 else before
+    assert (pages() - before) * 4096 < 8 << 20, "a window alone takes more than 400 kB"
