@@ -41,14 +41,9 @@ def test_bf16_is_compared_with_fp32_seed_by_seed(common: ModuleType, render: Mod
     [table] = result.tables
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     assert [(row["trained with"], row["n"]) for row in rows] == [("fp32", "2"), ("bf16", "2")]
-    less, end = result.figures
-    assert (less.what, end.what) == (
-        "bf16 less fp32, resnet8, fashion-mini",
-        f"{less.what}: upper end of the 95 % interval",
-    )
+    [less] = result.figures
+    assert less.what == "bf16 less fp32, resnet8, fashion-mini"
     assert rows[1]["difference"].startswith(f"{100 * less.value:+.2f} [")
-    assert end.value >= less.value
-    assert end.target == "at least 0.00 points"
     assert common.markdown_table(table.columns, table.rows) in render.precision_region([result], "native.md")
     assert "Run `python benchmarks/precision.py`" in render.precision_region([result], "structures.md")
 
