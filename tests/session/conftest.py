@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from helpers.training import SmallNet
 from spfde.model.trace import Trace, trace
@@ -17,10 +18,12 @@ def equal_networks_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand sessions of one small network are made here, and to trace it would be half of their time."""
 
     def known(model: Any, sample: Any, **options: Any) -> Trace:
-        if type(model) is not SmallNet or not isinstance(sample, Tensor):
+        leaves, form = tree_flatten(sample)
+        if type(model) is not SmallNet or not all(isinstance(leaf, Tensor) for leaf in leaves):
             return trace(model, sample, **options)
         weights = [(name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()]
-        key = (repr(model), *weights, sample.shape, sample.dtype, *sorted(options.items()))
+        inputs = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        key = (repr(model), *weights, repr(form), *inputs, *sorted(options.items()))
         if key not in _TRACES:
             _TRACES[key] = trace(model, sample, **options)
         return _TRACES[key]
