@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.commands import Outcome, Spfde
+from helpers.tracing import equal_networks_are_traced_once  # noqa: F401  # for all tests here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -18,8 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["spfde.app.train.loop", "spfde.app.train.display", "torch._dynamo"])
+from helpers.processes import FORKS
 
 TIMEOUT = 120.0
 
@@ -81,7 +80,7 @@ def start(
         wait_at: one of ``MOMENTS``; there it waits to be killed.
         environment: variables to set.
     """
-    process = _FORKS.Process(target=_main, args=(list(argv), log, cwd, wait_at, dict(environment or {})))
+    process = FORKS.Process(target=_main, args=(list(argv), log, cwd, wait_at, dict(environment or {})))
     process.start()
     return Command(process, log)
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
 
 from helpers import ROOT
+
+#: Its processes begin with torch and the package imported, once for all of them.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["spfde.app.train.loop", "spfde.app.train.display", "torch._dynamo"])
+
+
+def ranks(function: Callable[..., None], folder: Path, size: int = 2, which: str = "") -> list[Any]:
+    """Run ``function(rank, size, folder, which)`` in so many processes; what each left in ``rank{rank}.pt``."""
+    arguments = (size, str(folder), which)
+    torch.multiprocessing.start_processes(function, arguments, nprocs=size, start_method="forkserver")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def start(*words: str, ranks: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from helpers import distributed_worker as worker
+from helpers.processes import ranks
 from helpers.training import EPOCHS, SAMPLES
 from spfde.session.distributed import fingerprint
 from spfde.sieving.batch_sampler import SievedBatchSampler
 
 
-def run(function: Any, folder: Path, method: str = "", size: int = 2) -> list[Any]:
-    multiprocessing.spawn(function, args=(size, str(folder), method), nprocs=size)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("method", [pytest.param("mest", marks=pytest.mark.long), "rigl"])
 def test_two_ranks_keep_the_same_masks_and_sets_and_share_the_samples(tmp_path: Path, method: str) -> None:
-    first, second = run(worker.train, tmp_path, method)
+    first, second = ranks(worker.train, tmp_path, which=method)
     for key in ("masks", "weights"):
         assert first[key].keys() == second[key].keys()
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items()), key
@@ -44,7 +38,7 @@ def test_two_ranks_keep_the_same_masks_and_sets_and_share_the_samples(tmp_path: 
 @pytest.mark.long
 def test_two_ranks_draw_the_same_partial_set_and_share_all_samples_in_the_last_epochs(tmp_path: Path) -> None:
     """A quarter of 40 in each of 8 epochs are 80: 13 in each of the 6 before the last two."""
-    first, second = run(worker.train_on_the_highest_losses, tmp_path)
+    first, second = ranks(worker.train_on_the_highest_losses, tmp_path)
     assert first["left out"] == second["left out"]
     assert [len(removed) for removed in first["left out"]] == [13] * 6 + [0] * 2
     assert len({tuple(removed) for removed in first["left out"]}) == 5  # drawn anew at 1, 3 and 5
@@ -56,7 +50,7 @@ def test_two_ranks_draw_the_same_partial_set_and_share_all_samples_in_the_last_e
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.long
 def test_ranks_that_disagree_are_refused_with_what_differs(tmp_path: Path) -> None:
-    for messages in run(worker.attach_with_other_seeds, tmp_path):
+    for messages in ranks(worker.attach_with_other_seeds, tmp_path):
         model, loader, seed = messages
         assert model.startswith("model=")
         assert "loader.generator" in loader
@@ -66,7 +60,7 @@ def test_ranks_that_disagree_are_refused_with_what_differs(tmp_path: Path) -> No
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.long
 def test_ranks_share_every_epoch_or_are_told_why_not(tmp_path: Path) -> None:
-    first, second = run(worker.share_and_resume, tmp_path)
+    first, second = ranks(worker.share_and_resume, tmp_path)
     assert len(set(first["neutral"] + second["neutral"])) == SAMPLES
     for found in (first, second):
         assert "init_process_group" in found["early"]
@@ -84,11 +78,11 @@ def test_ranks_share_every_epoch_or_are_told_why_not(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_another_number_of_ranks_and_sees_each_sample_once(
     tmp_path: Path, before: int, now: int
 ) -> None:
-    first = [worker.begin_runs()] if before == 1 else run(worker.begin, tmp_path, size=before)
+    first = [worker.begin_runs()] if before == 1 else ranks(worker.begin, tmp_path, size=before)
     states = {name: own["states"] for name, own in first[0].items()}
     torch.save(states, tmp_path / "states.pt")
     (tmp_path / "meet").unlink(missing_ok=True)
-    second = [worker.go_on_runs(states)] if now == 1 else run(worker.go_on, tmp_path, size=now)
+    second = [worker.go_on_runs(states)] if now == 1 else ranks(worker.go_on, tmp_path, size=now)
 
     taken = [index for rank in first for index in rank["amid"]["seen"][1]]
     left = [index for rank in second for index in rank["amid"]["seen"]]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from helpers import distributed_worker as worker
+from helpers.processes import ranks
 from helpers.training import EPOCHS
 
 
@@ -18,8 +18,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, 
     if not torch.distributed.is_available():
         pytest.skip("this torch has no distributed package")
     folder: Path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(worker.refusals, args=(2, str(folder), ""), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return ranks(worker.refusals, folder)
 
 
 def test_ranks_that_drift_apart_are_an_error_with_the_remedy(said: list[dict[str, tuple[str, int]]]) -> None:
@@ -58,8 +57,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     if not torch.distributed.is_available():
         pytest.skip("this torch has no distributed package")
     folder: Path = tmp_path_factory.mktemp("alone")
-    multiprocessing.spawn(worker.do_not_do_the_same, args=(2, str(folder), ""), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return ranks(worker.do_not_do_the_same, folder)
 
 
 @pytest.mark.parametrize("case", [case for case in worker.SHARDS if case != "same"])

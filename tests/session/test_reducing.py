@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from helpers import reducing_worker as worker
+from helpers.processes import ranks
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
@@ -19,15 +20,10 @@ if not torch.distributed.is_available():
 from spfde.session.allreduce import active_positions
 
 
-def run(function: Any, folder: Path, size: int = 2, which: str = "") -> list[Any]:
-    multiprocessing.spawn(function, args=(size, str(folder), which), nprocs=size)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank and case: a run with sparse gradients beside the same one with whole ones."""
-    return run(worker.compare, tmp_path_factory.mktemp("compare"))
+    return ranks(worker.compare, tmp_path_factory.mktemp("compare"))
 
 
 def check_equal(found: list[dict[str, Any]], case: str) -> None:
@@ -48,7 +44,7 @@ def test_sparse_gradients_come_to_the_weights_of_whole_ones_bit_for_bit(
 @pytest.mark.long
 @pytest.mark.parametrize("case", worker.MORE_CASES)
 def test_so_do_those_of_other_methods_wrappers_and_layouts(tmp_path: Path, case: str) -> None:
-    check_equal(run(worker.compare, tmp_path, which=case), case)
+    check_equal(ranks(worker.compare, tmp_path, which=case), case)
 
 
 def test_whole_gradients_are_not_counted(compared: list[dict[str, Any]]) -> None:
@@ -78,7 +74,7 @@ def test_what_thaws_travels_again(compared: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(worker.others, tmp_path_factory.mktemp("others"))
+    return ranks(worker.others, tmp_path_factory.mktemp("others"))
 
 
 @pytest.mark.long
@@ -111,7 +107,7 @@ def test_the_session_says_what_travels(others: list[dict[str, Any]]) -> None:
 
 @pytest.mark.long
 def test_four_ranks_come_to_the_same_masks_and_weights(tmp_path: Path) -> None:
-    found = [by_case["wrapped after attach"] for by_case in run(worker.compare, tmp_path, 4, "wrapped after attach")]
+    found = [by_case["wrapped after attach"] for by_case in ranks(worker.compare, tmp_path, 4, "wrapped after attach")]
     for own in found[1:]:
         for key in ("masks", "weights"):
             same = {name: torch.equal(value, own[key][name]) for name, value in found[0][key].items()}

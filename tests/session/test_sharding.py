@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
@@ -17,12 +17,8 @@ if not hasattr(torch.cpu.Stream, "record_event"):
 import spfde
 from helpers import sharded_runs as runs
 from helpers import sharding_worker as worker
+from helpers.processes import ranks
 from spfde.session import sharding
-
-
-def spawn(function: Any, folder: Path, size: int = 2, which: str = "") -> list[Any]:
-    multiprocessing.spawn(function, args=(size, str(folder), which), nprocs=size)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def two(one: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     """By rank: what two processes have found."""
     folder = tmp_path_factory.mktemp("two")
     torch.save(one[1], folder / "one.pt")
-    return spawn(worker.compare, folder)
+    return ranks(worker.compare, folder)
 
 
 def differ(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float = 0.0) -> list[str]:
@@ -181,12 +177,12 @@ def test_whoever_changes_masks_says_itself_that_each_follows_from_its_layer(kind
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return spawn(worker.compare, tmp_path_factory.mktemp("more"), which="more")
+    return ranks(worker.compare, tmp_path_factory.mktemp("more"), which="more")
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return spawn(worker.compare, tmp_path_factory.mktemp("three"), 3, "cases")
+    return ranks(worker.compare, tmp_path_factory.mktemp("three"), 3, "cases")
 
 
 @pytest.mark.long
@@ -209,6 +205,6 @@ def test_a_rank_may_have_few_rows_or_none(three: list[dict[str, Any]], case: str
 @pytest.mark.long
 def test_a_run_of_two_ranks_goes_on_in_three(two: list[dict[str, Any]], one: Any, tmp_path: Path) -> None:
     torch.save(two[0]["saved"], tmp_path / "saved.pt")
-    for found in spawn(worker.go_on, tmp_path, 3):
+    for found in ranks(worker.go_on, tmp_path, 3):
         assert differ(found["weights"], one[0]["weights"], atol=1e-5) == []
         assert differ(found["masks"][-1], one[0]["masks"][-1]) == []

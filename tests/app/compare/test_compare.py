@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 
 from helpers.commands import Spfde, start
+from spfde.app.compare.command import quick_images
+from spfde.app.compare.folder import Comparison
+from spfde.app.compare.running import check
+from spfde.app.compare.spec import read_spec
 
 TRAINING = ("--epochs", "3", "--batch-size", "16", "--engine", "masked", "--lr", "0.05")
 MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes")
@@ -256,6 +260,27 @@ def test_runs_that_are_elsewhere_or_other_ones_are_refused(whole: Path, spfde: S
     assert (ended.code, "holds another run: there lr is 0.05, and here 5.0" in ended.err) == (2, True)
 
 
+def test_the_papers_experiments_are_all_taken_in_their_short_form_and_some_of_them_run(
+    spfde: Spfde, here: Path
+) -> None:
+    whole = Comparison.of(read_spec("spfde_cifar100").quickened(str(quick_images(here / "images.npz"))), quick=True)
+    assert len(whole.candidates) == 22
+    check(whole)
+    head, *candidates = spfde("compare", "spfde_cifar100", "--print").out.split("[[candidates]]")
+    *_, last = candidates
+    options = last[last.index("# Each method once") :]
+    kept = [text for text in candidates if "SpFDE 10 %" in text or '"freezing by convergence"' in text]
+    kept.insert(0, '\nrecipe = ["dense", "snip"]\nsparsity = [0.9, 0.95]\n')
+    text = head.replace("MEST EM&S sparsity=0.9", "dense")
+    (here / "some.toml").write_text("[[candidates]]".join([text, *kept[:-1], kept[-1].replace(options, "")]) + options)
+    ended = spfde("compare", "some.toml", "--quick", "--out", "quick", "--quiet")
+    assert ended.code == 0, ended.err
+    found = table(here / "quick")
+    assert found["runs"] == {"wanted": 5, "finished": 5}
+    assert any("short form" in note for note in found["notes"])
+
+
+@pytest.mark.long
 def test_the_papers_experiments_run_in_their_short_form(spfde: Spfde, here: Path) -> None:
     ended = spfde("compare", "spfde_cifar100", "--quick", "--out", "quick", "--quiet")
     assert ended.code == 0, ended.err

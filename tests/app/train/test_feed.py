@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +238,11 @@ class TestWholeRuns:
         by_batch = self.options(tiny, presets.mest)
         train(by_batch, tmp_path / "by batch")
         assert self.weights(tmp_path / "by batch") != self.weights(tmp_path / "whole")
+
+    @pytest.mark.parametrize("ends", [False, True], ids=["stopped", "finished"])
+    def test_the_processes_that_load_end_with_it(self, ends: bool, tiny: Path, tmp_path: Path) -> None:
+        """Those that are left to the collection of garbage are waited for 5 s each, by whatever is going on then."""
+        options = self.options(tiny, presets.dense, epochs=1, workers=1)
+        with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+            train(options, tmp_path / "run", None if ends else Stopping())
+        assert not active_children()

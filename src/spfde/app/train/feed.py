@@ -48,6 +48,7 @@ class Feed(ABC):
     loader: DataLoader[Any]
     where: str | None = None
     _samples: AugmentedSamples | None = None  # where they come augmented one by one
+    _evaluating: tuple[DataLoader[Any], ...] = ()  # those whose workers stay
 
     def __init__(
         self,
@@ -85,6 +86,16 @@ class Feed(ABC):
     def _augmented(self, images: Tensor, handed: Any, session: Session) -> Tensor:
         return self._augment.replay(images, session.augmentation_seeds())
 
+    def end_workers(self, loader: object) -> None:
+        """End the processes that load for the session's loader, and for evaluation, where some stay from pass to pass.
+
+        Left to the collection of garbage, each of them is waited for: 5 s where its queue is collected first.
+        """
+        for each in (loader, *self._evaluating):
+            iterator = getattr(each, "_iterator", None)  # PyTorch's name, of a pass by workers that stay
+            if iterator is not None:
+                iterator._shutdown_workers()
+
     @property
     def loading_is_work(self) -> bool:
         """Whether samples are decoded, or augmented one by one, when they are loaded."""
@@ -120,6 +131,7 @@ class HostFeed(Feed):
             split: DataLoader(self._data.split(split), EVALUATION_BATCH, sampler=own, **evaluating)
             for split, own in self._splits().items()
         }
+        self._evaluating = tuple(self._evaluated.values())
 
     def _loading(self, workers: int) -> dict[str, Any]:
         return {

@@ -273,6 +273,7 @@ def _prepare(
             plan=bill,
             **_settings(options),
         )
+    afterwards.callback(feed.end_workers, session.loader)
     told = (chosen, begun, told_of_updates(options), told_of_evaluated(options), feed.where, weights_note())
     trackers = Trackers(options.track, folder.path)
     afterwards.callback(trackers.close)
