@@ -341,3 +341,14 @@ def test_a_thread_that_ends_gives_its_memory_back() -> None:
         thread.join()
         before = pages() if n == 19 else before
     assert (pages() - before) * 4096 < 8 << 20, "a window alone takes more than 400 kB"
+
+
+def test_values_of_different_sizes_lie_in_one_buffer_unless_it_is_kept() -> None:
+    small, large = (Layout(16, 4, size, size, 8, torch.float64) for size in (32, 64))
+    for keeps in (False, True):
+        tape, pool = kernels().tape(1, keeps=keeps), Pool()
+        for layout in (small, large, small):
+            tape.take(layout)  # and is free again
+        tape.finish()
+        tape.play({}, pool)
+        assert pool.bytes == 8 * (large.numel + small.numel * keeps)

@@ -139,9 +139,9 @@ class Kernels:
             return bool(self._outside(weight.data_ptr(), mask.data_ptr(), weight.numel()))
         return bool(((weight.detach() != 0) & ~mask).any())
 
-    def tape(self, threads: int) -> KernelTape:
-        """A new tape, for so many threads."""
-        return KernelTape(self._library, self.dtype, threads)
+    def tape(self, threads: int, *, keeps: bool = True) -> KernelTape:
+        """A new tape, for so many threads; see ``Tape``."""
+        return KernelTape(self._library, self.dtype, threads, keeps=keeps)
 
 
 class KernelTape(Tape):

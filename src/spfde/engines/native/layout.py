@@ -104,6 +104,12 @@ class Layout:
 Piece = Layout | tuple[int, torch.dtype]
 
 
+def bytes_of(piece: Piece) -> int:
+    """That its numbers take."""
+    numel, dtype = (piece.numel, piece.dtype) if isinstance(piece, Layout) else piece
+    return numel * dtype.itemsize
+
+
 class Pool:
     """Buffers that are used again. A buffer comes back when the last tensor on it is gone.
 

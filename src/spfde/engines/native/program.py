@@ -106,7 +106,7 @@ class Program:
         written = self._tapes.get(schedule)
         if written is not None and written[0] == key and (is_still or written[1].is_current):
             return written[1]
-        tape = self.kernels.tape(threads)
+        tape = self.kernels.tape(threads, keeps=schedule is Forward and any(self.plan.needs_grad.values()))
         tape.finish(schedule(self.plan, self.weights, tape).write(coming))
         self._tapes[schedule] = key, tape
         return tape

@@ -13,13 +13,17 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spfde.engines.native.layout import Layout, Piece, Pool
+from spfde.engines.native.layout import Layout, Piece, Pool, bytes_of
 from spfde.engines.native.structs import struct
+
+# Bytes from which on a buffer is looked for among those of other sizes.
+_WORTH_SHARING = 256 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +65,12 @@ class Tape:
         library: the loaded kernels.
         dtype: of the numbers.
         threads: that each kernel is cut for.
+        keeps: buffers may be wanted afterwards, and have no room to spare then. Otherwise values of different sizes lie
+            in one buffer, one after another.
     """
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, threads: int, *, keeps: bool = True) -> None:
+        self._keeps = keeps
         self.dtype = dtype
         self.threads = threads
         self._library = library
@@ -119,10 +126,25 @@ class Tape:
         shelf = self._shelves[piece]
         if shelf:
             slot = shelf.pop()
+        elif (found := self._free_one(piece)) is not None:
+            slot = found
         else:
             slot = self._new_slot()
             self._pieces[slot] = piece
         return slot, _Lease(slot, shelf)
+
+    def _free_one(self, piece: Piece) -> int | None:
+        """The largest free slot of other pieces, which is made large enough for this one, too."""
+        if self._keeps or bytes_of(piece) < _WORTH_SHARING:
+            return None
+        free = [(bytes_of(self._pieces[slot]), slot, shelf) for shelf in self._shelves.values() for slot in shelf]
+        size, slot, shelf = max(free, key=itemgetter(0), default=(0, -1, []))
+        if size < _WORTH_SHARING:
+            return None
+        shelf.remove(slot)
+        if size < bytes_of(piece):
+            self._pieces[slot] = piece
+        return slot
 
     def _new_slot(self) -> int:
         self._n_slots += 1
