@@ -29,17 +29,18 @@ from pathlib import Path
 from spfde.app.train.loop import train
 from spfde.app.train.options import TrainOptions
 
-data, out, place = sys.argv[1:]
-options = TrainOptions(data=data, epochs=2, batch_size=16, engine="masked", data_on=place, profile=2)
-summary = train(options, Path(out))
-again = train(options, Path(out), resume=True)
-print(summary["epochs"], again["epochs"], summary["test_accuracy"] == again["test_accuracy"])
+data, out = sys.argv[1:]
+for place in ("host", "device"):
+    options = TrainOptions(data=data, epochs=2, batch_size=16, engine="masked", data_on=place, profile=2)
+    summary = train(options, Path(out, place))
+    again = train(options, Path(out, place), resume=True)
+    print(summary["epochs"], again["epochs"], summary["test_accuracy"] == again["test_accuracy"])
 """
 
 
 def test_it_trains_and_resumes_without_what_the_command_line_needs(tiny: Path, tmp_path: Path) -> None:
+    ended = start("-c", SCRIPT, str(tiny), str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["2", "2", "True"] * 2
     for place in ("host", "device"):
-        ended = start("-c", SCRIPT, str(tiny), str(tmp_path / place), place)
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.split() == ["2", "2", "True"]
         assert (tmp_path / place / "checkpoints" / "latest" / "model.pt").is_file()
