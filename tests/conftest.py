@@ -18,7 +18,7 @@ import spfde
 from helpers.training import Parts, make_parts
 
 # For tests that say no number of examples of their own; the long form has as many as Hypothesis wants.
-settings.register_profile("short", max_examples=30)
+settings.register_profile("short", max_examples=20)
 
 
 def pytest_configure(config: pytest.Config) -> None:

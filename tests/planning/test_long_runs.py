@@ -26,7 +26,8 @@ def recipes() -> Iterator[object]:
         # The first is in reach, the second is not.
         for reduction in (0.2, 0.9):
             freezing = ProgressiveFreezing(flops_reduction=reduction, scheme=scheme, as_far_as_possible=True)
-            yield pytest.param(whole.replace(freezing=freezing, sparsity=soft), id=f"{scheme} {reduction}")
+            marks = [] if reduction == 0.2 or scheme == "periodic" else [pytest.mark.long]
+            yield pytest.param(whole.replace(freezing=freezing, sparsity=soft), id=f"{scheme} {reduction}", marks=marks)
 
 
 @pytest.mark.parametrize("recipe", recipes())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from helpers.short import short
+from helpers.short import pairs
 from spfde.core.registry import registered
 from spfde.cost import EpochCost
 from spfde.planning.bill import planned_dense_samples, price, scoring_flops
@@ -294,7 +294,7 @@ def check_or_pass_over(case: Case) -> None:
 
 
 QUICK = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 
@@ -312,8 +312,16 @@ def test_the_finished_bill_is_the_plan_for_many_recipes(case: Case) -> None:
     check_or_pass_over(case)
 
 
-@pytest.mark.parametrize("scheme", ["none", "single-shot", "single-shot-resume", "periodic", "delayed-periodic"])
-@pytest.mark.parametrize("name", short(METHODS, set(METHODS) - {"synflow"}))
+SCHEMES = ("none", "single-shot", "single-shot-resume", "periodic", "delayed-periodic")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *pairs([name for name in METHODS if name != "synflow"], SCHEMES),
+        *(pytest.param("synflow", scheme, marks=pytest.mark.long) for scheme in SCHEMES),
+    ],
+)
 def test_every_method_under_every_scheme_costs_what_was_planned(name: str, scheme: str) -> None:
     freezing = None
     if scheme != "none":

@@ -16,9 +16,9 @@ import torch
 import spfde
 from helpers.compiling import recompile_limit
 from helpers.freezing import EPOCHS, attach, freezing_recipe, plan
-from helpers.native import both_engines
+from helpers.native import both_engines, needs_kernels
 from helpers.resuming import METHODS, Loop, assert_equal, finish, top
-from helpers.short import short
+from helpers.short import pairs, short
 from helpers.training import SAMPLES, make_parts, step, train
 from spfde.freezing.rates import learning_rate_factor
 
@@ -55,8 +55,13 @@ def test_the_session_freezes_and_thaws_as_planned(scheme: str) -> None:
     assert [row.frozen_blocks for row in session.cost.rows] == seen
 
 
-@every_scheme
-@both_engines
+@pytest.mark.parametrize(
+    ("engine", "scheme"),
+    [
+        *(pytest.param("native", scheme, marks=needs_kernels) for scheme in SCHEMES),
+        *(pytest.param("masked", each, marks=() if each == "periodic" else pytest.mark.long) for each in SCHEMES),
+    ],
+)
 def test_blocks_move_in_the_epochs_in_which_they_train_and_in_no_other(scheme: str, engine: str) -> None:
     parts = make_parts()
     session = attach(parts, recipe(scheme, learning_rate=None), engine)
@@ -82,16 +87,9 @@ def test_blocks_move_in_the_epochs_in_which_they_train_and_in_no_other(scheme: s
     assert moved == [[block >= count for block in range(3)] for count in FROZEN[scheme]]
 
 
-@every_scheme
-@pytest.mark.parametrize(
-    "method",
-    [METHODS[name] for name in COUNTED],
-    ids=COUNTED,
-)
-def test_the_bill_of_a_finished_run_equals_the_plan_and_the_masks_end_at_target(
-    scheme: str, method: spfde.sparsity.SparsityMethod
-) -> None:
-    parts = make_parts()
+@pytest.mark.parametrize(("name", "scheme"), pairs(COUNTED, tuple(SCHEMES)))
+def test_the_bill_of_a_finished_run_equals_the_plan_and_the_masks_end_at_target(name: str, scheme: str) -> None:
+    parts, method = make_parts(), METHODS[name]
     bill = plan(parts, recipe(scheme, method))
     session = attach(parts, recipe(scheme, method))
     train(parts, session)

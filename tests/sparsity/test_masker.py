@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.masking import MaskedRun
+from helpers.short import short
 from spfde.core.errors import StateMismatch, UsageError
 from spfde.sparsity import (
     DSR,
@@ -351,7 +352,7 @@ def test_attention_projections_are_masked() -> None:
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD, ids=IDS)
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("stop", short([1, 2, 3, 5, 7], (2, 3)))
 def test_a_resumed_run_goes_on_bit_for_bit(method: SparsityMethod, stop: int) -> None:
     whole = Run(method)
     for epoch in range(whole.epochs):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 # --- the same run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", short(METHODS))
+@pytest.mark.parametrize("method", short(METHODS, ("mest-ems", "gmp", "topkast", "str")))
 def test_a_whole_run_ends_as_under_the_masked_engine(method: str) -> None:
     ends = []
     for engine in ("masked", ENGINE):

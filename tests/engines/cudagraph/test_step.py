@@ -92,7 +92,7 @@ def whole_run(method: str, engine: str, *, stop_at: int | None = None) -> tuple[
 EVERY_STEP = ("topkast", "deepr", "str")  # change weights or masks
 
 
-SHORT = ("static", "mest-ems", "rigl", "gmp", "dsr", "set-block")
+SHORT = ("mest-ems", "rigl", "gmp", "dsr")
 """One of each kind; all of them in the long form."""
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.native import needs_kernels, random_masks, relative_error, step, twin
+from helpers.short import by_form
 
 pytestmark = needs_kernels
 
@@ -75,7 +76,7 @@ def errors(model: nn.Module, masks: dict[str, Tensor], x: Tensor) -> dict[str, f
     st.sampled_from([1, 2, 7, 8, 9, 16, 17, 33]), st.integers(2, 6), st.integers(3, 11), st.integers(3, 11),
     st.integers(0, 999),
 )  # fmt: skip
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=by_form(4, 10), deadline=None)
 def test_an_operator_in_single_precision_is_right(
     name: str, batch: int, channels: int, height: int, width: int, seed: int
 ) -> None:
@@ -88,7 +89,7 @@ def test_an_operator_in_single_precision_is_right(
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("empty", ["nothing", "a row", "a column"])
 @given(st.integers(0, 999))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=by_form(2, 4), deadline=None)
 def test_a_sparse_convolution_and_linear_layer_in_single_precision_are_right(
     density: float, empty: str, seed: int
 ) -> None:

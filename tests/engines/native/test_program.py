@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.native import assert_same_step, kernels, needs_kernels, random_masks, step, twin
+from helpers.short import by_form, short
 from spfde.app.train.models import build_model
 from spfde.engines.native.model import NativeModel
 from spfde.model.blocks import find_blocks
@@ -89,7 +90,7 @@ def test_a_hand_worked_convolution_comes_out() -> None:
     assert conv.weight.grad[0, 0].tolist() == [[0, 1.0, 0], [0, 6.0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "vgg19"])
+@pytest.mark.parametrize("name", short(["resnet8", "resnet20", "vgg19"], ["resnet8", "resnet20"]))
 def test_a_built_in_model_computes_as_in_pytorch(name: str) -> None:
     model = build_model(name, num_classes=10, in_channels=3, image_size=(16, 16))
     check(model, torch.randn(5, 3, 16, 16), n_steps=1 if name == "vgg19" else 2)
@@ -277,7 +278,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor, float]:
 
 
 @given(convolutions(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_form(30, 150), deadline=None)
 def test_any_convolution_equals_pytorchs(case: tuple[nn.Conv2d, Tensor, float], channels_last: bool) -> None:
     conv, x, density = case
     model = nn.Sequential(conv)
