@@ -657,7 +657,7 @@ def result(
             "An epoch of the schedule is made of timed steps at each sparsity and depth that it passes through; "
             "loading images is not in it.",
             "With the prefix cache the sieve's newcomers, who must be computed once, are not in an epoch's figure.",
-            "Against the fastest dense PyTorch a timed step follows an untimed one of the same variant, as in training.",
+            "Against the fastest dense PyTorch a timed step follows an untimed one of its variant, as in training.",
             "Peak memory is that of the process over what it had before its first step.",
             "sparseprop could not be installed here, and is not compared.",
         ),

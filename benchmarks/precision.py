@@ -132,7 +132,6 @@ def result(found: Mapping[str, Compared]) -> Result:
         "Test accuracy after the last epoch in per cent, mean ± standard deviation over n seeds. Difference: from the "
         "first line, in points, paired by seed, with its 95 % interval (Student's t); not carried: the interval holds "
         "zero.",
-        "Within noise, as the target has it: the interval does not lie below zero.",
         "The structures are compared with single weights under the same masked layers (1x1 shortcuts are dense).",
         "MEST's soft bound is a share of the units. A block along the kernel can have two of three weights, so "
         "1x2-kernel begins with 3.3 points of density above its target, and the others with 5.",
