@@ -249,7 +249,8 @@ def test_an_unknown_structure_is_refused_with_the_nearest_name() -> None:
     [
         (
             lambda: spfde.DeepR(sparsity=0.5, structure=Block()),
-            "structure=Block(rows=4, columns=1, along='row'): must be Unstructured(), for deepr works on single weights. "
+            "structure=Block(rows=4, columns=1, along='row'): must be Unstructured(), for deepr works on single "
+            "weights. "
             "Use another method, such as set or rigl.",
         ),
         (
