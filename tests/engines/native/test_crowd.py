@@ -46,6 +46,25 @@ def test_longer_queues_lack_them_no_less(waited: float, more: float, seconds: fl
     assert lacks_cores(waited + more, seconds) >= lacks_cores(waited, seconds)
 
 
+def judged(*looks: bool) -> list[int]:
+    """How long nothing is looked at after each of these looks, negative where cores are thought to lack."""
+    pauses = (ctypes.c_int * len(looks))()
+    build.load().spfde_judge((ctypes.c_bool * len(looks))(*looks), ctypes.c_int64(len(looks)), pauses)
+    return list(pauses)
+
+
+def test_two_new_threads_on_one_core_for_a_moment_are_no_lack_of_cores() -> None:
+    assert judged(*7 * [True], False, *7 * [True]) == 15 * [1]
+
+
+def test_a_lack_is_believed_after_eight_looks_and_then_looked_for_more_and_more_rarely() -> None:
+    assert judged(*15 * [True]) == [*7 * [1], -4, -8, -16, -32, -64, -64, -64, -64]
+
+
+def test_it_is_over_after_four_looks_that_follow_each_other() -> None:
+    assert judged(*8 * [True], False, False, True, *4 * [False]) == [*7 * [1], -4, -1, -1, -8, -1, -1, -1, 1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell how long a thread waited for a core")
 def test_where_there_are_more_threads_than_cores_others_are_added_and_the_numbers_are_the_same() -> None:
     with short_of_cores() as (first, again):

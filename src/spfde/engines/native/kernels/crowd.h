@@ -35,6 +35,30 @@ static inline bool lacks_cores(double waited, double seconds) {
   return waited >= some * seconds;
 }
 
+// What is believed after some looks.
+//
+// The system may put new threads on one core, and see after a tenth of a second that others are free: only many looks in a row
+// tell of a lack. To look, then, is to do without what helps: soon, lest a mistake lasts, and more and more rarely.
+class Judgement {
+ public:
+  void take(bool lacks) {
+    others_ = lacks == lacks_ ? 0 : others_ + 1;
+    if (others_ == (lacks_ ? FREE : BUSY)) lacks_ = lacks, others_ = 0, pause_ = SOONEST;
+    else if (others_ == 0) pause_ = std::min(2 * pause_, RAREST);
+  }
+  bool lacks() const { return lacks_; }
+  // How many times as long as a look takes nothing is to be looked at.
+  int pause() const { return lacks_ && others_ == 0 ? pause_ : 1; }
+
+ private:
+  static constexpr int BUSY = 8, FREE = 4;  // looks in a row that are believed
+  static constexpr int SOONEST = 4, RAREST = 64;
+
+  bool lacks_ = false;
+  int others_ = 0;  // looks in a row that say otherwise
+  int pause_ = SOONEST;
+};
+
 // More threads of OpenMP than there are cores, while it stands: until it is told to leave, or not used for some seconds.
 //
 // A fork of the process has none of its threads, and would wait for them without end: it leaves what it has of them alone.
@@ -134,7 +158,7 @@ class Watch {
     return;
 #endif
     const auto now = Clock::now();
-    if (short_) crowd_.stands();
+    if (judgement_.lacks()) crowd_.stands();
     // What began long ago, or with other threads, says nothing.
     if (looks_ && threads == threads_ && now - start_ < LONG) return;
     looks_ = threads > 1 && (looks_ || now >= next_);
@@ -151,25 +175,21 @@ class Watch {
     if (now - start_ < LOOK) return;
     looks_ = false;
     const double seconds = std::chrono::duration<double>(now - start_).count();
-    const bool lacks = lacks_cores(waited(threads_) - before_, seconds);
-    others_ = lacks == short_ ? 0 : others_ + 1;
-    if (others_ == (short_ ? FREE : BUSY)) short_ = lacks, others_ = 0;
-    if (short_) crowd_.gather();
+    judgement_.take(lacks_cores(waited(threads_) - before_, seconds));
+    if (judgement_.lacks()) crowd_.gather();
     const auto end = Clock::now();
-    // To look is to do without what helps: rarely, where it helps.
-    next_ = end + (short_ ? std::max<Clock::duration>(EVERY, RARELY * (end - start_)) : others_ ? Clock::duration(0) : EVERY);
+    next_ = end + std::max<Clock::duration>(EVERY, judgement_.pause() * (end - start_));
   }
 
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds EVERY{20}, LOOK{15}, LONG{500};
-  static constexpr int RARELY = 60, BUSY = 2, FREE = 4;  // BUSY and FREE: looks in a row that are believed
 
   Crowd crowd_;
   Clock::time_point next_{}, start_{};
   double before_ = 0;
-  bool looks_ = false, short_ = false;  // short_: of cores
-  int others_ = 0;  // looks in a row that say otherwise
+  bool looks_ = false;
+  Judgement judgement_;
   int64_t threads_ = 0;
 
   // Seconds that so many threads were ready to run and had no core, since they began; 0 where the system does not tell.

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -49,6 +50,13 @@ constexpr int LANES = 16, REGISTERS = SPFDE_SINGLE ? 32 : 16;
 #else
 constexpr int LANES = 8, REGISTERS = 16;  // NEON has 32 of half the size
 #endif
+
+// call(flag) with a flag that is a constant.
+template <class Call>
+static inline void with_flag(bool flag, const Call& call) {
+  if (flag) return call(std::true_type{});
+  call(std::false_type{});
+}
 
 typedef real vec __attribute__((vector_size(LANES * sizeof(real)), may_alias));
 

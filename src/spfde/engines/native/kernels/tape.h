@@ -38,3 +38,12 @@ SPFDE_EXPORT void spfde_play(const Tape* tape, char* const* slots) {
 }
 
 SPFDE_EXPORT bool spfde_lacks_cores(double waited, double seconds) { return lacks_cores(waited, seconds); }
+
+// The pauses after these looks, negative where a lack of cores is believed.
+SPFDE_EXPORT void spfde_judge(const bool* lacks, int64_t n, int* pauses) {
+  Judgement judgement;
+  for (int64_t i = 0; i < n; i++) {
+    judgement.take(lacks[i]);
+    pauses[i] = judgement.lacks() ? -judgement.pause() : judgement.pause();
+  }
+}

@@ -166,34 +166,48 @@ struct Slope {
   int64_t activation;
 };
 
-template <class T, int64_t ACTIVATION>
+// How the loop over pixels is written: nothing is asked there that is the same for all of them. PLAIN: all lanes are in use, and
+// no sums are wanted.
+template <class T, int64_t ACTIVATION, bool FROM_Z, bool CENTRED, bool PLAIN>
 static inline void fill_gradient_with(const Slope& s, const Window& window, int64_t g, int64_t h, T* row, real* sums) {
   const Blocked& layout = s.layout;
   const vec valid = layout.valid(g);
   const bool is_short = layout.is_short(g);
+  const int64_t activation = ACTIVATION < 0 ? s.activation : ACTIVATION;
   for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
     const int64_t at = layout.at(g, c, h);
-    const T* d = in<T>(s.d) + at;
-    const T* y = s.y ? in<T>(s.y) + at : nullptr;
-    const T* z = s.z ? in<T>(s.z) + at : nullptr;
+    const T *d = in<T>(s.d) + at, *y = in<T>(s.y) + (s.y ? at : 0), *z = in<T>(s.z) + (FROM_Z ? at : 0);
     const vec scale = spread(s.scale ? s.scale[c] : real(1)), shift = spread(s.shift ? s.shift[c] : real(0));
-    const vec k1 = spread(s.k1 ? s.k1[c] : real(1)), k2 = spread(s.k2 ? s.k2[c] : real(0));
-    const vec k3 = spread(s.k3 ? s.k3[c] : real(0));
-    const int64_t activation = ACTIVATION < 0 ? s.activation : ACTIVATION;
+    const vec k1 = spread(s.k1 ? s.k1[c] : real(1)), k2 = spread(CENTRED ? s.k2[c] : real(0));
+    const vec k3 = spread(CENTRED && s.k3 ? s.k3[c] : real(0));
     vec sum{};
-    each_column(row, window, layout.width, [&](T* t, int64_t w) {
+    each_column(row, window, layout.width, [&](T* t, int64_t w) SPFDE_HERE {
       vec v = load(d + w * LANES);
       if (activation != NONE) {
-        v = activate_backward(v, z ? load(z + w * LANES) : multiply_add(load(y + w * LANES), scale, shift), activation);
+        v = activate_backward(v, FROM_Z ? load(z + w * LANES) : multiply_add(load(y + w * LANES), scale, shift), activation);
       }
       v = v * k1;
-      if (s.k2) v += load(y + w * LANES) * k2 + k3;
-      if (is_short) v = valid != vec{} ? v : vec{};
-      sum += v;
+      if (CENTRED) v += load(y + w * LANES) * k2 + k3;
+      if (!PLAIN) {
+        if (is_short) v = valid != vec{} ? v : vec{};
+        sum += v;
+      }
       store(t, v);
     });
-    if (sums) store(sums + c * LANES, load(sums + c * LANES) + sum);
+    if (!PLAIN && sums) store(sums + c * LANES, load(sums + c * LANES) + sum);
   }
+}
+
+template <class T, int64_t ACTIVATION>
+static inline void fill_gradient_by(const Slope& s, const Window& window, int64_t g, int64_t h, T* row, real* sums) {
+  const bool is_plain = !sums && !s.layout.is_short(g);
+  with_flag(ACTIVATION != NONE && s.z, [&](auto from_z) {
+    with_flag(s.k2, [&](auto centred) {
+      with_flag(is_plain, [&](auto plain) {
+        fill_gradient_with<T, ACTIVATION, from_z(), centred(), plain()>(s, window, g, h, row, sums);
+      });
+    });
+  });
 }
 
 // Row h of the gradient; zeros outside of the image. `sums` [channels][LANES] takes what each channel comes to, or is null.
@@ -201,8 +215,8 @@ template <class T>
 static inline void fill_gradient(const Slope& s, const Window& window, int64_t g, int64_t h, T* row, real* sums) {
   if (h < 0 || h >= s.layout.height) return clear(row, window.pitch);
   switch (s.activation) {
-    case NONE: return fill_gradient_with<T, NONE>(s, window, g, h, row, sums);
-    case RELU: return fill_gradient_with<T, RELU>(s, window, g, h, row, sums);
-    default: return fill_gradient_with<T, -1>(s, window, g, h, row, sums);
+    case NONE: return fill_gradient_by<T, NONE>(s, window, g, h, row, sums);
+    case RELU: return fill_gradient_by<T, RELU>(s, window, g, h, row, sums);
+    default: return fill_gradient_by<T, -1>(s, window, g, h, row, sums);
   }
 }
