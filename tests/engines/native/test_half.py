@@ -170,7 +170,7 @@ def test_memory_is_about_half_of_that_in_single_precision() -> None:
         step(model, torch.randn(16, 3, 16, 16), half=half)
         taken.append(engine._pool.bytes)
         engine.detach()
-    assert taken[1] < 0.65 * taken[0]
+    assert taken[1] < 0.7 * taken[0]
 
 
 def test_a_nan_in_the_input_comes_out_and_other_images_are_as_they_were() -> None:

@@ -113,6 +113,54 @@ def test_a_sparse_convolution_and_linear_layer_in_single_precision_are_right(
         assert max(found.values()) < MOST, found
 
 
+class Adding(nn.Module):
+    """Convolutions whose input is added to something: its gradient comes from several sides."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem, self.one, self.two = (nn.Conv2d(channels, 6, 3, padding=1) for channels in (3, 6, 6))
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        found = {
+            "to what it makes": lambda: x + self.one(x),
+            "to what it makes, normalised": lambda: F.silu(self.norm(self.one(x)) + x),
+            "to what two make, one after the other": lambda: F.silu(self.two(F.silu(self.one(x))) + x),
+            "to what two make, side by side": lambda: F.silu(self.one(x) + x) + self.two(x),
+            "twice": lambda: F.silu(self.one(x) + x) + x,
+        }[self.how]()
+        out: Tensor = self.head(found)
+        return out
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "to what it makes",
+        "to what it makes, normalised",
+        "to what two make, one after the other",
+        "to what two make, side by side",
+        "twice",
+    ],
+)
+def test_what_a_convolution_reads_may_be_added(how: str) -> None:
+    """A gradient is written over another one only where nobody reads that any more, another thread neither."""
+    torch.manual_seed(2)
+    before = torch.get_num_threads()
+    model = Adding(how)
+    masks = random_masks(model, 0.5, 2)
+    for name, mask in masks.items():
+        model.get_parameter(name).data.mul_(mask)
+    torch.set_num_threads(4)  # for one group of images: bands of rows, whose threads read beyond their own
+    try:
+        found = errors(model, masks, torch.randn(5, 3, 64, 7))
+    finally:
+        torch.set_num_threads(before)
+    assert max(found.values()) < MOST, found
+
+
 class Deep(nn.Module):
     """A residual net that ends in something smooth."""
 

@@ -7,7 +7,7 @@ way back to a residual) is noted, and made by the convolution that reads it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,23 +32,6 @@ from spfde.engines.native.schedule import TABLE, Given, Schedule
 from spfde.engines.native.tape import Buffer, Place
 
 
-@dataclass(frozen=True)
-class _Flow:
-    """A part of a value's gradient.
-
-    Attributes:
-        gradient: a stored one, perhaps times the slope of an activation at a stored value.
-        is_own: nobody else reads its buffer, and it is nothing but stored: it may be added to.
-    """
-
-    gradient: Sloped
-    is_own: bool
-
-    @classmethod
-    def own(cls, buffer: Buffer) -> _Flow:
-        return cls(Sloped(buffer), is_own=True)
-
-
 class Backward(Schedule):
     """The schedule of the backward pass.
 
@@ -63,7 +46,7 @@ class Backward(Schedule):
     def __init__(self, plan: RegionPlan, weights: PackedWeights, tape: KernelTape) -> None:
         super().__init__(plan, weights, tape)
         self.layouts = plan.layouts
-        self.flowing: dict[str, list[_Flow]] = {}
+        self.flowing: dict[str, list[Sloped]] = {}  # parts of values' gradients
         self.made: dict[str, Sloped] = {}  # gradients of what convolutions wrote, to be made by them
         self.pooled: dict[str, Place] = {}
         self.sums: dict[str, NormSums] = {}  # by the output of the step that needs them
@@ -96,7 +79,7 @@ class Backward(Schedule):
             return
         buffer = self.tape.take(self.layouts[name])
         self.pack(place, given, buffer)
-        self._flow(name, _Flow.own(buffer))
+        self._flow(name, Sloped(buffer))
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -114,8 +97,11 @@ class Backward(Schedule):
         if module.bias is not None and plan.trains(module.bias):
             bias = self.tape.take_flat(self.tape.threads * to.channels)
         if wants_source:
-            target, accumulate = self._to(step.x)
+            target = self._own_part(step.x, gradient)
+            accumulate = target is not None
             added = self._taken_along(step.x)
+            if target is None:
+                target = self._room_for(step.x, added, gradient)
             norm = self._sums_of(step) if not self.flowing.get(step.x) else None
             entries = self.weights.lists_of(step, from_, to).gradient
             values = self.tape.gather(module.weight, entries)
@@ -126,14 +112,14 @@ class Backward(Schedule):
         if bias is not None and module.bias is not None:
             self.tape.sum_rows(bias, self._gradient_of(module.bias), to.channels)
         if target is not None:
-            self._flow(step.x, _Flow.own(target))
+            self._flow(step.x, Sloped(target))
 
     def _point(self, step: PointStep, gradient: Sloped) -> None:
         plan, norm, residual = self.plan, step.norm, step.residual
         if step.activation != "none":
             gradient = Sloped(self._stored(gradient), z=self._slope(step), activation=step.activation)
         if residual is not None and plan.needs_grad[residual]:
-            self._flow(residual, _Flow(gradient, is_own=False))
+            self._flow(residual, gradient)
         scale, shift = self.constants_of(step, SCALE, SHIFT)
         gradient = replace(gradient, scale=scale, shift=shift, k1=scale)
         is_read = plan.uses_batch(step) or (gradient.activation != "none" and gradient.z is None)
@@ -149,7 +135,7 @@ class Backward(Schedule):
         if isinstance(plan.maker.get(step.x), ConvStep) and plan.is_read_once(step.x):
             self.made[step.x] = gradient
         else:
-            self._flow(step.x, _Flow.own(self._stored(gradient)))
+            self._flow(step.x, Sloped(self._stored(gradient)))
 
     def _norm(self, step: PointStep, gradient: Sloped) -> Place | None:
         """Gradients of a norm's weight and bias; where it uses the batch, what they bring to its input's gradient."""
@@ -198,13 +184,13 @@ class Backward(Schedule):
 
     def _pool(self, step: PoolStep, gradient: Sloped) -> None:
         d = self._stored(gradient)
-        out, accumulate = self._to(step.x)
+        out, accumulate = self._to(step.x, Sloped(d))
         choice = self.tape.given(("choice", step.y)) if step.kind == "max_pool" else None
         kernel: PoolKernel = "avg_pool_backward" if choice is None else "max_pool_backward"
         self.tape.pool(
             kernel, d, out, step.window, choice=choice, count_padding=step.count_padding, accumulate=accumulate
         )  # fmt: skip
-        self._flow(step.x, _Flow.own(out))
+        self._flow(step.x, Sloped(out))
 
     def _global_pool(self, step: GlobalPoolStep) -> None:
         gradient = self.pooled.pop(step.y, None)
@@ -212,7 +198,7 @@ class Backward(Schedule):
             return
         out, accumulate = self._to(step.x)
         self.tape.global_pool_backward(gradient, out, accumulate=accumulate)
-        self._flow(step.x, _Flow.own(out))
+        self._flow(step.x, Sloped(out))
 
     # --- values of the forward pass ------------------------------------------------------------------------------
 
@@ -242,35 +228,51 @@ class Backward(Schedule):
     def _gradient_of(self, parameter: Tensor) -> Place:
         return self.tape.given(("parameter", id(parameter)))
 
-    def _flow(self, name: str, flow: _Flow) -> None:
-        self.flowing.setdefault(name, []).append(flow)
+    def _flow(self, name: str, part: Sloped) -> None:
+        self.flowing.setdefault(name, []).append(part)
 
-    def _to(self, name: str) -> tuple[Buffer, bool]:
-        """Where more of a value's gradient goes, and whether it is added to what is there."""
+    def _to(self, name: str, *reading: Sloped) -> tuple[Buffer, bool]:
+        """Where more of a value's gradient goes, and whether it is added to what is there, which ``reading`` is not."""
+        own = self._own_part(name, *reading)
+        return (self.tape.take(self.layouts[name]), False) if own is None else (own, True)
+
+    def _own_part(self, name: str, *reading: Sloped) -> Buffer | None:
+        """A part of a value's gradient that may be added to while that is read."""
         parts = self.flowing.get(name, [])
-        for at, flow in enumerate(parts):
-            if flow.is_own:
+        for at, part in enumerate(parts):
+            if part == Sloped(part.d) and self._is_free(part.d, *reading, *parts[:at], *parts[at + 1 :], besides=name):
                 del parts[at]
-                return flow.gradient.d, True
-        return self.tape.take(self.layouts[name]), False
+                return part.d
+        return None
+
+    def _room_for(self, name: str, added: Sloped | None, gradient: Sloped) -> Buffer:
+        """Where a convolution writes a value's gradient: over what it adds, each number over its own, if that is free.
+
+        The convolution itself reads the gradient of its output around each pixel.
+        """
+        return added.d if added is not None and self._is_free(added.d, gradient) else self.tape.take(self.layouts[name])
+
+    def _is_free(self, buffer: Buffer, *reading: Sloped, besides: str | None = None) -> bool:
+        """Whether nobody reads a buffer: neither these nor what is noted for later, but for the parts of one value."""
+        parts = (part for name, parts in self.flowing.items() if name != besides for part in parts)
+        read = {noted.d.slot for noted in (*reading, *self.made.values(), *parts)}
+        return buffer.slot not in read | {sums.y.slot for sums in self.sums.values()}
 
     def _taken_along(self, name: str) -> Sloped | None:
         """A part of the value's gradient that a convolution adds to what it writes."""
         parts = self.flowing.get(name)
-        return parts.pop().gradient if parts else None
+        return parts.pop() if parts else None
 
     def _collapsed(self, name: str) -> Sloped | None:
         """The gradient of a value, all parts added; None where there is none."""
-        parts = self.flowing.pop(name, [])
+        parts = self.flowing.get(name, [])
         if len(parts) <= 1:
-            return parts[0].gradient if parts else None
-        target = next((flow for flow in parts if flow.is_own), None)
-        buffer = self.tape.take(self.layouts[name]) if target is None else target.gradient.d
-        accumulate = target is not None
-        for flow in parts:
-            if flow is not target:
-                self.tape.apply_backward(flow.gradient, buffer, accumulate=accumulate)
-                accumulate = True
+            self.flowing.pop(name, None)
+            return parts[0] if parts else None
+        buffer, accumulate = self._to(name)
+        for part in self.flowing.pop(name):
+            self.tape.apply_backward(part, buffer, accumulate=accumulate)
+            accumulate = True
         return Sloped(buffer)
 
     def _stored(self, gradient: Sloped) -> Buffer:

@@ -25,7 +25,8 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 # Kernels read and write so much that they would wait for the addresses of small pages. Buffers that do not fill huge
 # ones come together from a piece of memory, which goes back when all of them are gone. What nobody touches takes none.
-_HUGE_PAGE, _PIECE = 2 << 20, 8 << 20
+# Small ones have pieces of their own: where they lay between, others would not fill theirs.
+_HUGE_PAGE, _PIECE, _SMALL = 2 << 20, 8 << 20, 256 << 10
 _MOST_PASSES = 4  # forward passes after which a free buffer is given back
 
 
@@ -123,7 +124,8 @@ class Pool:
     def __init__(self) -> None:
         # Free buffers, each with the pass in which it came back; the one that came last is taken first.
         self._free: dict[Piece, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
-        self._rest = np.zeros(0, np.uint8)  # of the piece of memory from which the next buffers come
+        # Of the pieces of memory from which the next buffers come: small ones, and others, which fill theirs.
+        self._rests = {True: np.zeros(0, np.uint8), False: np.zeros(0, np.uint8)}
         self.bytes = self._pass = self._phase = 0
 
     def take(self, piece: Piece) -> Tensor:
@@ -164,10 +166,12 @@ class Pool:
         n = -(-n // _ALIGNMENT) * _ALIGNMENT
         if n >= _PIECE // 2:
             return _huge_pages(n)[:n]
-        if n > len(self._rest):
-            self._rest = _huge_pages(_PIECE)
-        found, self._rest = self._rest[:n], self._rest[n:]
-        return found
+        is_small = n < _SMALL
+        rest = self._rests[is_small]
+        if n > len(rest):
+            rest = _huge_pages(_PIECE)
+        self._rests[is_small] = rest[n:]
+        return rest[:n]
 
     def _drop(self, before: int) -> None:
         """Forget the free buffers that came back before that pass."""

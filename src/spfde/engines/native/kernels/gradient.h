@@ -7,7 +7,7 @@
 
 #include "product.h"
 
-// What comes back to x besides: added where it is not null. The slope is read off z, or is 1.
+// What comes back to x besides: added where it is not null. The slope is read off z, or is 1. d may be where the sum goes.
 struct Added {
   const void* d;
   const void* z;
@@ -189,7 +189,7 @@ static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const
     if (job.target) {
       const int64_t below = to.at(g, 0, (p + job.step) * s);
       streams.add(in<T>(job.target) + below, n_below);
-      if (job.added.d) streams.add(in<T>(job.added.d) + below, n_below);
+      if (job.added.d && job.added.d != job.target) streams.add(in<T>(job.added.d) + below, n_below);
       if (job.added.z) streams.add(in<T>(job.added.z) + below, n_below);
       if (job.norm.sums && job.norm.y != job.source.y) streams.add(in<T>(job.norm.y) + below, n_below);
     }
