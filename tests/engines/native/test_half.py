@@ -162,15 +162,15 @@ def test_tokens_are_computed_in_half_precision() -> None:
 
 
 def test_memory_is_about_half_of_that_in_single_precision() -> None:
-    model = build_model("resnet8", num_classes=10, in_channels=3, image_size=(16, 16))
+    model = build_model("resnet8", num_classes=10, in_channels=3, image_size=(32, 32))
     masks = random_masks(model, 0.2)
     taken = []
     for half in (False, True):
         engine = NativeModel(model, variant_kernels("this processor"), masks=lambda: masks, dense_gradients=frozenset)
-        step(model, torch.randn(16, 3, 16, 16), half=half)
+        step(model, torch.randn(16, 3, 32, 32), half=half)
         taken.append(engine._pool.bytes)
         engine.detach()
-    assert taken[1] < 0.7 * taken[0]
+    assert taken[1] < 0.65 * taken[0]
 
 
 def test_a_nan_in_the_input_comes_out_and_other_images_are_as_they_were() -> None:
