@@ -77,7 +77,7 @@ class ArrivingGradients:
         """
         if backward_pass() != self._pass:
             self._begin()
-        self._announced = {name: _Announced(found) for name, found in gradients.items() if name in self._layers}
+        self._announced.update((name, _Announced(found)) for name, found in gradients.items() if name in self._layers)
 
     def _begin(self) -> None:
         """A backward pass has begun, or a nested one, or the one around it goes on."""

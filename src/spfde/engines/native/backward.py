@@ -116,7 +116,8 @@ class Backward(Schedule):
 
     def _point(self, step: PointStep, gradient: Sloped) -> None:
         plan, norm, residual = self.plan, step.norm, step.residual
-        if step.activation != "none":
+        # A convolution that has summed it up for the norm has taken it through the activation, too.
+        if step.activation != "none" and step.y not in self.sums:
             gradient = Sloped(self._stored(gradient), z=self._slope(step), activation=step.activation)
         if residual is not None and plan.needs_grad[residual]:
             self._flow(residual, gradient)

@@ -118,6 +118,7 @@ class NativeEngine(StandInEngine[NativeModel]):
             job.model,
             masks=parts.masks,
             dense_gradients=parts.dense_gradients,
+            masked_already=parts.masked_already,
             frozen=parts.frozen,
             cached=None if job.cache is None else CachedPrefix(job.n_samples, job.cache),
             sample=job.sample,

@@ -177,7 +177,7 @@ class Forward(Schedule):
         self._keep(part, step.y, out)
         if reader is not None and gathered is not None:
             mean, variance = (self.in_table(row, reader) for row in (MEAN, VARIANCE))
-            tape.statistics(gathered, out.layout, shape, mean, variance)
+            tape.statistics(gathered, out, shape, mean, variance)
 
     def _conv_fused(self, part: _Part, point: PointStep) -> None:
         """A convolution with the pixelwise step that follows it."""

@@ -168,11 +168,13 @@ class KernelTape(Tape):
         """Numbers that ``conv`` writes as statistics."""
         return to.groups * self._bands(to, shape).n * to.channels * 3 * to.lanes
 
-    def statistics(self, statistics: Place, to: Layout, shape: ForwardShape, mean: Place, variance: Place) -> None:
+    def statistics(self, statistics: Place, of: Buffer, shape: ForwardShape, mean: Place, variance: Place) -> None:
         """Mean and biased variance of each channel from what ``conv`` wrote."""
+        to = of.layout
         bands = self._bands(to, shape)
-        self.call(
-            "spfde_statistics", "StatisticsJob", statistics, to.c, bands.n, bands.rows, mean, variance, self.threads
+        self._on(
+            to, "spfde_statistics", "StatisticsJob", statistics, of, to.c, bands.n, bands.rows, mean, variance,
+            self.threads,
         )  # fmt: skip
 
     def conv_gradient(
@@ -191,7 +193,7 @@ class KernelTape(Tape):
             entries, values: for it, by residue; the values one after another.
             accumulate: add to the target.
             added: a gradient times a slope at a stored value, which is added, too.
-            norm: sums to be taken of what is written.
+            norm: sums to be taken of what is written, which is behind its activation then.
             weight: the gradient of the weight, which is added to.
             bias: where the sums of the gradient of the output go, [threads, channels]; None: nowhere.
         """

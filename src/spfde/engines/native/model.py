@@ -36,7 +36,8 @@ class NativeModel:
     Args:
         model: the model. Its ``forward`` is replaced on the instance; nothing is registered on it.
         kernels: the loaded library; by default the one for float32, built if need be.
-        masks, dense_gradients, frozen: see ``engines.base.Parts``; the latter is asked for only with ``cached``.
+        masks, dense_gradients, masked_already, frozen: see ``engines.base.Parts``; the latter is asked for only with
+            ``cached``.
         cached: runs the frozen front of batches that ``announce`` tells of.
         sample: what the model is called with; None: the inputs of the first call.
         captured: the model cut before; None: it is traced now if the sample is known.
@@ -55,6 +56,7 @@ class NativeModel:
         *,
         masks: Callable[[], Mapping[str, Tensor]],
         dense_gradients: Callable[[], frozenset[str]],
+        masked_already: Callable[[Mapping[str, Tensor]], None] = lambda gradients: None,
         frozen: Callable[[], frozenset[str]] = frozenset,
         cached: CachedPrefix | None = None,
         sample: Sample | None = None,
@@ -69,7 +71,7 @@ class NativeModel:
         self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
         self._kernels, self._pool = kernels, Pool()
-        self._masks, self._weights = masks, PackedWeights(masks, dense_gradients, kernels.vectors)
+        self._masks, self._weights = masks, PackedWeights(masks, dense_gradients, masked_already, kernels.vectors)
         self._sample = sample
         self._captures: list[Capture] = []  # the last used first
         self._n_captures = 0

@@ -89,6 +89,7 @@ class PackedWeights:
     Args:
         masks: gives the masks by parameter name; a mask that changes is replaced by another tensor.
         dense_gradients: gives the names of the parameters whose next gradient must be dense.
+        masked_already: told of gradients that come masked; see ``engines.base.Parts``.
         vectors: what the kernels were compiled for.
 
     Attributes:
@@ -99,9 +100,11 @@ class PackedWeights:
         self,
         masks: Callable[[], Mapping[str, Tensor]],
         dense_gradients: Callable[[], frozenset[str]],
+        masked_already: Callable[[Mapping[str, Tensor]], None],
         vectors: Vectors,
     ) -> None:
         self._masks, self._dense_gradients, self.vectors = masks, dense_gradients, vectors
+        self._masked_already = masked_already
         self._built: dict[_Key, tuple[ConvStep, Tensor | None, WeightLists]] = {}
         self._dense: dict[_Key, Entries] = {}
         self._current: dict[str, Tensor] = {}
@@ -119,6 +122,13 @@ class PackedWeights:
     def mask_of(self, step: ConvStep) -> Tensor | None:
         """The current mask of a convolution; None where it has none."""
         return self._current.get(f"{step.name}.weight")
+
+    def announce(self, gradients: Mapping[str, Tensor]) -> None:
+        """These gradients, by parameter name, are of the active weights alone: a backward pass hands them over."""
+        now = self._masks()
+        alike = {name: found for name, found in gradients.items() if now.get(name) is self._current.get(name)}
+        if alike:
+            self._masked_already(alike)
 
     def dense_among(self, convolutions: Sequence[str]) -> frozenset[str]:
         """Which of them have a weight whose next gradient must be dense."""

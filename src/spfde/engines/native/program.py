@@ -5,7 +5,7 @@ It plays the tapes of its two passes, and writes another when one does not hold 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,15 @@ class Program:
                 given["parameter", id(parameter)] = torch.zeros_like(parameter)
             found.append(given.get(("parameter", id(parameter))))
         tape.play(given, self.pool)
+        self.weights.announce(self._masked(given, dense))
+        return found
+
+    def _masked(self, given: Mapping[Hashable, Tensor], dense: frozenset[str]) -> dict[str, Tensor]:
+        """The gradients of weights of which each use is one of active weights alone, by the parameter's name."""
+        found = {}
+        for steps in self.plan.trained_convolutions:
+            if all(step.name not in dense and self.weights.mask_of(step) is not None for step in steps):
+                found[f"{steps[0].name}.weight"] = given["parameter", id(steps[0].module.weight)]
         return found
 
     def forget(self) -> None:

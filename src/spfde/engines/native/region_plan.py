@@ -133,6 +133,15 @@ class RegionPlan:
                 found.append((step.norm, self.slices[step.y], layout.batch * layout.height * layout.width))
         return found
 
+    @functools.cached_property
+    def trained_convolutions(self) -> list[list[ConvStep]]:
+        """Convolutions with a weight that learns, those of the same weight together."""
+        found: dict[int, list[ConvStep]] = {}
+        for step in self.steps:
+            if isinstance(step, ConvStep) and self.trains(step.module.weight):
+                found.setdefault(id(step.module.weight), []).append(step)
+        return list(found.values())
+
     # --- what is needed ----------------------------------------------------------------------------------------------
 
     def trains(self, parameter: Tensor | None) -> bool:

@@ -17,7 +17,8 @@ struct ConvJob {
   const real* shift;   // [rows] or null
   const void* residual;  // as `to` lies, or null
   int64_t activation;
-  real* statistics;  // of what is written, [groups][bands][rows][3][LANES]: a sample, sum and sum of squares around it; or null
+  real* statistics;  // of what is written, [groups][bands][rows][3][LANES]: a sample, sum and sum of squares around it, or around
+                     // zero where they are taken as Lump has them; or null
   int64_t bands, band_rows, threads;
 };
 
@@ -51,17 +52,27 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
     const vec valid = to.valid(g);
     each_valid([&](auto k) SPFDE_HERE { sum[k] = valid != vec{} ? sum[k] : vec{}; });
   }
-  each_valid([&](auto k) SPFDE_HERE { sum[k] = stored(target + place(k), sum[k]); });
-  if (!stat) return;
+  if (!stat) return each_valid([&](auto k) SPFDE_HERE { store(target + place(k), sum[k]); });
   stat += row * 3 * LANES;
-  const vec sample = first ? sum[0] : load(stat);
   // In short chains: one long chain would hold up what comes behind.
   vec total[4] = {first ? vec{} : load(stat + LANES)}, squares[4] = {first ? vec{} : load(stat + 2 * LANES)};
-  each_valid([&](auto k) SPFDE_HERE {
-    const vec away = sum[k] - sample;
-    total[k % 4] += away;
-    squares[k % 4] += away * away;
-  });
+  vec sample{};
+  if constexpr (UNROLLED && is_lumped<T, S>) {
+    each_of<S::n / 2>([&](auto i) SPFDE_HERE {
+      const int k = 2 * i;
+      const auto both = Lump<T>::put(target + place(k), target + place(k + 1), sum[k], sum[k + 1]);
+      total[i % 4] = Lump<T>::add(total[i % 4], both, Lump<T>::ones());
+      squares[i % 4] = Lump<T>::add(squares[i % 4], both, both);
+    });
+  } else {
+    each_valid([&](auto k) SPFDE_HERE { sum[k] = stored(target + place(k), sum[k]); });
+    if (Lump<T>::pixels == 1) sample = first ? sum[0] : load(stat);
+    each_valid([&](auto k) SPFDE_HERE {
+      const vec away = sum[k] - sample;
+      total[k % 4] += away;
+      squares[k % 4] += away * away;
+    });
+  }
   store(stat, sample);
   store(stat + LANES, (total[0] + total[1]) + (total[2] + total[3]));
   store(stat + 2 * LANES, (squares[0] + squares[1]) + (squares[2] + squares[3]));
@@ -161,46 +172,88 @@ SPFDE_KERNEL(conv, ConvJob)
 // Mean and biased variance of each row from the statistics of its bands, put together in double precision.
 struct StatisticsJob {
   const real* statistics;  // as a convolution wrote them
-  Blocked layout;          // of what it wrote
+  const void* written;     // what it wrote
+  Blocked layout;          // of that
   int64_t bands, band_rows;
   real* mean;      // [rows]
   real* variance;  // [rows]
   int64_t threads;
 };
 
-SPFDE_EXPORT void spfde_statistics(const void* data) {
-  const auto* job = static_cast<const StatisticsJob*>(data);
-  const Blocked* layout = &job->layout;
-  const int64_t bands = job->bands, band_rows = job->band_rows;
-  const double count = double(layout->height) * double(layout->width) * double(layout->batch);
-#pragma omp parallel for schedule(static) num_threads(job->threads)
-  for (int64_t row = 0; row < layout->channels; row++) {
-    // Two passes over the parts: the mean of all, then how far each part's own mean is from it.
-    double average = 0, squares = 0;
-    for (int pass = 0; pass < 2; pass++) {
-      dvec total{};
-      for (int64_t g = 0; g < layout->groups; g++) {
-        const dvec valid = widen(layout->valid(g));
-        for (int64_t band = 0; band < bands; band++) {
-          const int64_t top = band * band_rows;
-          const int64_t height = top + band_rows < layout->height ? band_rows : layout->height - top;
-          const real* stat = job->statistics + ((g * bands + band) * layout->channels + row) * 3 * LANES;
-          const double n = double(height) * double(layout->width), share = 1 / n;
-          const dvec sum = widen(load(stat + LANES)), here = widen(load(stat)) + sum * share;
-          dvec part;
-          if (pass == 0) {
-            part = here * n;
-          } else {
-            const dvec away = here - average;
-            part = widen(load(stat + 2 * LANES)) - sum * sum * share + away * away * n;
-          }
-          total += valid != dvec{} ? part : dvec{};
-        }
-      }
-      (pass == 0 ? average : squares) = sum_lanes(total);
-      if (pass == 0) average /= count;
+// of(statistics, lanes in use, pixels) for each band of a row.
+template <class Of>
+static inline void each_band(const StatisticsJob& job, int64_t row, const Of& of) {
+  const Blocked& layout = job.layout;
+  for (int64_t g = 0; g < layout.groups; g++) {
+    const dvec valid = widen(layout.valid(g));
+    for (int64_t band = 0; band < job.bands; band++) {
+      const int64_t height = std::min(job.band_rows, layout.height - band * job.band_rows);
+      const real* stat = job.statistics + ((g * job.bands + band) * layout.channels + row) * 3 * LANES;
+      of(stat, valid, double(height) * double(layout.width));
     }
-    job->mean[row] = real(average);
-    job->variance[row] = real(squares > 0 || squares != squares ? squares / count : 0);
   }
 }
+
+// Sums around samples: the mean of all, then how far each part's own mean is from it.
+static inline void statistics_around_samples(const StatisticsJob& job, int64_t row, double count, double& mean, double& squares) {
+  dvec total{};
+  const auto own_mean = [](const real* stat, double n) { return widen(load(stat)) + widen(load(stat + LANES)) / n; };
+  each_band(job, row, [&](const real* stat, dvec valid, double n) {
+    total += valid != dvec{} ? own_mean(stat, n) * n : dvec{};
+  });
+  mean = sum_lanes(total) / count;
+  total = dvec{};
+  each_band(job, row, [&](const real* stat, dvec valid, double n) {
+    const dvec sum = widen(load(stat + LANES)), away = own_mean(stat, n) - mean;
+    const dvec part = widen(load(stat + 2 * LANES)) - sum * sum / n + away * away * n;
+    total += valid != dvec{} ? part : dvec{};
+  });
+  squares = sum_lanes(total);
+}
+
+// Sums around zero. Where they would cancel, the row is read once more.
+template <class T>
+static inline void statistics_around_zero(const StatisticsJob& job, int64_t row, double count, double& mean, double& squares) {
+  const Blocked& layout = job.layout;
+  dvec total{}, power{};
+  each_band(job, row, [&](const real* stat, dvec, double) {
+    total += widen(load(stat + LANES));
+    power += widen(load(stat + 2 * LANES));
+  });
+  mean = sum_lanes(total) / count;
+  squares = sum_lanes(power) - mean * mean * count;
+  if (squares >= mean * mean * count / 64) return;
+  total = power = dvec{};
+  for (int64_t g = 0; g < layout.groups; g++) {
+    const dvec center = mean * widen(layout.valid(g));
+    for (int64_t h = 0; h < layout.height; h++) {
+      const T* y = in<T>(job.written) + layout.at(g, row, h);
+      for (int64_t i = 0; i < layout.span(); i += LANES) {
+        const dvec away = widen(load(y + i)) - center;
+        total += away;
+        power += away * away;
+      }
+    }
+  }
+  const double off = sum_lanes(total) / count;  // of the mean
+  mean += off;
+  squares = sum_lanes(power) - off * off * count;
+}
+
+template <class T>
+static void statistics(const StatisticsJob& job) {
+  const Blocked& layout = job.layout;
+  const double count = double(layout.height) * double(layout.width) * double(layout.batch);
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+  for (int64_t row = 0; row < layout.channels; row++) {
+    double mean = 0, squares = 0;
+    if (Lump<T>::pixels == 2) {
+      statistics_around_zero<T>(job, row, count, mean, squares);
+    } else {
+      statistics_around_samples(job, row, count, mean, squares);
+    }
+    job.mean[row] = real(mean);
+    job.variance[row] = real(squares > 0 || squares != squares ? squares / count : 0);
+  }
+}
+SPFDE_KERNEL(statistics, StatisticsJob)

@@ -2,7 +2,8 @@
 //
 // From a window of the gradient of y and, for the weights, one of x, both made on the way: the former from the gradient behind
 // the normalisation and activation that follow y, the latter from the input of those that lie before x. What is written is the
-// gradient of x, with what else comes back to x added; and the sums that the normalisation before x needs of it.
+// gradient of x, with what else comes back to x added. Where a normalisation lies before x, it is taken through the activation
+// between them first, so that nobody who reads it asks for the slope again; and its sums are taken.
 #pragma once
 
 #include "product.h"
@@ -15,7 +16,7 @@ struct Added {
 };
 
 // The sums that a normalisation needs of the gradient d of z = activation(y * scale + shift + residual): of d * slope and of
-// d * slope * (y - mean). In double precision, [parts][2][channels].
+// d * slope * (y - mean). In double precision, [parts][2][channels]. A convolution that takes them writes d * slope.
 struct NormSums {
   double* sums;   // or null: nobody needs them
   const void* y;
@@ -47,6 +48,13 @@ struct GradientJob {
   int64_t step, height, bands, band_rows, threads;  // rows are counted in y's, or x's over the stride, whichever are more
 };
 
+// What a channel of norm.y is taken around in sums of products: its mean, or zero where two pixels are multiplied at once. Rounding
+// of what is stored is far more then than what cancels in float.
+template <class T>
+static inline real center_of(const NormSums& norm, int64_t c) {
+  return norm.mean && Lump<T>::pixels == 1 ? norm.mean[c] : real(0);
+}
+
 // What happens to the gradients of channel c of x, in one residue, once they are whole. UNROLLED: of a whole tile in registers;
 // activations are then RELU or none.
 template <class T, class S, bool UNROLLED, class Valid>
@@ -75,29 +83,41 @@ static SPFDE_INLINE void gradient_finish(const GradientJob& job, int64_t g, int6
       if (is_valid(k)) sum[k] += load(in<T>(added.d) + place(k));
     });
   }
-  each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
-    if (is_valid(k)) store(out<T>(job.target) + place(k), sum[k]);
-  });
+  T* const target = out<T>(job.target);
   const NormSums& norm = job.norm;
-  if (!norm.sums) return;
+  if (!norm.sums) {
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (is_valid(k)) store(target + place(k), sum[k]);
+    });
+    return;
+  }
   sums += c * 2 * LANES;
-  const vec mean = spread(norm.mean ? norm.mean[c] : real(0));
   const vec scale = spread(norm.scale ? norm.scale[c] : real(1)), shift = spread(norm.shift ? norm.shift[c] : real(0));
-  vec total[4] = {load(sums)}, dot[4] = {load(sums + LANES)};
-  const auto take = [&](auto k, vec y, vec u) SPFDE_HERE {
-    const vec v = sloped(sum[k], u, norm.activation);
-    total[k % 4] += v;
-    dot[k % 4] += v * (y - mean);
-  };
+  const T* const y = in<T>(norm.y);
   if (norm.z) {
     each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
-      if (is_valid(k)) take(k, load(in<T>(norm.y) + place(k)), load(in<T>(norm.z) + place(k)));
+      if (is_valid(k)) sum[k] = sloped(sum[k], load(in<T>(norm.z) + place(k)), norm.activation);
     });
   } else {
     each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
+      if (is_valid(k)) sum[k] = sloped(sum[k], multiply_add(load(y + place(k)), scale, shift), norm.activation);
+    });
+  }
+  vec total[4] = {load(sums)}, dot[4] = {load(sums + LANES)};
+  if constexpr (UNROLLED && is_lumped<T, S>) {
+    each_of<S::n / 2>([&](auto i) SPFDE_HERE {
+      const int k = 2 * i;
+      const auto both = Lump<T>::put(target + place(k), target + place(k + 1), sum[k], sum[k + 1]);
+      total[i % 4] = Lump<T>::add(total[i % 4], both, Lump<T>::ones());
+      dot[i % 4] = Lump<T>::add(dot[i % 4], both, Lump<T>::take(y + place(k), y + place(k + 1)));
+    });
+  } else {
+    const vec center = spread(center_of<T>(norm, c));
+    each_of<S::n, UNROLLED>([&](auto k) SPFDE_HERE {
       if (!is_valid(k)) return;
-      const vec y = load(in<T>(norm.y) + place(k));
-      take(k, y, multiply_add(y, scale, shift));
+      sum[k] = stored(target + place(k), sum[k]);
+      total[k % 4] += sum[k];
+      dot[k % 4] += sum[k] * (load(y + place(k)) - center);
     });
   }
   store(sums, (total[0] + total[1]) + (total[2] + total[3]));
@@ -216,11 +236,13 @@ static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const
     if (job.weight_rows) have_x = slide(room.x, of_x, job.step);
   }
   // Lanes are put together group by group, in double precision.
-  if (!job.norm.sums) return;
+  const NormSums& norm = job.norm;
+  if (!norm.sums) return;
   for (int64_t c = 0; c < to.channels; c++) {
-    for (int64_t which = 0; which < 2; which++) {
-      room.norm_sums[which * to.channels + c] += double(sum_lanes(load(room.norm + (2 * c + which) * LANES)));
-    }
+    const double total = double(sum_lanes(load(room.norm + 2 * c * LANES))), dot = double(sum_lanes(load(room.norm + (2 * c + 1) * LANES)));
+    const double around = norm.mean ? double(norm.mean[c]) - double(center_of<T>(norm, c)) : 0.0;
+    room.norm_sums[c] += total;
+    room.norm_sums[to.channels + c] += dot - around * total;
   }
   std::memset(room.norm, 0, sizeof(real) * 2 * to.channels * LANES);
 }

@@ -240,8 +240,8 @@ static SPFDE_INLINE void multiply(S, const real* x, int64_t down, const Entries&
   }
 }
 
-// Pixels that a register holds where gradients of weights are summed: their sum runs over pixels and images, so a register of
-// bf16 is two pixels, and pairs need no structure.
+// Pixels that a register holds where numbers are multiplied as they are stored, and summed over pixels and images: a register of
+// bf16 is two pixels, and pairs need no structure. Lanes of the sums are no images then.
 template <class T>
 struct Lump {
   static constexpr int pixels = 1;
@@ -255,9 +255,25 @@ struct Lump<bf16> {
   static constexpr int pixels = 2;
   typedef __m512bh type;
   static inline type take(const bf16* p) { return (type)_mm512_loadu_si512(p); }
+  static inline type take(const bf16* p, const bf16* q) {
+    const __m256i one = _mm256_load_si256(reinterpret_cast<const __m256i*>(p)), two = _mm256_load_si256(reinterpret_cast<const __m256i*>(q));
+    return (type)_mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
+  }
   static inline vec add(vec sum, type a, type b) { return (vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+  static inline type ones() { return (type)_mm512_set1_epi16(0x3f80); }
+  // a to p and b to q; what is stored then.
+  static inline type put(bf16* p, bf16* q, vec a, vec b) {
+    const type both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256((__m512i)both));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64((__m512i)both, 1));
+    return both;
+  }
 };
 #endif
+
+// Whether sums over the pixels of a tile of size S are taken two by two.
+template <class T, class S>
+constexpr bool is_lumped = Lump<T>::pixels == 2 && S::n % 2 == 0;
 
 // The gradients of the weights of a chunk from one tile of S registers: those of a row's pixels stay while its entries pass by.
 // `sums` [entries][LANES]; or [entries], if WHOLE: lanes are put together each time, for many sums would not fit a cache.
