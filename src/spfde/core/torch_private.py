@@ -48,8 +48,6 @@ __all__ = [
     "is_recorded",
     "layers_of_wrapping",
     "least_two_four_shape",
-    "lerp_each_",
-    "multiply_each",
     "multiply_each_",
     "norm_each",
     "overloads_of",
@@ -77,8 +75,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _OPTIMIZERS = optimizers.Optimizer.profile_hook_step.__code__.co_filename  # where steps are wrapped to run hooks
 
 # One call for many tensors, as the optimizers of PyTorch make it.
-lerp_each_, multiply_each, norm_each = torch._foreach_lerp_, torch._foreach_mul, torch._foreach_norm
 copy_each_, multiply_each_, add_each_ = torch._foreach_copy_, torch._foreach_mul_, torch._foreach_add_
+norm_each = torch._foreach_norm
 
 _distributed: Any = torch.distributed  # what is not among its documented names
 

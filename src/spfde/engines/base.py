@@ -182,6 +182,15 @@ class Engine(ABC):
         """
         return ()
 
+    def clears(self, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Callable[[], None] | None:
+        """A call that zeroes tensors, as they lie now, outside of their masks; None: products with the masks do it.
+
+        Args:
+            tensors: weights and what of optimizers' state is of their shape.
+            masks: bool, of each.
+        """
+        return None
+
     def on_batch(self) -> None:
         """The next batch was drawn: what was announced is over."""
         return

@@ -40,7 +40,7 @@ class Computing(Part):
     name = "engine"
 
     def __init__(self, setting: Setting, job: Job, choice: Choice, masks: WholeModel, freezing: Freezing) -> None:
-        self._setting, self.job = setting, job
+        self._setting, self.job, self._masks = setting, job, masks
         self._parts = Parts(
             masks=lambda: masks.masks,
             dense_gradients=lambda: masks.wants_dense_gradients,
@@ -87,6 +87,7 @@ class Computing(Part):
         self.choice = choice
         self.engine = make_engine(choice.name)
         self.engine.attach(self.job, self._parts)
+        self._masks.clear_by(self.engine.clears)
 
     @property
     def caches_prefix(self) -> bool:

@@ -13,6 +13,7 @@ from spfde.planning.timeline import Counts, Row
 from spfde.session.part import Part, Setting
 from spfde.sparsity import SparsityMethod
 from spfde.sparsity.masker import Masker
+from spfde.sparsity.together import Clears
 from spfde.sparsity.weight import MaskedWeight
 
 
@@ -49,6 +50,9 @@ class WholeModel(Part):
 
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         """These gradients come masked; see ``engines.base.Parts``."""
+
+    def clear_by(self, clears: Clears | None) -> None:
+        """Zero weights and optimizer state after a step by what this makes; see ``Engine.clears``."""
 
     def enforce(self) -> list[str]:
         """Mask again what somebody has written; the names of the tensors."""
@@ -137,6 +141,9 @@ class Masks(WholeModel):
 
     def masked_already(self, gradients: Mapping[str, Tensor]) -> None:
         self.masker.masked_already(gradients)
+
+    def clear_by(self, clears: Clears | None) -> None:
+        self.masker.clear_by(clears)
 
     def enforce(self) -> list[str]:
         return self.masker.enforce()

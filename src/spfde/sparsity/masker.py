@@ -21,7 +21,7 @@ from spfde.sparsity.schedule import MaskPlan
 from spfde.sparsity.sharded import ShardedWeight
 from spfde.sparsity.state import check_state, check_weights
 from spfde.sparsity.structure import Unstructured
-from spfde.sparsity.together import Clearing, GradientMasking
+from spfde.sparsity.together import Clearing, Clears, GradientMasking
 from spfde.sparsity.weight import MaskedWeight
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Masker:
         self.average: Callable[[Iterable[Tensor]], None] | None = None
         self._dense = DenseGradients()
         self._arriving = ArrivingGradients(self.layers, self._on_gradient, self._may_want_dense)
+        self._clears: Clears | None = None
         self._clearing: dict[int, Clearing] = {}  # by the optimizer that steps
         self._mask_written = GradientMasking()
         self._handles: list[RemovableHandle] = []
@@ -270,11 +271,16 @@ class Masker:
         """These gradients come masked in the backward pass that runs; see ``Parts.masked_already``."""
         self._arriving.announce(gradients)
 
+    def clear_by(self, clears: Clears | None) -> None:
+        """Zero weights and optimizer state after a step by what this makes; see ``Engine.clears``."""
+        self._clears = clears
+        self._clearing.clear()
+
     # --- for strategies ----------------------------------------------------------------------------------------------
 
     def clear_outside(self, layers: Sequence[MaskedWeight]) -> None:
         """Zero weights and optimizer state outside the masks, after a step: all layers in a few operations."""
-        self._clearing.setdefault(id(self.stepping), Clearing())(layers)
+        self._clearing.setdefault(id(self.stepping), Clearing(self._clears))(layers)
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
         """The dense gradients of the layers that step, which are forgotten; their mean over the ranks."""

@@ -5,7 +5,7 @@ A step of a small network takes an accelerator two or three milliseconds, and a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 
 import torch
@@ -60,26 +60,33 @@ class GradientMasking:
         self._products(numbers)
 
 
+# What makes a call that zeroes tensors outside of their masks, as they lie; or None where it does not take one of them.
+Clears = Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[[], None] | None]
+
+
 class Clearing:
     """Zeroes weights and their optimizer state outside the masks, again and again.
 
     What is to be multiplied is looked up once, and again when another tensor has taken a place, as optimizers do that
     make their state anew, or when one has other memory.
+
+    Args:
+        clears: what may do it faster than products.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clears: Clears | None = None) -> None:
+        self._clears = clears
+        self._clear: Callable[[], None] = lambda: None
         self._seen: list[object] = []
         self._tensors: list[Tensor] = []
         self._places: list[int] = []
-        self._numbers: list[Tensor] = []
-        self._products = Products((), ())
 
     def __call__(self, layers: Sequence[MaskedWeight]) -> None:
         """Zero what these layers have outside their masks."""
         seen = _around(layers)
         if not _same(seen, self._seen) or list(map(Tensor.data_ptr, self._tensors)) != self._places:
             self._look_up(layers)
-        self._products(self._numbers)
+        self._clear()
 
     def _look_up(self, layers: Sequence[MaskedWeight]) -> None:
         for layer in layers:
@@ -87,10 +94,18 @@ class Clearing:
         found = [(layer, tensor) for layer in layers for tensor in (layer.local, *layer.optimizer_state())]
         self._tensors = [tensor for _, tensor in found]
         self._places = list(map(Tensor.data_ptr, self._tensors))
-        self._numbers = [bits(tensor) for tensor in self._tensors]
-        factors = [layer.factors_for(tensor) for layer, tensor in found]
-        self._products = Products(factors, [number.dtype for number in self._numbers])
         self._seen = _around(layers)
+        clear = None
+        if self._clears is not None:
+            clear = self._clears(self._tensors, [layer.mask for layer, _ in found])
+        self._clear = self._by_products(found) if clear is None else clear
+
+    @staticmethod
+    def _by_products(found: Sequence[tuple[MaskedWeight, Tensor]]) -> Callable[[], None]:
+        numbers = [bits(tensor) for _, tensor in found]
+        factors = [layer.factors_for(tensor) for layer, tensor in found]
+        products = Products(factors, [number.dtype for number in numbers])
+        return lambda: products(numbers)
 
 
 def _around(layers: Sequence[MaskedWeight]) -> list[object]:

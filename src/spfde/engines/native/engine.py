@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -131,6 +131,10 @@ class NativeEngine(StandInEngine[NativeModel]):
             f"replaced: the model's forward; {sum(len(region.ops) for region in regions)} operations in "
             f"{len(regions)} native regions, in PyTorch: {', '.join(left) or 'nothing'}"
         ]
+
+    def clears(self, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Callable[[], None] | None:
+        found = self.computes.kernels.outside(tensors, masks)
+        return None if found is None else found.clear
 
     def on_batch(self) -> None:
         self.computes.announce(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.structs import struct
 from spfde.engines.native.tape import Buffer, Place, Tape
+from spfde.engines.native.upkeep import Outside, track
 
 # Rows of a region's table of norms: what each normalises by, and what that comes to as one multiply-add.
 MEAN, VARIANCE, INVERSE, SCALE, SHIFT = range(5)
@@ -130,14 +131,25 @@ class Kernels:
         self._library, self.dtype = library, dtype
         self.lanes = int(library.spfde_lanes())
         self.vectors = Vectors(self.lanes, int(library.spfde_registers()), bool(library.spfde_has_pairs()))
-        self._outside = library.spfde_outside
-        self._outside.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
-    def has_outside(self, weight: Tensor, mask: Tensor) -> bool:
-        """Whether a weight is not zero where its mask, a bool tensor of its shape, has none."""
-        if weight.dtype == self.dtype and weight.is_contiguous() and mask.is_contiguous():
-            return bool(self._outside(weight.data_ptr(), mask.data_ptr(), weight.numel()))
-        return bool(((weight.detach() != 0) & ~mask).any())
+    def outside(self, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Outside | None:
+        """The numbers of tensors where their masks, bool tensors of their shapes, have nothing.
+
+        None where the kernels cannot read one of the tensors as it lies.
+        """
+        if not all(map(self._reads, tensors, masks)):
+            return None
+        return Outside(self._library, tensors, masks)
+
+    def _reads(self, tensor: Tensor, mask: Tensor) -> bool:
+        is_dense = tensor.is_contiguous() or (
+            tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        return tensor.dtype == self.dtype and tensor.is_cpu and is_dense and tensor.stride() == mask.stride()
+
+    def track(self, table: Tensor, norms: Iterable[tuple[Tensor, Tensor, slice, float, int]]) -> None:
+        """Move running statistics; see ``upkeep.track``."""
+        track(self._library, table, norms)
 
     def tape(self, threads: int, *, keeps: bool = True) -> KernelTape:
         """A new tape, for so many threads; see ``Tape``."""

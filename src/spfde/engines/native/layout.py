@@ -8,7 +8,7 @@ import functools
 import mmap
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,13 @@ class Layout:
     lanes: int
     dtype: torch.dtype
     grid: tuple[int, int] = (1, 1)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.batch, self.channels, self.height, self.width, self.lanes, self.dtype, self.grid))
 
     @property
     def cells(self) -> int:
@@ -111,6 +118,13 @@ def bytes_of(piece: Piece) -> int:
     return numel * dtype.itemsize
 
 
+class Lent(NamedTuple):
+    """A buffer of a pool, and where it begins."""
+
+    array: np.ndarray[Any, Any]
+    address: int
+
+
 class Pool:
     """Buffers that are used again. A buffer comes back when the last tensor on it is gone.
 
@@ -123,22 +137,25 @@ class Pool:
 
     def __init__(self) -> None:
         # Free buffers, each with the pass in which it came back; the one that came last is taken first.
-        self._free: dict[Piece, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
+        self._free: dict[Piece, list[tuple[int, Lent]]] = defaultdict(list)
         # Of the pieces of memory from which the next buffers come: small ones, and others, which fill theirs.
         self._rests = {True: np.zeros(0, np.uint8), False: np.zeros(0, np.uint8)}
         self.bytes = self._pass = self._phase = 0
 
     def take(self, piece: Piece) -> Tensor:
         """A flat tensor, which holds anything."""
+        # The tensor's storage holds the array, the array its lease: no counting of our own.
+        return torch.from_numpy(np.asarray(_Lease(self.lend(piece), piece, self)))
+
+    def lend(self, piece: Piece) -> Lent:
+        """Such a buffer for a moment: whoever asks for it gives it back."""
         shelf = self._free.get(piece)
         if shelf:
-            array = shelf.pop()[1]
-        else:
-            numel, dtype = (piece.numel, piece.dtype) if isinstance(piece, Layout) else piece
-            array = self._bytes(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
-            self.bytes += array.nbytes
-        # The tensor's storage holds the array, the array its lease: no counting of our own.
-        return torch.from_numpy(np.asarray(_Lease(array, piece, self)))
+            return shelf.pop()[1]
+        numel, dtype = (piece.numel, piece.dtype) if isinstance(piece, Layout) else piece
+        array = self._bytes(numel * dtype.itemsize).view(_NUMPY[dtype])[:numel]
+        self.bytes += array.nbytes
+        return Lent(array, array.ctypes.data)
 
     def begin_pass(self) -> None:
         """A forward pass begins: give back what the last ones left lying."""
@@ -158,9 +175,9 @@ class Pool:
         """Give the memory of the free buffers back to the system."""
         self._drop(self._pass + 1)
 
-    def give_back(self, piece: Piece, array: np.ndarray[Any, Any]) -> None:
+    def give_back(self, piece: Piece, lent: Lent) -> None:
         """Put a buffer on its shelf."""
-        self._free[piece].append((self._pass, array))
+        self._free[piece].append((self._pass, lent))
 
     def _bytes(self, n: int) -> np.ndarray[Any, Any]:
         n = -(-n // _ALIGNMENT) * _ALIGNMENT
@@ -178,21 +195,21 @@ class Pool:
         for key, shelf in list(self._free.items()):
             n_old = next((n for n, (at, _) in enumerate(shelf) if at >= before), len(shelf))
             if n_old:
-                self.bytes -= sum(array.nbytes for _, array in shelf[:n_old])
+                self.bytes -= sum(lent.array.nbytes for _, lent in shelf[:n_old])
                 del shelf[:n_old]
             if not shelf:
                 del self._free[key]
 
 
 class _Lease:
-    """An array on loan; it goes back to its shelf when nothing refers to the lease any more."""
+    """A buffer on loan; it goes back to its shelf when nothing refers to the lease any more."""
 
-    def __init__(self, array: np.ndarray[Any, Any], piece: Piece, pool: Pool) -> None:
-        self._array, self._piece, self._pool = array, piece, pool
-        self.__array_interface__ = array.__array_interface__
+    def __init__(self, lent: Lent, piece: Piece, pool: Pool) -> None:
+        self._lent, self._piece, self._pool = lent, piece, pool
+        self.__array_interface__ = lent.array.__array_interface__
 
     def __del__(self) -> None:
-        self._pool.give_back(self._piece, self._array)
+        self._pool.give_back(self._piece, self._lent)
 
 
 def _huge_pages(n_bytes: int) -> np.ndarray[Any, Any]:

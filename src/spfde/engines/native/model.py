@@ -43,6 +43,9 @@ class NativeModel:
         captured: the model cut before; None: it is traced now if the sample is known.
         for_inference: see ``RegionRunner``.
 
+    Attributes:
+        kernels: the library.
+
     Raises:
         InvalidArgument: the model cannot be traced.
     """
@@ -70,7 +73,7 @@ class NativeModel:
         self._numbers: FrozenNumbers | None = None
         self._announced: tuple[Tensor, int] | None = None
         kernels = Kernels(build.load()) if kernels is None else kernels
-        self._kernels, self._pool = kernels, Pool()
+        self.kernels, self._pool = kernels, Pool()
         self._masks, self._weights = masks, PackedWeights(masks, dense_gradients, masked_already, kernels.vectors)
         self._sample = sample
         self._captures: list[Capture] = []  # the last used first
@@ -218,7 +221,7 @@ class NativeModel:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for index, (region, plain) in enumerate(zip(captured.regions, captured.plain, strict=True)):
             runner = RegionRunner(
-                region, fuse(region, modules), plain, self._kernels, self._pool, self._weights,
+                region, fuse(region, modules), plain, self.kernels, self._pool, self._weights,
                 for_inference=self._for_inference,
             )  # fmt: skip
             for made in (captured.graph_module, *(captured.halves or ())):

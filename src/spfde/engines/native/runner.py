@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from spfde.core.torch_private import lerp_each_, multiply_each
 from spfde.engines.native.fusion import ConvStep, FusedStep, PointStep, Unsupported, parameters_of
 from spfde.engines.native.graph import Region
-from spfde.engines.native.kernels import MEAN, VARIANCE, Kernels
+from spfde.engines.native.kernels import Kernels
 from spfde.engines.native.layout import Pool
 from spfde.engines.native.op import RegionFunction
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.program import Program
 from spfde.engines.native.region_plan import Mode, RegionPlan
+from spfde.engines.native.upkeep import Outside
 
 _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
 
@@ -77,6 +77,7 @@ class RegionRunner(nn.Module):
         self._checked: State | None = None
         self._version = weights.version
         self._programs: OrderedDict[Mode, Program] = OrderedDict()
+        self._outside: Outside | None = None
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The region's outputs: a tensor, or a tuple for several."""
@@ -125,8 +126,17 @@ class RegionRunner(nn.Module):
 
         Only the weights tell: what is written through ``p.data`` leaves PyTorch's version counters as they were.
         """
-        masks = ((step.module.weight, self._weights.mask_of(step)) for step in self._convolutions)
-        return any(mask is not None and self._kernels.has_outside(weight, mask) for weight, mask in masks)
+        found = [
+            (step.module.weight, mask)
+            for step in self._convolutions
+            if (mask := self._weights.mask_of(step)) is not None
+        ]
+        weights, masks = [weight for weight, _ in found], [mask for _, mask in found]
+        if self._outside is None or not self._outside.is_of(weights, masks):
+            self._outside = self._kernels.outside(weights, masks)
+        if self._outside is None:
+            return any(bool(((weight.detach() != 0) & ~mask).any()) for weight, mask in found)
+        return self._outside.is_any()
 
     def _check_inputs(self, inputs: Sequence[Tensor], storage: torch.dtype) -> None:
         for tensor in inputs:
@@ -179,7 +189,7 @@ class RegionRunner(nn.Module):
 
     def _track(self, plan: RegionPlan, table: Tensor) -> None:
         """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
-        alike: dict[tuple[float, int], list[tuple[Tensor, Tensor, slice]]] = defaultdict(list)
+        moving = []
         with torch.no_grad():
             for norm, where, count in plan.norms:
                 mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
@@ -188,11 +198,6 @@ class RegionRunner(nn.Module):
                     assert seen is not None
                     seen.add_(1)
                     share = norm.momentum if norm.momentum is not None else 1.0 / float(seen)
-                    alike[share, count].append((mean, variance, where))
-            for (share, count), norms in alike.items():
-                means, variances, at = zip(*norms, strict=True)
-                # A norm that is used twice is there twice, so its statistics must move in one go each time.
-                lerp_each_(means, [table[MEAN, where] for where in at], share)
-                # The unbiased variance, as PyTorch keeps it.
-                new = multiply_each([table[VARIANCE, where] for where in at], count / (count - 1))
-                lerp_each_(variances, new, share)
+                    moving.append((mean, variance, where, share, count))
+        if moving:
+            self._kernels.track(table, moving)

@@ -228,9 +228,14 @@ class Tape:
         slots = (ctypes.c_void_p * max(1, self._n_slots))()
         for key, slot in self._given.items():
             slots[slot] = given[key].data_ptr()
-        taken = {slot: pool.take(piece) for slot, piece in self._pieces.items()}
-        for slot, tensor in taken.items():
+        kept = {slot: pool.take(self._pieces[slot]) for slot in self._keep}
+        for slot, tensor in kept.items():
             slots[slot] = tensor.data_ptr()
+        lent = [(slot, piece, pool.lend(piece)) for slot, piece in self._pieces.items() if slot not in kept]
+        for slot, _, buffer in lent:
+            slots[slot] = buffer.address
         with self._lock:  # addresses are written into the jobs
             self._library.spfde_play(ctypes.byref(self._rest if again else self._whole), slots)
-        return [taken[slot] for slot in self._keep]
+        for _, piece, buffer in lent:
+            pool.give_back(piece, buffer)
+        return [kept[slot] for slot in self._keep]
