@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from spfde.engines.native.geometry import ForwardShape, Geometry, GradientShape,
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.structs import struct
 
-SINGLE, CHANNELS, COLUMNS = range(3)
+SINGLE, CHANNELS, COLUMNS, LAID_OUT = range(4)
 _FIRST, _LAST, _FLAGS = 1, 2, 2
 _NO_WEIGHT = -1
 # How many fewer pairs of columns than of channels are worth it: their scratch holds one channel where that holds two.
@@ -202,12 +202,20 @@ class _Steps:
         lanes = reads.lanes
         return cls(tile.planes * tile.wide * lanes, tile.wide * lanes, tile.pixels * lanes, is_scratch=True)
 
+    @classmethod
+    def of_pairs(cls, window: Window) -> _Steps:
+        """In a window of pairs of channels: a pair is a number, and two of those that are paired."""
+        return cls(window.pitch // 2, window.plane, window.span, is_scratch=False)
+
 
 def forward_entries(geometry: Geometry, weights: Weights, shape: ForwardShape, reads: Reads) -> Entries:
     """The list of the forward pass."""
     s, (down, right) = geometry.stride, geometry.dilation
     steps = _Steps.of(shape.tile, shape.window, reads)
     found = weights.found(pairs=reads.pairs, neighbours=s == 1 and right == 1)
+    if found.pairing == CHANNELS and len(found.order) == geometry.in_channels:
+        # The window holds pairs then: nothing else reads it. A channel without a partner would need more room.
+        found, steps = replace(found, pairing=LAID_OUT), _Steps.of_pairs(shape.window)
     column = found.tap[1] * right
     offset = found.tap[0] * down * steps.row + column % s * steps.plane + column // s * reads.lanes
     return _listed(found, offset, geometry.out_channels, steps, reads.per_chunk(shape.tile))
@@ -291,7 +299,7 @@ def _listed(found: _Found, offset: Ints, n_rows: int, steps: _Steps, most: int, 
         most: channels, or pairs of them, of a chunk.
         every_row: rows without an entry are there, too: they have something to write.
     """
-    each = 2 if found.pairing == CHANNELS else 1
+    each = 2 if found.pairing in (CHANNELS, LAID_OUT) else 1
     n_places = len(found.order) // each
     chunks = max(1, -(-n_places // most))
     width = max(1, -(-n_places // chunks))

@@ -104,6 +104,7 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, int64
   const Source& source = job.source;
   const Blocked &from = source.layout, &to = job.to;
   const Entries& list = job.entries;
+  const bool is_laid_out = IsPaired<T>::value && list.pairing == LAID_OUT;
   const int64_t s = window.stride, top = band * job.band_rows, bottom = std::min(top + job.band_rows, to.height);
   // Which rows of z are this band's to write.
   const int64_t own = band == 0 ? 0 : top * s, own_end = bottom == to.height ? from.height : bottom * s;
@@ -114,7 +115,15 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, int64
   for (int64_t p = top; p < bottom; p += job.step) {
     for (; have < window.slots; have++) {
       const int64_t h = p * s - window.above + have;
-      fill(source, window, g, h, part == 0 && h >= own && h < own_end, rows + have * window.pitch);
+      T* row = rows + have * window.pitch;
+      const bool write = part == 0 && h >= own && h < own_end;
+#if SPFDE_DOT
+      if (is_laid_out) {
+        fill_pairs(source, window, list, g, h, write, reinterpret_cast<real*>(row));
+        continue;
+      }
+#endif
+      fill(source, window, g, h, write, row);
     }
     Streams streams;
     const int64_t next = p * s - window.above + window.slots, n_next = job.step * s * from.pitch();
@@ -130,7 +139,9 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, int64
       for (int64_t q = 0; q < to.width; q += S::columns) {
         const bool is_whole = is_plain && bottom - p - i >= S::rows && to.width - q >= S::columns, first = p + i == top && q == 0;
         for (int64_t chunk = 0; chunk < list.chunks; chunk++) {
-          const Spread x = spread_tile(job.tile, list, chunk, rows + i * s * window.pitch + q * LANES, window, s, tile);
+          const T* from = rows + i * s * window.pitch + (is_laid_out ? 2 : 1) * q * LANES;
+          const Spread x = is_laid_out ? Spread{reinterpret_cast<const real*>(from), s * window.pitch / 2}
+                                       : spread_tile(job.tile, list, chunk, from, window, s, tile);
           const Part here(list, chunk, part, parts);
           multiply<T>(size, x.at, x.down, here.entries, job.values, 0, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
             if (is_whole) return conv_finish<T, S, true>(job, g, row, p + i, q, bottom, statistics, first, sum);

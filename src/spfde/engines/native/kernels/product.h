@@ -8,7 +8,8 @@
 //     window --spread--> scratch --list--> sums --> target
 //
 // Where the processor multiplies pairs of bf16 (SPFDE_DOT) a vector of the scratch holds, lane by lane, the same pixel of two
-// channels, or a pixel and its right neighbour; an entry of the list is two weights then, one of which may be zero.
+// channels, or a pixel and its right neighbour; an entry of the list is two weights then, one of which may be zero. A window that
+// nothing else reads may hold such pairs itself; then there is no scratch.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +18,9 @@
 
 #include "window.h"
 
-// How vectors of the scratch are made: of a pixel, of a pixel of two channels, or of two neighbouring pixels.
-enum Pairing : int64_t { SINGLE = 0, CHANNELS = 1, COLUMNS = 2 };
+// What is multiplied: a pixel, a pixel of two channels, or two neighbouring pixels; or a pixel of two channels that lie as pairs in
+// the window.
+enum Pairing : int64_t { SINGLE = 0, CHANNELS = 1, COLUMNS = 2, LAID_OUT = 3 };
 
 constexpr int32_t FIRST = 1, LAST = 2, FLAGS = 2;  // of an item: no chunk before has entries of its row, none after it
 
@@ -73,6 +75,12 @@ static inline vec interleaved(const bf16* a, const bf16* b) {  // a0 b0 a1 b1 ..
   const __m512i right = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(b)));
   return (vec)_mm512_permutex2var_epi16(left, _mm512_load_si512(order), right);
 }
+static inline vec interleaved(vec a, vec b) {  // of what they are as bf16
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
 static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 #endif
 
@@ -85,6 +93,60 @@ template <>
 struct IsPaired<bf16> {
   static constexpr bool value = true;
 };
+#endif
+
+#if SPFDE_DOT
+// A window of pairs of channels, in the order of the list, each in the place of two channels.
+template <int64_t ACTIVATION>
+static inline void fill_made_pairs(const Source& x, const Window& window, const int32_t* order, int64_t g, int64_t h, bool write, real* row) {
+  const Blocked& layout = x.layout;
+  const vec valid = layout.valid(g);
+  const bool is_short = layout.is_short(g);
+  struct One {
+    const bf16 *y, *residual;
+    bf16* z;
+    vec scale, shift;
+  };
+  const auto one_of = [&](int64_t c) {
+    const int64_t at = layout.at(g, c, h);
+    return One{in<bf16>(x.y) + at, x.residual ? in<bf16>(x.residual) + at : nullptr, x.z && write ? out<bf16>(x.z) + at : nullptr,
+               spread(x.scale ? x.scale[c] : real(1)), spread(x.shift ? x.shift[c] : real(0))};
+  };
+  for (int64_t place = 0; place < layout.channels; place += 2, row += window.span) {
+    const One one = one_of(order[place]), two = one_of(order[place + 1]);
+    each_column(row, window, layout.width, [&](real* t, int64_t w) SPFDE_HERE {
+      const auto made = [&](const One& from) SPFDE_HERE {
+        vec v = multiply_add(load(from.y + w * LANES), from.scale, from.shift);
+        if (from.residual) v += load(from.residual + w * LANES);
+        v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
+        if (is_short) v = valid != vec{} ? v : vec{};
+        if (from.z) store(from.z + w * LANES, v);
+        return v;
+      };
+      const vec a = made(one), b = made(two);
+      store(t, interleaved(a, b));
+    });
+  }
+}
+
+static inline void fill_pairs(const Source& x, const Window& window, const Entries& list, int64_t g, int64_t h, bool write, real* row) {
+  const Blocked& layout = x.layout;
+  fill_around(layout, window, layout.channels / 2, h, row, [&](int64_t own) {
+    if (!x.is_stored()) {
+      switch (x.activation) {
+        case NONE: return fill_made_pairs<NONE>(x, window, list.order, g, own, write, row);
+        case RELU: return fill_made_pairs<RELU>(x, window, list.order, g, own, write, row);
+        default: return fill_made_pairs<-1>(x, window, list.order, g, own, write, row);
+      }
+    }
+    real* to = row;
+    for (int64_t place = 0; place < layout.channels; place += 2, to += window.span) {
+      const bf16* one = in<bf16>(x.y) + layout.at(g, list.order[place], own);
+      const bf16* two = in<bf16>(x.y) + layout.at(g, list.order[place + 1], own);
+      each_column(to, window, layout.width, [&](real* t, int64_t w) { store(t, interleaved(one + w * LANES, two + w * LANES)); });
+    }
+  });
+}
 #endif
 
 // A chunk of channels of a window into scratch. `from`: what belongs to the tile's first pixel, in its first channel.

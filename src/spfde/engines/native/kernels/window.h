@@ -129,25 +129,31 @@ struct Neighbour {
 // Cells: a row that is there as it lies in each of them becomes one of the cells `down` further down, and gets the columns before
 // and behind it from the cells beside them.
 template <class T>
-static inline void join(const Blocked& layout, const Window& window, int64_t down, T* row) {
+static inline void join(const Blocked& layout, const Window& window, int64_t channels, int64_t down, T* row) {
   const Neighbour above(layout, down, 0), before(layout, 0, -1), behind(layout, 0, 1);
   const int64_t left = layout.right > 1 ? window.lead : 0, columns = window.span / LANES - window.lead - layout.width;
   const int64_t right = layout.right > 1 && columns > 0 ? std::min(columns, layout.width) : 0;
-  for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
+  for (int64_t c = 0; c < channels; c++, row += window.span) {
     if (down) each_column(row, window, layout.width, [&](T* t, int64_t) { store(t, above(load(t))); });
     for (int64_t w = 0; w < left; w++) store(column(row, window, w - left), before(load(column(row, window, layout.width + w - left))));
     for (int64_t w = 0; w < right; w++) store(column(row, window, layout.width + w), behind(load(column(row, window, w))));
   }
 }
 
-// Row h of all channels with what lies beside it; zeros outside of the image. With `write` it also goes to z.
+// Row h of so many channels, or pairs of them, with what lies beside it; zeros outside of the image. own(row) fills in a row of each
+// image or cell.
+template <class T, class Own>
+static inline void fill_around(const Blocked& layout, const Window& window, int64_t channels, int64_t h, T* row, const Own& own) {
+  const int64_t down = h < 0 ? -1 : h >= layout.height ? 1 : 0, inside = h - down * layout.height;
+  if ((down && layout.down == 1) || inside < 0 || inside >= layout.height) return clear(row, channels * window.span);
+  own(inside);
+  if (layout.cells() > 1) join(layout, window, channels, down, row);
+}
+
+// Row h of all channels. With `write` it also goes to z.
 template <class T>
 static inline void fill(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
-  const Blocked& layout = x.layout;
-  const int64_t down = h < 0 ? -1 : h >= layout.height ? 1 : 0, own = h - down * layout.height;
-  if ((down && layout.down == 1) || own < 0 || own >= layout.height) return clear(row, window.pitch);
-  fill_own(x, window, g, own, write, row);
-  if (layout.cells() > 1) join(layout, window, down, row);
+  fill_around(x.layout, window, x.layout.channels, h, row, [&](int64_t own) { fill_own(x, window, g, own, write, row); });
 }
 
 // The gradient of y where z = activation(y * scale + shift + residual) has the gradient d. Scale and shift may come from the
