@@ -189,20 +189,24 @@ def gradient_shape(geometry: Geometry, source: Layout, target: Layout, vectors: 
     rows, columns = best_size(height, width, vectors, 1)
     lump = 2 if vectors.pairs and source.itemsize == 2 else 1
     weight = best_size(target.height, target.width, vectors, lump)
-    step = max(rows, weight[0])
     (above, below), (left, right) = (_reach(geometry, axis) for axis in (0, 1))
     whole = max(_up(width, columns), _up(target.width, weight[1] * lump))
     span = (left + whole + right) * target.lanes
-    window = Window(step + above + below, _pitch(target, span), span, span, above, left, 1)
+
+    def windows(step: int) -> tuple[Window, Window]:
+        return (
+            Window(step + above + below, _pitch(target, span), span, span, above, left, 1),
+            _source_window(geometry, source, _up(target.width, weight[1] * lump), step),
+        )
+
+    def fit(step: int) -> bool:
+        return sum(window.slots * window.pitch for window in windows(step)) * source.itemsize <= 2 * _MOST_WINDOW
+
+    step = max(rows, weight[0])
+    if 2 * step <= min(4, height) and fit(2 * step):
+        step *= 2
     tile = Tile(rows, columns, rows + above + below, 1, columns + left + right)
-    return GradientShape(
-        window,
-        _source_window(geometry, source, _up(target.width, weight[1] * lump), step),
-        tile,
-        weight,
-        step,
-        height,
-    )
+    return GradientShape(*windows(step), tile, weight, step, height)
 
 
 def best_size(height: int, width: int, vectors: Vectors, lump: int) -> tuple[int, int]:
