@@ -15,12 +15,34 @@ struct PackJob {
   int64_t threads;
 };
 
+// LANES vectors as the rows of a square matrix, turned: halves of pairs are exchanged at distances 1, 2, 4, …
+template <int STEP>
+static inline void turn_at(vec* rows) {
+  SPFDE_UNROLL for (int i = 0; i < LANES; i++) {
+    if (i & STEP) continue;
+    const vec a = rows[i], b = rows[i + STEP];
+    SPFDE_UNROLL for (int lane = 0; lane < LANES; lane++) {
+      rows[i][lane] = lane & STEP ? b[lane - STEP] : a[lane];
+      rows[i + STEP][lane] = lane & STEP ? b[lane] : a[lane + STEP];
+    }
+  }
+}
+
+static inline void turn(vec* rows) {
+  turn_at<1>(rows);
+  turn_at<2>(rows);
+  turn_at<4>(rows);
+  if (LANES == 16) turn_at<LANES / 2>(rows);
+}
+
 // each(s, t, lanes, apart) for every pixel of a group: s is where its first lane's lies in the tensor, apart[lane] how far behind
-// that a lane's does, t where its vector lies.
-template <class Each>
-static inline void each_vector(const PackJob& job, const Each& each) {
+// that a lane's does, t where its vector lies. Of LANES images whose planes are one piece of memory, square(s, t) for LANES pixels
+// instead: t has the place of each.
+template <class Each, class Square>
+static inline void each_vector(const PackJob& job, const Each& each, const Square& square) {
   const Blocked& blocked = job.layout;
-  const int64_t *strides = job.strides, cells = blocked.cells();
+  const int64_t *strides = job.strides, cells = blocked.cells(), pixels = blocked.height * blocked.width;
+  const bool is_flat = cells == 1 && strides[3] == 1 && strides[2] == blocked.width;
   int64_t apart[LANES];
   for (int64_t lane = 0; lane < LANES; lane++) {
     const int64_t down = lane % cells / blocked.right, right = lane % blocked.right;
@@ -28,9 +50,21 @@ static inline void each_vector(const PackJob& job, const Each& each) {
   }
   each_plane(blocked, job.threads, [&](int64_t g, int64_t c) {
     const int64_t lanes = blocked.used(g), first = g * (LANES / cells) * strides[0] + c * strides[1];
-    for (int64_t h = 0; h < blocked.height; h++) {
-      int64_t s = first + h * strides[2], t = blocked.at(g, c, h);
-      for (int64_t w = 0; w < blocked.width; w++, t += LANES) each(s + w * strides[3], t, lanes, apart);
+    int64_t h = 0, w = 0;
+    const auto next = [&] {
+      const int64_t t = blocked.at(g, c, h) + w * LANES;
+      if (++w == blocked.width) w = 0, h++;
+      return t;
+    };
+    int64_t i = 0;
+    for (; is_flat && lanes == LANES && i + LANES <= pixels; i += LANES) {
+      int64_t t[LANES];
+      for (int64_t k = 0; k < LANES; k++) t[k] = next();
+      square(first + i, t);
+    }
+    for (; i < pixels; i++) {
+      const int64_t s = first + h * strides[2] + w * strides[3];
+      each(s, next(), lanes, apart);
     }
   });
 }
@@ -52,6 +86,11 @@ static void pack(const PackJob& job) {
       vec v{};
       for (int64_t lane = 0; lane < lanes; lane++) v[lane] = number(tensor[s + apart[lane]]);
       store(out<T>(job.blocked) + t, v);
+    }, [&](int64_t s, const int64_t* t) {
+      vec rows[LANES];
+      for (int64_t lane = 0; lane < LANES; lane++) rows[lane] = load_anywhere(tensor + s + lane * job.strides[0]);
+      turn(rows);
+      for (int64_t k = 0; k < LANES; k++) store(out<T>(job.blocked) + t[k], rows[k]);
     });
   });
 }
@@ -62,30 +101,15 @@ static void unpack(const PackJob& job) {
   with_type(job.tensor, job.half, [&](auto* tensor) {
     each_vector(job, [&](int64_t s, int64_t t, int64_t lanes, const int64_t* apart) {
       for (int64_t lane = 0; lane < lanes; lane++) put(tensor + s + apart[lane], number(in<T>(job.blocked)[t + lane]));
+    }, [&](int64_t s, const int64_t* t) {
+      vec rows[LANES];
+      for (int64_t k = 0; k < LANES; k++) rows[k] = load(in<T>(job.blocked) + t[k]);
+      turn(rows);
+      for (int64_t lane = 0; lane < LANES; lane++) store_anywhere(tensor + s + lane * job.strides[0], rows[lane]);
     });
   });
 }
 SPFDE_KERNEL(unpack, PackJob)
-
-// LANES vectors as the rows of a square matrix, turned: halves of pairs are exchanged at distances 1, 2, 4, …
-template <int STEP>
-static inline void turn_at(vec* rows) {
-  SPFDE_UNROLL for (int i = 0; i < LANES; i++) {
-    if (i & STEP) continue;
-    const vec a = rows[i], b = rows[i + STEP];
-    SPFDE_UNROLL for (int lane = 0; lane < LANES; lane++) {
-      rows[i][lane] = lane & STEP ? b[lane - STEP] : a[lane];
-      rows[i + STEP][lane] = lane & STEP ? b[lane] : a[lane + STEP];
-    }
-  }
-}
-
-static inline void turn(vec* rows) {
-  turn_at<1>(rows);
-  turn_at<2>(rows);
-  turn_at<4>(rows);
-  if (LANES == 16) turn_at<LANES / 2>(rows);
-}
 
 // Tokens [tokens, channels], contiguous, into groups of width * LANES of them, and back: token t is column
 // t / LANES % width and lane t % LANES of its group.
