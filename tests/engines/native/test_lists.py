@@ -15,6 +15,7 @@ from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import (
     CHANNELS,
     COLUMNS,
+    LAID_OUT,
     SINGLE,
     Entries,
     Reads,
@@ -117,6 +118,8 @@ def test_each_active_weight_is_in_each_list_once(
             assert (np.diff(item[:, 1]) >= 0).all()
             assert np.count_nonzero(item[:, 0] & 1) == np.count_nonzero(item[:, 0] & 2) == rows * groups
             held = int(np.diff(taken).max()) * tile.pixels * 16
+            if entries.c.pairing == LAID_OUT:
+                held = tile.high * shapes[0].window.pitch // 2
             assert not len(offset) or (offset.min() >= 0 and offset.max() < held)
 
 
@@ -133,3 +136,17 @@ def test_without_pairs_an_entry_is_a_weight() -> None:
 )  # fmt: skip
 def test_tiles_are_chosen_by_the_least_work(height: int, width: int, size: tuple[int, int]) -> None:
     assert best_size(height, width, VECTORS, 1) == size
+
+
+@pytest.mark.parametrize(("inner", "pairing"), [(4, LAID_OUT), (3, CHANNELS)])
+def test_a_window_holds_pairs_of_channels_where_each_channel_has_a_partner(inner: int, pairing: int) -> None:
+    mask = np.ones((2, inner, 1, 1), bool)
+    geometry = Geometry(2, inner, (1, 1), 1, (0, 0), (1, 1), 1)
+    source, target = (Layout(16, channels, 4, 4, 16, torch.bfloat16) for channels in (inner, 2))
+    shape = forward_shape(geometry, source, target, VECTORS)
+    made = Weights.of(geometry, mask, [stride // mask.itemsize for stride in mask.strides])
+    entries = forward_entries(geometry, made, shape, Reads(16, pairs=True, is_stored=False, room=10**9))
+    assert entries.c.pairing == pairing
+    pairs = -(-inner // 2)
+    each = shape.window.span if pairing == LAID_OUT else shape.tile.pixels * 16
+    assert entries.parts[4].tolist() == [pair * each for pair in range(pairs)] * 2

@@ -18,7 +18,7 @@ from spfde.engines.native.lists import Entries, Reads, Weights, forward_entries,
 # What a chunk of the scratch may take. The first-level cache (32 KiB or more) should hold it beside the lists
 # themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a row of
 # the weight something to do.
-_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 16_000, 150_000, 3_600
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 26_000, 150_000, 3_600
 # Of a window, what a tile of the gradient of the weight may read of a chunk.
 _WEIGHT_CHUNK = 40_000
 

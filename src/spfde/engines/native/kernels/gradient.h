@@ -283,7 +283,7 @@ static void conv_gradient(const GradientJob& job) {
     for (int64_t c = 0; room.bias && c < from.channels; c++) job.bias[part * from.channels + c] = sum_lanes(load(room.bias + c * LANES));
   }
   if (!job.weight_rows) return;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(n, threads))
   for (int64_t k = 0; k < n; k++) {
     real sum = 0;
     for (int64_t part = 0; part < threads; part++) sum += job.summed[part * n + k];

@@ -187,6 +187,9 @@ struct Blocked {
   int64_t used(int64_t g) const { return is_short(g) ? batch - g * LANES : LANES; }
 };
 
+// Threads for so many numbers: for few, others would be woken in vain.
+static inline int64_t threads_for(int64_t numbers, int64_t threads) { return numbers < 8192 ? 1 : threads; }
+
 // each(g, c) for every channel of every group.
 template <class Each>
 static inline void each_plane(const Blocked& layout, int64_t threads, const Each& each) {

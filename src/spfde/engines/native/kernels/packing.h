@@ -198,7 +198,7 @@ struct GatherJob {
 static void gather_pairs(const GatherJob& job) {
   bf16* together = out<bf16>(job.together);
   const int64_t n_active = job.n_active, n = job.n;
-#pragma omp parallel num_threads(job.threads)
+#pragma omp parallel num_threads(threads_for(n, job.threads))
   {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k <= n_active; k += LANES) {
@@ -220,6 +220,6 @@ SPFDE_EXPORT void spfde_gather(const void* data) {
 #if SPFDE_DOT
   if (job.active) return gather_pairs(job);
 #endif
-#pragma omp parallel for schedule(static) num_threads(job.threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(job.n, job.threads))
   for (int64_t k = 0; k < job.n; k++) job.values[k] = job.weights[job.index[k]];
 }
