@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -23,11 +23,15 @@ from spfde.sparsity.schedule import LayerPlan, MaskPlan
 class Run:
     """Linear layers of eight, masked to a half."""
 
-    def __init__(self, depth: int = 3, method: SparsityMethod | None = None) -> None:
+    def __init__(
+        self, depth: int = 3, method: SparsityMethod | None = None, first_hook: Callable[[Tensor], None] | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(depth)))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         layers = dict(self.model.named_parameters())
+        if first_hook is not None:
+            self.model[1].weight.register_post_accumulate_grad_hook(first_hook)
         method = method or StaticSparse(sparsity=0.5, dense_first=False, dense_head=False)
         self.masker = Masker(layers, self.optimizer, method, generator=torch.Generator().manual_seed(0))
         self.masker.install()
@@ -257,6 +261,16 @@ def test_an_engines_gradient_that_hooks_change_on_its_way_is_masked(writes: bool
     run = Run()
     for _ in range(2):
         run.model[1].weight.register_hook(lambda grad: grad.add_(1.0) if writes else grad + 1.0)
+    run_engine(run, set(run.masker.masks))
+    assert run.outside() == [0, 0, 0]
+
+
+def test_an_engines_gradient_is_masked_where_a_hook_writes_in_a_way_that_no_version_tells() -> None:
+    def write(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.data.add_(1.0)
+
+    run = Run(first_hook=write)
     run_engine(run, set(run.masker.masks))
     assert run.outside() == [0, 0, 0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -182,3 +184,34 @@ def test_the_product_of_bits_with_factors_is_what_applying_a_mask_gives(data: st
 
 def _bits_equal(one: Tensor, other: Tensor, bit: torch.dtype) -> bool:
     return torch.equal(one.contiguous().view(bit), other.contiguous().view(bit))
+
+
+def test_what_an_engine_gives_clears_in_the_place_of_products_where_it_takes_the_tensors() -> None:
+    net, given, cleared = Net(), [], []
+
+    def clears(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Callable[[], None] | None:
+        given.append([mask.tolist() for mask in masks])
+        return (lambda: cleared.append(len(tensors))) if takes else None
+
+    takes, clearing = True, Clearing(clears)
+    with Operations() as found:
+        clearing(net.layers)
+        clearing(net.layers)
+    assert (given, cleared, found.names["_foreach_mul_"]) == ([MASKS], [3, 3], 0)
+    takes = False
+    net.step()  # its state is new, so that all is looked up once more
+    clearing(net.layers)
+    assert len(cleared) == 2
+    assert net.momenta() == [[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1]]
+
+
+def test_a_look_up_that_failed_is_made_again() -> None:
+    net = Net()
+
+    def clears(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Callable[[], None] | None:
+        raise RuntimeError("no engine")
+
+    clearing = Clearing(clears)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no engine"):
+            clearing(net.layers)

@@ -98,9 +98,10 @@ class ArrivingGradients:
         if backward_pass() != self._pass:
             self._begin()
         announced = self._announced.pop(name, None)
-        if announced is not None and announced.is_now(parameter.grad):
+        is_watched = name in self._watched  # a hook may write in ways that no version tells
+        if announced is not None and not is_watched and announced.is_now(parameter.grad):
             self._layers[name].note_masked()  # now: whoever writes to it before the pass ends has it masked again
-        elif self._may_wait and name not in self._watched:
+        elif self._may_wait and not is_watched:
             self._waiting[name] = self._layers[name]
         else:
             self._mask_now(self._layers[name])

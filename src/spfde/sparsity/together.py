@@ -94,11 +94,11 @@ class Clearing:
         found = [(layer, tensor) for layer in layers for tensor in (layer.local, *layer.optimizer_state())]
         self._tensors = [tensor for _, tensor in found]
         self._places = list(map(Tensor.data_ptr, self._tensors))
-        self._seen = _around(layers)
         clear = None
         if self._clears is not None:
             clear = self._clears(self._tensors, [layer.mask for layer, _ in found])
         self._clear = self._by_products(found) if clear is None else clear
+        self._seen = _around(layers)
 
     @staticmethod
     def _by_products(found: Sequence[tuple[MaskedWeight, Tensor]]) -> Callable[[], None]:

@@ -129,6 +129,38 @@ def test_a_block_is_as_near_to_the_exact_one_as_pytorchs_autocast(variant: str, 
         assert ours < (0.01 if name == "output" else 0.15), (name, ours)
 
 
+class Blocks(nn.Module):
+    """Residual blocks one behind the other: convolutions read, and store, what comes of an addition and a ReLU."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.convolutions = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm(self.stem(x)))
+        for at in (0, 2):
+            y = self.activation(self.norms[at](self.convolutions[at](x)))
+            x = self.activation(self.norms[at + 1](self.convolutions[at + 1](y)) + x)
+        return x.mean(dim=(2, 3))
+
+
+@variants()
+@pytest.mark.parametrize("batch", [4, 21, 32])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_a_chain_of_blocks_is_as_near_to_the_exact_one_as_pytorchs_autocast(
+    variant: str, batch: int, activation: type[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = Blocks(activation)
+    found = compare(model, random_masks(model, 0.3), torch.randn(batch, 3, 16, 18), variant)
+    for name, (ours, theirs) in found.items():
+        assert ours < 1.5 * theirs + UNIT, (name, ours, theirs)
+        assert ours < (0.02 if name == "output" else 0.25), (name, ours)
+
+
 @variants()
 @pytest.mark.parametrize("structure", ["columns", "inputs"])
 def test_pairs_of_weights_are_multiplied_as_such(variant: str, structure: str) -> None:

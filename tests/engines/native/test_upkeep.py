@@ -177,6 +177,26 @@ def test_running_statistics_tell_that_they_were_written_to() -> None:
     assert int(norm.num_batches_tracked) == 1
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_running_statistics_move_as_pytorch_moves_them(share: float) -> None:
+    running, table = [torch.tensor([1e4, 1.0, -3.0]) for _ in range(2)], torch.randn(5, 4).abs() * 1e-6
+    expected = [
+        running[0].lerp(table[0, 1:], share),
+        running[1].lerp(table[1, 1:] * 8 / 7, share),
+    ]
+    kernels(torch.float32).track(table, [(running[0], running[1], slice(1, 4), share, 8)])
+    for found, wanted in zip(running, expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_a_mask_of_any_bytes_holds() -> None:
+    tensor, mask = torch.tensor([1.5, 2.5, 3.5]), torch.tensor([255, 0, 2], dtype=torch.uint8).view(torch.bool)
+    outside = kernels(torch.float32).outside([tensor], [mask])
+    assert outside is not None
+    outside.clear()
+    assert tensor.tolist() == [1.5, 0.0, 3.5]
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_statistics_are_those_of_what_is_stored_however_far_from_zero(data: st.DataObject) -> None:

@@ -1,7 +1,8 @@
 """The schedule of the backward pass through a region.
 
 Gradients are stored where convolutions write them. What comes of one in a pixelwise step (a slope, a normalisation, the
-way back to a residual) is noted, and made by the convolution that reads it.
+way back to a residual) is noted, and made by the convolution that reads it. Where the one that writes it takes the
+sums of a norm, the slope behind that norm is in what is stored.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import nn
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.structs import struct
 
-# What a window of the forward pass may take; the second-level cache (512 KiB or more) holds more than it.
+# What a window may take; the second-level cache (512 KiB or more) holds more than it, and both of a backward pass.
 _MOST_WINDOW = 256 << 10
 # Rows of a window are so many bytes from a multiple of a page apart, so that they do not fall on the same cache lines.
 _PAGE, _OFF_PAGE = 4096, 704
@@ -203,7 +203,7 @@ def gradient_shape(geometry: Geometry, source: Layout, target: Layout, vectors: 
         return sum(window.slots * window.pitch for window in windows(step)) * source.itemsize <= 2 * _MOST_WINDOW
 
     step = max(rows, weight[0])
-    if 2 * step <= min(4, height) and fit(2 * step):
+    if step < 4 and 8 * step <= height and fit(2 * step):  # of fewer rows there would be too few bands
         step *= 2
     tile = Tile(rows, columns, rows + above + below, 1, columns + left + right)
     return GradientShape(*windows(step), tile, weight, step, height)

@@ -145,7 +145,8 @@ class Kernels:
         is_dense = tensor.is_contiguous() or (
             tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
         )
-        return tensor.dtype == self.dtype and tensor.is_cpu and is_dense and tensor.stride() == mask.stride()
+        is_here = tensor.is_cpu and mask.is_cpu
+        return tensor.dtype == self.dtype and is_here and is_dense and tensor.stride() == mask.stride()
 
     def track(self, table: Tensor, norms: Iterable[tuple[Tensor, Tensor, slice, float, int]]) -> None:
         """Move running statistics; see ``upkeep.track``."""

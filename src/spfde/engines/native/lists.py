@@ -24,7 +24,8 @@ from spfde.engines.native.structs import struct
 SINGLE, CHANNELS, COLUMNS, LAID_OUT = range(4)
 _FIRST, _LAST, _FLAGS = 1, 2, 2
 _NO_WEIGHT = -1
-# How many fewer pairs of columns than of channels are worth it: their scratch holds one channel where that holds two.
+# How many fewer pairs of columns than of channels are worth it: they are spread into scratch, which
+# holds one channel where it would hold two.
 _WORTH_IT = 0.9
 
 # Products in looking for partners: some hundredths of a second.
@@ -172,7 +173,7 @@ class Reads:
     Attributes:
         lanes: numbers of a vector.
         pairs: entries are pairs.
-        is_stored: from the window, which holds what is multiplied; else from scratch.
+        is_stored: from the window, which holds what is multiplied; else from scratch, but for pairs that are laid out.
         room: bytes that a chunk of channels may take.
     """
 

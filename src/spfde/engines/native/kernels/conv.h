@@ -139,9 +139,9 @@ static void conv_band(S size, const ConvJob& job, int64_t g, int64_t band, int64
       for (int64_t q = 0; q < to.width; q += S::columns) {
         const bool is_whole = is_plain && bottom - p - i >= S::rows && to.width - q >= S::columns, first = p + i == top && q == 0;
         for (int64_t chunk = 0; chunk < list.chunks; chunk++) {
-          const T* from = rows + i * s * window.pitch + (is_laid_out ? 2 : 1) * q * LANES;
-          const Spread x = is_laid_out ? Spread{reinterpret_cast<const real*>(from), s * window.pitch / 2}
-                                       : spread_tile(job.tile, list, chunk, from, window, s, tile);
+          const T* corner = rows + i * s * window.pitch + (is_laid_out ? 2 : 1) * q * LANES;
+          const Spread x = is_laid_out ? Spread{reinterpret_cast<const real*>(corner), s * window.pitch / 2}
+                                       : spread_tile(job.tile, list, chunk, corner, window, s, tile);
           const Part here(list, chunk, part, parts);
           multiply<T>(size, x.at, x.down, here.entries, job.values, 0, waiting, streams, [&](int64_t row, vec* sum) SPFDE_HERE {
             if (is_whole) return conv_finish<T, S, true>(job, g, row, p + i, q, bottom, statistics, first, sum);
@@ -161,7 +161,7 @@ static void conv(const ConvJob& job) {
   // Where there are more threads than bands, a band is several of them's, each for some of the weight's rows.
   const int64_t bands = job.to.groups * job.bands, parts = (job.threads + bands - 1) / bands, units = bands * parts;
   const size_t of_window = bytes_of<T>(job.window);
-  const size_t of_tile = size_t(job.tile.span() * most_channels(job.entries)) * sizeof(real);
+  const size_t of_tile = job.entries.pairing == LAID_OUT ? 0 : size_t(job.tile.span() * most_channels(job.entries)) * sizeof(real);
   const size_t of_sums = size_t(job.entries.rows * job.tile.rows * job.tile.columns * LANES) * sizeof(real);
 #pragma omp parallel num_threads(job.threads)
   {

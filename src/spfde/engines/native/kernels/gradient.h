@@ -30,7 +30,7 @@ struct NormSums {
 struct GradientJob {
   Slope gradient;  // of y
   Source source;   // x
-  void* target;    // the gradient of x, laid out as x; or null
+  void* target;    // the gradient of x, behind the activation before it where sums are taken; laid out as x; or null
   int64_t accumulate;
   Added added;
   NormSums norm;

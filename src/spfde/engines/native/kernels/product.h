@@ -67,6 +67,12 @@ struct Streams {
   }
 };
 
+// Whether entries of lists may be pairs.
+template <class T>
+struct IsPaired {
+  static constexpr bool value = false;
+};
+
 #if SPFDE_DOT
 static inline vec interleaved(const bf16* a, const bf16* b) {  // a0 b0 a1 b1 ...
   alignas(64) static const uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -82,40 +88,34 @@ static inline vec interleaved(vec a, vec b) {  // of what they are as bf16
   return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
 static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-#endif
-
-template <class T>
-struct IsPaired {
-  static constexpr bool value = false;
-};
-#if SPFDE_DOT
 template <>
 struct IsPaired<bf16> {
   static constexpr bool value = true;
 };
-#endif
 
-#if SPFDE_DOT
+// What a channel of a row is made of.
+struct MadeOf {
+  const bf16* y;
+  const bf16* residual;
+  bf16* z;
+  vec scale, shift;
+};
+
 // A window of pairs of channels, in the order of the list, each in the place of two channels.
 template <int64_t ACTIVATION>
 static inline void fill_made_pairs(const Source& x, const Window& window, const int32_t* order, int64_t g, int64_t h, bool write, real* row) {
   const Blocked& layout = x.layout;
   const vec valid = layout.valid(g);
   const bool is_short = layout.is_short(g);
-  struct One {
-    const bf16 *y, *residual;
-    bf16* z;
-    vec scale, shift;
-  };
   const auto one_of = [&](int64_t c) {
     const int64_t at = layout.at(g, c, h);
-    return One{in<bf16>(x.y) + at, x.residual ? in<bf16>(x.residual) + at : nullptr, x.z && write ? out<bf16>(x.z) + at : nullptr,
+    return MadeOf{in<bf16>(x.y) + at, x.residual ? in<bf16>(x.residual) + at : nullptr, x.z && write ? out<bf16>(x.z) + at : nullptr,
                spread(x.scale ? x.scale[c] : real(1)), spread(x.shift ? x.shift[c] : real(0))};
   };
   for (int64_t place = 0; place < layout.channels; place += 2, row += window.span) {
-    const One one = one_of(order[place]), two = one_of(order[place + 1]);
+    const MadeOf one = one_of(order[place]), two = one_of(order[place + 1]);
     each_column(row, window, layout.width, [&](real* t, int64_t w) SPFDE_HERE {
-      const auto made = [&](const One& from) SPFDE_HERE {
+      const auto made = [&](const MadeOf& from) SPFDE_HERE {
         vec v = multiply_add(load(from.y + w * LANES), from.scale, from.shift);
         if (from.residual) v += load(from.residual + w * LANES);
         v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
@@ -261,7 +261,7 @@ struct RowsOf {
 };
 
 // All rows of the weight over one tile and one chunk. finish(row, sum) gets the sums of a row with its last entries; until then
-// they wait in `waiting` [rows][tile's pixels][LANES]. x: scratch; `down`: numbers from a target row to the next in it.
+// they wait in `waiting` [rows][tile's pixels][LANES]. x: scratch, or a window; `down`: numbers from a target row to the next in it.
 template <class T, class S, class Finish>
 static SPFDE_INLINE void multiply(S, const real* x, int64_t down, const Entries& list, const real* values, int64_t chunk, real* waiting,
                             Streams& streams, const Finish& finish) {

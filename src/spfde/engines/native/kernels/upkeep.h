@@ -9,7 +9,7 @@
 // A piece of a tensor and of its mask.
 struct Masked {
   void* numbers;
-  const void* mask;  // a byte each: 1, or 0 where nothing is to be
+  const void* mask;  // a byte each, zero where nothing is to be
   int64_t n;
 };
 
@@ -21,19 +21,20 @@ static inline bool outside(const Masked& piece) {
   constexpr int64_t at_once = 256;  // without a branch, for vectors; compilers want to know how many
   Bits* numbers = static_cast<Bits*>(piece.numbers);
   const uint8_t* mask = static_cast<const uint8_t*>(piece.mask);
+  const auto inside = [=](int64_t k) { return Bits(0) - Bits(mask[k] != 0); };  // all bits or none
   bool any = false;
   for (int64_t i = 0; i < piece.n; i += at_once) {
     const int64_t n = std::min(at_once, piece.n - i);
     Bits found = 0;
     if (n == at_once) {
-      for (int64_t k = i; k < i + at_once; k++) found |= numbers[k] & seen & (Bits(mask[k]) - 1);
+      for (int64_t k = i; k < i + at_once; k++) found |= numbers[k] & seen & ~inside(k);
     } else {
-      for (int64_t k = i; k < i + n; k++) found |= numbers[k] & seen & (Bits(mask[k]) - 1);
+      for (int64_t k = i; k < i + n; k++) found |= numbers[k] & seen & ~inside(k);
     }
     if (!found) continue;
     any = true;
     if (!CLEARS) break;
-    for (int64_t k = i; k < i + n; k++) numbers[k] &= Bits(0) - mask[k];
+    for (int64_t k = i; k < i + n; k++) numbers[k] &= inside(k);
   }
   return any;
 }
@@ -58,7 +59,11 @@ struct Tracked {
 SPFDE_EXPORT void spfde_track(const Tracked* norms, int64_t n, const real* table, int64_t row) {
   const auto move = [](void* data, const real* to, double share, double factor, int64_t channels) {
     real* at = static_cast<real*>(data);
-    for (int64_t c = 0; c < channels; c++) at[c] += real(share) * (to[c] * real(factor) - at[c]);
+    // From the end that is nearer, as PyTorch does it: with a share of 1 nothing of what was is left.
+    for (int64_t c = 0; c < channels; c++) {
+      const real end = to[c] * real(factor), way = end - at[c];
+      at[c] = share < 0.5 ? at[c] + real(share) * way : end - real(1 - share) * way;
+    }
   };
   for (const Tracked* norm = norms; norm < norms + n; norm++) {
     move(norm->mean, table + norm->at, norm->share, 1, norm->channels);
