@@ -1,10 +1,11 @@
 """Fuzz the native engine's kernels under AddressSanitizer.
 
-Usage: python scripts/fuzz_native.py [--rounds 200] [--seed 0]
+Usage: python scripts/fuzz_native.py [--rounds 200] [--seed 0] [--half]
 
 Random models of one to four layers, with random shapes, strides, paddings, dilations, groups, masks (none, some, all,
 whole rows empty), batches and poolings go forward and back twice, then some of the batch forward without gradients, and
-must agree with PyTorch. Any invalid access ends the process with the sanitizer's report. Needs g++ or clang++ with its
+must agree with PyTorch: in double precision, or with ``--half`` in bf16 under autocast, where the bound is what
+rounding makes of PyTorch's own result. Any invalid access ends the process with the sanitizer's report. Needs g++ or clang++ with its
 AddressSanitizer.
 """
 
@@ -26,6 +27,7 @@ from spfde.engines.native.model import NativeModel
 
 _CHILD = "SPFDE_FUZZ_CHILD"
 _TOLERANCE = 1e-9
+_ROUNDING = 0.05  # in bf16, of what is expected
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--half", action="store_true")
     options = parser.parse_args(argv)
     if _CHILD not in os.environ:
         compiler = os.environ.get("CXX", "g++")
@@ -44,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             "ASAN_OPTIONS": "detect_leaks=0",
         }
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--seed", str(options.seed)]
+        command += ["--half"] * options.half
         return subprocess.run(command, env=environment, check=False).returncode
-    kernels = Kernels(build.load(real="double", sanitize=True), torch.float64)
+    dtype = torch.float32 if options.half else torch.float64
+    kernels = Kernels(build.load(real="float" if options.half else "double", sanitize=True), dtype)
     chosen = random.Random(options.seed)
     torch.manual_seed(options.seed)
     for number in range(options.rounds):
@@ -62,7 +67,8 @@ def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     region_plan.AT_ONCE_BYTES = chosen.choice([0, 3 << 20])
     tokens = chosen.random() < 0.25
     model, x = _tokens(chosen) if tokens else _images(chosen)
-    model = model.double().train(chosen.random() < 0.7)
+    half = kernels.dtype == torch.float32
+    model, x = model.to(kernels.dtype).train(chosen.random() < 0.7), x.to(kernels.dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 0.1  # a channel without active weights is constant: rounding must not grow in it,
@@ -76,32 +82,46 @@ def fuzz(kernels: Kernels, chosen: random.Random) -> str | None:
     frozen = chosen.choice([0, 0, 0, chosen.randint(1, len(model))])
     for layer in model[:frozen]:
         layer.requires_grad_(False).eval()
-    reference = copy.deepcopy(model)
+    reference, rounded = copy.deepcopy(model).double(), copy.deepcopy(model)
     engine = NativeModel(
         model, kernels, masks=lambda: masks, dense_gradients=frozenset, for_inference=chosen.random() < 0.5
     )
     try:
         for _ in range(2):
-            ours, expected = _step(model, x, to_input=not frozen), _step(reference, x, to_input=not frozen)
+            ours, expected, theirs = (
+                _step(one, x, to_input=not frozen, half=half and one is not reference)
+                for one in (model, reference, rounded)
+            )
             for name, value in expected.items():
-                mask = masks.get(name)
-                value = value if mask is None else value * mask
-                if float((ours[name] - value).norm()) > _TOLERANCE * (1 + float(value.norm())):
-                    return f"{name} differs by {float((ours[name] - value).norm()):.2g} in {model} on {tuple(x.shape)}"
+                mask = masks.get(name, torch.tensor(1))
+                away, usual = (float(((found[name] - value) * mask).norm()) for found in (ours, theirs))
+                if float((ours[name] * (mask == 0)).norm()) > 0:
+                    return f"{name} is not masked in {model} on {tuple(x.shape)}"
+                if away > _TOLERANCE * (1 + float(value.norm())) + half * (4 * usual + _ROUNDING * float(value.norm())):
+                    return f"{name} differs by {away:.2g}, usual {usual:.2g}, in {model} on {tuple(x.shape)}"
         some = x[: chosen.randint(1, len(x))]
         with torch.no_grad():
-            away = float((model.eval()(some) - reference.eval()(some)).norm())
-        if away > _TOLERANCE * (1 + float(some.norm())):
+            expected_now = reference.eval()(some.double())
+            away, usual = (
+                float((_forward(one.eval(), some, half=half) - expected_now).norm()) for one in (model, rounded)
+            )
+        if away > _TOLERANCE * (1 + float(some.norm())) + half * (4 * usual + _ROUNDING * float(expected_now.norm())):
             return f"without gradients the output differs by {away:.2g} in {model} on {tuple(some.shape)}"
     finally:
         engine.detach()
     return None
 
 
-def _step(model: nn.Module, x: Tensor, *, to_input: bool) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_(to_input)
+def _forward(model: nn.Module, x: Tensor, *, half: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        out: Tensor = model(x)
+    return out
+
+
+def _step(model: nn.Module, x: Tensor, *, to_input: bool, half: bool) -> dict[str, Tensor]:
+    x = x.clone().to(next(model.parameters()).dtype).requires_grad_(to_input)
     model.zero_grad()
-    out = model(x)
+    out = _forward(model, x, half=half)
     if not out.requires_grad:
         return {"output": out}
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()

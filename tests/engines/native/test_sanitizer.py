@@ -25,8 +25,13 @@ def sanitizer_is_there() -> bool:
 
 @needs_kernels
 @pytest.mark.skipif(not sanitizer_is_there(), reason="g++ with AddressSanitizer is not there")
-def test_random_models_touch_no_memory_that_is_not_theirs_and_agree_with_pytorch() -> None:
-    command = [sys.executable, str(SCRIPT), "--rounds", "12", "--seed", "1"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+@pytest.mark.parametrize(
+    ("options", "rounds"), [((), 12), pytest.param(("--half",), 40, marks=pytest.mark.long)], ids=["double", "bf16"]
+)
+def test_random_models_touch_no_memory_that_is_not_theirs_and_agree_with_pytorch(
+    options: tuple[str, ...], rounds: int
+) -> None:
+    command = [sys.executable, str(SCRIPT), "--rounds", str(rounds), "--seed", "1", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "12 rounds, no fault" in ended.stdout
+    assert f"{rounds} rounds, no fault" in ended.stdout
