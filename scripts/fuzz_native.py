@@ -5,8 +5,8 @@ Usage: python scripts/fuzz_native.py [--rounds 200] [--seed 0] [--half]
 Random models of one to four layers, with random shapes, strides, paddings, dilations, groups, masks (none, some, all,
 whole rows empty), batches and poolings go forward and back twice, then some of the batch forward without gradients, and
 must agree with PyTorch: in double precision, or with ``--half`` in bf16 under autocast, where the bound is what
-rounding makes of PyTorch's own result. Any invalid access ends the process with the sanitizer's report. Needs g++ or clang++ with its
-AddressSanitizer.
+rounding makes of PyTorch's own result. Any invalid access ends the process with the sanitizer's report. Needs g++ or
+clang++ with its AddressSanitizer.
 """
 
 from __future__ import annotations
