@@ -93,37 +93,16 @@ struct IsPaired<bf16> {
   static constexpr bool value = true;
 };
 
-// What a channel of a row is made of.
-struct MadeOf {
-  const bf16* y;
-  const bf16* residual;
-  bf16* z;
-  vec scale, shift;
-};
-
 // A window of pairs of channels, in the order of the list, each in the place of two channels.
 template <int64_t ACTIVATION>
 static inline void fill_made_pairs(const Source& x, const Window& window, const int32_t* order, int64_t g, int64_t h, bool write, real* row) {
   const Blocked& layout = x.layout;
   const vec valid = layout.valid(g);
   const bool is_short = layout.is_short(g);
-  const auto one_of = [&](int64_t c) {
-    const int64_t at = layout.at(g, c, h);
-    return MadeOf{in<bf16>(x.y) + at, x.residual ? in<bf16>(x.residual) + at : nullptr, x.z && write ? out<bf16>(x.z) + at : nullptr,
-               spread(x.scale ? x.scale[c] : real(1)), spread(x.shift ? x.shift[c] : real(0))};
-  };
   for (int64_t place = 0; place < layout.channels; place += 2, row += window.span) {
-    const MadeOf one = one_of(order[place]), two = one_of(order[place + 1]);
+    const MadeOf<bf16> one(x, g, order[place], h, write), two(x, g, order[place + 1], h, write);
     each_column(row, window, layout.width, [&](real* t, int64_t w) SPFDE_HERE {
-      const auto made = [&](const MadeOf& from) SPFDE_HERE {
-        vec v = multiply_add(load(from.y + w * LANES), from.scale, from.shift);
-        if (from.residual) v += load(from.residual + w * LANES);
-        v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
-        if (is_short) v = valid != vec{} ? v : vec{};
-        if (from.z) store(from.z + w * LANES, v);
-        return v;
-      };
-      const vec a = made(one), b = made(two);
+      const vec a = made<ACTIVATION>(x, one, w, is_short, valid), b = made<ACTIVATION>(x, two, w, is_short, valid);
       store(t, interleaved(a, b));
     });
   }

@@ -71,25 +71,39 @@ struct Source {
   bool is_stored() const { return !scale && !shift && !residual && !activation; }
 };
 
+// What row h of a channel is made of.
+template <class T>
+struct MadeOf {
+  const T* y;
+  const T* residual;  // or null
+  T* z;               // or null
+  vec scale, shift;
+
+  MadeOf(const Source& x, int64_t g, int64_t c, int64_t h, bool write)
+      : y(in<T>(x.y) + x.layout.at(g, c, h)), residual(x.residual ? in<T>(x.residual) + x.layout.at(g, c, h) : nullptr),
+        z(x.z && write ? out<T>(x.z) + x.layout.at(g, c, h) : nullptr), scale(spread(x.scale ? x.scale[c] : real(1))),
+        shift(spread(x.shift ? x.shift[c] : real(0))) {}
+};
+
+// Pixel w of it, which also goes to z; `valid` of a short group: lanes in use.
+template <int64_t ACTIVATION, class T>
+static SPFDE_INLINE vec made(const Source& x, const MadeOf<T>& of, int64_t w, bool is_short, vec valid) {
+  vec v = multiply_add(load(of.y + w * LANES), of.scale, of.shift);
+  if (of.residual) v += load(of.residual + w * LANES);
+  v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
+  if (is_short) v = valid != vec{} ? v : vec{};
+  if (of.z) store(of.z + w * LANES, v);
+  return v;
+}
+
 template <class T, int64_t ACTIVATION>
 static inline void fill_made(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
   const Blocked& layout = x.layout;
   const vec valid = layout.valid(g);
   const bool is_short = layout.is_short(g);
   for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
-    const int64_t at = layout.at(g, c, h);
-    const T* y = in<T>(x.y) + at;
-    const T* r = x.residual ? in<T>(x.residual) + at : nullptr;
-    T* z = x.z && write ? out<T>(x.z) + at : nullptr;
-    const vec scale = spread(x.scale ? x.scale[c] : real(1)), shift = spread(x.shift ? x.shift[c] : real(0));
-    each_column(row, window, layout.width, [&](T* t, int64_t w) {
-      vec v = multiply_add(load(y + w * LANES), scale, shift);
-      if (r) v += load(r + w * LANES);
-      v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
-      if (is_short) v = valid != vec{} ? v : vec{};
-      store(t, v);
-      if (z) store(z + w * LANES, v);
-    });
+    const MadeOf<T> of(x, g, c, h, write);
+    each_column(row, window, layout.width, [&](T* t, int64_t w) SPFDE_HERE { store(t, made<ACTIVATION>(x, of, w, is_short, valid)); });
   }
 }
 
@@ -140,8 +154,8 @@ static inline void join(const Blocked& layout, const Window& window, int64_t cha
   }
 }
 
-// Row h of so many channels, or pairs of them, with what lies beside it; zeros outside of the image. own(row) fills in a row of each
-// image or cell.
+// Row h of so many channels, or pairs of them, with what lies beside it; zeros outside of the image. own(h) fills in row h of
+// each image or cell.
 template <class T, class Own>
 static inline void fill_around(const Blocked& layout, const Window& window, int64_t channels, int64_t h, T* row, const Own& own) {
   const int64_t down = h < 0 ? -1 : h >= layout.height ? 1 : 0, inside = h - down * layout.height;
