@@ -48,6 +48,7 @@ ORDER = (
     "start_up",
     "export",
     "inference",
+    "attention",
     "analysis",
     "methods",
     "mutation",

@@ -48,6 +48,7 @@ __all__ = [
     "is_recorded",
     "layers_of_wrapping",
     "least_two_four_shape",
+    "multiplies_tiles",
     "multiply_each_",
     "norm_each",
     "overloads_of",
@@ -124,6 +125,11 @@ def hooks_on_gradient(parameter: Tensor) -> OrderedDict[int, Callable[..., Any]]
 def step_hooks_of(optimizer: optimizers.Optimizer) -> list[Callable[..., Any]]:
     """The hooks on an optimizer's steps: there is no public list of them."""
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+
+
+def multiplies_tiles() -> bool:
+    """Whether this processor multiplies tiles (AMX). Torch 2.6 has no public list of what a processor can do."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def takes_tf32() -> tuple[object, object]:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from spfde.engines.facts import Fact
 from spfde.engines.guards import Guards, ModeGuards
 from spfde.engines.halves import Halves, fixed_nodes, halve
+from spfde.engines.native.attention import IN_PLACE_OF
 from spfde.engines.native.ops import Op, read
 from spfde.engines.trace import Traced, copy_shared, trace
 from spfde.model.sample import Sample
@@ -249,7 +250,8 @@ def _cut(
             else:
                 waiting.pop()
                 if index is None:
-                    values[at] = new.node_copy(at, lambda n: values[n])
+                    values[at] = made = new.node_copy(at, lambda n: values[n])
+                    made.target = IN_PLACE_OF.get(made.target, made.target)
                 else:
                     called.add(index)
                     _call_region(new, index, regions[index], by_name, values)
