@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.native import needs_kernels
+from spfde.engines.native import lists as module
 from spfde.engines.native.geometry import Geometry, Vectors, best_size, forward_shape, gradient_shape
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import (
@@ -105,9 +108,10 @@ def test_each_active_weight_is_in_each_list_once(
     target = Layout(16, out * groups, *geometry.output_size(12, 12), 16, torch.bfloat16)
     made = Weights.of(geometry, mask, [stride_ // mask.itemsize for stride_ in mask.strides])
     shapes = forward_shape(geometry, source, target, VECTORS), gradient_shape(geometry, source, target, VECTORS)
-    reads = Reads(16, pairs=pairs, is_stored=False, room=room)
-    forward = forward_entries(geometry, made, shapes[0], reads)
-    back = gradient_entries(geometry, made, shapes[1], reads)
+    reads = Reads(16, pairs=pairs, is_stored=False)
+    with patch.multiple(module, _LEAST_CHUNK=room, _MOST_CHUNK=room):
+        forward = forward_entries(geometry, made, shapes[0], reads)
+        back = gradient_entries(geometry, made, shapes[1], reads)
     for lists, rows, tile in (((forward,), out, shapes[0].tile), (back, inner, shapes[1].tile)):
         index = np.concatenate([_positions(entries) for entries in lists])
         assert sorted(index.tolist()) == np.flatnonzero(mask).tolist()
@@ -121,6 +125,20 @@ def test_each_active_weight_is_in_each_list_once(
             if entries.c.pairing == LAID_OUT:
                 held = tile.high * shapes[0].window.pitch // 2
             assert not len(offset) or (offset.min() >= 0 and offset.max() < held)
+
+
+@pytest.mark.parametrize(
+    ("density", "bytes_", "why"),
+    [(1.0, 26_000, "the least"), (0.1, 34_000, "34 hundred over the share"), (0.05, 68_000, "likewise"),
+     (0.0, 150_000, "the most")],
+)  # fmt: skip
+def test_a_chunk_holds_more_channels_where_fewer_entries_read_each(density: float, bytes_: int, why: str) -> None:
+    tile = forward_shape(
+        Geometry(8, 8, (3, 3), 1, (1, 1), (1, 1), 1), *(Layout(16, 8, 8, 8, 16, torch.bfloat16),) * 2, VECTORS
+    ).tile
+    n_weights = 1000
+    held = Reads(16, pairs=True, is_stored=False).per_chunk(tile, int(density * n_weights), n_weights)
+    assert held == bytes_ // (tile.pixels * 16 * 4), why
 
 
 def test_without_pairs_an_entry_is_a_weight() -> None:
@@ -145,7 +163,7 @@ def test_a_window_holds_pairs_of_channels_where_each_channel_has_a_partner(inner
     source, target = (Layout(16, channels, 4, 4, 16, torch.bfloat16) for channels in (inner, 2))
     shape = forward_shape(geometry, source, target, VECTORS)
     made = Weights.of(geometry, mask, [stride // mask.itemsize for stride in mask.strides])
-    entries = forward_entries(geometry, made, shape, Reads(16, pairs=True, is_stored=False, room=10**9))
+    entries = forward_entries(geometry, made, shape, Reads(16, pairs=True, is_stored=False))
     assert entries.c.pairing == pairing
     pairs = -(-inner // 2)
     each = shape.window.span if pairing == LAID_OUT else shape.tile.pixels * 16

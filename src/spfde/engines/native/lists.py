@@ -28,6 +28,11 @@ _NO_WEIGHT = -1
 # holds one channel where it would hold two.
 _WORTH_IT = 0.9
 
+# Bytes that a chunk of channels may take. The first-level cache (32 KiB or more) should hold it beside the lists
+# themselves, which are long where there are many entries; where there are few, a chunk needs more channels to give a
+# row of the weight something to do.
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_SHARE = 26_000, 150_000, 3_400
+
 # Products in looking for partners: some hundredths of a second.
 _MOST_LOOKED_AT = 1 << 30
 
@@ -174,17 +179,16 @@ class Reads:
         lanes: numbers of a vector.
         pairs: entries are pairs.
         is_stored: from the window, which holds what is multiplied; else from scratch, but for pairs that are laid out.
-        room: bytes that a chunk of channels may take.
     """
 
     lanes: int
     pairs: bool
     is_stored: bool
-    room: int
 
-    def per_chunk(self, tile: Tile) -> int:
-        """Channels, or pairs of them, of a chunk."""
-        return max(1, self.room // (tile.pixels * self.lanes * 4))
+    def per_chunk(self, tile: Tile, n_entries: int, n_weights: int) -> int:
+        """Channels, or pairs of them, of a chunk, where so many entries stand for so many weights, active or not."""
+        room = _MOST_CHUNK if n_entries == 0 else _CHUNK_TIMES_SHARE * n_weights // n_entries
+        return max(1, min(_MOST_CHUNK, max(_LEAST_CHUNK, room)) // (tile.pixels * self.lanes * 4))
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,8 @@ def forward_entries(geometry: Geometry, weights: Weights, shape: ForwardShape, r
         found, steps = replace(found, pairing=LAID_OUT), _Steps.of_pairs(shape.window)
     column = found.tap[1] * right
     offset = found.tap[0] * down * steps.row + column % s * steps.plane + column // s * reads.lanes
-    return _listed(found, offset, geometry.out_channels, steps, reads.per_chunk(shape.tile))
+    per_chunk = reads.per_chunk(shape.tile, len(found.row), weights.active.size)
+    return _listed(found, offset, geometry.out_channels, steps, per_chunk)
 
 
 def gradient_entries(geometry: Geometry, weights: Weights, shape: GradientShape, reads: Reads) -> tuple[Entries, ...]:
@@ -232,13 +237,14 @@ def gradient_entries(geometry: Geometry, weights: Weights, shape: GradientShape,
     for axis, before in enumerate((window.above, window.lead)):
         for tap, residue, distance in geometry.turned(axis):
             away[axis, residue, tap] = distance + before
+    per_chunk = reads.per_chunk(shape.tile, len(found.row), weights.active.size)
     made = []
     for residue in range(s * s):
         down, right = away[0, residue // s][found.tap[0]], away[1, residue % s][found.tap[1]]
         keep = (down >= 0) & (right >= 0)
         some = found if keep.all() else _some(found, keep)
         offset = down[keep] * steps.row + right[keep] * reads.lanes
-        made.append(_listed(some, offset, geometry.in_channels, steps, reads.per_chunk(shape.tile)))
+        made.append(_listed(some, offset, geometry.in_channels, steps, per_chunk))
     return tuple(made)
 
 

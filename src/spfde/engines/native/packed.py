@@ -15,10 +15,6 @@ from spfde.engines.native.geometry import Geometry, GradientShape, Vectors, forw
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries, Reads, Weights, forward_entries, gradient_entries, weight_entries
 
-# What a chunk of the scratch may take. The first-level cache (32 KiB or more) should hold it beside the lists
-# themselves, which are long where many weights are active; where few are, a chunk needs more channels to give a row of
-# the weight something to do.
-_LEAST_CHUNK, _MOST_CHUNK, _CHUNK_TIMES_DENSITY = 26_000, 150_000, 3_600
 # Of a window, what a tile of the gradient of the weight may read of a chunk.
 _WEIGHT_CHUNK = 40_000
 
@@ -45,12 +41,9 @@ class WeightLists:
         active = np.ones(tuple(step.module.weight.shape), bool) if mask is None else mask.numpy()
         if active.ndim == 2:
             active, strides = active[:, :, None, None], (*strides, 0, 0)
-        density = np.count_nonzero(active) / active.size
-        most = _MOST_CHUNK if density == 0 else int(_CHUNK_TIMES_DENSITY / density)
-        room = min(_MOST_CHUNK, max(_LEAST_CHUNK, most))
         half = source.dtype == torch.bfloat16
         self._weights = Weights.of(step.geometry, active, strides)
-        self._reads = Reads(vectors.lanes, pairs=half and vectors.pairs, is_stored=not half, room=room)
+        self._reads = Reads(vectors.lanes, pairs=half and vectors.pairs, is_stored=not half)
 
     @functools.cached_property
     def forward(self) -> Entries:
