@@ -32,6 +32,8 @@ At = Place | Tensor
 # Units of a convolution that a thread takes, so that some whole rows more or less for one of them are little.
 _UNITS = 4
 
+_FOLDED = 4  # lanes in which the gradient of a weight is summed
+
 
 class Bands:
     """How ``height`` rows of each group are cut into the units that threads take, in order.
@@ -216,7 +218,7 @@ class KernelTape(Tape):
         self.hold((lists, tuple(entries), weight))
         n = 0 if weight is None else weight.entries.n
         room = (None, None, None, None, None) if weight is None else (
-            weight.entries.index.ctypes.data, weight.place, self.take_flat(self.threads * n * layout.lanes),
+            weight.entries.index.ctypes.data, weight.place, self.take_flat(self.threads * n * _FOLDED),
             self.take_flat(self.threads * n), bias,
         )  # fmt: skip
         self._on(

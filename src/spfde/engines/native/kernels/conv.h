@@ -60,7 +60,8 @@ static SPFDE_INLINE void conv_finish(const ConvJob& job, int64_t g, int64_t row,
   if constexpr (UNROLLED && is_lumped<T, S>) {
     each_of<S::n / 2>([&](auto i) SPFDE_HERE {
       const int k = 2 * i;
-      const auto both = Lump<T>::put(target + place(k), target + place(k + 1), sum[k], sum[k + 1]);
+      const auto both = Lump<T>::of(sum[k], sum[k + 1]);
+      Lump<T>::put(target + place(k), target + place(k + 1), both);
       total[i % 4] = Lump<T>::add(total[i % 4], both, Lump<T>::ones());
       squares[i % 4] = Lump<T>::add(squares[i % 4], both, both);
     });

@@ -42,7 +42,7 @@ struct GradientJob {
   int64_t weight_rows, weight_columns;  // of a tile, in registers; 0: none is wanted
   const int32_t* index;          // [weight.n]: where each one's weight is
   real* weight_gradient;         // added to
-  real* partial;                 // [threads][weight.n][LANES]
+  real* partial;                 // [threads][weight.n][4]
   real* summed;                  // [threads][weight.n]
   real* bias;                    // [threads][channels of y]: sums of the gradient of y; or null
   int64_t step, height, bands, band_rows, threads;  // rows are counted in y's, or x's over the stride, whichever are more
@@ -107,7 +107,8 @@ static SPFDE_INLINE void gradient_finish(const GradientJob& job, int64_t g, int6
   if constexpr (UNROLLED && is_lumped<T, S>) {
     each_of<S::n / 2>([&](auto i) SPFDE_HERE {
       const int k = 2 * i;
-      const auto both = Lump<T>::put(target + place(k), target + place(k + 1), sum[k], sum[k + 1]);
+      const auto both = Lump<T>::of(sum[k], sum[k + 1]);
+      Lump<T>::put(target + place(k), target + place(k + 1), both);
       total[i % 4] = Lump<T>::add(total[i % 4], both, Lump<T>::ones());
       dot[i % 4] = Lump<T>::add(dot[i % 4], both, Lump<T>::take(y + place(k), y + place(k + 1)));
     });
@@ -129,6 +130,7 @@ template <class T>
 struct GradientRoom {
   T *d, *x;
   real *tile, *waiting, *norm, *bias;
+  four* weight;  // [weight.n]: sums of the gradients
   double* norm_sums;
 };
 
@@ -161,12 +163,9 @@ static void gradient_tile(S size, const GradientJob& job, int64_t g, int64_t p, 
   }
 }
 
-// Whether the sums of n weights are of all lanes: lanes apart would take more than half of a second-level cache.
-static inline bool are_whole(int64_t n) { return n * LANES * int64_t(sizeof(real)) > 384 << 10; }
-
 // Gradient of the weights: the step's rows, chunk by chunk of x's channels.
-template <class T, bool WHOLE, class S>
-static void weight_step(S size, const GradientJob& job, const GradientRoom<T>& room, real* sums, bool fresh, Streams& streams) {
+template <class T, class S>
+static void weight_step(S size, const GradientJob& job, const GradientRoom<T>& room, Streams& streams) {
   constexpr int WIDE = S::columns * Lump<T>::pixels;
   const Window &of_d = job.window, &of_x = job.source_window;
   const int64_t x_down = of_x.stride * of_x.pitch, width = job.gradient.layout.width;
@@ -174,16 +173,15 @@ static void weight_step(S size, const GradientJob& job, const GradientRoom<T>& r
     for (int64_t i = 0; i < job.step; i += S::rows) {
       const T *x = room.x + i * x_down, *d = room.d + (of_d.above + i) * of_d.pitch + of_d.lead * LANES;
       for (int64_t q = 0; q < width; q += WIDE) {
-        multiply_weight<T, WHOLE>(size, job.weight, chunk, x + q * LANES, x_down, d + q * LANES, of_d.pitch, of_d.span, sums,
-                           fresh && i + q == 0, streams);
+        multiply_weight<T>(size, job.weight, chunk, x + q * LANES, x_down, d + q * LANES, of_d.pitch, of_d.span, room.weight, streams);
       }
     }
   }
 }
 
-// A band of rows of a group; whether its sums of weights are the first ones.
+// A band of rows of a group.
 template <class T>
-static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const GradientRoom<T>& room, real* sums, bool fresh) {
+static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const GradientRoom<T>& room) {
   const Window &of_d = job.window, &of_x = job.source_window;
   const Blocked &from = job.gradient.layout, &to = job.source.layout;
   const int64_t s = of_x.stride, top = band * job.band_rows, bottom = std::min(top + job.band_rows, job.height);
@@ -226,11 +224,7 @@ static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const
       });
     }
     if (job.weight_rows) {
-      with_size(job.weight_rows, job.weight_columns, [&](auto size) {
-        const auto step = are_whole(job.weight.n) ? weight_step<T, true, decltype(size)> : weight_step<T, false, decltype(size)>;
-        step(size, job, room, sums, fresh, streams);
-      });
-      fresh = false;
+      with_size(job.weight_rows, job.weight_columns, [&](auto size) { weight_step<T>(size, job, room, streams); });
     }
     have = slide(room.d, of_d, job.step);
     if (job.weight_rows) have_x = slide(room.x, of_x, job.step);
@@ -245,12 +239,6 @@ static void gradient_band(const GradientJob& job, int64_t g, int64_t band, const
     room.norm_sums[to.channels + c] += dot - around * total;
   }
   std::memset(room.norm, 0, sizeof(real) * 2 * to.channels * LANES);
-}
-
-// Each thread puts the lanes of its own sums together: what travels between the threads is then a number an entry.
-static inline void sum_own_lanes(const real* sums, int64_t n, bool is_empty, real* summed) {
-  const bool is_whole = are_whole(n);
-  for (int64_t k = 0; k < n; k++) summed[k] = is_empty ? real(0) : is_whole ? sums[k] : sum_lanes(load(sums + k * LANES));
 }
 
 template <class T>
@@ -274,12 +262,12 @@ static void conv_gradient(const GradientJob& job) {
     if (!job.bias) room.bias = nullptr;
     room.norm_sums = job.norm.sums ? job.norm.sums + part * 2 * to.channels : nullptr;
     if (room.norm_sums) std::memset(room.norm_sums, 0, sizeof(double) * 2 * to.channels);
-    real* sums = job.partial + part * n * LANES;
+    room.weight = reinterpret_cast<four*>(job.partial) + part * n;
+    if (job.weight_rows) std::fill_n(room.weight, n, four{});
     const int64_t first = units * part / threads, end = units * (part + 1) / threads;
-    for (int64_t unit = first; unit < end; unit++) {
-      gradient_band<T>(job, unit / job.bands, unit % job.bands, room, sums, unit == first);
-    }
-    if (job.weight_rows) sum_own_lanes(sums, n, first == end, job.summed + part * n);
+    for (int64_t unit = first; unit < end; unit++) gradient_band<T>(job, unit / job.bands, unit % job.bands, room);
+    // Each thread puts the lanes of its own sums together: what travels between the threads is then a number an entry.
+    for (int64_t k = 0; job.weight_rows && k < n; k++) job.summed[part * n + k] = sum_lanes(room.weight[k]);
     for (int64_t c = 0; room.bias && c < from.channels; c++) job.bias[part * from.channels + c] = sum_lanes(load(room.bias + c * LANES));
   }
   if (!job.weight_rows) return;

@@ -73,6 +73,36 @@ struct IsPaired {
   static constexpr bool value = false;
 };
 
+// Pixels that a register holds where numbers are multiplied as they are stored, and summed over pixels and images: a register of
+// bf16 is two pixels, and pairs need no structure. Lanes of the sums are no images then.
+template <class T>
+struct Lump {
+  static constexpr int pixels = 1;
+  typedef vec type;
+  static inline vec take(const T* p) { return load(p); }
+  static inline vec add(vec sum, vec a, vec b) { return sum + a * b; }
+};
+#if SPFDE_DOT
+template <>
+struct Lump<bf16> {
+  static constexpr int pixels = 2;
+  typedef __m512bh type;
+  static inline type take(const bf16* p) { return (type)_mm512_loadu_si512(p); }
+  static inline type take(const bf16* p, const bf16* q) {
+    const __m256i one = _mm256_load_si256(reinterpret_cast<const __m256i*>(p)), two = _mm256_load_si256(reinterpret_cast<const __m256i*>(q));
+    return (type)_mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
+  }
+  static inline vec add(vec sum, type a, type b) { return (vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+  static inline type ones() { return (type)_mm512_set1_epi16(0x3f80); }
+  static inline type of(vec a, vec b) { return _mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+  // The first to p and the second to q.
+  static inline void put(bf16* p, bf16* q, type both) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256((__m512i)both));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64((__m512i)both, 1));
+  }
+};
+#endif
+
 #if SPFDE_DOT
 static inline vec interleaved(const bf16* a, const bf16* b) {  // a0 b0 a1 b1 ...
   alignas(64) static const uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -81,11 +111,10 @@ static inline vec interleaved(const bf16* a, const bf16* b) {  // a0 b0 a1 b1 ..
   const __m512i right = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(b)));
   return (vec)_mm512_permutex2var_epi16(left, _mm512_load_si512(order), right);
 }
-static inline vec interleaved(vec a, vec b) {  // of what they are as bf16
+static inline vec interleaved(Lump<bf16>::type both) {  // of its halves
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+  return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
 }
 static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 template <>
@@ -94,16 +123,14 @@ struct IsPaired<bf16> {
 };
 
 // A window of pairs of channels, in the order of the list, each in the place of two channels.
-template <int64_t ACTIVATION>
-static inline void fill_made_pairs(const Source& x, const Window& window, const int32_t* order, int64_t g, int64_t h, bool write, real* row) {
-  const Blocked& layout = x.layout;
-  const vec valid = layout.valid(g);
-  const bool is_short = layout.is_short(g);
-  for (int64_t place = 0; place < layout.channels; place += 2, row += window.span) {
-    const MadeOf<bf16> one(x, g, order[place], h, write), two(x, g, order[place + 1], h, write);
-    each_column(row, window, layout.width, [&](real* t, int64_t w) SPFDE_HERE {
-      const vec a = made<ACTIVATION>(x, one, w, is_short, valid), b = made<ACTIVATION>(x, two, w, is_short, valid);
-      store(t, interleaved(a, b));
+template <class H>
+static inline void fill_made_pairs(const Source& x, const Window& window, const int32_t* order, int64_t g, int64_t h, real* row) {
+  for (int64_t place = 0; place < x.layout.channels; place += 2, row += window.span) {
+    const MadeOf<bf16, H> one(x, g, order[place], h), two(x, g, order[place + 1], h);
+    each_column(row, window, x.layout.width, [&](real* t, int64_t w) SPFDE_HERE {
+      const auto both = Lump<bf16>::of(one(w), two(w));
+      store(t, interleaved(both));
+      if constexpr (H::writes) Lump<bf16>::put(one.z + w * LANES, two.z + w * LANES, both);
     });
   }
 }
@@ -112,11 +139,7 @@ static inline void fill_pairs(const Source& x, const Window& window, const Entri
   const Blocked& layout = x.layout;
   fill_around(layout, window, layout.channels / 2, h, row, [&](int64_t own) {
     if (!x.is_stored()) {
-      switch (x.activation) {
-        case NONE: return fill_made_pairs<NONE>(x, window, list.order, g, own, write, row);
-        case RELU: return fill_made_pairs<RELU>(x, window, list.order, g, own, write, row);
-        default: return fill_made_pairs<-1>(x, window, list.order, g, own, write, row);
-      }
+      return with_how(x, g, write, [&](auto how) { fill_made_pairs<decltype(how)>(x, window, list.order, g, own, row); });
     }
     real* to = row;
     for (int64_t place = 0; place < layout.channels; place += 2, to += window.span) {
@@ -281,46 +304,15 @@ static SPFDE_INLINE void multiply(S, const real* x, int64_t down, const Entries&
   }
 }
 
-// Pixels that a register holds where numbers are multiplied as they are stored, and summed over pixels and images: a register of
-// bf16 is two pixels, and pairs need no structure. Lanes of the sums are no images then.
-template <class T>
-struct Lump {
-  static constexpr int pixels = 1;
-  typedef vec type;
-  static inline vec take(const T* p) { return load(p); }
-  static inline vec add(vec sum, vec a, vec b) { return sum + a * b; }
-};
-#if SPFDE_DOT
-template <>
-struct Lump<bf16> {
-  static constexpr int pixels = 2;
-  typedef __m512bh type;
-  static inline type take(const bf16* p) { return (type)_mm512_loadu_si512(p); }
-  static inline type take(const bf16* p, const bf16* q) {
-    const __m256i one = _mm256_load_si256(reinterpret_cast<const __m256i*>(p)), two = _mm256_load_si256(reinterpret_cast<const __m256i*>(q));
-    return (type)_mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
-  }
-  static inline vec add(vec sum, type a, type b) { return (vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
-  static inline type ones() { return (type)_mm512_set1_epi16(0x3f80); }
-  // a to p and b to q; what is stored then.
-  static inline type put(bf16* p, bf16* q, vec a, vec b) {
-    const type both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256((__m512i)both));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64((__m512i)both, 1));
-    return both;
-  }
-};
-#endif
-
 // Whether sums over the pixels of a tile of size S are taken two by two.
 template <class T, class S>
 constexpr bool is_lumped = Lump<T>::pixels == 2 && S::n % 2 == 0;
 
 // The gradients of the weights of a chunk from one tile of S registers: those of a row's pixels stay while its entries pass by.
-// `sums` [entries][LANES]; or [entries], if WHOLE: lanes are put together each time, for many sums would not fit a cache.
-template <class T, bool WHOLE, class S>
+// Lanes are put together down to four each time, for sums of all of them would not fit a cache.
+template <class T, class S>
 static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, const T* x, int64_t x_down, const T* d, int64_t d_down,
-                                   int64_t d_span, real* sums, bool fresh, Streams& streams) {
+                                   int64_t d_span, four* sums, Streams& streams) {
   constexpr int N = S::n, COLUMNS_ = S::columns, APART = Lump<T>::pixels * LANES;
   const int32_t* item = list.item + 2 * int64_t(list.chunk[chunk]);
   const int32_t* end_of_items = list.item + 2 * int64_t(list.chunk[chunk + 1]);
@@ -333,17 +325,12 @@ static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, 
     each_of<N>([&](auto i) SPFDE_HERE { t[i] = Lump<T>::take(from + (i / COLUMNS_) * d_down + (i % COLUMNS_) * APART); });
     for (; k < end; k++) {
       const RowsOf<S::rows, T> s(x + list.offset[k], x_down);
-      vec part[4] = {fresh || WHOLE ? vec{} : load(sums + int64_t(k) * LANES)};
+      vec part[4] = {};
       each_of<N>([&](auto i) SPFDE_HERE {
         const auto v = Lump<T>::take(s.at[i / COLUMNS_] + (i % COLUMNS_) * APART);
         part[i % 4] = Lump<T>::add(part[i % 4], t[i], v);
       });
-      const vec sum = (part[0] + part[1]) + (part[2] + part[3]);
-      if constexpr (WHOLE) {
-        sums[k] = (fresh ? real(0) : sums[k]) + sum_lanes(sum);
-      } else {
-        store(sums + int64_t(k) * LANES, sum);
-      }
+      sums[k] += folded((part[0] + part[1]) + (part[2] + part[3]));
     }
   }
 }

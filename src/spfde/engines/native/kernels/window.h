@@ -50,12 +50,16 @@ static inline T* column(T* row, const Window& window, int64_t w) {
 // each(t, w): pixel w of a channel's row belongs at t.
 template <class T, class Each>
 static inline void each_column(T* row, const Window& window, int64_t width, const Each& each) {
-  if (window.stride == 1) {
+  const int64_t s = window.stride;
+  if (s == 1) {
     T* t = row + window.lead * LANES;
     for (int64_t w = 0; w < width; w++) each(t + w * LANES, w);
     return;
   }
-  for (int64_t w = 0; w < width; w++) each(column(row, window, w), w);
+  for (int64_t first = 0; first < std::min(s, width); first++) {  // of those that are neighbours in the window
+    T* t = column(row, window, first);
+    for (int64_t w = first; w < width; w += s, t += LANES) each(t, w);
+  }
 }
 
 // A value: stored, or activation(y * scale + shift + residual), which is written to z on the way where z is not null.
@@ -71,39 +75,63 @@ struct Source {
   bool is_stored() const { return !scale && !shift && !residual && !activation; }
 };
 
-// What row h of a channel is made of.
-template <class T>
-struct MadeOf {
-  const T* y;
-  const T* residual;  // or null
-  T* z;               // or null
-  vec scale, shift;
-
-  MadeOf(const Source& x, int64_t g, int64_t c, int64_t h, bool write)
-      : y(in<T>(x.y) + x.layout.at(g, c, h)), residual(x.residual ? in<T>(x.residual) + x.layout.at(g, c, h) : nullptr),
-        z(x.z && write ? out<T>(x.z) + x.layout.at(g, c, h) : nullptr), scale(spread(x.scale ? x.scale[c] : real(1))),
-        shift(spread(x.shift ? x.shift[c] : real(0))) {}
+// How values are made; nothing is asked in a loop over pixels that is the same for all of them.
+template <int64_t ACTIVATION_, bool ADDS_, bool WRITES_, bool IS_SHORT_>
+struct How {
+  static constexpr int64_t activation = ACTIVATION_;  // -1: as it stands in the source
+  static constexpr bool adds = ADDS_, writes = WRITES_, is_short = IS_SHORT_;
 };
 
-// Pixel w of it, which also goes to z; `valid` of a short group: lanes in use.
-template <int64_t ACTIVATION, class T>
-static SPFDE_INLINE vec made(const Source& x, const MadeOf<T>& of, int64_t w, bool is_short, vec valid) {
-  vec v = multiply_add(load(of.y + w * LANES), of.scale, of.shift);
-  if (of.residual) v += load(of.residual + w * LANES);
-  v = activate(v, ACTIVATION < 0 ? x.activation : ACTIVATION);
-  if (is_short) v = valid != vec{} ? v : vec{};
-  if (of.z) store(of.z + w * LANES, v);
-  return v;
+// call(How) for a row of group g.
+template <class Call>
+static inline void with_how(const Source& x, int64_t g, bool write, const Call& call) {
+  const auto by = [&](auto activation) {
+    with_flag(x.residual, [&](auto adds) {
+      with_flag(x.z && write, [&](auto writes) {
+        with_flag(x.layout.is_short(g), [&](auto is_short) { call(How<activation(), adds(), writes(), is_short()>{}); });
+      });
+    });
+  };
+  switch (x.activation) {
+    case NONE: return by(std::integral_constant<int64_t, NONE>{});
+    case RELU: return by(std::integral_constant<int64_t, RELU>{});
+    default: return by(std::integral_constant<int64_t, -1>{});
+  }
 }
 
-template <class T, int64_t ACTIVATION>
-static inline void fill_made(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
-  const Blocked& layout = x.layout;
-  const vec valid = layout.valid(g);
-  const bool is_short = layout.is_short(g);
-  for (int64_t c = 0; c < layout.channels; c++, row += window.span) {
-    const MadeOf<T> of(x, g, c, h, write);
-    each_column(row, window, layout.width, [&](T* t, int64_t w) SPFDE_HERE { store(t, made<ACTIVATION>(x, of, w, is_short, valid)); });
+// What row h of a channel is made of.
+template <class T, class H>
+struct MadeOf {
+  const T *y, *residual;
+  T* z;
+  vec scale, shift, valid;
+  int64_t activation;
+
+  MadeOf(const Source& x, int64_t g, int64_t c, int64_t h)
+      : y(in<T>(x.y) + x.layout.at(g, c, h)), residual(H::adds ? in<T>(x.residual) + x.layout.at(g, c, h) : nullptr),
+        z(H::writes ? out<T>(x.z) + x.layout.at(g, c, h) : nullptr), scale(spread(x.scale ? x.scale[c] : real(1))),
+        shift(spread(x.shift ? x.shift[c] : real(0))), valid(x.layout.valid(g)),
+        activation(H::activation < 0 ? x.activation : H::activation) {}
+
+  // Pixel w of it.
+  SPFDE_INLINE vec operator()(int64_t w) const {
+    vec v = multiply_add(load(y + w * LANES), scale, shift);
+    if constexpr (H::adds) v += load(residual + w * LANES);
+    v = activate(v, H::activation < 0 ? activation : H::activation);
+    if constexpr (H::is_short) v = valid != vec{} ? v : vec{};
+    return v;
+  }
+};
+
+template <class T, class H>
+static inline void fill_made(const Source& x, const Window& window, int64_t g, int64_t h, T* row) {
+  for (int64_t c = 0; c < x.layout.channels; c++, row += window.span) {
+    const MadeOf<T, H> of(x, g, c, h);
+    each_column(row, window, x.layout.width, [&](T* t, int64_t w) SPFDE_HERE {
+      const vec v = of(w);
+      store(t, v);
+      if constexpr (H::writes) store(of.z + w * LANES, v);
+    });
   }
 }
 
@@ -111,13 +139,7 @@ static inline void fill_made(const Source& x, const Window& window, int64_t g, i
 template <class T>
 static inline void fill_own(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
   const Blocked& layout = x.layout;
-  if (!x.is_stored()) {
-    switch (x.activation) {
-      case NONE: return fill_made<T, NONE>(x, window, g, h, write, row);
-      case RELU: return fill_made<T, RELU>(x, window, g, h, write, row);
-      default: return fill_made<T, -1>(x, window, g, h, write, row);
-    }
-  }
+  if (!x.is_stored()) return with_how(x, g, write, [&](auto how) { fill_made<T, decltype(how)>(x, window, g, h, row); });
   const T* s = in<T>(x.y) + layout.at(g, 0, h);
   for (int64_t c = 0; c < layout.channels; c++, row += window.span, s += layout.span()) {
     each_column(row, window, layout.width, [&](T* t, int64_t w) { std::memcpy(t, s + w * LANES, sizeof(T) * LANES); });
