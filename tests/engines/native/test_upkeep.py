@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,16 +179,46 @@ def test_running_statistics_tell_that_they_were_written_to() -> None:
     assert int(norm.num_batches_tracked) == 1
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
-def test_running_statistics_move_as_pytorch_moves_them(share: float) -> None:
-    running, table = [torch.tensor([1e4, 1.0, -3.0]) for _ in range(2)], torch.randn(5, 4).abs() * 1e-6
-    expected = [
-        running[0].lerp(table[0, 1:], share),
-        running[1].lerp(table[1, 1:] * 8 / 7, share),
-    ]
-    kernels(torch.float32).track(table, [(running[0], running[1], slice(1, 4), share, 8)])
-    for found, wanted in zip(running, expected, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1.0, None])
+def test_running_statistics_move_as_pytorch_moves_them(momentum: float | None) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=momentum))
+    masks = random_masks(model, 0.5)
+    with torch.no_grad():
+        model[0].weight.mul_(masks["0.weight"])
+        model[1].running_mean.fill_(1e4)
+    plain = copy.deepcopy(model)
+    NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
+    for at in range(3):
+        x = torch.randn(4, 2, 6, 6) + at
+        model(x), plain(x)
+    for name, expected in plain[1].named_buffers():
+        assert torch.allclose(model[1].get_buffer(name), expected, rtol=1e-5, atol=1e-6), name
+
+
+def test_running_statistics_follow_another_momentum_and_stay_where_they_are_not_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
+    masks, norm = random_masks(model, 0.5), model[1]
+    NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
+    x = torch.randn(4, 2, 6, 6)
+    model(x)
+    norm.momentum = 1.0
+    model(x)
+    mean = model[0](x).mean((0, 2, 3)).detach()
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5)
+    norm.track_running_stats = False
+    model(2 * x)
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5)
+    assert int(norm.num_batches_tracked) == 2
+
+
+def test_batches_that_are_counted_in_another_type_are_left_to_pytorch() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
+    model[1].num_batches_tracked = torch.tensor(0.0)
+    masks = random_masks(model, 0.5)
+    NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
+    with pytest.warns(UserWarning, match="counts batches in another type than int64"):
+        model(torch.randn(4, 2, 6, 6))
+    assert float(model[1].num_batches_tracked) == 1.0
 
 
 def test_a_mask_of_any_bytes_holds() -> None:

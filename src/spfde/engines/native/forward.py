@@ -20,7 +20,7 @@ from spfde.engines.native.kernels import MEAN, SCALE, SHIFT, VARIANCE, At, Kerne
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.packed import PackedWeights
-from spfde.engines.native.region_plan import RegionPlan
+from spfde.engines.native.region_plan import RegionPlan, is_tracked
 from spfde.engines.native.schedule import Given, Schedule
 from spfde.engines.native.tape import Buffer, Place
 
@@ -84,6 +84,9 @@ class Forward(Schedule):
             self._enter(rest, inputs)
         self._kept.update((name, rest.values[name].y) for name in plan.saved_names if name in rest.values)
         self._run(rest, plan.steps[len(front) :])
+        for norm, step, count in plan.norms:
+            if is_tracked(norm):
+                self.tape.track(norm, self.in_table(MEAN, step), self.in_table(VARIANCE, step), count)
         kept: list[Place] = [self._kept[name] for name in plan.saved_names]
         return kept + [self._choices[step.y] for step in plan.pools_with_choice]
 

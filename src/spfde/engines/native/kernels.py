@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spfde.engines.native.geometry import ForwardShape, GradientShape, Vectors
 from spfde.engines.native.layout import Layout
 from spfde.engines.native.lists import Entries
 from spfde.engines.native.structs import struct
 from spfde.engines.native.tape import Buffer, Place, Tape
-from spfde.engines.native.upkeep import Outside, track
+from spfde.engines.native.upkeep import Outside
 
 # Rows of a region's table of norms: what each normalises by, and what that comes to as one multiply-add.
 MEAN, VARIANCE, INVERSE, SCALE, SHIFT = range(5)
@@ -150,10 +150,6 @@ class Kernels:
         is_here = tensor.is_cpu and mask.is_cpu
         return tensor.dtype == self.dtype and is_here and is_dense and tensor.stride() == mask.stride()
 
-    def track(self, table: Tensor, norms: Iterable[tuple[Tensor, Tensor, slice, float, int]]) -> None:
-        """Move running statistics; see ``upkeep.track``."""
-        track(self._library, table, norms)
-
     def tape(self, threads: int, *, keeps: bool = True) -> KernelTape:
         """A new tape, for so many threads; see ``Tape``."""
         return KernelTape(self._library, self.dtype, threads, keeps=keeps)
@@ -285,6 +281,21 @@ class KernelTape(Tape):
         self.call(
             "spfde_norm_gradient", "NormGradientJob", sums, table, row, channels, weight, bias, constants, count,
             self.threads,
+        )  # fmt: skip
+
+    def track(self, norm: nn.BatchNorm2d, mean: Place, variance: Place, count: int) -> None:
+        """Move a norm's running statistics towards those of a batch, as ``nn.BatchNorm2d`` does.
+
+        Args:
+            norm: keeps such statistics.
+            mean, variance: of the batch, [channels]; the latter is biased.
+            count: numbers of a channel.
+        """
+        assert norm.running_mean is not None
+        share = -1.0 if norm.momentum is None else norm.momentum
+        self.call(
+            "spfde_track", "TrackJob", norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, variance,
+            norm.num_features, share, count / (count - 1),
         )  # fmt: skip
 
     def channel_sum(self, source: Buffer, out: Place, *, around: Place | None = None, divisor: int = 1) -> None:

@@ -12,7 +12,7 @@ from spfde.engines.native.program import Program
 
 
 class RegionFunction(torch.autograd.Function):
-    """Outputs of a region and the table of its norms [5, channels], from its inputs and its parameters."""
+    """Outputs of a region, from its inputs and its parameters."""
 
     @staticmethod
     def forward(ctx: Any, program: Program, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -20,16 +20,15 @@ class RegionFunction(torch.autograd.Function):
         made = program.forward(tensors[: len(program.plan.region.inputs)])
         ctx.program, ctx.n_tensors = program, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(made[n_outputs])
         # Parameters are saved so that a change in place before the backward pass is an error, as everywhere in PyTorch.
         ctx.save_for_backward(*tensors, *made[n_outputs:])
-        return tuple(made[: n_outputs + 1])
+        return tuple(made[:n_outputs])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: what checkpointing saves can be unpacked but once
         tensors, saved = saved[: ctx.n_tensors], saved[ctx.n_tensors :]
-        return None, *_RegionBackward.apply(ctx.program, saved, *gradients[:-1], *tensors)
+        return None, *_RegionBackward.apply(ctx.program, saved, *gradients, *tensors)
 
 
 class _RegionBackward(torch.autograd.Function):

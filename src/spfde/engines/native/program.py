@@ -49,7 +49,7 @@ class Program:
         tensors = [self._as_tokens(tensor) for tensor in inputs]
         (played, before), self._played = self._played, (None, None)
         is_still = state is not None and state is before
-        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors], is_still=is_still)
+        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors], plan.shares, is_still=is_still)
         table = torch.empty(ROWS, plan.n_channels, dtype=dtype) if self._table is None else self._table
         given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(names, tensors, strict=True))}
         outputs = []

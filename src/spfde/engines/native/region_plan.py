@@ -57,6 +57,11 @@ class Mode:
     batch_norms: frozenset[int]
 
 
+def is_tracked(norm: nn.BatchNorm2d) -> bool:
+    """Do its running statistics follow the batches now?"""
+    return norm.training and norm.track_running_stats and norm.running_mean is not None
+
+
 class RegionPlan:
     """What of a region is needed for one mode.
 
@@ -65,6 +70,7 @@ class RegionPlan:
         steps: from ``fuse``.
         mode: shapes and flags.
         lanes: images to a vector.
+        threads: that kernels are cut for; with another number they come to the same.
         cells: few images may be cut into cells where nothing learns, see ``grid.py``.
 
     Attributes:
@@ -86,9 +92,9 @@ class RegionPlan:
     """
 
     def __init__(
-        self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int, cells: bool = False
+        self, region: Region, steps: Sequence[FusedStep], mode: Mode, *, lanes: int, threads: int, cells: bool = False
     ) -> None:
-        self.region, self.steps, self.mode = region, tuple(steps), mode
+        self.region, self.steps, self.mode, self._threads = region, tuple(steps), mode, threads
         whole = layouts_of(region, steps, mode.shapes, lanes, mode.storage)
         self.needs_grad = self._needs_grad()
         self.parameters = parameters_of(steps)
@@ -124,14 +130,19 @@ class RegionPlan:
         return slices, at
 
     @functools.cached_property
-    def norms(self) -> list[tuple[nn.BatchNorm2d, slice, int]]:
-        """Norms that use the batch, where their statistics lie, and of how many numbers a channel they are."""
+    def norms(self) -> list[tuple[nn.BatchNorm2d, PointStep, int]]:
+        """Norms that use the batch, each with its step and of how many numbers a channel its statistics are."""
         found = []
         for step in self.steps:
             if isinstance(step, PointStep) and step.norm is not None and self.uses_batch(step):
                 layout = self.layouts[step.x]
-                found.append((step.norm, self.slices[step.y], layout.batch * layout.height * layout.width))
+                found.append((step.norm, step, layout.batch * layout.height * layout.width))
         return found
+
+    @property
+    def shares(self) -> tuple[float | None, ...]:
+        """What running statistics take of a batch, by norm: None for a mean of all, below zero where none are kept."""
+        return tuple(norm.momentum if is_tracked(norm) else -1.0 for norm, *_ in self.norms)
 
     @functools.cached_property
     def trained_convolutions(self) -> list[list[ConvStep]]:
@@ -196,6 +207,8 @@ class RegionPlan:
         if largest is None:
             return (), 0
         groups = max(1, AT_ONCE_BYTES // (largest.group * largest.itemsize))
+        if groups > self._threads:  # each thread has as many, so that none waits and no image is cut
+            groups -= groups % self._threads
         return (front if groups < largest.groups else ()), groups * largest.images
 
     def _is_free(self, step: FusedStep) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from spfde.engines.native.fusion import ConvStep, FusedStep, PointStep, Unsupported, parameters_of
 from spfde.engines.native.graph import Region
@@ -17,7 +18,7 @@ from spfde.engines.native.layout import Pool
 from spfde.engines.native.op import RegionFunction
 from spfde.engines.native.packed import PackedWeights
 from spfde.engines.native.program import Program
-from spfde.engines.native.region_plan import Mode, RegionPlan
+from spfde.engines.native.region_plan import Mode, RegionPlan, is_tracked
 from spfde.engines.native.upkeep import Outside
 
 _MOST_PROGRAMS = 32  # shapes and states of the model that are kept ready
@@ -106,11 +107,10 @@ class RegionRunner(nn.Module):
             found: Tensor | tuple[Tensor, ...] = self._plain(*inputs)
             return found
         if any(program.plan.needs_grad.values()):
-            *outputs, table = RegionFunction.apply(program, *inputs, *program.plan.parameters)
+            outputs = RegionFunction.apply(program, *inputs, *program.plan.parameters)
         else:
-            made = program.forward(inputs, state)
-            outputs, table = made[: len(self._region.outputs)], made[len(self._region.outputs)]
-        self._track(program.plan, table)
+            outputs = program.forward(inputs, state)[: len(self._region.outputs)]
+        self._tell_moved(program.plan)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _state_now(self) -> State:
@@ -149,20 +149,28 @@ class RegionRunner(nn.Module):
             raise Unsupported(f"got {tensor.dtype} on {tensor.device}")
 
     def _check_own(self) -> None:
+        dtype = self._kernels.dtype
+        # The kernels read a bias, and what belongs to a norm, from the first number on.
+        if all(t.dtype is dtype and t.is_cpu and (t.dim() != 1 or t.is_contiguous()) for t in self._own):
+            return
         for tensor in self._own:
-            self._check_kind(tensor, self._kernels.dtype)
-            # The kernels read a bias, and what belongs to a norm, from the first number on.
-            if tensor.dim() == 1 and not tensor.is_contiguous():
-                raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
+            self._check_kind(tensor, dtype)
+        raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
 
     def _program(self, inputs: Sequence[Tensor], storage: torch.dtype) -> Program:
         self._follow_masks()
         mode = self._mode(inputs, storage)
         if mode not in self._programs:
             kernels = self._kernels
-            plan = RegionPlan(self._region, self._steps, mode, lanes=kernels.lanes, cells=self._for_inference)
+            plan = RegionPlan(
+                self._region, self._steps, mode, lanes=kernels.lanes, threads=torch.get_num_threads(),
+                cells=self._for_inference,
+            )  # fmt: skip
             if any(count <= 1 and norm.training for norm, _, count in plan.norms):
                 raise Unsupported("normalises by a batch of one number")
+            counters = [norm.num_batches_tracked for norm, *_ in plan.norms if is_tracked(norm)]
+            if any(counter is None or counter.dtype != torch.int64 for counter in counters):
+                raise Unsupported("counts batches in another type than int64")
             self._programs[mode] = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
@@ -187,17 +195,9 @@ class RegionRunner(nn.Module):
             frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
         )
 
-    def _track(self, plan: RegionPlan, table: Tensor) -> None:
-        """Running statistics, as ``nn.BatchNorm2d`` keeps them."""
-        moving = []
-        with torch.no_grad():
-            for norm, where, count in plan.norms:
-                mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
-                if norm.training and norm.track_running_stats and mean is not None:
-                    assert variance is not None
-                    assert seen is not None
-                    seen.add_(1)
-                    share = norm.momentum if norm.momentum is not None else 1.0 / float(seen)
-                    moving.append((mean, variance, where, share, count))
-        if moving:
-            self._kernels.track(table, moving)
+    def _tell_moved(self, plan: RegionPlan) -> None:
+        """The forward pass has written to running statistics; PyTorch is told."""
+        moved = [norm for norm, *_ in plan.norms if is_tracked(norm)]
+        if moved:
+            kept = ((norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in moved)
+            increment_version([tensor for tensors in kept for tensor in tensors if tensor is not None])

@@ -1,4 +1,4 @@
-"""What is done to parameters and statistics between the passes, for many small tensors in one call."""
+"""What is done to parameters between the passes, for many small tensors in one call."""
 
 from __future__ import annotations
 
@@ -54,27 +54,6 @@ class Outside:
 
     def _call(self, *, clears: bool) -> bool:
         return bool(self._kernel(self._pieces, self._n, clears, ctypes.c_int64(torch.get_num_threads())))
-
-
-def track(library: ctypes.CDLL, table: Tensor, norms: Iterable[tuple[Tensor, Tensor, slice, float, int]]) -> None:
-    """Move running statistics towards those of a batch, as ``nn.BatchNorm2d`` does.
-
-    Args:
-        library: the kernels.
-        table: of norms, [rows, channels]; mean and biased variance of the batch come first.
-        norms: running mean and variance, where the batch's stand, the batch's share, and numbers of a channel. A norm
-            that is used twice is there twice, and moves twice.
-    """
-    tracked = struct("Tracked")
-    moved: list[Tensor] = []
-    told = []
-    for mean, variance, where, share, count in norms:
-        moved += mean, variance
-        unbiased = count / (count - 1)
-        told.append(tracked(mean.data_ptr(), variance.data_ptr(), where.start, mean.numel(), share, unbiased))
-    length, row = ctypes.c_int64(len(told)), ctypes.c_int64(table.shape[1])
-    library.spfde_track((tracked * len(told))(*told), length, ctypes.c_void_p(table.data_ptr()), row)
-    increment_version(moved)
 
 
 def _places(tensors: Iterable[Tensor]) -> list[int]:

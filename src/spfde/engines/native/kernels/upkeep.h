@@ -46,27 +46,30 @@ SPFDE_EXPORT int spfde_outside(const Masked* pieces, int64_t n, int clears, int6
   return found;
 }
 
-// The running statistics of a norm, and where those of the batch stand in the table of norms.
-struct Tracked {
+// Running statistics of a norm, and what they move towards.
+struct TrackJob {
   void* mean;
   void* variance;
-  int64_t at, channels;
-  double share;     // of the batch
-  double unbiased;  // what its variance is multiplied with
+  void* seen;              // int64: batches so far
+  const real* batch_mean;
+  const real* batch_variance;  // biased
+  int64_t channels;
+  double share;     // of the batch; below 0: as much as of each one before
+  double unbiased;  // what the batch's variance is multiplied with
 };
 
-// Row by row of the table: mean and variance of the batch.
-SPFDE_EXPORT void spfde_track(const Tracked* norms, int64_t n, const real* table, int64_t row) {
-  const auto move = [](void* data, const real* to, double share, double factor, int64_t channels) {
-    real* at = static_cast<real*>(data);
+SPFDE_EXPORT void spfde_track(const void* data) {
+  const auto* job = static_cast<const TrackJob*>(data);
+  const int64_t seen = ++*static_cast<int64_t*>(job->seen);
+  const double share = job->share < 0 ? 1.0 / double(seen) : job->share;
+  const auto move = [=](void* running, const real* to, double factor) {
+    real* at = static_cast<real*>(running);
     // From the end that is nearer, as PyTorch does it: with a share of 1 nothing of what was is left.
-    for (int64_t c = 0; c < channels; c++) {
+    for (int64_t c = 0; c < job->channels; c++) {
       const real end = to[c] * real(factor), way = end - at[c];
       at[c] = share < 0.5 ? at[c] + real(share) * way : end - real(1 - share) * way;
     }
   };
-  for (const Tracked* norm = norms; norm < norms + n; norm++) {
-    move(norm->mean, table + norm->at, norm->share, 1, norm->channels);
-    move(norm->variance, table + row + norm->at, norm->share, norm->unbiased, norm->channels);
-  }
+  move(job->mean, job->batch_mean, 1);
+  move(job->variance, job->batch_variance, job->unbiased);
 }
