@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from spfde.engines.native.backward import Backward
 from spfde.engines.native.forward import Forward
@@ -35,6 +36,7 @@ class Program:
         # Each with what it depends on besides where parameters and buffers lie.
         self._tapes: dict[type[Schedule], tuple[tuple[object, ...], KernelTape]] = {}
         self._table = torch.empty(ROWS, plan.n_channels, dtype=kernels.dtype) if plan.is_fixed else None
+        self._moved: list[Tensor] = []  # what the forward tape writes to besides; PyTorch is told
         self._played: tuple[KernelTape | None, object] = None, None  # forward, and what parameters were then
 
     def forward(self, inputs: Sequence[Tensor], state: object = None) -> list[Tensor]:
@@ -49,7 +51,7 @@ class Program:
         tensors = [self._as_tokens(tensor) for tensor in inputs]
         (played, before), self._played = self._played, (None, None)
         is_still = state is not None and state is before
-        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors], plan.shares, is_still=is_still)
+        tape = self._tape(Forward, [Given.of(tensor) for tensor in tensors], plan.tracking, is_still=is_still)
         table = torch.empty(ROWS, plan.n_channels, dtype=dtype) if self._table is None else self._table
         given: dict[Hashable, Tensor] = {TABLE: table, **dict(zip(names, tensors, strict=True))}
         outputs = []
@@ -62,6 +64,8 @@ class Program:
                 outputs.append(given[name])
         kept = tape.play(given, self.pool, again=is_still and tape is played)
         self._played = tape, state
+        if self._moved:
+            increment_version(self._moved)
         return [*outputs, table, *kept]
 
     def backward(self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
@@ -117,6 +121,8 @@ class Program:
             return written[1]
         tape = self.kernels.tape(threads, keeps=schedule is Forward and any(self.plan.needs_grad.values()))
         tape.finish(schedule(self.plan, self.weights, tape).write(coming))
+        if schedule is Forward:
+            self._moved = self.plan.moved()
         self._tapes[schedule] = key, tape
         return tape
 

@@ -140,9 +140,14 @@ class RegionPlan:
         return found
 
     @property
-    def shares(self) -> tuple[float | None, ...]:
-        """What running statistics take of a batch, by norm: None for a mean of all, below zero where none are kept."""
-        return tuple(norm.momentum if is_tracked(norm) else -1.0 for norm, *_ in self.norms)
+    def tracking(self) -> tuple[tuple[object, ...], ...]:
+        """By norm, what decides how its running statistics move."""
+        return tuple((norm.training, norm.track_running_stats, norm.momentum) for norm, *_ in self.norms)
+
+    def moved(self) -> list[Tensor]:
+        """The running statistics that a forward pass moves."""
+        kept = ((n.running_mean, n.running_var, n.num_batches_tracked) for n, *_ in self.norms if is_tracked(n))
+        return [tensor for tensors in kept for tensor in tensors if tensor is not None]
 
     @functools.cached_property
     def trained_convolutions(self) -> list[list[ConvStep]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from spfde.engines.native.fusion import ConvStep, FusedStep, PointStep, Unsupported, parameters_of
 from spfde.engines.native.graph import Region
@@ -110,7 +109,6 @@ class RegionRunner(nn.Module):
             outputs = RegionFunction.apply(program, *inputs, *program.plan.parameters)
         else:
             outputs = program.forward(inputs, state)[: len(self._region.outputs)]
-        self._tell_moved(program.plan)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _state_now(self) -> State:
@@ -194,10 +192,3 @@ class RegionRunner(nn.Module):
             frozenset(id(p) for p in self._trainable if with_gradients and p.requires_grad),
             frozenset(id(norm) for norm in self._norms if norm.training or norm.running_mean is None),
         )
-
-    def _tell_moved(self, plan: RegionPlan) -> None:
-        """The forward pass has written to running statistics; PyTorch is told."""
-        moved = [norm for norm, *_ in plan.norms if is_tracked(norm)]
-        if moved:
-            kept = ((norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in moved)
-            increment_version([tensor for tensors in kept for tensor in tensors if tensor is not None])
