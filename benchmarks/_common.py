@@ -119,6 +119,27 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
+class Served:
+    """A process that answers each number with a line of JSON: that of its seconds, say."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            list(command), env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, n: int) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{n}\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def end(self) -> None:
+        """Stop it."""
+        self._process.kill()
+        self._process.wait()
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 

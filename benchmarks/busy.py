@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import spfde
-from _common import Figure, Result, Table, Timing, begin, compare, parser, publish, show
+from _common import Figure, Result, Served, Table, Timing, begin, compare, parser, publish, show
 from spfde.app.train.models import build_model
 from spfde.core.numbers import MOST_EPOCHS
 
@@ -69,30 +69,10 @@ def serve() -> None:
         print(json.dumps([next(trained) for _ in range(int(line))]), flush=True)
 
 
-class Trainer:
+def trainer(environment: dict[str, str]) -> Served:
     """A trainer in a process of its own."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_WAIT", "GOMP_SPIN"))}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
-            env=kept | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def train(self, n: int) -> list[float]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{n}\n")
-        self._process.stdin.flush()
-        taken: list[float] = json.loads(self._process.stdout.readline())
-        return taken
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_WAIT", "GOMP_SPIN"))}
+    return Served([sys.executable, __file__, "--serve"], kept | environment)
 
 
 @contextmanager
@@ -111,18 +91,18 @@ def measure(rounds: int, n: int) -> dict[tuple[str, int], Timing]:
     """Mean step of each round, by setting and number of spinning processes."""
     taken: dict[tuple[str, int], list[float]] = {(name, busy): [] for name in SETTINGS for busy in SPINNING}
     with ExitStack() as ended:
-        trainers = {name: Trainer(environment) for name, environment in SETTINGS.items()}
-        for trainer in trainers.values():
-            ended.callback(trainer.end)
-            trainer.train(8)
+        trainers = {name: trainer(environment) for name, environment in SETTINGS.items()}
+        for each in trainers.values():
+            ended.callback(each.end)
+            each.ask(8)
         for _ in range(rounds):
             for busy in SPINNING:
                 with spinning(busy):
-                    for name, trainer in trainers.items():
+                    for name, each in trainers.items():
                         until = time.monotonic() + SETTLED
                         while time.monotonic() < until:
-                            trainer.train(n)
-                        taken[name, busy].append(statistics.mean(trainer.train(n)))
+                            each.ask(n)
+                        taken[name, busy].append(statistics.mean(each.ask(n)))
     return {key: Timing(tuple(seconds)) for key, seconds in taken.items()}
 
 

@@ -49,6 +49,7 @@ ORDER = (
     "export",
     "inference",
     "attention",
+    "versions",
     "analysis",
     "methods",
     "mutation",
