@@ -76,7 +76,7 @@ def _is_changed(part: nn.Module) -> bool:
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """As ``_is_changed``, of what an engine goes into; its own stand-in, and hooks of the model, are outside of that."""
+    """As ``_is_changed``, inside of a model: an engine stands in for the whole, and its own hooks run around that."""
     return any(
         "parametrizations" in part._modules
         or has_own_forward(part)
