@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 torch.set_num_threads(1)
+# No test cuts the power: to wait for the disk, hundreds of times in a comparison of runs, shows nothing.
+os.fsync = lambda descriptor: None
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
 

@@ -25,11 +25,8 @@ pytestmark = pytest.mark.cli
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("exported")
-    ended = commands.run(
-        *("train", "--data", str(tiny), "--epochs", "4", "--batch-size", "16", "--freeze", "0.1"),
-        *("--engine", "masked", "--out", "run", "--quiet"),
-        cwd=folder,
-    )
+    words = f"train --data {tiny} --epochs 4 --batch-size 16 --freeze 0.1 --engine masked --out run --quiet".split()
+    ended = commands.start(words, log=folder / "log", cwd=folder).end()
     assert ended.code == 0, ended.err
     return folder / "run"
 

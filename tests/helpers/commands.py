@@ -139,6 +139,7 @@ def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None, environmen
     multiprocessing.set_start_method("fork", force=True)
     # Whoever runs the tests in the background of a shell ignores Ctrl-C, and their children would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.fsync = lambda descriptor: None  # as in the tests' own process
     os.chdir(cwd)
     os.environ |= {"COLUMNS": "80"} | environment
     for number, suffix in ((1, ".out"), (2, ".err")):

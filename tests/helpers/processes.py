@@ -17,7 +17,9 @@ from helpers import ROOT
 
 #: Its processes begin with torch and the package imported, once for all of them.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["spfde.app.train.loop", "spfde.app.train.display", "torch._dynamo"])
+FORKS.set_forkserver_preload(
+    ["spfde.app.cli", "spfde.app.train.loop", "spfde.app.train.display", "spfde.app.report.page", "torch._dynamo"]
+)
 
 
 def ranks(function: Callable[..., None], folder: Path, size: int = 2, which: str = "") -> list[Any]:
