@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Several processes run tests at once and would fight over the cores. Read by torch, once, and by what tests start.
@@ -24,6 +25,12 @@ settings.register_profile("short", max_examples=20)
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "not long":
         settings.load_profile("short")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: to look through them is most of what a collection of garbage takes."""
+    gc.collect()
+    gc.freeze()
 
 
 torch.set_num_threads(1)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -139,7 +140,9 @@ def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None, environmen
     multiprocessing.set_start_method("fork", force=True)
     # Whoever runs the tests in the background of a shell ignores Ctrl-C, and their children would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.fsync = lambda descriptor: None  # as in the tests' own process
+    # As in the tests' own process.
+    os.fsync = lambda descriptor: None
+    gc.freeze()
     os.chdir(cwd)
     os.environ |= {"COLUMNS": "80"} | environment
     for number, suffix in ((1, ".out"), (2, ".err")):

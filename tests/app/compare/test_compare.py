@@ -100,7 +100,8 @@ def test_a_killed_comparison_goes_on_to_the_same_table(tiny: Path, whole: Path, 
     assert (begun / "checkpoints" / "latest").is_dir()
     ended = start(["compare", "--resume", "killed"], log=tmp_path / "log", cwd=tmp_path).end()
     assert ended.code == 0, ended.err
-    assert len(runs := list((tmp_path / "killed").glob("runs/*/*"))) == 3
+    runs = list((tmp_path / "killed").glob("runs/*/*"))
+    assert len(runs) == 3
     for run in runs:
         other = whole / run.relative_to(tmp_path / "killed")
         ours, theirs = (
