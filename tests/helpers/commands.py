@@ -1,6 +1,7 @@
 """The ``spfde`` command in processes of its own, which can be stopped at a chosen moment and killed there.
 
-``start`` forks from a server that has imported torch once; ``run`` starts ``python -m spfde`` as a person would.
+``start`` forks from a server that has imported torch once, and so does ``start_code``, which runs any code; ``run``
+starts ``python -m spfde`` as a person would.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,15 +147,34 @@ def _main(argv: list[str], log: Path, cwd: Path, wait_at: str | None, environmen
     gc.freeze()
     os.chdir(cwd)
     os.environ |= {"COLUMNS": "80"} | environment
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        handle = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-        os.close(handle)
+    _write_to(log)
     if wait_at is not None:
         MOMENTS[wait_at](_flag(log))
     from spfde.app.cli import main
 
     main(argv)
+
+
+def start_code(code: str, *words: str, folder: Path) -> Command:
+    """Start ``code`` with these words in ``sys.argv``; its outputs go to a new folder in ``folder``."""
+    log = Path(tempfile.mkdtemp(dir=folder)) / "log"
+    process = FORKS.Process(target=_run_code, args=(code, words, log, dict(os.environ)))
+    process.start()
+    return Command(process, log)
+
+
+def _run_code(code: str, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    os.environ |= environment
+    _write_to(log)
+    sys.argv = ["-c", *words]
+    exec(code, {"__name__": "__main__"})
+
+
+def _write_to(log: Path) -> None:
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        handle = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
 
 
 def _wait(flag: Path) -> None:

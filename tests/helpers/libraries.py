@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.commands import Command, start_code
 from spfde.engines.native import build
 
 WHOLE = 'extern "C" __attribute__((visibility("default"))) int spfde_lanes() { return 1; }\n'
@@ -23,10 +22,10 @@ def library_path(**options: Any) -> Path:
     return Path(build.load(**options)._name)
 
 
-def start_load(sources: Path) -> subprocess.Popen[str]:
+def start_load(sources: Path) -> Command:
     """Another process that loads the library, and tells where it lies and how often it was told to wait."""
     code = (
         "import sys; from pathlib import Path; from spfde.engines.native import build; said = [];"
         "build.SOURCES = Path(sys.argv[1]); print(build.load(on_build=said.append)._name, len(said))"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(sources)], stdout=subprocess.PIPE, text=True)
+    return start_code(code, str(sources), folder=sources.parent)

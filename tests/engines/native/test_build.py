@@ -38,7 +38,7 @@ def test_another_source_or_number_type_is_another_library(cache: Path, sources: 
 
 @needs_compiler
 def test_a_damaged_library_is_built_anew(cache: Path, sources: Path) -> None:
-    path = Path(start_load(sources).communicate(timeout=120)[0].split()[0])
+    path = Path(start_load(sources).end().out.split()[0])
     path.write_bytes(b"not a library")
     said: list[str] = []
     assert library_path(on_build=said.append) == path
@@ -61,7 +61,7 @@ def test_a_failing_build_gives_the_compilers_words_and_keeps_the_log(cache: Path
 @needs_compiler
 def test_two_processes_at_once_build_one_library(cache: Path, sources: Path) -> None:
     running = [start_load(sources) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0].split() for process in running]
+    told = [process.end().out.split() for process in running]
     assert sorted(count for _, count in told) == ["0", "1"]
     assert told[0][0] == told[1][0]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.commands import start_code
 from helpers.libraries import WHOLE, needs_compiler
 from spfde.engines.native import library_cache
 from spfde.engines.native.loading import load_bytes
@@ -56,9 +57,8 @@ def test_a_file_that_is_changed_after_it_was_loaded_changes_nothing_and_is_built
     change: str, memory: str, cache: Path, sources: Path
 ) -> None:
     (sources / "kernels.cpp").write_text(PAGES)
-    command = [sys.executable, "-c", LOAD.format(change=change), str(sources), memory]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (ended.returncode, ended.stdout.split()) == (0, ["1", "True"]), ended.stderr
+    ended = start_code(LOAD.format(change=change), str(sources), memory, folder=sources.parent).end()
+    assert (ended.code, ended.out.split()) == (0, ["1", "True"]), ended.err
 
 
 def compiled(folder: Path, answer: int) -> bytes:
