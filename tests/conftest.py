@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 # Several processes run tests at once and would fight over the cores. Read by torch, once, and by what tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """Modules and tests stay to the end: to look through them is most of what a collection of garbage takes."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_left_stays() -> Iterator[None]:
+    """As when the tests have been collected: PyTorch and others import more while the tests run."""
+    yield
     gc.collect()
     gc.freeze()
 
