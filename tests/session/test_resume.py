@@ -70,11 +70,14 @@ def check(loop: Loop, moments: list[int]) -> None:
 
 CASES = pairwise(FACTORS)
 
+#: These keep between two epochs what another method keeps, for weights that lie elsewhere.
+LIKE_ANOTHER = {"mest-em", "mest-pattern", "rigl-erk", "rigl-itop", "rigl-kernel"}
+
 
 def short(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A case of each method; few of them with worker processes, whose start takes longer than all else."""
+    """A case of each kind of method; few of them with worker processes, whose start takes longer than all else."""
     kinds = ["no workers", "the global generator"] * 4 + ["a worker that stays", "a worker of each epoch"]
-    wanted = zip(METHODS, cycle(kinds), strict=False)
+    wanted = zip((method for method in METHODS if method not in LIKE_ANOTHER), cycle(kinds), strict=False)
     return [next(c for c in cases if (c["method"], c["workers"]) == (method, kind)) for method, kind in wanted]
 
 
@@ -104,7 +107,8 @@ def test_every_two_choices_meet_in_a_case() -> None:
     for left, right in combinations(FACTORS, 2):
         assert {(case[left], case[right]) for case in CASES} == set(product(FACTORS[left], FACTORS[right]))
     assert len(CASES) < 100
-    assert all({case[factor] for case in SHORT} == set(values) for factor, values in FACTORS.items())
+    for factor, values in FACTORS.items():
+        assert {case[factor] for case in SHORT} == set(values) - LIKE_ANOTHER
 
 
 runs = st.fixed_dictionaries(
