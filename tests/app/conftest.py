@@ -31,6 +31,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plots in a report instead of all, where the plots are not the point: drawing takes its time."""
+    from spfde.app.report.plots import PLOTS
+
+    monkeypatch.setattr("spfde.app.report.page.PLOTS", tuple(plot for plot in PLOTS if plot.key in ("cost", "sieving")))
+
+
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
     folder = tmp_path / "here"

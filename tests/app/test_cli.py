@@ -340,6 +340,7 @@ class TestOtherCommands:
         ended = spfde("plan", "--data", tiny, "--epochs", 8, "--json")
         assert json.loads(ended.out)["samples"] == 96
 
+    @pytest.mark.usefixtures("few_plots")
     def test_report_compares_runs_in_one_file(self, run_folder: Path, spfde: Spfde, here: Path, tiny: Path) -> None:
         assert spfde("train", "--data", tiny, "--recipe", "dense", "--epochs", 2, "--out", "b").code == 0
         ended = spfde("report", run_folder, "b", "--out", "report.html")

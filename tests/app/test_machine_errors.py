@@ -61,6 +61,7 @@ def test_a_file_of_a_checkpoint_that_cannot_be_read_is_named(
     assert_plain(spfde(*command), name, os.strerror(errno.EIO))
 
 
+@pytest.mark.usefixtures("few_plots")
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "recipe.toml", "checkpoints/latest/manifest.json"])
 @pytest.mark.parametrize("command", COMMANDS, ids=[command[0] for command in COMMANDS])
 def test_a_queue_in_the_place_of_a_file_is_not_waited_for(
@@ -87,6 +88,7 @@ def test_a_run_s_name_that_is_no_text_is_refused_before_any_work(tiny: Path, spf
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.usefixtures("few_plots")
 def test_a_run_that_was_given_a_name_that_is_no_text_is_reported(run: Path, spfde: Spfde, here: Path) -> None:
     name = os.fsdecode(b"run-\xff\xfe")
     run.rename(name)

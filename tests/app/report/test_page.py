@@ -13,7 +13,6 @@ import pytest
 
 from spfde.app.report import read_run
 from spfde.app.report.page import told_apart, write_report
-from spfde.app.report.plots import PLOTS
 from spfde.core.errors import InvalidArgument, RunFolderError
 
 MakeRun = Callable[..., Path]
@@ -40,12 +39,6 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-
-
-@pytest.fixture
-def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two plots instead of all, where the plots are not the point: drawing takes its time."""
-    monkeypatch.setattr("spfde.app.report.page.PLOTS", tuple(plot for plot in PLOTS if plot.key in ("cost", "sieving")))
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_its_pictures_lie_beside_it(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.native import needs_kernels, random_masks, relative_error, twin, variant_kernels, variants
+from helpers.short import by_form
 from spfde.engines.native import packed, region_plan
 from spfde.engines.native.fusion import ConvStep, GlobalPoolStep, PoolStep
 from spfde.engines.native.geometry import Geometry
@@ -126,7 +127,7 @@ class Drawn(nn.Module):
     plane=st.booleans(),
     threads=st.sampled_from([1, 2, 3, 8]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=by_form(20, 40), deadline=None)
 def test_in_any_cells_the_result_is_pytorch_s(
     batch: int, size: Grid, grid: Grid, kernel: int, dilation: int, groups: int, stride: int, pools: bool, plane: bool,
     threads: int,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import spfde
 from helpers.native import kernels, needs_kernels, random_masks
+from helpers.short import by_form
 from helpers.training import EPOCHS, Parts, make_parts, step
 from spfde.engines.native.model import NativeModel
 from spfde.sparsity import together
@@ -229,7 +230,7 @@ def test_a_mask_of_any_bytes_holds() -> None:
     assert tensor.tolist() == [1.5, 0.0, 3.5]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=by_form(20, 40))
 @given(data=st.data())
 def test_statistics_are_those_of_what_is_stored_however_far_from_zero(data: st.DataObject) -> None:
     width = data.draw(st.sampled_from([5, 8, 16]))
