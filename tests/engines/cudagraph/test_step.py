@@ -249,7 +249,7 @@ def test_a_front_that_comes_back_is_replayed_at_once(momentum: float) -> None:
         parts.optimizer.param_groups[0]["momentum"] = momentum
         freezing = spfde.ProgressiveFreezing(flops_reduction=0.2, scheme="periodic")
         recipe = spfde.Recipe(sparsity=spfde.MEST(sparsity=0.5), freezing=freezing, update_interval_epochs=1)
-        session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=30, engine=engine)
+        session = spfde.attach(parts.model, parts.optimizer, parts.loader, recipe, epochs=16, engine=engine)
         step = plain_step(parts.model, parts.optimizer)
         if engine == "masked":
             fused(parts.optimizer)
