@@ -154,7 +154,7 @@ def stamp() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": _load(),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "numpy", "spfde")},
@@ -192,17 +192,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str | None:
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    if not commit:
+def commit(tree: Path = BENCHMARKS.parent) -> str | None:
+    """The commit of a tree, and whether its sources have changed since; None outside of a repository."""
+    found = _output("git", "rev-parse", "--short", "HEAD", cwd=tree)
+    if not found:
         return None
     # Without optional locks: looking must not write to the repository.
-    return f"{commit} with changes" if _output("git", "--no-optional-locks", "status", "--short", "src") else commit
+    changed = _output("git", "--no-optional-locks", "status", "--short", "src", cwd=tree)
+    return f"{found} with changes" if changed else found
 
 
-def _output(*command: str) -> str:
+def _output(*command: str, cwd: Path = BENCHMARKS.parent) -> str:
     try:
-        done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

@@ -1,7 +1,8 @@
 """How much faster is a native step than with an earlier version of the engine?
 
 Steps of both versions in turn, each in a process of its own, at 90 %, batches of 64: that of this tree, in fp32 or in
-bf16, and the other one's in fp32. The other version is a tree with its own `benchmarks/native.py`:
+bf16, and the other one's in fp32. The other version is a tree with its own `benchmarks/native.py`, which is run beside
+this tree's `_common.py`:
 
     git worktree add /tmp/first fbc8cbe             # the last commit before the kernels for bf16
     python benchmarks/versions.py --other /tmp/first     # about 4 minutes on two cores
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from _common import Figure, Result, Served, Table, Timing, begin, compare, parser, publish
+from _common import Figure, Result, Served, Table, Timing, begin, commit, compare, parser, publish
 
 TREE = Path(__file__).resolve().parents[1]
 SPARSITY = 0.9
@@ -93,7 +94,12 @@ def main(argv: list[str] | None = None) -> None:
             command="python benchmarks/versions.py --other TREE",
             figures=tuple(figures),
             tables=(Table.of_timings("Step", "model and version", timings),),
-            settings={"sparsity": "90 %", "batch": 64, "rounds": rounds, "earlier version": "commit fbc8cbe"},
+            settings={
+                "sparsity": "90 %",
+                "batch": 64,
+                "rounds": rounds,
+                "earlier version": f"commit {commit(options.other)}",
+            },
             stamp=stamped,
         ),
         options,

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--seed", str(options.seed)]
         command += ["--half"] * options.half
         return subprocess.run(command, env=environment, check=False).returncode
-    del os.environ["LD_PRELOAD"]  # it is loaded; the compiler would be thrice as slow with it
+    os.environ.pop("LD_PRELOAD", None)  # it is loaded; the compiler would be thrice as slow with it
     dtype = torch.float32 if options.half else torch.float64
     kernels = Kernels(build.load(real="float" if options.half else "double", sanitize=True), dtype)
     chosen = random.Random(options.seed)

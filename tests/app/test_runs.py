@@ -308,7 +308,11 @@ class TestResuming:
         assert message.endswith(f"Remove {latest} to go on from {previous}, one epoch earlier.")
 
     def test_when_the_damaged_one_is_removed_the_run_goes_on_from_the_one_before_it(self, stopped: Path) -> None:
-        shutil.rmtree(stopped / "checkpoints" / "latest")
+        latest = stopped / "checkpoints" / "latest"
+        _flip_a_byte(latest / "model.safetensors")
+        with pytest.raises(RunFolderError):
+            resume(stopped)
+        shutil.rmtree(latest)
         assert resume(stopped)["epochs"] == 4
 
     def test_without_a_whole_checkpoint_there_is_nothing_to_offer(self, stopped: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,14 @@ class Thing:
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminating, "NEAR", 0.05)
+
+
+@pytest.fixture
+def control_c() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class TestTheHandler:
@@ -94,7 +102,7 @@ class TestTheHandler:
 
     @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
     def test_what_python_could_only_note_is_raised_soon_after_and_not_told(
-        self, number: signal.Signals, kind: type[BaseException], capfd: pytest.CaptureFixture[str]
+        self, number: signal.Signals, kind: type[BaseException], control_c: None, capfd: pytest.CaptureFixture[str]
     ) -> None:
         thing = Thing()
         with terminable():

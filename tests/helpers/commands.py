@@ -164,7 +164,8 @@ def start_code(code: str, *words: str, folder: Path) -> Command:
 
 
 def _run_code(code: str, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    os.environ |= environment
+    os.environ.clear()  # what the fork inherited is not what the test has now
+    os.environ.update(environment)
     _write_to(log)
     sys.argv = ["-c", *words]
     exec(code, {"__name__": "__main__"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -47,7 +48,9 @@ def variant_kernels(variant: str, dtype: torch.dtype = torch.float32) -> Kernels
     """The kernels of a build. That of double is for tests alone: it is optimised less, which takes half of the time."""
     is_double = dtype == torch.float64
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPFDE_CXXFLAGS", f"{VARIANTS[variant]} {'-O1' * is_double}")
+        patch.setenv(
+            "SPFDE_CXXFLAGS", f"{os.environ.get('SPFDE_CXXFLAGS', '')} {VARIANTS[variant]} {'-O1' * is_double}"
+        )
         return Kernels(build.load(real="double" if is_double else "float"), dtype)
 
 

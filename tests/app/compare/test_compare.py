@@ -45,7 +45,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def no_page_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plots take longer than a run does here; `test_page_at_the_end.py` is about them."""
+    """By what runs in this process: plots take longer than a run does; `test_page_at_the_end.py` is about them."""
     monkeypatch.setattr(command, "find_spec", lambda name: None)
 
 

@@ -97,6 +97,14 @@ def test_best_accuracy_is_the_largest_and_last_is_the_last(make_run: MakeRun) ->
     assert row(tables.comparison([read_run(folder)]))["Test accuracy, last / best"] == "50.0 % / 90.0 %, best by test"
 
 
+def test_the_best_epoch_of_an_unfinished_run_is_one_of_the_sparsest(make_run: MakeRun) -> None:
+    folder = make_run(done=3)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[0] |= {"density": 1.0, "test_accuracy": 0.9}
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert row(tables.comparison([read_run(folder)]))["Test accuracy, last / best"] == "50.0 % / 50.0 %, best by test"
+
+
 def test_a_run_with_a_validation_set_says_what_its_best_epoch_was_chosen_by(make_run: MakeRun) -> None:
     whole, running, plain = (
         make_run("runs/a", validated=True),

@@ -40,7 +40,7 @@ def tokens(length: int = 5, *, dtype: torch.dtype = torch.bfloat16) -> list[Tens
 
 
 def test_two_tokens_by_hand_come_out_in_bf16() -> None:
-    # Products 0 and 0: the mean of the values. In bf16 1 + 1.0078125 is 2.0078125, which has one digit too many.
+    # Products 0 and 0: the mean of the values.
     query, key = torch.zeros(1, 1, 1, 1).bfloat16(), torch.ones(1, 1, 2, 1).bfloat16()
     value = torch.tensor([[[[1.0], [3.0]]]]).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,17 +73,24 @@ def test_short_sequences_train_in_fp32_and_their_gradients_are_as_near_as_those_
 
 @pytest.mark.parametrize(
     ("length", "casts", "learns"),
-    [(201, True, True), (5, False, True), (5, True, False)],
-    ids=["a long sequence", "without autocast", "without gradients"],
+    [(201, True, True), (5, False, True), (5, True, False), (5, True, None)],
+    ids=["a long sequence", "without autocast", "without gradients", "of what does not learn"],
 )
 def test_anything_else_is_pytorchs_own_call(
-    length: int, casts: bool, learns: bool, asked: list[dict[str, Any]]
+    length: int, casts: bool, learns: bool | None, asked: list[dict[str, Any]]
 ) -> None:
     given = tokens(length, dtype=torch.bfloat16 if casts else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=casts), torch.set_grad_enabled(learns):
+    if learns is None:
+        given = [tensor.detach() for tensor in given]
+    with torch.autocast("cpu", torch.bfloat16, enabled=casts), torch.set_grad_enabled(learns is not False):
         found = attention.attention(*given)
         assert torch.equal(found, F.scaled_dot_product_attention(*given))
     assert asked[0]["dtype"] == given[0].dtype
+
+
+def test_double_stays_double() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.attention(*tokens(dtype=torch.float64)).dtype == torch.float64
 
 
 def test_fp16_is_not_taken_for_bf16(asked: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What the native engine does between the passes: numbers outside of masks, running statistics, masked gradients."""
+"""What the native engine does beside the passes: numbers outside of masks, running statistics, masked gradients."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_running_statistics_move_as_pytorch_moves_them(momentum: float | None) -
     masks = random_masks(model, 0.5)
     with torch.no_grad():
         model[0].weight.mul_(masks["0.weight"])
-        model[1].running_mean.fill_(1e4)
+        model[1].running_mean.fill_(10)
     plain = copy.deepcopy(model)
     NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
     for at in range(3):
@@ -217,9 +217,30 @@ def test_batches_that_are_counted_in_another_type_are_left_to_pytorch() -> None:
     model[1].num_batches_tracked = torch.tensor(0.0)
     masks = random_masks(model, 0.5)
     NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
-    with pytest.warns(UserWarning, match="counts batches in another type than int64"):
+    with pytest.warns(UserWarning, match="does not count its batches in int64"):
         model(torch.randn(4, 2, 6, 6))
     assert float(model[1].num_batches_tracked) == 1.0
+
+
+def test_a_count_that_becomes_another_type_in_place_is_left_to_pytorch_from_then_on() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
+    masks, x = random_masks(model, 0.5), torch.randn(4, 2, 6, 6)
+    NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
+    model(x)
+    model[1].num_batches_tracked.data = model[1].num_batches_tracked.data.float()
+    with pytest.warns(UserWarning, match="does not count its batches in int64"):
+        model(x)
+    assert float(model[1].num_batches_tracked) == 2.0
+    model.eval()
+    model(x)
+
+
+def test_a_momentum_may_be_a_tensor() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=torch.tensor(1.0)))  # type: ignore[arg-type]
+    masks, x = random_masks(model, 0.5), torch.randn(4, 2, 6, 6)
+    NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
+    model(x)
+    assert torch.allclose(model[1].running_mean, model[0](x).mean((0, 2, 3)).detach(), atol=1e-5)
 
 
 def test_a_mask_of_any_bytes_holds() -> None:

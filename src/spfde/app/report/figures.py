@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from spfde.app.report.folders import RecordedRun, number
+from spfde.app.runs.best import best_epoch
 
 MISSING = "–"
 SPLITS = {"val": "validation", "test": "test"}
@@ -76,11 +77,22 @@ def _sparsity(run: RecordedRun) -> float | None:
     return None if density is None else 1 - density
 
 
+def _best(name: str) -> Callable[[RecordedRun], float | None]:
+    """That of the best epoch, as the summary has it."""
+
+    def of(run: RecordedRun) -> float | None:
+        rows = [{"density": 1.0, **row} for row in run.epochs.values() if name in row]
+        best = best_epoch(rows)
+        return None if best is None else rows[best][name]
+
+    return of
+
+
 _SO_FAR: Mapping[str, Callable[[RecordedRun], float | None]] = {
     "test_accuracy": lambda run: run.last("test_accuracy"),
-    "best_test_accuracy": lambda run: run.largest("test_accuracy"),
+    "best_test_accuracy": _best("test_accuracy"),
     "val_accuracy": lambda run: run.last("val_accuracy"),
-    "best_val_accuracy": lambda run: run.largest("val_accuracy"),
+    "best_val_accuracy": _best("val_accuracy"),
     "training_flops": lambda run: run.total("training_flops"),
     "flops_ratio": lambda run: share_of_dense(run, "training_flops"),
     "seconds": lambda run: run.total("seconds"),

@@ -25,7 +25,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: A
         query, key, value: [..., tokens, features].
         args, kwargs: the others, as PyTorch takes them.
     """
-    if not _is_slow_in_bf16(query, key):
+    if not _is_slow_in_bf16(query, key, value):
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     if args and _is_floating(args[0]):
         args = (args[0].float(), *args[1:])
@@ -40,12 +40,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: A
 IN_PLACE_OF: Mapping[Any, Callable[..., Tensor]] = {F.scaled_dot_product_attention: attention}
 
 
-def _is_slow_in_bf16(query: Tensor, key: Tensor) -> bool:
+def _is_slow_in_bf16(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
         and query.device.type == "cpu"
+        and query.dtype != torch.float64  # which autocast leaves alone
         and key.shape[-2] <= _SHORT
         and not _multiplies_bf16_fast()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -292,7 +293,8 @@ class KernelTape(Tape):
             count: numbers of a channel.
         """
         assert norm.running_mean is not None
-        share = -1.0 if norm.momentum is None else norm.momentum
+        assert norm.running_var is not None
+        share = math.nan if norm.momentum is None else float(norm.momentum)
         self.call(
             "spfde_track", "TrackJob", norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, variance,
             norm.num_features, share, count / (count - 1),

@@ -142,7 +142,10 @@ class RegionPlan:
     @property
     def tracking(self) -> tuple[tuple[object, ...], ...]:
         """By norm, what decides how its running statistics move."""
-        return tuple((norm.training, norm.track_running_stats, norm.momentum) for norm, *_ in self.norms)
+        norms = [norm for norm, *_ in self.norms]
+        return tuple(
+            (n.training, n.track_running_stats, None if n.momentum is None else float(n.momentum)) for n in norms
+        )
 
     def moved(self) -> list[Tensor]:
         """The running statistics that a forward pass moves."""

@@ -70,6 +70,7 @@ class RegionRunner(nn.Module):
         self._trainable = parameters_of(steps)
         statistics = (kept for norm in self._norms for kept in (norm.running_mean, norm.running_var))
         self._own = [*self._trainable, *(kept for kept in statistics if kept is not None)]
+        self._counts = [norm.num_batches_tracked for norm in self._norms if norm.running_mean is not None]
         # Tensors that were made in inference mode have no counters.
         self._for_inference = for_inference
         self._tells_changes = for_inference and not any(map(torch.is_inference, self._own))
@@ -149,11 +150,14 @@ class RegionRunner(nn.Module):
     def _check_own(self) -> None:
         dtype = self._kernels.dtype
         # The kernels read a bias, and what belongs to a norm, from the first number on.
-        if all(t.dtype is dtype and t.is_cpu and (t.dim() != 1 or t.is_contiguous()) for t in self._own):
+        if not all(t.dtype is dtype and t.is_cpu and (t.dim() != 1 or t.is_contiguous()) for t in self._own):
+            for tensor in self._own:
+                self._check_kind(tensor, dtype)
+            raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
+        if all(count is not None and count.dtype is torch.int64 and count.is_cpu for count in self._counts):
             return
-        for tensor in self._own:
-            self._check_kind(tensor, dtype)
-        raise Unsupported("has a bias, or numbers of a norm, that do not lie one after the other")
+        if any(map(is_tracked, self._norms)):
+            raise Unsupported("has a norm that does not count its batches in int64, on the CPU")
 
     def _program(self, inputs: Sequence[Tensor], storage: torch.dtype) -> Program:
         self._follow_masks()
@@ -166,9 +170,6 @@ class RegionRunner(nn.Module):
             )  # fmt: skip
             if any(count <= 1 and norm.training for norm, _, count in plan.norms):
                 raise Unsupported("normalises by a batch of one number")
-            counters = [norm.num_batches_tracked for norm, *_ in plan.norms if is_tracked(norm)]
-            if any(counter is None or counter.dtype != torch.int64 for counter in counters):
-                raise Unsupported("counts batches in another type than int64")
             self._programs[mode] = Program(plan, weights=self._weights, kernels=kernels, pool=self._pool)
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)

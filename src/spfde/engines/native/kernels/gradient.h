@@ -130,7 +130,7 @@ template <class T>
 struct GradientRoom {
   T *d, *x;
   real *tile, *waiting, *norm, *bias;
-  four* weight;  // [weight.n]: sums of the gradients
+  vec4* weight;  // [weight.n]: sums of the gradients
   double* norm_sums;
 };
 
@@ -262,8 +262,8 @@ static void conv_gradient(const GradientJob& job) {
     if (!job.bias) room.bias = nullptr;
     room.norm_sums = job.norm.sums ? job.norm.sums + part * 2 * to.channels : nullptr;
     if (room.norm_sums) std::memset(room.norm_sums, 0, sizeof(double) * 2 * to.channels);
-    room.weight = reinterpret_cast<four*>(job.partial) + part * n;
-    if (job.weight_rows) std::fill_n(room.weight, n, four{});
+    room.weight = reinterpret_cast<vec4*>(job.partial) + part * n;
+    if (job.weight_rows) std::fill_n(room.weight, n, vec4{});
     const int64_t first = units * part / threads, end = units * (part + 1) / threads;
     for (int64_t unit = first; unit < end; unit++) gradient_band<T>(job, unit / job.bands, unit % job.bands, room);
     // Each thread puts the lanes of its own sums together: what travels between the threads is then a number an entry.

@@ -104,9 +104,9 @@ static inline double sum_lanes(dvec v) {
   return total;
 }
 // Four lanes that the others are added to.
-typedef real four __attribute__((vector_size(4 * sizeof(real)), may_alias));
+typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), may_alias));
 static_assert(LANES % 4 == 0, "lanes are put together in fours");
-static inline four folded(vec v) {
+static inline vec4 sum_to_four(vec v) {
 #if SPFDE_SINGLE && (defined(__AVX512F__) || defined(__AVX2__))
 #if defined(__AVX512F__)
   const __m256 above = _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1));
@@ -114,14 +114,14 @@ static inline four folded(vec v) {
 #else
   const __m256 half = (__m256)v;
 #endif
-  return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  return (vec4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #else
-  four sum{};
+  vec4 sum{};
   for (int lane = 0; lane < LANES; lane++) sum[lane % 4] += v[lane];
   return sum;
 #endif
 }
-static inline real sum_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline real sum_lanes(vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #if SPFDE_SINGLE
 static inline real sum_lanes(vec v) {
   ints lane;

@@ -123,14 +123,14 @@ struct IsPaired<bf16> {
 };
 
 // A window of pairs of channels, in the order of the list, each in the place of two channels.
-template <class H>
+template <class V>
 static inline void fill_made_pairs(const Source& x, const Window& window, const int32_t* order, int64_t g, int64_t h, real* row) {
   for (int64_t place = 0; place < x.layout.channels; place += 2, row += window.span) {
-    const MadeOf<bf16, H> one(x, g, order[place], h), two(x, g, order[place + 1], h);
+    const MadeOf<bf16, V> one(x, g, order[place], h), two(x, g, order[place + 1], h);
     each_column(row, window, x.layout.width, [&](real* t, int64_t w) SPFDE_HERE {
       const auto both = Lump<bf16>::of(one(w), two(w));
       store(t, interleaved(both));
-      if constexpr (H::writes) Lump<bf16>::put(one.z + w * LANES, two.z + w * LANES, both);
+      if constexpr (V::writes) Lump<bf16>::put(one.z + w * LANES, two.z + w * LANES, both);
     });
   }
 }
@@ -139,7 +139,7 @@ static inline void fill_pairs(const Source& x, const Window& window, const Entri
   const Blocked& layout = x.layout;
   fill_around(layout, window, layout.channels / 2, h, row, [&](int64_t own) {
     if (!x.is_stored()) {
-      return with_how(x, g, write, [&](auto how) { fill_made_pairs<decltype(how)>(x, window, list.order, g, own, row); });
+      return with_variant(x, g, write, [&](auto variant) { fill_made_pairs<decltype(variant)>(x, window, list.order, g, own, row); });
     }
     real* to = row;
     for (int64_t place = 0; place < layout.channels; place += 2, to += window.span) {
@@ -312,7 +312,7 @@ constexpr bool is_lumped = Lump<T>::pixels == 2 && S::n % 2 == 0;
 // Lanes are put together down to four each time, for sums of all of them would not fit a cache.
 template <class T, class S>
 static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, const T* x, int64_t x_down, const T* d, int64_t d_down,
-                                   int64_t d_span, four* sums, Streams& streams) {
+                                   int64_t d_span, vec4* sums, Streams& streams) {
   constexpr int N = S::n, COLUMNS_ = S::columns, APART = Lump<T>::pixels * LANES;
   const int32_t* item = list.item + 2 * int64_t(list.chunk[chunk]);
   const int32_t* end_of_items = list.item + 2 * int64_t(list.chunk[chunk + 1]);
@@ -330,7 +330,7 @@ static SPFDE_INLINE void multiply_weight(S, const Entries& list, int64_t chunk, 
         const auto v = Lump<T>::take(s.at[i / COLUMNS_] + (i % COLUMNS_) * APART);
         part[i % 4] = Lump<T>::add(part[i % 4], t[i], v);
       });
-      sums[k] += folded((part[0] + part[1]) + (part[2] + part[3]));
+      sums[k] += sum_to_four((part[0] + part[1]) + (part[2] + part[3]));
     }
   }
 }

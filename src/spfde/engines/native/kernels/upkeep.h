@@ -1,7 +1,8 @@
-// What is done to parameters and statistics between the passes, for many small tensors in one call.
+// What is done to parameters and running statistics beside the passes.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "lanes.h"
@@ -54,14 +55,14 @@ struct TrackJob {
   const real* batch_mean;
   const real* batch_variance;  // biased
   int64_t channels;
-  double share;     // of the batch; below 0: as much as of each one before
+  double share;     // of the batch; not a number: as much as of each one before
   double unbiased;  // what the batch's variance is multiplied with
 };
 
 SPFDE_EXPORT void spfde_track(const void* data) {
   const auto* job = static_cast<const TrackJob*>(data);
   const int64_t seen = ++*static_cast<int64_t*>(job->seen);
-  const double share = job->share < 0 ? 1.0 / double(seen) : job->share;
+  const double share = std::isnan(job->share) ? 1.0 / double(seen) : job->share;
   const auto move = [=](void* running, const real* to, double factor) {
     real* at = static_cast<real*>(running);
     // From the end that is nearer, as PyTorch does it: with a share of 1 nothing of what was is left.

@@ -75,20 +75,20 @@ struct Source {
   bool is_stored() const { return !scale && !shift && !residual && !activation; }
 };
 
-// How values are made; nothing is asked in a loop over pixels that is the same for all of them.
+// Which variant of the loop over pixels makes values: nothing is asked in it that is the same for all of them.
 template <int64_t ACTIVATION_, bool ADDS_, bool WRITES_, bool IS_SHORT_>
-struct How {
+struct Variant {
   static constexpr int64_t activation = ACTIVATION_;  // -1: as it stands in the source
   static constexpr bool adds = ADDS_, writes = WRITES_, is_short = IS_SHORT_;
 };
 
-// call(How) for a row of group g.
+// call(Variant) for a row of group g.
 template <class Call>
-static inline void with_how(const Source& x, int64_t g, bool write, const Call& call) {
+static inline void with_variant(const Source& x, int64_t g, bool write, const Call& call) {
   const auto by = [&](auto activation) {
     with_flag(x.residual, [&](auto adds) {
       with_flag(x.z && write, [&](auto writes) {
-        with_flag(x.layout.is_short(g), [&](auto is_short) { call(How<activation(), adds(), writes(), is_short()>{}); });
+        with_flag(x.layout.is_short(g), [&](auto is_short) { call(Variant<activation(), adds(), writes(), is_short()>{}); });
       });
     });
   };
@@ -100,7 +100,7 @@ static inline void with_how(const Source& x, int64_t g, bool write, const Call& 
 }
 
 // What row h of a channel is made of.
-template <class T, class H>
+template <class T, class V>
 struct MadeOf {
   const T *y, *residual;
   T* z;
@@ -108,29 +108,29 @@ struct MadeOf {
   int64_t activation;
 
   MadeOf(const Source& x, int64_t g, int64_t c, int64_t h)
-      : y(in<T>(x.y) + x.layout.at(g, c, h)), residual(H::adds ? in<T>(x.residual) + x.layout.at(g, c, h) : nullptr),
-        z(H::writes ? out<T>(x.z) + x.layout.at(g, c, h) : nullptr), scale(spread(x.scale ? x.scale[c] : real(1))),
+      : y(in<T>(x.y) + x.layout.at(g, c, h)), residual(V::adds ? in<T>(x.residual) + x.layout.at(g, c, h) : nullptr),
+        z(V::writes ? out<T>(x.z) + x.layout.at(g, c, h) : nullptr), scale(spread(x.scale ? x.scale[c] : real(1))),
         shift(spread(x.shift ? x.shift[c] : real(0))), valid(x.layout.valid(g)),
-        activation(H::activation < 0 ? x.activation : H::activation) {}
+        activation(V::activation < 0 ? x.activation : V::activation) {}
 
   // Pixel w of it.
   SPFDE_INLINE vec operator()(int64_t w) const {
     vec v = multiply_add(load(y + w * LANES), scale, shift);
-    if constexpr (H::adds) v += load(residual + w * LANES);
-    v = activate(v, H::activation < 0 ? activation : H::activation);
-    if constexpr (H::is_short) v = valid != vec{} ? v : vec{};
+    if constexpr (V::adds) v += load(residual + w * LANES);
+    v = activate(v, V::activation < 0 ? activation : V::activation);
+    if constexpr (V::is_short) v = valid != vec{} ? v : vec{};
     return v;
   }
 };
 
-template <class T, class H>
+template <class T, class V>
 static inline void fill_made(const Source& x, const Window& window, int64_t g, int64_t h, T* row) {
   for (int64_t c = 0; c < x.layout.channels; c++, row += window.span) {
-    const MadeOf<T, H> of(x, g, c, h);
+    const MadeOf<T, V> of(x, g, c, h);
     each_column(row, window, x.layout.width, [&](T* t, int64_t w) SPFDE_HERE {
       const vec v = of(w);
       store(t, v);
-      if constexpr (H::writes) store(of.z + w * LANES, v);
+      if constexpr (V::writes) store(of.z + w * LANES, v);
     });
   }
 }
@@ -139,7 +139,7 @@ static inline void fill_made(const Source& x, const Window& window, int64_t g, i
 template <class T>
 static inline void fill_own(const Source& x, const Window& window, int64_t g, int64_t h, bool write, T* row) {
   const Blocked& layout = x.layout;
-  if (!x.is_stored()) return with_how(x, g, write, [&](auto how) { fill_made<T, decltype(how)>(x, window, g, h, row); });
+  if (!x.is_stored()) return with_variant(x, g, write, [&](auto variant) { fill_made<T, decltype(variant)>(x, window, g, h, row); });
   const T* s = in<T>(x.y) + layout.at(g, 0, h);
   for (int64_t c = 0; c < layout.channels; c++, row += window.span, s += layout.span()) {
     each_column(row, window, layout.width, [&](T* t, int64_t w) { std::memcpy(t, s + w * LANES, sizeof(T) * LANES); });
