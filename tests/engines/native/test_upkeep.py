@@ -235,14 +235,6 @@ def test_a_count_that_becomes_another_type_in_place_is_left_to_pytorch_from_then
     model(x)
 
 
-def test_a_momentum_may_be_a_tensor() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=torch.tensor(1.0)))  # type: ignore[arg-type]
-    masks, x = random_masks(model, 0.5), torch.randn(4, 2, 6, 6)
-    NativeModel(model, masks=lambda: masks, dense_gradients=frozenset)
-    model(x)
-    assert torch.allclose(model[1].running_mean, model[0](x).mean((0, 2, 3)).detach(), atol=1e-5)
-
-
 def test_a_mask_of_any_bytes_holds() -> None:
     tensor, mask = torch.tensor([1.5, 2.5, 3.5]), torch.tensor([255, 0, 2], dtype=torch.uint8).view(torch.bool)
     outside = kernels(torch.float32).outside([tensor], [mask])
