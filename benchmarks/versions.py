@@ -1,22 +1,27 @@
 """How much faster is a native step than with an earlier version of the engine?
 
 Steps of both versions in turn, each in a process of its own, at 90 %, batches of 64: that of this tree, in fp32 or in
-bf16, and the other one's in fp32. The other version is a tree with its own `benchmarks/native.py`, which is run beside
-this tree's `_common.py`:
+bf16, and the other one's in fp32. The other version comes from the repository's history: the last commit before the
+kernels for bf16. Or it is any tree with its own `benchmarks/native.py`, which is run beside this tree's `_common.py`.
 
-    git worktree add /tmp/first fbc8cbe             # the last commit before the kernels for bf16
-    python benchmarks/versions.py --other /tmp/first     # about 4 minutes on two cores
+    python benchmarks/versions.py                   # about 4 minutes on two cores
+    python benchmarks/versions.py --other TREE
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +29,7 @@ from _common import Figure, Result, Served, Table, Timing, begin, commit, compar
 
 TREE = Path(__file__).resolve().parents[1]
 SPARSITY = 0.9
+EARLIER = "fbc8cbe"
 # Model, precision of this tree's step, least speed-up and what is aimed at.
 CASES = (
     ("ResNet-32", "fp32", 1.05, 1.15),
@@ -46,6 +52,23 @@ def serve(tree: Path, name: str, precision: str, threads: int) -> None:
     for line in sys.stdin:
         timings = native.interleave({"step": trainer.step}, int(line), warmup=0)
         print(json.dumps(timings["step"].seconds), flush=True)
+
+
+@contextmanager
+def earlier() -> Iterator[Path]:
+    """The earlier version in a folder of its own, for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "earlier"
+        git = ["git", "-C", str(TREE), "worktree"]
+        try:
+            subprocess.run([*git, "add", "--detach", str(tree), EARLIER], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            told = getattr(error, "stderr", None) or str(error)
+            sys.exit(f"Commit {EARLIER} cannot be had from this repository (a shallow clone?): {told.strip()}")
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=False, capture_output=True)
 
 
 def measure(other: Path, name: str, precision: str, rounds: int) -> tuple[Timing, Timing]:
@@ -76,33 +99,32 @@ def main(argv: list[str] | None = None) -> None:
         tree, name, precision, threads = options.serve
         serve(Path(tree), name, precision, int(threads))
         return
-    if options.other is None or not (options.other / "benchmarks" / "native.py").is_file():
-        made.error("--other: a tree of an earlier version, with its own benchmarks/native.py (see --help)")
+    if options.other is not None and not (options.other / "benchmarks" / "native.py").is_file():
+        made.error(f"--other {options.other}: it has no benchmarks/native.py")
     stamped = begin(options)
+    with ExitStack() as ended:
+        other = (options.other or ended.enter_context(earlier())).resolve()
+        publish(compared(other, options, stamped), options)
+
+
+def compared(other: Path, options: argparse.Namespace, stamped: dict[str, Any]) -> Result:
+    """Each case."""
     rounds = options.rounds or (2 if options.quick else 15)
     figures, timings = [], {}
     for name, precision, least, aim in CASES[:1] if options.quick else CASES:
-        ours, theirs = measure(options.other.resolve(), name, precision, rounds)
+        ours, theirs = measure(other, name, precision, rounds)
         what = f"{name}: native step at 90 % in {precision} over the earlier engine's in fp32, speed"
         figures.append(Figure.of(what, compare(theirs, ours), low=least, aim=aim))
         timings |= {f"{name}, {precision}": ours, f"{name}, earlier, fp32": theirs}
-    publish(
-        Result(
-            name="versions",
-            title="The native engine and its earlier version",
-            question="How much faster is a native step than with the engine that knew float32 alone?",
-            command="python benchmarks/versions.py --other TREE",
-            figures=tuple(figures),
-            tables=(Table.of_timings("Step", "model and version", timings),),
-            settings={
-                "sparsity": "90 %",
-                "batch": 64,
-                "rounds": rounds,
-                "earlier version": f"commit {commit(options.other)}",
-            },
-            stamp=stamped,
-        ),
-        options,
+    return Result(
+        name="versions",
+        title="The native engine and its earlier version",
+        question="How much faster is a native step than with the engine that knew float32 alone?",
+        command="python benchmarks/versions.py",
+        figures=tuple(figures),
+        tables=(Table.of_timings("Step", "model and version", timings),),
+        settings={"sparsity": "90 %", "batch": 64, "rounds": rounds, "earlier version": f"commit {commit(other)}"},
+        stamp=stamped,
     )
 
 
