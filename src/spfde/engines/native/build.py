@@ -205,9 +205,7 @@ def _open(content: bytes, library: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: tuple[str, ...], flags: list[str], tell: Callable[[str], None], target: Path) -> None:
-    tell(
-        f"compiling the kernels with {_version(compiler)} (once on this machine: some 20 seconds, longer where cores are busy)"
-    )
+    tell(f"compiling the kernels with {_version(compiler)} (once on this machine: 20 seconds, more on busy cores)")
     failed = None
     for openmp in ([_OPENMP], []):
         failed = _run([*compiler, *flags, *openmp, str(SOURCES / "kernels.cpp"), "-o", str(target), *_runtime(openmp)])
