@@ -35,7 +35,7 @@ import _crash_frameworks as frameworks
 from _common import Figure, Result, Table, begin, parser, publish
 from spfde.recipe import presets
 
-MEASURED = ("seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
+MEASURED = ("seconds", "loader_wait_seconds", "peak_memory_bytes", "dense_step_seconds", "dense_seconds_extrapolated")
 ENGINES = ("masked", "native")
 COMMAND = "spfde train"
 LOOPS = (COMMAND, *frameworks.LOOPS)
