@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from _common import Figure, Result, Served, Table, Timing, begin, commit, compare, parser, publish
+from _common import Figure, Result, Served, Table, Timing, begin, commit, compare, interleave, parser, publish
 
 TREE = Path(__file__).resolve().parents[1]
 SPARSITY = 0.9
@@ -50,7 +50,7 @@ def serve(tree: Path, name: str, precision: str, threads: int) -> None:
     trainer = native.sparse(model, SPARSITY, x, y)
     trainer.bf16 = precision == "bf16"
     for line in sys.stdin:
-        timings = native.interleave({"step": trainer.step}, int(line), warmup=0)
+        timings = interleave({"step": trainer.step}, int(line), warmup=0)
         print(json.dumps(timings["step"].seconds), flush=True)
 
 

@@ -16,23 +16,28 @@ from spfde.core.torch_private import multiplies_tiles
 _SHORT = 200
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def casts_to_bf16() -> bool:
+    """Would a forward pass be in bf16 here?"""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, in fp32 where autocast would train it slowly in bf16.
 
     Departs from autocast: products and softmax of short sequences are in fp32. The result has autocast's type.
 
     Args:
         query, key, value: [..., tokens, features].
-        args, kwargs: the others, as PyTorch takes them.
+        attn_mask, args, kwargs: as PyTorch takes them.
     """
     if not _is_slow_in_bf16(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    if args and _is_floating(args[0]):
-        args = (args[0].float(), *args[1:])
-    if _is_floating(kwargs.get("attn_mask")):
-        kwargs = {**kwargs, "attn_mask": kwargs["attn_mask"].float()}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.float()
     with torch.autocast("cpu", enabled=False):
-        found = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), *args, **kwargs)
+        found = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask, *args, **kwargs)
     return found.bfloat16()
 
 
@@ -42,8 +47,7 @@ IN_PLACE_OF: Mapping[Any, Callable[..., Tensor]] = {F.scaled_dot_product_attenti
 
 def _is_slow_in_bf16(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
-        torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        casts_to_bf16()
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
         and query.device.type == "cpu"
@@ -56,7 +60,3 @@ def _is_slow_in_bf16(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _multiplies_bf16_fast() -> bool:
     """Also of processors that have not been measured."""
     return multiplies_tiles() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
-
-
-def _is_floating(mask: Tensor | None) -> bool:
-    return mask is not None and mask.is_floating_point()

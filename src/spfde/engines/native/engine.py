@@ -13,6 +13,7 @@ from spfde.core.registry import register
 from spfde.engines.base import Job, Parts, StandInEngine
 from spfde.engines.kept_outputs import CachedPrefix
 from spfde.engines.native import build
+from spfde.engines.native.attention import casts_to_bf16
 from spfde.engines.native.graph import Capture, capture
 from spfde.engines.native.layout import TOKEN_COLUMNS, likely_lanes
 from spfde.engines.native.model import NativeModel
@@ -65,7 +66,7 @@ class NativeEngine(StandInEngine[NativeModel]):
     @classmethod
     def expected_speed(cls, job: Job) -> float:
         # In which precision the model will run is known only where it is attached under autocast.
-        return cls._expected_speed(job, "bf16" if _casts() else "fp32")
+        return cls._expected_speed(job, "bf16" if casts_to_bf16() else "fp32")
 
     @classmethod
     def expectation(cls, job: Job) -> str:
@@ -159,11 +160,6 @@ def _captured(job: Job) -> Capture:
         frozen = None if job.cache is None else frozenset[str]()
         known = job.found[NativeEngine.name] = capture(job.model, job.sample, job.blueprint.target, frozen)
     return known
-
-
-def _casts() -> bool:
-    """Would the model's forward pass be in bf16 here?"""
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _layers(job: Job) -> dict[str, str]:
